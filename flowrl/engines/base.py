@@ -1,0 +1,211 @@
+"""What an engine is: the adapter between a stage and vLLM, DeepSpeed or plain torch.
+
+Two protocols. A `GenerationEngine` samples responses and swaps its weights while requests are in flight; it is
+asynchronous and lives on the stage's event loop. A `TrainingEngine` scores token sequences, trains on them and
+publishes its weights; its methods block and are called one at a time from one thread. An engine is named in a
+node's config by import path (`engine="flowrl.engines.vllm:VllmEngine"`), so a new engine is one new file.
+
+This module loads no torch: stages import it while a graph is being built.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+import msgspec
+
+from flowrl.config import Config, Meta, Select, load_class
+from flowrl.messages import Buffer, Sample, Weights
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from flowrl.messages import FloatArray
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Sampling(Config):
+    """How responses are drawn; behaviour log-probs are those of this distribution."""
+
+    max_tokens: Annotated[int, Meta(ge=1)] = 16  # response tokens at most, the stop token included
+    temperature: Annotated[float, Meta(gt=0)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=0)] = 0  # 0: no limit
+    stop_token_ids: list[int] = []  # besides the tokenizer's end-of-sequence token
+
+
+class GenerationConfig(Config):
+    """What a generation engine needs to open."""
+
+    model: str  # local directory in Hugging Face format
+    dtype: Dtype = "auto"  # auto: bfloat16 where the processor has it, else float32
+    sampling: Sampling = Sampling()
+    max_model_len: Annotated[int, Meta(ge=8)] = 512  # prompt plus response, tokens
+    max_running: Annotated[int, Meta(ge=1)] = 64  # samples decoded together
+    kv_cache_bytes: Annotated[int, Meta(ge=1 << 20)] = 512 << 20
+    on_update: Literal["keep", "wait", "abort"] = "keep"  # requests in flight when new weights arrive
+    layout: Literal["processes", "thread"] = "thread"  # where vLLM's core runs; GPUs take "processes"
+    tensor_parallel: Annotated[int, Meta(ge=1)] = 1
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.85
+    trust_remote_code: bool = False
+    threads: Annotated[int, Meta(ge=1)] = 1  # CPU threads for its kernels
+
+
+class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What one weight update cost and how it was proved."""
+
+    version: int
+    pause_s: float  # from pausing generation to resuming it
+    transfer_s: float  # receiving and loading the bytes
+    mean_gap: float  # nats, canary against the learner; nan without a canary
+    max_gap: float
+
+
+class GenerationEngine(Protocol):
+    """Samples responses; every token knows its version and its behaviour log-prob."""
+
+    @property
+    def num_running(self) -> int:
+        """Return how many samples are being decoded."""
+        ...
+
+    async def open(self) -> None:
+        """Load the model; the engine serves no version before the first update."""
+        ...
+
+    async def generate(
+        self, *, request_id: str, prompt_ids: Sequence[int], num_samples: int, seed: int, sampling: Sampling
+    ) -> list[Sample]:
+        """Sample `num_samples` responses; waits for the last of them. Cancelling it aborts the request.
+
+        Sample i is drawn with seed + i and is the same alone or in a batch under the same weights.
+        """
+        ...
+
+    async def update_weights(self, weights: Weights) -> UpdateReport:
+        """Receive and load a published version, prove it, and serve it.
+
+        Raises:
+            ProofError: the digest or the canary disagrees; the engine must not serve any more.
+            TransferError: the bytes did not arrive before the deadline.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Stop every process and thread it started."""
+        ...
+
+
+class Schedule(Config):
+    """Learning rate over the run: linear warm-up, then cosine to `final_ratio`, or constant."""
+
+    kind: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Meta(ge=0)] = 0
+    total_steps: Annotated[int, Meta(ge=0)] = 0  # 0: filled in by the stage from the run's number of steps
+    final_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.1
+
+
+class TrainingConfig(Config):
+    """What a training engine needs to open."""
+
+    model: str  # local directory in Hugging Face format
+    head: Literal["policy", "value"] = "policy"  # log-probs of tokens, or one value per token
+    lr: Annotated[float, Meta(ge=0)] = 1e-6
+    schedule: Schedule = Schedule()
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Meta(gt=0)] = 1.0
+    dtype: Dtype = "auto"
+    zero_stage: Annotated[int, Meta(ge=0, le=3)] = 2
+    micro_batch_tokens: Annotated[int, Meta(ge=1)] = 2048  # tokens in one forward and backward
+    temperature: Annotated[float, Meta(gt=0)] = 1.0  # logits are divided by it, as in sampling
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+    threads: Annotated[int, Meta(ge=1)] = 1
+    transport: Literal["auto", "shm", "broadcast"] = "auto"  # auto: shared memory on CPUs, NCCL broadcast on GPUs
+    transfer_timeout_s: Annotated[float, Meta(gt=0)] = 120.0
+    seed: int = 0
+
+
+class Ranks(msgspec.Struct, frozen=True, kw_only=True):
+    """This process's place among the ranks that march together."""
+
+    rank: int = 0
+    world_size: int = 1
+    address: str = "127.0.0.1"  # of rank 0's rendezvous store
+    port: int = 0  # 0 only where world_size is 1: a free one is taken
+
+
+class TokenGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """One prompt, its responses, and what is known of each response token.
+
+    `columns[name][i]` has one float32 for each token of response i; names are those of the algorithm's batch
+    ("behaviour", "reference", "advantages", "values", "returns").
+    """
+
+    prompt_ids: Buffer
+    responses: list[Buffer]
+    columns: dict[str, list[Buffer]] = {}
+
+
+class TrainingEngine(Protocol):
+    """Scores and trains on token groups. Blocking; rank 0 leads and the other ranks follow it."""
+
+    def open(self, ranks: Ranks) -> None:
+        """Load the model on this rank and join the others."""
+        ...
+
+    def follow(self) -> None:
+        """Serve as a rank other than 0 until rank 0 closes; returns then."""
+        ...
+
+    def score(self, groups: Sequence[TokenGroup]) -> list[list[FloatArray]]:
+        """Return log-probs or values of every response token, [group][sample] -> float32 [tokens]."""
+        ...
+
+    def accumulate(self, groups: Sequence[TokenGroup], objective: Select) -> dict[str, float]:
+        """Run forward and backward over the groups; the gradient is that of total / count over all of them.
+
+        `objective` is loaded on every rank (`objective.load(...)`) and has `loss(batch) -> Loss`; see
+        flowrl.algorithms.base. Returns the objective's metrics, each divided once by its own global count.
+        """
+        ...
+
+    def apply(self) -> dict[str, float]:
+        """Take the optimizer step for what has been accumulated; returns lr and grad_norm."""
+        ...
+
+    def publish(self, version: int, canary: Buffer | None) -> Weights:
+        """Offer the current weights as `version`; returns the message for the generators."""
+        ...
+
+    def transfer(self, version: int) -> None:
+        """Wait until the bytes of `version` no longer depend on the parameters (they may change afterwards)."""
+        ...
+
+    def retire(self, version: int) -> None:
+        """Forget the bytes of every version before `version`."""
+        ...
+
+    def save_model(self, directory: Path, *, card: str) -> None:
+        """Write Hugging Face format: safetensors, config, tokenizer, model card."""
+        ...
+
+    def save_state(self, directory: Path) -> None:
+        """Write everything needed to go on training: weights, optimizer, schedule."""
+        ...
+
+    def load_state(self, directory: Path) -> None:
+        """Read what `save_state` wrote."""
+        ...
+
+    def close(self) -> None:
+        """Release the ranks, the transport and the model."""
+        ...
+
+
+def open_engine(path: str, where: str, **arguments: Any) -> Any:
+    """Import the engine class `module:Class` and construct it; nothing is loaded before its `open`."""
+    return load_class(path, where)(**arguments)

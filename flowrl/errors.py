@@ -1,0 +1,80 @@
+"""Every exception flowrl raises on purpose, in one tree.
+
+An error says where, what is wrong with the numbers, and what to do. `UserError` is something the user can mend
+before anything has started (exit code 2); `RunError` happened while a run was under way (exit code 1).
+
+    FlowrlError
+    ├── UserError          ConfigError  GraphError  DataError  ModelError  ResourceError
+    ├── RunError           StageError  RewardError  ProofError  TransferError  StallError
+    └── ChannelClosed      the far side of an edge has ended; a stage normally lets it end its loop
+"""
+
+
+class FlowrlError(Exception):
+    """Say `where`: `what`; `remedy`."""
+
+    exit_code = 1
+
+    def __init__(self, where: str, what: str, remedy: str = "") -> None:
+        super().__init__(where, what, remedy)
+        self.where = where
+        self.what = what
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}"
+        return f"{text}; {self.remedy}" if self.remedy else text
+
+
+class UserError(FlowrlError):
+    """Something to mend before a run can start; nothing has been started or written."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A setting is unknown, of the wrong type, out of range or at odds with another."""
+
+
+class GraphError(UserError):
+    """The graph file or the graph it builds cannot run."""
+
+
+class DataError(UserError):
+    """A data set is missing, empty, or has a row that cannot be read."""
+
+
+class ModelError(UserError):
+    """A model, tokenizer or chat template is missing or unfit for its role."""
+
+
+class ResourceError(UserError):
+    """The machine lacks the cores, GPUs, memory, disk space or port that was asked for."""
+
+
+class RunError(FlowrlError):
+    """Something failed while the run was under way; `where` names node and replica."""
+
+
+class StageError(RunError):
+    """A stage's own code raised."""
+
+
+class RewardError(RunError):
+    """A reward function raised, returned NaN, or returned the wrong number of scores."""
+
+
+class ProofError(RunError):
+    """A generator could not prove that it serves the version it was sent (digest or canary)."""
+
+
+class TransferError(RunError):
+    """A weight transfer failed or passed its deadline."""
+
+
+class StallError(RunError):
+    """A wait passed its deadline; the message names who waits for what."""
+
+
+class ChannelClosed(FlowrlError):
+    """The edge was closed and holds nothing more."""

@@ -1,0 +1,210 @@
+"""The messages that cross edges, and their wire form.
+
+A message is a frozen msgspec struct; tensors travel as typed raw buffers, never as pickles. Each kind of message is
+the one before it with fields added, so a stage may sit anywhere downstream of the fields it needs:
+
+    Prompt -> Rollouts -> Scored -> Referenced -> Samples
+
+Invariants: `group_id` is the prompt's place in the run's prompt order and names the group everywhere; the lists in
+`samples`, `scores[...]` and every per-sample list have one entry for each sample of the group, in the same order.
+Stages build and read messages; only the runtime calls `encode` and `decode`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    FloatArray = NDArray[np.float32]
+    IntArray = NDArray[np.int32]
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+class MessageMeta(msgspec.StructMeta):
+    """Make every message frozen, keyword-only and tagged with its class name."""
+
+    def __new__(
+        mcls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any
+    ) -> Any:
+        return super().__new__(
+            mcls, name, bases, namespace, **{"frozen": True, "kw_only": True, "tag": name, **options}
+        )
+
+
+class Message(msgspec.Struct, metaclass=MessageMeta):
+    """Base of everything that crosses an edge."""
+
+
+class Buffer(msgspec.Struct, frozen=True, array_like=True):
+    """A one-dimensional array as raw little-endian bytes; `dtype` is int32 or float32."""
+
+    dtype: str
+    data: bytes
+
+    @classmethod
+    def ints(cls, values: Sequence[int] | IntArray) -> Buffer:
+        """Pack token ids; `Buffer.ints([1, 2]).tolist() == [1, 2]`."""
+        import numpy as np
+
+        return cls("int32", np.ascontiguousarray(values, dtype="<i4").tobytes())
+
+    @classmethod
+    def floats(cls, values: Sequence[float] | FloatArray) -> Buffer:
+        """Pack log-probs or values as float32."""
+        import numpy as np
+
+        return cls("float32", np.ascontiguousarray(values, dtype="<f4").tobytes())
+
+    def numpy(self) -> NDArray[Any]:
+        """Return a read-only view; copy before changing it."""
+        import numpy as np
+
+        return np.frombuffer(self.data, dtype=self.dtype)
+
+    def tolist(self) -> list[Any]:
+        """Return the values as Python numbers."""
+        return self.numpy().tolist()
+
+    def __len__(self) -> int:
+        return len(self.data) // 4
+
+
+class VersionSpan(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens [start, end) of a response were sampled by policy `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """One response: what was sampled, with which probability, by which policy versions."""
+
+    token_ids: Buffer  # int32; ends with the stop token when finish == "stop"
+    logprobs: Buffer  # float32, one per token: behaviour log-probs under the sampling distribution
+    versions: list[VersionSpan]
+    finish: str  # "stop" | "length" | "abort"
+    text: str  # decoded without special tokens
+
+    @property
+    def oldest_version(self) -> int:
+        """Return the version that sampled the oldest token."""
+        return min(span.version for span in self.versions)
+
+
+class Prompt(Message):
+    """One prompt to be sampled `num_samples` times."""
+
+    group_id: int
+    token_ids: Buffer  # int32, chat template applied
+    columns: dict[str, Any]  # the data set's columns for reward functions; JSON-able
+    num_samples: int
+    seed: int  # sample i of the group is drawn with seed + i
+
+
+class Rollouts(Prompt):
+    """A prompt with its sampled responses."""
+
+    samples: list[Sample]
+    generator: str  # node and replica, for errors and the timeline
+
+    @property
+    def oldest_version(self) -> int:
+        """Return the oldest version in the whole group; staleness is counted from it."""
+        return min(sample.oldest_version for sample in self.samples)
+
+
+class Scored(Rollouts):
+    """Rollouts with one or more named scores, each already weighted; the reward is their sum."""
+
+    scores: dict[str, list[float]]
+
+    @property
+    def rewards(self) -> list[float]:
+        """Return the sum of all named scores, one number per sample."""
+        return [sum(column) for column in zip(*self.scores.values(), strict=True)]
+
+
+class Referenced(Scored):
+    """Scored rollouts with the frozen reference's log-probs of the sampled tokens."""
+
+    ref_logprobs: list[Buffer]  # float32, one buffer per sample
+
+
+class Samples(Referenced):
+    """What the learner learns from: advantages for every sampled token, and what made them."""
+
+    advantages: list[Buffer]  # float32; not yet whitened over the step
+    returns: list[Buffer] | None = None  # value targets, with a critic
+    values: list[Buffer] | None = None  # the critic's values when sampled
+    metrics: dict[str, float] = {}  # the credit stage's own figures for this group
+
+
+class Credit(Message):
+    """Tokens that flow back: `count` more groups may be admitted."""
+
+    count: int = 1
+
+
+class Canary(msgspec.Struct, frozen=True, kw_only=True):
+    """A fixed sequence and the learner's own log-probs of its tokens [1:] at one version."""
+
+    token_ids: Buffer  # int32 [T]
+    logprobs: Buffer  # float32 [T-1], temperature 1
+    max_mean_gap: float  # nats; the greatest mean |difference| that counts as the same weights
+
+
+class Weights(Message):
+    """A published policy version: how to fetch the bytes and how to prove they arrived."""
+
+    version: int
+    transport: str  # "shm" | "broadcast"
+    manifest: bytes  # JSON of the transport: buckets, names, dtypes, shapes, digests
+    canary: Canary | None
+    size_bytes: int
+
+
+class Checkpoint(Message):
+    """A policy version to be evaluated before the learner publishes the next one."""
+
+    version: int
+    is_final: bool
+
+
+AnyMessage = Prompt | Rollouts | Scored | Referenced | Samples | Credit | Weights | Checkpoint
+M = TypeVar("M", bound=Message)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: Message) -> bytes:
+    """Return the wire form (MessagePack, buffers as raw bytes)."""
+    return _encoder.encode(message)
+
+
+def decode(wire: bytes) -> AnyMessage:
+    """Return the message a wire form holds; its class is in the tag.
+
+    Raises:
+        msgspec.ValidationError: the bytes are not one of the known messages.
+    """
+    return _decoder.decode(wire)
+
+
+def extend(kind: type[M], message: Message, **fields: Any) -> M:
+    """Return `message` as the larger `kind` with `fields` added, sharing the buffers.
+
+    A message that already has more fields than `kind` keeps its own class: a second reward node turns Scored into
+    Scored and a Referenced stays Referenced.
+    """
+    base = type(message) if issubclass(type(message), kind) else kind
+    known = {name: getattr(message, name) for name in message.__struct_fields__}
+    return base(**{**known, **fields})

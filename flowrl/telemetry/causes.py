@@ -1,0 +1,69 @@
+"""Charge every second of a replica to exactly one cause.
+
+A `CauseClock` is in one cause at any moment and the seconds of all causes add up to the time since it was made, so
+shares add up to 100 % by construction. Code marks what it does with `with clock.charge(Cause.WAIT_INPUT)`; where
+several marks overlap (a generator with many requests in flight), the first in `PRIORITY` wins, and where none is set
+the replica is computing. The runtime marks waits on edges; stages mark only what the runtime cannot see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+
+
+class Cause(StrEnum):
+    """What a replica's time goes to."""
+
+    START = "start"
+    RECOVERY = "recovery"
+    UPDATE = "weight_update"
+    COMPUTE = "computing"
+    WAIT_ROOM = "waiting_for_room"
+    WAIT_INPUT = "waiting_for_input"
+
+
+# A paused generator is updating even while requests are in flight; one with any request running is computing even
+# while other tasks of it wait; a full edge is named before an empty one because it says where the bottleneck is.
+PRIORITY = (Cause.START, Cause.RECOVERY, Cause.UPDATE, Cause.COMPUTE, Cause.WAIT_ROOM, Cause.WAIT_INPUT)
+
+
+class CauseClock:
+    """One replica's time, split by cause; owned by one event loop."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._marks = dict.fromkeys(Cause, 0)
+        self._seconds = dict.fromkeys(Cause, 0.0)
+        self._since = now()
+        self._cause = Cause.COMPUTE
+
+    @contextmanager
+    def charge(self, cause: Cause) -> Iterator[None]:
+        """Mark `cause` for the duration of the block; marks nest and overlap."""
+        self._mark(cause, +1)
+        try:
+            yield
+        finally:
+            self._mark(cause, -1)
+
+    def _mark(self, cause: Cause, change: int) -> None:
+        self._settle()
+        self._marks[cause] += change
+        self._cause = next((c for c in PRIORITY if self._marks[c]), Cause.COMPUTE)
+
+    def _settle(self) -> None:
+        now = self._now()
+        self._seconds[self._cause] += now - self._since
+        self._since = now
+
+    @property
+    def cause(self) -> Cause:
+        """Return what the replica is charged with now."""
+        return self._cause
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds charged to each cause so far; they add up to the clock's age."""
+        self._settle()
+        return {cause.value: spent for cause, spent in self._seconds.items()}
