@@ -23,7 +23,7 @@ from flowrl.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Config", "Meta", "Select", "load_class", "load_object", "resolve", "to_tree"]
+__all__ = ["Config", "Meta", "Select", "load_class", "load_object", "resolve", "to_tree", "widen"]
 
 C = TypeVar("C", bound="Config")
 
@@ -87,6 +87,12 @@ def load_class(path: str, where: str) -> Any:
     if not isinstance(found, type):
         raise ConfigError(where, f"{path} is not a class", "name a class as module:Class")
     return found
+
+
+def widen(kind: type[C], settings: Config, **fields: Any) -> C:
+    """Return `settings` as `kind`, which has the same fields and more, given in `fields`."""
+    known = {f.name for f in msgspec.structs.fields(kind)}
+    return kind(**{**{k: v for k, v in msgspec.structs.asdict(settings).items() if k in known}, **fields})
 
 
 def to_tree(settings: Config) -> dict[str, Any]:

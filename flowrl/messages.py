@@ -148,9 +148,9 @@ class Samples(Referenced):
 
 
 class Credit(Message):
-    """Tokens that flow back: `count` more groups may be admitted."""
+    """The right to admit one more group for each entry; `groups` are the learned groups it comes back from."""
 
-    count: int = 1
+    groups: list[int] = []
 
 
 class Canary(msgspec.Struct, frozen=True, kw_only=True):

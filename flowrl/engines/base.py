@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 import msgspec
 
 from flowrl.config import Config, Meta, Select, load_class
+from flowrl.graph.stage import Ranks, StageConfig
 from flowrl.messages import Buffer, Sample, Weights
 
 if TYPE_CHECKING:
@@ -22,6 +23,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from flowrl.messages import FloatArray
+
+__all__ = [
+    "GenerationConfig",
+    "GenerationEngine",
+    "Ranks",
+    "Sampling",
+    "Schedule",
+    "Serving",
+    "TokenGroup",
+    "Training",
+    "TrainingConfig",
+    "TrainingEngine",
+    "UpdateReport",
+    "open_engine",
+]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -36,12 +52,11 @@ class Sampling(Config):
     stop_token_ids: list[int] = []  # besides the tokenizer's end-of-sequence token
 
 
-class GenerationConfig(Config):
-    """What a generation engine needs to open."""
+class Serving(StageConfig):
+    """Settings of a node that samples with a generation engine."""
 
-    model: str  # local directory in Hugging Face format
+    engine_options: dict[str, Any] = {}  # further arguments of the engine's constructor
     dtype: Dtype = "auto"  # auto: bfloat16 where the processor has it, else float32
-    sampling: Sampling = Sampling()
     max_model_len: Annotated[int, Meta(ge=8)] = 512  # prompt plus response, tokens
     max_running: Annotated[int, Meta(ge=1)] = 64  # samples decoded together
     kv_cache_bytes: Annotated[int, Meta(ge=1 << 20)] = 512 << 20
@@ -51,6 +66,13 @@ class GenerationConfig(Config):
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.85
     trust_remote_code: bool = False
     threads: Annotated[int, Meta(ge=1)] = 1  # CPU threads for its kernels
+    transfer_timeout_s: Annotated[float, Meta(gt=0)] = 120.0  # for one weight update
+
+
+class GenerationConfig(Serving):
+    """What a generation engine needs to open: the node's settings and the model."""
+
+    model: str  # local directory in Hugging Face format
 
 
 class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,11 +129,10 @@ class Schedule(Config):
     final_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.1
 
 
-class TrainingConfig(Config):
-    """What a training engine needs to open."""
+class Training(StageConfig):
+    """Settings of a node that trains with a training engine."""
 
-    model: str  # local directory in Hugging Face format
-    head: Literal["policy", "value"] = "policy"  # log-probs of tokens, or one value per token
+    engine_options: dict[str, Any] = {}  # further arguments of the engine's constructor
     lr: Annotated[float, Meta(ge=0)] = 1e-6
     schedule: Schedule = Schedule()
     betas: tuple[float, float] = (0.9, 0.95)
@@ -120,22 +141,20 @@ class TrainingConfig(Config):
     dtype: Dtype = "auto"
     zero_stage: Annotated[int, Meta(ge=0, le=3)] = 2
     micro_batch_tokens: Annotated[int, Meta(ge=1)] = 2048  # tokens in one forward and backward
-    temperature: Annotated[float, Meta(gt=0)] = 1.0  # logits are divided by it, as in sampling
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
     threads: Annotated[int, Meta(ge=1)] = 1
     transport: Literal["auto", "shm", "broadcast"] = "auto"  # auto: shared memory on CPUs, NCCL broadcast on GPUs
-    transfer_timeout_s: Annotated[float, Meta(gt=0)] = 120.0
+    transfer_timeout_s: Annotated[float, Meta(gt=0)] = 120.0  # for one weight transfer
+
+
+class TrainingConfig(Training):
+    """What a training engine needs to open: the node's settings, the model and what to read off it."""
+
+    model: str  # local directory in Hugging Face format
+    head: Literal["policy", "value"] = "policy"  # log-probs of tokens, or one value per token
+    temperature: Annotated[float, Meta(gt=0)] = 1.0  # logits are divided by it, as in sampling
     seed: int = 0
-
-
-class Ranks(msgspec.Struct, frozen=True, kw_only=True):
-    """This process's place among the ranks that march together."""
-
-    rank: int = 0
-    world_size: int = 1
-    address: str = "127.0.0.1"  # of rank 0's rendezvous store
-    port: int = 0  # 0 only where world_size is 1: a free one is taken
 
 
 class TokenGroup(msgspec.Struct, frozen=True, kw_only=True):
@@ -206,6 +225,6 @@ class TrainingEngine(Protocol):
         ...
 
 
-def open_engine(path: str, where: str, **arguments: Any) -> Any:
+def open_engine(path: str, *, where: str, **arguments: Any) -> Any:
     """Import the engine class `module:Class` and construct it; nothing is loaded before its `open`."""
-    return load_class(path, where)(**arguments)
+    return load_class(path, where)(where=where, **arguments)

@@ -1,0 +1,241 @@
+"""Load Hugging Face models and read per-token numbers off them.
+
+`load_model` returns the model for a head: "policy" (causal language model), "value" or "reward" (sequence
+classification with one label, used as one linear head on every position; read before a token it is V(s_t), read
+after it a reward). `TokenReader` runs the body once on a packed batch and applies the head only where a response
+token is read, so logits of prompts are never computed. Invariants: safetensors only, no remote code unless asked, no
+dropout (log-probs of a sample must be those of the network that sampled it), heads and log-softmax in float32, and
+never more than `max_logits` logits held at once.
+
+Called by the training engines. Shapes: R rows, L row length, H hidden size, V vocabulary, N response tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flowrl.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from flowrl.engines.base import Dtype, TrainingConfig
+    from flowrl.engines.packing import Layout, PackedBatch, Reads
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+MAX_LOGITS = 1 << 26  # float32 logits held at once: 256 MiB, and about three times that with their gradient
+
+
+def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """Return the torch dtype; "auto" is bfloat16 where the processor computes in it, else float32."""
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    has_bf16 = torch.cpu.is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def reads_of(config: TrainingConfig) -> Reads:
+    """Return whether the head is read before or after each response token."""
+    return "after" if config.head == "reward" else "before"
+
+
+def load_model(config: TrainingConfig, *, where: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Load the model of a head from a local directory.
+
+    A value or reward model from a sequence-classification checkpoint keeps its head; from a language model it starts
+    with a head of zeros, so that its first values are 0.
+
+    Raises:
+        ModelError: no such directory, no tokenizer in it, or transformers cannot load it for this head.
+    """
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    directory = Path(config.model)
+    _check_directory(directory, where)
+    common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "local_files_only": True}
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # a new score head is not news here
+    try:
+        settings = AutoConfig.from_pretrained(directory, **common)
+        loading = {**common, "dtype": dtype, "use_safetensors": True}
+        if config.head == "policy":
+            model = AutoModelForCausalLM.from_pretrained(directory, **loading)
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, **loading)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        remedy = "give a directory in Hugging Face format with safetensors"
+        raise ModelError(where, f"{directory} cannot be loaded as a {config.head} model ({error})", remedy) from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    if config.head != "policy":
+        _prepare_score(model, where, keep=_is_classifier(settings))
+    _silence_dropout(model)
+    return model.to(device)
+
+
+def _check_directory(directory: Path, where: str) -> None:
+    if not (directory / "config.json").is_file():
+        raise ModelError(where, f"{directory} has no config.json", "give a local directory in Hugging Face format")
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES[:4]):
+        raise ModelError(where, f"{directory} has no tokenizer", "save the tokenizer beside the model")
+
+
+def _is_classifier(settings: Any) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in getattr(settings, "architectures", None) or [])
+
+
+class _FloatLinear(nn.Linear):
+    """A linear layer computed in float32 whatever its weights are stored in."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(input.float(), self.weight.float(), bias)
+
+
+def _prepare_score(model: PreTrainedModel, where: str, *, keep: bool) -> None:
+    score = getattr(model, "score", None)
+    if not isinstance(score, nn.Linear):
+        raise ModelError(where, f"{type(model).__name__} has no linear `score` head", "choose another architecture")
+    if not keep:
+        with _gathered([*score.parameters()]), torch.no_grad():
+            for parameter in score.parameters():
+                parameter.zero_()
+    score.__class__ = _FloatLinear
+
+
+def _gathered(parameters: list[nn.Parameter]) -> Any:
+    """Return a context in which ZeRO-3 shards are whole; for other parameters it does nothing."""
+    from contextlib import nullcontext
+
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def _silence_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files, whichever of them there are."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def choose_layout(model: PreTrainedModel, longest: int) -> Layout:
+    """Return "shared" where every layer obeys a 4D attention mask and explicit positions up to `longest` tokens."""
+    settings = model.config.get_text_config()
+    obeys_mask = settings._attn_implementation in ("sdpa", "eager") and not getattr(settings, "alibi", False)
+    kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
+    is_attention = not model._is_stateful and kinds <= {"full_attention", "sliding_attention"}
+    window = getattr(settings, "sliding_window", None) or longest
+    takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+    return "shared" if obeys_mask and is_attention and takes_positions and longest <= window else "padded"
+
+
+class Reading(NamedTuple):
+    """What was read at each of the N response tokens; float32."""
+
+    values_N: Tensor  # log-probs, or values
+    entropy_N: Tensor | None
+
+
+class TokenReader(nn.Module):
+    """A model with its head, read at the response tokens of packed batches."""
+
+    def __init__(self, model: PreTrainedModel, *, head: str, temperature: float) -> None:
+        super().__init__()
+        self.model = model
+        self.is_policy = head == "policy"
+        self.temperature = temperature
+        self.max_logits = MAX_LOGITS
+        parameters = inspect.signature(model.base_model.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+
+    def num_chunks(self, num_tokens: int) -> int:
+        """Return into how many parts the head must be applied to keep within `max_logits`."""
+        return -(-num_tokens * int(self.model.config.get_text_config().vocab_size) // self.max_logits)
+
+    def forward(
+        self, batch: PackedBatch, *, needs_entropy: bool = False, num_chunks: int = 1, temperature: float | None = None
+    ) -> Reading:
+        """Read one micro-batch; `num_chunks` must be the same on every rank, because ZeRO-3 gathers per call."""
+        extra = {"position_ids": batch.position_ids_RL} if self._takes_positions else {}
+        output = self.model.base_model(
+            input_ids=batch.input_ids_RL, attention_mask=batch.attention(self.model.dtype), use_cache=False, **extra
+        )
+        states_NH = output.last_hidden_state.flatten(0, 1).index_select(0, batch.read_N)
+        if not self.is_policy:
+            return Reading(self.model.score(states_NH).squeeze(-1), None)
+        scale = self.temperature if temperature is None else temperature
+        parts = [
+            self._log_probs(states, targets, scale, needs_entropy, is_one=num_chunks == 1)
+            for states, targets in zip(
+                states_NH.tensor_split(num_chunks), batch.target_N.tensor_split(num_chunks), strict=True
+            )
+        ]
+        entropy_N = torch.cat([entropy for _, entropy in parts if entropy is not None]) if needs_entropy else None
+        return Reading(torch.cat([logprobs for logprobs, _ in parts]), entropy_N)
+
+    def _log_probs(
+        self, states_NH: Tensor, targets_N: Tensor, temperature: float, needs_entropy: bool, *, is_one: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        arguments = (states_NH, targets_N, temperature, needs_entropy)
+        if is_one or not torch.is_grad_enabled():
+            return self._head(*arguments)
+        return checkpoint(self._head, *arguments, use_reentrant=False)  # logits are computed again in backward
+
+    def _head(
+        self, states_NH: Tensor, targets_N: Tensor, temperature: float, needs_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        logits_NV = self._logits(states_NH)
+        if temperature != 1.0:
+            logits_NV = logits_NV / temperature
+        normaliser_N = logits_NV.logsumexp(-1)
+        logprobs_N = logits_NV.gather(-1, targets_N[:, None]).squeeze(-1) - normaliser_N
+        if not needs_entropy:
+            return logprobs_N, None
+        probs_NV = (logits_NV - normaliser_N[:, None]).exp()
+        return logprobs_N, normaliser_N - (probs_NV * logits_NV).sum(-1)
+
+    def _logits(self, states_NH: Tensor) -> Tensor:
+        """Return the language head's float32 logits with the scaling that some families add."""
+        settings = self.model.config.get_text_config()
+        logits_NV = self.model.get_output_embeddings()(states_NH).float()
+        if (divisor := getattr(settings, "logits_scaling", None)) is not None:  # Granite
+            logits_NV = logits_NV / divisor
+        for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon H1
+            if (factor := getattr(settings, name, None)) is not None:
+                logits_NV = logits_NV * factor
+        if (cap := getattr(settings, "final_logit_softcapping", None)) is not None:  # Gemma 2
+            logits_NV = torch.tanh(logits_NV / cap) * cap
+        return logits_NV

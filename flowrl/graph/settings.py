@@ -1,0 +1,22 @@
+"""Settings that every graph has, whatever its topology: the run's seed, name, limits and trackers.
+
+A graph file's `Settings` extends `RunSettings`; the runtimes and the CLI read only these fields of it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from flowrl.config import Config, Meta
+from flowrl.telemetry.trackers import WandbConfig
+
+
+class RunSettings(Config):
+    """What a run needs to know besides its graph."""
+
+    seed: int = 0  # data order, sampling and initialisation follow from it
+    runtime: Literal["ray", "local"] = "ray"  # processes as Ray actors, or tasks of one process
+    stall_timeout_s: Annotated[float, Meta(gt=0)] = 1800.0  # nothing moves on any edge for so long: stop and say why
+    start_timeout_s: Annotated[float, Meta(gt=0)] = 600.0  # all replicas must have started by then
+    wandb: WandbConfig = WandbConfig()
+    tensorboard: bool = False

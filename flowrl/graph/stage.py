@@ -1,0 +1,166 @@
+"""Stages: one role's code with its declared ports, and what a runtime hands to it.
+
+A stage is a light value while a graph is built: it keeps its constructor's arguments and creates its ports, nothing
+else. A runtime rebuilds it in each replica (`specification` and `from_specification` carry it there without pickle),
+binds its ports and calls `run`. Subclasses declare `name: In[M]` / `name: Out[M]` as annotations, list in `optional`
+the ports that may stay unconnected, and load heavy libraries only inside `run`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, get_type_hints
+
+import msgspec
+
+from flowrl.config import Config, Meta, load_class
+from flowrl.graph.ports import In, Out, Port
+
+if TYPE_CHECKING:
+    import asyncio
+    from pathlib import Path
+
+    from flowrl.telemetry.causes import CauseClock
+    from flowrl.telemetry.events import Recorder
+
+T = TypeVar("T")
+Say = Callable[[str], None]
+
+
+class StageConfig(Config):
+    """Placement, common to every node's settings."""
+
+    replicas: Annotated[int, Meta(ge=1)] = 1  # copies that compete for the node's queues
+    ranks: Annotated[int, Meta(ge=1)] = 1  # processes that march together as one replica
+    cpus: Annotated[float, Meta(ge=0)] = 0.0  # cores reserved for each rank; below 1 it only sits beside others
+    gpus: Annotated[float, Meta(ge=0)] = 0.0  # GPUs reserved for each rank
+    share: str = ""  # another node, on whose devices this one sits
+
+
+class Ranks(msgspec.Struct, frozen=True, kw_only=True):
+    """A process's place among the ranks that march together."""
+
+    rank: int = 0
+    world_size: int = 1
+    address: str = "127.0.0.1"  # of rank 0's rendezvous store
+    port: int = 0  # 0 only where world_size is 1
+
+
+class Compute(Protocol):
+    """Run blocking code in this replica's worker thread, charged as computing."""
+
+    async def __call__(self, function: Callable[..., T], *arguments: Any) -> T: ...
+
+
+class Context:
+    """What one replica is told by its runtime."""
+
+    def __init__(
+        self,
+        *,
+        node: str,
+        replica: int,
+        ranks: Ranks,
+        run_dir: Path,
+        clock: CauseClock,
+        recorder: Recorder,
+        stopping: asyncio.Event,
+        compute: Compute,
+        background: Compute,
+        num_readers: int = 1,
+        resume_from: Path | None = None,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.node = node
+        self.replica = replica
+        self.ranks = ranks
+        self.run_dir = run_dir
+        self.clock = clock
+        self.recorder = recorder
+        self.stopping = stopping  # set when the user asks for a controlled stop
+        self.compute = compute
+        self.background = background  # like compute, but beside it and not charged: for what merely waits
+        self.num_readers = num_readers  # replicas that read this node's Latest edges
+        self.resume_from = resume_from  # checkpoint directory to continue from
+        self.now = now
+        self.done = 0  # groups finished, for the live view
+        self.running = 0
+        self.version = -1
+
+    @property
+    def where(self) -> str:
+        """Return node and replica as errors name them."""
+        return f"{self.node}.{self.replica}"
+
+
+class Stage:
+    """One role's code with its declared ports."""
+
+    config: StageConfig
+    optional: ClassVar[frozenset[str]] = frozenset()  # ports that may stay unconnected
+    _arguments: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Stage:
+        stage = super().__new__(cls)
+        bound = inspect.signature(cls.__init__).bind(stage, *args, **kwargs)
+        bound.apply_defaults()
+        stage._arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
+        for name, (direction, message) in port_types(cls).items():
+            setattr(stage, name, direction(stage, name, message, is_optional=name in cls.optional))
+        return stage
+
+    @property
+    def ports(self) -> dict[str, Port]:
+        """Return the declared ports by name."""
+        return {name: getattr(self, name) for name in port_types(type(self))}
+
+    def check(self, say: Say) -> None:
+        """Raise a UserError if what this stage needs (model, data, function) is not there; starts nothing."""
+
+    async def run(self, context: Context) -> None:
+        """Do the stage's work until its input is closed or, for the graph's last node, until it is finished."""
+        raise NotImplementedError
+
+    async def follow(self, context: Context) -> None:
+        """Serve as a rank other than 0; a stage that allows several ranks overrides it."""
+        raise NotImplementedError
+
+
+def port_types(stage: type[Stage]) -> dict[str, tuple[type[In[Any]] | type[Out[Any]], Any]]:
+    """Return name -> (In or Out, message type) from a stage class's annotations."""
+    found: dict[str, tuple[type[In[Any]] | type[Out[Any]], Any]] = {}
+    for kind in reversed(stage.__mro__):
+        own = inspect.get_annotations(kind)
+        named = {k: v for k, v in own.items() if isinstance(v, str) and v.startswith(("In[", "Out["))}
+        if named:
+            scope = {**vars(sys.modules[kind.__module__]), "In": In, "Out": Out}
+            for name, text in named.items():
+                annotation = eval(text, scope)
+                found[name] = (annotation.__origin__, annotation.__args__[0])
+    return found
+
+
+class Specification(msgspec.Struct, frozen=True, kw_only=True):
+    """A stage as plain data: its class and its constructor's arguments."""
+
+    stage: str  # "module:Class"
+    arguments: dict[str, Any]
+
+
+def specification(stage: Stage) -> Specification:
+    """Return what rebuilds the stage in another process."""
+    kind = type(stage)
+    return Specification(
+        stage=f"{kind.__module__}:{kind.__qualname__}",
+        arguments={name: msgspec.to_builtins(value) for name, value in stage._arguments.items()},
+    )
+
+
+def from_specification(spec: Specification, where: str) -> Stage:
+    """Rebuild a stage from its specification."""
+    kind = load_class(spec.stage, where)
+    hints = get_type_hints(kind.__init__, localns={"Config": kind.Config})
+    return kind(**{name: msgspec.convert(value, hints[name]) for name, value in spec.arguments.items()})

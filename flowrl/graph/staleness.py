@@ -1,0 +1,29 @@
+"""The arithmetic of staleness: how many credits keep which bound.
+
+With `initial` credits, `per_version` groups learned per version and a window of W groups, a group is admitted only
+while fewer than `initial` are out, so at most initial - 1 older groups and, through the window, W - 1 younger ones
+are learned between its admission and itself. Staleness is therefore at most (initial + W - 2) // per_version
+policy versions. `Graph.check` refuses what exceeds the bound; the virtual-clock tests try to break it.
+"""
+
+from __future__ import annotations
+
+
+def staleness_bound(initial: int, per_version: int, window: int) -> int:
+    """Return the greatest staleness, in policy versions, that these credits allow.
+
+    >>> staleness_bound(initial=300, per_version=64, window=1)
+    4
+    >>> staleness_bound(initial=64, per_version=64, window=1)
+    0
+    """
+    return (initial + window - 2) // per_version
+
+
+def most_credits(max_staleness: int, per_version: int, window: int) -> int:
+    """Return the most credits that keep staleness within `max_staleness` policy versions.
+
+    >>> most_credits(max_staleness=2, per_version=64, window=1)
+    192
+    """
+    return (max_staleness + 1) * per_version + 1 - window

@@ -1,0 +1,121 @@
+"""Bind a stage's ports to a flow, whether it is in this process or behind a Ray actor.
+
+Each end translates between messages and (key, bytes), names its replica to the flow, and charges every wait to the
+replica's clock: waiting for a message is waiting for input; waiting for room, or for a credit to admit a group, is
+waiting for room. Registers are read in the background and charged by the stages that know what the wait means.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from flowrl.graph.ports import In, Out
+from flowrl.messages import Credit, Message, decode, encode
+from flowrl.telemetry.causes import Cause, CauseClock
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from flowrl.graph.stage import Stage
+
+
+class FlowClient(Protocol):
+    """What a replica may ask of the flow; `runtime.flow.Flow` says what each call does."""
+
+    async def put(self, address: str, sender: str, key: int, body: bytes) -> None: ...
+    async def get(self, address: str, consumer: str, limit: int) -> list[bytes]: ...
+    async def done(self, address: str, keys: list[int], learned_in: int | None) -> None: ...
+    async def reject(self, address: str, key: int, kind: str, reason: str) -> None: ...
+    async def publish(self, address: str, version: int, body: bytes) -> None: ...
+    async def read(self, address: str, newer_than: int) -> tuple[int, bytes]: ...
+    async def confirm(self, address: str, reader: str, version: int) -> None: ...
+    async def acquire(self, address: str, taker: str) -> None: ...
+    async def give_back(self, address: str, body: bytes) -> None: ...
+
+
+class End:
+    """One end of an edge, as one replica sees it."""
+
+    def __init__(self, flow: FlowClient, address: str, replica: str, clock: CauseClock) -> None:
+        self.flow = flow
+        self.address = address
+        self.replica = replica
+        self.clock = clock
+
+
+class QueueSend(End):
+    async def put(self, message: Any) -> None:
+        body = encode(message)
+        with self.clock.charge(Cause.WAIT_ROOM):
+            await self.flow.put(self.address, self.replica, message.group_id, body)
+
+
+class QueueReceive(End):
+    async def get(self, limit: int) -> list[Message]:
+        with self.clock.charge(Cause.WAIT_INPUT):
+            bodies = await self.flow.get(self.address, self.replica, limit)
+        return [decode(body) for body in bodies]
+
+    async def done(self, messages: Sequence[Any], learned_in: int | None) -> None:
+        await self.flow.done(self.address, [message.group_id for message in messages], learned_in)
+
+    async def reject(self, message: Any, kind: str, reason: str) -> None:
+        await self.flow.reject(self.address, message.group_id, kind, reason)
+
+
+class RegisterSend(End):
+    async def put(self, message: Any) -> None:
+        await self.flow.publish(self.address, message.version, encode(message))
+
+
+class RegisterReceive(End):
+    """Reads a register; `done` acknowledges the version to the writer."""
+
+    newest = -1
+
+    async def get(self, limit: int) -> list[Message]:
+        self.newest, body = await self.flow.read(self.address, self.newest)
+        return [decode(body)]
+
+    async def done(self, messages: Sequence[Any], learned_in: int | None) -> None:
+        for message in messages:
+            await self.flow.confirm(self.address, self.replica, message.version)
+
+    async def reject(self, message: Any, kind: str, reason: str) -> None:
+        raise NotImplementedError("a register's value cannot be rejected")
+
+
+class CreditsSend(End):
+    async def put(self, message: Any) -> None:
+        await self.flow.give_back(self.address, encode(message))
+
+
+class CreditsReceive(End):
+    async def get(self, limit: int) -> list[Message]:
+        with self.clock.charge(Cause.WAIT_ROOM):
+            await self.flow.acquire(self.address, self.replica)
+        return [Credit()]
+
+    async def done(self, messages: Sequence[Any], learned_in: int | None) -> None:
+        """Nothing to settle: a credit is tied to its group when the group is put."""
+
+    async def reject(self, message: Any, kind: str, reason: str) -> None:
+        raise NotImplementedError("a credit cannot be rejected; reject the group")
+
+
+SENDS: dict[str, type[Any]] = {"queue": QueueSend, "latest": RegisterSend, "credits": CreditsSend}
+RECEIVES: dict[str, type[Any]] = {"queue": QueueReceive, "latest": RegisterReceive, "credits": CreditsReceive}
+
+
+def bind(
+    stage: Stage, node: str, *, kinds: Mapping[str, str], flow: FlowClient, replica: str, clock: CauseClock
+) -> None:
+    """Give every connected port its end; `kinds` says by address what kind of edge it is on."""
+    for name, port in stage.ports.items():
+        kind = kinds.get(f"{node}.{name}", "")
+        if not kind:
+            continue
+        if isinstance(port, Out):
+            port.end = SENDS[kind](flow, f"{node}.{name}", replica, clock)
+        elif isinstance(port, In):
+            port.end = RECEIVES[kind](flow, f"{node}.{name}", replica, clock)

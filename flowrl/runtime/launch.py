@@ -1,0 +1,174 @@
+"""Launch a run: check everything, prepare its directory, start a runtime, show it, report how it ended.
+
+Order matters: everything the user could have got wrong is found before a directory is written or a process starts.
+Ctrl-C once asks for a controlled stop (the learner finishes its step, saves, and the report says how to go on); twice
+aborts. Called by the CLI; the sinks that show and record a run are put together here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from flowrl.engines.checkpoint import complete_checkpoints, read_progress
+from flowrl.errors import ConfigError, FlowrlError
+from flowrl.graph.program import Program, load_program
+from flowrl.graph.show import edge_table, node_table, staleness_line
+from flowrl.runtime.placement import check_resources
+from flowrl.runtime.rundir import create_run_dir, newest_checkpoint, write_plan
+from flowrl.telemetry.sinks import Sink, open_sinks
+
+if TYPE_CHECKING:
+    from flowrl.graph.settings import RunSettings
+    from flowrl.runtime.local import Outcome
+    from flowrl.telemetry.events import Event
+
+Say = Callable[[str], None]
+
+
+class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What the user asked for."""
+
+    graph: Path
+    config: Path | None = None
+    overrides: list[str] = []
+    name: str | None = None
+    runs_dir: Path = Path("runs")
+    resume: Path | None = None
+    address: str | None = None
+
+
+def describe(program: Program) -> str:
+    """Return the plan of a run as text: nodes, edges, the staleness bound."""
+    graph = program.graph
+    return "\n".join([node_table(graph), "", edge_table(graph), "", staleness_line(graph)])
+
+
+def check_program(program: Program, *, say: Say, address: str | None) -> None:
+    """Check what a run needs besides a sound graph: devices, models, data, functions.
+
+    Raises:
+        UserError: the first thing that is missing or wrong.
+    """
+    if address is None and program.settings.runtime == "ray":
+        check_resources(program.graph)
+    for name, stage in program.graph.nodes.items():
+        if "." in name or not name.isidentifier():
+            raise ConfigError(name, "is not a node name", "use letters, digits and underscores")
+        stage.check(say)
+
+
+def launch(request: RunRequest, *, say: Say) -> int:
+    """Run a graph from request to report; returns the exit code.
+
+    Raises:
+        UserError: something is wrong with the request; nothing was started or written.
+        RunError: the run failed.
+    """
+    resume_from: Path | None = None
+    overrides = list(request.overrides)
+    config = request.config
+    if request.resume is not None:
+        resume_from = newest_checkpoint(request.resume)
+        config = config or request.resume / "settings.yaml"
+        overrides.append(f"prompts.first_group={read_progress(resume_from).next_group}")
+    program = load_program(request.graph, config=config, overrides=overrides)
+    say(f"checking {request.graph}")
+    check_program(program, say=say, address=request.address)
+    if request.resume is None:
+        name = request.name or f"{request.graph.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        run_dir = create_run_dir(request.runs_dir / name).resolve()
+        write_plan(run_dir, program)
+    else:
+        run_dir = request.resume.resolve()
+    say(f"run directory {run_dir}")
+    started_s = time.time()
+    with open_sinks(run_dir, program.settings, title=run_dir.name) as sinks:
+        outcome = _run_on_loop(program, request, run_dir, resume_from, sinks)
+    _report(program, request, run_dir, outcome, sinks, time.time() - started_s, say)
+    return 0
+
+
+def _run_on_loop(
+    program: Program, request: RunRequest, run_dir: Path, resume_from: Path | None, sinks: Any
+) -> Outcome:
+    import uvloop
+
+    async def body() -> Outcome:
+        stopping = asyncio.Event()
+        with _interrupts(stopping, sinks.say):
+            return await _start(program, request, run_dir, resume_from, sinks.consume, stopping)
+
+    try:
+        return uvloop.run(body())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
+async def _start(
+    program: Program,
+    request: RunRequest,
+    run_dir: Path,
+    resume_from: Path | None,
+    consume: Callable[[list[Event]], None],
+    stopping: asyncio.Event,
+) -> Outcome:
+    settings: RunSettings = program.settings
+    first_group = read_progress(resume_from).next_group if resume_from else 0
+    if settings.runtime == "local":
+        from flowrl.runtime.local import LocalOptions, run_local
+
+        local = LocalOptions(
+            run_dir=run_dir,
+            stall_timeout_s=settings.stall_timeout_s,
+            resume_from=resume_from,
+            first_group=first_group,
+            consume=consume,
+            stopping=stopping,
+        )
+        return await run_local(program.graph, local)
+    from flowrl.runtime.ray import RayOptions, run_ray, running_ray
+
+    with running_ray(program.graph, request.address):
+        on_ray = RayOptions(
+            run_dir=run_dir,
+            consume=consume,
+            stopping=stopping,
+            stall_timeout_s=settings.stall_timeout_s,
+            resume_from=resume_from,
+            first_group=first_group,
+        )
+        return await run_ray(program.graph, on_ray)
+
+
+@contextlib.contextmanager
+def _interrupts(stopping: asyncio.Event, say: Say) -> Iterator[None]:
+    """Let the first Ctrl-C ask for a controlled stop and the second cancel the run."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+
+    def interrupt() -> None:
+        if stopping.is_set() and task is not None:
+            task.cancel()
+        else:
+            say("stopping: the learner finishes its step and saves; Ctrl-C again aborts")
+            stopping.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+_ = (FlowrlError, Sink, complete_checkpoints, sys)

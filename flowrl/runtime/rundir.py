@@ -1,0 +1,65 @@
+"""A run's directory: `runs/<name>/` with its settings, plan, metrics, timeline, rollouts, logs and checkpoints.
+
+A new run never writes into a directory that holds another; a resumed one continues in its own.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from flowrl.config import to_tree
+from flowrl.engines.checkpoint import complete_checkpoints
+from flowrl.errors import ConfigError, ResourceError
+from flowrl.graph.plan import plan_of
+
+if TYPE_CHECKING:
+    from flowrl.graph.program import Program
+
+LEAST_FREE_BYTES = 2 << 30  # a checkpoint of a small model with its optimizer state, twice
+
+
+def create_run_dir(directory: Path) -> Path:
+    """Create a run's directory.
+
+    Raises:
+        ConfigError: it exists and is not empty.
+        ResourceError: it cannot be written, or the disk is nearly full.
+    """
+    if directory.exists() and any(directory.iterdir()):
+        raise ConfigError(str(directory), "holds a run already", "choose another --name, or continue it with --resume")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "logs").mkdir(exist_ok=True)
+    except OSError as error:
+        raise ResourceError(str(directory), f"cannot be written ({error.strerror})", "choose another --runs-dir") from error
+    free = shutil.disk_usage(directory).free
+    if free < LEAST_FREE_BYTES:
+        what = f"{free / 2**30:.1f} GiB are free on its disk, {LEAST_FREE_BYTES / 2**30:.0f} GiB are needed"
+        raise ResourceError(str(directory), what, "free some, or choose another --runs-dir")
+    return directory
+
+
+def write_plan(directory: Path, program: Program) -> None:
+    """Write the resolved settings and the graph as plain data."""
+    import yaml
+
+    (directory / "settings.yaml").write_text(yaml.safe_dump(to_tree(program.settings), sort_keys=False))
+    (directory / "graph.json").write_bytes(msgspec.json.format(msgspec.json.encode(plan_of(program.graph))))
+
+
+def newest_checkpoint(directory: Path) -> Path:
+    """Return a run's newest complete checkpoint.
+
+    Raises:
+        ConfigError: the run or a complete checkpoint of it does not exist.
+    """
+    if not directory.is_dir():
+        raise ConfigError(str(directory), "no such run", "name a directory under runs/")
+    found = complete_checkpoints(directory / "checkpoints")
+    if not found:
+        raise ConfigError(str(directory), "has no complete checkpoint", "start it again under another --name")
+    return found[-1]

@@ -1,0 +1,101 @@
+"""Evaluator: scores the policy on the held-out set at the versions the learner names.
+
+Invariant: an evaluation uses one version only, because the learner publishes no newer one before it is acknowledged
+here; the same prompts are drawn with the same seeds each time, so that before and after are paired. The score is the
+task's own reward function, whatever the policy is trained on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Annotated
+
+from flowrl.config import Meta
+from flowrl.data.models import prepare_model
+from flowrl.data.prompts import PromptData, PromptSet, load_prompts, load_tokenizer
+from flowrl.graph.ports import In, Out
+from flowrl.graph.stage import Stage, StageConfig
+from flowrl.messages import Buffer, Checkpoint, Prompt, Rollouts
+from flowrl.rewards.function import RewardFunction
+from flowrl.telemetry.events import Evaluation
+
+if TYPE_CHECKING:
+    from flowrl.graph.stage import Context, Say
+
+SHOWN = 3  # completions kept for the report
+
+
+class Evaluator(Stage):
+    """Sends held-out prompts through the generators and scores what comes back."""
+
+    class Config(StageConfig):
+        """Settings of the evaluation node."""
+
+        samples: Annotated[int, Meta(ge=1)] = 4  # responses to each held-out prompt
+        function: str = "flowrl.rewards.verify:reasoning_gym_score"  # module:function, TRL's signature
+
+    checkpoints: In[Checkpoint]
+    prompts: Out[Prompt]
+    rollouts: In[Rollouts]
+
+    def __init__(self, config: Config, *, model: str, data: PromptData, seed: int) -> None:
+        self.config: Evaluator.Config = config
+        self.model = model
+        self.data = data
+        self.seed = seed
+
+    def check(self, say: Say) -> None:
+        """Import the function."""
+        RewardFunction(self.config.function, where="evaluation.function")
+
+    async def run(self, context: Context) -> None:
+        """Evaluate every version the learner names until the edge closes."""
+        directory = await context.compute(prepare_model, self.model)
+        tokenizer = await context.compute(load_tokenizer, directory)
+        prompts = await context.compute(load_prompts, self.data, tokenizer)
+        function = RewardFunction(self.config.function, where=context.where)
+        num_sent = 0
+        async for checkpoint in self.checkpoints:
+            evaluation = await self._evaluate(context, prompts, function, checkpoint, num_sent)
+            num_sent += len(prompts.heldout)
+            context.recorder.record(evaluation)
+            context.version = checkpoint.version
+            context.done += len(prompts.heldout)
+            await self.checkpoints.done(checkpoint)
+
+    async def _evaluate(
+        self, context: Context, prompts: PromptSet, function: RewardFunction, checkpoint: Checkpoint, first_id: int
+    ) -> Evaluation:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._send(prompts, first_id))
+            scores: dict[int, list[float]] = {}
+            texts: dict[int, dict[str, str]] = {}
+            while len(scores) < len(prompts.heldout):
+                group = await self.rollouts.get()
+                place = group.group_id - first_id
+                scores[place] = await function(group)
+                if place < SHOWN:
+                    texts[place] = {
+                        "prompt": prompts.heldout[place].text,
+                        "completion": group.samples[0].text,
+                        "reward": f"{scores[place][0]:g}",
+                    }
+                await self.rollouts.done(group)
+        return Evaluation(
+            version=checkpoint.version,
+            time_s=context.now(),
+            scores=[scores[place] for place in range(len(prompts.heldout))],
+            completions=[texts[place] for place in sorted(texts)],
+        )
+
+    async def _send(self, prompts: PromptSet, first_id: int) -> None:
+        for place, row in enumerate(prompts.heldout):
+            await self.prompts.put(
+                Prompt(
+                    group_id=first_id + place,
+                    token_ids=Buffer.ints(row.token_ids),
+                    columns=row.columns,
+                    num_samples=self.config.samples,
+                    seed=(self.seed + 1) * 7_919 + place * 4096,
+                )
+            )

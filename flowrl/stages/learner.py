@@ -1,0 +1,230 @@
+"""Learner: trains the policy on samples in prompt order, publishes versions, returns credits.
+
+Invariants: step v learns exactly `groups_per_step` groups while the policy is version v, none staler than
+`max_staleness`, and makes version v + 1; a credit goes back only after every live generator has acknowledged the
+version that its group was learned into (law 2); version v + 1 is on its way to the generators while the next step's
+forward and backward run, and has left before the next optimizer step changes the weights; where an evaluator is
+joined, no version is published while an older one is being evaluated. Its return ends the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+
+from flowrl.config import Meta, Select, widen
+from flowrl.data.models import prepare_model
+from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine
+from flowrl.errors import ConfigError, RunError
+from flowrl.graph.ports import In, Out
+from flowrl.graph.stage import Stage
+from flowrl.messages import Buffer, Checkpoint, Credit, Samples, Weights
+from flowrl.stages.credit import load_algorithm
+from flowrl.engines.checkpoint import CheckpointWriter, read_progress
+from flowrl.stages.step import logprob_gap, step_groups, step_metrics
+from flowrl.stages.training import opened
+from flowrl.telemetry.causes import Cause
+from flowrl.telemetry.events import Notice, Span, Step
+from flowrl.telemetry.rollouts import write_rollouts
+
+if TYPE_CHECKING:
+    from flowrl.algorithms.base import Algorithm
+    from flowrl.graph.stage import Context, Say
+
+CANARY_TOKENS = 32  # long enough that one stale layer shows in the mean, short enough to cost nothing
+
+
+class Learner(Stage):
+    """Trains the policy with an algorithm's loss on a training engine."""
+
+    class Config(Training):
+        """Settings of the learner node."""
+
+        engine: str = "flowrl.engines.deepspeed:DeepSpeedEngine"
+        epochs: Annotated[int, Meta(ge=1)] = 1  # passes over a step's groups
+        minibatches: Annotated[int, Meta(ge=1)] = 1  # optimizer steps in one pass; must divide groups_per_step
+        freeze_steps: Annotated[int, Meta(ge=0)] = 0  # first steps in which only the critic learns
+        save_every: Annotated[int, Meta(ge=0)] = 0  # versions between checkpoints; 0: only at the end
+        keep_checkpoints: Annotated[int, Meta(ge=1)] = 2
+        evaluate_every: Annotated[int, Meta(ge=0)] = 0  # versions between evaluations; 0: before and after
+        save_rollouts: bool = True  # write every learned group to Parquet
+        min_ess: Annotated[float, Meta(ge=0, le=1)] = 0.3  # warn when the effective sample size falls below
+
+    optional = frozenset({"checkpoints"})
+    samples: In[Samples]
+    weights: Out[Weights]
+    released: Out[Credit]
+    checkpoints: Out[Checkpoint]
+
+    def __init__(self, config: Config, *, model: str, algorithm: Select, steps: int, groups_per_step: int,
+                 group_size: int, max_staleness: int, temperature: float, has_critic: bool) -> None:  # fmt: skip
+        self.config: Learner.Config = config
+        self.model = model
+        self.algorithm = algorithm
+        self.steps = steps
+        self.groups_per_step = groups_per_step
+        self.group_size = group_size
+        self.max_staleness = max_staleness
+        self.temperature = temperature
+        self.has_critic = has_critic
+
+    def check(self, say: Say) -> None:
+        """Prepare the model, load the algorithm, hold the step's division against its size."""
+        if self.groups_per_step % self.config.minibatches:
+            what = f"{self.config.minibatches} minibatches do not divide {self.groups_per_step} groups_per_step"
+            raise ConfigError("learner.minibatches", what, "choose a divisor")
+        prepare_model(self.model, say=say)
+        load_algorithm(self.algorithm, group_size=self.group_size, has_critic=self.has_critic)
+
+    def _settings(self) -> TrainingConfig:
+        model = str(prepare_model(self.model))
+        return widen(TrainingConfig, self.config, model=model, temperature=self.temperature)
+
+    @property
+    def _num_optimizer_steps(self) -> int:
+        return self.steps * self.config.epochs * self.config.minibatches
+
+    async def follow(self, context: Context) -> None:
+        """Serve as a rank other than 0."""
+        async with opened(context, self.config.engine, self._settings, self._num_optimizer_steps) as engine:
+            await context.compute(engine.follow)
+
+    async def run(self, context: Context) -> None:
+        """Train until the last version is published, acknowledged and saved, or the user asks to stop."""
+        algorithm = load_algorithm(self.algorithm, group_size=self.group_size, has_critic=self.has_critic)
+        async with opened(context, self.config.engine, self._settings, self._num_optimizer_steps) as engine:
+            context.version = 0
+            if context.resume_from is not None:
+                await context.compute(engine.load_state, context.resume_from / "state")
+                context.version = read_progress(context.resume_from).version
+            saver = CheckpointWriter(context.run_dir / "checkpoints", keep=self.config.keep_checkpoints)
+            async with asyncio.TaskGroup() as tasks:
+                push = await self._publish(context, engine, [], tasks)
+                while context.version < self.steps:
+                    batch = await self._next_batch(context)
+                    if batch is None:
+                        break
+                    push = await self._step(context, engine, algorithm, batch, push, tasks)
+                    if self.config.save_every and context.version % self.config.save_every == 0:
+                        await context.compute(saver.save, engine, context.version, self._next_group(batch))
+                await push
+            await self._finish(context, engine, saver)
+
+    _last_group = -1  # the newest group learned so far
+
+    def _next_group(self, batch: list[Samples]) -> int:
+        self._last_group = max(self._last_group, *(group.group_id for group in batch))
+        return self._last_group + 1
+
+    async def _next_batch(self, context: Context) -> list[Samples] | None:
+        """Wait for a full step of groups, or return None when the user asks to stop first."""
+        taking = asyncio.ensure_future(self.samples.take(self.groups_per_step))
+        stopping = asyncio.ensure_future(context.stopping.wait())
+        try:
+            await asyncio.wait([taking, stopping], return_when=asyncio.FIRST_COMPLETED)
+            return taking.result() if taking.done() else None
+        finally:
+            stopping.cancel()
+            if not taking.done():
+                taking.cancel()
+                await asyncio.gather(taking, return_exceptions=True)
+
+    async def _step(self, context: Context, engine: TrainingEngine, algorithm: Algorithm, batch: list[Samples],
+                    push: asyncio.Task[None], tasks: asyncio.TaskGroup) -> asyncio.Task[None]:  # fmt: skip
+        start_s, version = context.now(), context.version
+        staleness = [version - group.oldest_version for group in batch]
+        if max(staleness) > self.max_staleness:
+            worst = max(zip(staleness, batch, strict=True), key=lambda pair: pair[0])
+            what = f"group {worst[1].group_id} is {worst[0]} versions old, more than max_staleness={self.max_staleness}"
+            raise RunError(context.where, what, "this is a defect of the flow: please report the run directory")
+        metrics: dict[str, float] = {}
+        if version == 0:
+            metrics |= await context.compute(logprob_gap, engine, batch)
+        groups = await context.compute(step_groups, algorithm, batch)
+        metrics |= await self._train(context, engine, groups, push)
+        context.version += 1
+        context.done += len(batch)
+        await self.samples.done(*batch, learned_in=version)
+        self._next_group(batch)
+        context.recorder.record(
+            Span(node=context.node, replica=context.replica, name=f"step {version}", start_s=start_s,
+                 end_s=context.now(), groups=[group.group_id for group in batch])
+        )  # fmt: skip
+        self._record(context, batch, staleness, metrics, context.now() - start_s)
+        push = await self._publish(context, engine, batch, tasks)
+        if self.config.save_rollouts:
+            path = context.run_dir / "rollouts" / f"step-{version:06d}.parquet"
+            await context.compute(write_rollouts, path, batch, version)
+        return push
+
+    async def _train(self, context: Context, engine: TrainingEngine, groups: list[TokenGroup],
+                     push: asyncio.Task[None]) -> dict[str, float]:  # fmt: skip
+        """Run the step's optimizer steps; the weights change only after the last version has left."""
+        if self.config.minibatches * self.config.epochs > 1:
+            proximal = await context.compute(engine.score, groups)
+            groups = [
+                msgspec.structs.replace(group, columns={**group.columns, "proximal": [Buffer.floats(r) for r in rows]})
+                for group, rows in zip(groups, proximal, strict=True)
+            ]
+        metrics: dict[str, float] = {}
+        size = len(groups) // self.config.minibatches
+        for _ in range(self.config.epochs):
+            for first in range(0, len(groups), size):
+                metrics |= await context.compute(engine.accumulate, groups[first : first + size], self.algorithm)
+                if not push.done():
+                    with context.clock.charge(Cause.UPDATE):
+                        await asyncio.wait([push])
+                if context.version >= self.config.freeze_steps:
+                    metrics |= await context.compute(engine.apply)
+        return metrics
+
+    async def _publish(self, context: Context, engine: TrainingEngine, learned: list[Samples],
+                       tasks: asyncio.TaskGroup) -> asyncio.Task[None]:  # fmt: skip
+        """Offer the current weights and bring them to the generators in the background."""
+        start_s = context.now()
+        weights = await context.compute(engine.publish, context.version, _canary())
+        return tasks.create_task(self._push(context, engine, weights, learned, start_s))
+
+    async def _push(self, context: Context, engine: TrainingEngine, weights: Weights, learned: list[Samples],
+                    start_s: float) -> None:  # fmt: skip
+        """Wait for every live generator to serve the version, then return the credits of what it was learned from."""
+        async with asyncio.TaskGroup() as both:
+            both.create_task(self.weights.put(weights))
+            both.create_task(context.background(engine.transfer, weights.version))
+        if learned:
+            await self.released.put(Credit(groups=[group.group_id for group in learned]))
+        context.recorder.record(
+            Span(node=context.node, replica=context.replica, name=f"publish v{weights.version}", start_s=start_s,
+                 end_s=context.now(), args={"bytes": weights.size_bytes})
+        )  # fmt: skip
+        if self.checkpoints.is_connected and self._is_evaluated(weights.version):
+            await self.checkpoints.put(Checkpoint(version=weights.version, is_final=weights.version == self.steps))
+        await context.background(engine.retire, weights.version)
+
+    def _is_evaluated(self, version: int) -> bool:
+        every = self.config.evaluate_every
+        return version in (0, self.steps) or bool(every and version % every == 0)
+
+    async def _finish(self, context: Context, engine: TrainingEngine, saver: CheckpointWriter) -> None:
+        path = await context.compute(saver.save, engine, context.version, self._last_group + 1)
+        text = f"version {context.version} saved in {path}"
+        context.recorder.record(Notice(level="info", where=context.where, text=text, time_s=context.now()))
+
+    def _record(self, context: Context, batch: list[Samples], staleness: list[int], metrics: dict[str, float],
+                step_s: float) -> None:  # fmt: skip
+        figures = {**step_metrics(batch, staleness), **metrics, "step_s": step_s}
+        context.recorder.record(
+            Step(version=context.version, num_steps=self.steps, time_s=context.now(), metrics=figures,
+                 staleness=staleness)
+        )  # fmt: skip
+        if figures.get("ess", 1.0) < self.config.min_ess:
+            text = (f"effective sample size {figures['ess']:.2f} in step {context.version - 1}, below {self.config.min_ess}: "
+                    "generator and learner disagree; lower max_staleness or the learning rate")  # fmt: skip
+            context.recorder.record(Notice(level="warning", where=context.where, text=text, time_s=context.now()))
+
+
+def _canary() -> Buffer:
+    """Return a fixed token sequence that every vocabulary of 64 or more tokens has."""
+    return Buffer.ints([3 + (7 * i) % 61 for i in range(CANARY_TOKENS)])

@@ -1,0 +1,65 @@
+"""Prompts: admits prompt groups, one against each credit, in the order of their group ids.
+
+Invariant: group k of a run is the row at position k of the data set's order, whatever happened before, so a resumed
+run goes on where it stopped. Ends when the edges close; admits nothing more once the user asks to stop.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from flowrl.config import Meta
+from flowrl.data.models import prepare_model
+from flowrl.data.prompts import PromptData, PromptSet, load_prompts, load_tokenizer
+from flowrl.graph.ports import In, Out
+from flowrl.graph.stage import Stage, StageConfig
+from flowrl.messages import Buffer, Credit, Prompt
+
+if TYPE_CHECKING:
+    from flowrl.graph.stage import Context, Say
+
+
+class Prompts(Stage):
+    """Source of training prompts."""
+
+    class Config(StageConfig):
+        """Settings of the prompts node."""
+
+        first_group: Annotated[int, Meta(ge=0)] = 0  # position in the data set's order to begin at
+
+    credits: In[Credit]
+    prompts: Out[Prompt]
+
+    def __init__(self, config: Config, *, model: str, data: PromptData, group_size: int, seed: int) -> None:
+        self.config: Prompts.Config = config
+        self.model = model
+        self.data = data
+        self.group_size = group_size
+        self.seed = seed
+
+    def check(self, say: Say) -> None:
+        """Load the model's tokenizer and the data set."""
+        prepare_model(self.model, say=say)
+        self.load()
+
+    def load(self) -> PromptSet:
+        """Return the data set; group k is its row at position k."""
+        return load_prompts(self.data, load_tokenizer(prepare_model(self.model)))
+
+    async def run(self, context: Context) -> None:
+        """Admit groups until the edges close."""
+        rows = await context.compute(self.load)
+        group_id = self.config.first_group
+        while not context.stopping.is_set():
+            await self.credits.get()
+            row = rows.row_at(group_id)
+            prompt = Prompt(
+                group_id=group_id,
+                token_ids=Buffer.ints(row.token_ids),
+                columns=row.columns,
+                num_samples=self.group_size,
+                seed=(self.seed * 1_000_003 + group_id) * 4096 % (1 << 62),  # apart by more than any group's size
+            )
+            await self.prompts.put(prompt)
+            context.done += 1
+            group_id += 1

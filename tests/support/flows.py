@@ -1,0 +1,177 @@
+"""A small flow on fakes for the virtual clock: real channels, generator and learner, random speeds from a seed.
+
+`random_flow(seed)` draws depths, windows, replicas, speeds and tails; `run(graph)` runs it to its end in milliseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flowrl.algorithms.base import Algorithm
+from flowrl.config import Select
+from flowrl.engines.base import Sampling
+from flowrl.graph.graph import Credits, Graph, Latest, Queue
+from flowrl.graph.ports import In, Out
+from flowrl.graph.stage import Stage, StageConfig
+from flowrl.messages import Buffer, Rollouts, Samples, extend
+from flowrl.runtime.local import LocalOptions, Outcome, run_local
+from flowrl.runtime.virtual_clock import run_virtual
+from flowrl.stages.generator import Generator
+from flowrl.stages.learner import Learner
+from flowrl.stages.prompts import Prompts
+from flowrl.telemetry.events import Event, Step
+
+if TYPE_CHECKING:
+    from flowrl.graph.stage import Context
+
+
+class NullAlgorithm(Algorithm):
+    """Nothing to credit and nothing to minimise: the fake training engine never asks."""
+
+
+@dataclass
+class NumberedRow:
+    token_ids: list[int]
+    columns: dict[str, Any]
+
+
+class NumberedRows:
+    """Prompt k is the number k."""
+
+    def row_at(self, position: int) -> NumberedRow:
+        return NumberedRow(token_ids=[3 + position % 50, 4, 5], columns={"position": position})
+
+
+class NumberedPrompts(Prompts):
+    """The real admission of prompts over numbered ones, without a tokenizer."""
+
+    def __init__(self, config: Prompts.Config, *, group_size: int, seed: int) -> None:
+        self.config = config
+        self.group_size = group_size
+        self.seed = seed
+
+    def load(self) -> Any:
+        return NumberedRows()
+
+
+class Scorer(Stage):
+    """Turns rollouts into samples after a random time; filters or fails some groups by their number."""
+
+    class Config(StageConfig):
+        mean_s: float = 0.01
+        filter_every: int = 0  # every n-th group is filtered; 0: none
+        seed: int = 0
+
+    rollouts: In[Rollouts]
+    samples: Out[Samples]
+
+    def __init__(self, config: Config) -> None:
+        self.config: Scorer.Config = config
+
+    async def run(self, context: Context) -> None:
+        async for group in self.rollouts:
+            draw = random.Random(self.config.seed * 1_000_003 + group.group_id)
+            await asyncio.sleep(draw.expovariate(1 / self.config.mean_s) if self.config.mean_s else 0)
+            if self.config.filter_every and group.group_id % self.config.filter_every == 0:
+                await self.rollouts.reject(group, kind="filtered", reason="every n-th")
+                continue
+            zeros = [Buffer.floats([0.0] * len(sample.token_ids)) for sample in group.samples]
+            samples = extend(Samples, group, scores={"zero": [0.0] * len(zeros)}, ref_logprobs=zeros, advantages=zeros)
+            await self.samples.put(samples)
+
+
+@dataclass(frozen=True)
+class FlowSettings:
+    """One random flow; printing it is enough to run it again."""
+
+    seed: int
+    steps: int
+    groups_per_step: int
+    window: int
+    max_staleness: int
+    generators: int
+    scorers: int
+    depth: int
+    token_s: float
+    sigma: float
+    update_s: float
+    score_s: float
+    train_s: float
+    filter_every: int
+    initial: int
+
+
+def random_settings(seed: int) -> FlowSettings:
+    draw = random.Random(seed)
+    per_version = draw.randint(1, 6)
+    max_staleness = draw.choice([0, 0, 1, 1, 2, 4])
+    most = (max_staleness + 1) * per_version
+    window = draw.randint(1, max(1, min(4, most - per_version + 1)))
+    return FlowSettings(
+        seed=seed,
+        steps=draw.randint(2, 6),
+        groups_per_step=per_version,
+        window=window,
+        max_staleness=max_staleness,
+        generators=draw.randint(1, 3),
+        scorers=draw.randint(1, 3),
+        depth=draw.randint(1, 8),
+        token_s=draw.choice([0.0, 0.001, 0.05]),
+        sigma=draw.choice([0.0, 0.5, 2.0]),
+        update_s=draw.choice([0.0, 0.05, 5.0]),
+        score_s=draw.choice([0.0, 0.01, 1.0]),
+        train_s=draw.choice([0.0, 0.02, 1.0]),
+        filter_every=draw.choice([0, 0, 2, 5]),
+        initial=draw.randint(per_version, max(per_version, most + 1 - window)),
+    )
+
+
+def flow(s: FlowSettings) -> Graph:
+    times = {"token_s": s.token_s, "sigma": s.sigma, "update_s": s.update_s, "train_s": s.train_s}
+    prompts = NumberedPrompts(Prompts.Config(), group_size=2, seed=s.seed)
+    generator = Generator(
+        Generator.Config(replicas=s.generators, max_groups=2, engine="flowrl.engines.fake:FakeGeneration",
+                         engine_options={"times": times}),
+        model="fake", sampling=Sampling(max_tokens=8), heldout_sampling=Sampling(max_tokens=8),
+    )  # fmt: skip
+    scorer = Scorer(
+        Scorer.Config(replicas=s.scorers, mean_s=s.score_s, filter_every=s.filter_every, seed=s.seed)
+    )
+    learner = Learner(
+        Learner.Config(engine="flowrl.engines.fake:FakeTraining", engine_options={"times": times}, save_rollouts=False),
+        model="fake", algorithm=Select(use="tests.support.flows:NullAlgorithm"), steps=s.steps,
+        groups_per_step=s.groups_per_step, group_size=2, max_staleness=s.max_staleness, temperature=1.0,
+        has_critic=False,
+    )  # fmt: skip
+    return Graph(
+        nodes={"prompts": prompts, "generator": generator, "scorer": scorer, "learner": learner},
+        edges=[
+            Queue(prompts.prompts, generator.prompts, depth=s.depth),
+            Queue(generator.rollouts, scorer.rollouts, depth=s.depth),
+            Queue(scorer.samples, learner.samples, depth=s.initial, window=s.window, max_staleness=s.max_staleness),
+            Latest(learner.weights, generator.weights),
+            Credits(learner.released, prompts.credits, initial=s.initial, per_version=s.groups_per_step),
+        ],
+        until=learner,
+    )
+
+
+@dataclass(frozen=True)
+class Ran:
+    outcome: Outcome
+    steps: list[Step]
+
+
+def run(graph: Graph, run_dir: Any, **options: Any) -> Ran:
+    """Run a flow on the virtual clock; raises what the run raises."""
+    events: list[Event] = []
+    settings = LocalOptions(
+        run_dir=run_dir, is_virtual=True, consume=events.extend, status_interval_s=50.0, stall_timeout_s=10_000.0,
+        **options,
+    )  # fmt: skip
+    outcome = run_virtual(run_local(graph, settings))
+    return Ran(outcome=outcome, steps=[event for event in events if isinstance(event, Step)])
+
