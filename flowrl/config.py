@@ -28,7 +28,7 @@ __all__ = ["Config", "Meta", "Select", "load_class", "load_object", "resolve", "
 C = TypeVar("C", bound="Config")
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True)
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
 class ConfigMeta(msgspec.StructMeta):
     """Make every subclass frozen, keyword-only and strict, which msgspec does not inherit."""
 

@@ -152,7 +152,8 @@ class TrainingConfig(Training):
     """What a training engine needs to open: the node's settings, the model and what to read off it."""
 
     model: str  # local directory in Hugging Face format
-    head: Literal["policy", "value"] = "policy"  # log-probs of tokens, or one value per token
+    # log-probs of tokens; or one value per token, read before it (V of PPO) or after it (reward models)
+    head: Literal["policy", "value", "reward"] = "policy"
     temperature: Annotated[float, Meta(gt=0)] = 1.0  # logits are divided by it, as in sampling
     seed: int = 0
 

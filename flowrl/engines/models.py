@@ -13,9 +13,10 @@ Called by the training engines. Shapes: R rows, L row length, H hidden size, V v
 from __future__ import annotations
 
 import inspect
+import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -69,16 +70,16 @@ def load_model(config: TrainingConfig, *, where: str, dtype: torch.dtype, device
         ModelError: no such directory, no tokenizer in it, or transformers cannot load it for this head.
     """
     import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     directory = Path(config.model)
     _check_directory(directory, where)
-    common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "local_files_only": True}
-    verbosity = transformers.logging.get_verbosity()
+    loading: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "local_files_only": True}
+    loading |= {"dtype": dtype, "use_safetensors": True}
+    verbosity, has_bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()  # a new score head is not news here
+    transformers.logging.disable_progress_bar()
     try:
-        settings = AutoConfig.from_pretrained(directory, **common)
-        loading = {**common, "dtype": dtype, "use_safetensors": True}
         if config.head == "policy":
             model = AutoModelForCausalLM.from_pretrained(directory, **loading)
         else:
@@ -88,8 +89,10 @@ def load_model(config: TrainingConfig, *, where: str, dtype: torch.dtype, device
         raise ModelError(where, f"{directory} cannot be loaded as a {config.head} model ({error})", remedy) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
+        if has_bar:
+            transformers.logging.enable_progress_bar()
     if config.head != "policy":
-        _prepare_score(model, where, keep=_is_classifier(settings))
+        _prepare_score(model, where, keep=is_classifier(directory))
     _silence_dropout(model)
     return model.to(device)
 
@@ -101,8 +104,13 @@ def _check_directory(directory: Path, where: str) -> None:
         raise ModelError(where, f"{directory} has no tokenizer", "save the tokenizer beside the model")
 
 
-def _is_classifier(settings: Any) -> bool:
-    return any(name.endswith("ForSequenceClassification") for name in getattr(settings, "architectures", None) or [])
+def is_classifier(directory: str | Path) -> bool:
+    """Return whether a checkpoint's own architecture is a sequence classifier."""
+    try:
+        settings = json.loads((Path(directory) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return any(name.endswith("ForSequenceClassification") for name in settings.get("architectures") or [])
 
 
 class _FloatLinear(nn.Linear):
@@ -162,13 +170,6 @@ def choose_layout(model: PreTrainedModel, longest: int) -> Layout:
     return "shared" if obeys_mask and is_attention and takes_positions and longest <= window else "padded"
 
 
-class Reading(NamedTuple):
-    """What was read at each of the N response tokens; float32."""
-
-    values_N: Tensor  # log-probs, or values
-    entropy_N: Tensor | None
-
-
 class TokenReader(nn.Module):
     """A model with its head, read at the response tokens of packed batches."""
 
@@ -187,15 +188,18 @@ class TokenReader(nn.Module):
 
     def forward(
         self, batch: PackedBatch, *, needs_entropy: bool = False, num_chunks: int = 1, temperature: float | None = None
-    ) -> Reading:
-        """Read one micro-batch; `num_chunks` must be the same on every rank, because ZeRO-3 gathers per call."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the float32 log-probs or values of the N response tokens, and their entropy where asked.
+
+        `num_chunks` must be the same on every rank, because ZeRO-3 gathers the head at each call.
+        """
         extra = {"position_ids": batch.position_ids_RL} if self._takes_positions else {}
         output = self.model.base_model(
             input_ids=batch.input_ids_RL, attention_mask=batch.attention(self.model.dtype), use_cache=False, **extra
         )
         states_NH = output.last_hidden_state.flatten(0, 1).index_select(0, batch.read_N)
         if not self.is_policy:
-            return Reading(self.model.score(states_NH).squeeze(-1), None)
+            return self.model.score(states_NH).squeeze(-1), None
         scale = self.temperature if temperature is None else temperature
         parts = [
             self._log_probs(states, targets, scale, needs_entropy, is_one=num_chunks == 1)
@@ -204,7 +208,7 @@ class TokenReader(nn.Module):
             )
         ]
         entropy_N = torch.cat([entropy for _, entropy in parts if entropy is not None]) if needs_entropy else None
-        return Reading(torch.cat([logprobs for logprobs, _ in parts]), entropy_N)
+        return torch.cat([logprobs for logprobs, _ in parts]), entropy_N
 
     def _log_probs(
         self, states_NH: Tensor, targets_N: Tensor, temperature: float, needs_entropy: bool, *, is_one: bool

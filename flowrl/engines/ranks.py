@@ -36,7 +36,7 @@ class Line:
         self.rank = ranks.rank
         self.world_size = ranks.world_size
         self._where = where if ranks.world_size == 1 else f"{where} rank {ranks.rank}"
-        self._is_broken = False
+        self.is_broken = False
         self._owns_group = False
         if ranks.world_size > 1 or needs_group:
             _set_environment(ranks)
@@ -70,7 +70,7 @@ class Line:
 
     def send(self, command: bytes) -> None:
         """Give the followers a command."""
-        if self._is_broken:
+        if self.is_broken:
             raise StageError(self._where, "the ranks broke in an earlier call", "restart the node")
         if self.world_size > 1:
             self._broadcast(command)
@@ -139,7 +139,7 @@ class Line:
 
     def _first_failure(self) -> tuple[int, str] | None:
         """Return the rank and words of a failure that another rank has left in the store."""
-        if self._is_broken:
+        if self.is_broken:
             return None
         try:
             for rank in range(self.world_size):
@@ -152,9 +152,9 @@ class Line:
     def _let_go(self, words: str) -> None:
         import torch.distributed as dist
 
-        if self._is_broken:
+        if self.is_broken:
             return
-        self._is_broken = True
+        self.is_broken = True
         try:
             self._store.set(f"failed/{self.rank}", words)
         except RuntimeError:  # the store went down with rank 0, which then needs no telling
@@ -168,7 +168,7 @@ class Line:
         """Leave the others; they must be leaving too."""
         import torch.distributed as dist
 
-        if self._owns_group and not self._is_broken and dist.is_initialized():
+        if self._owns_group and not self.is_broken and dist.is_initialized():
             dist.destroy_process_group()
         self._owns_group = False
 

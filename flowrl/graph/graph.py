@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from flowrl.errors import GraphError
 from flowrl.graph.edges import Credits, Edge, Latest, Queue
-from flowrl.graph.ports import In
+from flowrl.graph.ports import In, Out
 from flowrl.graph.staleness import most_credits, staleness_bound
 
 if TYPE_CHECKING:
@@ -92,14 +92,15 @@ class Graph:
             if not issubclass(given, taken):
                 what = f"carries {given.__name__}, but {self.address(edge.target)} takes {taken.__name__}"
                 raise GraphError(self.name(edge), what, "join ports of the same message or put a stage between them")
-        for node, stage in self.nodes.items():
-            for port in stage.ports.values():
-                address, edges = f"{node}.{port.name}", joined.get(f"{node}.{port.name}", [])
-                if not edges and not port.is_optional:
-                    verb = "fed" if isinstance(port, In) else "read"
-                    raise GraphError(address, f"is {verb} by no edge", f"join it to an edge of {port.message.__name__}")
-                if len(edges) > 1:
-                    raise GraphError(address, f"is on {len(edges)} edges ({'; '.join(edges)})", "keep one of them")
+        ports = [port for stage in self.nodes.values() for port in stage.ports.values()]
+        for port in sorted(ports, key=lambda port: isinstance(port, Out)):  # what is not fed explains what is not read
+            address = self.address(port)
+            edges = joined.get(address, [])
+            if not edges and not port.is_optional:
+                verb = "fed" if isinstance(port, In) else "read"
+                raise GraphError(address, f"is {verb} by no edge", f"join it to an edge of {port.message.__name__}")
+            if len(edges) > 1:
+                raise GraphError(address, f"is on {len(edges)} edges ({'; '.join(edges)})", "keep one of them")
 
     def _check_shares(self) -> None:
         for node, stage in self.nodes.items():

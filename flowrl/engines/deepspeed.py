@@ -1,0 +1,159 @@
+"""Training with DeepSpeed, ZeRO stages 0 to 3, on CPUs (gloo) and GPUs (NCCL).
+
+Invariants: gradient accumulation is ours (`managed_gradient_accumulation` off): every backward only adds, `apply` is
+the one boundary; DeepSpeed's averaging over ranks is undone by scaling each rank's loss with their number, so a step
+on n ranks is the step of one. With ZeRO-3 every rank calls the model equally often. DeepSpeed's own checkpoints are
+`.pt` files written and read by DeepSpeed; read only state that you wrote.
+
+Named in node configs as `engine="flowrl.engines.deepspeed:DeepSpeedEngine"`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+
+from flowrl.engines.trainer import Trainer
+from flowrl.errors import ConfigError, StageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+GATHER_ELEMENTS = 1 << 24  # ZeRO-3 parameters made whole at once: as fast as all together, and bounded
+NEVER = 1 << 62  # steps between DeepSpeed's own progress lines
+
+
+class DeepSpeedEngine(Trainer):
+    """AdamW under ZeRO."""
+
+    backend_of_one = True  # DeepSpeed insists on a process group
+
+    def _load(self) -> PreTrainedModel:
+        _import_deepspeed(on_cpu=self.device.type == "cpu")
+        if self.config.zero_stage == 0 and self.dtype != torch.float32:
+            what = f"zero_stage=0 with {self.dtype} keeps no float32 weights on every device"
+            raise ConfigError(f"{self.where}.zero_stage", what, "take zero_stage 1, 2 or 3, or dtype=float32")
+        if self.config.zero_stage < 3:
+            return super()._load()
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+        sharding = HfDeepSpeedConfig(self._settings())  # from_pretrained shards while this lives
+        try:
+            return super()._load()
+        finally:
+            del sharding
+            unset_hf_deepspeed_config()
+
+    def _opened(self) -> None:
+        if self.config.zero_stage == 3:  # sharded parameters cannot even be scored without DeepSpeed's hooks
+            self._ensure_training()
+
+    def _settings(self) -> dict[str, Any]:
+        on_cpu = self.device.type == "cpu"
+        adam = {
+            "lr": self.config.lr,
+            "betas": list(self.config.betas),
+            "weight_decay": self.config.weight_decay,
+            "torch_adam": on_cpu,  # DeepSpeed's fused CPU Adam is compiled on first use, for minutes
+        }
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": self.config.max_grad_norm if self.config.zero_stage else 0.0,
+            "optimizer": {"type": "AdamW", "params": adam},
+            "bf16": {"enabled": self.dtype == torch.bfloat16},
+            "fp16": {"enabled": self.dtype == torch.float16},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "zero_optimization": {"stage": self.config.zero_stage, "overlap_comm": False},
+            "steps_per_print": NEVER,
+        }
+
+    def _start_training(self) -> None:
+        import deepspeed
+
+        self._engine, *_ = deepspeed.initialize(
+            model=self.reader,
+            model_parameters=[p for p in self.reader.parameters() if p.requires_grad],  # pyright: ignore[reportArgumentType]
+            config=self._settings(),
+            dist_init_required=False,
+        )
+        self._module = self._engine
+        if self.config.zero_stage == 0:  # here DeepSpeed clips but does not tell the norm
+            self._engine.optimizer.register_step_pre_hook(self._clip)
+
+    def _clip(self, *_: Any) -> None:
+        self._norm = torch.nn.utils.clip_grad_norm_(self.reader.parameters(), self.config.max_grad_norm)
+
+    def _backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss * self.line.world_size)  # DeepSpeed takes the mean over ranks, we want the sum
+
+    def _step(self, lr: float) -> float:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        return float(self._norm if self.config.zero_stage == 0 else self._engine.get_global_grad_norm())
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        if self.config.zero_stage < 3:
+            yield from super()._parameters()
+            return
+        import deepspeed
+
+        for bucket in _buckets([*self.model.named_parameters()]):
+            with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
+                yield from ((name, parameter.detach()) for name, parameter in bucket)
+
+    def _write_state(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._engine.save_checkpoint(str(directory), tag="deepspeed", client_state={})
+        if self.line.rank == 0:
+            (directory / "state.json").write_bytes(msgspec.json.encode({"num_steps": self._num_steps}))
+
+    def _read_state(self, directory: Path) -> None:
+        try:
+            counters = msgspec.json.decode((directory / "state.json").read_bytes(), type=dict[str, int])
+        except OSError as error:
+            raise StageError(self.where, f"no state of this engine in {directory} ({error})", "check --resume") from error
+        loaded, _ = self._engine.load_checkpoint(str(directory), tag="deepspeed")
+        if loaded is None:
+            what = f"the state in {directory} is not that of {self.line.world_size} ranks of DeepSpeed"
+            raise StageError(self.where, what, "resume with the engine and the ranks that wrote it")
+        self._num_steps = counters["num_steps"]
+
+    def _unload(self) -> None:
+        if self._is_training:
+            self._engine.destroy()
+            self._engine = None
+        super()._unload()
+
+
+def _import_deepspeed(*, on_cpu: bool) -> None:
+    """Import DeepSpeed for this device and give it the process group that exists."""
+    # DeepSpeed calls collectives by the names that torch is retiring; nothing a user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\.\w+. is deprecated")
+    import deepspeed
+    import deepspeed.ops
+
+    if on_cpu:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or a C++ compilation of a minute  # pyright: ignore
+    deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False)
+
+
+def _buckets(parameters: list[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
+    bucket: list[tuple[str, Any]] = []
+    size = 0
+    for name, parameter in parameters:
+        if bucket and size + parameter.ds_numel > GATHER_ELEMENTS:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, parameter))
+        size += parameter.ds_numel
+    yield bucket

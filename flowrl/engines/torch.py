@@ -1,0 +1,162 @@
+"""Training with plain torch, and scoring with a reward model.
+
+Invariants: where the model is in bfloat16 the optimizer works on float32 copies of its parameters and sums gradients
+in float32, or steps of 1e-6 would be lost in rounding; state is safetensors and JSON, never a pickle, and training
+continued from it is bit-equal to training that never stopped. Every rank holds the whole model.
+
+Named in node configs as `engine="flowrl.engines.torch:TorchEngine"`; reward-model nodes take
+`SequenceScoringEngine`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import msgspec
+import torch
+
+from flowrl.engines.models import is_classifier
+from flowrl.engines.trainer import Trainer
+from flowrl.errors import ModelError, StageError
+from flowrl.graph.stage import Ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from flowrl.engines.base import TokenGroup, TrainingConfig
+
+
+class TorchEngine(Trainer):
+    """AdamW over whole parameters on every rank; gradients are summed over ranks once, in `apply`."""
+
+    def _start_training(self) -> None:
+        if self.dtype == torch.float16:
+            raise StageError(self.where, "float16 needs loss scaling", "take dtype=bfloat16 or the DeepSpeed engine")
+        self._names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        self._live = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._masters: list[Tensor] = [*self._live]
+        if self.dtype != torch.float32:
+            self._masters = [parameter.detach().float() for parameter in self._live]
+            for live, master in zip(self._live, self._masters, strict=True):
+                live.register_post_accumulate_grad_hook(_move_gradient_to(master))
+        self._optimizer = torch.optim.AdamW(
+            self._masters,
+            lr=self.config.lr,
+            betas=self.config.betas,
+            weight_decay=self.config.weight_decay,
+            fused=True,
+        )
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _step(self, lr: float) -> float:
+        self._sum_over_ranks()
+        norm = float(torch.nn.utils.clip_grad_norm_(self._masters, self.config.max_grad_norm))
+        if math.isfinite(norm):
+            self._optimizer.param_groups[0]["lr"] = lr
+            self._optimizer.step()
+            self._copy_masters()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _sum_over_ranks(self) -> None:
+        if self.line.world_size == 1:
+            return
+        import torch.distributed as dist
+
+        for master in self._masters:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            dist.all_reduce(master.grad)
+
+    @torch.no_grad()
+    def _copy_masters(self) -> None:
+        for live, master in zip(self._live, self._masters, strict=True):
+            if live is not master:
+                live.copy_(master)
+
+    def _write_state(self, directory: Path) -> None:
+        """Write the parameters in float32 and both moments as safetensors, the counters as JSON."""
+        from safetensors.torch import save_file
+
+        if self.line.rank != 0:
+            return
+        tensors: dict[str, Tensor] = {}
+        for name, master in zip(self._names, self._masters, strict=True):
+            tensors[f"parameter/{name}"] = master.detach()
+            for key in ("exp_avg", "exp_avg_sq") if self._num_steps else ():
+                tensors[f"{key}/{name}"] = self._optimizer.state[master][key]
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, directory / "state.safetensors")
+        (directory / "state.json").write_bytes(msgspec.json.encode({"num_steps": self._num_steps}))
+
+    @torch.no_grad()
+    def _read_state(self, directory: Path) -> None:
+        from safetensors.torch import load_file
+
+        try:
+            counters = msgspec.json.decode((directory / "state.json").read_bytes(), type=dict[str, int])
+            tensors = load_file(directory / "state.safetensors", device=str(self.device))
+        except OSError as error:
+            raise StageError(self.where, f"no state of this engine in {directory} ({error})", "check --resume") from error
+        self._num_steps = counters["num_steps"]
+        self._optimizer.state.clear()
+        for name, master in zip(self._names, self._masters, strict=True):
+            master.copy_(tensors[f"parameter/{name}"])
+            if self._num_steps:
+                self._optimizer.state[master] = {
+                    "step": torch.tensor(float(self._num_steps), device=self.device),
+                    "exp_avg": tensors[f"exp_avg/{name}"],
+                    "exp_avg_sq": tensors[f"exp_avg_sq/{name}"],
+                }
+        self._copy_masters()
+
+    def _unload(self) -> None:
+        super()._unload()
+        self._optimizer = None
+        self._live, self._masters = [], []
+
+
+def _move_gradient_to(master: Tensor) -> Callable[[Tensor], None]:
+    """Return a hook that adds a parameter's fresh gradient to its float32 copy's and frees it."""
+
+    def move(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        fresh = parameter.grad.float()
+        master.grad = fresh if master.grad is None else master.grad.add_(fresh)
+        parameter.grad = None
+
+    return move
+
+
+class SequenceScoringEngine:
+    """A reward model: one number for each whole sequence, read at its last token."""
+
+    def __init__(self, config: TrainingConfig, *, where: str) -> None:
+        self._where = where
+        self._model = config.model
+        self._engine = TorchEngine(msgspec.structs.replace(config, head="reward"), where=where, name=where)
+
+    def open(self) -> None:
+        """Load the model.
+
+        Raises:
+            ModelError: the directory holds no sequence classifier, whose scores would all be 0.
+        """
+        if not is_classifier(self._model):
+            what = f"{self._model} is not a *ForSequenceClassification checkpoint"
+            raise ModelError(self._where, what, "train a reward model first, or give the directory of one")
+        self._engine.open(Ranks())
+
+    def score_sequences(self, group: TokenGroup) -> list[float]:
+        """Return the value at the last token of prompt + response, one number for each response."""
+        return [float(values[-1]) for values in self._engine.score([group])[0]]
+
+    def close(self) -> None:
+        """Release the model."""
+        self._engine.close()

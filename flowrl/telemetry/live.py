@@ -1,0 +1,205 @@
+"""The run as it stands, redrawn in place, where standard output is a terminal.
+
+On top the step, the learner's figures, elapsed time and the estimate of the end; then a row for each replica with what
+it does now and where its time went; then how full each queue is. Notices scroll by above it. `frame` draws a view, a
+pure function; `LiveView` puts frames on the terminal. A frame is drawn on the event loop when events arrive, and only
+the clock line is drawn by rich's refreshing thread, so the view is never read while it changes.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from flowrl.telemetry.causes import Cause
+from flowrl.telemetry.events import Evaluation, Notice
+from flowrl.telemetry.plain import evaluation_line, notice_line
+from flowrl.telemetry.view import format_duration, shares, words
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from rich.console import Console, RenderableType
+    from rich.text import Text
+
+    from flowrl.telemetry.events import Event
+    from flowrl.telemetry.view import ReplicaView, RunView
+
+MAX_ROWS = 16  # replicas shown one by one; beyond, the replicas of a node share a row
+FULL = 0.9  # a queue at this part of its depth is drawn as full
+STYLES = {
+    Cause.COMPUTE: "green",
+    Cause.UPDATE: "cyan",
+    Cause.WAIT_ROOM: "magenta",
+    Cause.WAIT_INPUT: "yellow",
+    Cause.START: "blue",
+    Cause.RECOVERY: "red",
+}
+
+
+class LiveView:
+    """Shows the view in the terminal until it is closed."""
+
+    def __init__(
+        self, view: RunView, *, title: str, console: Console | None = None, now: Callable[[], float] = time.time
+    ) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._view = view
+        self._title = title
+        self._now = now
+        self._opened_s = now()
+        self.console = console or Console()
+        self._body = frame(view, now_s=self._opened_s, max_rows=self._max_rows())
+        self._live = Live(console=self.console, get_renderable=self._screen, refresh_per_second=2)
+        self._live.start()
+
+    def consume(self, events: list[Event]) -> None:
+        """Print notices and evaluations above the frame and draw the frame anew."""
+        for event in events:
+            if isinstance(event, Notice):
+                style = {"error": "red", "warning": "yellow"}.get(event.level)
+                self.console.print(notice_line(event), style=style, markup=False, highlight=False)
+            elif isinstance(event, Evaluation):
+                self.console.print(evaluation_line(event), markup=False, highlight=False)
+        self._body = frame(self._view, now_s=self._now(), max_rows=self._max_rows())
+
+    def say(self, line: str) -> None:
+        """Print a line above the frame."""
+        self.console.print(line, markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Leave the last frame on the screen."""
+        self._live.stop()
+
+    def _screen(self) -> RenderableType:
+        from rich.console import Group
+
+        return Group(clock_line(self._title, self._now() - self._opened_s), self._body)
+
+    def _max_rows(self) -> int:
+        return max(4, min(MAX_ROWS, self.console.height - 12))
+
+
+def clock_line(title: str, elapsed_s: float) -> Text:
+    """Draw the line above the frame: the run and how long it has been going."""
+    from rich.text import Text
+
+    return Text(f"{title}  {format_duration(elapsed_s)} elapsed", style="bold", overflow="ellipsis", no_wrap=True)
+
+
+def frame(view: RunView, *, now_s: float, max_rows: int = MAX_ROWS) -> RenderableType:
+    """Draw a view: figures, replicas, queues."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = [_figures(view, now_s)]
+    waiting = view.starting(now_s)
+    if waiting:
+        parts.append(Text("waiting for " + ", ".join(waiting), style="blue"))
+    if view.replicas:
+        parts += ["", _replica_table(view.replicas, max_rows)]
+    if view.edges:
+        parts += ["", _edge_table(view)]
+    return Group(*parts)
+
+
+def _figures(view: RunView, now_s: float) -> Text:
+    """Draw the step's figures; those that a run does not have are left out."""
+    from rich.text import Text
+
+    step = view.last_step
+    if step is None:
+        return Text("no step learned yet", style="dim")
+    line = Text(f"step {step.version}/{step.num_steps}", style="bold")
+    for name, metric, form in (("reward", "reward.mean", ".3f"), ("KL", "kl", ".4f"), ("loss", "loss", ".4f")):
+        if metric in step.metrics:
+            line.append(f"   {name} {step.metrics[metric]:{form}}", style="not bold")
+    if "staleness.mean" in step.metrics:
+        greatest = max(view.staleness, default=0)
+        line.append(f"   staleness {step.metrics['staleness.mean']:.1f} (max {greatest})", style="not bold")
+    tokens_per_s = view.recent_per_s("tokens")
+    if tokens_per_s is not None:
+        line.append(f"   {tokens_per_s:,.0f} tokens/s", style="not bold")
+    if view.remaining_s is not None:
+        left_s = max(0.0, view.remaining_s - (now_s - step.time_s))
+        line.append(f"   about {format_duration(left_s)} to go", style="not bold")
+    if view.evaluations:
+        line.append(f"\n{evaluation_line(view.evaluations[max(view.evaluations)])}", style="not bold")
+    if view.num_warnings:
+        line.append(f"   {view.num_warnings} warnings, see above", style="yellow")
+    return line
+
+
+def _replica_table(replicas: Sequence[ReplicaView], max_rows: int) -> RenderableType:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("replica", no_wrap=True)
+    table.add_column("now", no_wrap=True)
+    for heading in ("computing", "input", "room", "update", "other", "done", "per s", "running", "version"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    rows = [[replica] for replica in replicas]
+    if len(replicas) > max_rows:
+        nodes = dict.fromkeys(replica.node for replica in replicas)
+        rows = [[replica for replica in replicas if replica.node == node] for node in nodes]
+    for row in rows:
+        table.add_row(*_cells(row), style=None)
+    if any(len(row) > 1 for row in rows):
+        table.caption = Text(f"{len(replicas)} replicas, a row for each node", style="dim")
+        table.caption_justify = "left"
+    return table
+
+
+def _cells(row: Sequence[ReplicaView]) -> list[Text]:
+    """Return the cells of one replica, or of a node's replicas taken together."""
+    from rich.text import Text
+
+    first = row[0]
+    causes = [replica.cause for replica in row]
+    common = max(set(causes), key=causes.count)
+    now = words(common) if len(row) == 1 else f"{causes.count(common)} {words(common)}"
+    seconds: dict[str, float] = {}
+    for replica in row:
+        for cause, spent in replica.seconds.items():
+            seconds[cause] = seconds.get(cause, 0.0) + spent
+    part = shares(seconds)
+    shown = [part.get(cause, 0.0) for cause in (Cause.COMPUTE, Cause.WAIT_INPUT, Cause.WAIT_ROOM, Cause.UPDATE)]
+    shown.append(part.get(Cause.START, 0.0) + part.get(Cause.RECOVERY, 0.0))
+    running = sum(replica.running for replica in row)
+    version = min(replica.version for replica in row)
+    return [
+        Text(first.name if len(row) == 1 else f"{first.node} x{len(row)}"),
+        Text(now, style=STYLES.get(_cause(common), "")),
+        *(Text(f"{100 * share:.0f} %", style="" if share >= 0.005 else "dim") for share in shown),
+        Text(str(sum(replica.done for replica in row))),
+        Text(f"{sum(replica.rate_per_s for replica in row):.1f}"),
+        Text(str(running) if running else "-"),
+        Text(str(version) if version >= 0 else "-"),
+    ]
+
+
+def _cause(name: str) -> Any:
+    return Cause(name) if name in set(Cause) else name
+
+
+def _edge_table(view: RunView) -> RenderableType:
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("queue", no_wrap=True)
+    table.add_column("", width=20)
+    table.add_column("held", justify="right", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
+    for edge in view.edges.values():
+        is_full = edge.items >= FULL * edge.depth
+        style = "red" if is_full else "green"
+        bar = ProgressBar(
+            total=max(1, edge.depth), completed=edge.items, width=20, complete_style=style, finished_style=style
+        )
+        table.add_row(edge.edge, bar, Text(f"{edge.items}/{edge.depth}"), Text(f"{edge.size_bytes / 2**20:.1f} MiB"))
+    return table

@@ -1,0 +1,90 @@
+"""The run in plain lines, where standard output is not a terminal: one line a step, and every notice and evaluation.
+
+Before the first step it says every `WAIT_LINE_S` seconds what is being waited for. Fed by `Sinks` after the view.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flowrl.telemetry.events import Evaluation, Notice, Step
+from flowrl.telemetry.intervals import mean_interval, prompt_means
+from flowrl.telemetry.view import format_duration
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from flowrl.telemetry.events import Event
+    from flowrl.telemetry.view import RunView
+
+WAIT_LINE_S = 10.0  # rare enough not to fill a log, often enough to show that the run is alive
+
+
+class PlainLines:
+    """Says what happens, a line at a time."""
+
+    def __init__(self, view: RunView, *, say: Callable[[str], None]) -> None:
+        self._view = view
+        self._say = say
+        self._said_waiting_s: float | None = None
+
+    def consume(self, events: list[Event]) -> None:
+        """Say a line for each step, evaluation and notice."""
+        for event in events:
+            match event:
+                case Step():
+                    self._say(step_line(event, self._view))
+                case Evaluation():
+                    self._say(evaluation_line(event))
+                case Notice():
+                    self._say(notice_line(event))
+                case _:
+                    pass
+        self._say_waiting()
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def _say_waiting(self) -> None:
+        now_s = self._view.now_s
+        if self._said_waiting_s is not None and now_s - self._said_waiting_s < WAIT_LINE_S:
+            return
+        waiting = self._view.starting(now_s)
+        if waiting:
+            self._said_waiting_s = now_s
+            self._say("waiting for " + ", ".join(waiting))
+
+
+def step_line(step: Step, view: RunView) -> str:
+    """Return `step 12/40 reward 0.31 kl 0.012 staleness 0.8 tok/s 310 eta 3m10s`, without what is not known."""
+    words = [f"step {step.version}/{step.num_steps}"]
+    for name, metric, form in (
+        ("reward", "reward.mean", ".3f"),
+        ("kl", "kl", ".4f"),
+        ("loss", "loss", ".4f"),
+        ("staleness", "staleness.mean", ".1f"),
+    ):
+        if metric in step.metrics:
+            words.append(f"{name} {step.metrics[metric]:{form}}")
+    tokens_per_s = view.recent_per_s("tokens")
+    if tokens_per_s is not None:
+        words.append(f"tok/s {tokens_per_s:,.0f}")
+    if view.remaining_s is not None and view.last_step is not None and step.version == view.last_step.version:
+        words.append(f"eta {format_duration(view.remaining_s)}")
+    return " ".join(words)
+
+
+def evaluation_line(evaluation: Evaluation) -> str:
+    """Return `held-out score 0.312 +- 0.041 (64 prompts) at version 0`."""
+    means = prompt_means(evaluation.scores)
+    if not means:
+        return f"held-out score: no prompts at version {evaluation.version}"
+    interval = mean_interval(means)
+    spread = f" +- {interval.half_width:.3f}" if interval.num > 1 else ""
+    return f"held-out score {interval.mean:.3f}{spread} ({interval.num} prompts) at version {evaluation.version}"
+
+
+def notice_line(notice: Notice) -> str:
+    """Return `warning: learner.0: text`; an ordinary notice goes without its level."""
+    level = "" if notice.level == "info" else f"{notice.level}: "
+    return f"{level}{notice.where}: {notice.text}"

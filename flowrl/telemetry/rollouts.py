@@ -1,0 +1,93 @@
+"""The learned samples on disk, one Parquet file a step, one row a sample.
+
+Read with `pyarrow.parquet`, pandas or DuckDB; nothing in it is pickled. A file appears whole under its name or not at
+all. The learner writes it after each step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from flowrl.messages import Samples
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from flowrl.messages import Sample
+
+
+def write_rollouts(path: Path, rows: Sequence[Samples], version: int) -> None:
+    """Write the groups that the policy at `version` learned from, replacing a file of an earlier attempt.
+
+    Columns: group_id, sample (its place in the group), prompt (text, or messages as JSON; null where the data has
+    none), response, prompt_token_ids, token_ids, logprobs (behaviour), token_versions (one for each token),
+    score.<name> for every score, reward (their sum), advantage_mean, staleness, learned_in_step, finish, generator.
+    """
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    pq.write_table(rollout_table(rows, version), aside, compression="zstd")
+    os.replace(aside, path)
+
+
+def rollout_table(rows: Sequence[Samples], version: int) -> Any:
+    """Return the samples of the groups as a `pyarrow.Table`."""
+    import pyarrow as pa
+
+    scores = list(dict.fromkeys(name for group in rows for name in group.scores))
+    schema = pa.schema(
+        [
+            ("group_id", pa.int64()),
+            ("sample", pa.int32()),
+            ("prompt", pa.string()),
+            ("response", pa.string()),
+            ("prompt_token_ids", pa.list_(pa.int32())),
+            ("token_ids", pa.list_(pa.int32())),
+            ("logprobs", pa.list_(pa.float32())),
+            ("token_versions", pa.list_(pa.int32())),
+            *((f"score.{name}", pa.float64()) for name in scores),
+            ("reward", pa.float64()),
+            ("advantage_mean", pa.float64()),
+            ("staleness", pa.int32()),
+            ("learned_in_step", pa.int32()),
+            ("finish", pa.string()),
+            ("generator", pa.string()),
+        ]
+    )
+    samples = [_row(group, place, version, scores) for group in rows for place in range(len(group.samples))]
+    return pa.Table.from_pylist(samples, schema=schema)
+
+
+def _row(group: Samples, place: int, version: int, scores: Sequence[str]) -> dict[str, Any]:
+    sample = group.samples[place]
+    advantages = group.advantages[place].numpy()
+    return {
+        "group_id": group.group_id,
+        "sample": place,
+        "prompt": _prompt_text(group.columns.get("prompt")),
+        "response": sample.text,
+        "prompt_token_ids": group.token_ids.numpy(),
+        "token_ids": sample.token_ids.numpy(),
+        "logprobs": sample.logprobs.numpy(),
+        "token_versions": token_versions(sample),
+        **{f"score.{name}": group.scores[name][place] if name in group.scores else None for name in scores},
+        "reward": group.rewards[place],
+        "advantage_mean": float(advantages.mean()) if len(advantages) else None,
+        "staleness": version - sample.oldest_version,
+        "learned_in_step": version,
+        "finish": sample.finish,
+        "generator": group.generator,
+    }
+
+
+def token_versions(sample: Sample) -> list[int]:
+    """Return the policy version of each token: spans (0, 0, 2) and (1, 2, 3) give [0, 0, 1]."""
+    return [span.version for span in sample.versions for _ in range(span.start, span.end)]
+
+
+def _prompt_text(prompt: Any) -> str | None:
+    return prompt if prompt is None or isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)

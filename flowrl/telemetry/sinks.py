@@ -1,0 +1,161 @@
+"""Where a run's events go: the view, the metrics file, the timeline, the trackers and the terminal.
+
+Invariants: every sink sees every event, in order; a sink that fails (a full disk, a tracker that is down) is closed and
+left out with one notice, and the run goes on; a notice made by a sink reaches the others like any event. The launcher
+opens the sinks around a run, hands `consume` to the runtime, and reads `view` for the report.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from flowrl.telemetry.events import Notice
+from flowrl.telemetry.live import LiveView
+from flowrl.telemetry.metrics import MetricsFile, read_evaluations
+from flowrl.telemetry.plain import PlainLines
+from flowrl.telemetry.timeline import Timeline
+from flowrl.telemetry.trackers import TensorBoardSink, WandbConfig, WandbSink
+from flowrl.telemetry.view import RunView
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from flowrl.telemetry.events import Event
+
+
+class Sink(Protocol):
+    """Takes in a run's events; lives on the driver's event loop and must not block it."""
+
+    def consume(self, events: list[Event]) -> None:
+        """Take in events in order of arrival."""
+        ...
+
+    def close(self) -> None:
+        """Write what is held back and let go of files; called once."""
+        ...
+
+
+class TrackerSettings(Protocol):
+    """The part of a run's settings that the sinks read."""
+
+    @property
+    def wandb(self) -> WandbConfig: ...
+
+    @property
+    def tensorboard(self) -> bool: ...
+
+
+class Sinks:
+    """All sinks of a run as one."""
+
+    def __init__(
+        self, view: RunView, *, say: Callable[[str], None] = print, now: Callable[[], float] = time.time
+    ) -> None:
+        self.view = view
+        self.say = say
+        self._now = now
+        self._sinks: dict[str, Sink] = {}
+        self._notices: list[Event] = []
+
+    def add(self, name: str, open_sink: Callable[[], Sink]) -> None:
+        """Open a sink and add it; events go to the sinks in the order they were added, and they close in it."""
+        try:
+            self._sinks[name] = open_sink()
+        except Exception as error:  # a sink may fail as it likes and must never cost the run
+            self._lose(name, error)
+
+    def warn(self, where: str, text: str) -> None:
+        """Make a notice that reaches every sink with the next events."""
+        self._notices.append(Notice(level="warning", where=where, text=text, time_s=self._now()))
+
+    def consume(self, events: list[Event]) -> None:
+        """Fold events into the view and pass them to every sink."""
+        while events:
+            self.view.fold(events)
+            for name, sink in list(self._sinks.items()):
+                try:
+                    sink.consume(events)
+                except Exception as error:  # see `add`
+                    del self._sinks[name]
+                    self._lose(name, error)
+                    self._close(name, sink)
+            events, self._notices = self._notices, []
+
+    def close(self) -> None:
+        """Close the sinks one by one; those still open hear what the closed ones had to say."""
+        while self._sinks:
+            self.consume(self._take_notices())
+            name = next(iter(self._sinks), None)
+            if name is not None:
+                self._close(name, self._sinks.pop(name))
+        for notice in self._take_notices():
+            self.say(f"{notice.where}: {notice.text}")
+
+    def _close(self, name: str, sink: Sink) -> None:
+        try:
+            sink.close()
+        except Exception as error:  # see `add`
+            self._lose(name, error)
+
+    def _lose(self, name: str, error: Exception) -> None:
+        self.warn(name, f"failed ({type(error).__name__}: {error}); the run goes on without it")
+
+    def _take_notices(self) -> list[Any]:
+        notices, self._notices = self._notices, []
+        return notices
+
+
+@contextmanager
+def open_sinks(
+    run_dir: Path,
+    settings: TrackerSettings,
+    *,
+    title: str,
+    nodes: Sequence[str] = (),
+    console: Console | None = None,
+) -> Iterator[Sinks]:
+    """Open a run's sinks and close them when the block ends.
+
+    `nodes` are the names that will report, in the order to show them. A resumed run appends to its metrics, takes the
+    evaluations in them into its view and starts a timeline of its own.
+    """
+    sinks = Sinks(RunView(expected=nodes))
+    metrics = run_dir / "metrics.jsonl"
+    if metrics.exists():
+        sinks.view.recall(read_evaluations(metrics))
+    if settings.wandb.mode != "off":
+        sinks.add("wandb", lambda: WandbSink(settings.wandb, run_dir=run_dir, title=title))
+    if settings.tensorboard:
+        sinks.add("tensorboard", lambda: TensorBoardSink(run_dir / "tensorboard"))
+    sinks.add("timeline", lambda: Timeline(timeline_path(run_dir), say=lambda line: sinks.warn("timeline", line)))
+    sinks.add("metrics", lambda: MetricsFile(metrics))
+    if console is not None or sys.stdout.isatty():
+        live = LiveView(sinks.view, title=title, console=console)
+        sinks.say = live.say
+        sinks.add("live view", lambda: live)
+    else:
+        sinks.add("terminal", lambda: PlainLines(sinks.view, say=_print))
+        sinks.say = _print
+    try:
+        yield sinks
+    finally:
+        sinks.close()
+
+
+def timeline_path(run_dir: Path) -> Path:
+    """Return where this start of a run writes its timeline: `timeline.json`, after a resume `timeline-2.json`."""
+    path, count = run_dir / "timeline.json", 1
+    while path.exists():
+        count += 1
+        path = run_dir / f"timeline-{count}.json"
+    return path
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)

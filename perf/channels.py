@@ -1,0 +1,68 @@
+"""What the flow itself costs: queues, credits, ledger and wire, through the Ray runtime, nothing computed.
+
+    python perf/channels.py [--tokens 1000] [--group-size 8] [--rounds 5]
+
+A source, two relays and a drain pass groups of ready-made rollouts. Printed: groups and rollouts per second and
+milliseconds per rollout, median and spread over the rounds. See perf/README.md for how to read it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import tempfile
+from pathlib import Path
+
+import uvloop
+
+from flowrl.graph.graph import Credits, Graph, Queue
+from flowrl.runtime.ray import RayOptions, run_ray, running_ray
+from flowrl.telemetry.events import Event, Notice
+from perf.channel_stages import Drain, Relay, Source
+from perf.machine import machine
+
+
+def channel_graph(options: argparse.Namespace) -> Graph:
+    source = Source(Source.Config(tokens=options.tokens, group_size=options.group_size))
+    first, second = Relay(Relay.Config()), Relay(Relay.Config())
+    drain = Drain(Drain.Config(rounds=options.rounds, groups=options.groups))
+    return Graph(
+        nodes={"source": source, "first": first, "second": second, "drain": drain},
+        edges=[
+            Queue(source.rollouts, first.rollouts, depth=32),
+            Queue(first.scored, second.rollouts, depth=32),
+            Queue(second.scored, drain.samples, depth=64, window=1),
+            Credits(drain.released, source.credits, initial=64, per_version=16),
+        ],
+        until=drain,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1000, help="of one rollout")
+    parser.add_argument("--group-size", type=int, default=8, help="rollouts of one prompt")
+    parser.add_argument("--groups", type=int, default=300, help="in one round")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    graph = channel_graph(options)
+    events: list[Event] = []
+    with tempfile.TemporaryDirectory() as directory, running_ray(graph, None):
+        settings = RayOptions(run_dir=Path(directory), consume=events.extend, stopping=asyncio.Event(), grace_s=2.0)
+
+        async def body() -> None:
+            settings.stopping = asyncio.Event()
+            await run_ray(graph, settings)
+
+        uvloop.run(body())
+    rates = [float(e.text) for e in events if isinstance(e, Notice) and e.where == "drain.0"]
+    per_rollout = [1000 / (rate * options.group_size) for rate in rates]
+    print(machine())
+    print(f"{options.group_size} rollouts of {options.tokens} tokens a group, 3 hops, {len(rates)} rounds")
+    print(f"groups/s   median {statistics.median(rates):8.1f}  ({min(rates):.1f} to {max(rates):.1f})")
+    print(f"ms/rollout median {statistics.median(per_rollout):8.3f}  ({min(per_rollout):.3f} to {max(per_rollout):.3f})")
+
+
+if __name__ == "__main__":
+    main()

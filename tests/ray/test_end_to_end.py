@@ -1,0 +1,113 @@
+"""The whole program on real Ray, vLLM and DeepSpeed with a tiny model, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.support.command import GRAPH, descendants_of, flowrl, tiny_settings
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+
+
+def read_lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """One finished run: its directory and what it printed."""
+    directory = tmp_path_factory.mktemp("end_to_end")
+    result = flowrl("run", GRAPH, "--name", "run", *tiny_settings(tiny), cwd=directory)
+    assert result.code == 0, result.text
+    return directory / "runs" / "run", result.text
+
+
+def test_the_run_reports_scores_time_and_ledger(finished: tuple[Path, str]) -> None:
+    _, text = finished
+    for said in ("held-out", "bottleneck", "staleness", "admitted", "learned", "checkpoint", "100"):
+        assert said in text, text
+
+
+def test_every_admitted_group_is_accounted_for(finished: tuple[Path, str]) -> None:
+    run_dir, _ = finished
+    events = Counter(str(entry["event"]) for entry in read_lines(run_dir / "ledger.jsonl"))
+    assert events["learned"] == 3 * 4
+    assert events["admitted"] >= events["learned"]
+    learned = [entry["group"] for entry in read_lines(run_dir / "ledger.jsonl") if entry["event"] == "learned"]
+    assert learned == sorted(set(learned)), "in prompt order, each once"
+
+
+def test_metrics_timeline_and_rollouts_are_written(finished: tuple[Path, str]) -> None:
+    import pyarrow.parquet as pq
+
+    run_dir, _ = finished
+    steps = [row for row in read_lines(run_dir / "metrics.jsonl") if row["kind"] == "step"]
+    assert [row["version"] for row in steps] == [1, 2, 3]
+    metrics = steps[0]["metrics"]
+    assert isinstance(metrics, dict)
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert metrics["logprob_gap.max"] < 1e-4, "float32 generator and learner agree"
+    timeline = json.loads((run_dir / "timeline.json").read_text())
+    assert {event["ph"] for event in timeline["traceEvents"]} >= {"X", "s", "f"}
+    table = pq.read_table(run_dir / "rollouts")
+    assert table.num_rows == 3 * 4 * 2
+    assert max(table.column("staleness").to_pylist()) <= 1
+
+
+def test_the_checkpoint_loads_in_transformers(finished: tuple[Path, str]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run_dir, _ = finished
+    model = run_dir / "checkpoints" / "step-000003" / "model"
+    assert {path.suffix for path in model.iterdir()} <= {".json", ".safetensors", ".md", ".jinja"}
+    AutoModelForCausalLM.from_pretrained(model)
+    assert AutoTokenizer.from_pretrained(model).chat_template
+    assert "flowrl" in (model / "README.md").read_text()
+
+
+def test_nothing_of_the_run_is_left_behind(finished: tuple[Path, str]) -> None:
+    run_dir, _ = finished
+    assert descendants_of(str(run_dir)) == []
+    assert not [path for path in Path("/dev/shm").iterdir() if "flowrl" in path.name]
+
+
+def test_ctrl_c_saves_and_the_run_continues_where_it_stopped(tiny: Path, tmp_path: Path) -> None:
+    def after_first_step(line: str) -> bool:
+        return line.startswith("step 1/")
+
+    settings = tiny_settings(tiny, steps=40)
+    stopped = flowrl("run", GRAPH, "--name", "run", *settings, cwd=tmp_path, on_line=after_first_step)
+    assert stopped.code == 0, stopped.text
+    assert "--resume" in stopped.text
+    run_dir = tmp_path / "runs" / "run"
+    progress = json.loads(next((run_dir / "checkpoints").glob("step-*/progress.json")).read_text())
+    assert 1 <= progress["version"] < 40
+    version = progress["version"]
+    resumed = flowrl("run", GRAPH, "--resume", run_dir, "--set", f"steps={version + 2}", cwd=tmp_path)
+    assert resumed.code == 0, resumed.text
+    learned = [entry["group"] for entry in read_lines(run_dir / "ledger.jsonl") if entry["event"] == "learned"]
+    assert learned == list(range((version + 2) * 4))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_several_replicas_and_ranks_train_together(stage: int, tiny: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(
+        tiny,
+        steps=2,
+        **{
+            "generator.replicas": 2,
+            "generator.cpus": 0.5,
+            "reward.replicas": 2,
+            "learner.ranks": 2,
+            "learner.cpus": 0.5,
+            "learner.zero_stage": stage,
+        },
+    )
+    result = flowrl("run", GRAPH, "--name", "run", *settings, cwd=tmp_path)
+    assert result.code == 0, result.text
+    assert "generator.1" in (tmp_path / "runs" / "run" / "timeline.json").read_text()

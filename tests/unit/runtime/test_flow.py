@@ -1,0 +1,155 @@
+"""The flow joins queues, credits and ledger: handing on settles, rejecting leaves a tombstone, a stall has names."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from flowrl.errors import ChannelClosed, RunError, StallError
+from flowrl.messages import Credit, encode
+from flowrl.runtime.flow import Flow
+from flowrl.runtime.ledger import Ledger
+from flowrl.runtime.virtual_clock import run_virtual
+from flowrl.telemetry.events import Status
+from tests.support.flows import FlowSettings, flow, random_settings, run
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+    from pathlib import Path
+    from typing import Any
+
+
+def simple() -> FlowSettings:
+    values = {"seed": 0, "steps": 2, "groups_per_step": 2, "window": 1, "max_staleness": 1, "generators": 1,
+              "scorers": 1, "depth": 2, "token_s": 0.01, "sigma": 0.0, "update_s": 0.0, "score_s": 0.01,
+              "train_s": 0.01, "filter_every": 0, "initial": 4}  # fmt: skip
+    return FlowSettings(**values)  # pyright: ignore
+
+
+def new_flow() -> Flow:
+    return Flow(flow(simple()), Ledger(None))
+
+
+def check(body: Coroutine[Any, Any, None]) -> None:
+    run_virtual(body)
+
+
+async def admit(f: Flow, key: int) -> None:
+    await f.acquire("prompts.credits", "prompts.0")
+    await f.put("prompts.prompts", "prompts.0", key, b"prompt")
+
+
+def test_putting_downstream_settles_the_hold_upstream() -> None:
+    async def body() -> None:
+        f = new_flow()
+        await admit(f, 0)
+        await f.get("generator.prompts", "generator.0", 1)
+        assert "generator.0 holds group 0" in f.waits()
+        await f.put("generator.rollouts", "generator.0", 0, b"rollouts")
+        assert f.release("generator.0") == []  # nothing left to issue again
+
+    check(body())
+
+
+def test_what_a_dead_replica_held_is_issued_again() -> None:
+    async def body() -> None:
+        f = new_flow()
+        await admit(f, 0)
+        await f.get("generator.prompts", "generator.0", 1)
+        assert f.release("generator.0") == [0]
+        assert await f.get("generator.prompts", "generator.1", 1) == [b"prompt"]
+
+    check(body())
+
+
+def test_a_rejected_group_returns_its_credit_and_leaves_a_tombstone() -> None:
+    async def body() -> None:
+        f = new_flow()
+        for key in range(4):
+            await admit(f, key)
+            await f.get("generator.prompts", "generator.0", 1)
+            await f.put("generator.rollouts", "generator.0", key, b"r")
+            await f.get("scorer.rollouts", "scorer.0", 1)
+        fifth = asyncio.create_task(f.acquire("prompts.credits", "prompts.0"))
+        await asyncio.sleep(0)
+        assert not fifth.done()
+        await f.reject("scorer.rollouts", 0, "failed", "broken")
+        await fifth
+        await f.put("scorer.samples", "scorer.0", 1, b"s1")
+        assert await f.get("learner.samples", "learner.0", 1) == [b"s1"]  # group 0's place is skipped
+        assert f.ledger.totals()["failed"] == 1
+
+    check(body())
+
+
+def test_a_credit_returned_twice_is_an_error() -> None:
+    async def body() -> None:
+        f = new_flow()
+        await admit(f, 0)
+        await f.give_back("learner.released", encode(Credit(groups=[0])))
+        with pytest.raises(RunError, match="twice"):
+            await f.give_back("learner.released", encode(Credit(groups=[0])))
+
+    check(body())
+
+
+def test_a_stall_says_who_waits_for_what() -> None:
+    async def body() -> None:
+        f = new_flow()
+        await admit(f, 0)
+        waiting = asyncio.create_task(f.get("learner.samples", "learner.0", 1))
+        with pytest.raises(StallError) as stalled:
+            await f.watch(60.0)
+        said = str(stalled.value)
+        assert "learner.0 waits for input from scorer.samples -> learner.samples (next in order: group 0)" in said
+        with pytest.raises(ChannelClosed):
+            await waiting
+
+    check(body())
+
+
+def test_a_ledger_takes_one_ending_per_group(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.admit(0)
+    ledger.end(0, "learned", step=0)
+    with pytest.raises(RunError, match="after it was learned"):
+        ledger.end(0, "failed", reason="late")
+    with pytest.raises(RunError, match="never admitted"):
+        ledger.end(1, "learned", step=0)
+    assert ledger.totals() == {"admitted": 1, "learned": 1, "filtered": 0, "failed": 0, "unfinished": 0}
+
+
+def test_every_replicas_causes_add_up_to_its_age(tmp_path: Path) -> None:
+    from flowrl.runtime.local import LocalOptions, run_local
+
+    events: list[Any] = []
+    options = LocalOptions(run_dir=tmp_path, is_virtual=True, consume=events.extend, status_interval_s=50.0)
+    run_virtual(run_local(flow(random_settings(5)), options))
+    last = {(e.node, e.replica): e for e in events if isinstance(e, Status)}
+    assert {node for node, _ in last} == {"prompts", "generator", "scorer", "learner"}
+    for status in last.values():
+        assert sum(status.seconds.values()) == pytest.approx(status.time_s, abs=1e-6), status
+
+
+def test_a_stages_error_ends_the_run_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flowrl.engines.fake import FakeTraining
+    from flowrl.errors import StageError
+
+    def broken(self: FakeTraining) -> dict[str, float]:
+        raise ArithmeticError("out of numbers")
+
+    monkeypatch.setattr(FakeTraining, "apply", broken)
+    with pytest.raises(StageError, match=r"learner\.0: ArithmeticError: out of numbers"):
+        run(flow(simple()), tmp_path)
+
+
+def test_no_task_outlives_a_run(tmp_path: Path) -> None:
+    from flowrl.runtime.local import LocalOptions, run_local
+
+    async def body() -> None:
+        await run_local(flow(simple()), LocalOptions(run_dir=tmp_path, is_virtual=True))
+        assert len(asyncio.all_tasks()) == 1
+
+    check(body())
