@@ -42,6 +42,7 @@ class Settings(RunSettings):
 
 
 def build(s: Settings) -> Graph:
+    in_flight = s.evaluation.in_flight
     credits = most_credits(s.max_staleness, s.groups_per_step, window=1)
     group = s.generator.group_size
     common = dict(algorithm=s.algorithm, groups_per_step=s.groups_per_step, group_size=group, steps=s.steps)
@@ -65,8 +66,8 @@ def build(s: Settings) -> Graph:
             Latest(learner.weights, generator.weights),
             Credits(learner.released, prompts.credits, initial=credits, per_version=s.groups_per_step),
             Latest(learner.checkpoints, evaluation.checkpoints),
-            Queue(evaluation.prompts, generator.heldout, depth=64),
-            Queue(generator.heldout_rollouts, evaluation.rollouts, depth=64),
+            Queue(evaluation.prompts, generator.heldout, depth=16),
+            Queue(generator.heldout_rollouts, evaluation.rollouts, depth=in_flight, most=in_flight),
         ],
         until=learner,
     )

@@ -26,14 +26,28 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from flowrl.engines.base import TrainingConfig
+
 GATHER_ELEMENTS = 1 << 24  # ZeRO-3 parameters made whole at once: as fast as all together, and bounded
 NEVER = 1 << 62  # steps between DeepSpeed's own progress lines
 
 
 class DeepSpeedEngine(Trainer):
-    """AdamW under ZeRO."""
+    """AdamW under ZeRO; `deepspeed` holds further DeepSpeed settings, which win over ours."""
 
     backend_of_one = True  # DeepSpeed insists on a process group
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        *,
+        where: str,
+        name: str,
+        num_receivers: int = 1,
+        deepspeed: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(config, where=where, name=name, num_receivers=num_receivers)
+        self._further = deepspeed or {}
 
     def _load(self) -> PreTrainedModel:
         _import_deepspeed(on_cpu=self.device.type == "cpu")
@@ -63,7 +77,7 @@ class DeepSpeedEngine(Trainer):
             "weight_decay": self.config.weight_decay,
             "torch_adam": on_cpu,  # DeepSpeed's fused CPU Adam is compiled on first use, for minutes
         }
-        return {
+        ours = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "managed_gradient_accumulation": False,
@@ -75,6 +89,7 @@ class DeepSpeedEngine(Trainer):
             "zero_optimization": {"stage": self.config.zero_stage, "overlap_comm": False},
             "steps_per_print": NEVER,
         }
+        return _merge(ours, self._further)
 
     def _start_training(self) -> None:
         import deepspeed
@@ -129,9 +144,9 @@ class DeepSpeedEngine(Trainer):
         self._num_steps = counters["num_steps"]
 
     def _unload(self) -> None:
-        if self._is_training:
+        if self._is_training and torch.distributed.is_initialized():  # without its group it cannot even be destroyed
             self._engine.destroy()
-            self._engine = None
+        self._engine: Any = None
         super()._unload()
 
 
@@ -145,6 +160,14 @@ def _import_deepspeed(*, on_cpu: bool) -> None:
     if on_cpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or a C++ compilation of a minute  # pyright: ignore
     deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False)
+
+
+def _merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    merged = {**ours, **theirs}
+    for key in ours.keys() & theirs.keys():
+        if isinstance(ours[key], dict) and isinstance(theirs[key], dict):
+            merged[key] = _merge(ours[key], theirs[key])
+    return merged
 
 
 def _buckets(parameters: list[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:

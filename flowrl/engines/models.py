@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_loading = threading.Lock()  # transformers sets process-wide state (the meta device) while it loads
 MAX_LOGITS = 1 << 26  # float32 logits held at once: 256 MiB, and about three times that with their gradient
 
 
@@ -80,10 +82,11 @@ def load_model(config: TrainingConfig, *, where: str, dtype: torch.dtype, device
     transformers.logging.set_verbosity_error()  # a new score head is not news here
     transformers.logging.disable_progress_bar()
     try:
-        if config.head == "policy":
-            model = AutoModelForCausalLM.from_pretrained(directory, **loading)
-        else:
-            model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, **loading)
+        with _loading:
+            if config.head == "policy":
+                model = AutoModelForCausalLM.from_pretrained(directory, **loading)
+            else:
+                model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, **loading)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         remedy = "give a directory in Hugging Face format with safetensors"
         raise ModelError(where, f"{directory} cannot be loaded as a {config.head} model ({error})", remedy) from error

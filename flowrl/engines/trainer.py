@@ -258,8 +258,7 @@ class Trainer:
         self, groups: Sequence[TokenGroup], *, whole_groups: bool
     ) -> tuple[list[tuple[MicroBatch, int]], Layout]:
         """Return this rank's micro-batches with the number of head calls each needs on its busiest rank."""
-        longest = max(len(g.prompt_ids) + max(len(r) for r in g.responses) for g in groups)
-        layout = choose_layout(self.model, longest)
+        layout = self._layout(max(len(g.prompt_ids) + max(len(r) for r in g.responses) for g in groups))
         dealt = plan(
             groups,
             layout=layout,
@@ -270,6 +269,9 @@ class Trainer:
         )
         num_chunks = [max(self._num_chunks(groups, rows) for rows in column) for column in zip(*dealt, strict=True)]
         return list(zip(dealt[self.line.rank], num_chunks, strict=True)), layout
+
+    def _layout(self, longest: int) -> Layout:
+        return choose_layout(self.model, longest)
 
     def _num_chunks(self, groups: Sequence[TokenGroup], rows: MicroBatch) -> int:
         pieces = [piece for row in rows for piece in row]
@@ -315,7 +317,9 @@ class Trainer:
             batch = self._pack(groups, rows, layout)
             values_N, entropy_N = self._module(batch, needs_entropy=objective.needs_entropy, num_chunks=num_chunks)
             if not rows:
-                self._backward(values_N.sum() * 0.0)
+                # Every output takes part, or ZeRO-3 would gather parameters at other moments than on busy ranks.
+                outputs = [output for output in (values_N, entropy_N) if output is not None]
+                self._backward(torch.cat(outputs).sum() * 0.0)
                 continue
             entropy_BT = None if entropy_N is None else batch.spread(entropy_N)
             loss = objective.loss(_loss_batch(groups, batch, batch.spread(values_N), entropy_BT))

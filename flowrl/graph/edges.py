@@ -39,6 +39,7 @@ class Queue(Edge):
     max_bytes: int
     window: int | None  # groups; None: first in, first out
     max_staleness: int | None  # policy versions; the bound that `check` proves for what leaves this queue
+    most: int | None  # messages that can be on their way to it at once; with that much depth it never fills
 
     def __init__(
         self,
@@ -49,8 +50,16 @@ class Queue(Edge):
         max_bytes: int = 1 << 30,
         window: int | None = None,
         max_staleness: int | None = None,
+        most: int | None = None,
     ) -> None:
-        self._join(source, target, depth=depth, max_bytes=max_bytes, window=window, max_staleness=max_staleness)
+        self._join(
+            source, target, depth=depth, max_bytes=max_bytes, window=window, max_staleness=max_staleness, most=most
+        )
+
+    @property
+    def never_fills(self) -> bool:
+        """Return whether its sender never waits for room, so that it may close a cycle of queues."""
+        return self.most is not None and self.depth >= self.most
 
 
 @dataclass(frozen=True, init=False)

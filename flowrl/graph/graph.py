@@ -1,7 +1,7 @@
 """Graphs: named nodes, edges, and the node whose return ends the run, checked before anything starts.
 
 Invariants that `check` proves, each refused with its arithmetic: every required port is fed exactly once, with
-messages it takes; every cycle goes through a Latest or Credits edge; staleness cannot exceed what the learner's
+messages it takes; every cycle goes through a Latest or Credits edge, or through a queue that never fills; staleness cannot exceed what the learner's
 queue allows; an ordered queue has room for every group that may be ahead of the one it waits for. `flowrl check`
 and every runtime call it first.
 """
@@ -112,7 +112,7 @@ class Graph:
     def _check_cycles(self) -> None:
         after: dict[str, set[str]] = defaultdict(set)
         for edge in self.edges:
-            if isinstance(edge, Queue):
+            if isinstance(edge, Queue) and not edge.never_fills:
                 after[self.node_of(edge.source)].add(self.node_of(edge.target))
         finished: set[str] = set()
 
@@ -120,7 +120,7 @@ class Graph:
             if node in path:
                 cycle = " -> ".join([*path[path.index(node) :], node])
                 raise GraphError(cycle, "is a cycle of queues and would deadlock once they are full",
-                                 "put a Latest or a Credits edge into it")  # fmt: skip
+                                 "put a Latest or a Credits edge into it, or bound what is out by most=")  # fmt: skip
             if node in finished:
                 return
             for following in sorted(after[node]):

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -24,12 +24,15 @@ from flowrl.graph.program import Program, load_program
 from flowrl.graph.show import edge_table, node_table, staleness_line
 from flowrl.runtime.placement import check_resources
 from flowrl.runtime.rundir import create_run_dir, newest_checkpoint, write_plan
-from flowrl.telemetry.sinks import Sink, open_sinks
+from flowrl.telemetry.report import Ending, report, write_report
+from flowrl.telemetry.sinks import Sinks, open_sinks
+from flowrl.telemetry.trackers import check_trackers
 
 if TYPE_CHECKING:
     from flowrl.graph.settings import RunSettings
     from flowrl.runtime.local import Outcome
     from flowrl.telemetry.events import Event
+    from flowrl.telemetry.view import RunView
 
 Say = Callable[[str], None]
 
@@ -58,6 +61,7 @@ def check_program(program: Program, *, say: Say, address: str | None) -> None:
     Raises:
         UserError: the first thing that is missing or wrong.
     """
+    check_trackers(program.settings.wandb, tensorboard=program.settings.tensorboard)
     if address is None and program.settings.runtime == "ray":
         check_resources(program.graph)
     for name, stage in program.graph.nodes.items():
@@ -90,15 +94,41 @@ def launch(request: RunRequest, *, say: Say) -> int:
     else:
         run_dir = request.resume.resolve()
     say(f"run directory {run_dir}")
-    started_s = time.time()
-    with open_sinks(run_dir, program.settings, title=run_dir.name) as sinks:
-        outcome = _run_on_loop(program, request, run_dir, resume_from, sinks)
-    _report(program, request, run_dir, outcome, sinks, time.time() - started_s, say)
+    with open_sinks(run_dir, program.settings, title=run_dir.name, nodes=list(program.graph.nodes)) as sinks:
+        try:
+            outcome = _run_on_loop(program, request, run_dir, resume_from, sinks)
+        except (FlowrlError, KeyboardInterrupt) as error:
+            _report(request, run_dir, None, sinks.view, failure=str(error) or "aborted", say=sinks.say)
+            raise
+    _report(request, run_dir, outcome, sinks.view, failure="", say=say)
     return 0
 
 
+def _report(
+    request: RunRequest, run_dir: Path, outcome: Outcome | None, view: RunView, *, failure: str, say: Say
+) -> None:
+    """Write the report beside the run and, unless it failed, print it."""
+    checkpoints = complete_checkpoints(run_dir / "checkpoints")
+    command = f"flowrl run {request.graph} --resume {os.path.relpath(run_dir)}"
+    is_done = view.last_step is not None and view.last_step.version >= view.last_step.num_steps
+    ending = Ending(
+        name=run_dir.name,
+        totals=outcome.totals if outcome else {},
+        checkpoint=str(checkpoints[-1]) if checkpoints else "",
+        resume=command if checkpoints and not is_done else "",
+        was_stopped=outcome is not None and outcome.was_stopped,
+        failure=failure,
+    )
+    text = report(view, ending)
+    write_report(run_dir / "report.txt", text)
+    if failure:
+        say(f"what is known of the run is in {run_dir / 'report.txt'}")
+    else:
+        say("\n" + text.rstrip())
+
+
 def _run_on_loop(
-    program: Program, request: RunRequest, run_dir: Path, resume_from: Path | None, sinks: Any
+    program: Program, request: RunRequest, run_dir: Path, resume_from: Path | None, sinks: Sinks
 ) -> Outcome:
     import uvloop
 
@@ -170,5 +200,3 @@ def _interrupts(stopping: asyncio.Event, say: Say) -> Iterator[None]:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
 
-
-_ = (FlowrlError, Sink, complete_checkpoints, sys)

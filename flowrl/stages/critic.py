@@ -8,9 +8,9 @@ not in vocabulary. Uses PPO's generalised advantage estimation (Schulman 2015) t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from flowrl.config import Select, widen
+from flowrl.config import Meta, Select, widen
 from flowrl.data.models import prepare_model
 from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine, open_engine
 from flowrl.graph.ports import In, Out
@@ -34,6 +34,7 @@ class Critic(Stage):
         lr: float = 9e-6  # OpenRLHF paper, section 3.3: larger than the policy's
         engine: str = "flowrl.engines.deepspeed:DeepSpeedEngine"
         objective: Select = Select(use="flowrl.algorithms.value:ValueLoss")
+        batch_groups: Annotated[int, Meta(ge=1)] = 1  # valued together when ready; above 1 the last bits depend on timing
 
     referenced: In[Referenced]
     samples: Out[Samples]
@@ -67,7 +68,7 @@ class Critic(Stage):
         async with opened(context, self.config.engine, self._settings, self.steps) as engine:
             step: list[TokenGroup] = []
             while True:
-                groups = await self.referenced.get_some(self.groups_per_step - len(step))
+                groups = await self.referenced.get_some(min(self.config.batch_groups, self.groups_per_step - len(step)))
                 start_s = context.now()
                 values = await context.compute(engine.score, [token_group(group) for group in groups])
                 for group, rows in zip(groups, values, strict=True):

@@ -32,11 +32,12 @@ class Evaluator(Stage):
         """Settings of the evaluation node."""
 
         samples: Annotated[int, Meta(ge=1)] = 4  # responses to each held-out prompt
+        in_flight: Annotated[int, Meta(ge=1)] = 64  # held-out prompts sent and not yet scored
         function: str = "flowrl.rewards.verify:reasoning_gym_score"  # module:function, TRL's signature
 
     checkpoints: In[Checkpoint]
     prompts: Out[Prompt]
-    rollouts: In[Rollouts]
+    rollouts: In[Rollouts]  # at most `in_flight` are on their way here
 
     def __init__(self, config: Config, *, model: str, data: PromptData, seed: int) -> None:
         self.config: Evaluator.Config = config
@@ -66,8 +67,9 @@ class Evaluator(Stage):
     async def _evaluate(
         self, context: Context, prompts: PromptSet, function: RewardFunction, checkpoint: Checkpoint, first_id: int
     ) -> Evaluation:
+        room = asyncio.Semaphore(self.config.in_flight)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._send(prompts, first_id))
+            tasks.create_task(self._send(prompts, first_id, room))
             scores: dict[int, list[float]] = {}
             texts: dict[int, dict[str, str]] = {}
             while len(scores) < len(prompts.heldout):
@@ -81,6 +83,7 @@ class Evaluator(Stage):
                         "reward": f"{scores[place][0]:g}",
                     }
                 await self.rollouts.done(group)
+                room.release()
         return Evaluation(
             version=checkpoint.version,
             time_s=context.now(),
@@ -88,8 +91,9 @@ class Evaluator(Stage):
             completions=[texts[place] for place in sorted(texts)],
         )
 
-    async def _send(self, prompts: PromptSet, first_id: int) -> None:
+    async def _send(self, prompts: PromptSet, first_id: int, room: asyncio.Semaphore) -> None:
         for place, row in enumerate(prompts.heldout):
+            await room.acquire()
             await self.prompts.put(
                 Prompt(
                     group_id=first_id + place,

@@ -215,6 +215,8 @@ class Learner(Stage):
     def _record(self, context: Context, batch: list[Samples], staleness: list[int], metrics: dict[str, float],
                 step_s: float) -> None:  # fmt: skip
         figures = {**step_metrics(batch, staleness), **metrics, "step_s": step_s}
+        if figures.get("is_weight_sq"):
+            figures["ess"] = figures["is_weight"] ** 2 / figures["is_weight_sq"]
         context.recorder.record(
             Step(version=context.version, num_steps=self.steps, time_s=context.now(), metrics=figures,
                  staleness=staleness)

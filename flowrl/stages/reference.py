@@ -25,7 +25,7 @@ class Reference(Stage):
         """Settings of the reference node; nothing is trained, so the learning rate and schedule are not used."""
 
         engine: str = "flowrl.engines.torch:TorchEngine"
-        batch_groups: Annotated[int, Meta(ge=1)] = 4  # groups scored together when as many are waiting
+        batch_groups: Annotated[int, Meta(ge=1)] = 1  # scored together when ready; above 1 the last bits depend on timing
 
     scored: In[Scored]
     referenced: Out[Referenced]

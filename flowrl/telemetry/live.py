@@ -1,15 +1,17 @@
 """The run as it stands, redrawn in place, where standard output is a terminal.
 
 On top the step, the learner's figures, elapsed time and the estimate of the end; then a row for each replica with what
-it does now and where its time went; then how full each queue is. Notices scroll by above it. `frame` draws a view, a
-pure function; `LiveView` puts frames on the terminal. A frame is drawn on the event loop when events arrive, and only
-the clock line is drawn by rich's refreshing thread, so the view is never read while it changes.
+it does now, the shares of its time so far (busy computing, waiting for input, waiting for room, weight update, start or
+recovery), groups done and their rate, requests in flight and policy version; then how full each queue is. Notices
+scroll by above it. `frame` draws a view, a pure function; `LiveView` puts frames on the terminal. A frame is drawn on
+the event loop when events arrive, and only the clock line by rich's refreshing thread, so the view is never read while
+it changes.
 """
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.events import Evaluation, Notice
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 16  # replicas shown one by one; beyond, the replicas of a node share a row
 FULL = 0.9  # a queue at this part of its depth is drawn as full
-STYLES = {
+STYLES: dict[str, str] = {
     Cause.COMPUTE: "green",
     Cause.UPDATE: "cyan",
     Cause.WAIT_ROOM: "magenta",
@@ -79,7 +81,7 @@ class LiveView:
         return Group(clock_line(self._title, self._now() - self._opened_s), self._body)
 
     def _max_rows(self) -> int:
-        return max(4, min(MAX_ROWS, self.console.height - 12))
+        return max(4, min(MAX_ROWS, self.console.height - len(self._view.edges) - 9))
 
 
 def clock_line(title: str, elapsed_s: float) -> Text:
@@ -95,9 +97,8 @@ def frame(view: RunView, *, now_s: float, max_rows: int = MAX_ROWS) -> Renderabl
     from rich.text import Text
 
     parts: list[RenderableType] = [_figures(view, now_s)]
-    waiting = view.starting(now_s)
-    if waiting:
-        parts.append(Text("waiting for " + ", ".join(waiting), style="blue"))
+    if starting := view.starting(now_s):
+        parts.append(Text(starting, style="blue"))
     if view.replicas:
         parts += ["", _replica_table(view.replicas, max_rows)]
     if view.edges:
@@ -122,13 +123,13 @@ def _figures(view: RunView, now_s: float) -> Text:
     tokens_per_s = view.recent_per_s("tokens")
     if tokens_per_s is not None:
         line.append(f"   {tokens_per_s:,.0f} tokens/s", style="not bold")
-    if view.remaining_s is not None:
+    if view.remaining_s:
         left_s = max(0.0, view.remaining_s - (now_s - step.time_s))
         line.append(f"   about {format_duration(left_s)} to go", style="not bold")
     if view.evaluations:
         line.append(f"\n{evaluation_line(view.evaluations[max(view.evaluations)])}", style="not bold")
     if view.num_warnings:
-        line.append(f"   {view.num_warnings} warnings, see above", style="yellow")
+        line.append(f"   warnings: {view.num_warnings}", style="yellow")
     return line
 
 
@@ -136,17 +137,17 @@ def _replica_table(replicas: Sequence[ReplicaView], max_rows: int) -> Renderable
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="dim")  # 80 columns are enough
     table.add_column("replica", no_wrap=True)
     table.add_column("now", no_wrap=True)
-    for heading in ("computing", "input", "room", "update", "other", "done", "per s", "running", "version"):
+    for heading in ("busy", "input", "room", "update", "start", "done", "/s", "reqs", "ver"):
         table.add_column(heading, justify="right", no_wrap=True)
     rows = [[replica] for replica in replicas]
     if len(replicas) > max_rows:
         nodes = dict.fromkeys(replica.node for replica in replicas)
         rows = [[replica for replica in replicas if replica.node == node] for node in nodes]
     for row in rows:
-        table.add_row(*_cells(row), style=None)
+        table.add_row(*_cells(row))
     if any(len(row) > 1 for row in rows):
         table.caption = Text(f"{len(replicas)} replicas, a row for each node", style="dim")
         table.caption_justify = "left"
@@ -172,17 +173,13 @@ def _cells(row: Sequence[ReplicaView]) -> list[Text]:
     version = min(replica.version for replica in row)
     return [
         Text(first.name if len(row) == 1 else f"{first.node} x{len(row)}"),
-        Text(now, style=STYLES.get(_cause(common), "")),
-        *(Text(f"{100 * share:.0f} %", style="" if share >= 0.005 else "dim") for share in shown),
+        Text(now, style=STYLES.get(common, "")),
+        *(Text(f"{share:.0%}", style="" if share >= 0.005 else "dim") for share in shown),
         Text(str(sum(replica.done for replica in row))),
         Text(f"{sum(replica.rate_per_s for replica in row):.1f}"),
         Text(str(running) if running else "-"),
         Text(str(version) if version >= 0 else "-"),
     ]
-
-
-def _cause(name: str) -> Any:
-    return Cause(name) if name in set(Cause) else name
 
 
 def _edge_table(view: RunView) -> RenderableType:

@@ -1,6 +1,6 @@
 """The run in plain lines, where standard output is not a terminal: one line a step, and every notice and evaluation.
 
-Before the first step it says every `WAIT_LINE_S` seconds what is being waited for. Fed by `Sinks` after the view.
+While replicas are starting it says so every `WAIT_LINE_S` seconds. Fed by `Sinks` after the view.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class PlainLines:
         now_s = self._view.now_s
         if self._said_waiting_s is not None and now_s - self._said_waiting_s < WAIT_LINE_S:
             return
-        waiting = self._view.starting(now_s)
-        if waiting:
+        starting = self._view.starting(now_s)
+        if starting:
             self._said_waiting_s = now_s
-            self._say("waiting for " + ", ".join(waiting))
+            self._say(starting)
 
 
 def step_line(step: Step, view: RunView) -> str:
@@ -69,7 +69,7 @@ def step_line(step: Step, view: RunView) -> str:
     tokens_per_s = view.recent_per_s("tokens")
     if tokens_per_s is not None:
         words.append(f"tok/s {tokens_per_s:,.0f}")
-    if view.remaining_s is not None and view.last_step is not None and step.version == view.last_step.version:
+    if view.remaining_s and view.last_step is not None and step.version == view.last_step.version:
         words.append(f"eta {format_duration(view.remaining_s)}")
     return " ".join(words)
 

@@ -29,6 +29,7 @@ NUM_SHOWN = 3  # completions
 SHOWN_CHARACTERS = 300  # of a prompt or completion
 COVERAGE = 0.02  # charged time may miss the wall clock by this much: statuses are stamped a moment after they are read
 BUSY = 0.6  # a node computing less than this is no bottleneck; the run is waiting in turns
+WORTH_SAYING = 0.05  # share of its time a node must spend waiting to be named
 COLUMNS = (Cause.COMPUTE, Cause.WAIT_INPUT, Cause.WAIT_ROOM, Cause.UPDATE, Cause.START, Cause.RECOVERY)
 
 
@@ -199,21 +200,15 @@ def _bottleneck(view: RunView) -> list[str]:
     lines = [f"bottleneck: {named}, computing {busy[named]:.0%} of the time {window}"]
     if len(order) > 1:
         lines[0] += f", more than any other node on the path (next {order[1]}, {busy[order[1]]:.0%})"
-    waiting = [(part.get(Cause.WAIT_INPUT, 0.0), node) for node, part in parts.items() if node != named]
-    blocked = [(part.get(Cause.WAIT_ROOM, 0.0), node) for node, part in parts.items() if node != named]
-    for share, node, what in (
-        (*max(waiting, default=(0.0, "")), "for input"),
-        (*max(blocked, default=(0.0, "")), "for room"),
-    ):
-        if share >= 0.05:
-            lines.append(f"  {node} waits {what} {share:.0%} of that time")
+    for cause in (Cause.WAIT_INPUT, Cause.WAIT_ROOM):
+        share, node = max((part.get(cause, 0.0), node) for node, part in parts.items())
+        if node != named and share >= WORTH_SAYING:
+            lines.append(f"  {node} spends {share:.0%} of that time {words(cause)}")
     if busy[named] < BUSY:
         lines.append("  no node is busy most of the time: they wait for each other in turns; more groups in flight")
         lines.append("  (max_staleness, queue depths) would overlap them")
     else:
-        lines.append(
-            f"  more replicas or ranks of {named}, or less work for it, would make the run faster; others would not"
-        )
+        lines.append(f"  to go faster, give {named} more replicas or ranks, or less work, before any other node")
     lines += [f"{node} busy {window}: {busy[node]:.1%}" for node in order if node in view.generator_nodes]
     return lines
 

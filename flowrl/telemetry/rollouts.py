@@ -10,13 +10,11 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from flowrl.messages import Samples
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from flowrl.messages import Sample
+    from flowrl.messages import Sample, Samples
 
 
 def write_rollouts(path: Path, rows: Sequence[Samples], version: int) -> None:
@@ -58,11 +56,13 @@ def rollout_table(rows: Sequence[Samples], version: int) -> Any:
             ("generator", pa.string()),
         ]
     )
-    samples = [_row(group, place, version, scores) for group in rows for place in range(len(group.samples))]
+    samples = [
+        _row(group, place, reward, version, scores) for group in rows for place, reward in enumerate(group.rewards)
+    ]
     return pa.Table.from_pylist(samples, schema=schema)
 
 
-def _row(group: Samples, place: int, version: int, scores: Sequence[str]) -> dict[str, Any]:
+def _row(group: Samples, place: int, reward: float, version: int, scores: Sequence[str]) -> dict[str, Any]:
     sample = group.samples[place]
     advantages = group.advantages[place].numpy()
     return {
@@ -70,12 +70,12 @@ def _row(group: Samples, place: int, version: int, scores: Sequence[str]) -> dic
         "sample": place,
         "prompt": _prompt_text(group.columns.get("prompt")),
         "response": sample.text,
-        "prompt_token_ids": group.token_ids.numpy(),
-        "token_ids": sample.token_ids.numpy(),
-        "logprobs": sample.logprobs.numpy(),
+        "prompt_token_ids": group.token_ids.tolist(),
+        "token_ids": sample.token_ids.tolist(),
+        "logprobs": sample.logprobs.tolist(),
         "token_versions": token_versions(sample),
         **{f"score.{name}": group.scores[name][place] if name in group.scores else None for name in scores},
-        "reward": group.rewards[place],
+        "reward": reward,
         "advantage_mean": float(advantages.mean()) if len(advantages) else None,
         "staleness": version - sample.oldest_version,
         "learned_in_step": version,

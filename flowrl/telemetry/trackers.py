@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flowrl.telemetry.events import Event
 
 INIT_TIMEOUT_S = 30.0  # to reach the wandb service; a run should not hang at its start for a tracker
+FINISH_TIMEOUT_S = 120.0  # to send what is left at the end; the figures are in metrics.jsonl all the same
 
 
 class WandbConfig(Config):
@@ -31,13 +32,15 @@ class WandbConfig(Config):
 
 
 def check_trackers(wandb: WandbConfig, *, tensorboard: bool) -> None:
-    """Refuse a tracker that is not installed.
+    """Refuse a tracker that is not installed, or that wants a login there is not.
 
     Raises:
-        ConfigError: a tracker is asked for and its package is missing.
+        ConfigError: a tracker is asked for and its package or its API key is missing.
     """
     if wandb.mode != "off" and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb.mode", f"{wandb.mode!r} needs the package wandb", "pip install wandb, or set off")
+    if wandb.mode == "online":
+        _require_login()
     if tensorboard and not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
         raise ConfigError("tensorboard", "needs a package", "pip install tensorboardX, or set tensorboard=false")
 
@@ -49,7 +52,15 @@ class WandbSink:
         import wandb
 
         mode: Any = config.mode
-        quiet = wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_S, x_disable_stats=True)
+        if mode == "online":
+            _require_login()  # or init would ask for a key in the middle of the live view
+        quiet = wandb.Settings(
+            silent=True,
+            console="off",
+            x_disable_stats=True,
+            init_timeout=INIT_TIMEOUT_S,
+            finish_timeout=FINISH_TIMEOUT_S,
+        )
         self._run = wandb.init(
             project=config.project, name=config.name or title, dir=run_dir, mode=mode, settings=quiet
         )
@@ -63,7 +74,7 @@ class WandbSink:
                 self._run.log(figures)
 
     def close(self) -> None:
-        """Send what is left and end the run there."""
+        """Send what is left and end the run there; offline, the last of the file is written as the process ends."""
         self._run.finish()
 
 
@@ -97,6 +108,13 @@ def figures_of(event: Event) -> dict[str, float]:
             return {"heldout.mean": interval.mean, "version": event.version}
         case _:
             return {}
+
+
+def _require_login() -> None:
+    import wandb
+
+    if not wandb.login(prompt=False):
+        raise ConfigError("wandb.mode", "'online' needs an API key", "run `wandb login`, or set wandb.mode=offline")
 
 
 def _summary_writer() -> Any:

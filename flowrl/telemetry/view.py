@@ -191,16 +191,16 @@ class RunView:
         """Return the expected nodes that have not reported yet."""
         return [node for node in self.expected if node not in self.nodes]
 
-    def starting(self, now_s: float) -> list[str]:
-        """Say what a run that has learned nothing yet is waiting for: `["generator.0 starting 12 s"]`."""
-        if self.last_step is not None:
-            return []
+    def starting(self, now_s: float) -> str:
+        """Say who is still starting: `generator.0 starting 12 s; not heard from yet: learner`; "" once all are up."""
         lines = [
             f"{replica.name} starting {format_duration(starting_s)}"
             for replica in self.replicas
             if (starting_s := replica.starting_s(now_s)) is not None
         ]
-        return lines + [f"{node} not heard from yet" for node in self.silent_nodes]
+        if self.silent_nodes:
+            lines.append(f"not heard from yet: {', '.join(self.silent_nodes)}")
+        return "; ".join(lines)
 
     @property
     def step_interval_s(self) -> float | None:

@@ -1,0 +1,352 @@
+"""VllmEngine: samples with vLLM and swaps its weights while requests are in flight.
+
+Invariants: every token carries the version that sampled it and its log-prob under the distribution sampled from; a
+sample is drawn with its own seed, so it is the same alone or in a batch; a sample with a token of a version still
+being proved is returned only when the canary has agreed; after a failed proof nothing is served any more. A version is
+received and verified before generation pauses, so that the pause covers loading only.
+
+Called by the generator, evaluator and reference stages; lives on their event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+import time
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from flowrl.engines import vllm_settings
+from flowrl.engines.base import GenerationConfig, Sampling, UpdateReport
+from flowrl.engines.canary import NO_CANARY, Gap, compare
+from flowrl.errors import FlowrlError, ModelError, ProofError, StageError, TransferError
+from flowrl.messages import Buffer, Sample, VersionSpan, Weights
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm.outputs import CompletionOutput, RequestOutput
+
+
+class VllmEngine:
+    """A generation engine on vLLM's AsyncLLM; see engines.base.GenerationEngine.
+
+    `receiver_index` tells the replicas apart in a broadcast.
+    """
+
+    def __init__(self, config: GenerationConfig, *, where: str, receiver_index: int = 0) -> None:
+        vllm_settings.check(config, where)
+        self.config = config
+        self.where = where
+        self.version: int | None = None  # proved and served
+        self._receiver_index = receiver_index
+        self._num_running = 0
+        self._ids = count()
+        self._broken: FlowrlError | None = None
+        self._unproved: int | None = None
+        self._proved = asyncio.Event()
+        self._engine: Any = None
+        self._core: Any = None
+        self._replies: asyncio.Server | None = None
+        self._outcomes: asyncio.Queue[bytes] = asyncio.Queue(maxsize=1 + config.tensor_parallel)
+
+    @property
+    def num_running(self) -> int:
+        """Return how many samples are being decoded."""
+        return self._num_running
+
+    # Starting and stopping.
+
+    async def open(self) -> None:
+        """Load the model; nothing is served before the first update.
+
+        Raises:
+            ModelError: vLLM cannot load it with these settings.
+        """
+        self._directory = Path(tempfile.mkdtemp(prefix="flowrl-vllm-"))
+        self._replies = await asyncio.start_unix_server(self._hear, self._socket_path)
+        try:
+            await asyncio.to_thread(self._load)
+            if self._core is not None:
+                self._engine = self._core.connect()
+            tokenizer = self._engine.get_tokenizer()
+            await self._init_transfer()
+        except Exception as error:
+            await self.close()
+            raise ModelError(
+                self.where,
+                f"vLLM could not serve {self.config.model} ({type(error).__name__}: {error})",
+                "check the model's architecture, kv_cache_bytes and max_model_len",
+            ) from error
+        self._decode = tokenizer.decode
+        self._stop_ids = vllm_settings.stop_token_ids(self.config.model, tokenizer)
+
+    def _load(self) -> None:
+        vllm_settings.set_environment(self.config)
+        arguments = vllm_settings.engine_arguments(self.config)
+        if self.config.layout == "thread":
+            from flowrl.engines.vllm_thread import ThreadedCore
+
+            self._core = ThreadedCore(arguments, self._directory)
+            self._core.start()
+        else:
+            from vllm.v1.engine.async_llm import AsyncLLM
+
+            self._engine = AsyncLLM.from_engine_args(arguments)
+
+    async def _init_transfer(self) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        request = WeightTransferInitRequest(
+            {
+                "where": self.where,
+                "replica": self._receiver_index,
+                "timeout_s": self.config.transfer_timeout_s,
+                "replies": str(self._socket_path),
+            }
+        )
+        await self._engine.init_weight_transfer_engine(request)
+
+    @property
+    def _socket_path(self) -> Path:
+        return self._directory / "replies"
+
+    async def close(self) -> None:
+        """Stop the engine's processes and threads and remove its sockets; safe to call twice."""
+        if self._core is not None:
+            core, self._core = self._core, None
+            await asyncio.to_thread(core.stop)
+        if self._engine is not None:
+            engine, self._engine = self._engine, None
+            await asyncio.to_thread(engine.shutdown)
+        if self._replies is not None:
+            self._replies.close()
+            self._replies = None
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    # Sampling.
+
+    async def generate(
+        self, *, request_id: str, prompt_ids: Sequence[int], num_samples: int, seed: int, sampling: Sampling
+    ) -> list[Sample]:
+        """Sample `num_samples` responses, sample i with seed + i; cancelling it aborts the requests.
+
+        Raises:
+            StageError: no version has been loaded, the prompt leaves no room for a response, or vLLM failed.
+            ProofError: the version that was to be served could not be proved.
+        """
+        self._check_serving()
+        if len(prompt_ids) >= self.config.max_model_len:
+            raise StageError(
+                self.where,
+                f"request {request_id}: a prompt of {len(prompt_ids)} tokens leaves no room for a response in "
+                f"max_model_len={self.config.max_model_len}",
+                "raise max_model_len or filter long prompts",
+            )
+        self._num_running += num_samples
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                drawing = [
+                    tasks.create_task(self._sample(f"{request_id}/{i}", prompt_ids, seed + i, sampling))
+                    for i in range(num_samples)
+                ]
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+        finally:
+            self._num_running -= num_samples
+        return [task.result() for task in drawing]
+
+    async def _sample(self, name: str, prompt_ids: Sequence[int], seed: int, sampling: Sampling) -> Sample:
+        parameters = vllm_settings.sampling_parameters(sampling, seed=seed, stop_ids=self._stop_ids)
+        while True:
+            prompt = {"prompt_token_ids": list(prompt_ids), "cache_salt": str(self.version)}
+            output = await self._request(f"{name}-{next(self._ids)}", prompt, parameters)
+            if output.finish_reason != "abort":
+                break
+            # Only an update with on_update=abort ends a request of ours so: draw it again under the new weights.
+        sample = self._read(output)
+        while self._unproved is not None and any(span.version == self._unproved for span in sample.versions):
+            await self._proved.wait()
+        self._check_serving()
+        return sample
+
+    async def _request(self, request_id: str, prompt: Any, parameters: Any) -> CompletionOutput:
+        last: RequestOutput | None = None
+        try:
+            async for last in self._engine.generate(prompt, parameters, request_id):
+                pass
+        except (RuntimeError, ValueError) as error:  # EngineDeadError and EngineGenerateError are RuntimeErrors
+            self._check_serving()
+            raise StageError(self.where, f"request {request_id} failed ({type(error).__name__}: {error})") from error
+        assert last is not None and last.outputs[0].finish_reason is not None
+        return last.outputs[0]
+
+    def _read(self, output: CompletionOutput) -> Sample:
+        assert output.logprobs is not None and output.weight_versions is not None and output.finish_reason is not None
+        flat: Any = output.logprobs
+        # With logprobs=0 a position holds the sampled token first.
+        logprobs = [flat.logprobs[start] for start in flat.start_indices]
+        token_ids = list(output.token_ids)
+        return Sample(
+            token_ids=Buffer.ints(token_ids),
+            logprobs=Buffer.floats(logprobs),
+            versions=[VersionSpan(int(span.version), span.start, span.end) for span in output.weight_versions],
+            finish=output.finish_reason,
+            text=self._decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        )
+
+    def _check_serving(self) -> None:
+        if self._broken is not None:
+            raise self._broken
+        if self.version is None:
+            raise StageError(self.where, "no policy version has been loaded yet", "wait for the first update")
+
+    # Weights.
+
+    async def update_weights(self, weights: Weights) -> UpdateReport:
+        """Receive and verify a version, load it while generation is paused, prove it, and serve it.
+
+        Raises:
+            ProofError: a digest or the canary disagrees; nothing is served from then on.
+            TransferError: the bytes did not arrive, or were not loaded, before the deadline.
+        """
+        if self._broken is not None:
+            raise self._broken
+        try:
+            return await self._update(weights)
+        except FlowrlError as error:
+            # Bytes that never came leave the model as it was; whatever fails after the pause leaves it unfit.
+            if isinstance(error, ProofError) or self._unproved is not None:
+                self._broken = error
+            raise
+        except asyncio.CancelledError:
+            if self._unproved is not None:
+                self._broken = StageError(self.where, f"the update to version {weights.version} was cancelled")
+            raise
+        finally:
+            self._unproved = None
+            self._proved.set()
+
+    async def _update(self, weights: Weights) -> UpdateReport:
+        in_pause = self._shares_nccl(weights)
+        fetch_s = 0.0 if in_pause else await self._fetch(weights)
+        self._unproved = weights.version
+        self._proved.clear()
+        pause_start_s = time.monotonic()
+        try:
+            await self._engine.pause_generation(mode=self.config.on_update, clear_cache=True)
+            fetch_s += await self._fetch(weights) if in_pause else 0.0
+            load_start_s = time.monotonic()
+            await self._load_version(weights.version)
+            load_s = time.monotonic() - load_start_s
+            scored = await self._send_canary(weights)
+            await self._engine.resume_generation()
+        except Exception as error:
+            if isinstance(error, FlowrlError):
+                raise
+            raise StageError(
+                self.where, f"version {weights.version} could not be loaded ({type(error).__name__}: {error})"
+            ) from error
+        pause_s = time.monotonic() - pause_start_s
+        gap = await self._prove(weights, scored)
+        self.version = weights.version
+        return UpdateReport(
+            version=weights.version, pause_s=pause_s, transfer_s=fetch_s + load_s, mean_gap=gap.mean, max_gap=gap.max
+        )
+
+    def _shares_nccl(self, weights: Weights) -> bool:
+        """Return whether receiving would run NCCL beside the collectives of tensor-parallel generation.
+
+        Kernels of two communicators may start in a different order on each GPU and wait for one another for ever, so
+        there the broadcast waits for the pause.
+        """
+        if weights.transport != "broadcast" or self.config.tensor_parallel == 1:
+            return False
+        return msgspec.json.decode(weights.manifest)["backend"] == "nccl"
+
+    async def _fetch(self, weights: Weights) -> float:
+        """Have every worker receive and verify the version; return how long the slowest took."""
+        from flowrl.engines.weights.receiver import Outcome
+
+        while not self._outcomes.empty():  # of an update that was cancelled or timed out
+            self._outcomes.get_nowait()
+        await self._engine.collective_rpc("flowrl_prefetch", args=(weights.manifest.decode(),))
+        seconds = [0.0]
+        try:
+            # A receiver has deadlines of its own and says more; this one is for a worker that died.
+            async with asyncio.timeout(3 * self.config.transfer_timeout_s):
+                while len(seconds) <= self.config.tensor_parallel:
+                    outcome = msgspec.json.decode(await self._outcomes.get(), type=Outcome)
+                    if outcome.version != weights.version:
+                        continue
+                    if outcome.kind != "ok":
+                        failure = ProofError if outcome.kind == "proof" else TransferError
+                        raise failure(self.where, outcome.what, outcome.remedy)
+                    seconds.append(outcome.seconds)
+        except TimeoutError as error:
+            raise TransferError(
+                self.where,
+                f"{len(seconds) - 1} of {self.config.tensor_parallel} workers had version {weights.version} after "
+                f"{3 * self.config.transfer_timeout_s:g} s",
+                "see the worker's log",
+            ) from error
+        return max(seconds)
+
+    async def _hear(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Take a worker's report of a prefetch."""
+        await self._outcomes.put(await reader.readline())
+        writer.close()
+
+    async def _load_version(self, version: int) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        try:
+            async with asyncio.timeout(self.config.transfer_timeout_s):
+                await self._engine.start_weight_update()
+                await self._engine.update_weights(WeightTransferUpdateRequest({"version": version}))
+                await self._engine.finish_weight_update(str(version))
+        except TimeoutError as error:
+            raise TransferError(
+                self.where,
+                f"version {version} was not loaded within {self.config.transfer_timeout_s:g} s",
+                "raise transfer_timeout_s",
+            ) from error
+
+    async def _send_canary(self, weights: Weights) -> Any:
+        """Queue the canary before generation resumes, so that it is in the first step under the new weights."""
+        if weights.canary is None:
+            return None
+        token_ids = weights.canary.token_ids.tolist()
+        if len(token_ids) >= self.config.max_model_len:
+            raise StageError(
+                self.where,
+                f"the canary has {len(token_ids)} tokens, max_model_len={self.config.max_model_len}",
+                f"raise max_model_len above {len(token_ids)}",
+            )
+        return await self._engine.add_request(
+            f"canary-{weights.version}-{next(self._ids)}",
+            {"prompt_token_ids": token_ids, "cache_salt": f"canary-{weights.version}"},
+            vllm_settings.canary_parameters(),
+            priority=vllm_settings.CANARY_PRIORITY,
+        )
+
+    async def _prove(self, weights: Weights, scored: Any) -> Gap:
+        if weights.canary is None:
+            return NO_CANARY
+        try:
+            async with asyncio.timeout(self.config.transfer_timeout_s):
+                output: RequestOutput = await scored.get()
+        except TimeoutError as error:
+            raise ProofError(
+                self.where, f"the canary of version {weights.version} had no answer within the deadline"
+            ) from error
+        except RuntimeError as error:
+            raise StageError(self.where, f"the canary failed ({type(error).__name__}: {error})") from error
+        token_ids = weights.canary.token_ids.tolist()
+        positions = list(output.prompt_logprobs or [])[1:]  # the first token has nothing before it
+        logprobs = [row[token].logprob for token, row in zip(token_ids[1:], positions, strict=True) if row is not None]
+        return compare(weights.canary, logprobs, version=weights.version, where=self.where)

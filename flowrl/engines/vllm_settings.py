@@ -1,0 +1,155 @@
+"""What vLLM is started and asked with: environment, engine arguments, sampling parameters.
+
+Invariants: nothing of a model's generation_config reaches the sampling distribution except its end-of-sequence
+tokens; behaviour log-probs are those of the distribution sampled from; a prompt is never split over two scheduler
+steps on CPUs, where a split kills seeded requests. `set_environment` comes before the first import of vLLM and is the
+only function here that may. Called by `VllmEngine`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowrl.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from flowrl.engines.base import GenerationConfig, Sampling
+
+CANARY_PRIORITY = -1  # before every request (0)
+
+
+def check(config: GenerationConfig, where: str) -> None:
+    """Refuse settings that vLLM cannot serve.
+
+    Raises:
+        ConfigError: more than one tensor-parallel rank in a thread.
+        ModelError: the model is not a local directory in Hugging Face format.
+    """
+    if config.layout == "thread" and config.tensor_parallel > 1:
+        raise ConfigError(
+            where,
+            f"layout=thread holds one worker, tensor_parallel={config.tensor_parallel} needs as many processes",
+            "set layout=processes",
+        )
+    if not (Path(config.model) / "config.json").is_file():
+        raise ModelError(where, f"{config.model} has no config.json", "give a local directory in Hugging Face format")
+
+
+def set_environment(config: GenerationConfig) -> None:
+    """Set what vLLM, torch and their libraries read from the environment; what the user has set stays."""
+    defaults = {
+        "OMP_NUM_THREADS": str(config.threads),
+        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads slow down whoever shares the cores
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",  # the model is a local directory
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # who shares cores with whom is the runtime's business
+    }
+    import torch
+
+    if not torch.cuda.is_available():
+        defaults["TORCHDYNAMO_DISABLE"] = "1"  # else the first request compiles for seconds
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if config.layout == "thread":
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # lets the executor stay in this process
+        if not torch.cuda.is_available():
+            torch.set_num_threads(config.threads)
+    else:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+
+
+def engine_arguments(config: GenerationConfig) -> AsyncEngineArgs:
+    """Return the arguments of an engine that serves `config` and takes weights from our transport."""
+    import torch
+    from vllm.config import WeightTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    from flowrl.engines.models import choose_dtype
+    from flowrl.engines.weights.receiver import BACKEND, WorkerExtension
+
+    on_cpu = current_platform.is_cpu()
+    dtype = choose_dtype(config.dtype, torch.device("cpu" if on_cpu else "cuda"))
+    choices: dict[str, Any] = {}
+    if on_cpu:
+        choices |= {
+            "enforce_eager": True,  # compiling takes a minute and gains nothing here
+            "enable_chunked_prefill": False,
+            # The longest prompt fits a step beside everything that is being decoded.
+            "max_num_batched_tokens": config.max_model_len + max(config.max_running, config.max_model_len),
+            "kv_cache_memory_bytes": config.kv_cache_bytes,
+        }
+    else:
+        choices |= {"gpu_memory_utilization": config.gpu_memory_utilization}
+    if config.layout == "thread":
+        choices |= {"distributed_executor_backend": "uni"}
+    return AsyncEngineArgs(
+        model=config.model,
+        dtype=str(dtype).removeprefix("torch."),
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_running,
+        tensor_parallel_size=config.tensor_parallel,
+        trust_remote_code=config.trust_remote_code,
+        logprobs_mode="processed_logprobs",
+        scheduling_policy="priority",  # the canary goes first
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
+        **choices,
+    )
+
+
+def sampling_parameters(sampling: Sampling, *, seed: int, stop_ids: list[int]) -> SamplingParams:
+    """Return the parameters of one sample, every field that shapes the distribution given."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=1,
+        seed=seed,
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=0.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        repetition_penalty=1.0,
+        stop_token_ids=sorted({*stop_ids, *sampling.stop_token_ids}),
+        logprobs=0,  # the sampled token's only
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def canary_parameters() -> SamplingParams:
+    """Return the parameters of a request that scores its own prompt."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+    )
+
+
+def stop_token_ids(model: str, tokenizer: Any) -> list[int]:
+    """Return the tokens that end a response: the tokenizer's and those of the model's generation_config."""
+    import json
+
+    ids: set[int] = set()
+    if tokenizer.eos_token_id is not None:
+        ids.add(int(tokenizer.eos_token_id))
+    path = Path(model) / "generation_config.json"
+    if path.is_file():
+        found = json.loads(path.read_bytes()).get("eos_token_id")
+        ids.update([found] if isinstance(found, int) else found or [])
+    return sorted(ids)

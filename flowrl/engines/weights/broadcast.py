@@ -1,0 +1,300 @@
+"""Weights by broadcast: one collective from the learner to all generators, gloo on CPUs and NCCL on GPUs.
+
+How a version travels: `publish` packs it into host buckets (the parameters may change from then on) and names the
+store's address in the manifest; each receiver announces itself in the store; when all are there, or half the deadline
+has passed, `transfer` writes the plan (who is in which group) and broadcasts to those in it. Invariants: no wait is
+without a deadline; the dead are left out and the living go on; a group is formed anew when its members change or it
+failed; a receiver that is late, restarted or in a broken group pulls the same buckets from the sender's server.
+"""
+
+from __future__ import annotations
+
+import datetime
+import socket
+import time
+import uuid
+from itertools import count
+from typing import TYPE_CHECKING
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from flowrl.engines.weights.base import AnyManifest, BroadcastManifest, encode_manifest, pack, verify
+from flowrl.engines.weights.group import BroadcastGroup
+from flowrl.engines.weights.pull import PullServer, pull
+from flowrl.errors import ResourceError, TransferError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class Member(msgspec.Struct, frozen=True, array_like=True):
+    """One receiving worker; `incarnation` tells a restarted one from its predecessor."""
+
+    replica: int
+    rank: int  # tensor-parallel rank in its replica
+    size: int  # tensor-parallel ranks of its replica
+    incarnation: str
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """Who receives a version together, in rank order behind the sender."""
+
+    group: int
+    members: list[Member]
+
+
+class BroadcastSender:
+    """Rank 0: keeps the store, the pull server and the host buckets of the versions not yet retired."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        num_receivers: int,
+        timeout_s: float,
+        device: str | torch.device,
+        host: str,
+        bucket_bytes: int,
+    ) -> None:
+        self._where = name
+        self._num_receivers = num_receivers
+        self._timeout_s = timeout_s
+        self._device = torch.device(device)
+        self._host = host
+        self._bucket_bytes = bucket_bytes
+        self._held: dict[int, list[torch.Tensor]] = {}
+        self._store: dist.TCPStore | None = None
+        self._server: PullServer | None = None
+        self._group: BroadcastGroup | None = None
+        self._plan = Plan(group=0, members=[])
+        self._transferring: int | None = None
+        self._is_closed = False
+
+    def publish(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[bytes, int]:
+        """Pack the tensors on the host and return the manifest and its size in bytes.
+
+        Raises:
+            ResourceError: the host address cannot be listened on.
+        """
+        store, server = self._listen()
+        packed = list(pack(tensors, bucket_bytes=self._bucket_bytes, reuse=False))
+        self._held[version] = [raw for _, raw in packed]
+        manifest = BroadcastManifest(
+            version=version,
+            buckets=[bucket for bucket, _ in packed],
+            host=self._host,
+            port=store.port,
+            pull_port=server.port,
+            token=server.token,
+            backend="nccl" if self._device.type == "cuda" else "gloo",
+            world=1 + self._num_receivers,
+        )
+        return encode_manifest(manifest), manifest.size_bytes
+
+    def _listen(self) -> tuple[dist.TCPStore, PullServer]:
+        if self._store is not None and self._server is not None:
+            return self._store, self._server
+        try:
+            # The store by itself would listen on every interface of the machine.
+            listening = socket.create_server((self._host, 0), backlog=512)
+            self._server = PullServer(
+                self._host, lambda version: self._held.get(version, []), timeout_s=self._timeout_s
+            )
+        except OSError as error:
+            raise ResourceError(
+                self._where, f"cannot listen on {self._host} ({error})", "give an address of this machine"
+            ) from error
+        port = listening.getsockname()[1]
+        self._store = dist.TCPStore(
+            self._host,
+            port,
+            is_master=True,
+            timeout=datetime.timedelta(seconds=self._timeout_s),
+            wait_for_workers=False,
+            master_listen_fd=listening.detach(),
+        )
+        return self._store, self._server
+
+    def transfer(self, version: int) -> None:
+        """Broadcast to the receivers that announce themselves within half the deadline.
+
+        Raises:
+            TransferError: none came, or the sender was closed meanwhile.
+        """
+        assert self._store is not None and version in self._held, "transfer follows publish"
+        self._transferring = version
+        members = self._gather(self._store, version)
+        if self._is_closed:
+            raise TransferError(self._where, f"closed while version {version} was being sent")
+        if members != self._plan.members or self._group is None:
+            self._drop_group()
+            self._plan = Plan(group=self._plan.group + 1, members=members)
+        self._store.set(f"{version}/plan", msgspec.json.encode(self._plan))
+        if not members:
+            raise TransferError(
+                self._where,
+                f"none of {self._num_receivers} receivers announced itself for version {version} within "
+                f"{self._timeout_s / 2:g} s",
+                "see why the generators are gone, or raise transfer_timeout_s",
+            )
+        try:
+            if self._group is None:
+                self._group = self._form(self._store)
+            self._group.broadcast(self._held[version])
+        except RuntimeError:
+            # A member died on the way. The others find their group broken and pull the same bytes from our server.
+            self._drop_group()
+        self._transferring = None
+
+    def _gather(self, store: dist.TCPStore, version: int) -> list[Member]:
+        """Wait for the announcements; return those of complete replicas, in rank order."""
+        newest: dict[tuple[int, int], Member] = {}
+        deadline_s = time.monotonic() + self._timeout_s / 2
+        for slot in count(1):
+            if len(_complete(newest)) == self._num_receivers:
+                break
+            left_s = max(deadline_s - time.monotonic(), 0.001)
+            try:
+                store.wait([f"{version}/{slot}"], datetime.timedelta(seconds=left_s))
+            except dist.DistStoreError:
+                break
+            if self._is_closed:
+                break
+            member = msgspec.json.decode(store.get(f"{version}/{slot}"), type=Member)
+            newest[member.replica, member.rank] = member
+        whole = _complete(newest)
+        return [newest[key] for key in sorted(newest) if key[0] in whole]
+
+    def _form(self, store: dist.TCPStore) -> BroadcastGroup:
+        return BroadcastGroup(
+            store,
+            f"group/{self._plan.group}",
+            rank=0,
+            size=1 + len(self._plan.members),
+            device=self._device,
+            host=self._host,
+            timeout_s=self._timeout_s / 2,
+        )
+
+    def _drop_group(self) -> None:
+        if self._group is not None:
+            self._group.close()
+        self._group = None
+
+    def retire(self, version: int) -> None:
+        """Forget the buckets of every version before `version`."""
+        for old in [known for known in self._held if known < version]:
+            del self._held[old]
+
+    def close(self) -> None:
+        """End a transfer under way, then release the group, the server and the store."""
+        self._is_closed = True
+        if self._transferring is not None and self._store is not None:
+            # A second connection, because the first is waiting: an announcement of nobody wakes it.
+            waker = _connect(self._host, self._store.port, self._timeout_s)
+            _announce(waker, self._transferring, Member(-1, 0, 0, ""))
+        self._drop_group()
+        if self._server is not None:
+            self._server.close()
+        self._server = self._store = None
+        self._held.clear()
+
+
+class BroadcastFetcher:
+    """Rank 1 and up: receives each version with the others, or pulls it alone."""
+
+    def __init__(
+        self, where: str, *, replica: int, rank: int, size: int, device: str | torch.device, timeout_s: float
+    ) -> None:
+        self._where = where
+        self._member = Member(replica, rank, size, uuid.uuid4().hex)
+        self._device = torch.device(device)
+        self._timeout_s = timeout_s
+        self._sender: tuple[str, int, str] | None = None
+        self._store: dist.TCPStore | None = None
+        self._group: BroadcastGroup | None = None
+        self._number = 0
+        self._buffers: list[torch.Tensor] = []
+
+    def fetch(self, manifest: AnyManifest) -> list[torch.Tensor]:
+        """Receive and verify a version; the buffers are reused by the next fetch.
+
+        Raises:
+            ProofError: a digest disagrees.
+            TransferError: the sender is gone or did not send before the deadline.
+        """
+        assert isinstance(manifest, BroadcastManifest)
+        sizes = [bucket.size for bucket in manifest.buckets]
+        if [raw.numel() for raw in self._buffers] != sizes:
+            self._buffers = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        if not self._receive(manifest):
+            pull(manifest, self._buffers, timeout_s=self._timeout_s, where=self._where)
+        verify(manifest, self._buffers, self._where)
+        return self._buffers
+
+    def _receive(self, manifest: BroadcastManifest) -> bool:
+        """Take part in the broadcast; false when this receiver is not in it or it broke."""
+        try:
+            store = self._join(manifest)
+            _announce(store, manifest.version, self._member)
+            store.wait([f"{manifest.version}/plan"], datetime.timedelta(seconds=self._timeout_s))
+            plan = msgspec.json.decode(store.get(f"{manifest.version}/plan"), type=Plan)
+            if self._member not in plan.members:
+                return False
+            if self._group is None or self._number != plan.group:
+                self._leave()
+                self._number = plan.group
+                self._group = BroadcastGroup(
+                    store,
+                    f"group/{plan.group}",
+                    rank=1 + plan.members.index(self._member),
+                    size=1 + len(plan.members),
+                    device=self._device,
+                    host=manifest.host,
+                    timeout_s=self._timeout_s,
+                )
+            self._group.broadcast(self._buffers)
+        except RuntimeError:  # torch's distributed errors are of this kind; pulling tells whether the sender lives
+            self._leave()
+            return False
+        return True
+
+    def _join(self, manifest: BroadcastManifest) -> dist.TCPStore:
+        sender = (manifest.host, manifest.port, manifest.token)
+        if self._store is None or sender != self._sender:  # a restarted learner has another store
+            self._leave()
+            self._store = _connect(manifest.host, manifest.port, self._timeout_s)
+            self._sender = sender
+        return self._store
+
+    def _leave(self) -> None:
+        if self._group is not None:
+            self._group.close()
+        self._group = None
+
+    def close(self) -> None:
+        """Leave the group and the store."""
+        self._leave()
+        self._store = None
+        self._buffers = []
+
+
+def _complete(members: dict[tuple[int, int], Member]) -> set[int]:
+    """Return the replicas of which every tensor-parallel rank is there."""
+    ranks: dict[int, int] = {}
+    for replica, _ in members:
+        ranks[replica] = ranks.get(replica, 0) + 1
+    return {member.replica for member in members.values() if ranks[member.replica] == member.size}
+
+
+def _connect(host: str, port: int, timeout_s: float) -> dist.TCPStore:
+    return dist.TCPStore(
+        host, port, is_master=False, timeout=datetime.timedelta(seconds=timeout_s), wait_for_workers=False
+    )
+
+
+def _announce(store: dist.TCPStore, version: int, member: Member) -> None:
+    slot = store.add(f"{version}/slots", 1)
+    store.set(f"{version}/{slot}", msgspec.json.encode(member))

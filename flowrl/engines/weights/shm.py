@@ -1,0 +1,127 @@
+"""Weights through shared memory: one file a version, in a directory of ours under /dev/shm.
+
+Invariants: a file appears under its name only when it is complete; a receiver that maps it keeps its bytes even after
+`retire` removed the name; a late or restarted receiver finds the newest version as long as the sender lives. The
+directory is readable by its owner only and goes with `close`.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from flowrl.engines.weights.base import AnyManifest, Bucket, ShmManifest, encode_manifest, pack, verify
+from flowrl.errors import ProofError, ResourceError, TransferError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class ShmSender:
+    """Writes each version aside and renames it."""
+
+    def __init__(self, name: str, *, bucket_bytes: int, root: Path = SHARED_MEMORY) -> None:
+        self._where = name
+        # The process id keeps apart two runs that share a name; a second sender of one process gets its own, too.
+        self._directory = root / f"flowrl-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{os.getpid()}-{id(self):x}"
+        self._bucket_bytes = bucket_bytes
+        self._files: dict[int, Path] = {}
+
+    def publish(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[bytes, int]:
+        """Write the tensors to a file and return the manifest and its size in bytes.
+
+        Raises:
+            ResourceError: shared memory is full or cannot be written.
+        """
+        path = self._directory / f"{version}.weights"
+        aside = path.with_suffix(".partial")
+        try:
+            self._directory.mkdir(mode=0o700, exist_ok=True)
+            buckets = self._write(aside, tensors)
+            aside.rename(path)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            raise self._no_room(version, error) from error
+        self._files[version] = path
+        manifest = ShmManifest(version=version, buckets=buckets, path=str(path))
+        return encode_manifest(manifest), manifest.size_bytes
+
+    def _write(self, path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> list[Bucket]:
+        buckets: list[Bucket] = []
+        with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            for bucket, raw in pack(tensors, bucket_bytes=self._bucket_bytes, reuse=True):
+                file.seek(bucket.offset)
+                file.write(raw.numpy())
+                buckets.append(bucket)
+        return buckets
+
+    def _no_room(self, version: int, error: OSError) -> ResourceError:
+        root = self._directory.parent
+        if error.errno != errno.ENOSPC:
+            return ResourceError(self._where, f"version {version} cannot be written to {root} ({error})")
+        free = shutil.disk_usage(root).free
+        return ResourceError(
+            self._where,
+            f"version {version} does not fit into {root} ({free} bytes free, {len(self._files)} versions held)",
+            "two versions must fit: give it more room (docker: --shm-size) or set transport=broadcast",
+        )
+
+    def transfer(self, version: int) -> None:
+        """Return at once: the bytes left the parameters in `publish`."""
+
+    def retire(self, version: int) -> None:
+        """Remove the files of every version before `version`."""
+        for old in [known for known in self._files if known < version]:
+            self._files.pop(old).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Remove the directory."""
+        self._files.clear()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+class ShmFetcher:
+    """Maps the file of a version; the pages are shared with the sender and with every other receiver."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+
+    def fetch(self, manifest: AnyManifest) -> list[torch.Tensor]:
+        """Map and verify a version.
+
+        Raises:
+            ProofError: the file is short or a digest disagrees.
+            TransferError: the file is not there.
+        """
+        assert isinstance(manifest, ShmManifest)
+        try:
+            with open(manifest.path, "rb") as file:
+                # A private mapping: torch wants to be allowed to write, and nobody may write to the sender's pages.
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise TransferError(
+                self._where,
+                f"version {manifest.version} cannot be read from {manifest.path} ({error})",
+                "shared memory reaches one machine only; across machines set transport=broadcast",
+            ) from error
+        end = max((bucket.offset + bucket.size for bucket in manifest.buckets), default=0)
+        if len(mapped) < end:
+            raise ProofError(
+                self._where, f"{manifest.path} has {len(mapped)} bytes, version {manifest.version} needs {end}"
+            )
+        whole = torch.frombuffer(mapped, dtype=torch.uint8)
+        buffers = [whole[bucket.offset : bucket.offset + bucket.size] for bucket in manifest.buckets]
+        verify(manifest, buffers, self._where)
+        return buffers
+
+    def close(self) -> None:
+        """Nothing is held between versions."""

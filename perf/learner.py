@@ -1,0 +1,141 @@
+"""Trained response tokens per second: prompts shared by packing against ordinary padded sequences.
+
+A random model of SmolLM2-135M's shape in bfloat16 trains on groups of one prompt and eight short responses, as
+policy and as value model, with the plain torch engine: forward and backward of `accumulate`, no optimizer step. The
+two layouts alternate within each repeat, so that other load on the machine meets both. Run
+`python perf/learner.py --threads 1`; figures to compare with are in the table it prints: median (least to most).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from flowrl.algorithms.base import Loss, LossBatch, Objective
+from flowrl.config import Select
+from flowrl.engines.base import Ranks, Schedule, TokenGroup, TrainingConfig
+from flowrl.engines.torch import TorchEngine
+from flowrl.messages import Buffer
+
+if TYPE_CHECKING:
+    from flowrl.engines.packing import Layout
+
+
+class TokenMean(Objective):
+    """Mean of the values read, weighted by advantage."""
+
+    def loss(self, batch: LossBatch) -> Loss:
+        total = -(batch.logprobs_BT * batch.columns["advantages"] * batch.mask_BT).sum()
+        return Loss(total, batch.mask_BT.sum(), {})
+
+
+class PaddedEngine(TorchEngine):
+    """The engine as it treats models that cannot share prompts."""
+
+    def _layout(self, longest: int) -> Layout:
+        return "padded"
+
+
+def write_model(directory: Path, layers: int) -> None:
+    """Write a random model of SmolLM2-135M's shape, with a tokenizer file that nothing reads."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    (directory / "tokenizer.json").write_text("{}")
+
+
+def make_groups(arguments: argparse.Namespace) -> list[TokenGroup]:
+    """Return random groups of equal size."""
+    rng = np.random.default_rng(0)
+    return [
+        TokenGroup(
+            prompt_ids=Buffer.ints(rng.integers(0, 49152, arguments.prompt)),
+            responses=[Buffer.ints(rng.integers(0, 49152, arguments.response)) for _ in range(arguments.samples)],
+            columns={"advantages": [Buffer.floats(np.ones(arguments.response))] * arguments.samples},
+        )
+        for _ in range(arguments.groups)
+    ]
+
+
+def measure(model: Path, head: str, arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Return tokens per second of each repeat, by layout."""
+    config = TrainingConfig(
+        model=str(model),
+        head=head,  # pyright: ignore[reportArgumentType]
+        dtype="bfloat16",
+        schedule=Schedule(kind="constant"),
+        threads=arguments.threads,
+        micro_batch_tokens=arguments.micro_batch_tokens,
+    )
+    engines = {
+        "packed": TorchEngine(config, where="perf", name="perf"),
+        "padded": PaddedEngine(config, where="perf", name="perf"),
+    }
+    groups = make_groups(arguments)
+    num_tokens = arguments.groups * arguments.samples * arguments.response
+    objective = Select(use="__main__:TokenMean")
+    for engine in engines.values():
+        engine.open(Ranks())
+        engine.accumulate(groups[:1], objective)
+    rates: dict[str, list[float]] = {name: [] for name in engines}
+    for _ in range(arguments.repeats):
+        for name, engine in engines.items():
+            start_s = time.perf_counter()
+            engine.accumulate(groups, objective)
+            rates[name].append(num_tokens / (time.perf_counter() - start_s))
+    for engine in engines.values():
+        engine.close()
+    return rates
+
+
+def describe_machine(threads: int) -> str:
+    """Return processor, cores, threads, load and torch version in one line."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor()
+    return f"{name}, {os.cpu_count()} cores, {threads} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
+
+
+def main() -> None:
+    """Measure both heads and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    for name, default in (
+        ("layers", 30), ("groups", 4), ("prompt", 60), ("samples", 8), ("response", 6), ("repeats", 5),
+        ("threads", 1), ("micro-batch-tokens", 2048),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default)
+    arguments = parser.parse_args()
+    shape = f"{arguments.groups} groups of {arguments.prompt} + {arguments.samples} x {arguments.response} tokens"
+    print(f"{describe_machine(arguments.threads)}\n{arguments.layers} layers, bfloat16, {shape}")
+    with tempfile.TemporaryDirectory() as scratch:
+        write_model(Path(scratch), arguments.layers)
+        for head in ("policy", "value"):
+            rates = measure(Path(scratch), head, arguments)
+            for name, values in rates.items():
+                spread = f"({min(values):.0f} to {max(values):.0f})"
+                print(f"{head:7} {name:7} {statistics.median(values):6.0f} trained tokens/s {spread}")
+            ratios = [a / b for a, b in zip(rates["packed"], rates["padded"], strict=True)]
+            print(f"{head:7} packed is {statistics.median(ratios):.2f} times padded", flush=True)
+
+
+if __name__ == "__main__":
+    main()

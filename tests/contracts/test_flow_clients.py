@@ -1,0 +1,167 @@
+"""What a stage may rely on at its ports, on both runtimes: order, fairness, bound, closing, cancellation.
+
+The local client is the flow itself; the Ray client calls it in the hub's actor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+
+from flowrl.errors import ChannelClosed
+from flowrl.graph.plan import plan_of
+from flowrl.messages import Credit, encode
+from flowrl.runtime.flow import Flow
+from flowrl.runtime.ledger import Ledger
+from tests.support.flows import FlowSettings, flow
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterator
+    from pathlib import Path
+
+    from flowrl.runtime.binding import FlowClient
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = FlowSettings(
+    seed=0, steps=2, groups_per_step=2, window=1, max_staleness=1, generators=2, scorers=2, depth=2, token_s=0.01,
+    sigma=0.0, update_s=0.0, score_s=0.01, train_s=0.01, filter_every=0, initial=4,
+)  # fmt: skip
+SOON_S = 5.0  # far above a call's time; nothing waits for it unless the contract is broken
+Body = Any
+
+
+@pytest.fixture(scope="module")
+def started_ray() -> Iterator[None]:
+    from flowrl.runtime.ray import running_ray
+
+    with running_ray(flow(SETTINGS), None):
+        yield
+
+
+@pytest.fixture(params=["local", "ray"])
+def on_runtime(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Body], None]:
+    """Run a test's body with a client of the runtime and a way to close its edges."""
+    if request.param == "ray":
+        request.getfixturevalue("started_ray")
+
+    async def local(body: Body) -> None:
+        f = Flow(flow(SETTINGS), Ledger(None))
+
+        async def close() -> None:
+            f.close()
+
+        await body(f, close)
+
+    async def on_ray(body: Body) -> None:
+        import ray
+
+        from flowrl.runtime.ray import HubActor, HubClient
+
+        actor: Any = ray.remote(num_cpus=0, max_concurrency=1000)(HubActor)
+        hub = actor.remote(msgspec.json.encode(plan_of(flow(SETTINGS))), str(tmp_path), 0)
+        try:
+            await body(HubClient(hub), lambda: hub.close.remote())
+        finally:
+            ray.kill(hub)
+
+    def run(body: Body) -> None:
+        asyncio.run(asyncio.wait_for((local if request.param == "local" else on_ray)(body), 60.0))
+
+    return run
+
+
+async def admit(client: FlowClient, *keys: int) -> None:
+    for key in keys:
+        await client.acquire("prompts.credits", "prompts.0")
+        await client.put("prompts.prompts", "prompts.0", key, b"%d" % key)
+
+
+async def is_waiting(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    """Start something and insist that it waits."""
+    task = asyncio.ensure_future(work)
+    finished, _ = await asyncio.wait([task], timeout=0.2)
+    assert not finished
+    return task
+
+
+def test_messages_arrive_in_order_and_once(on_runtime: Callable[[Body], None]) -> None:
+    async def body(client: FlowClient, close: Any) -> None:
+        await admit(client, 0, 1)
+        assert await client.get("generator.prompts", "generator.0", 5) == [b"0", b"1"]
+        await is_waiting(client.get("generator.prompts", "generator.1", 1))
+
+    on_runtime(body)
+
+
+def test_a_full_queue_makes_the_sender_wait_until_there_is_room(on_runtime: Callable[[Body], None]) -> None:
+    async def body(client: FlowClient, close: Any) -> None:
+        await admit(client, 0, 1)
+        third = await is_waiting(admit(client, 2))
+        assert await client.get("generator.prompts", "generator.0", 1) == [b"0"]
+        await asyncio.wait_for(third, SOON_S)
+
+    on_runtime(body)
+
+
+def test_no_more_groups_are_out_than_there_are_credits(on_runtime: Callable[[Body], None]) -> None:
+    async def body(client: FlowClient, close: Any) -> None:
+        for key in range(4):
+            await admit(client, key)
+            await client.get("generator.prompts", "generator.0", 1)
+        fifth = await is_waiting(client.acquire("prompts.credits", "prompts.0"))
+        await client.give_back("learner.released", encode(Credit(groups=[0])))
+        await asyncio.wait_for(fifth, SOON_S)
+
+    on_runtime(body)
+
+
+def test_receivers_that_wait_are_served_in_the_order_they_came(on_runtime: Callable[[Body], None]) -> None:
+    async def body(client: FlowClient, close: Any) -> None:
+        first = await is_waiting(client.get("generator.prompts", "generator.0", 1))
+        second = await is_waiting(client.get("generator.prompts", "generator.1", 1))
+        await admit(client, 7, 8)
+        assert [await first, await second] == [[b"7"], [b"8"]]
+
+    on_runtime(body)
+
+
+def test_a_cancelled_receiver_loses_no_message(on_runtime: Callable[[Body], None]) -> None:
+    async def body(client: FlowClient, close: Any) -> None:
+        waiting = await is_waiting(client.get("generator.prompts", "generator.0", 1))
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await asyncio.sleep(0.2)  # a cancellation needs a moment to reach the hub
+        await admit(client, 3)
+        assert await asyncio.wait_for(client.get("generator.prompts", "generator.1", 1), SOON_S) == [b"3"]
+
+    on_runtime(body)
+
+
+def test_closing_wakes_whoever_waits(on_runtime: Callable[[Body], None]) -> None:
+    async def body(client: FlowClient, close: Any) -> None:
+        waits = [
+            await is_waiting(client.get("generator.prompts", "generator.0", 1)),
+            await is_waiting(client.read("generator.weights", -1)),
+        ]
+        await close()
+        for wait in waits:
+            with pytest.raises(ChannelClosed):
+                await asyncio.wait_for(wait, SOON_S)
+
+    on_runtime(body)
+
+
+def test_a_writer_waits_for_every_reader(on_runtime: Callable[[Body], None]) -> None:
+    async def body(client: FlowClient, close: Any) -> None:
+        writer = await is_waiting(client.publish("learner.weights", 1, b"one"))
+        assert list(await client.read("generator.weights", -1)) == [1, b"one"]
+        await client.confirm("generator.weights", "generator.0", 1)
+        assert not writer.done()
+        await client.confirm("generator.weights", "generator.1", 1)
+        await asyncio.wait_for(writer, SOON_S)
+
+    on_runtime(body)

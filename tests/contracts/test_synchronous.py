@@ -1,0 +1,142 @@
+"""Law 1: `max_staleness=0` is exactly synchronous training.
+
+The whole graph, with real models in float32, against a plain loop over the rollouts it recorded: losses, values and
+final weights must be equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from flowrl.config import Select
+from flowrl.engines.base import Ranks, Sampling, Schedule, TrainingConfig
+from flowrl.graph.graph import Credits, Graph, Latest, Queue
+from flowrl.messages import Buffer, Referenced, Rollouts, Samples, extend
+from flowrl.runtime.local import LocalOptions, run_local
+from flowrl.stages.credit import credit_group, load_algorithm
+from flowrl.stages.critic import Critic
+from flowrl.stages.generator import Generator
+from flowrl.stages.learner import Learner
+from flowrl.stages.prompts import Prompts
+from flowrl.stages.reference import Reference
+from flowrl.stages.reward import Reward
+from flowrl.stages.step import step_groups
+from flowrl.stages.tokens import token_group
+from flowrl.telemetry.events import Event, Step
+from tests.support.flows import NumberedPrompts
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.slow
+
+STEPS, GROUPS, SIZE = 3, 4, 2
+PPO = Select(use="flowrl.algorithms.ppo:PPO")
+TORCH = "flowrl.engines.torch:TorchEngine"
+recorded: list[Rollouts] = []
+
+
+def digits(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """A reward that depends on every token."""
+    return [sum(ids) % 7 / 7.0 for ids in completion_ids]
+
+
+class RecordingReward(Reward):
+    """Keeps what it is given, for the plain loop."""
+
+    async def _call(self, function: Any, group: Rollouts) -> list[float]:
+        recorded.append(group)
+        return await super()._call(function, group)
+
+
+def settings(model: Path, head: str, lr: float) -> dict[str, Any]:
+    return {"model": str(model), "head": head, "lr": lr, "dtype": "float32", "schedule": Schedule(kind="constant")}
+
+
+def graph(model: Path) -> Graph:
+    group_size, common = SIZE, {"algorithm": PPO, "groups_per_step": GROUPS, "group_size": SIZE, "steps": STEPS}
+    constant = Schedule(kind="constant")
+    prompts = NumberedPrompts(Prompts.Config(), group_size=group_size, seed=1)
+    generator = Generator(
+        Generator.Config(replicas=2, engine="flowrl.engines.fake:FakeGeneration",
+                         engine_options={"times": {"token_s": 0.001}}),
+        model=str(model), sampling=Sampling(max_tokens=6), heldout_sampling=Sampling(),
+    )  # fmt: skip
+    reward = RecordingReward(Reward.Config(function=f"{__name__}:digits"))
+    reference = Reference(Reference.Config(engine=TORCH, dtype="float32"), model=str(model), temperature=1.0)
+    critic = Critic(Critic.Config(engine=TORCH, dtype="float32", lr=1e-3, schedule=constant), model=str(model), **common)
+    learner = Learner(
+        Learner.Config(engine=TORCH, dtype="float32", lr=1e-3, schedule=constant, save_rollouts=False),
+        model=str(model), max_staleness=0, temperature=1.0, has_critic=True, **common,
+    )  # fmt: skip
+    nodes = {"prompts": prompts, "generator": generator, "reward": reward, "reference": reference, "critic": critic,
+             "learner": learner}  # fmt: skip
+    return Graph(
+        nodes=nodes,
+        edges=[
+            Queue(prompts.prompts, generator.prompts, depth=4),
+            Queue(generator.rollouts, reward.rollouts, depth=4),
+            Queue(reward.scored, reference.scored, depth=4),
+            Queue(reference.referenced, critic.referenced, depth=GROUPS, window=1),
+            Queue(critic.samples, learner.samples, depth=GROUPS, window=1, max_staleness=0),
+            Latest(learner.weights, generator.weights),
+            Credits(learner.released, prompts.credits, initial=GROUPS, per_version=GROUPS),
+        ],
+        until=learner,
+    )
+
+
+def plain_loop(model: Path, rollouts: list[Rollouts], name: str) -> tuple[list[dict[str, float]], Any]:
+    """Train on recorded rollouts, one step after the other, with the engines alone."""
+    from flowrl.engines.torch import TorchEngine
+
+    def opened(head: str, lr: float) -> TorchEngine:
+        config = TrainingConfig(**settings(model, head, lr))
+        engine = TorchEngine(config, where=head, name=f"{name}-{head}-{lr}")
+        engine.open(Ranks())
+        return engine
+
+    policy, critic, frozen = opened("policy", 1e-3), opened("value", 1e-3), opened("policy", 0.0)
+    algorithm = load_algorithm(PPO, group_size=SIZE, has_critic=True)
+    figures: list[dict[str, float]] = []
+    for first in range(0, STEPS * GROUPS, GROUPS):
+        batch: list[Samples] = []
+        for group in rollouts[first : first + GROUPS]:
+            rows = frozen.score([token_group(group)])[0]
+            scores = digits([sample.token_ids.tolist() for sample in group.samples])
+            referenced = extend(
+                Referenced, group, scores={"digits": scores}, ref_logprobs=[Buffer.floats(row) for row in rows]
+            )
+            values = critic.score([token_group(referenced)])[0]
+            batch.append(extend(Samples, referenced, **credit_group(algorithm, referenced, values)))
+        critic.accumulate([token_group(group) for group in batch], Select(use="flowrl.algorithms.value:ValueLoss"))
+        critic.apply()
+        figures.append(policy.accumulate(step_groups(algorithm, batch), PPO) | policy.apply())
+    weights = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+    for engine in (policy, critic, frozen):
+        engine.close()
+    return figures, weights
+
+
+def test_synchronous_training_equals_a_plain_loop_bit_for_bit(tiny: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    recorded.clear()
+    events: list[Event] = []
+    options = LocalOptions(run_dir=tmp_path / "run", consume=events.extend, stall_timeout_s=60.0)
+    asyncio.run(run_local(graph(tiny), options))
+    steps = [event for event in events if isinstance(event, Step)]
+    assert len(steps) == STEPS
+    assert {age for step in steps for age in step.staleness} == {0}
+    rollouts = sorted(recorded, key=lambda group: group.group_id)
+    figures, weights = plain_loop(tiny, rollouts, tmp_path.name)
+    for step, expected in zip(steps, figures, strict=True):
+        assert expected["loss"] != 0.0
+        assert {name: step.metrics[name] for name in expected} == expected
+    saved = load_file(tmp_path / "run" / "checkpoints" / f"step-{STEPS:06d}" / "model" / "model.safetensors")
+    for name, tensor in saved.items():
+        assert torch.equal(tensor, weights[name]), name

@@ -1,0 +1,356 @@
+"""Every training engine, ZeRO stage and number of ranks takes the same steps; other families of models pack too.
+
+Ranks are real processes over gloo. The plain torch engine on one rank is the measure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import socket
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from flowrl.config import Select, load_class
+from flowrl.engines.base import Ranks, Schedule, TrainingConfig
+from flowrl.errors import ConfigError, StageError
+from tests.support.tiny import tiny_model, tiny_tokenizer
+from tests.unit.engines.test_packing import random_groups
+from tests.unit.engines.test_trainer import WeightedTokens, choose
+
+pytestmark = pytest.mark.slow
+
+GROUPS = random_groups(seed=33, count=7)
+TORCH, DEEPSPEED = "flowrl.engines.torch:TorchEngine", "flowrl.engines.deepspeed:DeepSpeedEngine"
+
+
+class FailsOnRankOne(WeightedTokens):
+    """A defect that only one rank meets."""
+
+    def loss(self, batch):
+        if os.environ.get("RANK") == "1":
+            raise ZeroDivisionError("rank one's own trouble")
+        return super().loss(batch)
+
+
+class Outcome(NamedTuple):
+    """What two steps gave."""
+
+    scores: list[list[float]]
+    figures: list[dict[str, float]]
+    after: list[list[float]]
+    saved: dict[str, Any]
+
+
+def engine_of(path: str, model: Path, **settings: Any):
+    # Everything else would be too small to be sharded.
+    sharding = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
+    config = TrainingConfig(
+        model=str(model),
+        **{
+            "dtype": "float32",
+            "lr": 1e-3,
+            "schedule": Schedule(kind="cosine", warmup_steps=1, total_steps=5),
+            "micro_batch_tokens": 60,
+            **settings,
+        },
+    )
+    return load_class(path, "test")(config, where="learner", name="test", **(sharding if path == DEEPSPEED else {}))
+
+
+def flat(scores) -> list[list[float]]:
+    return [row.tolist() for group in scores for row in group]
+
+
+def two_steps(engine, directory: Path) -> Outcome:
+    scores = flat(engine.score(GROUPS))
+    figures = []
+    for _ in range(2):
+        metrics = engine.accumulate(GROUPS, choose(WeightedTokens, entropy=0.01))
+        figures.append({**metrics, **engine.apply()})
+    after = flat(engine.score(GROUPS))
+    engine.save_model(directory / "model", card="card")
+    from safetensors.torch import load_file
+
+    return Outcome(scores, figures, after, load_file(directory / "model" / "model.safetensors"))
+
+
+def assert_same(found: Outcome, expected: Outcome, tolerance: float = 1e-5) -> None:
+    for mine, theirs in ((found.scores, expected.scores), (found.after, expected.after)):
+        for a, b in zip(mine, theirs, strict=True):
+            assert a == pytest.approx(b, abs=tolerance)
+    for mine, theirs in zip(found.figures, expected.figures, strict=True):
+        assert mine == pytest.approx(theirs, abs=tolerance, rel=tolerance)
+    assert found.saved.keys() == expected.saved.keys()
+    for name, tensor in expected.saved.items():
+        # Adam divides by the gradient's size: where that is near nothing, rounding shows as a part of a step of 1e-3.
+        torch.testing.assert_close(found.saved[name], tensor, atol=3e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module", params=["policy", "value"])
+def head(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def measure(model, head, tmp_path_factory) -> Outcome:
+    """Return what plain torch does on one rank."""
+    engine = engine_of(TORCH, model, head=head)
+    engine.open(Ranks())
+    outcome = two_steps(engine, tmp_path_factory.mktemp("measure"))
+    engine.close()
+    return outcome
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_deepspeed_takes_the_steps_of_plain_torch(model, head, measure, tmp_path, zero_stage):
+    engine = engine_of(DEEPSPEED, model, head=head, zero_stage=zero_stage)
+    engine.open(Ranks())
+    assert_same(two_steps(engine, tmp_path), measure)
+    engine.close()
+
+
+def rank_main(rank: int, port: int, task: str, path: str, model: str, directory: str, settings: dict[str, Any]) -> None:
+    """Be one rank in a process of its own."""
+    engine = engine_of(path, Path(model), **settings)
+    engine.open(Ranks(rank=rank, world_size=2, port=port))
+    engine.reader.max_logits = 320 * 9  # nine tokens at once, so that ranks need the head a different number of times
+    if rank == 0:
+        result = TASKS[task](engine, Path(directory))
+        (Path(directory) / "result").write_bytes(pickle.dumps(result))
+        engine.close()
+        return
+    with contextlib.suppress(StageError) if task == "failure" else contextlib.nullcontext():
+        engine.follow()
+    engine.close()
+
+
+def failure(engine, directory: Path) -> tuple[str, float]:
+    start_s = time.monotonic()
+    try:
+        engine.accumulate(GROUPS, choose(FailsOnRankOne))
+    except StageError as error:
+        return str(error), time.monotonic() - start_s
+    return "no error", 0.0
+
+
+def resumption(engine, directory: Path) -> list[Any]:
+    """Return steps 3 and 4 twice: straight on, and again from the state after step 2."""
+    objective = choose(WeightedTokens)
+    for _ in range(2):
+        engine.accumulate(GROUPS, objective)
+        engine.apply()
+    engine.save_state(directory / "state")
+    runs = []
+    for _ in range(2):
+        runs.append([(engine.accumulate(GROUPS, objective), engine.apply()) for _ in range(2)])
+        engine.load_state(directory / "state")
+    return runs
+
+
+def gathered(engine, directory: Path) -> dict[str, torch.Tensor]:
+    """Return what a transport is given."""
+
+    class Sender:
+        def publish(self, version, tensors):
+            self.tensors = {name: tensor.clone() for name, tensor in tensors}
+            return b"{}", 1
+
+        def close(self) -> None:
+            pass
+
+    sender = Sender()
+    engine._open_sender = lambda: sender
+    weights = engine.publish(0, None)
+    assert weights.version == 0
+    return sender.tensors
+
+
+def few_groups(engine, directory: Path) -> dict[str, float]:
+    return engine.accumulate(GROUPS[:1], choose(WeightedTokens)) | engine.apply()
+
+
+TASKS = {
+    "steps": two_steps,
+    "failure": failure,
+    "resumption": resumption,
+    "gathered": gathered,
+    "few_groups": few_groups,
+}
+
+
+def on_two_ranks(task: str, path: str, model: Path, directory: Path, **settings: Any) -> Any:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = (port, task, path, str(model), str(directory), settings)
+    torch.multiprocessing.spawn(rank_main, arguments, nprocs=2)
+    return pickle.loads((directory / "result").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("head", "path", "zero_stage"),
+    [
+        ("policy", TORCH, 0),
+        ("policy", DEEPSPEED, 0),
+        ("policy", DEEPSPEED, 1),
+        ("policy", DEEPSPEED, 2),
+        ("policy", DEEPSPEED, 3),
+        ("value", DEEPSPEED, 3),
+    ],
+    indirect=["head"],
+)
+def test_two_ranks_take_the_steps_of_one(model, head, measure, tmp_path, path, zero_stage):
+    found = on_two_ranks("steps", path, model, tmp_path, head=head, zero_stage=zero_stage)
+    assert_same(found, measure)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_a_rank_without_work_keeps_step(model, tmp_path, zero_stage):
+    engine = engine_of(TORCH, model)
+    engine.open(Ranks())
+    expected = few_groups(engine, tmp_path)
+    found = on_two_ranks("few_groups", DEEPSPEED, model, tmp_path, zero_stage=zero_stage, micro_batch_tokens=2048)
+    assert found == pytest.approx(expected, abs=1e-5, rel=1e-5)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_training_continued_from_state_is_bit_equal(model, tmp_path, zero_stage):
+    straight, resumed = on_two_ranks("resumption", DEEPSPEED, model, tmp_path, zero_stage=zero_stage)
+    assert straight == resumed
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_a_new_process_continues_from_deepspeeds_state(model, tmp_path, zero_stage):
+    first = engine_of(DEEPSPEED, model, zero_stage=zero_stage)
+    first.open(Ranks())
+    straight, _ = resumption(first, tmp_path)
+    first.close()
+    second = engine_of(DEEPSPEED, model, zero_stage=zero_stage)
+    second.open(Ranks())
+    second.load_state(tmp_path / "state")
+    assert [(second.accumulate(GROUPS, choose(WeightedTokens)), second.apply()) for _ in range(2)] == straight
+    second.close()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_sharded_parameters_are_published_whole_and_tied_ones_once(tmp_path, tied):
+    source = tiny_model(tmp_path / "model", tied=tied)
+    from safetensors.torch import load_file
+
+    expected = load_file(source / "model.safetensors")
+    found = on_two_ranks("gathered", DEEPSPEED, source, tmp_path, zero_stage=3)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor)
+
+
+@pytest.mark.parametrize("path", [TORCH, DEEPSPEED])
+def test_a_followers_error_reaches_rank_0_with_its_reason(model, tmp_path, path):
+    text, spent_s = on_two_ranks("failure", path, model, tmp_path)
+    assert "accumulate: rank 1 failed: ZeroDivisionError: rank one's own trouble" in text
+    assert spent_s < 30
+
+
+def test_stage_0_below_float32_is_refused(model):
+    engine = engine_of(DEEPSPEED, model, zero_stage=0, dtype="bfloat16")
+    with pytest.raises(ConfigError, match="take zero_stage 1, 2 or 3"):
+        engine.open(Ranks())
+    engine.close()
+
+
+def test_two_deepspeed_engines_share_a_process(model, tmp_path):
+    policy = engine_of(DEEPSPEED, model, zero_stage=3)
+    critic = engine_of(DEEPSPEED, model, head="value", zero_stage=2)
+    for engine in (policy, critic):
+        engine.open(Ranks())
+    assert two_steps(policy, tmp_path / "policy").figures
+    assert two_steps(critic, tmp_path / "critic").figures
+    policy.close()
+    assert critic.score(GROUPS)
+    critic.close()
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {"sliding_window": 16},
+    "Qwen2ForCausalLM": {},
+    "Qwen3ForCausalLM": {"head_dim": 32},
+    "FalconForCausalLM": {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "GPT2LMHeadModel": {"n_embd": 64, "n_layer": 2, "n_head": 2},
+    "GraniteForCausalLM": {"logits_scaling": 3.0},
+    "CohereForCausalLM": {"logit_scale": 0.3},
+    "Gemma2ForCausalLM": {"head_dim": 32, "final_logit_softcapping": 5.0},
+    "MixtralForCausalLM": {"num_local_experts": 4},
+    "Qwen3MoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 32},
+    "OlmoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2},
+    "MambaForCausalLM": {"state_size": 8},
+    "Mamba2ForCausalLM": {"num_heads": 4, "head_dim": 32, "state_size": 8, "n_groups": 1, "chunk_size": 16},
+    "JambaForCausalLM": {
+        "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2,
+        "use_mamba_kernels": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_reads_packed_what_it_reads_plain(tmp_path, family):
+    import transformers
+
+    torch.manual_seed(1)
+    kind = getattr(transformers, family)
+    size = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "initializer_range": 0.2}
+    instance = kind(kind.config_class(**{**size, **heads, **FAMILIES[family]})).eval()
+    instance.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    engine = engine_of(TORCH, tmp_path, temperature=1.0)
+    engine.open(Ranks())
+    worst = 0.0
+    for item, rows in zip(GROUPS, engine.score(GROUPS), strict=True):
+        for response, found in zip(item.responses, rows, strict=True):
+            ids = torch.tensor([item.prompt_ids.tolist() + response.tolist()])
+            with torch.no_grad():
+                logprobs = instance(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            first = len(ids[0]) - 1 - len(response)
+            expected = logprobs[range(first, len(ids[0]) - 1), response.tolist()]
+            worst = max(worst, float(np.abs(expected.numpy() - found).max()))
+    assert worst <= 5e-5, worst
+    assert engine.accumulate(GROUPS, choose(WeightedTokens))["loss"] != 0.0
+    engine.apply()
+    engine.close()
+
+
+def test_experts_are_published_as_their_checkpoint_names_them(tmp_path):
+    from safetensors.torch import load_file
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    MixtralForCausalLM(
+        MixtralConfig(vocab_size=320, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+                      num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)
+    ).save_pretrained(tmp_path)  # fmt: skip
+    tiny_tokenizer().save_pretrained(tmp_path)
+    engine = engine_of(TORCH, tmp_path)
+    engine.open(Ranks())
+    expected = load_file(tmp_path / "model.safetensors")
+    found = gathered(engine, tmp_path)
+    assert found.keys() == expected.keys()
+    assert any("experts.1" in name for name in found)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor)
+
+
+def test_an_objective_is_chosen_by_path_on_every_rank():
+    assert msgspec.json.decode(msgspec.json.encode(choose(WeightedTokens)), type=Select) == choose(WeightedTokens)

@@ -1,0 +1,58 @@
+"""Trackers: what they are given, and that they never cost a run."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING
+
+import pytest
+
+from flowrl.errors import ConfigError
+from flowrl.telemetry.trackers import TensorBoardSink, WandbConfig, WandbSink, check_trackers, figures_of
+from tests.unit.telemetry.streams import evaluation, notice, step
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HAS_TENSORBOARD = any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX"))
+
+
+def test_trackers_keep_a_step_s_figures_and_the_heldout_score() -> None:
+    assert figures_of(step(3, at=1.0, reward__mean=0.5)) == {"reward.mean": 0.5, "version": 3}
+    assert figures_of(evaluation(2, [[0.0, 1.0], [1.0, 1.0]])) == {"heldout.mean": 0.75, "version": 2}
+    assert figures_of(notice("x")) == {}
+
+
+@pytest.mark.skipif(HAS_TENSORBOARD, reason="a TensorBoard writer is installed")
+def test_tensorboard_without_a_writer_is_refused_before_the_run() -> None:
+    check_trackers(WandbConfig(), tensorboard=False)
+    with pytest.raises(ConfigError, match="tensorboardX"):
+        check_trackers(WandbConfig(), tensorboard=True)
+
+
+@pytest.mark.skipif(not HAS_TENSORBOARD, reason="no TensorBoard writer is installed")
+def test_tensorboard_files_are_written(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path)
+    sink.consume([step(1, at=1.0, loss=0.5)])
+    sink.close()
+    assert list(tmp_path.glob("events*"))
+
+
+@pytest.mark.slow
+def test_wandb_online_without_a_key_is_refused_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises(ConfigError, match="wandb login"):
+        check_trackers(WandbConfig(mode="online"), tensorboard=False)
+
+
+@pytest.mark.slow
+def test_wandb_offline_keeps_the_run_in_its_directory(tmp_path: Path) -> None:
+    sink = WandbSink(WandbConfig(mode="offline"), run_dir=tmp_path, title="ppo-1")
+    sink.consume([step(1, at=1.0, loss=0.5), evaluation(1, [[1.0]])])
+    sink.close()
+    importlib.import_module("wandb").teardown()  # as at the end of the process
+    (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"heldout.mean" in log.read_bytes()
