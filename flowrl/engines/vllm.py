@@ -119,7 +119,7 @@ class VllmEngine:
         """Stop the engine's processes and threads and remove its sockets; safe to call twice."""
         if self._core is not None:
             core, self._core = self._core, None
-            await asyncio.to_thread(core.stop)
+            await core.stop(self._engine)
         if self._engine is not None:
             engine, self._engine = self._engine, None
             await asyncio.to_thread(engine.shutdown)

@@ -2,15 +2,17 @@
 
 It starts in two seconds instead of fifteen and needs a third of the memory: for CPUs and for tests. It rests on
 private classes of vLLM (tried on 0.32), and nothing else in flowrl does: EngineCoreProc with its handshake replaced by
-known addresses, and the client that accepts such addresses. Invariant: after `stop` the thread has ended. Called by
-`VllmEngine` when `layout` is "thread".
+known addresses, and the client that accepts such addresses. Invariant: after `stop` the core's thread and both threads
+of its sockets have ended, so that the model's memory is free for the next engine. Called by `VllmEngine` when `layout`
+is "thread".
 """
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from vllm.usage.usage_lib import UsageContext
@@ -27,13 +29,50 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
 
+JOIN_S = 5.0  # for a socket thread that has nothing left to do
+
+
+class _Ended(Exception):
+    """Raised in a socket thread to end it."""
+
+
+class _Ending:
+    """Stands in for a queue or for an output once the core has ended; to touch it ends the thread that does."""
+
+    def put_nowait(self, _: object) -> None:
+        raise _Ended
+
+    def __iter__(self) -> Iterator[Any]:
+        raise _Ended
+
+
+class _Core(EngineCoreProc):
+    """An engine core that knows its addresses and whose socket threads can end."""
+
+    known_addresses: EngineZmqAddresses
+    input_thread: threading.Thread
+
+    @contextmanager
+    def _perform_handshakes(self, *_: Any, **__: Any) -> Iterator[EngineZmqAddresses]:
+        yield self.known_addresses
+
+    def process_input_sockets(self, *arguments: Any) -> None:
+        self.input_thread = threading.current_thread()
+        with suppress(_Ended):
+            super().process_input_sockets(*arguments)
+
+    def process_output_sockets(self, *arguments: Any) -> None:
+        with suppress(_Ended):
+            super().process_output_sockets(*arguments)
+
+
 class ThreadedCore:
     """An engine core and the thread that steps it."""
 
     def __init__(self, arguments: AsyncEngineArgs, sockets: Path) -> None:
         self._arguments = arguments
         self._addresses = EngineZmqAddresses(inputs=[f"ipc://{sockets}/in"], outputs=[f"ipc://{sockets}/out"])
-        self._started: Future[EngineCoreProc] = Future()
+        self._started: Future[_Core] = Future()
         self._thread = threading.Thread(target=self._run, name="vllm-core", daemon=True)
 
     def start(self) -> None:
@@ -54,15 +93,9 @@ class ThreadedCore:
         )
 
     def _run(self) -> None:
-        addresses = self._addresses
-
-        class Core(EngineCoreProc):
-            @contextmanager
-            def _perform_handshakes(self, *_: Any, **__: Any) -> Iterator[EngineZmqAddresses]:
-                yield addresses
-
+        kind = type("Core", (_Core,), {"known_addresses": self._addresses})
         try:
-            core = Core(
+            core = kind(
                 vllm_config=self._config,
                 local_client=True,
                 handshake_address="",
@@ -82,11 +115,18 @@ class ThreadedCore:
         finally:
             core.shutdown()
 
-    def stop(self) -> None:
-        """Ask the core to end and wait for its thread."""
+    async def stop(self, client: AsyncLLM | None) -> None:
+        """Ask the core to end and wait for its threads; `client` is still open."""
         if self._thread.ident is None or self._started.exception() is not None:
             return
         core = self._started.result()
         core.shutdown_state = EngineShutdownState.REQUESTED
         core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
-        self._thread.join()
+        await asyncio.to_thread(self._thread.join)
+        ending: Any = _Ending()
+        core.output_queue.put_nowait(ending)
+        await asyncio.to_thread(core.output_thread.join, JOIN_S)
+        core.input_queue = ending
+        if client is not None and not client.engine_core.resources.engine_dead:
+            await client.engine_core.abort_requests_async(["none"])  # any message wakes the thread that polls
+            await asyncio.to_thread(core.input_thread.join, JOIN_S)

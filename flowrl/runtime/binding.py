@@ -1,8 +1,9 @@
 """Bind a stage's ports to a flow, whether it is in this process or behind a Ray actor.
 
 Each end translates between messages and (key, bytes), names its replica to the flow, and charges every wait to the
-replica's clock: waiting for a message is waiting for input; waiting for room, or for a credit to admit a group, is
-waiting for room. Registers are read in the background and charged by the stages that know what the wait means.
+replica's clock: waiting for a message or a newer value is waiting for input; waiting for room, or for a credit to
+admit a group, is waiting for room. How long a published value takes to be acknowledged is charged by the stage that
+published it, if it waits for that at all.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class RegisterReceive(End):
     newest = -1
 
     async def get(self, limit: int) -> list[Message]:
-        self.newest, body = await self.flow.read(self.address, self.newest)
+        with self.clock.charge(Cause.WAIT_INPUT):
+            self.newest, body = await self.flow.read(self.address, self.newest)
         return [decode(body)]
 
     async def done(self, messages: Sequence[Any], learned_in: int | None) -> None:

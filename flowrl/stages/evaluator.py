@@ -17,6 +17,7 @@ from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Checkpoint, Prompt, Rollouts
 from flowrl.rewards.function import RewardFunction
+from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.events import Evaluation
 
 if TYPE_CHECKING:
@@ -51,9 +52,8 @@ class Evaluator(Stage):
 
     async def run(self, context: Context) -> None:
         """Evaluate every version the learner names until the edge closes."""
-        directory = await context.compute(prepare_model, self.model)
-        tokenizer = await context.compute(load_tokenizer, directory)
-        prompts = await context.compute(load_prompts, self.data, tokenizer)
+        with context.clock.charge(Cause.START):
+            prompts = await context.compute(self._load)
         function = RewardFunction(self.config.function, where=context.where)
         num_sent = 0
         async for checkpoint in self.checkpoints:
@@ -63,6 +63,9 @@ class Evaluator(Stage):
             context.version = checkpoint.version
             context.done += len(prompts.heldout)
             await self.checkpoints.done(checkpoint)
+
+    def _load(self) -> PromptSet:
+        return load_prompts(self.data, load_tokenizer(prepare_model(self.model)))
 
     async def _evaluate(
         self, context: Context, prompts: PromptSet, function: RewardFunction, checkpoint: Checkpoint, first_id: int

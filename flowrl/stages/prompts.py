@@ -14,6 +14,7 @@ from flowrl.data.prompts import PromptData, PromptSet, load_prompts, load_tokeni
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Credit, Prompt
+from flowrl.telemetry.causes import Cause
 
 if TYPE_CHECKING:
     from flowrl.graph.stage import Context, Say
@@ -48,7 +49,8 @@ class Prompts(Stage):
 
     async def run(self, context: Context) -> None:
         """Admit groups until the edges close."""
-        rows = await context.compute(self.load)
+        with context.clock.charge(Cause.START):
+            rows = await context.compute(self.load)
         group_id = self.config.first_group
         while not context.stopping.is_set():
             await self.credits.get()

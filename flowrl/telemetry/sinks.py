@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from flowrl.telemetry.events import Notice
 from flowrl.telemetry.live import LiveView
@@ -61,7 +61,7 @@ class Sinks:
         self.say = say
         self._now = now
         self._sinks: dict[str, Sink] = {}
-        self._notices: list[Event] = []
+        self._notices: list[Notice] = []
 
     def add(self, name: str, open_sink: Callable[[], Sink]) -> None:
         """Open a sink and add it; events go to the sinks in the order they were added, and they close in it."""
@@ -75,22 +75,22 @@ class Sinks:
         self._notices.append(Notice(level="warning", where=where, text=text, time_s=self._now()))
 
     def consume(self, events: list[Event]) -> None:
-        """Fold events into the view and pass them to every sink."""
-        while events:
-            self.view.fold(events)
-            for name, sink in list(self._sinks.items()):
-                try:
-                    sink.consume(events)
-                except Exception as error:  # see `add`
-                    del self._sinks[name]
-                    self._lose(name, error)
-                    self._close(name, sink)
-            events, self._notices = self._notices, []
+        """Fold events, and the notices made since the last call, into the view and pass them to every sink."""
+        events = [*events, *self._take_notices()]
+        self.view.fold(events)
+        for name, sink in list(self._sinks.items()):
+            try:
+                sink.consume(events)
+            except Exception as error:  # see `add`
+                del self._sinks[name]
+                self._lose(name, error)
+                self._close(name, sink)
 
     def close(self) -> None:
         """Close the sinks one by one; those still open hear what the closed ones had to say."""
         while self._sinks:
-            self.consume(self._take_notices())
+            if self._notices:
+                self.consume([])
             name = next(iter(self._sinks), None)
             if name is not None:
                 self._close(name, self._sinks.pop(name))
@@ -106,7 +106,7 @@ class Sinks:
     def _lose(self, name: str, error: Exception) -> None:
         self.warn(name, f"failed ({type(error).__name__}: {error}); the run goes on without it")
 
-    def _take_notices(self) -> list[Any]:
+    def _take_notices(self) -> list[Notice]:
         notices, self._notices = self._notices, []
         return notices
 

@@ -69,6 +69,7 @@ def test_every_arrow_begins_and_ends_inside_a_span_of_its_group(tmp_path: Path, 
     assert set(found) == set(range(24))
     for group, points in found.items():
         assert [point["ph"] for point in points] == ["s", "t", "f"]
+        assert {point["bp"] for point in points} == {"e"}  # bound to the span around it, not to the next one
         assert [point["ts"] for point in points] == sorted(point["ts"] for point in points)
         held_by: list[str] = []
         for point in points:

@@ -38,9 +38,9 @@ def test_nothing_is_estimated_before_the_second_step() -> None:
 
 
 def test_steps_done_again_after_a_crash_replace_the_old_ones_in_the_pace() -> None:
-    view = view_of(step(1, at=10.0), step(2, at=20.0), step(3, at=30.0), step(2, at=50.0), step(3, at=60.0))
-    assert view.step_interval_s == 25.0  # versions 1, 2, 3 at 10, 50, 60 s
-    assert view.remaining_s == 37 * 25.0
+    view = view_of(step(5, at=10.0), step(6, at=20.0), step(4, at=50.0), step(5, at=62.0))
+    assert view.step_interval_s == 12.0
+    assert view.remaining_s == 35 * 12.0
 
 
 def test_tokens_per_second_leave_out_the_step_that_opens_the_window() -> None:

