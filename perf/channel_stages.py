@@ -83,9 +83,7 @@ class Drain(Stage):
             start_s = time.perf_counter()
             await self._drain(self.config.groups)
             rate = self.config.groups / (time.perf_counter() - start_s)
-            context.recorder.record(
-                Notice(level="info", where=context.where, text=f"{rate:.3f}", time_s=context.now())
-            )
+            context.recorder.record(Notice(level="info", where=context.where, text=f"{rate:.3f}", time_s=context.now()))
 
     async def _drain(self, count: int) -> None:
         taken = 0

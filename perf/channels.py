@@ -61,7 +61,9 @@ def main() -> None:
     print(machine())
     print(f"{options.group_size} rollouts of {options.tokens} tokens a group, 3 hops, {len(rates)} rounds")
     print(f"groups/s   median {statistics.median(rates):8.1f}  ({min(rates):.1f} to {max(rates):.1f})")
-    print(f"ms/rollout median {statistics.median(per_rollout):8.3f}  ({min(per_rollout):.3f} to {max(per_rollout):.3f})")
+    print(
+        f"ms/rollout median {statistics.median(per_rollout):8.3f}  ({min(per_rollout):.3f} to {max(per_rollout):.3f})"
+    )
 
 
 if __name__ == "__main__":

@@ -58,7 +58,10 @@ def write_model(directory: Path, layers: int) -> None:
         num_key_value_heads=3,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    model.save_pretrained(directory)
     (directory / "tokenizer.json").write_text("{}")
 
 
@@ -67,9 +70,12 @@ def make_groups(arguments: argparse.Namespace) -> list[TokenGroup]:
     rng = np.random.default_rng(0)
     return [
         TokenGroup(
-            prompt_ids=Buffer.ints(rng.integers(0, 49152, arguments.prompt)),
-            responses=[Buffer.ints(rng.integers(0, 49152, arguments.response)) for _ in range(arguments.samples)],
-            columns={"advantages": [Buffer.floats(np.ones(arguments.response))] * arguments.samples},
+            prompt_ids=Buffer.ints(rng.integers(0, 49152, arguments.prompt, dtype=np.int32)),
+            responses=[
+                Buffer.ints(rng.integers(0, 49152, arguments.response, dtype=np.int32))
+                for _ in range(arguments.samples)
+            ],
+            columns={"advantages": [Buffer.floats(np.ones(arguments.response, dtype=np.float32))] * arguments.samples},
         )
         for _ in range(arguments.groups)
     ]
@@ -112,7 +118,9 @@ def describe_machine(threads: int) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor()
-    return f"{name}, {os.cpu_count()} cores, {threads} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
+    return (
+        f"{name}, {os.cpu_count()} cores, {threads} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
+    )
 
 
 def main() -> None:

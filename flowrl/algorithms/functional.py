@@ -1,24 +1,33 @@
-"""Masked arithmetic that several algorithms share: whitening, KL estimators, rewards per token, GAE, returns.
+"""Masked arithmetic that the algorithms share: sums and means, whitening, KL estimators, effective sample size.
 
-Shapes: B sequences, T response tokens, `mask_BT` 1 on the tokens the policy sampled. Invariant: what stands under
-mask 0, nan included, never changes a result or a gradient; tokens under mask 0 inside a sequence (an environment's)
-are skipped, not treated as steps.
+Shapes: B sequences, T response tokens, `mask_BT` 1 on the tokens the policy sampled and 0 elsewhere. Invariant: what
+stands under mask 0, nan and inf included, never changes a result or a gradient (values are selected, never multiplied
+by the mask). Called by the algorithms, and `whiten` by the learner, which alone sees a whole step.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 Estimator = Literal["k1", "k2", "k3"]
 
+# Log-probability ratios beyond this many nats are held there, so that squares of ratios stay finite in float32.
+MAX_LOG_RATIO = 20.0
+
 
 def masked(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return the values with zeros under mask 0; unlike a product it lets no nan through."""
+    """Return the values with zeros under mask 0; unlike a product it lets no nan through, backwards either.
+
+    >>> masked(torch.tensor([1.0, float("nan")]), torch.tensor([1.0, 0.0])).tolist()
+    [1.0, 0.0]
+    """
     return torch.where(mask_BT > 0, values_BT, torch.zeros_like(values_BT))
 
 
@@ -31,25 +40,68 @@ def masked_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return masked(values_BT, mask_BT).sum() / mask_BT.sum().clamp_min(1.0)
 
 
-def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """Return values with mean 0 and variance 1 over every masked token of the step (population variance + 1e-8).
+def sequence_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return each sequence's mean over its masked tokens, [B]; 0 where a sequence has none.
+
+    >>> sequence_mean(torch.tensor([[1.0, 3.0], [5.0, 9.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]])).tolist()
+    [2.0, 5.0]
+    """
+    return masked(values_BT, mask_BT).sum(1) / mask_BT.sum(1).clamp_min(1.0)
+
+
+def has_tokens(mask_BT: Tensor) -> Tensor:
+    """Return 1 for each sequence with at least one masked token, else 0; [B].
+
+    >>> has_tokens(torch.tensor([[0.0, 1.0], [0.0, 0.0]])).tolist()
+    [1.0, 0.0]
+    """
+    return (mask_BT > 0).any(1).to(mask_BT.dtype)
+
+
+@overload
+def whiten(values: Tensor, mask: Tensor) -> Tensor: ...
+@overload
+def whiten(values: Sequence[Tensor], mask: Sequence[Tensor]) -> list[Tensor]: ...
+def whiten(values: Tensor | Sequence[Tensor], mask: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+    """Return (values - mean) / sqrt(variance + 1e-8) with both taken over every masked token of the step.
+
+    A step is one tensor of any shape or a list of them, with masks alike; the variance is the population's, both are
+    summed in float64, and the result is 0 under mask 0. Source: OpenRLHF (2405.11143), section 3.3, distributed
+    advantage normalisation.
 
     >>> whiten(torch.tensor([1.0, 3.0]), torch.ones(2)).tolist()
     [-1.0, 1.0]
     """
-    mean = masked_mean(values, mask)
-    centred = masked(values - mean, mask)
-    variance = (centred * centred).sum() / mask.sum().clamp_min(1.0)
-    return centred * torch.rsqrt(variance + 1e-8)
+    parts = [values] if isinstance(values, torch.Tensor) else list(values)
+    masks = [mask] if isinstance(mask, torch.Tensor) else list(mask)
+    flat = torch.cat([part[m > 0].double() for part, m in zip(parts, masks, strict=True)])
+    mean = flat.sum() / max(1, flat.numel())
+    scale = torch.rsqrt(((flat - mean) ** 2).sum() / max(1, flat.numel()) + 1e-8)
+    whitened = [
+        masked(((part.double() - mean) * scale).to(part.dtype), m) for part, m in zip(parts, masks, strict=True)
+    ]
+    return whitened[0] if isinstance(values, torch.Tensor) else whitened
+
+
+def log_ratio(logprobs_BT: Tensor, anchor_BT: Tensor) -> Tensor:
+    """Return log(pi / pi_anchor), held within +-20 nats.
+
+    >>> log_ratio(torch.tensor([-1.0, -1.0]), torch.tensor([-1.5, -90.0])).tolist()
+    [0.5, 20.0]
+    """
+    return (logprobs_BT - anchor_BT).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def kl_estimate(logprobs_BT: Tensor, reference_BT: Tensor, estimator: Estimator) -> Tensor:
-    """Return k1 = d, k2 = d^2 / 2 or k3 = exp(-d) - 1 + d with d = logprobs - reference (Schulman 2020).
+    """Return an estimate of KL(pi || ref) at tokens drawn from pi, with d = logprobs - reference.
 
-    >>> float(kl_estimate(torch.tensor([0.0]), torch.tensor([-2.0]), "k2"))
-    2.0
+    k1 = d, unbiased; k2 = d^2 / 2, whose gradient is that of the KL; k3 = exp(-d) - 1 + d, unbiased and never
+    negative. Source: Schulman, "Approximating KL divergence" (2020). d is held within +-20 nats.
+
+    >>> [round(float(kl_estimate(torch.tensor(-1.0), torch.tensor(-2.0), k)), 4) for k in ("k1", "k2", "k3")]
+    [1.0, 0.5, 0.3679]
     """
-    d_BT = logprobs_BT - reference_BT
+    d_BT = log_ratio(logprobs_BT, reference_BT)
     if estimator == "k1":
         return d_BT
     if estimator == "k2":
@@ -57,43 +109,14 @@ def kl_estimate(logprobs_BT: Tensor, reference_BT: Tensor, estimator: Estimator)
     return torch.expm1(-d_BT) + d_BT
 
 
-def last_token(mask_BT: Tensor) -> Tensor:
-    """Return a mask of each sequence's last sampled token; empty where a sequence has none.
+def effective_sample_size(weights_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return (sum w)^2 / (n sum w^2) over masked tokens: 1 for equal weights, 1/n where one token has them all.
 
-    >>> last_token(torch.tensor([[1.0, 1.0, 0.0]])).tolist()
-    [[0.0, 1.0, 0.0]]
+    Source: Kong 1992. Over a step it is mean(is_weight)^2 / mean(is_weight_sq) of the loss metrics.
+
+    >>> round(float(effective_sample_size(torch.tensor([1.0, 3.0]), torch.ones(2))), 6)
+    0.8
     """
-    later_BT = mask_BT.flip(1).cumsum(1).flip(1)
-    return ((later_BT == 1) & (mask_BT > 0)).to(mask_BT.dtype)
-
-
-def token_rewards(rewards_B: Tensor, mask_BT: Tensor, kl_BT: Tensor | None, coef: float) -> Tensor:
-    """Return rewards per token: the score on the last sampled token, -coef * kl on every sampled token."""
-    rewards_BT = last_token(mask_BT) * rewards_B[:, None]
-    return rewards_BT if kl_BT is None else masked(rewards_BT - coef * kl_BT, mask_BT)
-
-
-def gae(
-    rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
-    """Return advantages and returns (Schulman 2015, 1506.02438, equations 11 to 16).
-
-    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, returns = A + V; t + 1 is the next sampled
-    token and the value after the last one is 0.
-
-    >>> ones = torch.ones(1, 2)
-    >>> gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]]), ones, gamma=1.0, lam=1.0)[0].tolist()
-    [[0.5, 0.5]]
-    """
-    rewards_BT, values_BT = masked(rewards_BT, mask_BT), masked(values_BT, mask_BT)
-    advantages_BT = torch.zeros_like(rewards_BT)
-    next_value_B = torch.zeros_like(rewards_BT[:, 0])
-    next_advantage_B = torch.zeros_like(next_value_B)
-    for t in reversed(range(rewards_BT.shape[1])):
-        is_sampled_B = mask_BT[:, t] > 0
-        delta_B = rewards_BT[:, t] + gamma * next_value_B - values_BT[:, t]
-        advantage_B = delta_B + gamma * lam * next_advantage_B
-        advantages_BT[:, t] = torch.where(is_sampled_B, advantage_B, torch.zeros_like(advantage_B))
-        next_advantage_B = torch.where(is_sampled_B, advantage_B, next_advantage_B)
-        next_value_B = torch.where(is_sampled_B, values_BT[:, t], next_value_B)
-    return advantages_BT, masked(advantages_BT + values_BT, mask_BT)
+    weights_BT = masked(weights_BT, mask_BT)
+    square = (weights_BT * weights_BT).sum()
+    return weights_BT.sum() ** 2 / (mask_BT.sum() * square).clamp_min(torch.finfo(weights_BT.dtype).tiny)

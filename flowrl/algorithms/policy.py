@@ -1,9 +1,10 @@
-"""The clipped policy loss that the online algorithms share, with its off-policy corrections and KL term.
+"""The loss and the credit that the online algorithms share; each algorithm is a file that fills in what differs.
 
     loss = -w min(rho A, clip(rho, 1 - low, 1 + high) A) + coef KL - entropy_coef H
 
-with rho = exp(lp - lp_prox) (PPO, 1707.06347, equation 7; asymmetric range: DAPO, 2503.14476, section 3.1) and w what
-corrects for samples drawn by an older policy, lp_old. The loss returns the sum over sampled tokens and their number.
+with rho = exp(lp - lp_prox) and w the correction for samples drawn by an older policy (corrections.py). Invariants:
+what stands under mask 0 changes neither loss, metrics nor gradient; the count depends on masks alone. Shapes: B
+sequences, T response tokens.
 """
 
 from __future__ import annotations
@@ -12,108 +13,197 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 
-from flowrl.algorithms.base import Algorithm, Loss, LossBatch
-from flowrl.algorithms.functional import Estimator, kl_estimate, masked
+from flowrl.algorithms.base import Algorithm, CreditBatch, Credited, Loss, LossBatch
+from flowrl.algorithms.corrections import Correction, Weights, correction_weights
+from flowrl.algorithms.functional import Estimator, has_tokens, kl_estimate, log_ratio, masked
+from flowrl.algorithms.shaping import Shaping, token_rewards
+from flowrl.algorithms.surrogate import Normalisation, clipped_surrogate, normalised
 from flowrl.config import Config, Meta
+from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 
 class KL(Config):
     """The penalty for leaving the reference."""
 
-    coef: Annotated[float, Meta(ge=0)] = 0.01
+    coef: Annotated[float, Meta(ge=0)] = 0.0
     placement: Literal["reward", "loss"] = "reward"  # taken off every token's reward, or added to the loss
-    estimator: Estimator = "k1"  # k1 in the reward; k2 or k3 in the loss, where k1 has the wrong gradient
+    estimator: Estimator = "k1"  # in the loss k2 or k3, for there k1 has the wrong gradient
 
     def __post_init__(self) -> None:
         if self.placement == "loss" and self.estimator == "k1":
-            raise ValueError("kl.estimator k1 has no useful gradient as a loss; use k2 or k3, or placement=reward")
-
-
-class Correction(Config):
-    """What makes up for samples of an older policy; every kind logs its weights and the effective sample size."""
-
-    kind: Literal["none", "truncated", "icepop", "sequence", "decoupled"] = "truncated"
-    cap: Annotated[float, Meta(gt=0)] = 2.0  # truncated: greatest weight; icepop, sequence: greatest ratio kept
-    floor: Annotated[float, Meta(ge=0)] = 0.5  # icepop, sequence: least ratio kept
+            raise ValueError("kl.estimator k1 has no useful gradient in the loss; use k2 or k3, or placement=reward")
 
 
 class PolicyGradient(Algorithm):
-    """Settings and loss of every algorithm that maximises a clipped surrogate."""
+    """Settings, loss and parts of the credit of every algorithm that weights log-probs by advantages."""
 
-    clip_low: Annotated[float, Meta(ge=0, lt=1)] = 0.2
-    clip_high: Annotated[float, Meta(ge=0)] = 0.2
-    dual_clip: Annotated[float, Meta(ge=0)] = 0.0  # 1912.09729: least surrogate c A for A < 0; 0: off
-    entropy_coef: Annotated[float, Meta(ge=0)] = 0.0
+    clip_low: Annotated[float, Meta(ge=0, le=1)] = 0.2  # ratios count down to 1 - this
+    clip_high: Annotated[float, Meta(ge=0)] = 0.2  # ratios count up to 1 + this
+    dual_clip: Annotated[float, Meta(ge=0)] = 0.0  # c > 1: for A < 0 the surrogate is at least c A; 0: off
+    entropy_coef: Annotated[float, Meta(ge=0)] = 0.0  # of the entropy bonus, nats
+    normalisation: Normalisation = "token"  # what the loss is a mean over; see surrogate.normalised
+    # Divisor of normalisation=constant: the longest response, as sampling.max_tokens. It only scales the gradient.
+    constant_tokens: Annotated[int, Meta(ge=1)] = 1024
     kl: KL = KL()
     correction: Correction = Correction()
+    shaping: Shaping = Shaping()
+
+    def __post_init__(self) -> None:
+        if 0.0 < self.dual_clip <= 1.0:
+            raise ValueError(f"dual_clip {self.dual_clip} must be 0 (off) or above 1, or it would clip ratios of 1")
 
     @property
     def needs_entropy(self) -> bool:
         """Return whether the loss has an entropy bonus."""
         return self.entropy_coef > 0
 
+    @property
+    def needs_reference(self) -> bool:
+        """Return whether the penalty needs the reference's log-probs."""
+        return self.kl.coef > 0
+
+    # What an algorithm may do in its own way.
+
+    def log_ratio(self, logprobs_BT: Tensor, anchor_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Return the logarithm of the importance ratio of each token; both arguments are 0 under mask 0."""
+        return log_ratio(logprobs_BT, anchor_BT)
+
+    def surrogate(self, ratio_BT: Tensor, advantages_BT: Tensor, logprobs_BT: Tensor) -> Tensor:
+        """Return what is maximised for each token, before its correction weight."""
+        return clipped_surrogate(
+            ratio_BT, advantages_BT, low=self.clip_low, high=self.clip_high, dual_clip=self.dual_clip
+        )
+
+    def clipped(self, ratio_BT: Tensor, advantages_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where the lower and the upper clip are active: low where A < 0, high where A > 0."""
+        is_low_BT = (ratio_BT < 1.0 - self.clip_low) & (advantages_BT < 0)
+        return is_low_BT, (ratio_BT > 1.0 + self.clip_high) & (advantages_BT > 0)
+
+    # The loss.
+
     def loss(self, batch: LossBatch) -> Loss:
-        """Return the clipped surrogate with its terms, summed over sampled tokens."""
+        """Return the negative weighted surrogate with its terms, normalised as the settings say.
+
+        Metrics: policy_loss, kl_ref and entropy; clip_frac_low and clip_frac_high; approx_kl (k3, proximal to new);
+        mismatch_kl (k3, behaviour to proximal); is_weight and is_weight_sq, of exp(lp_prox - lp_old) before any cap,
+        whose mean squared over mean square is the effective sample size; corrected_frac, capped or dropped tokens.
+        """
         mask_BT = batch.mask_BT
         lp_BT = masked(batch.logprobs_BT, mask_BT)
         prox_BT = masked(batch.columns["proximal"], mask_BT)
         old_BT = masked(batch.columns["behaviour"], mask_BT)
         advantages_BT = masked(batch.columns["advantages"], mask_BT)
-        weight_BT = correction_weight(self.correction, prox_BT - old_BT, mask_BT)
-        anchor_BT = prox_BT if self.correction.kind != "none" else old_BT
-        ratio_BT = torch.exp(lp_BT - anchor_BT)
-        surrogate_BT = clipped_surrogate(ratio_BT, advantages_BT, self.clip_low, self.clip_high, self.dual_clip)
-        loss_BT = -weight_BT * surrogate_BT
-        count = mask_BT.sum()
-        raw_BT = masked(torch.exp(prox_BT - old_BT), mask_BT)
-        metrics: dict[str, tuple[Tensor, Tensor]] = {
-            "policy_loss": (loss_BT.detach().sum(), count),
-            "clip_frac_high": (masked((ratio_BT > 1 + self.clip_high).float(), mask_BT).sum(), count),
-            "clip_frac_low": (masked((ratio_BT < 1 - self.clip_low).float(), mask_BT).sum(), count),
-            "mismatch_kl": (masked(kl_estimate(old_BT, prox_BT, "k3"), mask_BT).sum(), count),
-            "is_weight": (raw_BT.sum(), count),
-            "is_weight_sq": ((raw_BT * raw_BT).sum(), count),
-        }
+        anchor_BT = old_BT if self.correction.kind == "none" else prox_BT
+        ratio_BT = torch.exp(self.log_ratio(lp_BT, anchor_BT, mask_BT))
+        weights = correction_weights(self.correction, self.log_ratio(prox_BT, old_BT, mask_BT), mask_BT)
+        loss_BT = -weights.weights_BT * self.surrogate(ratio_BT, advantages_BT, lp_BT)
+        metrics = self._policy_metrics(lp_BT, prox_BT, old_BT, mask_BT, weights)
+        is_low_BT, is_high_BT = self.clipped(ratio_BT.detach(), advantages_BT)
+        metrics["clip_frac_low"] = _mean(is_low_BT.float(), mask_BT)
+        metrics["clip_frac_high"] = _mean(is_high_BT.float(), mask_BT)
+        metrics["policy_loss"] = self._normalised(loss_BT.detach(), mask_BT)
+        for name, coef, term_BT in self._terms(batch, lp_BT):
+            if coef:
+                loss_BT = loss_BT + coef * term_BT
+            metrics[name] = _mean(term_BT.detach(), mask_BT)
+        total, count = self._normalised(loss_BT, mask_BT)
+        return Loss(total, count, metrics)
+
+    def _normalised(self, loss_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        return normalised(loss_BT, mask_BT, self.normalisation, self.constant_tokens)
+
+    def _terms(self, batch: LossBatch, lp_BT: Tensor) -> list[tuple[str, float, Tensor]]:
+        """Return the further terms of the loss as (metric, coefficient, value per token)."""
+        terms: list[tuple[str, float, Tensor]] = []
+        is_in_loss = self.kl.placement == "loss" and self.kl.coef > 0
         if "reference" in batch.columns:
-            reference_BT = masked(batch.columns["reference"], mask_BT)
-            if self.kl.placement == "loss" and self.kl.coef:
-                kl_BT = masked(kl_estimate(lp_BT, reference_BT, self.kl.estimator), mask_BT)
-                loss_BT = loss_BT + self.kl.coef * kl_BT
-            metrics["kl_ref"] = (masked(kl_estimate(lp_BT.detach(), reference_BT, "k3"), mask_BT).sum(), count)
+            reference_BT = masked(batch.columns["reference"], batch.mask_BT)
+            if is_in_loss:
+                terms.append(("kl_ref", self.kl.coef, kl_estimate(lp_BT, reference_BT, self.kl.estimator)))
+            else:
+                terms.append(("kl_ref", 0.0, kl_estimate(lp_BT.detach(), reference_BT, "k3")))
+        elif is_in_loss:
+            raise _no_reference(self.kl.coef)
         if batch.entropy_BT is not None:
-            entropy_BT = masked(batch.entropy_BT, mask_BT)
-            loss_BT = loss_BT - self.entropy_coef * entropy_BT
-            metrics["entropy"] = (entropy_BT.detach().sum(), count)
-        return Loss(loss_BT.sum(), count, metrics)
+            terms.append(("entropy", -self.entropy_coef, masked(batch.entropy_BT, batch.mask_BT)))
+        elif self.needs_entropy:
+            raise ConfigError(
+                "algorithm.entropy_coef", f"{self.entropy_coef} needs entropies, which the engine did not give",
+                "set it to 0 or use an engine that honours needs_entropy",
+            )  # fmt: skip
+        return terms
+
+    def _policy_metrics(
+        self, lp_BT: Tensor, prox_BT: Tensor, old_BT: Tensor, mask_BT: Tensor, weights: Weights
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        raw_BT = torch.exp(log_ratio(prox_BT, old_BT))
+        return {
+            "approx_kl": _mean(kl_estimate(prox_BT, lp_BT.detach(), "k3"), mask_BT),
+            "mismatch_kl": _mean(kl_estimate(old_BT, prox_BT, "k3"), mask_BT),
+            "is_weight": _mean(raw_BT, mask_BT),
+            "is_weight_sq": _mean(raw_BT * raw_BT, mask_BT),
+            "corrected_frac": _mean(weights.is_cut_BT, mask_BT),
+        }
+
+    # The credit.
+
+    def shaped_scores(self, batch: CreditBatch) -> tuple[Tensor, dict[str, float]]:
+        """Return each sample's shaped score [B], 0 for samples without sampled tokens, and the group's figures.
+
+        Figures are means over the samples: "reward.shaped", and "kl", the sum of log(pi_old / pi_ref) over tokens.
+        """
+        present_B = has_tokens(batch.mask_BT)
+        scores_B = masked(self.shaping.shaped(batch.rewards_B, batch.mask_BT.sum(1)), present_B)
+        num_present = present_B.sum().clamp_min(1.0)
+        metrics = {"reward.shaped": float(scores_B.sum() / num_present)}
+        if batch.reference_BT is not None:
+            kl_BT = masked(kl_estimate(batch.behaviour_BT, batch.reference_BT, "k1"), batch.mask_BT)
+            metrics["kl"] = float(kl_BT.sum() / num_present)
+        return scores_B, metrics
+
+    def shaped_rewards(self, batch: CreditBatch, scores_B: Tensor) -> Tensor:
+        """Return rewards per token [B, T]: the scores and, with kl.placement=reward, the penalty."""
+        if self.kl.placement == "loss" or self.kl.coef == 0:
+            return token_rewards(scores_B, batch.mask_BT, None, 0.0)
+        if batch.reference_BT is None:
+            raise _no_reference(self.kl.coef)
+        kl_BT = kl_estimate(batch.behaviour_BT, batch.reference_BT, self.kl.estimator)
+        return token_rewards(scores_B, batch.mask_BT, kl_BT, self.kl.coef)
+
+    def credit_group(self, batch: CreditBatch, baseline: Callable[[Tensor, Tensor], Tensor]) -> Credited:
+        """Give each token of a sample the same advantage: `baseline` of the samples' whole rewards.
+
+        A sample's whole reward is its shaped score less, with kl.placement=reward, its tokens' penalties.
+        """
+        self.require_group(batch)
+        scores_B, metrics = self.shaped_scores(batch)
+        rewards_B = self.shaped_rewards(batch, scores_B).double().sum(1)
+        advantages_B = baseline(rewards_B, has_tokens(batch.mask_BT)).to(batch.rewards_B.dtype)
+        advantages_BT = masked(advantages_B[:, None].expand_as(batch.mask_BT), batch.mask_BT)
+        return Credited(advantages_BT, None, metrics)
+
+    def require_group(self, batch: CreditBatch) -> None:
+        """Refuse a group too small to be compared within.
+
+        Raises:
+            ConfigError: the group has one sample.
+        """
+        num_samples = len(batch.rewards_B)
+        if num_samples < 2:
+            what = f"{type(self).__name__} compares the samples of a group, but this group has {num_samples}"
+            raise ConfigError("generator.group_size", what, "set it to 2 or more")
 
 
-def clipped_surrogate(ratio_BT: Tensor, advantages_BT: Tensor, low: float, high: float, dual: float) -> Tensor:
-    """Return min(rho A, clip(rho) A), with dual clip not below c A for A < 0.
-
-    >>> float(clipped_surrogate(torch.tensor(2.0), torch.tensor(1.0), 0.2, 0.2, 0.0))
-    1.2000000476837158
-    """
-    surrogate_BT = torch.minimum(ratio_BT * advantages_BT, ratio_BT.clamp(1 - low, 1 + high) * advantages_BT)
-    if dual:
-        floor_BT = torch.maximum(surrogate_BT, dual * advantages_BT)
-        surrogate_BT = torch.where(advantages_BT < 0, floor_BT, surrogate_BT)
-    return surrogate_BT
+def _mean(values_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum over sampled tokens and their number."""
+    return masked(values_BT, mask_BT).sum(), mask_BT.sum()
 
 
-def correction_weight(correction: Correction, log_ratio_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return each token's weight from log(pi_prox / pi_old); no gradient flows through it."""
-    ratio_BT = torch.exp(log_ratio_BT.detach())
-    if correction.kind == "none":
-        return torch.ones_like(ratio_BT)
-    if correction.kind == "decoupled":  # 2505.24298, equation 5
-        return ratio_BT
-    if correction.kind == "truncated":
-        return ratio_BT.clamp(max=correction.cap)
-    if correction.kind == "icepop":
-        return torch.where((ratio_BT >= correction.floor) & (ratio_BT <= correction.cap), ratio_BT, 0.0)
-    total_B = masked(log_ratio_BT.detach(), mask_BT).sum(1) / mask_BT.sum(1).clamp_min(1.0)
-    keep_B = (torch.exp(total_B) >= correction.floor) & (torch.exp(total_B) <= correction.cap)
-    return keep_B[:, None].to(ratio_BT.dtype).expand_as(ratio_BT)
+def _no_reference(coef: float) -> ConfigError:
+    what = f"{coef} needs the reference's log-probs, which this graph does not give"
+    return ConfigError("algorithm.kl.coef", what, "add a reference node or set it to 0")

@@ -1,18 +1,19 @@
 """The critic's loss: squared error to the returns, with the clipping of PPO's reference implementation.
 
-    0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2)
+    0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2), mean over the step's sampled tokens
 
-summed over sampled tokens (algorithms: value loss; OpenRLHF paper, section 3.3). `logprobs_BT` of the batch are values.
+The batch's `logprobs_BT` are the values V; its columns "values" (V_old) and "returns" (R) come from the credit.
+Metrics: value_loss; value_clip_frac; value_error and value_error_sq, of R - V; returns and returns_sq. The explained
+variance is 1 - (value_error_sq - value_error^2) / (returns_sq - returns^2).
 """
 
 from __future__ import annotations
 
 from typing import Annotated
 
-import torch
-
 from flowrl.algorithms.base import Loss, LossBatch, Objective
 from flowrl.algorithms.functional import masked
+from flowrl.algorithms.surrogate import clipped_value_error
 from flowrl.config import Meta
 
 
@@ -22,14 +23,21 @@ class ValueLoss(Objective):
     clip: Annotated[float, Meta(ge=0)] = 0.2  # values may move so far from what they were when sampled; 0: any distance
 
     def loss(self, batch: LossBatch) -> Loss:
-        """Return the value loss as a sum over sampled tokens."""
-        values_BT = masked(batch.logprobs_BT, batch.mask_BT)
-        old_BT = masked(batch.columns["values"], batch.mask_BT)
-        returns_BT = masked(batch.columns["returns"], batch.mask_BT)
-        loss_BT = (values_BT - returns_BT) ** 2
-        if self.clip:
-            clipped_BT = old_BT + (values_BT - old_BT).clamp(-self.clip, self.clip)
-            loss_BT = torch.maximum(loss_BT, (clipped_BT - returns_BT) ** 2)
-        total, count = 0.5 * loss_BT.sum(), batch.mask_BT.sum()
+        """Return the value loss as a sum over sampled tokens and their number."""
+        mask_BT = batch.mask_BT
+        values_BT = masked(batch.logprobs_BT, mask_BT)
+        old_BT = masked(batch.columns["values"], mask_BT)
+        returns_BT = masked(batch.columns["returns"], mask_BT)
+        loss_BT = clipped_value_error(values_BT, old_BT, returns_BT, self.clip)
+        total, count = loss_BT.sum(), mask_BT.sum()
         error_BT = (returns_BT - values_BT).detach()
-        return Loss(total, count, {"value_error": (error_BT.abs().sum(), count)})
+        is_clipped_BT = (values_BT - old_BT).detach().abs() > (self.clip or float("inf"))
+        sums = {
+            "value_loss": total.detach(),
+            "value_clip_frac": is_clipped_BT.to(total.dtype).sum(),
+            "value_error": error_BT.sum(),
+            "value_error_sq": (error_BT * error_BT).sum(),
+            "returns": returns_BT.sum(),
+            "returns_sq": (returns_BT * returns_BT).sum(),
+        }
+        return Loss(total, count, {name: (value, count) for name, value in sums.items()})

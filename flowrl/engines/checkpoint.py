@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -17,6 +16,8 @@ import msgspec
 from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from flowrl.engines.base import TrainingEngine
 
 CARD = """---

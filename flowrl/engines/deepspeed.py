@@ -136,7 +136,9 @@ class DeepSpeedEngine(Trainer):
         try:
             counters = msgspec.json.decode((directory / "state.json").read_bytes(), type=dict[str, int])
         except OSError as error:
-            raise StageError(self.where, f"no state of this engine in {directory} ({error})", "check --resume") from error
+            raise StageError(
+                self.where, f"no state of this engine in {directory} ({error})", "check --resume"
+            ) from error
         loaded, _ = self._engine.load_checkpoint(str(directory), tag="deepspeed")
         if loaded is None:
             what = f"the state in {directory} is not that of {self.line.world_size} ranks of DeepSpeed"

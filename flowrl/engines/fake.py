@@ -102,7 +102,13 @@ class FakeTraining:
     """
 
     def __init__(
-        self, config: TrainingConfig, *, where: str, name: str, num_receivers: int = 1, times: dict[str, float] | None = None
+        self,
+        config: TrainingConfig,
+        *,
+        where: str,
+        name: str,
+        num_receivers: int = 1,
+        times: dict[str, float] | None = None,
     ) -> None:
         self.where = where
         self.times = msgspec.convert(times or {}, FakeTimes)

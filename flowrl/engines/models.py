@@ -17,7 +17,7 @@ import json
 import shutil
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    has_bf16 = torch.cpu.is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
@@ -97,7 +97,8 @@ def load_model(config: TrainingConfig, *, where: str, dtype: torch.dtype, device
     if config.head != "policy":
         _prepare_score(model, where, keep=is_classifier(directory))
     _silence_dropout(model)
-    return model.to(device)
+    nn.Module.to(model, device)
+    return model
 
 
 def _check_directory(directory: Path, where: str) -> None:
@@ -185,6 +186,10 @@ class TokenReader(nn.Module):
         parameters = inspect.signature(model.base_model.forward).parameters
         self._takes_positions = "position_ids" in parameters
 
+    @property
+    def _layer(self) -> nn.Module:
+        return cast("nn.Module", self.model.get_output_embeddings() if self.is_policy else self.model.score)
+
     def num_chunks(self, num_tokens: int) -> int:
         """Return into how many parts the head must be applied to keep within `max_logits`."""
         return -(-num_tokens * int(self.model.config.get_text_config().vocab_size) // self.max_logits)
@@ -202,7 +207,7 @@ class TokenReader(nn.Module):
         )
         states_NH = output.last_hidden_state.flatten(0, 1).index_select(0, batch.read_N)
         if not self.is_policy:
-            return self.model.score(states_NH).squeeze(-1), None
+            return self._layer(states_NH).squeeze(-1), None
         scale = self.temperature if temperature is None else temperature
         parts = [
             self._log_probs(states, targets, scale, needs_entropy, is_one=num_chunks == 1)
@@ -237,7 +242,7 @@ class TokenReader(nn.Module):
     def _logits(self, states_NH: Tensor) -> Tensor:
         """Return the language head's float32 logits with the scaling that some families add."""
         settings = self.model.config.get_text_config()
-        logits_NV = self.model.get_output_embeddings()(states_NH).float()
+        logits_NV = self._layer(states_NH).float()
         if (divisor := getattr(settings, "logits_scaling", None)) is not None:  # Granite
             logits_NV = logits_NV / divisor
         for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon H1

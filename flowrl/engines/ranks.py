@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import gc
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flowrl.errors import StageError
 
@@ -44,25 +44,28 @@ class Line:
 
     def _join(self, ranks: Ranks, backend: str) -> None:
         import torch.distributed as dist
+        from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
         if dist.is_initialized():
             if ranks.world_size > 1 or dist.get_world_size() > 1:
-                what = f"this process already belongs to {dist.get_world_size()} ranks and cannot join {ranks.world_size}"
+                what = (
+                    f"this process already belongs to {dist.get_world_size()} ranks and cannot join {ranks.world_size}"
+                )
                 raise StageError(self._where, what, "give each engine of several ranks its own processes")
             return
         timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
         if ranks.world_size == 1:  # shared by every engine alone in this process, so no engine takes it down
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1, timeout=timeout)
             return
         try:
-            self._store = dist.TCPStore(
+            self._store = TCPStore(
                 ranks.address, ranks.port, ranks.world_size, is_master=ranks.rank == 0, timeout=timeout
             )
-            prefixed = dist.PrefixStore("ranks", self._store)
+            prefixed = PrefixStore("ranks", self._store)
             dist.init_process_group(
                 backend, store=prefixed, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
             )
-            self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=FOLLOWER_TIMEOUT_S))
+            self._control: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=FOLLOWER_TIMEOUT_S))
         except RuntimeError as error:
             what = f"{ranks.world_size} ranks did not meet at {ranks.address}:{ranks.port} ({error})"
             raise StageError(self._where, what, "see the other ranks' logs; is the port free and reachable?") from error
@@ -155,10 +158,8 @@ class Line:
         if self.is_broken:
             return
         self.is_broken = True
-        try:
+        with suppress(RuntimeError):  # the store went down with rank 0, which then needs no telling
             self._store.set(f"failed/{self.rank}", words)
-        except RuntimeError:  # the store went down with rank 0, which then needs no telling
-            pass
         if dist.is_initialized():
             dist.destroy_process_group()
         self._control = None

@@ -103,7 +103,9 @@ class TorchEngine(Trainer):
             counters = msgspec.json.decode((directory / "state.json").read_bytes(), type=dict[str, int])
             tensors = load_file(directory / "state.safetensors", device=str(self.device))
         except OSError as error:
-            raise StageError(self.where, f"no state of this engine in {directory} ({error})", "check --resume") from error
+            raise StageError(
+                self.where, f"no state of this engine in {directory} ({error})", "check --resume"
+            ) from error
         self._num_steps = counters["num_steps"]
         self._optimizer.state.clear()
         for name, master in zip(self._names, self._masters, strict=True):
@@ -118,8 +120,8 @@ class TorchEngine(Trainer):
 
     def _unload(self) -> None:
         super()._unload()
-        self._optimizer = None
-        self._live, self._masters = [], []
+        for name in ("_optimizer", "_live", "_masters"):
+            self.__dict__.pop(name, None)
 
 
 def _move_gradient_to(master: Tensor) -> Callable[[Tensor], None]:

@@ -18,36 +18,36 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 
-from flowrl.algorithms.base import LossBatch
 from flowrl.config import Select
 from flowrl.engines.base import TokenGroup
-from flowrl.engines.models import TokenReader, choose_dtype, choose_layout, copy_tokenizer, load_model, reads_of
-from flowrl.engines.packing import MicroBatch, PackedBatch, pack, pack_columns, plan, unpack
+from flowrl.engines.models import TokenReader, choose_dtype, choose_layout, load_model, reads_of
+from flowrl.engines.objective import Sums, add_loss, check_count, count_ahead, divide, loss_batch
+from flowrl.engines.packing import MicroBatch, PackedBatch, pack, plan, unpack
+from flowrl.engines.publishing import Publisher, as_saved, score_canary, write_model
 from flowrl.engines.ranks import Line
 from flowrl.errors import ConfigError, StageError
-from flowrl.messages import Buffer, Canary, Weights, decode, encode
+from flowrl.messages import Buffer, Weights, decode, encode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from flowrl.algorithms.base import Loss, Objective
+    from flowrl.algorithms.base import Objective
     from flowrl.engines.base import Schedule, TrainingConfig
     from flowrl.engines.packing import Layout
     from flowrl.graph.stage import Ranks
     from flowrl.messages import FloatArray
 
-# Mean |log-prob difference| in nats that still counts as the same weights. Engines of equal weights differ by up to
-# 2e-6 in float32 and about 0.04 in bfloat16; a stale layer differs by 0.5 and more.
-CANARY_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.15}
-IDLE_GROUP = TokenGroup(prompt_ids=Buffer.ints([0]), responses=[Buffer.ints([0])])  # keeps step where a rank has no work
+IDLE_GROUP = TokenGroup(
+    prompt_ids=Buffer.ints([0]), responses=[Buffer.ints([0])]
+)  # keeps step where a rank has no work
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,12 +87,15 @@ class Trainer:
 
     backend_of_one = False  # whether even one rank alone needs a process group
 
+    model: PreTrainedModel
+    reader: TokenReader
+    _module: nn.Module  # what forward goes through: the reader, or the backend's wrapper of it
+
     def __init__(self, config: TrainingConfig, *, where: str, name: str, num_receivers: int = 1) -> None:
         self.config = config
         self.where = where
         self._name = name
         self._num_receivers = num_receivers
-        self._sender: Any = None
         self._num_steps = 0  # optimizer steps taken, the schedule's clock
         self._is_training = False  # whether the optimizer exists: engines that only score never make one
         self._line: Line | None = None
@@ -127,7 +130,8 @@ class Trainer:
 
     def _unload(self) -> None:
         """Drop the model and whatever holds process groups."""
-        self.model = self.reader = self._module = None  # pyright: ignore[reportAttributeAccessIssue]
+        for name in ("_module", "reader", "model"):
+            self.__dict__.pop(name, None)
 
     # Opening, following, closing.
 
@@ -140,6 +144,13 @@ class Trainer:
         if self.device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # transformers imports DeepSpeed, which else looks for devices aloud
         backend = "nccl" if self.device.type == "cuda" else "gloo"
+        self._publisher = Publisher(
+            self.config,
+            name=self._name,
+            num_receivers=self._num_receivers,
+            host=ranks.address,
+            device=self.device,
+        )
         self._line = Line(ranks, where=self.where, backend=backend, needs_group=self.backend_of_one)
         with self._line.guard("open"):
             self.model = self._load()
@@ -148,7 +159,7 @@ class Trainer:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.train()
             self.reader = TokenReader(self.model, head=self.config.head, temperature=self.config.temperature)
-            self._module: torch.nn.Module = self.reader
+            self._module = self.reader
             self._opened()
             self._line.gather(b"")
 
@@ -210,13 +221,11 @@ class Trainer:
             return
         line, self._line = self._line, None
         try:
-            if self._sender is not None:
-                self._sender.close()
+            self._publisher.close()
             if line.rank == 0 and not line.is_broken:
                 line.send(msgspec.msgpack.encode(Command(name="close")))
                 line.gather(b"")
         finally:
-            self._sender = None
             self._unload()
             line.close()
 
@@ -235,6 +244,8 @@ class Trainer:
 
     def score(self, groups: Sequence[TokenGroup]) -> list[list[FloatArray]]:
         """Return log-probs or values of every response token, [group][sample] -> float32 [tokens]."""
+        if not groups:
+            return []
         answers = self._lead(Command(name="score", groups=list(groups)))
         rows: dict[tuple[int, int], FloatArray] = {}
         for answer in answers:
@@ -254,9 +265,7 @@ class Trainer:
         found = unpack(done)
         return Answer(rows=[(group, sample, Buffer.floats(values)) for (group, sample), values in found.items()])
 
-    def _plan(
-        self, groups: Sequence[TokenGroup], *, whole_groups: bool
-    ) -> tuple[list[tuple[MicroBatch, int]], Layout]:
+    def _plan(self, groups: Sequence[TokenGroup], *, whole_groups: bool) -> tuple[list[tuple[MicroBatch, int]], Layout]:
         """Return this rank's micro-batches with the number of head calls each needs on its busiest rank."""
         layout = self._layout(max(len(g.prompt_ids) + max(len(r) for r in g.responses) for g in groups))
         dealt = plan(
@@ -293,26 +302,23 @@ class Trainer:
         Further calls before `apply` add to it. Returns the objective's metrics, each divided once by its own global
         count, and "loss".
         """
+        if not groups:
+            raise StageError(self.where, "no groups to learn from", "give at least one")
         objective.load(f"{self.where}.objective")
         self._check_schedule()
         answers = self._lead(Command(name="accumulate", groups=list(groups), objective=objective))
-        sums: dict[str, tuple[float, float]] = {}
-        for answer in answers:
-            for name, (total, count) in msgspec.msgpack.decode(answer, type=dict[str, tuple[float, float]]).items():
-                before = sums.get(name, (0.0, 0.0))
-                sums[name] = before[0] + total, before[1] + count
-        return {name: total / count if count else 0.0 for name, (total, count) in sums.items()}
+        return divide(msgspec.msgpack.decode(answer, type=Sums) for answer in answers)
 
-    def _accumulate_here(self, groups: Sequence[TokenGroup], chosen: Select) -> dict[str, tuple[float, float]]:
+    def _accumulate_here(self, groups: Sequence[TokenGroup], chosen: Select) -> Sums:
         self._ensure_training()
         objective: Objective = chosen.load(f"{self.where}.objective")
         mine, layout = self._plan(groups, whole_groups=bool(getattr(objective, "needs_whole_groups", False)))
-        counts = [self._count(groups, rows, layout, objective) if rows else 0.0 for rows, _ in mine]
+        counts = [count_ahead(objective, groups, self._pack(groups, rows, layout)) if rows else 0.0 for rows, _ in mine]
         global_count = self.line.sum(sum(counts))
         if global_count <= 0:
             what = f"the objective counts nothing in {len(groups)} groups"
             raise StageError(self.where, what, "are all masks 0?")
-        sums: dict[str, tuple[float, float]] = {}
+        sums: Sums = {}
         for (rows, num_chunks), count in zip(mine, counts, strict=True):
             batch = self._pack(groups, rows, layout)
             values_N, entropy_N = self._module(batch, needs_entropy=objective.needs_entropy, num_chunks=num_chunks)
@@ -322,20 +328,11 @@ class Trainer:
                 self._backward(torch.cat(outputs).sum() * 0.0)
                 continue
             entropy_BT = None if entropy_N is None else batch.spread(entropy_N)
-            loss = objective.loss(_loss_batch(groups, batch, batch.spread(values_N), entropy_BT))
-            _check_count(float(loss.count.detach()), count, chosen, self.where)
+            loss = objective.loss(loss_batch(groups, batch, batch.spread(values_N), entropy_BT))
+            check_count(loss.count, count, chosen.use, self.where)
             self._backward(loss.total / global_count)
-            _add(sums, loss)
+            add_loss(sums, loss)
         return sums
-
-    def _count(
-        self, groups: Sequence[TokenGroup], rows: MicroBatch, layout: Layout, objective: Objective
-    ) -> float:
-        batch = self._pack(groups, rows, layout)
-        zeros_BT = torch.zeros_like(batch.mask_BT)
-        entropy_BT = zeros_BT if objective.needs_entropy else None
-        with torch.no_grad():
-            return float(objective.loss(_loss_batch(groups, batch, zeros_BT, entropy_BT)).count)
 
     def apply(self) -> dict[str, float]:
         """Take the optimizer step for what has been accumulated; returns lr and grad_norm.
@@ -367,73 +364,23 @@ class Trainer:
         return weights
 
     def _publish_here(self, version: int, tokens: Buffer | None) -> bytes:
-        canary = None if tokens is None else self._canary(tokens)
-        tensors = self._saved_parameters()
-        if self.line.rank != 0:
-            for _ in tensors:  # takes its part in the gathering
-                pass
-            return b""
-        if self._sender is None:
-            self._sender = self._open_sender()
-        manifest, size_bytes = self._sender.publish(version, tensors)
-        return encode(
-            Weights(
-                version=version, transport=self._transport, manifest=manifest, canary=canary, size_bytes=size_bytes
-            )
-        )
-
-    @property
-    def _transport(self) -> str:
-        if self.config.transport != "auto":
-            return self.config.transport
-        return "broadcast" if self.device.type == "cuda" else "shm"
-
-    def _open_sender(self) -> Any:
-        from flowrl.engines.weights import open_sender
-
-        return open_sender(
-            self._transport,
-            name=self._name,
-            num_receivers=self._num_receivers,
-            timeout_s=self.config.transfer_timeout_s,
-            device=self.device,
-        )
-
-    def _canary(self, tokens: Buffer) -> Canary:
-        ids = tokens.numpy()
-        group = TokenGroup(prompt_ids=Buffer.ints(ids[:1]), responses=[Buffer.ints(ids[1:])])
-        ((rows,),) = plan([group], layout="padded", reads="before", budget=len(ids))
-        batch = pack([group], rows, layout="padded", reads="before", device=self.device)
-        with torch.no_grad():
-            logprobs_N, _ = self._module(batch, temperature=1.0)
-        return Canary(
-            token_ids=tokens,
-            logprobs=Buffer.floats(logprobs_N.float().cpu().numpy()),
-            max_mean_gap=CANARY_GAP[self.dtype],
-        )
-
-    def _saved_parameters(self) -> Iterable[tuple[str, Tensor]]:
-        """Yield parameters under the names and in the shapes of a saved checkpoint, which generators load.
-
-        Transformers holds some families (mixtures of experts) in another form than their checkpoints; those are
-        turned back at the price of a second copy of the weights.
-        """
-        if not getattr(self.model, "_weight_conversions", None):
-            return self._parameters()
-        from transformers.core_model_loading import revert_weight_conversion
-
-        whole = {name: tensor.clone() for name, tensor in self._parameters()}
-        return iter(revert_weight_conversion(self.model, whole).items())
+        canary = None
+        if tokens is not None:
+            canary = score_canary(self._module, tokens, dtype=self.dtype, device=self.device)
+        tensors = as_saved(self.model, self._parameters())
+        if self.line.rank == 0:
+            return encode(self._publisher.publish(version, tensors, canary))
+        for _ in tensors:  # takes its part in the gathering
+            pass
+        return b""
 
     def transfer(self, version: int) -> None:
         """Wait until the bytes of `version` no longer depend on the parameters; rank 0 only, any thread."""
-        if self._sender is not None:
-            self._sender.transfer(version)
+        self._publisher.transfer(version)
 
     def retire(self, version: int) -> None:
         """Forget the bytes of every version before `version`; rank 0 only, any thread."""
-        if self._sender is not None:
-            self._sender.retire(version)
+        self._publisher.retire(version)
 
     # Saving.
 
@@ -446,14 +393,8 @@ class Trainer:
         for name, tensor in self._parameters():
             if self.line.rank == 0:
                 whole[name] = tensor.cpu().clone()
-        if self.line.rank != 0:
-            return
-        buffers = {name for name, _ in self.model.named_buffers()}
-        whole |= {name: tensor.cpu() for name, tensor in self.model.state_dict().items() if name in buffers}
-        directory.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(directory, state_dict=whole)
-        copy_tokenizer(Path(self.config.model), directory)
-        (directory / "README.md").write_text(card)
+        if self.line.rank == 0:
+            write_model(self.model, whole, directory, source=self.config.model, card=card)
 
     def save_state(self, directory: Path) -> None:
         """Write everything needed to go on training: weights, optimizer, schedule."""
@@ -462,24 +403,3 @@ class Trainer:
     def load_state(self, directory: Path) -> None:
         """Read what `save_state` wrote."""
         self._lead(Command(name="load_state", directory=str(directory)))
-
-
-def _loss_batch(
-    groups: Sequence[TokenGroup], batch: PackedBatch, values_BT: Tensor, entropy_BT: Tensor | None
-) -> LossBatch:
-    columns = pack_columns(groups, batch)
-    mask_BT = columns.pop("mask", batch.mask_BT)  # multi-turn data masks tokens that the policy did not sample
-    columns.setdefault("proximal", values_BT.detach())
-    return LossBatch(logprobs_BT=values_BT, mask_BT=mask_BT, columns=columns, entropy_BT=entropy_BT)
-
-
-def _check_count(found: float, expected: float, chosen: Select, where: str) -> None:
-    if abs(found - expected) > 1e-6 * max(1.0, abs(expected)):
-        what = f"{chosen.use} counts {found:g} in a micro-batch but {expected:g} with log-probs of zero"
-        raise StageError(where, what, "let `count` depend on the mask and the columns only")
-
-
-def _add(sums: dict[str, tuple[float, float]], loss: Loss) -> None:
-    for name, (total, count) in {"loss": (loss.total, loss.count), **loss.metrics}.items():
-        before = sums.get(name, (0.0, 0.0))
-        sums[name] = before[0] + float(total.detach()), before[1] + float(count.detach())

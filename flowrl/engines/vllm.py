@@ -122,7 +122,9 @@ class VllmEngine:
             await core.stop(self._engine)
         if self._engine is not None:
             engine, self._engine = self._engine, None
-            await asyncio.to_thread(engine.shutdown)
+            from flowrl.engines.vllm_thread import close_client
+
+            close_client(engine)
         if self._replies is not None:
             self._replies.close()
             self._replies = None
@@ -175,11 +177,13 @@ class VllmEngine:
         return sample
 
     async def _request(self, request_id: str, prompt: Any, parameters: Any) -> CompletionOutput:
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
         last: RequestOutput | None = None
         try:
             async for last in self._engine.generate(prompt, parameters, request_id):
                 pass
-        except (RuntimeError, ValueError) as error:  # EngineDeadError and EngineGenerateError are RuntimeErrors
+        except (EngineDeadError, EngineGenerateError, RuntimeError, ValueError) as error:
             self._check_serving()
             raise StageError(self.where, f"request {request_id} failed ({type(error).__name__}: {error})") from error
         assert last is not None and last.outputs[0].finish_reason is not None
@@ -344,7 +348,7 @@ class VllmEngine:
             raise ProofError(
                 self.where, f"the canary of version {weights.version} had no answer within the deadline"
             ) from error
-        except RuntimeError as error:
+        except Exception as error:
             raise StageError(self.where, f"the canary failed ({type(error).__name__}: {error})") from error
         token_ids = weights.canary.token_ids.tolist()
         positions = list(output.prompt_logprobs or [])[1:]  # the first token has nothing before it

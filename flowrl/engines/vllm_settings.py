@@ -9,6 +9,7 @@ only function here that may. Called by `VllmEngine`.
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,8 @@ def set_environment(config: GenerationConfig) -> None:
             torch.set_num_threads(config.threads)
     else:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    # Raised by vLLM's own import on torch 2.13; nobody who reads it could do anything about it.
+    warnings.filterwarnings("ignore", message="`torch.distributed.reduce_op` is deprecated", category=FutureWarning)
 
 
 def engine_arguments(config: GenerationConfig) -> AsyncEngineArgs:

@@ -10,6 +10,7 @@ is "thread".
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -29,7 +30,19 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
 
+# vLLM's CPU kernels share scratch memory and counters within a process: two engines that compute at once hang in
+# attention or corrupt each other. They take turns; whoever waits holds `_NEXT`, so that no engine overtakes.
+_NEXT = threading.Lock()
+_TURN = threading.Lock()
+
 JOIN_S = 5.0  # for a socket thread that has nothing left to do
+
+
+def close_client(client: AsyncLLM) -> None:
+    """Shut a client down in either layout, its socket context included, which vLLM leaves open."""
+    context = client.engine_core.resources.ctx
+    client.shutdown()
+    context.destroy(linger=0)
 
 
 class _Ended(Exception):
@@ -46,6 +59,16 @@ class _Ending:
         raise _Ended
 
 
+@contextmanager
+def _turn() -> Iterator[None]:
+    with _NEXT:
+        _TURN.acquire()
+    try:
+        yield
+    finally:
+        _TURN.release()
+
+
 class _Core(EngineCoreProc):
     """An engine core that knows its addresses and whose socket threads can end."""
 
@@ -56,6 +79,14 @@ class _Core(EngineCoreProc):
     def _perform_handshakes(self, *_: Any, **__: Any) -> Iterator[EngineZmqAddresses]:
         yield self.known_addresses
 
+    def _process_engine_step(self) -> bool:
+        with _turn():
+            return super()._process_engine_step()
+
+    def _handle_client_request(self, *arguments: Any) -> None:
+        with _turn():  # loading weights computes, too
+            super()._handle_client_request(*arguments)
+
     def process_input_sockets(self, *arguments: Any) -> None:
         self.input_thread = threading.current_thread()
         with suppress(_Ended):
@@ -64,6 +95,18 @@ class _Core(EngineCoreProc):
     def process_output_sockets(self, *arguments: Any) -> None:
         with suppress(_Ended):
             super().process_output_sockets(*arguments)
+
+    def shutdown(self) -> None:
+        """Release what this core holds, as the original does, but not the process groups.
+
+        Those belong to the process: other engines in it, of whatever kind, go on using them.
+        """
+        self.structured_output_manager.clear_backend()
+        if self.model_executor:
+            self.model_executor.shutdown()
+        if self.scheduler:
+            self.scheduler.shutdown()
+        gc.unfreeze()
 
 
 class ThreadedCore:
@@ -130,3 +173,6 @@ class ThreadedCore:
         if client is not None and not client.engine_core.resources.engine_dead:
             await client.engine_core.abort_requests_async(["none"])  # any message wakes the thread that polls
             await asyncio.to_thread(core.input_thread.join, JOIN_S)
+        self._started = Future()  # the core, its model and its cache lie in cycles
+        del core
+        gc.collect()

@@ -1,15 +1,14 @@
 """Graphs: named nodes, edges, and the node whose return ends the run, checked before anything starts.
 
 Invariants that `check` proves, each refused with its arithmetic: every required port is fed exactly once, with
-messages it takes; every cycle goes through a Latest or Credits edge, or through a queue that never fills; staleness cannot exceed what the learner's
-queue allows; an ordered queue has room for every group that may be ahead of the one it waits for. `flowrl check`
-and every runtime call it first.
+messages it takes; every cycle goes through a Latest or Credits edge, or through a queue that never fills; staleness
+cannot exceed what the learner's queue allows; an ordered queue has room for every group that may be ahead of the one
+it waits for. `flowrl check` and every runtime call it first.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -20,6 +19,8 @@ from flowrl.graph.ports import In, Out
 from flowrl.graph.staleness import most_credits, staleness_bound
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from flowrl.graph.ports import Port
     from flowrl.graph.stage import Stage
 
@@ -107,7 +108,9 @@ class Graph:
             share = stage.config.share
             if share and (share not in self.nodes or share == node or self.nodes[share].config.share):
                 hosts = [n for n, s in self.nodes.items() if not s.config.share and n != node]
-                raise GraphError(f"{node}.share", f"{share!r} is not a node with devices of its own", f"name one of {hosts}")
+                raise GraphError(
+                    f"{node}.share", f"{share!r} is not a node with devices of its own", f"name one of {hosts}"
+                )
 
     def _check_cycles(self) -> None:
         after: dict[str, set[str]] = defaultdict(set)

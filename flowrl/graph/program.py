@@ -36,7 +36,9 @@ def load_program(path: Path, *, config: Path | None = None, overrides: Sequence[
     module = _load_module(path)
     for name in ("Settings", "build"):
         if not hasattr(module, name):
-            raise GraphError(str(path), f"has no {name!r}", "a graph file defines Settings and build(settings) -> Graph")
+            raise GraphError(
+                str(path), f"has no {name!r}", "a graph file defines Settings and build(settings) -> Graph"
+            )
     kind: Any = module.Settings
     if not (isinstance(kind, type) and issubclass(kind, RunSettings)):
         raise GraphError(str(path), "its Settings does not extend RunSettings",

@@ -193,4 +193,3 @@ class Flow:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise ChannelClosed("flow", f"the run has failed ({self._failure})")
-

@@ -199,4 +199,3 @@ def _interrupts(stopping: asyncio.Event, say: Say) -> Iterator[None]:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
-

@@ -8,10 +8,12 @@ written. The flow owns the ledger; nobody else writes to it.
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from flowrl.errors import RunError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ENDINGS = ("learned", "filtered", "failed")
 

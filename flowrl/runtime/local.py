@@ -142,9 +142,10 @@ async def _run_one(
 
 def num_readers(graph: Graph, node: str) -> int:
     """Return how many replicas read the Latest edges that start at `node`."""
-    from flowrl.graph.edges import Latest
 
-    read_by = {graph.node_of(e.target) for e in graph.edges if isinstance(e, Latest) and graph.node_of(e.source) == node}
+    read_by = {
+        graph.node_of(e.target) for e in graph.edges if isinstance(e, Latest) and graph.node_of(e.source) == node
+    }
     return sum(graph.nodes[reader].config.replicas for reader in read_by)
 
 
@@ -155,5 +156,3 @@ async def _pump(flow: Flow, recorder: Recorder, options: LocalOptions) -> None:
         await asyncio.sleep(options.status_interval_s)
         now = loop.time() if options.is_virtual else time.time()
         options.consume([*recorder.drain(), *flow.edge_status(now)])
-
-

@@ -267,6 +267,7 @@ def running_ray(graph: Graph, address: str | None) -> Iterator[None]:
     if address is None:
         check_resources(graph)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let everything else on the machine go first
     local: dict[str, Any] = {
         "num_cpus": num_cores(),
         "include_dashboard": False,
@@ -360,7 +361,9 @@ class RayRun:
             "max_concurrency": 64,
             "runtime_env": {"env_vars": variables},
         }
-        bundle = bundles.get((place.node, place.replica, place.rank), bundles.get((place.host, place.replica, place.rank)))
+        bundle = bundles.get(
+            (place.node, place.replica, place.rank), bundles.get((place.host, place.replica, place.rank))
+        )
         if self._group is not None and bundle is not None:
             choice["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, bundle)
         actor_type: Any = ray.remote(ReplicaActor)
@@ -435,4 +438,3 @@ def _bundle(place: Place, graph: Graph) -> dict[str, float]:
     """Return the resources of a host's bundle: its own and its sharers' part of the GPUs."""
     gpus = graph.nodes[place.node].config.gpus
     return {name: amount for name, amount in (("CPU", place.cpus), ("GPU", gpus)) if amount}
-

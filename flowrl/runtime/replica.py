@@ -91,7 +91,7 @@ async def run_replica(
         with contextlib.suppress(ChannelClosed):
             await (stage.run(context) if context.ranks.rank == 0 else stage.follow(context))
     except BaseExceptionGroup as group:
-        closed, other = group.split(ChannelClosed)
+        _closed, other = group.split(ChannelClosed)
         if other is not None:
             raise _ours(_first(other), context.where) from group
     except Exception as error:

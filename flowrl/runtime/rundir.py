@@ -6,7 +6,6 @@ A new run never writes into a directory that holds another; a resumed one contin
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -17,6 +16,8 @@ from flowrl.errors import ConfigError, ResourceError
 from flowrl.graph.plan import plan_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from flowrl.graph.program import Program
 
 LEAST_FREE_BYTES = 2 << 30  # a checkpoint of a small model with its optimizer state, twice
@@ -35,7 +36,9 @@ def create_run_dir(directory: Path) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "logs").mkdir(exist_ok=True)
     except OSError as error:
-        raise ResourceError(str(directory), f"cannot be written ({error.strerror})", "choose another --runs-dir") from error
+        raise ResourceError(
+            str(directory), f"cannot be written ({error.strerror})", "choose another --runs-dir"
+        ) from error
     free = shutil.disk_usage(directory).free
     if free < LEAST_FREE_BYTES:
         what = f"{free / 2**30:.1f} GiB are free on its disk, {LEAST_FREE_BYTES / 2**30:.0f} GiB are needed"

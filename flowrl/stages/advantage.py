@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flowrl.config import Select
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Referenced, Samples, extend
@@ -15,6 +14,7 @@ from flowrl.stages.credit import credit_group, load_algorithm
 from flowrl.telemetry.events import Span
 
 if TYPE_CHECKING:
+    from flowrl.config import Select
     from flowrl.graph.stage import Context, Say
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from flowrl.config import Meta, Select, widen
 from flowrl.data.models import prepare_model
-from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine, open_engine
+from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
 from flowrl.messages import Referenced, Samples, extend
@@ -34,7 +34,9 @@ class Critic(Stage):
         lr: float = 9e-6  # OpenRLHF paper, section 3.3: larger than the policy's
         engine: str = "flowrl.engines.deepspeed:DeepSpeedEngine"
         objective: Select = Select(use="flowrl.algorithms.value:ValueLoss")
-        batch_groups: Annotated[int, Meta(ge=1)] = 1  # valued together when ready; above 1 the last bits depend on timing
+        batch_groups: Annotated[int, Meta(ge=1)] = (
+            1  # valued together when ready; above 1 the last bits depend on timing
+        )
 
     referenced: In[Referenced]
     samples: Out[Samples]
@@ -92,5 +94,3 @@ class Critic(Stage):
         return Span(
             node=context.node, replica=context.replica, name=name, start_s=start_s, end_s=context.now(), groups=groups
         )
-
-

@@ -109,7 +109,7 @@ class Generator(Stage):
 
         async def one(prompt: Prompt) -> None:
             try:
-                rollouts = await self._sample(context, engine, prompt, self.sampling)
+                rollouts = await self._sample(context, engine, prompt, self.sampling, "generate")
                 await self.rollouts.put(rollouts)
                 context.done += 1
             finally:
@@ -134,9 +134,8 @@ class Generator(Stage):
 
             async def one(prompt: Prompt) -> None:
                 try:
-                    await self.heldout_rollouts.put(
-                        await self._sample(context, engine, prompt, self.heldout_sampling)
-                    )
+                    sampling = self.heldout_sampling
+                    await self.heldout_rollouts.put(await self._sample(context, engine, prompt, sampling, "evaluate"))
                 finally:
                     slots.release()
 
@@ -149,7 +148,7 @@ class Generator(Stage):
                 tasks.create_task(one(prompt))
 
     async def _sample(
-        self, context: Context, engine: GenerationEngine, prompt: Prompt, sampling: Sampling
+        self, context: Context, engine: GenerationEngine, prompt: Prompt, sampling: Sampling, name: str
     ) -> Rollouts:
         start_s = context.now()
         context.running += prompt.num_samples
@@ -169,12 +168,11 @@ class Generator(Stage):
             Span(
                 node=context.node,
                 replica=context.replica,
-                name="generate",
+                name=name,
                 start_s=start_s,
                 end_s=context.now(),
-                groups=[prompt.group_id],
+                groups=[prompt.group_id] if name == "generate" else [],  # held-out prompts have ids of their own
                 args={"tokens": tokens, "samples": len(samples)},
             )
         )
         return extend(Rollouts, prompt, samples=samples, generator=context.where)
-

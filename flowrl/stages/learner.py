@@ -17,12 +17,12 @@ import msgspec
 from flowrl.config import Meta, Select, widen
 from flowrl.data.models import prepare_model
 from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine
+from flowrl.engines.checkpoint import CheckpointWriter, read_progress
 from flowrl.errors import ConfigError, RunError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
 from flowrl.messages import Buffer, Checkpoint, Credit, Samples, Weights
 from flowrl.stages.credit import load_algorithm
-from flowrl.engines.checkpoint import CheckpointWriter, read_progress
 from flowrl.stages.step import logprob_gap, step_groups, step_metrics
 from flowrl.stages.training import opened
 from flowrl.telemetry.causes import Cause
@@ -222,8 +222,8 @@ class Learner(Stage):
                  staleness=staleness)
         )  # fmt: skip
         if figures.get("ess", 1.0) < self.config.min_ess:
-            text = (f"effective sample size {figures['ess']:.2f} in step {context.version - 1}, below {self.config.min_ess}: "
-                    "generator and learner disagree; lower max_staleness or the learning rate")  # fmt: skip
+            found = f"effective sample size {figures['ess']:.2f} in step {context.version - 1}"
+            text = f"{found}, below {self.config.min_ess}: generator and learner disagree; lower max_staleness or lr"
             context.recorder.record(Notice(level="warning", where=context.where, text=text, time_s=context.now()))
 
 

@@ -25,7 +25,9 @@ class Reference(Stage):
         """Settings of the reference node; nothing is trained, so the learning rate and schedule are not used."""
 
         engine: str = "flowrl.engines.torch:TorchEngine"
-        batch_groups: Annotated[int, Meta(ge=1)] = 1  # scored together when ready; above 1 the last bits depend on timing
+        batch_groups: Annotated[int, Meta(ge=1)] = (
+            1  # scored together when ready; above 1 the last bits depend on timing
+        )
 
     scored: In[Scored]
     referenced: Out[Referenced]
@@ -45,7 +47,10 @@ class Reference(Stage):
             directory = await context.compute(prepare_model, self.model)
             settings = widen(TrainingConfig, self.config, model=str(directory), temperature=self.temperature)
             engine: TrainingEngine = open_engine(
-                self.config.engine, where=context.where, config=settings, name=context.where,
+                self.config.engine,
+                where=context.where,
+                config=settings,
+                name=context.where,
                 **self.config.engine_options,
             )
             await context.compute(engine.open, context.ranks)

@@ -8,9 +8,12 @@ the replica is computing. The runtime marks waits on edges; stages mark only wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 
 class Cause(StrEnum):

@@ -67,7 +67,9 @@ def graph(model: Path) -> Graph:
     )  # fmt: skip
     reward = RecordingReward(Reward.Config(function=f"{__name__}:digits"))
     reference = Reference(Reference.Config(engine=TORCH, dtype="float32"), model=str(model), temperature=1.0)
-    critic = Critic(Critic.Config(engine=TORCH, dtype="float32", lr=1e-3, schedule=constant), model=str(model), **common)
+    critic = Critic(
+        Critic.Config(engine=TORCH, dtype="float32", lr=1e-3, schedule=constant), model=str(model), **common
+    )
     learner = Learner(
         Learner.Config(engine=TORCH, dtype="float32", lr=1e-3, schedule=constant, save_rollouts=False),
         model=str(model), max_staleness=0, temperature=1.0, has_critic=True, **common,

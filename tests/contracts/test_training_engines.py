@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.spawn import spawn
 
 from flowrl.config import Select, load_class
 from flowrl.engines.base import Ranks, Schedule, TrainingConfig
@@ -85,7 +86,7 @@ def two_steps(engine, directory: Path) -> Outcome:
 def assert_same(found: Outcome, expected: Outcome, tolerance: float = 1e-5) -> None:
     for mine, theirs in ((found.scores, expected.scores), (found.after, expected.after)):
         for a, b in zip(mine, theirs, strict=True):
-            assert a == pytest.approx(b, abs=tolerance)
+            assert a == pytest.approx(b, abs=tolerance, rel=tolerance)
     for mine, theirs in zip(found.figures, expected.figures, strict=True):
         assert mine == pytest.approx(theirs, abs=tolerance, rel=tolerance)
     assert found.saved.keys() == expected.saved.keys()
@@ -119,6 +120,42 @@ def test_deepspeed_takes_the_steps_of_plain_torch(model, head, measure, tmp_path
     engine = engine_of(DEEPSPEED, model, head=head, zero_stage=zero_stage)
     engine.open(Ranks())
     assert_same(two_steps(engine, tmp_path), measure)
+    engine.close()
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_deepspeed_in_bfloat16_keeps_float32_weights_as_plain_torch_does(model, tmp_path, zero_stage):
+    outcomes = []
+    for path in (TORCH, DEEPSPEED):
+        engine = engine_of(path, model, dtype="bfloat16", zero_stage=zero_stage)
+        engine.open(Ranks())
+        outcomes.append(two_steps(engine, tmp_path / path.partition(":")[2]))
+        engine.close()
+    for mine, theirs in zip(outcomes[0].figures, outcomes[1].figures, strict=True):
+        assert mine == pytest.approx(theirs, abs=2e-2, rel=2e-2)
+    norms = [outcome.saved["model.norm.weight"] for outcome in outcomes]
+    assert (norms[0] != 1).any()
+    torch.testing.assert_close(norms[0], norms[1])
+
+
+def test_a_published_version_arrives_through_shared_memory(model):
+    from flowrl.engines.weights.base import decode_manifest, unpack, verify
+    from flowrl.engines.weights.shm import ShmFetcher
+
+    engine = engine_of(TORCH, model)
+    engine.open(Ranks())
+    weights = engine.publish(0, None)
+    manifest = decode_manifest(weights.manifest)
+    buffers = ShmFetcher("test").fetch(manifest)
+    verify(manifest, buffers, "test")
+    found = {}
+    for bucket, raw in zip(manifest.buckets, buffers, strict=True):
+        found |= {name: tensor.clone() for name, tensor in unpack(bucket, raw)}
+    expected = dict(engine.model.named_parameters())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    engine.transfer(0)
+    engine.retire(1)
     engine.close()
 
 
@@ -172,7 +209,7 @@ def gathered(engine, directory: Path) -> dict[str, torch.Tensor]:
             pass
 
     sender = Sender()
-    engine._open_sender = lambda: sender
+    engine._publisher.open_sender = lambda: sender
     weights = engine.publish(0, None)
     assert weights.version == 0
     return sender.tensors
@@ -196,7 +233,7 @@ def on_two_ranks(task: str, path: str, model: Path, directory: Path, **settings:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = (port, task, path, str(model), str(directory), settings)
-    torch.multiprocessing.spawn(rank_main, arguments, nprocs=2)
+    spawn(rank_main, arguments, nprocs=2)
     return pickle.loads((directory / "result").read_bytes())
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from flowrl.cli import main
 from tests.support.command import GRAPH, ROOT, flowrl, tiny_settings
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.slow
 
@@ -96,7 +99,9 @@ def test_a_missing_graph_file_is_refused(refused: Refused) -> None:
         ("", "data.jsonl"),
     ],
 )
-def test_a_bad_data_file_is_refused_with_its_line(rows: str, said: str, tiny: Path, tmp_path: Path, refused: Refused) -> None:
+def test_a_bad_data_file_is_refused_with_its_line(
+    rows: str, said: str, tiny: Path, tmp_path: Path, refused: Refused
+) -> None:
     (tmp_path / "data.jsonl").write_text(rows)
     settings = [*tiny_settings(tiny), "--set", f"data.source={tmp_path / 'data.jsonl'}"]
     assert said in refused("check", GRAPH, *settings)

@@ -154,9 +154,7 @@ def flow(s: FlowSettings) -> Graph:
                          engine_options={"times": times}),
         model=empty_model(), sampling=Sampling(max_tokens=8), heldout_sampling=Sampling(max_tokens=8),
     )  # fmt: skip
-    scorer = Scorer(
-        Scorer.Config(replicas=s.scorers, mean_s=s.score_s, filter_every=s.filter_every, seed=s.seed)
-    )
+    scorer = Scorer(Scorer.Config(replicas=s.scorers, mean_s=s.score_s, filter_every=s.filter_every, seed=s.seed))
     learner = Learner(
         Learner.Config(engine="flowrl.engines.fake:FakeTraining", engine_options={"times": times}, save_rollouts=False),
         model=empty_model(), algorithm=Select(use="tests.support.flows:NullAlgorithm"), steps=s.steps,
@@ -191,4 +189,3 @@ def run(graph: Graph, run_dir: Any, **options: Any) -> Ran:
     )  # fmt: skip
     outcome = run_virtual(run_local(graph, settings))
     return Ran(outcome=outcome, steps=[event for event in events if isinstance(event, Step)])
-

@@ -123,15 +123,17 @@ class BroadcastSender:
         Raises:
             TransferError: none came, or the sender was closed meanwhile.
         """
-        assert self._store is not None and version in self._held, "transfer follows publish"
-        self._transferring = version
-        members = self._gather(self._store, version)
-        if self._is_closed:
+        store, held = self._store, self._held.get(version)
+        self._transferring = version  # before looking whether we are closed: `close` looks the other way round
+        members: list[Member] = []
+        if store is not None and held is not None and not self._is_closed:
+            members = self._gather(store, version)
+        if self._is_closed or store is None or held is None:
             raise TransferError(self._where, f"closed while version {version} was being sent")
         if members != self._plan.members or self._group is None:
             self._drop_group()
             self._plan = Plan(group=self._plan.group + 1, members=members)
-        self._store.set(f"{version}/plan", msgspec.json.encode(self._plan))
+        store.set(f"{version}/plan", msgspec.json.encode(self._plan))
         if not members:
             raise TransferError(
                 self._where,
@@ -141,8 +143,8 @@ class BroadcastSender:
             )
         try:
             if self._group is None:
-                self._group = self._form(self._store)
-            self._group.broadcast(self._held[version])
+                self._group = self._form(store)
+            self._group.broadcast(held)
         except RuntimeError:
             # A member died on the way. The others find their group broken and pull the same bytes from our server.
             self._drop_group()

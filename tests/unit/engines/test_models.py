@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 import torch
 
 from flowrl.engines.base import TrainingConfig
-from flowrl.engines.models import TokenReader, choose_layout, load_model
+from flowrl.engines.models import TokenReader, choose_dtype, choose_layout, load_model
 from flowrl.engines.packing import pack, plan, unpack
 from flowrl.errors import ModelError
 from tests.unit.engines.test_packing import CPU, random_groups
 
 
-def load(directory, head="policy"):
+def load(directory, head: Any = "policy") -> Any:
     config = TrainingConfig(model=str(directory), head=head, dtype="float32")
     return load_model(config, where="learner", dtype=torch.float32, device=CPU)
 
@@ -123,7 +125,7 @@ def test_dropout_is_silenced(tiny_llama, tmp_path):
 
 
 def test_a_missing_directory_is_a_model_error(tmp_path):
-    with pytest.raises(ModelError, match="has no config.json"):
+    with pytest.raises(ModelError, match=r"has no config\.json"):
         load(tmp_path / "nowhere")
 
 
@@ -139,3 +141,11 @@ def test_pickled_weights_are_a_model_error(tiny_llama, tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ModelError, match="cannot be loaded as a policy model"):
         load(tmp_path)
+
+
+def test_auto_takes_bfloat16_only_where_the_processor_has_it(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for has_bf16, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=has_bf16: answer)
+        assert choose_dtype("auto", CPU) == expected
+    assert choose_dtype("float32", CPU) == torch.float32

@@ -17,9 +17,9 @@ CPU = torch.device("cpu")
 def group(num_prompt: int, *lengths: int, seed: int = 0) -> TokenGroup:
     rng = np.random.default_rng(seed)
     return TokenGroup(
-        prompt_ids=Buffer.ints(rng.integers(3, 300, num_prompt)),
-        responses=[Buffer.ints(rng.integers(3, 300, n)) for n in lengths],
-        columns={"advantages": [Buffer.floats(rng.normal(size=n)) for n in lengths]},
+        prompt_ids=Buffer.ints(rng.integers(3, 300, num_prompt, dtype=np.int32)),
+        responses=[Buffer.ints(rng.integers(3, 300, n, dtype=np.int32)) for n in lengths],
+        columns={"advantages": [Buffer.floats(rng.normal(size=n).astype(np.float32)) for n in lengths]},
     )
 
 
@@ -52,9 +52,7 @@ def size_of(batch) -> int:
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_every_response_is_dealt_once_and_ranks_keep_step(layout, reads, whole_groups, world_size):
     groups = random_groups(seed=7)
-    dealt = plan(
-        groups, layout=layout, reads=reads, budget=90, world_size=world_size, whole_groups=whole_groups
-    )
+    dealt = plan(groups, layout=layout, reads=reads, budget=90, world_size=world_size, whole_groups=whole_groups)
     assert responses_of(dealt) == [(g, s) for g, item in enumerate(groups) for s in range(len(item.responses))]
     assert len({len(batches) for batches in dealt}) == 1
 

@@ -151,6 +151,38 @@ def test_an_error_of_the_objective_travels_as_it_is(tiny_llama):
         opened(tiny_llama).accumulate(GROUPS, choose(RaisesTwice))
 
 
+def test_no_groups_score_to_nothing_and_teach_nothing(tiny_llama):
+    engine = opened(tiny_llama)
+    assert engine.score([]) == []
+    with pytest.raises(StageError, match="no groups to learn from"):
+        engine.accumulate([], choose(WeightedTokens))
+
+
+def test_groups_whose_every_token_is_masked_are_refused(tiny_llama):
+    zeros = [Buffer.floats([0.0] * len(response)) for response in GROUPS[0].responses]
+    masked = msgspec.structs.replace(GROUPS[0], columns={**GROUPS[0].columns, "mask": zeros})
+    with pytest.raises(StageError, match="counts nothing in 1 groups"):
+        opened(tiny_llama).accumulate([masked], choose(WeightedTokens))
+
+
+def test_ppo_and_its_critic_learn(tiny_llama, tiny_reward_model):
+    def filled(item, names):
+        rows = {name: item.columns["advantages"] for name in names}
+        return msgspec.structs.replace(item, columns={**item.columns, **rows})
+
+    policy, critic = opened(tiny_llama, micro_batch_tokens=50), opened(tiny_reward_model, head="value")
+    groups = [filled(item, ["behaviour", "reference", "values", "returns"]) for item in GROUPS]
+    ppo = Select(use="flowrl.algorithms.ppo:PPO", options={"entropy_coef": 0.1})
+    assert {"loss", "policy_loss", "entropy", "kl_ref"} <= policy.accumulate(groups, ppo).keys()
+    assert policy.apply()["grad_norm"] > 0
+    value = Select(use="flowrl.algorithms.value:ValueLoss")
+    first = critic.accumulate(groups, value)["loss"]
+    for _ in range(3):
+        critic.apply()
+        last = critic.accumulate(groups, value)["loss"]
+    assert last < first
+
+
 def test_an_unknown_option_of_the_objective_is_a_config_error(tiny_llama):
     with pytest.raises(ConfigError, match="no setting 'entropie'"):
         opened(tiny_llama).accumulate(GROUPS, choose(WeightedTokens, entropie=1.0))
@@ -173,13 +205,12 @@ def test_a_step_lowers_the_loss_and_clears_the_gradient(tiny_llama):
 
 
 def test_small_steps_are_not_lost_in_bfloat16(tiny_llama):
-    engine = opened(tiny_llama, dtype="bfloat16", lr=1e-5)
-    before = {name: p.clone() for name, p in engine.model.named_parameters()}
-    for _ in range(20):
-        engine.accumulate(GROUPS, choose(WeightedTokens))
+    engine = opened(tiny_llama, dtype="bfloat16", lr=1e-3)
+    for _ in range(4):
+        engine.accumulate(GROUPS[:2], choose(WeightedTokens))
         engine.apply()
-    moved = max(float((p - before[name]).abs().max()) for name, p in engine.model.named_parameters())
-    assert moved > 1e-4  # twenty steps of 1e-5 round to nothing in bfloat16 weights of 0.2
+    norm = engine.model.model.norm.weight  # ones, whose neighbours in bfloat16 are 0.996 and 1.008
+    assert (norm != 1).any()
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_change(tiny_llama):
@@ -201,7 +232,8 @@ def test_training_continued_from_state_is_bit_equal(tiny_llama, tmp_path, dtype)
     def step(engine):
         return engine.accumulate(GROUPS, choose(WeightedTokens))["loss"], engine.apply()
 
-    step(straight), step(straight)
+    step(straight)
+    step(straight)
     straight.save_state(tmp_path / "state")
     resumed = opened(tiny_llama, dtype=dtype, schedule=schedule)
     resumed.load_state(tmp_path / "state")
@@ -241,9 +273,10 @@ class RecordingSender:
 class RecordingEngine(TorchEngine):
     """The engine with such a transport."""
 
-    def _open_sender(self):
+    def open(self, ranks):
+        super().open(ranks)
         self.sender = RecordingSender()
-        return self.sender
+        self._publisher.open_sender = lambda: self.sender
 
 
 @pytest.mark.parametrize(("dtype", "gap"), [("float32", 1e-3), ("bfloat16", 0.15)])
@@ -276,7 +309,7 @@ def test_a_reward_model_scores_each_sequence_at_its_last_token(tiny_reward_model
     model = LlamaForSequenceClassification.from_pretrained(tiny_reward_model)
     for item in GROUPS[:3]:
         rows = [item.prompt_ids.tolist() + response.tolist() for response in item.responses]
-        expected = [float(model(input_ids=torch.tensor([row])).logits) for row in rows]
+        expected = [model(input_ids=torch.tensor([row])).logits.item() for row in rows]
         assert engine.score_sequences(item) == pytest.approx(expected, abs=1e-5)
     engine.close()
 

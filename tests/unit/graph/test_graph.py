@@ -131,7 +131,10 @@ def test_a_spoiled_graph_is_refused_with_its_place(spoil: Callable[[Parts], None
 @pytest.mark.parametrize(
     ("bounds", "said"),
     [
-        ({"initial": 9, "depth": 9}, "9 credits, 4 per version and window 1 allow staleness 2, more than max_staleness=1"),
+        (
+            {"initial": 9, "depth": 9},
+            "9 credits, 4 per version and window 1 allow staleness 2, more than max_staleness=1",
+        ),
         ({"initial": 8, "window": 2}, "allow staleness 2"),
         ({"initial": 3}, "3 credits can never fill a step of 4 groups"),
         ({"depth": 7}, "depth=7 with 8 credits"),
@@ -140,7 +143,7 @@ def test_a_spoiled_graph_is_refused_with_its_place(spoil: Callable[[Parts], None
     ],
 )
 def test_bounds_that_break_or_deadlock_are_refused_with_the_arithmetic(bounds: dict[str, int], said: str) -> None:
-    with pytest.raises(GraphError, match="") as refused:
+    with pytest.raises(GraphError) as refused:
         Parts(**bounds).graph().check()
     assert said in str(refused.value)
 

@@ -119,6 +119,7 @@ def test_a_ledger_takes_one_ending_per_group(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="never admitted"):
         ledger.end(1, "learned", step=0)
     assert ledger.totals() == {"admitted": 1, "learned": 1, "filtered": 0, "failed": 0, "unfinished": 0}
+    ledger.close()
 
 
 def test_every_replicas_causes_add_up_to_its_age(tmp_path: Path) -> None:

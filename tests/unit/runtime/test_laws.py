@@ -33,19 +33,20 @@ def check_schedule(seed: int, run_dir: Path) -> None:
     assert len(lines) == totals["admitted"] + ended, "the file tells the same story"
 
 
-@pytest.mark.parametrize("first", range(0, 200, 20))
-def test_two_hundred_random_schedules_keep_the_laws(first: int, tmp_path: Path) -> None:
-    for seed in range(first, first + 20):
+@pytest.mark.parametrize("first", range(0, 60, 6))
+def test_sixty_random_schedules_keep_the_laws(first: int, tmp_path: Path) -> None:
+    for seed in range(first, first + 6):
         check_schedule(seed, tmp_path / str(seed))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(200, 3200, 500))
+@pytest.mark.parametrize("first", range(60, 3060, 500))
 def test_three_thousand_more_random_schedules_keep_the_laws(first: int, tmp_path: Path) -> None:
     for seed in range(first, first + 500):
         check_schedule(seed, tmp_path / str(seed))
 
 
+@pytest.mark.slow
 def test_max_staleness_zero_is_synchronous(tmp_path: Path) -> None:
     for seed in range(40):
         settings = random_settings(seed)
@@ -54,9 +55,8 @@ def test_max_staleness_zero_is_synchronous(tmp_path: Path) -> None:
             assert {age for step in ran.steps for age in step.staleness} == {0}
 
 
-def test_a_credit_returned_at_publish_breaks_the_bound(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.slow
+def test_a_credit_returned_at_publish_breaks_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law 2's reason: without the acknowledgement the bound is broken in some of these very schedules."""
 
     async def put_without_waiting(self: RegisterChannel, version: int, body: bytes) -> None:
@@ -75,6 +75,7 @@ def test_a_credit_returned_at_publish_breaks_the_bound(
     assert broken > 0
 
 
+@pytest.mark.slow
 def test_one_credit_too_many_is_caught_by_the_learner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The learner holds every sample against the bound, so a defect in the credits cannot pass unseen."""
     original = CreditsChannel.__init__

@@ -1,0 +1,53 @@
+"""CISPO: the importance weight is clipped instead of the update (MiniMax-M1, 2506.13585, equations 4 and 5).
+
+    maximise sum_i sum_t sg(clip(rho, 1 - low, 1 + high)) A_i log pi / sum_i |o_i|, with GRPO's advantages
+
+rho is against the policy that sampled, as in the paper: its clipped weight is the correction for older samples, so
+`correction` is none unless set. The paper sets no lower bound (low = 1) and tunes the upper one without stating it;
+a weight of at most 5 follows ScaleRL (2510.13786). No KL term.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from flowrl.algorithms.advantages import group_standardised
+from flowrl.algorithms.corrections import Correction
+from flowrl.algorithms.policy import PolicyGradient
+from flowrl.algorithms.surrogate import weighted_logprob
+from flowrl.config import Meta
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flowrl.algorithms.base import CreditBatch, Credited
+
+
+class CISPO(PolicyGradient):
+    """Clipped importance-sampling policy optimisation."""
+
+    clip_low: Annotated[float, Meta(ge=0, le=1)] = 1.0  # weights are at least 1 - this
+    clip_high: Annotated[float, Meta(ge=0)] = 4.0  # weights are at most 1 + this
+    correction: Correction = Correction(kind="none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dual_clip:
+            raise ValueError(f"dual_clip {self.dual_clip}: CISPO clips weights, not the surrogate; set it to 0")
+
+    @property
+    def needs_group(self) -> bool:
+        """Return True: the baseline is the group's mean."""
+        return True
+
+    def credit(self, batch: CreditBatch) -> Credited:
+        """Return the standardised reward of each sample on each of its tokens."""
+        return self.credit_group(batch, group_standardised)
+
+    def surrogate(self, ratio_BT: Tensor, advantages_BT: Tensor, logprobs_BT: Tensor) -> Tensor:
+        """Return the log-prob times its advantage and clipped weight."""
+        return weighted_logprob(ratio_BT, advantages_BT, logprobs_BT, low=self.clip_low, high=self.clip_high)
+
+    def clipped(self, ratio_BT: Tensor, advantages_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where the weight is clipped, whatever the advantage."""
+        return ratio_BT < 1.0 - self.clip_low, ratio_BT > 1.0 + self.clip_high

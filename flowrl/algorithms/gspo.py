@@ -1,0 +1,49 @@
+"""GSPO: group sequence policy optimisation (Qwen, 2507.18071, equations 5 to 7).
+
+    s_i = (pi(y_i) / pi_prox(y_i))^(1 / |y_i|)
+    maximise mean_i min(s_i A_i, clip(s_i, 1 - low, 1 + high) A_i), with GRPO's advantages
+
+Ratio, clip and correction weight belong to the whole sequence, so the loss is a mean over sequences. The clip range
+is that of the paper: a mean over tokens moves far less than one token's ratio.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from flowrl.algorithms.advantages import group_standardised
+from flowrl.algorithms.functional import log_ratio
+from flowrl.algorithms.policy import PolicyGradient
+from flowrl.algorithms.surrogate import Normalisation, sequence_log_ratio
+from flowrl.config import Meta
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flowrl.algorithms.base import CreditBatch, Credited
+
+
+class GSPO(PolicyGradient):
+    """Group sequence policy optimisation."""
+
+    clip_low: Annotated[float, Meta(ge=0, le=1)] = 3e-4  # sequence ratios count down to 1 - this
+    clip_high: Annotated[float, Meta(ge=0)] = 4e-4  # sequence ratios count up to 1 + this
+    normalisation: Normalisation = "sequence"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.normalisation != "sequence":
+            raise ValueError(f"normalisation {self.normalisation}: GSPO's ratio is a sequence's; use sequence, or GRPO")
+
+    @property
+    def needs_group(self) -> bool:
+        """Return True: the baseline is the group's mean."""
+        return True
+
+    def credit(self, batch: CreditBatch) -> Credited:
+        """Return the standardised reward of each sample on each of its tokens."""
+        return self.credit_group(batch, group_standardised)
+
+    def log_ratio(self, logprobs_BT: Tensor, anchor_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Return the sequence's mean log ratio on each of its tokens."""
+        return sequence_log_ratio(log_ratio(logprobs_BT, anchor_BT), mask_BT)

@@ -1,0 +1,105 @@
+"""From a sample's score to rewards per token: normalisation, clip, length penalty, KL penalty; and group filtering.
+
+Shapes: B samples of one prompt, T response tokens, `mask_BT` 1 on the tokens the policy sampled. Invariant: the score
+is credited on the last sampled token alone, the KL penalty on every sampled token (OpenRLHF, 2405.11143, section 3.3).
+Called by the algorithms' `credit`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from flowrl.algorithms.functional import masked
+from flowrl.config import Config, Meta
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Shaping(Config):
+    """What happens to a sample's score before it is credited, in the order of the fields."""
+
+    mean: float = 0.0  # of the score over a stored sample, subtracted from it
+    std: Annotated[float, Meta(gt=0)] = 1.0  # of the same; the score is divided by it
+    clip: Annotated[float, Meta(gt=0)] = 10.0  # scores beyond +- this are clipped
+    max_tokens: Annotated[int, Meta(ge=0)] = 0  # as sampling.max_tokens; where the length penalty is complete
+    overlong_buffer: Annotated[int, Meta(ge=0)] = 0  # tokens before max_tokens over which it grows; 0: none
+    overlong_factor: Annotated[float, Meta(ge=0)] = 1.0  # the complete length penalty
+
+    def __post_init__(self) -> None:
+        if self.overlong_buffer > self.max_tokens:
+            raise ValueError(
+                f"shaping.overlong_buffer {self.overlong_buffer} is longer than shaping.max_tokens {self.max_tokens}; "
+                "set max_tokens to sampling.max_tokens"
+            )
+
+    def shaped(self, rewards_B: Tensor, lengths_B: Tensor) -> Tensor:
+        """Return clip((R - mean) / std) minus the length penalty; lengths are in sampled tokens.
+
+        Shaping(mean=1.0, std=2.0) makes 0.5 of a score of 2.0.
+        """
+        scores_B = ((rewards_B - self.mean) / self.std).clamp(-self.clip, self.clip)
+        if not self.overlong_buffer:
+            return scores_B
+        return scores_B + overlong_penalty(
+            lengths_B, max_tokens=self.max_tokens, buffer=self.overlong_buffer, factor=self.overlong_factor
+        )
+
+
+def overlong_penalty(lengths_B: Tensor, *, max_tokens: int, buffer: int, factor: float) -> Tensor:
+    """Return -min(length - (max_tokens - buffer), buffer) / buffer * factor where positive lengths exceed, else 0.
+
+    Source: DAPO (2503.14476), section 3.4, equation 13 (factor 1).
+
+    >>> overlong_penalty(torch.tensor([6.0, 9.0, 12.0]), max_tokens=10, buffer=4, factor=1.0).tolist()
+    [0.0, -0.75, -1.0]
+    """
+    excess_B = (lengths_B - (max_tokens - buffer)).clamp(0.0, float(buffer))
+    return 0.0 - excess_B / buffer * factor
+
+
+def last_token(mask_BT: Tensor) -> Tensor:
+    """Return a mask of each sequence's last sampled token; empty where a sequence has none.
+
+    >>> last_token(torch.tensor([[1.0, 0.0, 1.0, 0.0]])).tolist()
+    [[0.0, 0.0, 1.0, 0.0]]
+    """
+    is_sampled_BT = mask_BT > 0
+    later_BT = is_sampled_BT.flip(1).cumsum(1).flip(1)
+    return ((later_BT == 1) & is_sampled_BT).to(mask_BT.dtype)
+
+
+def token_rewards(scores_B: Tensor, mask_BT: Tensor, kl_BT: Tensor | None, coef: float) -> Tensor:
+    """Return r_t = -coef * kl_t, plus the score on the last sampled token; [B, T].
+
+    Source: Ziegler 2019 (1909.08593), section 2; InstructGPT (2203.02155), section 3.5.
+
+    >>> token_rewards(torch.tensor([1.0]), torch.ones(1, 2), torch.tensor([[0.5, 2.0]]), 0.5).tolist()
+    [[-0.25, 0.0]]
+    """
+    rewards_BT = masked(scores_B[:, None].expand_as(mask_BT), last_token(mask_BT))
+    return rewards_BT if kl_BT is None else masked(rewards_BT - coef * kl_BT, mask_BT)
+
+
+def has_contrast(rewards_B: Tensor, mean_range: tuple[float, float] | None = None) -> bool:
+    """Return whether a group can teach: its rewards differ and, if given, their mean lies strictly in the range.
+
+    Source: DAPO (2503.14476), section 3.2, equation 11 (dynamic sampling).
+
+    >>> has_contrast(torch.tensor([1.0, 1.0])), has_contrast(torch.tensor([1.0, 0.0]), (0.0, 1.0))
+    (False, True)
+    """
+    if bool((rewards_B == rewards_B[0]).all()):
+        return False
+    return mean_range is None or mean_range[0] < float(rewards_B.mean()) < mean_range[1]
+
+
+def adapted_coef(coef: float, *, kl: float, target: float, num_samples: int, horizon: int) -> float:
+    """Return the KL coefficient for the next step: coef * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon).
+
+    Source: Ziegler 2019 (1909.08593), section 2.2, with the horizon of its published code.
+
+    >>> adapted_coef(0.1, kl=9.0, target=6.0, num_samples=100, horizon=1000)
+    0.10200000000000001
+    """
+    return coef * (1.0 + min(max(kl / target - 1.0, -0.2), 0.2) * num_samples / horizon)

@@ -1,0 +1,59 @@
+"""The default run on several seeds: how long it takes and whether the held-out score rises beyond its interval.
+
+    python perf/improvement.py [--seeds 0 1 2] [--set PATH=VALUE ...]
+
+Runs `flowrl run graphs/ppo_async.py` once for each seed, one after the other, and prints for each the wall time, the
+held-out score before and after, the paired change with its 95 % interval, and how busy the generators were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from flowrl.telemetry.intervals import paired_interval
+from flowrl.telemetry.metrics import read_evaluations
+from perf.machine import machine
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_seed(seed: int, options: argparse.Namespace) -> tuple[float, Path]:
+    """Run the graph once; returns its wall time in seconds and its directory."""
+    name = f"improvement-{int(time.time())}-seed{seed}"
+    command = [sys.executable, "-m", "flowrl.cli", "run", str(ROOT / "graphs/ppo_async.py"), "--name", name,
+               "--runs-dir", str(options.runs_dir), "--set", f"seed={seed}"]  # fmt: skip
+    for setting in options.settings:
+        command += ["--set", setting]
+    start_s = time.perf_counter()
+    with (options.runs_dir / f"{name}.out").open("w") as out:
+        subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, check=True)
+    return time.perf_counter() - start_s, options.runs_dir / name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs")
+    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="PATH=VALUE")
+    options = parser.parse_args()
+    options.runs_dir.mkdir(parents=True, exist_ok=True)
+    print(machine())
+    print("seed  minutes  before   after  change [95 % interval]     busy")
+    for seed in options.seeds:
+        seconds, directory = run_seed(seed, options)
+        scored = sorted(read_evaluations(directory / "metrics.jsonl"), key=lambda evaluation: evaluation.version)
+        first, last = scored[0].scores, scored[-1].scores
+        change = paired_interval(first, last)
+        means = [sum(map(sum, scores)) / sum(map(len, scores)) for scores in (first, last)]
+        report = (directory / "report.txt").read_text().splitlines()
+        busy = next((line.rpartition(": ")[2] for line in report if line.startswith("generator busy")), "")
+        interval = "" if change is None else f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
+        print(f"{seed:4d}  {seconds / 60:7.1f}  {means[0]:6.3f}  {means[1]:6.3f}  {interval:24s}  {busy}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""How busy the generators are where generation is the slowest stage.
+
+    python perf/saturation.py [--steps 8] [--tokens 96] [--runs 3]
+
+The default graph with long responses that do not stop early (every sample has `--tokens` tokens) and a learner that
+has little to do (a tiny random policy cannot serve: the real model generates, and half the groups of the default step
+are learned). A generator is busy while it has at least one request running; measured between the first and the last
+step, as the report prints it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from perf.machine import machine
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_once(options: argparse.Namespace, place: int) -> list[str]:
+    """Run the graph once and return its report's lines."""
+    name = f"saturation-{int(time.time())}-{place}"
+    settings = {
+        "steps": options.steps,
+        "groups_per_step": 4,
+        "generator.group_size": 4,
+        "max_staleness": options.max_staleness,
+        "sampling.max_tokens": options.tokens,
+        "data.num_heldout": 4,
+        "evaluation.samples": 1,
+        **dict(setting.split("=", 1) for setting in options.settings),
+    }
+    command = [sys.executable, "-m", "flowrl.cli", "run", str(ROOT / "graphs/ppo_async.py"), "--name", name,
+               "--runs-dir", str(options.runs_dir)]  # fmt: skip
+    for path, value in settings.items():
+        command += ["--set", f"{path}={value}"]
+    with (options.runs_dir / f"{name}.out").open("w") as out:
+        subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, check=True)
+    return (options.runs_dir / name / "report.txt").read_text().splitlines()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=96, help="of each response, at most")
+    parser.add_argument("--max-staleness", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs")
+    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="PATH=VALUE")
+    options = parser.parse_args()
+    options.runs_dir.mkdir(parents=True, exist_ok=True)
+    print(machine())
+    shares: list[float] = []
+    for place in range(options.runs):
+        lines = run_once(options, place)
+        busy = [line for line in lines if line.startswith("generator busy")]
+        bottleneck = next((line for line in lines if line.startswith("bottleneck")), "")
+        shares += [float(line.rpartition(": ")[2].rstrip("%")) for line in busy]
+        print(f"run {place}: {busy[0] if busy else 'no figure'}; {bottleneck}", flush=True)
+    print(f"busy, median {statistics.median(shares):.1f} % ({min(shares):.1f} to {max(shares):.1f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""What every online algorithm keeps: found by walking flowrl.algorithms, so a new file is tested by being there.
+
+Finite; indifferent to padding, row order, micro-batch split and whatever stands under mask 0; a gradient of the right
+sign; a count the engine can know before the forward; refusals that agree with what the algorithm says it needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+import torch
+
+import flowrl.algorithms
+from flowrl.algorithms.base import Algorithm, CreditBatch, LossBatch
+from flowrl.config import Select, to_tree
+from flowrl.errors import ConfigError
+from tests.unit.algorithms.cases import (
+    credit_batch,
+    credited_loss_batch,
+    gradient_of,
+    mapped_credit,
+    mapped_loss,
+    widened,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def found_algorithms() -> list[type[Algorithm]]:
+    """Return every class in flowrl.algorithms that says how to credit."""
+    found: list[type[Algorithm]] = []
+    for module_info in pkgutil.walk_packages(flowrl.algorithms.__path__, "flowrl.algorithms."):
+        module = importlib.import_module(module_info.name)
+        found += [
+            kind
+            for kind in vars(module).values()
+            if isinstance(kind, type)
+            and issubclass(kind, Algorithm)
+            and kind.__module__ == module.__name__
+            and kind.credit is not Algorithm.credit
+        ]
+    return found
+
+
+ALGORITHMS = found_algorithms()
+every_algorithm = pytest.mark.parametrize("kind", ALGORITHMS, ids=lambda kind: kind.__name__)
+every_seed = pytest.mark.parametrize("seed", range(3))
+garbage = pytest.mark.parametrize("filler", [float("nan"), float("inf"), -float("inf"), 1e30])
+
+
+def prepared(kind: type[Algorithm], seed: int) -> tuple[Algorithm, CreditBatch, LossBatch]:
+    algorithm, group = kind(), credit_batch(seed)
+    return algorithm, group, credited_loss_batch(algorithm, group, algorithm.credit(group), seed)
+
+
+def close(actual: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_walk_finds_the_algorithms():
+    names = {kind.__name__ for kind in ALGORITHMS}
+    assert {"PPO", "GRPO", "DrGRPO", "RLOO", "ReinforcePP", "ReinforcePPBaseline", "GSPO", "CISPO", "DAPO"} <= names
+    assert "PolicyGradient" not in names
+
+
+@every_algorithm
+def test_the_class_loads_by_its_path_and_its_settings_survive_the_wire(kind: type[Algorithm]):
+    chosen = Select(use=f"{kind.__module__}:{kind.__name__}")
+    loaded = chosen.load("algorithm")
+    assert loaded == kind()
+    assert msgspec.convert(to_tree(loaded), kind) == loaded
+
+
+@every_algorithm
+@every_seed
+def test_credit_loss_gradient_and_metrics_are_finite(kind: type[Algorithm], seed: int):
+    algorithm, group, batch = prepared(kind, seed)
+    credited = algorithm.credit(group)
+    loss = algorithm.loss(batch)
+    tensors = [credited.advantages_BT, loss.total, loss.count, gradient_of(loss.total, batch)]
+    tensors += [part for pair in loss.metrics.values() for part in pair]
+    tensors += [] if credited.returns_BT is None else [credited.returns_BT]
+    assert all(torch.isfinite(tensor).all() for tensor in tensors)
+    assert all(torch.isfinite(torch.tensor(list(credited.metrics.values()))))
+    assert not any(tensor.requires_grad for pair in loss.metrics.values() for tensor in pair)
+
+
+@every_algorithm
+@every_seed
+@garbage
+def test_what_stands_under_the_mask_changes_nothing_bit_for_bit(kind: type[Algorithm], seed: int, filler: float):
+    algorithm, group, batch = prepared(kind, seed)
+
+    def dirtied(tensor: Tensor, mask_filler: float) -> Tensor:
+        if mask_filler == 0.0:  # the mask itself
+            return tensor
+        return torch.where(group.mask_BT > 0, tensor.detach(), torch.full_like(tensor, filler))
+
+    before, after = algorithm.credit(group), algorithm.credit(mapped_credit(group, dirtied))
+    assert torch.equal(before.advantages_BT, after.advantages_BT)
+    assert before.metrics == after.metrics
+    dirty = mapped_loss(batch, dirtied)
+    loss, dirty_loss = algorithm.loss(batch), algorithm.loss(dirty)
+    assert torch.equal(loss.total, dirty_loss.total)
+    assert torch.equal(gradient_of(loss.total, batch), gradient_of(dirty_loss.total, dirty))
+    assert all(torch.equal(loss.metrics[name][0], dirty_loss.metrics[name][0]) for name in loss.metrics)
+
+
+@every_algorithm
+@every_seed
+@pytest.mark.parametrize(("left", "right"), [(0, 3), (2, 0), (4, 5)])
+def test_padding_changes_nothing(kind: type[Algorithm], seed: int, left: int, right: int):
+    algorithm, group, batch = prepared(kind, seed)
+    width = group.mask_BT.shape[1]
+
+    def padded(tensor: Tensor, filler: float) -> Tensor:
+        return widened(tensor, left=left, right=right, filler=filler)
+
+    before, after = algorithm.credit(group), algorithm.credit(mapped_credit(group, padded))
+    assert close(after.advantages_BT[:, left : left + width], before.advantages_BT)
+    wide = mapped_loss(batch, padded)
+    loss, wide_loss = algorithm.loss(batch), algorithm.loss(wide)
+    assert close(wide_loss.total, loss.total)
+    assert float(wide_loss.count) == float(loss.count)
+    assert close(gradient_of(wide_loss.total, wide)[:, left : left + width], gradient_of(loss.total, batch))
+
+
+@every_algorithm
+@every_seed
+def test_a_sample_without_sampled_tokens_changes_nothing(kind: type[Algorithm], seed: int):
+    algorithm, group, batch = prepared(kind, seed)
+
+    def with_empty_row(tensor: Tensor, filler: float) -> Tensor:
+        return torch.cat([tensor.detach(), torch.full_like(tensor[:1], filler)])
+
+    grown = mapped_credit(group, with_empty_row)._replace(rewards_B=torch.cat([group.rewards_B, torch.tensor([7.0])]))
+    before, after = algorithm.credit(group), algorithm.credit(grown)
+    assert close(after.advantages_BT[:-1], before.advantages_BT)
+    assert not after.advantages_BT[-1].any()
+    assert after.metrics == pytest.approx(before.metrics, abs=1e-6)
+    loss, grown_loss = algorithm.loss(batch), algorithm.loss(mapped_loss(batch, with_empty_row))
+    assert close(grown_loss.total, loss.total)
+    assert float(grown_loss.count) == float(loss.count)
+
+
+@every_algorithm
+@every_seed
+def test_the_order_of_samples_only_orders_the_results(kind: type[Algorithm], seed: int):
+    algorithm, group, batch = prepared(kind, seed)
+    order = torch.tensor([2, 0, 3, 1])
+
+    def reordered(tensor: Tensor, _: float) -> Tensor:
+        return tensor.detach()[order]
+
+    shuffled = mapped_credit(group, reordered)._replace(rewards_B=group.rewards_B[order])
+    assert close(algorithm.credit(shuffled).advantages_BT, algorithm.credit(group).advantages_BT[order])
+    assert close(algorithm.loss(mapped_loss(batch, reordered)).total, algorithm.loss(batch).total)
+
+
+@every_algorithm
+@every_seed
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_micro_batches_add_up_to_the_batch(kind: type[Algorithm], seed: int, cut: int):
+    algorithm, _, batch = prepared(kind, seed)
+    parts = [
+        mapped_loss(batch, lambda tensor, _, rows=rows: tensor.detach()[rows])
+        for rows in (slice(None, cut), slice(cut, None))
+    ]
+    whole, losses = algorithm.loss(batch), [algorithm.loss(part) for part in parts]
+    assert close(sum(loss.total for loss in losses), whole.total)  # pyright: ignore[reportArgumentType]
+    assert sum(float(loss.count) for loss in losses) == float(whole.count)
+    for name, pair in whole.metrics.items():
+        for index in (0, 1):
+            assert close(sum(loss.metrics[name][index] for loss in losses), pair[index])  # pyright: ignore[reportArgumentType]
+    gradients = [gradient_of(loss.total, part) for loss, part in zip(losses, parts, strict=True)]
+    assert close(torch.cat(gradients), gradient_of(whole.total, batch))
+
+
+@every_algorithm
+@every_seed
+def test_the_count_does_not_depend_on_what_the_model_says(kind: type[Algorithm], seed: int):
+    algorithm, _, batch = prepared(kind, seed)
+    zeros_BT = torch.zeros_like(batch.mask_BT)
+    unseen = batch._replace(logprobs_BT=zeros_BT, entropy_BT=zeros_BT if algorithm.needs_entropy else None)
+    assert float(algorithm.loss(unseen).count) == float(algorithm.loss(batch).count)
+
+
+@every_algorithm
+def test_descent_raises_good_tokens_and_lowers_bad_ones(kind: type[Algorithm]):
+    algorithm = kind()
+    logprobs_BT = torch.full((2, 3), -1.0, requires_grad=True)
+    fresh = {name: torch.full((2, 3), -1.0) for name in ("behaviour", "proximal", "reference")}
+    advantages_BT = torch.tensor([[1.0] * 3, [-1.0] * 3])
+    batch = LossBatch(logprobs_BT, torch.ones(2, 3), {**fresh, "advantages": advantages_BT}, torch.ones(2, 3))
+    gradient_BT = gradient_of(algorithm.loss(batch).total, batch)
+    assert bool((gradient_BT[0] < 0).all())
+    assert bool((gradient_BT[1] > 0).all())
+
+
+@every_algorithm
+def test_the_better_sample_is_worth_more(kind: type[Algorithm]):
+    flat_BT = torch.full((2, 3), -1.0)
+    group = CreditBatch(torch.tensor([1.0, 0.0]), torch.ones(2, 3), flat_BT, flat_BT, torch.zeros(2, 3))
+    advantages_BT = kind().credit(group).advantages_BT
+    assert bool((advantages_BT[0] > advantages_BT[1]).all())
+
+
+@every_algorithm
+def test_needs_are_stated_exactly(kind: type[Algorithm]):
+    algorithm, group = kind(), credit_batch(0)
+    alone = credit_batch(0, rows=1)
+    without_values = group._replace(values_BT=None)
+    for is_needed, lacking in ((algorithm.needs_group, alone), (algorithm.needs_critic, without_values)):
+        if is_needed:
+            with pytest.raises(ConfigError):
+                algorithm.credit(lacking)
+        else:
+            assert torch.isfinite(algorithm.credit(lacking).advantages_BT).all()
+    _, _, batch = prepared(kind, 0)
+    if not algorithm.needs_entropy:
+        assert torch.isfinite(algorithm.loss(batch._replace(entropy_BT=None)).total)

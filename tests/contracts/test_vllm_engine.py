@@ -1,0 +1,445 @@
+"""VllmEngine on a real vLLM: seeds, log-probs against Hugging Face, weight updates in flight, proofs and failures.
+
+float32 on both sides, so that equal weights agree within 1e-4 nats and stale ones do not. One engine serves the tests
+that leave it fit for use; those that break one open their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from flowrl.engines.base import GenerationConfig, Sampling
+from flowrl.engines.vllm import VllmEngine
+from flowrl.engines.weights import open_sender
+from flowrl.errors import ConfigError, ModelError, ProofError, StageError, TransferError
+from flowrl.messages import Buffer, Canary, Sample, Weights
+from tests.support.tiny import tiny_model
+
+pytestmark = [
+    pytest.mark.slow,
+    # vLLM's socket threads leave closing to their zmq context, which closes the sockets and says so.
+    pytest.mark.filterwarnings("ignore:Destroying context with unclosed socket:ResourceWarning"),
+]
+
+TOLERANCE = 1e-4  # nats, between vLLM and Hugging Face in float32
+CANARY_IDS = [40 + (7 * i) % 200 for i in range(24)]
+PROMPTS = [[5 + i, 60 + 3 * i, 7, 8 + i] * (1 + i % 3) for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def loop():
+    """Give all tests one event loop, which an engine is bound to."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+class Policy:
+    """The learner's side: a model at some version, and its sender."""
+
+    def __init__(self, model: Path, *, transport: str = "shm", num_receivers: int = 1, timeout_s: float = 30.0) -> None:
+        self.hf: Any = LlamaForCausalLM.from_pretrained(model)
+        self.version = -1
+        self.transport = transport
+        self.sender = open_sender(
+            transport, name="learner", num_receivers=num_receivers, timeout_s=timeout_s, device="cpu"
+        )
+
+    def publish(self, *, seed: int | None = None) -> Weights:
+        """Offer the next version, with other weights if a seed is given."""
+        if seed is not None:
+            draw = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for parameter in self.hf.parameters():
+                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
+        self.version += 1
+        manifest, size_bytes = self.sender.publish(self.version, self.hf.named_parameters())
+        canary = Canary(
+            token_ids=Buffer.ints(CANARY_IDS),
+            logprobs=Buffer.floats(self.logprobs(CANARY_IDS[:1], CANARY_IDS[1:])),
+            max_mean_gap=1e-3,
+        )
+        return Weights(
+            version=self.version,
+            transport=self.transport,
+            manifest=manifest,
+            canary=canary,
+            size_bytes=size_bytes,
+        )
+
+    def logprobs(self, prompt: list[int], response: list[int], temperature: float = 1.0) -> np.ndarray:
+        with torch.no_grad():
+            logits = self.hf(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].float()
+        picked = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(response)[:, None])
+        return picked[:, 0].numpy()
+
+    def gap(self, prompt: list[int], sample: Sample, temperature: float = 1.0, *, start: int = 0) -> float:
+        """Return the largest difference between a sample's log-probs and this model's, from token `start` on."""
+        ids = sample.token_ids.tolist()
+        return float(np.abs(self.logprobs(prompt, ids, temperature) - sample.logprobs.numpy())[start:].max())
+
+
+def engine_of(model: Path, *, receiver_index: int = 0, **settings: Any) -> VllmEngine:
+    config = GenerationConfig(
+        **{
+            "model": str(model),
+            "dtype": "float32",
+            "kv_cache_bytes": 32 << 20,
+            "max_running": 32,
+            "transfer_timeout_s": 20.0,
+            **settings,
+        }
+    )
+    return VllmEngine(config, where=f"generator[{receiver_index}]", receiver_index=receiver_index)
+
+
+async def opened(model: Path, **settings: Any) -> VllmEngine:
+    engine = engine_of(model, **settings)
+    await engine.open()
+    return engine
+
+
+@pytest.fixture(scope="module")
+def engine(model, loop):
+    engine = loop.run(opened(model))
+    yield engine
+    loop.run(engine.close())
+    gc.collect()
+
+
+@pytest.fixture
+def policy(model):
+    policy = Policy(model)
+    yield policy
+    policy.sender.close()
+
+
+@pytest.fixture
+def served(engine, policy, loop):
+    """Return the shared engine under version 0 of the policy."""
+    loop.run(engine.update_weights(policy.publish()))
+    return engine
+
+
+def draw(engine: VllmEngine, prompt: list[int], *, seed: int = 11, num_samples: int = 1, **sampling: Any):
+    settings = Sampling(**{"max_tokens": 24, **sampling})
+    return engine.generate(
+        request_id="group", prompt_ids=prompt, num_samples=num_samples, seed=seed, sampling=settings
+    )
+
+
+async def together(*coroutines):
+    return await asyncio.gather(*coroutines)
+
+
+def tokens(samples: list[Sample]) -> list[list[int]]:
+    return [sample.token_ids.tolist() for sample in samples]
+
+
+async def once_running(engine: VllmEngine) -> None:
+    """Wait until the engine has answered something else, so that what was sent before is being decoded."""
+    await draw(engine, [9, 9], max_tokens=4)
+
+
+def test_nothing_is_served_before_the_first_version(model):
+    engine = engine_of(model)
+    with pytest.raises(StageError, match="no policy version"):
+        asyncio.run(draw(engine, [5, 6]))
+
+
+def test_a_sample_is_the_same_alone_and_in_a_batch(served, loop):
+    batched = loop.run(together(*(draw(served, p, seed=100 * i, num_samples=3) for i, p in enumerate(PROMPTS))))
+    for i, prompt in enumerate(PROMPTS):
+        for k in range(3):
+            (alone,) = loop.run(draw(served, prompt, seed=100 * i + k))
+            assert alone.token_ids.tolist() == batched[i][k].token_ids.tolist(), (i, k)
+    assert len({tuple(ids) for ids in tokens(batched[0])}) == 3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_hugging_face_at_the_sampling_temperature(served, policy, loop, temperature):
+    groups = loop.run(together(*(draw(served, p, num_samples=2, temperature=temperature) for p in PROMPTS)))
+    gaps = [policy.gap(p, s, temperature) for p, group in zip(PROMPTS, groups, strict=True) for s in group]
+    assert max(gaps) < TOLERANCE
+
+
+def test_logprobs_are_renormalised_under_top_k(served, policy, loop):
+    (sample,) = loop.run(draw(served, PROMPTS[0], top_k=1))
+    assert np.abs(sample.logprobs.numpy()).max() < TOLERANCE
+    assert policy.gap(PROMPTS[0], sample) > 0.1
+
+
+def test_a_response_ends_with_the_stop_token_and_its_text_has_none(served, loop):
+    (free,) = loop.run(draw(served, PROMPTS[1], max_tokens=12))
+    assert (free.finish, len(free.token_ids)) == ("length", 12)
+    ids = free.token_ids.tolist()
+    (stopped,) = loop.run(draw(served, PROMPTS[1], max_tokens=12, stop_token_ids=[ids[5]]))
+    assert stopped.finish == "stop"
+    assert stopped.token_ids.tolist() == ids[: ids.index(ids[5]) + 1]
+    (ended,) = loop.run(draw(served, [5, 6], seed=find_eos(served, loop), max_tokens=200))
+    assert ended.token_ids.tolist()[-1] == 2
+    assert "<|im_end|>" not in ended.text
+
+
+def find_eos(engine: VllmEngine, loop: asyncio.Runner) -> int:
+    """Return a seed whose response ends with the end-of-sequence token."""
+    samples = loop.run(draw(engine, [5, 6], seed=0, num_samples=24, max_tokens=200))
+    return next(seed for seed, sample in enumerate(samples) if sample.finish == "stop")
+
+
+def test_defaults_of_generation_config_do_not_reach_the_distribution(served, model, policy, loop):
+    # vLLM reads this file when it starts; the shared engine proves nothing, so a second one is opened.
+    other = model.parent / "with-defaults"
+    other.mkdir(exist_ok=True)
+    for path in model.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    defaults = json.loads((model / "generation_config.json").read_bytes())
+    defaults |= {"temperature": 0.1, "top_k": 3, "repetition_penalty": 2.0, "eos_token_id": [2, 77], "do_sample": True}
+    (other / "generation_config.json").write_text(json.dumps(defaults))
+
+    async def scenario():
+        engine = await opened(other)
+        try:
+            await engine.update_weights(policy.publish())
+            return engine._stop_ids, await together(*(draw(engine, prompt) for prompt in PROMPTS))
+        finally:
+            await engine.close()
+
+    stops, groups = loop.run(scenario())
+    assert stops == [2, 77]
+    expected = loop.run(together(*(draw(served, prompt, stop_token_ids=[77]) for prompt in PROMPTS)))
+    assert [tokens(group) for group in groups] == [tokens(group) for group in expected]
+
+
+def test_an_update_splits_a_running_request_at_the_token_it_takes_effect(served, policy, loop):
+    before = policy.version
+
+    async def scenario():
+        running = asyncio.ensure_future(draw(served, PROMPTS[2], num_samples=2, max_tokens=400, temperature=0.7))
+        await once_running(served)
+        report = await served.update_weights(policy.publish(seed=1))
+        return await running, report
+
+    samples, report = loop.run(scenario())
+    assert report.mean_gap < TOLERANCE
+    assert report.version == policy.version == before + 1
+    for sample in samples:
+        first, second = sample.versions
+        assert (first.version, second.version) == (before, policy.version)
+        assert (first.start, first.end, second.end) == (0, second.start, len(sample.token_ids))
+        assert policy.gap(PROMPTS[2], sample, 0.7, start=second.start) < TOLERANCE
+        assert policy.gap(PROMPTS[2], sample, 0.7) > 0.1  # its old tokens are not the new weights'
+
+
+def test_after_an_update_the_logprobs_are_those_of_the_new_weights(served, policy, loop):
+    old = loop.run(draw(served, PROMPTS[3], num_samples=2))
+    loop.run(served.update_weights(policy.publish(seed=2)))
+    new = loop.run(draw(served, PROMPTS[3], num_samples=2))  # same prompt: its old prefix must not be reused
+    assert all(policy.gap(PROMPTS[3], sample) < TOLERANCE for sample in new)
+    assert all(policy.gap(PROMPTS[3], sample) > 0.1 for sample in old)
+    assert {span.version for sample in new for span in sample.versions} == {policy.version}
+
+
+def test_cancelling_generate_aborts_its_requests(served, loop):
+    async def scenario():
+        task = asyncio.ensure_future(draw(served, PROMPTS[0], num_samples=8, max_tokens=480))
+        await once_running(served)
+        running = served.num_running
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await once_running(served)
+        return running, served.num_running, served._engine.output_processor.get_num_unfinished_requests()
+
+    assert loop.run(scenario()) == (8, 0, 0)
+
+
+def test_a_prompt_without_room_for_a_response_is_refused_with_the_numbers(served, loop):
+    with pytest.raises(StageError, match="512 tokens leaves no room for a response in max_model_len=512"):
+        loop.run(draw(served, [5] * 512))
+
+
+def test_many_long_prompts_with_seeds_are_not_split(served, policy, loop):
+    prompts = [[5 + (i * j) % 200 for j in range(300)] for i in range(8)]
+    groups = loop.run(together(*(draw(served, prompt, num_samples=4, max_tokens=8) for prompt in prompts)))
+    assert max(policy.gap(p, s) for p, group in zip(prompts, groups, strict=True) for s in group) < TOLERANCE
+
+
+def test_bytes_that_never_come_are_a_transfer_error_and_the_old_version_stays(served, policy, loop):
+    before = loop.run(draw(served, PROMPTS[0]))
+    weights = policy.publish(seed=3)
+    Path(json.loads(weights.manifest)["path"]).unlink()
+    with pytest.raises(TransferError, match="cannot be read"):
+        loop.run(served.update_weights(weights))
+    assert tokens(loop.run(draw(served, PROMPTS[0]))) == tokens(before)
+
+
+def test_a_sender_that_never_sends_is_a_transfer_error_within_the_deadline(model, loop):
+    policy = Policy(model, transport="broadcast", timeout_s=1.0)
+    weights = policy.publish()
+    policy.sender.close()
+
+    async def scenario():
+        engine = await opened(model, transfer_timeout_s=1.0)
+        try:
+            async with asyncio.timeout(15.0):
+                with pytest.raises(TransferError, match="could not be pulled"):
+                    await engine.update_weights(weights)
+        finally:
+            await engine.close()
+
+    loop.run(scenario())
+
+
+def test_a_changed_byte_is_a_proof_error_and_nothing_is_served_after_it(model, policy, loop):
+    async def scenario():
+        engine = await opened(model)
+        try:
+            await engine.update_weights(policy.publish())
+            weights = policy.publish(seed=4)
+            with open(json.loads(weights.manifest)["path"], "r+b") as file:
+                file.write(b"\x7f")
+            with pytest.raises(ProofError, match="bucket 0 of 1 of version 1"):
+                await engine.update_weights(weights)
+            with pytest.raises(ProofError, match="bucket 0 of 1"):
+                await draw(engine, PROMPTS[0])
+        finally:
+            await engine.close()
+
+    loop.run(scenario())
+
+
+def test_the_canary_catches_a_stale_tied_head_and_holds_back_what_it_sampled(model, policy, loop, monkeypatch):
+    from flowrl.engines.weights import receiver
+
+    async def scenario():
+        engine = await opened(model)
+        try:
+            await engine.update_weights(policy.publish())
+            running = asyncio.ensure_future(draw(engine, PROMPTS[2], max_tokens=400))
+            await once_running(engine)
+            monkeypatch.setattr(receiver, "repack_tied_head", lambda *_: None)
+            with pytest.raises(ProofError, match="canary differs from the learner's"):
+                await engine.update_weights(policy.publish(seed=5))
+            with pytest.raises(ProofError):
+                await running
+            with pytest.raises(ProofError):
+                await draw(engine, PROMPTS[0])
+        finally:
+            await engine.close()
+
+    loop.run(scenario())
+
+
+@pytest.mark.parametrize("on_update", ["wait", "abort"])
+def test_requests_in_flight_are_finished_or_drawn_again_as_the_setting_says(model, policy, loop, on_update):
+    async def scenario():
+        engine = await opened(model, on_update=on_update)
+        try:
+            await engine.update_weights(policy.publish())
+            running = asyncio.ensure_future(draw(engine, PROMPTS[2], num_samples=2, max_tokens=300))
+            await once_running(engine)
+            await engine.update_weights(policy.publish(seed=6))
+            (again,) = await draw(engine, PROMPTS[2], max_tokens=300)
+            return await running, again
+        finally:
+            await engine.close()
+
+    samples, again = loop.run(scenario())
+    only = 0 if on_update == "wait" else 1
+    assert all(sample.finish in ("stop", "length") for sample in samples)
+    assert all([span.version for span in sample.versions] == [only] for sample in samples)
+    assert (tokens(samples)[0] == again.token_ids.tolist()) == (on_update == "abort")
+
+
+def test_a_gloo_broadcast_reaches_two_engines(model, loop):
+    policy = Policy(model, transport="broadcast", num_receivers=2)
+
+    async def scenario():
+        engines = [await opened(model, receiver_index=index) for index in range(2)]
+        try:
+            for seed in (None, 7):
+                weights = policy.publish(seed=seed)
+                sent = asyncio.ensure_future(asyncio.to_thread(policy.sender.transfer, weights.version))
+                reports = await together(*(engine.update_weights(weights) for engine in engines))
+                await sent
+                assert max(report.max_gap for report in reports) < TOLERANCE
+            return await together(*(draw(engine, PROMPTS[4]) for engine in engines))
+        finally:
+            for engine in engines:
+                await engine.close()
+            policy.sender.close()
+
+    (first,), (second,) = loop.run(scenario())
+    assert first.token_ids.tolist() == second.token_ids.tolist()
+    assert policy.gap(PROMPTS[4], first) < TOLERANCE
+
+
+def test_an_untied_model_takes_updates_too(tmp_path, loop):
+    model = tiny_model(tmp_path, seed=8, tied=False)
+    policy = Policy(model)
+
+    async def scenario():
+        engine = await opened(model)
+        try:
+            await engine.update_weights(policy.publish(seed=9))
+            return await engine.update_weights(policy.publish(seed=10))
+        finally:
+            await engine.close()
+            policy.sender.close()
+
+    assert loop.run(scenario()).max_gap < TOLERANCE
+
+
+def test_closing_leaves_no_thread_and_no_socket(model, policy, loop):
+    before = set(threading.enumerate())
+
+    async def scenario():
+        engine = await opened(model)
+        await engine.update_weights(policy.publish())
+        await draw(engine, PROMPTS[0])
+        await engine.close()
+        await engine.close()
+        return engine._directory
+
+    directory = loop.run(scenario())
+    left = [thread.name for thread in set(threading.enumerate()) - before if not thread.name.startswith("asyncio_")]
+    assert left == []
+    assert not directory.exists()
+
+
+def test_a_model_that_cannot_be_served_is_refused(tmp_path, model, loop):
+    with pytest.raises(ModelError, match="has no config.json"):
+        engine_of(tmp_path)
+    with pytest.raises(ConfigError, match="tensor_parallel=2"):
+        engine_of(model, tensor_parallel=2)
+    with pytest.raises(ModelError, match="could not serve"):
+        loop.run(opened(model, max_model_len=4096))  # the model was made for 512 positions
+
+
+def test_the_layout_with_processes_serves_and_updates_as_the_thread_does(model, policy, loop, served):
+    async def scenario():
+        engine = await opened(model, layout="processes")
+        try:
+            reports = [await engine.update_weights(policy.publish(seed=seed)) for seed in (None, 12)]
+            return reports, await draw(engine, PROMPTS[5], num_samples=3)
+        finally:
+            await engine.close()
+
+    reports, samples = loop.run(scenario())
+    assert max(report.max_gap for report in reports) < TOLERANCE
+    assert max(policy.gap(PROMPTS[5], sample) for sample in samples) < TOLERANCE

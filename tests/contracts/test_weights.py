@@ -1,0 +1,322 @@
+"""What every weight transport keeps, without vLLM: exact bytes, digests, deadlines, late and restarted receivers."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flowrl.engines.weights import open_sender
+from flowrl.engines.weights.base import decode_manifest, digest, pack, unpack
+from flowrl.engines.weights.broadcast import BroadcastFetcher
+from flowrl.engines.weights.group import BroadcastGroup
+from flowrl.engines.weights.shm import ShmFetcher, ShmSender
+from flowrl.errors import ConfigError, ProofError, ResourceError, TransferError
+
+pytestmark = pytest.mark.slow
+
+BUCKET = 4096  # small, so that a few tensors take several buckets
+
+
+def some_tensors(seed: int) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        "embed.weight": torch.randn(320, 16, generator=draw),  # larger than a bucket
+        "norm.weight": torch.randn(7, generator=draw).to(torch.bfloat16),  # odd size: the next must be aligned
+        "scale": torch.tensor(2.5 + seed),
+        "transposed.weight": torch.randn(12, 30, generator=draw).T,
+        **{f"layers.{i}.weight": torch.randn(16, 16, generator=draw).half() for i in range(12)},
+    }
+
+
+def sender_of(kind: str, *, num_receivers: int = 1, timeout_s: float = 20.0) -> Any:
+    return open_sender(
+        kind, name="test/learner", num_receivers=num_receivers, timeout_s=timeout_s, device="cpu", bucket_bytes=BUCKET
+    )
+
+
+def receiver(replica: int = 0, *, rank: int = 0, size: int = 1, timeout_s: float = 20.0) -> BroadcastFetcher:
+    return BroadcastFetcher(f"g[{replica}]", replica=replica, rank=rank, size=size, device="cpu", timeout_s=timeout_s)
+
+
+def received(fetcher: Any, wire: bytes) -> dict[str, torch.Tensor]:
+    manifest = decode_manifest(wire)
+    buffers = fetcher.fetch(manifest)
+    pairs = zip(manifest.buckets, buffers, strict=True)
+    return {name: tensor.clone() for bucket, raw in pairs for name, tensor in unpack(bucket, raw)}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.fixture
+def opened():
+    """Close whatever a test appended."""
+    things: list[Any] = []
+    yield things
+    for thing in reversed(things):
+        thing.close()
+
+
+def test_packing_respects_the_bucket_size_and_a_large_tensor_has_a_bucket_of_its_own():
+    packed = list(pack(some_tensors(0).items(), bucket_bytes=BUCKET, reuse=False))
+    assert [bucket.tensors[0].name for bucket, _ in packed][:2] == ["embed.weight", "norm.weight"]
+    assert len(packed) > 2
+    assert all(bucket.size <= BUCKET for bucket, _ in packed[1:])
+    assert all(digest(raw) == bucket.digest for bucket, raw in packed)
+
+
+def test_packing_copies_a_tensor_before_the_next_is_asked_for():
+    def gathered():
+        buffer = torch.zeros(64)
+        for i in range(4):
+            yield f"shard.{i}", buffer.fill_(i)[:]
+            buffer.fill_(-1)  # what freeing and gathering the next one does
+
+    packed = list(pack(gathered(), bucket_bytes=BUCKET, reuse=False))
+    assert [tensor.unique().tolist() for bucket, raw in packed for _, tensor in unpack(bucket, raw)] == [
+        [0.0], [1.0], [2.0], [3.0],
+    ]  # fmt: skip
+
+
+def test_a_tied_tensor_travels_once_and_an_equal_one_twice():
+    tied = torch.ones(4)
+    named = [("embed", tied), ("lm_head.weight", tied), ("other", torch.ones(4))]
+    ((bucket, _),) = pack(named, bucket_bytes=BUCKET, reuse=False)
+    assert [spec.name for spec in bucket.tensors] == ["embed", "other"]
+
+
+def test_shared_memory_brings_every_tensor_bit_for_bit(opened):
+    sender = sender_of("shm")
+    opened.append(sender)
+    wire, size_bytes = sender.publish(3, some_tensors(3).items())
+    sender.transfer(3)
+    assert_same(received(ShmFetcher("g[0]"), wire), some_tensors(3))
+    assert size_bytes == decode_manifest(wire).size_bytes
+
+
+def test_shared_memory_keeps_a_mapped_version_after_it_was_retired(opened):
+    sender = sender_of("shm")
+    opened.append(sender)
+    first, _ = sender.publish(0, some_tensors(0).items())
+    manifest = decode_manifest(first)
+    buffers = ShmFetcher("g[0]").fetch(manifest)
+    second, _ = sender.publish(1, some_tensors(1).items())
+    sender.retire(1)
+    with pytest.raises(TransferError, match="version 0 cannot be read"):
+        ShmFetcher("g[1]").fetch(manifest)
+    assert [digest(raw) for raw in buffers] == [bucket.digest for bucket in manifest.buckets]
+    assert_same(received(ShmFetcher("late"), second), some_tensors(1))
+
+
+def test_shared_memory_is_private_and_leaves_nothing_behind():
+    sender = sender_of("shm")
+    wire, _ = sender.publish(0, some_tensors(0).items())
+    directory = Path(json.loads(wire)["path"]).parent
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert [path.name for path in directory.iterdir()] == ["0.weights"]
+    sender.close()
+    assert not directory.exists()
+
+
+def test_one_changed_byte_in_shared_memory_is_found(opened):
+    sender = sender_of("shm")
+    opened.append(sender)
+    wire, size_bytes = sender.publish(0, some_tensors(0).items())
+    with open(json.loads(wire)["path"], "r+b") as file:
+        file.seek(size_bytes - 5)
+        old = file.read(1)[0]
+        file.seek(size_bytes - 5)
+        file.write(bytes([old ^ 1]))
+    with pytest.raises(ProofError, match=r"bucket \d+ of \d+ of version 0"):
+        ShmFetcher("g[0]").fetch(decode_manifest(wire))
+
+
+def test_full_shared_memory_is_a_resource_error_with_the_numbers(tmp_path):
+    def tensors():
+        yield "a", torch.ones(4)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    sender = ShmSender("learner", bucket_bytes=BUCKET, root=tmp_path)
+    with pytest.raises(ResourceError, match="bytes free, 0 versions held"):
+        sender.publish(0, tensors())
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_an_unknown_transport_is_refused():
+    with pytest.raises(ConfigError, match="'carrier-pigeon'"):
+        open_sender("carrier-pigeon", name="learner", num_receivers=1, timeout_s=1.0, device="cpu")
+
+
+def test_broadcast_brings_every_version_to_two_receivers_bit_for_bit(opened):
+    sender = sender_of("broadcast", num_receivers=2)
+    fetchers = [receiver(0), receiver(1)]
+    opened += [sender, *fetchers]
+    with ThreadPoolExecutor(3) as pool:
+        for version in range(3):
+            wire, _ = sender.publish(version, some_tensors(version).items())
+            sent = pool.submit(sender.transfer, version)
+            for answer in [pool.submit(received, fetcher, wire) for fetcher in fetchers]:
+                assert_same(answer.result(), some_tensors(version))
+            sent.result()
+            sender.retire(version)
+
+
+def test_broadcast_goes_through_one_group_and_not_the_pull_server(opened, monkeypatch):
+    sizes: list[int] = []
+    original = BroadcastGroup.broadcast
+
+    def counted(group: BroadcastGroup, buffers: Any) -> None:
+        original(group, buffers)
+        sizes.append(len(buffers))
+
+    monkeypatch.setattr(BroadcastGroup, "broadcast", counted)
+    sender = sender_of("broadcast", num_receivers=2)
+    fetchers = [receiver(0, rank=0, size=2), receiver(0, rank=1, size=2), receiver(1)]
+    opened += [sender, *fetchers]
+    wire, _ = sender.publish(0, some_tensors(0).items())
+    with ThreadPoolExecutor(4) as pool:
+        sent = pool.submit(sender.transfer, 0)
+        for answer in [pool.submit(received, fetcher, wire) for fetcher in fetchers]:
+            assert_same(answer.result(), some_tensors(0))
+        sent.result()
+    assert sizes == [len(decode_manifest(wire).buckets)] * 4
+
+
+def test_a_receiver_that_never_comes_does_not_keep_the_others_waiting_past_the_deadline(opened):
+    sender = sender_of("broadcast", num_receivers=2, timeout_s=2.0)
+    present = receiver(0, timeout_s=2.0)
+    opened += [sender, present]
+    wire, _ = sender.publish(0, some_tensors(0).items())
+    start_s = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        sent = pool.submit(sender.transfer, 0)
+        assert_same(pool.submit(received, present, wire).result(), some_tensors(0))
+        sent.result()
+    assert time.monotonic() - start_s < 5.0
+
+
+def test_no_receiver_at_all_is_a_transfer_error_within_the_deadline(opened):
+    sender = sender_of("broadcast", num_receivers=1, timeout_s=1.0)
+    opened.append(sender)
+    sender.publish(0, some_tensors(0).items())
+    with pytest.raises(TransferError, match="none of 1 receivers"):
+        sender.transfer(0)
+
+
+def test_a_restarted_receiver_pulls_the_newest_version_and_joins_the_next_broadcast(opened):
+    sender = sender_of("broadcast")
+    dead, restarted = receiver(0), receiver(0)
+    opened += [sender, dead, restarted]
+    with ThreadPoolExecutor(2) as pool:
+        wire, _ = sender.publish(0, some_tensors(0).items())
+        sent = pool.submit(sender.transfer, 0)
+        received(dead, wire)
+        sent.result()
+        dead.close()
+        assert_same(received(restarted, wire), some_tensors(0))  # nobody sends any more
+        wire, _ = sender.publish(1, some_tensors(1).items())
+        sent = pool.submit(sender.transfer, 1)
+        assert_same(received(restarted, wire), some_tensors(1))
+        sent.result()
+
+
+def test_a_receiver_that_dies_in_the_group_costs_the_others_nothing_but_time(opened, monkeypatch):
+    sender = sender_of("broadcast", num_receivers=2, timeout_s=4.0)
+    good, bad = receiver(0, timeout_s=4.0), receiver(1, timeout_s=4.0)
+    opened += [sender, good, bad]
+    original = BroadcastGroup.broadcast
+    doomed = threading.local()
+
+    def dies(group: BroadcastGroup, buffers: Any) -> None:
+        if getattr(doomed, "here", False):
+            group.close()
+            raise SystemExit  # the thread ends without taking part
+        original(group, buffers)
+
+    def dying_fetch(wire: bytes) -> None:
+        doomed.here = True
+        with pytest.raises(SystemExit):
+            received(bad, wire)
+
+    monkeypatch.setattr(BroadcastGroup, "broadcast", dies)
+    wire, _ = sender.publish(0, some_tensors(0).items())
+    with ThreadPoolExecutor(3) as pool:
+        sent = pool.submit(sender.transfer, 0)
+        dying = pool.submit(dying_fetch, wire)
+        assert_same(pool.submit(received, good, wire).result(), some_tensors(0))
+        sent.result()
+        dying.result()
+
+
+def test_a_sender_that_is_gone_is_a_transfer_error_within_the_deadline():
+    sender = sender_of("broadcast")
+    wire, _ = sender.publish(0, some_tensors(0).items())
+    sender.close()
+    fetcher = receiver(timeout_s=1.0)
+    start_s = time.monotonic()
+    with pytest.raises(TransferError, match="could not be pulled"):
+        fetcher.fetch(decode_manifest(wire))
+    fetcher.close()
+    assert time.monotonic() - start_s < 10.0
+
+
+def test_closing_the_sender_ends_a_transfer_that_waits():
+    sender = sender_of("broadcast", timeout_s=60.0)
+    sender.publish(0, some_tensors(0).items())
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(sender.transfer, 0)
+        sender.close()
+        with pytest.raises(TransferError, match="closed"):
+            sent.result(timeout=10.0)
+
+
+def test_a_changed_byte_in_a_broadcast_is_found(opened):
+    sender = sender_of("broadcast")
+    fetcher = receiver()
+    opened += [sender, fetcher]
+    wire, _ = sender.publish(0, some_tensors(0).items())
+    sender._held[0][0][17] ^= 1  # after the digest was taken: what a broken network would do
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(sender.transfer, 0)
+        with pytest.raises(ProofError, match="bucket 0 of"):
+            fetcher.fetch(decode_manifest(wire))
+        sent.result()
+
+
+def test_the_pull_server_gives_nothing_without_the_token(opened):
+    sender = sender_of("broadcast")
+    opened.append(sender)
+    wire, _ = sender.publish(0, some_tensors(0).items())
+    port = json.loads(wire)["pull_port"]
+    with socket.create_connection(("127.0.0.1", port), timeout=5.0) as connection:
+        connection.sendall(b'{"token":"guess","version":0}\n')
+        assert connection.recv(1) == b""
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's table of sockets")
+def test_a_broadcast_listens_on_its_own_address_only(opened):
+    sender = sender_of("broadcast")
+    opened.append(sender)
+    wire, _ = sender.publish(0, some_tensors(0).items())
+    ports = {json.loads(wire)["port"], json.loads(wire)["pull_port"]}
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:] if os.path.exists(table) else []:
+            address, port = line.split()[1].split(":")
+            if int(port, 16) in ports and line.split()[3] == "0A":
+                found.add((address, int(port, 16)))
+    assert found == {("0100007F", port) for port in ports}

@@ -1,0 +1,196 @@
+"""Every policy loss and the value loss, values and gradients, against slow loops; and hand-made cases."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import pytest
+import torch
+
+from flowrl.algorithms.base import LossBatch
+from flowrl.algorithms.cispo import CISPO
+from flowrl.algorithms.corrections import Correction
+from flowrl.algorithms.dapo import DAPO
+from flowrl.algorithms.dr_grpo import DrGRPO
+from flowrl.algorithms.grpo import GRPO
+from flowrl.algorithms.gspo import GSPO
+from flowrl.algorithms.policy import KL, PolicyGradient
+from flowrl.algorithms.ppo import PPO
+from flowrl.algorithms.reinforce_pp import ReinforcePP
+from flowrl.algorithms.rloo import RLOO
+from flowrl.algorithms.value import ValueLoss
+from flowrl.errors import ConfigError
+from tests.support import slow_algorithms as slow
+from tests.unit.algorithms.cases import gradient_of, loss_batch, mask_rows, rows_of, same
+
+Kind = Literal["none", "truncated", "icepop", "sequence", "decoupled"]
+SEEDS = range(3)
+# Each algorithm's defaults, stated a second time.
+ALGORITHMS = [
+    pytest.param(PPO(), slow.Policy(), id="ppo"),
+    pytest.param(ReinforcePP(), slow.Policy(), id="reinforce++"),
+    pytest.param(RLOO(), slow.Policy(), id="rloo"),
+    pytest.param(GRPO(), slow.Policy(mean="sequence", kl_coef=0.04), id="grpo"),
+    pytest.param(DrGRPO(constant_tokens=9), slow.Policy(mean="constant", constant=9), id="dr-grpo"),
+    pytest.param(DAPO(), slow.Policy(high=0.28), id="dapo"),
+    pytest.param(GSPO(), slow.Policy(low=3e-4, high=4e-4, ratio="sequence", mean="sequence"), id="gspo"),
+    pytest.param(
+        GSPO(clip_low=0.1, clip_high=0.1), slow.Policy(low=0.1, high=0.1, ratio="sequence", mean="sequence"), id="gspo2"
+    ),
+    pytest.param(CISPO(), slow.Policy(low=1.0, high=4.0, ratio="weight", correction="none"), id="cispo"),
+    pytest.param(
+        CISPO(clip_low=0.2, clip_high=0.2, correction=Correction()),
+        slow.Policy(low=0.2, high=0.2, ratio="weight"),
+        id="cispo2",
+    ),
+]
+
+
+def columns_of(batch: LossBatch) -> slow.Columns:
+    assert batch.entropy_BT is not None
+    names = ("proximal", "behaviour", "advantages", "reference")
+    rows: dict[str, Any] = {name: rows_of(batch.columns[name]) for name in names}
+    return slow.Columns(**rows, entropy=rows_of(batch.entropy_BT), masks=mask_rows(batch.mask_BT))
+
+
+def assert_equals_slow(algorithm: PolicyGradient, policy: slow.Policy, batch: LossBatch) -> None:
+    found = algorithm.loss(batch)
+    logprobs, columns = rows_of(batch.logprobs_BT), columns_of(batch)
+    total, count = slow.policy_loss(policy, logprobs, logprobs, columns)
+    assert float(found.count) == count
+    assert same(found.total / found.count, total / count)
+    expected = slow.gradient(lambda moved: slow.policy_loss(policy, moved, logprobs, columns)[0] / count, logprobs)
+    assert same(gradient_of(found.total / found.count, batch), expected)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("algorithm", "policy"), ALGORITHMS)
+def test_policy_losses_and_gradients_equal_the_slow_ones(algorithm: PolicyGradient, policy: slow.Policy, seed: int):
+    assert_equals_slow(algorithm, policy, loss_batch(seed))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("kind", get_args(Kind))
+@pytest.mark.parametrize("ratio", ["token", "sequence", "weight"])
+def test_every_correction_in_every_ratio_equals_the_slow_one(kind: Kind, ratio: str, seed: int):
+    correction = Correction(kind=kind, cap=1.3, floor=0.8, max_drift=0.15)
+    settings = {"clip_low": 0.3, "clip_high": 0.3, "correction": correction}
+    mean = "sequence" if ratio == "sequence" else "token"
+    algorithm = {"token": PPO, "sequence": GSPO, "weight": CISPO}[ratio](**settings)
+    policy = slow.Policy(low=0.3, high=0.3, ratio=ratio, mean=mean, correction=kind, cap=1.3, floor=0.8, max_drift=0.15)
+    assert_equals_slow(algorithm, policy, loss_batch(seed))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("mean", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_terms_and_normalisations_equal_the_slow_ones(mean: Any, estimator: Any, seed: int):
+    kl = KL(coef=0.3, placement="loss", estimator=estimator)
+    algorithm = PPO(normalisation=mean, constant_tokens=5, kl=kl, entropy_coef=0.1, dual_clip=1.5)
+    policy = slow.Policy(
+        mean=mean, constant=5, kl_coef=0.3, estimator=estimator, entropy_coef=0.1, dual=1.5
+    )  # fmt: skip
+    assert_equals_slow(algorithm, policy, loss_batch(seed, drift=0.8))
+
+
+def test_the_entropy_bonus_pushes_entropy_up():
+    batch = loss_batch(0)
+    assert batch.entropy_BT is not None
+    batch = batch._replace(entropy_BT=batch.entropy_BT.requires_grad_())
+    (found_BT,) = torch.autograd.grad(PPO(entropy_coef=0.5).loss(batch).total, [batch.entropy_BT])  # pyright: ignore
+    assert torch.equal(found_BT, -0.5 * batch.mask_BT)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("clip", [0.0, 0.2])
+def test_the_value_loss_and_its_gradient_equal_the_slow_ones(clip: float, seed: int):
+    batch = loss_batch(seed)
+    values, old, returns = (
+        rows_of(tensor) for tensor in (batch.logprobs_BT, batch.columns["values"], batch.columns["returns"])
+    )
+    masks = mask_rows(batch.mask_BT)
+    found = ValueLoss(clip=clip).loss(batch)
+    total, count = slow.value_loss(values, old, returns, masks, clip)
+    assert float(found.count) == count
+    assert same(found.total / found.count, total / count)
+    expected = slow.gradient(lambda moved: slow.value_loss(moved, old, returns, masks, clip)[0] / count, values)
+    assert same(gradient_of(found.total / found.count, batch), expected)
+
+
+def one_token(*, lp: float, proximal: float, behaviour: float, advantage: float) -> LossBatch:
+    columns = {"proximal": proximal, "behaviour": behaviour, "advantages": advantage}
+    return LossBatch(
+        logprobs_BT=torch.tensor([[lp]], requires_grad=True),
+        mask_BT=torch.ones(1, 1),
+        columns={name: torch.tensor([[value]]) for name, value in columns.items()},
+    )
+
+
+LOG2, LOG3 = 0.6931471805599453, 1.0986122886681098
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("none", -1.2),  # ratio to behaviour 2 x 3, clipped to 1.2
+        ("decoupled", -3 * 1.2),
+        ("truncated", -2 * 1.2),
+        ("icepop", 0.0),
+        ("sequence", 0.0),
+    ],
+)
+def test_corrections_of_one_stale_token_by_hand(kind: Kind, expected: float):
+    batch = one_token(lp=-1.0, proximal=-1.0 - LOG2, behaviour=-1.0 - LOG2 - LOG3, advantage=1.0)
+    loss = PPO(correction=Correction(kind=kind)).loss(batch)
+    assert same(loss.total, expected)
+    assert same(loss.metrics["is_weight"][0], 3.0)
+    assert same(loss.metrics["is_weight_sq"][0], 9.0)
+    assert same(loss.metrics["mismatch_kl"][0], 3.0 - 1.0 - LOG3)
+    assert same(loss.metrics["approx_kl"][0], 2.0 - 1.0 - LOG2)
+    assert float(loss.metrics["corrected_frac"][0]) == (0.0 if kind in ("none", "decoupled") else 1.0)
+
+
+@pytest.mark.parametrize(("advantage", "low", "high"), [(1.0, 0.0, 1.0), (-1.0, 0.0, 0.0), (0.0, 0.0, 0.0)])
+def test_clip_fractions_count_active_clips_only(advantage: float, low: float, high: float):
+    metrics = PPO().loss(one_token(lp=-1.0, proximal=-2.0, behaviour=-2.0, advantage=advantage)).metrics
+    assert (float(metrics["clip_frac_low"][0]), float(metrics["clip_frac_high"][0])) == (low, high)
+
+
+def test_the_lower_clip_fraction_counts_falling_bad_tokens():
+    metrics = PPO().loss(one_token(lp=-3.0, proximal=-2.0, behaviour=-2.0, advantage=-1.0)).metrics
+    assert (float(metrics["clip_frac_low"][0]), float(metrics["clip_frac_high"][0])) == (1.0, 0.0)
+
+
+def test_cispo_keeps_the_gradient_of_a_token_that_ppo_clips():
+    batch = one_token(lp=-0.1, proximal=-3.0, behaviour=-3.0, advantage=1.0)
+    assert float(gradient_of(PPO().loss(batch).total, batch)) == 0.0
+    assert float(gradient_of(CISPO().loss(batch).total, batch)) == -5.0
+
+
+def test_extreme_log_ratios_stay_finite():
+    for advantage in (1.0, 0.0, -1.0):
+        batch = one_token(lp=-0.1, proximal=-300.0, behaviour=-900.0, advantage=advantage)
+        for kind in get_args(Kind):
+            loss = PPO(correction=Correction(kind=kind)).loss(batch)
+            assert torch.isfinite(loss.total)
+            assert all(torch.isfinite(total) for total, _ in loss.metrics.values())
+
+
+def test_a_loss_that_lacks_what_it_needs_is_refused():
+    batch = one_token(lp=-1.0, proximal=-1.0, behaviour=-1.0, advantage=1.0)
+    with pytest.raises(ConfigError, match="add a reference node or set it to 0"):
+        GRPO().loss(batch)
+    with pytest.raises(ConfigError, match="needs entropies"):
+        PPO(entropy_coef=0.1).loss(batch)
+
+
+def test_explained_variance_follows_from_the_value_metrics():
+    batch = loss_batch(0)
+    metrics = {name: float(total / count) for name, (total, count) in ValueLoss().loss(batch).metrics.items()}
+    kept = batch.mask_BT > 0
+    returns, errors = batch.columns["returns"][kept], (batch.columns["returns"] - batch.logprobs_BT.detach())[kept]
+    expected = 1 - float(errors.var(correction=0) / returns.var(correction=0))
+    found = 1 - (metrics["value_error_sq"] - metrics["value_error"] ** 2) / (
+        metrics["returns_sq"] - metrics["returns"] ** 2
+    )
+    assert found == pytest.approx(expected, abs=1e-5)

@@ -1,0 +1,28 @@
+"""Settings that make no sense are refused in one sentence; the shipped defaults are the papers'."""
+
+from __future__ import annotations
+
+import pytest
+
+from flowrl.config import Select
+from flowrl.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("use", "options", "sentence"),
+    [
+        ("ppo:PPO", {"dual_clip": 0.5}, "dual_clip 0.5 must be 0 (off) or above 1"),
+        ("ppo:PPO", {"kl": {"placement": "loss"}}, "kl.estimator k1 has no useful gradient in the loss"),
+        ("ppo:PPO", {"correction": {"cap": 0.5}}, "expected a number >= 1.0"),
+        ("ppo:PPO", {"lam": 1.5}, "expected a number <= 1.0"),
+        ("gspo:GSPO", {"normalisation": "token"}, "GSPO's ratio is a sequence's; use sequence"),
+        ("cispo:CISPO", {"dual_clip": 3.0}, "CISPO clips weights, not the surrogate"),
+        ("reinforce_pp:ReinforcePPBaseline", {"gamma": 0.9}, "is defined for gamma 1"),
+        ("dapo:DAPO", {"shaping": {"overlong_buffer": 8}}, "set max_tokens to sampling.max_tokens"),
+    ],
+)
+def test_settings_without_sense_are_refused(use: str, options: dict[str, object], sentence: str):
+    with pytest.raises(ConfigError) as caught:
+        Select(use=f"flowrl.algorithms.{use}", options=options).load("algorithm")
+    assert sentence in str(caught.value)
+    assert str(caught.value).startswith("algorithm")

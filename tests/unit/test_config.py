@@ -1,0 +1,266 @@
+"""Settings come from defaults, a YAML file and --set; whatever is wrong is refused by its path and value."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+import pytest
+
+from flowrl.config import Config, Meta, Select, load_class, load_object, resolve, to_tree, widen
+from flowrl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Clip(Config):
+    """An algorithm's options, as far as these tests need one."""
+
+    clip_low: Annotated[float, Meta(gt=0, lt=1)] = 0.2
+    epochs: int = 1
+
+
+class Other(Config):
+    beta: float = 0.1
+
+
+class Item(Config):
+    name: str = "one"
+    weight: float = 1.0
+
+
+class Optimizer(Config):
+    lr: Annotated[float, Meta(ge=0)] = 1e-6
+    betas: tuple[float, float] = (0.9, 0.95)
+    kind: Literal["cosine", "constant"] = "cosine"
+
+
+class Node(Config):
+    optimizer: Optimizer = Optimizer()
+    replicas: Annotated[int, Meta(ge=1)] = 1
+    share: str | None = None
+    engine_options: dict[str, Any] = {}
+
+    def __post_init__(self) -> None:
+        if self.share is not None and self.replicas > 1:
+            raise ValueError(f"{self.replicas} replicas cannot share {self.share}; set replicas=1")
+
+
+class Settings(Config):
+    model: str = "tiny"
+    steps: Annotated[int, Meta(ge=1)] = 30
+    keep: bool = True
+    algorithm: Select = Select(use=f"{__name__}:Clip")
+    learner: Node = Node()
+    critic: Node | None = None
+    items: list[Item] = msgspec.field(default_factory=lambda: [Item()])
+
+
+def set_to(*overrides: str) -> Settings:
+    return resolve(Settings, overrides=overrides)
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        set_to(*overrides)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_defaults_stand_without_a_file_or_overrides():
+    assert resolve(Settings) == Settings()
+
+
+def test_an_override_reaches_a_nested_field_and_leaves_the_rest():
+    found = set_to("learner.optimizer.lr=1e-4")
+    assert found.learner.optimizer.lr == 1e-4
+    assert found.learner.optimizer.betas == (0.9, 0.95)
+    assert found.steps == 30
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("steps=7", lambda s: s.steps == 7),
+        ("keep=false", lambda s: s.keep is False),
+        ("learner.optimizer.lr=1", lambda s: s.learner.optimizer.lr == 1.0),
+        ("learner.optimizer.betas=[0.8, 0.99]", lambda s: s.learner.optimizer.betas == (0.8, 0.99)),
+        ("learner.optimizer.kind=constant", lambda s: s.learner.optimizer.kind == "constant"),
+        ("learner.optimizer={lr: 0.5, kind: constant}", lambda s: s.learner.optimizer.lr == 0.5),
+        ("learner.share=critic", lambda s: s.learner.share == "critic"),
+        ("learner.engine_options.level=3", lambda s: s.learner.engine_options == {"level": 3}),
+        ("learner.engine_options.a.b=x", lambda s: s.learner.engine_options == {"a": {"b": "x"}}),
+        ("learner.engine_options={a: {b: 1}}", lambda s: s.learner.engine_options == {"a": {"b": 1}}),
+        ("critic.replicas=2", lambda s: s.critic == Node(replicas=2)),
+        ("items=[{name: two}, {weight: 3}]", lambda s: s.items == [Item(name="two"), Item(weight=3.0)]),
+        ("model=", lambda s: s.model == ""),
+        ("model=a=b", lambda s: s.model == "a=b"),
+        (" steps =7", lambda s: s.steps == 7),
+    ],
+)
+def test_an_override_is_read_as_the_type_of_its_field(override, read):
+    assert read(set_to(override))
+
+
+@pytest.mark.parametrize("text", ["no", "007", "1e3", "null", "2026-01-02", "[1", "a: b", "{x}"])
+def test_a_text_setting_keeps_what_was_typed(text):
+    assert set_to(f"model={text}").model == text
+
+
+def test_an_optional_setting_is_cleared_by_null():
+    assert set_to("learner.share=null").learner.share is None
+    assert set_to("learner.share=7").learner.share == "7"
+    assert set_to("critic.replicas=2", "critic=null").critic == Node(replicas=2), "a whole is set before its parts"
+    assert set_to("critic=null").critic is None
+
+
+def test_the_last_of_two_equal_paths_wins():
+    assert set_to("steps=3", "steps=4").steps == 4
+
+
+def test_a_file_sets_by_nesting_or_by_path_and_set_wins(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text("steps: 5\nlearner:\n  optimizer: {lr: 0.1}\nlearner.replicas: 2\nalgorithm: {clip_low: 0.3}\n")
+    found = resolve(Settings, config=file, overrides=["steps=6"])
+    assert (found.steps, found.learner.optimizer.lr, found.learner.replicas) == (6, 0.1, 2)
+    assert found.algorithm.load("algorithm") == Clip(clip_low=0.3)
+
+
+def test_what_to_tree_writes_resolves_to_the_same_settings(tmp_path: Path):
+    import yaml
+
+    settings = set_to(
+        "learner.optimizer.betas=[0.1, 0.2]", "algorithm.clip_low=0.4", "critic.share=learner", "items=[]"
+    )
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml.safe_dump(to_tree(settings)))
+    assert resolve(Settings, config=file) == settings
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("stps=1", "settings has no setting 'stps', did you mean 'steps'?"),
+        ("learner.replica=1", "learner has no setting 'replica', did you mean 'replicas'?"),
+        ("learner.optimizer.lrr=1", "learner.optimizer has no setting 'lrr', did you mean 'lr'?"),
+        ("learner.optimizer={lrr: 1}", "learner.optimizer has no setting 'lrr', did you mean 'lr'?"),
+        ("zzz=1", "(known: algorithm, critic, items, keep, learner, model, steps)"),
+        ("steps.more=1", "steps is a single value and has no 'more'"),
+        ("steps", "--set steps: no value given; write --set path=value"),
+        ("steps=0", "steps: expected an integer >= 1, got 0"),
+        ("steps=1.5", "steps: expected an integer, got 1.5"),
+        ("steps=many", "steps: expected an integer, got 'many'"),
+        ("steps=", "steps: expected an integer, got ''"),
+        ("steps=null", "steps: expected an integer, got null"),
+        ("keep=perhaps", "keep: expected true or false, got 'perhaps'"),
+        ("learner=3", "learner: expected a mapping, got 3"),
+        ("learner.optimizer.lr=fast", "learner.optimizer.lr: expected a number, got 'fast'"),
+        ("learner.optimizer.lr=-1", "learner.optimizer.lr: expected a number >= 0.0, got -1"),
+        ("learner.optimizer.betas=[1]", "learner.optimizer.betas: expected a list of length 2, got [1]"),
+        ("learner.optimizer.kind=linear", "learner.optimizer.kind: expected one of cosine, constant, got 'linear'"),
+        ("critic.replicas=0", "critic.replicas: expected an integer >= 1, got 0"),
+        ("items=[{weight: x}]", "items[0].weight: expected a number, got 'x'"),
+        ("items=[{wait: 1}]", "items[0]: has no setting 'wait', did you mean 'weight'?"),
+        ("learner={replicas: 3, share: x}", "learner: 3 replicas cannot share x; set replicas=1"),
+    ],
+)
+def test_a_wrong_override_is_refused_with_its_path_and_value(override, said):
+    assert said in refused(override)
+
+
+def test_a_long_wrong_value_is_cut():
+    assert len(refused(f"steps={'x' * 500}")) < 120
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("learner: {optimizer: {lrr: 1}}", "run.yaml: learner.optimizer has no setting 'lrr', did you mean 'lr'?"),
+        ("steps: [", "is not valid YAML"),
+        ("- steps", "must be a mapping of settings"),
+        ("model: 7", "model: expected a text, got 7"),
+        ("3: 4", "run.yaml: settings has no setting '3'"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text, said):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        resolve(Settings, config=file)
+    assert said in str(caught.value)
+
+
+def test_a_missing_file_is_refused_and_an_empty_one_changes_nothing(tmp_path: Path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        resolve(Settings, config=tmp_path / "none.yaml")
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert resolve(Settings, config=tmp_path / "empty.yaml") == Settings()
+
+
+def test_settings_without_a_default_are_refused():
+    class Bare(Config):
+        model: str
+
+    with pytest.raises(ConfigError, match="no default for model"):
+        resolve(Bare)
+
+
+def test_an_option_is_set_on_the_class_that_is_chosen():
+    found = set_to("algorithm.clip_low=0.3").algorithm
+    assert found.load("algorithm") == Clip(clip_low=0.3)
+
+
+def test_another_class_takes_none_of_the_first_one_s_options(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text("algorithm: {clip_low: 0.3}\n")
+    found = resolve(Settings, config=file, overrides=[f"algorithm={__name__}:Other"])
+    assert found.algorithm.load("algorithm") == Other()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_class_and_option_may_be_set_in_either_order(reverse):
+    overrides = [f"algorithm={__name__}:Other", "algorithm.beta=0.5"]
+    found = set_to(*(reversed(overrides) if reverse else overrides))
+    assert found.algorithm.load("algorithm") == Other(beta=0.5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["algorithm.clip_loww=0.1"], "algorithm.clip_loww: Clip has no setting 'clip_loww', did you mean 'clip_low'?"),
+        (["algorithm.clip_low=2"], "algorithm.clip_low: expected a number < 1.0, got 2"),
+        (["algorithm.epochs=few"], "algorithm.epochs: expected an integer, got 'few'"),
+        (["algorithm=no.such.module:X"], "algorithm: cannot import 'no.such.module'"),
+        ([f"algorithm={__name__}:Clipp"], "has no 'Clipp', did you mean 'Clip'?"),
+        (["algorithm=PPO"], "algorithm: 'PPO' is not of the form module:name"),
+        (["algorithm=math:pi"], "algorithm: math:pi is not a class"),
+    ],
+)
+def test_a_wrong_class_or_option_is_refused_when_it_is_loaded(overrides, said):
+    settings = set_to(*overrides)
+    with pytest.raises(ConfigError) as caught:
+        settings.algorithm.load("algorithm")
+    assert said in str(caught.value)
+
+
+def test_an_object_is_found_by_its_import_path():
+    assert load_object("math:tau", "here") > 6
+    assert load_class("collections:Counter", "here").__name__ == "Counter"
+
+
+def test_settings_are_frozen_and_strict():
+    with pytest.raises(AttributeError):
+        Settings().steps = 2  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        Settings(stepz=2)  # type: ignore[call-arg]
+    with pytest.raises(TypeError):
+        Settings(3)  # type: ignore[misc]
+
+
+def test_widen_copies_the_shared_fields_and_adds_the_rest():
+    class Wider(Optimizer):
+        model: str
+
+    wide = widen(Wider, Optimizer(lr=0.5), model="tiny")
+    assert wide == Wider(lr=0.5, model="tiny")

@@ -1,0 +1,97 @@
+"""The doctor says ok or what to do, and its exit code is 1 only when something has to be fixed."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import pytest
+
+from flowrl import doctor
+from flowrl.doctor import GIB, Finding, companions, cpu_quota, diagnose, memory_finding, memory_limit, package_finding
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize(
+    ("levels", "code", "last"), [(["ok", "note"], 0, "ready: nothing to fix"), (["ok", "FIX", "FIX"], 1, "2 to fix")]
+)
+def test_only_what_must_be_fixed_makes_the_exit_code_1(monkeypatch: pytest.MonkeyPatch, levels, code, last):
+    monkeypatch.setattr(doctor, "CHECKS", [lambda level=level: [Finding(level, "x", "y")] for level in levels])
+    lines: list[str] = []
+    assert diagnose(lines.append) == code
+    assert len(lines) == len(levels) + 1
+    assert lines[-1].strip() == last
+
+
+def test_a_finding_is_one_line_with_its_remedy():
+    line = str(Finding("FIX", "torch", "does not load", "remove .venv"))
+    assert line.split() == ["FIX", "torch", "does", "not", "load;", "remove", ".venv"]
+
+
+@pytest.mark.parametrize("check", doctor.CHECKS, ids=lambda check: check.__name__.strip("_"))
+def test_every_check_answers_on_this_machine(check, request: pytest.FixtureRequest):
+    if check.__name__ in ("_torch", "_port"):
+        pytest.skip("loads torch or opens a socket; covered by the whole command")
+    findings = list(check())
+    assert all("\n" not in str(finding) for finding in findings)
+
+
+def test_a_cuda_companion_beside_a_cpu_torch_must_go():
+    versions = {"torchvision": "0.28.0", "torchaudio": "2.13.0+cpu", "torchcodec": "99.0.0+stub", "other": None}
+    assert [(each.level, each.name) for each in companions(versions, torch_is_cpu=True)] == [("FIX", "torchvision")]
+    assert not list(companions(versions, torch_is_cpu=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "level"),
+    [
+        ("msgspec", ">=0.1", "ok"),
+        ("msgspec", ">=999", "FIX"),
+        ("msgspec", "", "ok"),
+        ("no-such-package-anywhere", ">=1", "FIX"),
+    ],
+)
+def test_a_package_is_held_against_what_is_wanted(name, wanted, level):
+    finding = package_finding(name, wanted)
+    assert finding.level == level
+    assert (f"pip install '{name}{wanted}'" == finding.remedy) is (level == "FIX")
+
+
+@pytest.mark.parametrize(("text", "cores"), [("150000 100000", 1.5), ("max 100000", None), ("odd", None)])
+def test_a_container_s_share_of_cores_is_read(tmp_path: Path, text, cores):
+    (tmp_path / "cpu.max").write_text(f"{text}\n")
+    assert cpu_quota(tmp_path) == cores
+
+
+@pytest.mark.parametrize(("text", "limit"), [("1073741824", GIB), ("max", None)])
+def test_a_container_s_memory_is_read(tmp_path: Path, text, limit):
+    (tmp_path / "memory.max").write_text(f"{text}\n")
+    assert memory_limit(tmp_path) == limit
+
+
+def test_a_machine_without_control_groups_has_no_limits(tmp_path: Path):
+    assert cpu_quota(tmp_path) is None
+    assert memory_limit(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("total", "available", "level"), [(24, 20, "ok"), (24, 8, "note"), (8, 7, "note"), (4, 4, "FIX")]
+)
+def test_memory_is_held_against_the_default_graph(total, available, level):
+    assert memory_finding(total * GIB, available * GIB).level == level
+
+
+@pytest.mark.slow
+def test_the_command_names_every_package_and_ends_with_a_verdict(tmp_path: Path):
+    from tests.support.command import flowrl
+
+    result = flowrl("doctor", cwd=tmp_path)
+    assert result.code in (0, 1), result.text
+    for name in (*doctor.PACKAGES, "vllm", "torch build", "cores", "memory", "/dev/shm", "127.0.0.1", "default model"):
+        assert name in result.text
+    fixes = [line for line in result.lines if line.startswith("FIX")]
+    assert bool(fixes) is bool(result.code), result.text
+    with contextlib.suppress(ValueError):
+        assert int(result.lines[-1].split()[0]) == len(fixes)

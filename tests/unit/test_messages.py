@@ -1,0 +1,249 @@
+"""Messages survive the wire unchanged, grow into larger kinds without copying, and refuse foreign bytes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import hypothesis
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from flowrl import messages
+from flowrl.messages import (
+    AnyMessage,
+    Buffer,
+    Canary,
+    Checkpoint,
+    Credit,
+    Message,
+    Prompt,
+    Referenced,
+    Rollouts,
+    Sample,
+    Samples,
+    Scored,
+    VersionSpan,
+    Weights,
+    decode,
+    encode,
+    extend,
+)
+
+int32 = st.integers(-(2**31), 2**31 - 1)
+float32 = st.floats(width=32)  # nan and infinities too: a broken log-prob must arrive as it is
+int_buffers = st.lists(int32, max_size=8).map(Buffer.ints)
+float_buffers = st.lists(float32, max_size=8).map(Buffer.floats)
+counts = st.integers(0, 2**40)
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+spans = st.builds(VersionSpan, version=counts, start=counts, end=counts)
+samples = st.builds(
+    Sample,
+    token_ids=int_buffers,
+    logprobs=float_buffers,
+    versions=st.lists(spans, min_size=1, max_size=3),
+    finish=st.sampled_from(["stop", "length", "abort"]),
+    text=st.text(max_size=12),
+)
+scores = st.dictionaries(st.text(max_size=6), st.lists(st.floats(allow_nan=False), max_size=3), max_size=3)
+FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "group_id": counts,
+    "token_ids": int_buffers,
+    "columns": st.dictionaries(st.text(max_size=6), plain, max_size=3),
+    "num_samples": counts,
+    "seed": counts,
+    "samples": st.lists(samples, min_size=1, max_size=3),
+    "generator": st.text(max_size=8),
+    "scores": scores,
+    "ref_logprobs": st.lists(float_buffers, max_size=3),
+    "advantages": st.lists(float_buffers, max_size=3),
+    "returns": st.none() | st.lists(float_buffers, max_size=3),
+    "values": st.none() | st.lists(float_buffers, max_size=3),
+    "metrics": st.dictionaries(st.text(max_size=6), st.floats(allow_nan=False), max_size=3),
+    "groups": st.lists(counts, max_size=4),
+    "version": counts,
+    "transport": st.sampled_from(["shm", "broadcast"]),
+    "manifest": st.binary(max_size=32),
+    "canary": st.none() | st.builds(Canary, token_ids=int_buffers, logprobs=float_buffers, max_mean_gap=st.just(1e-3)),
+    "size_bytes": counts,
+    "is_final": st.booleans(),
+}
+KINDS: list[type[Message]] = [Prompt, Rollouts, Scored, Referenced, Samples, Credit, Weights, Checkpoint]
+CHAIN: list[type[Prompt]] = [Prompt, Rollouts, Scored, Referenced, Samples]
+
+
+def of_kind(kind: type[Message]) -> st.SearchStrategy[Any]:
+    return st.builds(kind, **{name: FIELDS[name] for name in kind.__struct_fields__})
+
+
+def one(kind: type[Message], **changed: Any) -> Any:
+    """A message of each kind with two samples."""
+    sample = Sample(
+        token_ids=Buffer.ints([7, 8]),
+        logprobs=Buffer.floats([-0.5, -1.5]),
+        versions=[VersionSpan(4, 0, 1), VersionSpan(5, 1, 2)],
+        finish="stop",
+        text="hi",
+    )
+    column = [Buffer.floats([0.5, 1.5])] * 2
+    values: dict[str, Any] = {
+        "group_id": 3, "token_ids": Buffer.ints([1, 2]), "columns": {"answer": "7"}, "num_samples": 2, "seed": 11,
+        "samples": [sample, sample], "generator": "generator.0", "scores": {"exact": [1.0, 0.0], "short": [0.25, -0.5]},
+        "ref_logprobs": column, "advantages": column, "returns": column, "values": column, "metrics": {"kl": 0.5},
+        "groups": [1], "version": 5, "transport": "shm", "manifest": b"{}", "canary": None, "size_bytes": 9,
+        "is_final": True,
+    }  # fmt: skip
+    return kind(**{name: values[name] for name in kind.__struct_fields__} | changed)
+
+
+def test_every_kind_of_message_is_tested_here_and_known_to_the_wire():
+    defined = {each for each in vars(messages).values() if isinstance(each, type) and issubclass(each, Message)}
+    assert defined - {Message} == set(KINDS) == set(AnyMessage.__args__)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@hypothesis.settings(max_examples=40, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+@hypothesis.given(data=st.data())
+def test_a_message_comes_back_from_the_wire_as_it_was(kind: type[Message], data: st.DataObject):
+    message = data.draw(of_kind(kind))
+    back = decode(encode(message))
+    assert type(back) is kind
+    assert back == message
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(values=st.lists(float32, max_size=16))
+def test_floats_keep_every_bit_nan_included(values: list[float]):
+    back = Buffer.floats(values)
+    assert back.numpy().tobytes() == np.asarray(values, dtype=np.float32).tobytes()
+    assert len(back) == len(values)
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(values=st.lists(int32, max_size=16))
+def test_ints_come_back_as_they_were(values: list[int]):
+    assert Buffer.ints(values).tolist() == values
+    assert len(Buffer.ints(values)) == len(values)
+
+
+def test_a_buffer_packs_a_strided_or_wider_array():
+    assert Buffer.ints(np.arange(6, dtype=np.int64)[::2]).tolist() == [0, 2, 4]
+    assert Buffer.floats(np.asarray([[1.0, 2.0]], dtype=np.float64)[0]).tolist() == [1.0, 2.0]
+
+
+def test_a_buffer_is_read_only():
+    array = Buffer.floats([1.0]).numpy()
+    with pytest.raises(ValueError, match="read-only"):
+        array[0] = 2.0
+
+
+def test_buffers_travel_as_raw_bytes():
+    tokens = 1024
+    sample = Sample(
+        token_ids=Buffer.ints(range(tokens)),
+        logprobs=Buffer.floats([-0.5] * tokens),
+        versions=[VersionSpan(1, 0, tokens)],
+        finish="stop",
+        text="",
+    )
+    wire = encode(one(Rollouts, samples=[sample]))
+    assert len(wire) < 2 * 4 * tokens + 300
+
+
+@pytest.mark.parametrize("smaller", CHAIN)
+@pytest.mark.parametrize("larger", CHAIN)
+def test_extend_grows_and_never_shrinks(smaller: type[Prompt], larger: type[Prompt]):
+    message = one(smaller)
+    missing = set(larger.__struct_fields__) - set(smaller.__struct_fields__)
+    grown = extend(larger, message, **{name: getattr(one(larger), name) for name in missing})
+    assert type(grown) is (larger if issubclass(larger, smaller) else smaller)
+    for name in smaller.__struct_fields__:
+        assert getattr(grown, name) is getattr(message, name), f"{name} is shared, not copied"
+
+
+def test_extend_replaces_a_field_and_leaves_the_message_alone():
+    scored = one(Scored)
+    again = extend(Scored, scored, scores={**scored.scores, "more": [1.0, 1.0]})
+    assert again.rewards == [2.25, 0.5]
+    assert scored.rewards == [1.25, -0.5]
+
+
+def test_a_second_reward_keeps_a_referenced_message_referenced():
+    assert type(extend(Scored, one(Referenced), scores={"again": [0.0, 0.0]})) is Referenced
+
+
+def test_extend_refuses_fields_that_the_kind_lacks_or_needs():
+    with pytest.raises(TypeError, match="scores"):
+        extend(Scored, one(Rollouts))
+    with pytest.raises(TypeError, match="colour"):
+        extend(Rollouts, one(Rollouts), colour="red")
+
+
+def test_the_reward_is_the_sum_of_all_scores_for_each_sample():
+    assert one(Scored).rewards == [1.25, -0.5]
+
+
+def test_scores_of_unequal_length_have_no_reward():
+    with pytest.raises(ValueError, match="shorter"):
+        _ = one(Scored, scores={"a": [1.0, 2.0], "b": [1.0]}).rewards
+
+
+def test_the_oldest_version_of_a_group_is_that_of_its_oldest_token():
+    fresh = msgspec.structs.replace(one(Rollouts).samples[0], versions=[VersionSpan(9, 0, 2)])
+    old = msgspec.structs.replace(fresh, versions=[VersionSpan(8, 0, 1), VersionSpan(6, 1, 2)])
+    assert one(Rollouts, samples=[fresh, old]).oldest_version == 6
+
+
+def test_a_message_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        one(Prompt).group_id = 4
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [
+        b"",
+        b"\xc1",
+        b"not a message",
+        msgspec.msgpack.encode(3),
+        msgspec.msgpack.encode({}),
+        msgspec.msgpack.encode({"type": "Nothing"}),
+        msgspec.msgpack.encode({"type": "Prompt", "group_id": 1}),
+        msgspec.msgpack.encode({"type": "Credit", "groups": ["x"]}),
+        encode(one(Samples))[:-1],
+        encode(one(Samples)) + b"\x00",
+    ],
+    ids=lambda wire: wire[:12].hex() or "nothing",
+)
+def test_bytes_that_are_no_message_are_refused(wire: bytes):
+    with pytest.raises(msgspec.DecodeError):
+        decode(wire)
+
+
+@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.given(place=st.integers(0, 400), value=st.integers(0, 255))
+def test_a_damaged_message_is_refused_or_still_a_message(place: int, value: int):
+    damaged = bytearray(encode(one(Scored)))
+    damaged[place % len(damaged)] = value
+    try:
+        found = decode(bytes(damaged))
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return
+    assert isinstance(found, Message)
+
+
+def test_a_newer_sender_may_add_fields():
+    tree = msgspec.msgpack.decode(encode(one(Credit)))
+    assert decode(msgspec.msgpack.encode({**tree, "since_2_0": 1})) == one(Credit)
+
+
+def test_nan_scores_reach_the_far_side():
+    back = decode(encode(one(Scored, scores={"exact": [math.nan, 1.0]})))
+    assert isinstance(back, Scored)
+    assert math.isnan(back.rewards[0])
