@@ -12,7 +12,7 @@ Stages build and read messages; only the runtime calls `encode` and `decode`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, TypeVar, cast, dataclass_transform
 
 import msgspec
 
@@ -47,14 +47,14 @@ class Buffer(msgspec.Struct, frozen=True, array_like=True):
     data: bytes
 
     @classmethod
-    def ints(cls, values: Sequence[int] | IntArray) -> Buffer:
+    def ints(cls, values: Sequence[int] | NDArray[Any]) -> Buffer:
         """Pack token ids; `Buffer.ints([1, 2]).tolist() == [1, 2]`."""
         import numpy as np
 
         return cls("int32", np.ascontiguousarray(values, dtype="<i4").tobytes())
 
     @classmethod
-    def floats(cls, values: Sequence[float] | FloatArray) -> Buffer:
+    def floats(cls, values: Sequence[float] | NDArray[Any]) -> Buffer:
         """Pack log-probs or values as float32."""
         import numpy as np
 
@@ -205,4 +205,4 @@ def extend(kind: type[M], message: Message, **fields: Any) -> M:
     """
     base = type(message) if issubclass(type(message), kind) else kind
     known = {name: getattr(message, name) for name in message.__struct_fields__}
-    return base(**{**known, **fields})
+    return cast("M", base(**{**known, **fields}))

@@ -6,7 +6,7 @@ A prompt group is admitted against a credit; at `max_staleness` m there are (m +
 sample is ever more than m policy versions old when it is learned (0 is synchronous training).
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from flowrl.config import Meta, Select
 from flowrl.data.prompts import PromptData
@@ -26,7 +26,7 @@ from flowrl.stages.reward import Reward
 class Settings(RunSettings):
     model: str = "SmolLM2-135M-Instruct"  # Hugging Face id or local directory
     critic_model: str = ""  # a reward model or base model to start the critic from; "": the policy's
-    steps: Annotated[int, Meta(ge=1)] = 30  # policy versions to publish
+    steps: Annotated[int, Meta(ge=1)] = 20  # policy versions to publish
     groups_per_step: Annotated[int, Meta(ge=1)] = 16  # prompt groups learned per policy version
     max_staleness: Annotated[int, Meta(ge=0)] = 1  # policy versions between sampling and learning
     algorithm: Select = Select(use="flowrl.algorithms.ppo:PPO")
@@ -45,7 +45,8 @@ def build(s: Settings) -> Graph:
     in_flight = s.evaluation.in_flight
     credits = most_credits(s.max_staleness, s.groups_per_step, window=1)
     group = s.generator.group_size
-    common = dict(algorithm=s.algorithm, groups_per_step=s.groups_per_step, group_size=group, steps=s.steps)
+    common: dict[str, Any] = dict(algorithm=s.algorithm, groups_per_step=s.groups_per_step, group_size=group,
+                                  steps=s.steps)  # fmt: skip
     prompts = Prompts(s.prompts, model=s.model, data=s.data, group_size=group, seed=s.seed)
     generator = Generator(s.generator, model=s.model, sampling=s.sampling, heldout_sampling=s.sampling)
     reward = Reward(s.reward)

@@ -8,6 +8,7 @@ what the engine divides once (law 7). Credit stages call `credit`, training engi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from flowrl.config import Config
@@ -43,7 +44,8 @@ class LossBatch(NamedTuple):
     entropy_BT: Tensor | None = None
 
 
-class Loss(NamedTuple):
+@dataclass(frozen=True)
+class Loss:
     """A sum and what to divide it by, both over this micro-batch; metrics likewise as (sum, count)."""
 
     total: Tensor

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from flowrl.data.sources import Bad
 
 REASONING_GYM = "reasoning-gym"
-GENERATED = 1024  # training prompts made by reasoning-gym when num_train is 0
+GENERATED = 192  # training prompts made by reasoning-gym when num_train is 0: as many as the default tasks have, less 64
 
 # Tasks that SmolLM2-135M-Instruct answers right 12 to 14 % of the time at temperature 1: between never and always,
 # so that the samples of a group differ and there is something to learn within a few dozen steps.
@@ -46,7 +46,7 @@ class PromptData(Config):
     """Where prompts come from and how they are rendered."""
 
     source: str = REASONING_GYM  # or a .jsonl or .parquet file, a directory of them, a Hugging Face data set id
-    num_train: Annotated[int, Meta(ge=0)] = 0  # training prompts; 0: all there are (reasoning-gym makes 1024)
+    num_train: Annotated[int, Meta(ge=0)] = 0  # training prompts; 0: all there are (reasoning-gym makes 192)
     num_heldout: Annotated[int, Meta(ge=0)] = 64  # prompts kept for evaluation
     seed: int = 0  # of the tasks, the split and the order
     max_prompt_tokens: Annotated[int, Meta(ge=1)] = 256  # a longer rendered prompt is a bad row

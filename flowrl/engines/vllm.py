@@ -181,16 +181,16 @@ class VllmEngine:
 
         last: RequestOutput | None = None
         try:
-            async for last in self._engine.generate(prompt, parameters, request_id):
-                pass
+            async for output in self._engine.generate(prompt, parameters, request_id):
+                last = output
         except (EngineDeadError, EngineGenerateError, RuntimeError, ValueError) as error:
             self._check_serving()
             raise StageError(self.where, f"request {request_id} failed ({type(error).__name__}: {error})") from error
-        assert last is not None and last.outputs[0].finish_reason is not None
+        assert last is not None, "vLLM ends a request with an output"
         return last.outputs[0]
 
     def _read(self, output: CompletionOutput) -> Sample:
-        assert output.logprobs is not None and output.weight_versions is not None and output.finish_reason is not None
+        assert output.weight_versions is not None, "vLLM gives the versions of a finished request"
         flat: Any = output.logprobs
         # With logprobs=0 a position holds the sampled token first.
         logprobs = [flat.logprobs[start] for start in flat.start_indices]
@@ -199,7 +199,7 @@ class VllmEngine:
             token_ids=Buffer.ints(token_ids),
             logprobs=Buffer.floats(logprobs),
             versions=[VersionSpan(int(span.version), span.start, span.end) for span in output.weight_versions],
-            finish=output.finish_reason,
+            finish=str(output.finish_reason),
             text=self._decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
         )
 

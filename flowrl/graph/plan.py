@@ -7,11 +7,11 @@ from typing import Any
 import msgspec
 
 from flowrl.errors import GraphError
-from flowrl.graph.edges import Credits, Edge, Latest, Queue
+from flowrl.graph.edges import Credits, Latest, Queue
 from flowrl.graph.graph import Graph
 from flowrl.graph.stage import Specification, from_specification, specification
 
-EDGE_KINDS: dict[str, type[Edge]] = {"queue": Queue, "latest": Latest, "credits": Credits}
+EDGE_KINDS: dict[str, type[Any]] = {"queue": Queue, "latest": Latest, "credits": Credits}
 
 
 class EdgePlan(msgspec.Struct, frozen=True, kw_only=True):

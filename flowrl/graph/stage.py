@@ -12,7 +12,7 @@ import inspect
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, Self, TypeVar, get_type_hints
 
 import msgspec
 
@@ -103,7 +103,7 @@ class Stage:
     optional: ClassVar[frozenset[str]] = frozenset()  # ports that may stay unconnected
     _arguments: dict[str, Any]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Stage:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         stage = super().__new__(cls)
         bound = inspect.signature(cls.__init__).bind(stage, *args, **kwargs)
         bound.apply_defaults()
@@ -111,6 +111,11 @@ class Stage:
         for name, (direction, message) in port_types(cls).items():
             setattr(stage, name, direction(stage, name, message, is_optional=name in cls.optional))
         return stage
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Return what the stage was constructed with, by name."""
+        return self._arguments
 
     @property
     def ports(self) -> dict[str, Port]:
@@ -155,7 +160,7 @@ def specification(stage: Stage) -> Specification:
     kind = type(stage)
     return Specification(
         stage=f"{kind.__module__}:{kind.__qualname__}",
-        arguments={name: msgspec.to_builtins(value) for name, value in stage._arguments.items()},
+        arguments={name: msgspec.to_builtins(value) for name, value in stage.arguments.items()},
     )
 
 

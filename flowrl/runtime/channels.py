@@ -85,7 +85,7 @@ class Want:
 
     consumer: str
     limit: int
-    items: list[Item] = field(default_factory=list)
+    items: list[Item] = field(default_factory=list[Item])
 
 
 class QueueChannel:

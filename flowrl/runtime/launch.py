@@ -12,7 +12,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -180,7 +180,7 @@ async def _start(
 
 
 @contextlib.contextmanager
-def _interrupts(stopping: asyncio.Event, say: Say) -> Iterator[None]:
+def _interrupts(stopping: asyncio.Event, say: Say) -> Generator[None]:
     """Let the first Ctrl-C ask for a controlled stop and the second cancel the run."""
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()

@@ -38,7 +38,7 @@ def num_cores() -> int:
 
 def num_gpus() -> int:
     """Return the GPUs that NVML reports; 0 where there is no driver."""
-    import pynvml
+    import pynvml  # pyright: ignore[reportMissingTypeStubs]
 
     try:
         pynvml.nvmlInit()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
-import ray
+import ray as _ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -36,10 +36,11 @@ from flowrl.telemetry.causes import CauseClock
 from flowrl.telemetry.events import Event, Recorder, decode_events, encode_events
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
     from flowrl.graph.graph import Graph
 
+ray: Any = _ray  # its own types are partial
 Handle = Any  # a Ray actor handle; Ray gives it no usable type
 FLUSH_S = 0.5  # a replica's events travel to the hub in batches this far apart
 
@@ -94,7 +95,7 @@ class HubActor:
         try:
             return await getattr(self._flow, method)(*arguments)
         except ChannelClosed as closed:
-            return {"closed": closed.where, "what": closed.what}
+            return {"closed": closed.where, "what": closed.what}  # raised, it would arrive wrapped in Ray's own error
 
     async def kinds(self, addresses: list[str]) -> dict[str, str]:
         """Return the kind of edge at each address."""
@@ -147,9 +148,9 @@ class HubClient:
         except asyncio.CancelledError:
             ray.cancel(reference)
             raise
-        if isinstance(answer, dict) and "closed" in answer:
-            closed = cast("dict[str, str]", answer)
-            raise ChannelClosed(closed["closed"], closed["what"])
+        closed = _closed(answer)
+        if closed is not None:
+            raise closed
         return answer
 
     async def put(self, address: str, sender: str, key: int, body: bytes) -> None:
@@ -178,6 +179,14 @@ class HubClient:
 
     async def give_back(self, address: str, body: bytes) -> None:
         await self._call("give_back", address, body)
+
+
+def _closed(answer: Any) -> ChannelClosed | None:
+    """Return the error that a hub's answer stands for, if it does."""
+    if not isinstance(answer, dict):
+        return None
+    said = cast("dict[str, str]", answer)
+    return ChannelClosed(said["closed"], said["what"])
 
 
 class ReplicaActor:
@@ -258,7 +267,7 @@ def _redirect_output(run_dir: Path, name: str) -> None:
 
 
 @contextlib.contextmanager
-def running_ray(graph: Graph, address: str | None) -> Iterator[None]:
+def running_ray(graph: Graph, address: str | None) -> Generator[None]:
     """Connect to a cluster, or start one on this machine with no dashboard, bound to the loopback interface.
 
     Raises:
@@ -335,7 +344,7 @@ class RayRun:
         own = [p for p in wanted if p.host == p.node and (p.cpus or p.gpus)]
         if own:
             self._group = placement_group([_bundle(p, self._graph) for p in own], strategy="PACK")
-            await self._group.ready()
+            await cast("Any", self._group).ready()
         bundles = {(p.node, p.replica, p.rank): index for index, p in enumerate(own)}
         addresses = [f"{node}.{port}" for node, stage in self._graph.nodes.items() for port in stage.ports]
         kinds = await self._hub.kinds.remote(addresses)

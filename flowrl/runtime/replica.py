@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from flowrl.errors import ChannelClosed, FlowrlError, StageError
 from flowrl.runtime.binding import FlowClient, bind
@@ -123,8 +123,8 @@ def _record_status(context: Context) -> None:
 
 
 def _first(group: BaseExceptionGroup[Any]) -> BaseException:
-    first = group.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+    first: BaseException = group.exceptions[0]
+    return _first(cast("BaseExceptionGroup[Any]", first)) if isinstance(first, BaseExceptionGroup) else first
 
 
 def _ours(error: BaseException, where: str) -> BaseException:

@@ -57,9 +57,7 @@ def on_runtime(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Body
         await body(f, close)
 
     async def on_ray(body: Body) -> None:
-        import ray
-
-        from flowrl.runtime.ray import HubActor, HubClient
+        from flowrl.runtime.ray import HubActor, HubClient, ray
 
         actor: Any = ray.remote(num_cpus=0, max_concurrency=1000)(HubActor)
         hub = actor.remote(msgspec.json.encode(plan_of(flow(SETTINGS))), str(tmp_path), 0)

@@ -32,14 +32,15 @@ from flowrl.messages import (
     extend,
 )
 
+letters = st.text("a0 é中😀\0", max_size=8)  # one of each width in UTF-8; all of Unicode costs seconds to prepare
 int32 = st.integers(-(2**31), 2**31 - 1)
 float32 = st.floats(width=32)  # nan and infinities too: a broken log-prob must arrive as it is
 int_buffers = st.lists(int32, max_size=8).map(Buffer.ints)
 float_buffers = st.lists(float32, max_size=8).map(Buffer.floats)
 counts = st.integers(0, 2**40)
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False) | letters,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(letters, inner, max_size=3),
     max_leaves=6,
 )
 spans = st.builds(VersionSpan, version=counts, start=counts, end=counts)
@@ -49,23 +50,23 @@ samples = st.builds(
     logprobs=float_buffers,
     versions=st.lists(spans, min_size=1, max_size=3),
     finish=st.sampled_from(["stop", "length", "abort"]),
-    text=st.text(max_size=12),
+    text=letters,
 )
-scores = st.dictionaries(st.text(max_size=6), st.lists(st.floats(allow_nan=False), max_size=3), max_size=3)
+scores = st.dictionaries(letters, st.lists(st.floats(allow_nan=False), max_size=3), max_size=3)
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "group_id": counts,
     "token_ids": int_buffers,
-    "columns": st.dictionaries(st.text(max_size=6), plain, max_size=3),
+    "columns": st.dictionaries(letters, plain, max_size=3),
     "num_samples": counts,
     "seed": counts,
     "samples": st.lists(samples, min_size=1, max_size=3),
-    "generator": st.text(max_size=8),
+    "generator": letters,
     "scores": scores,
     "ref_logprobs": st.lists(float_buffers, max_size=3),
     "advantages": st.lists(float_buffers, max_size=3),
     "returns": st.none() | st.lists(float_buffers, max_size=3),
     "values": st.none() | st.lists(float_buffers, max_size=3),
-    "metrics": st.dictionaries(st.text(max_size=6), st.floats(allow_nan=False), max_size=3),
+    "metrics": st.dictionaries(letters, st.floats(allow_nan=False), max_size=3),
     "groups": st.lists(counts, max_size=4),
     "version": counts,
     "transport": st.sampled_from(["shm", "broadcast"]),
@@ -108,7 +109,7 @@ def test_every_kind_of_message_is_tested_here_and_known_to_the_wire():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@hypothesis.settings(max_examples=40, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+@hypothesis.settings(max_examples=20, deadline=None)
 @hypothesis.given(data=st.data())
 def test_a_message_comes_back_from_the_wire_as_it_was(kind: type[Message], data: st.DataObject):
     message = data.draw(of_kind(kind))
@@ -117,7 +118,7 @@ def test_a_message_comes_back_from_the_wire_as_it_was(kind: type[Message], data:
     assert back == message
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(values=st.lists(float32, max_size=16))
 def test_floats_keep_every_bit_nan_included(values: list[float]):
     back = Buffer.floats(values)
@@ -125,16 +126,16 @@ def test_floats_keep_every_bit_nan_included(values: list[float]):
     assert len(back) == len(values)
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(values=st.lists(int32, max_size=16))
 def test_ints_come_back_as_they_were(values: list[int]):
     assert Buffer.ints(values).tolist() == values
     assert len(Buffer.ints(values)) == len(values)
 
 
-def test_a_buffer_packs_a_strided_or_wider_array():
-    assert Buffer.ints(np.arange(6, dtype=np.int64)[::2]).tolist() == [0, 2, 4]
-    assert Buffer.floats(np.asarray([[1.0, 2.0]], dtype=np.float64)[0]).tolist() == [1.0, 2.0]
+def test_a_buffer_packs_a_strided_array():
+    assert Buffer.ints(np.arange(6, dtype=np.int32)[::2]).tolist() == [0, 2, 4]
+    assert Buffer.floats(np.asarray([[1.0, 9.0], [2.0, 9.0]], dtype=np.float32)[:, 0]).tolist() == [1.0, 2.0]
 
 
 def test_a_buffer_is_read_only():
@@ -226,7 +227,7 @@ def test_bytes_that_are_no_message_are_refused(wire: bytes):
         decode(wire)
 
 
-@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.settings(max_examples=100, deadline=None)
 @hypothesis.given(place=st.integers(0, 400), value=st.integers(0, 255))
 def test_a_damaged_message_is_refused_or_still_a_message(place: int, value: int):
     damaged = bytearray(encode(one(Scored)))

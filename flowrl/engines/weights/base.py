@@ -8,7 +8,7 @@ yielded under two names (tied embeddings) travels once, under the first. Called 
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 import torch
@@ -124,9 +124,15 @@ def decode_manifest(wire: bytes | str) -> AnyManifest:
     return msgspec.json.decode(wire, type=AnyManifest)
 
 
+def memory(raw: torch.Tensor) -> memoryview:
+    """Return the bytes of a host buffer, shared with it."""
+    array: Any = raw.numpy()
+    return memoryview(array)
+
+
 def digest(raw: torch.Tensor) -> str:
     """Return the blake3 digest of a host buffer, hex."""
-    return blake3(raw.numpy()).hexdigest()
+    return blake3(memory(raw)).hexdigest()
 
 
 def pack(

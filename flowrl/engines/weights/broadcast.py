@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from flowrl.engines.weights.base import AnyManifest, BroadcastManifest, encode_manifest, pack, verify
 from flowrl.engines.weights.group import BroadcastGroup
@@ -65,7 +66,7 @@ class BroadcastSender:
         self._host = host
         self._bucket_bytes = bucket_bytes
         self._held: dict[int, list[torch.Tensor]] = {}
-        self._store: dist.TCPStore | None = None
+        self._store: TCPStore | None = None
         self._server: PullServer | None = None
         self._group: BroadcastGroup | None = None
         self._plan = Plan(group=0, members=[])
@@ -93,7 +94,7 @@ class BroadcastSender:
         )
         return encode_manifest(manifest), manifest.size_bytes
 
-    def _listen(self) -> tuple[dist.TCPStore, PullServer]:
+    def _listen(self) -> tuple[TCPStore, PullServer]:
         if self._store is not None and self._server is not None:
             return self._store, self._server
         try:
@@ -107,7 +108,7 @@ class BroadcastSender:
                 self._where, f"cannot listen on {self._host} ({error})", "give an address of this machine"
             ) from error
         port = listening.getsockname()[1]
-        self._store = dist.TCPStore(
+        self._store = TCPStore(
             self._host,
             port,
             is_master=True,
@@ -133,7 +134,7 @@ class BroadcastSender:
         if members != self._plan.members or self._group is None:
             self._drop_group()
             self._plan = Plan(group=self._plan.group + 1, members=members)
-        store.set(f"{version}/plan", msgspec.json.encode(self._plan))
+        store.set(f"{version}/plan", msgspec.json.encode(self._plan).decode())
         if not members:
             raise TransferError(
                 self._where,
@@ -150,7 +151,7 @@ class BroadcastSender:
             self._drop_group()
         self._transferring = None
 
-    def _gather(self, store: dist.TCPStore, version: int) -> list[Member]:
+    def _gather(self, store: TCPStore, version: int) -> list[Member]:
         """Wait for the announcements; return those of complete replicas, in rank order."""
         newest: dict[tuple[int, int], Member] = {}
         deadline_s = time.monotonic() + self._timeout_s / 2
@@ -169,7 +170,7 @@ class BroadcastSender:
         whole = _complete(newest)
         return [newest[key] for key in sorted(newest) if key[0] in whole]
 
-    def _form(self, store: dist.TCPStore) -> BroadcastGroup:
+    def _form(self, store: TCPStore) -> BroadcastGroup:
         return BroadcastGroup(
             store,
             f"group/{self._plan.group}",
@@ -215,7 +216,7 @@ class BroadcastFetcher:
         self._device = torch.device(device)
         self._timeout_s = timeout_s
         self._sender: tuple[str, int, str] | None = None
-        self._store: dist.TCPStore | None = None
+        self._store: TCPStore | None = None
         self._group: BroadcastGroup | None = None
         self._number = 0
         self._buffers: list[torch.Tensor] = []
@@ -263,7 +264,7 @@ class BroadcastFetcher:
             return False
         return True
 
-    def _join(self, manifest: BroadcastManifest) -> dist.TCPStore:
+    def _join(self, manifest: BroadcastManifest) -> TCPStore:
         sender = (manifest.host, manifest.port, manifest.token)
         if self._store is None or sender != self._sender:  # a restarted learner has another store
             self._leave()
@@ -291,12 +292,10 @@ def _complete(members: dict[tuple[int, int], Member]) -> set[int]:
     return {member.replica for member in members.values() if ranks[member.replica] == member.size}
 
 
-def _connect(host: str, port: int, timeout_s: float) -> dist.TCPStore:
-    return dist.TCPStore(
-        host, port, is_master=False, timeout=datetime.timedelta(seconds=timeout_s), wait_for_workers=False
-    )
+def _connect(host: str, port: int, timeout_s: float) -> TCPStore:
+    return TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=timeout_s), wait_for_workers=False)
 
 
-def _announce(store: dist.TCPStore, version: int, member: Member) -> None:
+def _announce(store: TCPStore, version: int, member: Member) -> None:
     slot = store.add(f"{version}/slots", 1)
-    store.set(f"{version}/{slot}", msgspec.json.encode(member))
+    store.set(f"{version}/{slot}", msgspec.json.encode(member).decode())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,12 +27,12 @@ class BroadcastGroup:
     """Rank `rank` of `size` processes that meet under `prefix` in a store; rank 0 is the source."""
 
     def __init__(
-        self, store: dist.Store, prefix: str, *, rank: int, size: int, device: torch.device, host: str, timeout_s: float
+        self, store: Store, prefix: str, *, rank: int, size: int, device: torch.device, host: str, timeout_s: float
     ) -> None:
         self._rank = rank
         self._device = device
         self._timeout = datetime.timedelta(seconds=timeout_s)
-        inner = dist.PrefixStore(prefix, store)
+        inner = PrefixStore(prefix, store)
         make = _nccl if device.type == "cuda" else _gloo
         self._group: Any = make(inner, rank, size, host, self._timeout)
 
@@ -65,7 +66,7 @@ def local_address(host: str) -> str:
         return probe.getsockname()[0]
 
 
-def _gloo(store: dist.Store, rank: int, size: int, host: str, timeout: datetime.timedelta) -> Any:
+def _gloo(store: Store, rank: int, size: int, host: str, timeout: datetime.timedelta) -> Any:
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
     options._timeout = timeout
@@ -73,7 +74,7 @@ def _gloo(store: dist.Store, rank: int, size: int, host: str, timeout: datetime.
     return gloo(store, rank, size, options)
 
 
-def _nccl(store: dist.Store, rank: int, size: int, host: str, timeout: datetime.timedelta) -> Any:
+def _nccl(store: Store, rank: int, size: int, host: str, timeout: datetime.timedelta) -> Any:
     nccl: Any = dist.ProcessGroupNCCL  # chooses its own interface (NCCL_SOCKET_IFNAME), whatever `host` is
     options = nccl.Options()
     options._timeout = timeout * WATCHDOG_FACTOR

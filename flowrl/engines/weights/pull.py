@@ -16,12 +16,14 @@ import threading
 from typing import TYPE_CHECKING
 
 import msgspec
-import torch
 
+from flowrl.engines.weights.base import memory
 from flowrl.errors import TransferError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    import torch
 
     from flowrl.engines.weights.base import BroadcastManifest
 
@@ -51,7 +53,7 @@ class PullServer:
                     request = msgspec.json.decode(self.rfile.readline(MAX_REQUEST_BYTES), type=Request)
                     if hmac.compare_digest(request.token, token):
                         for raw in held(request.version):
-                            self.request.sendall(raw.numpy())
+                            self.request.sendall(memory(raw))
 
         class Server(socketserver.ThreadingTCPServer):
             daemon_threads = True
@@ -84,7 +86,7 @@ def pull(manifest: BroadcastManifest, buffers: Sequence[torch.Tensor], *, timeou
         with socket.create_connection((manifest.host, manifest.pull_port), timeout=timeout_s) as connection:
             connection.sendall(request)
             for raw in buffers:
-                _receive(connection, memoryview(raw.numpy()))
+                _receive(connection, memory(raw))
     except OSError as error:
         raise TransferError(
             where,

@@ -109,7 +109,7 @@ class FlowrlWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         except RunError as error:
             failure = "proof" if isinstance(error, ProofError) else "transfer"
             outcome = {"kind": failure, "what": error.what, "remedy": error.remedy}
-        except Exception as error:  # noqa: BLE001  (whatever it was, the serving process must hear of it)
+        except Exception as error:  # whatever it was, the serving process must hear of it
             outcome = {"kind": "transfer", "what": f"receiving failed: {error!r}"}
         report = Outcome(version=manifest.version, seconds=time.monotonic() - start_s, **outcome)
         with socket.socket(socket.AF_UNIX) as connection:
@@ -133,7 +133,8 @@ class FlowrlWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         assert self._staged is not None, "a version is prefetched before it is loaded"
         manifest, buffers = self._staged
         assert manifest.version == update_info.version, f"{manifest.version} is staged, not {update_info.version}"
-        self.model.load_weights(_on_device(manifest, buffers, self.device))
+        model: Any = self.model
+        model.load_weights(_on_device(manifest, buffers, self.device))
 
     def finish_weight_update(self) -> None:
         """Repack what CPUs keep packed and put the parameters back in place."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flowrl.engines.weights.base import AnyManifest, Bucket, ShmManifest, encode_manifest, pack, verify
+from flowrl.engines.weights.base import AnyManifest, Bucket, ShmManifest, encode_manifest, memory, pack, verify
 from flowrl.errors import ProofError, ResourceError, TransferError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class ShmSender:
         with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             for bucket, raw in pack(tensors, bucket_bytes=self._bucket_bytes, reuse=True):
                 file.seek(bucket.offset)
-                file.write(raw.numpy())
+                file.write(memory(raw))
                 buckets.append(bucket)
         return buckets
 

@@ -1,0 +1,154 @@
+"""Time weight updates of a running vLLM engine: publish, pause and transfer, median and spread.
+
+`python perf/weights.py [--model DIR] [--transport shm|broadcast] [--updates 9] [--running 16] [--layout thread]`.
+Without --model it makes a randomly initialised Llama of SmolLM2-135M's shape (269 MB in bfloat16, tied). Requests are
+being decoded during every update (on_update=keep); the first update, before anything is served, is not counted. The
+learner and the engine share this process, so "publish" and "transfer" compete with decoding for its cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from flowrl.engines.base import GenerationConfig, Sampling
+from flowrl.engines.vllm import VllmEngine
+from flowrl.engines.weights import open_sender
+from flowrl.messages import Weights
+from perf.machine import machine
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from flowrl.engines.base import UpdateReport
+
+PROMPT_TOKENS = 32
+WARM_UP_TOKENS = 2
+
+
+def make_model(directory: Path) -> Path:
+    """Write a Llama of SmolLM2-135M's shape with random weights, and a byte-level tokenizer of no consequence."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.support.tiny import tiny_tokenizer
+
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+async def measure(model: Path, options: argparse.Namespace) -> tuple[list[float], list[UpdateReport], int]:
+    """Return the seconds of each publish, the report of each update, and the bytes of a version."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    policy: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, local_files_only=True)
+    config = GenerationConfig(
+        model=str(model),
+        dtype="bfloat16",
+        max_running=options.running,
+        layout=options.layout,
+        kv_cache_bytes=256 << 20,
+    )
+    engine = VllmEngine(config, where="perf")
+    sender = open_sender(options.transport, name="perf", num_receivers=1, timeout_s=60.0, device="cpu")
+    publishes: list[float] = []
+    reports: list[UpdateReport] = []
+
+    async def update(version: int) -> int:
+        start_s = time.perf_counter()
+        manifest, size_bytes = await asyncio.to_thread(sender.publish, version, policy.named_parameters())
+        publishes.append(time.perf_counter() - start_s)
+        weights = Weights(
+            version=version, transport=options.transport, manifest=manifest, canary=None, size_bytes=size_bytes
+        )
+        async with asyncio.TaskGroup() as both:
+            both.create_task(asyncio.to_thread(sender.transfer, version))
+            reports.append(await engine.update_weights(weights))
+        sender.retire(version)
+        return size_bytes
+
+    async def decode_for_ever() -> None:
+        while True:
+            await draw(config.max_model_len - PROMPT_TOKENS, options.running)
+
+    async def draw(max_tokens: int, num_samples: int) -> None:
+        await engine.generate(
+            request_id="load",
+            prompt_ids=[7] * PROMPT_TOKENS,
+            num_samples=num_samples,
+            seed=0,
+            sampling=Sampling(max_tokens=max_tokens),
+        )
+
+    try:
+        await engine.open()
+        size_bytes = await update(0)
+        async with asyncio.TaskGroup() as tasks:
+            load = tasks.create_task(decode_for_ever())
+            for version in range(1, 1 + options.updates):
+                await draw(WARM_UP_TOKENS, 1)  # a few steps of decoding between two updates
+                await update(version)
+            load.cancel()
+    finally:
+        await engine.close()
+        sender.close()
+    return publishes[1:], reports[1:], size_bytes
+
+
+def row(name: str, seconds: Sequence[float]) -> str:
+    """Return one line of the table."""
+    return f"{name:10} {statistics.median(seconds):8.3f} {min(seconds):8.3f} {max(seconds):8.3f}"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="local directory in Hugging Face format")
+    parser.add_argument("--transport", choices=["shm", "broadcast"], default="shm")
+    parser.add_argument("--layout", choices=["thread", "processes"], default="thread")
+    parser.add_argument("--updates", type=int, default=9, help="counted updates, at least 7")
+    parser.add_argument("--running", type=int, default=16, help="samples being decoded meanwhile")
+    options = parser.parse_args()
+    if options.updates < 7:
+        parser.error(f"--updates {options.updates} is too few for a spread; give at least 7")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory(prefix="flowrl-perf-") as scratch:
+        model = options.model or make_model(Path(scratch))
+        publishes, reports, size_bytes = asyncio.run(measure(model, options))
+    print(machine())
+    print(
+        f"{size_bytes / 1e6:.0f} MB by {options.transport}, layout {options.layout}, {options.running} samples being "
+        f"decoded, {len(reports)} updates"
+    )
+    print(f"{'seconds':10} {'median':>8} {'least':>8} {'most':>8}")
+    print(row("publish", publishes))
+    print(row("transfer", [report.transfer_s for report in reports]))
+    print(row("pause", [report.pause_s for report in reports]))
+
+
+if __name__ == "__main__":
+    main()
