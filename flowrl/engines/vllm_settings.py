@@ -79,7 +79,7 @@ def engine_arguments(config: GenerationConfig) -> AsyncEngineArgs:
     from flowrl.engines.weights.receiver import BACKEND, WorkerExtension
 
     on_cpu = current_platform.is_cpu()
-    dtype = choose_dtype(config.dtype, torch.device("cpu" if on_cpu else "cuda"))
+    dtype: Any = str(choose_dtype(config.dtype, torch.device("cpu" if on_cpu else "cuda"))).removeprefix("torch.")
     choices: dict[str, Any] = {}
     if on_cpu:
         choices |= {
@@ -95,7 +95,7 @@ def engine_arguments(config: GenerationConfig) -> AsyncEngineArgs:
         choices |= {"distributed_executor_backend": "uni"}
     return AsyncEngineArgs(
         model=config.model,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_running,
         tensor_parallel_size=config.tensor_parallel,

@@ -51,7 +51,7 @@ class Settings(Config):
     model: str = "tiny"
     steps: Annotated[int, Meta(ge=1)] = 30
     keep: bool = True
-    algorithm: Select = Select(use=f"{__name__}:Clip")
+    algorithm: Select = Select(use=f"{__name__}:Clip", options={"epochs": 2})
     learner: Node = Node()
     critic: Node | None = None
     items: list[Item] = msgspec.field(default_factory=lambda: [Item()])
@@ -124,7 +124,7 @@ def test_a_file_sets_by_nesting_or_by_path_and_set_wins(tmp_path: Path):
     file.write_text("steps: 5\nlearner:\n  optimizer: {lr: 0.1}\nlearner.replicas: 2\nalgorithm: {clip_low: 0.3}\n")
     found = resolve(Settings, config=file, overrides=["steps=6"])
     assert (found.steps, found.learner.optimizer.lr, found.learner.replicas) == (6, 0.1, 2)
-    assert found.algorithm.load("algorithm") == Clip(clip_low=0.3)
+    assert found.algorithm.load("algorithm") == Clip(clip_low=0.3, epochs=2)
 
 
 def test_what_to_tree_writes_resolves_to_the_same_settings(tmp_path: Path):
@@ -208,7 +208,7 @@ def test_settings_without_a_default_are_refused():
 
 def test_an_option_is_set_on_the_class_that_is_chosen():
     found = set_to("algorithm.clip_low=0.3").algorithm
-    assert found.load("algorithm") == Clip(clip_low=0.3)
+    assert found.load("algorithm") == Clip(clip_low=0.3, epochs=2)
 
 
 def test_another_class_takes_none_of_the_first_one_s_options(tmp_path: Path):

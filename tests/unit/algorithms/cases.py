@@ -10,6 +10,8 @@ from flowrl.algorithms.base import CreditBatch, LossBatch
 from flowrl.algorithms.functional import whiten
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from flowrl.algorithms.base import Algorithm, Credited
@@ -108,9 +110,8 @@ def dirtied(values_BT: Tensor, mask_BT: Tensor, garbage: float) -> Tensor:
     return torch.where(mask_BT > 0, values_BT.detach(), torch.full_like(values_BT, garbage))
 
 
-def mapped_loss(batch: LossBatch, change: object) -> LossBatch:
+def mapped_loss(batch: LossBatch, change: Callable[[Tensor, float], Tensor]) -> LossBatch:
     """The batch with `change(tensor, filler)` applied to all of its tensors; the mask's filler is 0, others' nan."""
-    assert callable(change)
     return LossBatch(
         logprobs_BT=change(batch.logprobs_BT, NAN).detach().requires_grad_(),
         mask_BT=change(batch.mask_BT, 0.0),
@@ -119,9 +120,8 @@ def mapped_loss(batch: LossBatch, change: object) -> LossBatch:
     )
 
 
-def mapped_credit(batch: CreditBatch, change: object) -> CreditBatch:
+def mapped_credit(batch: CreditBatch, change: Callable[[Tensor, float], Tensor]) -> CreditBatch:
     """The group with `change(tensor, filler)` applied to all of its token tensors."""
-    assert callable(change)
     return CreditBatch(
         rewards_B=batch.rewards_B,
         mask_BT=change(batch.mask_BT, 0.0),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 
-from flowrl.algorithms.base import CreditBatch
 from flowrl.algorithms.cispo import CISPO
 from flowrl.algorithms.dapo import DAPO
 from flowrl.algorithms.dr_grpo import DrGRPO
@@ -19,6 +20,9 @@ from flowrl.algorithms.shaping import Shaping
 from flowrl.errors import ConfigError
 from tests.support import slow_algorithms as slow
 from tests.unit.algorithms.cases import credit_batch, mask_rows, rows_of, same
+
+if TYPE_CHECKING:
+    from flowrl.algorithms.base import CreditBatch
 
 SEEDS = range(3)
 GROUPS = [
@@ -87,6 +91,18 @@ def test_the_figures_are_shaped_reward_and_kl_to_the_reference():
     assert metrics["kl"] == pytest.approx(sum(map(sum, kls)) / 4, abs=1e-6)
     clipped = [min(max(reward, -0.5), 0.5) for reward in batch.rewards_B.tolist()]
     assert metrics["reward.shaped"] == pytest.approx(sum(clipped) / 4, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", [PPO, ReinforcePP, ReinforcePPBaseline, *(kind for kind, _ in GROUPS)])
+def test_scores_are_shaped_before_they_are_credited(kind: type[PolicyGradient]):
+    batch = credit_batch(0)
+    shaping = Shaping(mean=0.5, std=0.8, clip=0.6, max_tokens=7, overlong_buffer=5, overlong_factor=0.3)
+    scores = [min(max((reward - 0.5) / 0.8, -0.6), 0.6) for reward in batch.rewards_B.double().tolist()]
+    lengths = [sum(mask) for mask in mask_rows(batch.mask_BT)]
+    scores = [score + slow.overlong(length, 7, 5, 0.3) for score, length in zip(scores, lengths, strict=True)]
+    by_hand = kind().credit(batch._replace(rewards_B=torch.tensor(scores)))
+    assert torch.allclose(kind(shaping=shaping).credit(batch).advantages_BT, by_hand.advantages_BT, atol=1e-5)
+    assert not torch.allclose(kind().credit(batch).advantages_BT, by_hand.advantages_BT, atol=1e-2)
 
 
 def test_a_penalty_without_a_reference_is_refused():

@@ -9,7 +9,7 @@ import torch
 
 from flowrl.algorithms.base import LossBatch
 from flowrl.algorithms.cispo import CISPO
-from flowrl.algorithms.corrections import Correction
+from flowrl.algorithms.corrections import Correction, correction_weights
 from flowrl.algorithms.dapo import DAPO
 from flowrl.algorithms.dr_grpo import DrGRPO
 from flowrl.algorithms.grpo import GRPO
@@ -21,7 +21,7 @@ from flowrl.algorithms.rloo import RLOO
 from flowrl.algorithms.value import ValueLoss
 from flowrl.errors import ConfigError
 from tests.support import slow_algorithms as slow
-from tests.unit.algorithms.cases import gradient_of, loss_batch, mask_rows, rows_of, same
+from tests.unit.algorithms.cases import NAN, dirtied, gradient_of, loss_batch, mask_rows, rows_of, same
 
 Kind = Literal["none", "truncated", "icepop", "sequence", "decoupled"]
 SEEDS = range(3)
@@ -115,6 +115,25 @@ def test_the_value_loss_and_its_gradient_equal_the_slow_ones(clip: float, seed: 
     assert same(found.total / found.count, total / count)
     expected = slow.gradient(lambda moved: slow.value_loss(moved, old, returns, masks, clip)[0] / count, values)
     assert same(gradient_of(found.total / found.count, batch), expected)
+
+
+def test_garbage_under_the_mask_changes_neither_value_loss_nor_gradient():
+    batch = loss_batch(0)
+    dirty = LossBatch(
+        logprobs_BT=dirtied(batch.logprobs_BT, batch.mask_BT, NAN).requires_grad_(),
+        mask_BT=batch.mask_BT,
+        columns={name: dirtied(column, batch.mask_BT, NAN) for name, column in batch.columns.items()},
+    )
+    loss, dirty_loss = ValueLoss().loss(batch), ValueLoss().loss(dirty)
+    assert torch.equal(loss.total, dirty_loss.total)
+    assert torch.equal(gradient_of(loss.total, batch), gradient_of(dirty_loss.total, dirty))
+    assert all(torch.equal(loss.metrics[name][0], dirty_loss.metrics[name][0]) for name in loss.metrics)
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_no_gradient_flows_through_a_correction(kind: Kind):
+    log_ratio_BT = torch.tensor([[0.1, -0.1]], requires_grad=True)
+    assert not correction_weights(Correction(kind=kind), log_ratio_BT, torch.ones(1, 2)).weights_BT.requires_grad
 
 
 def one_token(*, lp: float, proximal: float, behaviour: float, advantage: float) -> LossBatch:

@@ -31,7 +31,7 @@ def test_the_length_penalty_equals_the_paper_at_every_length():
 
 
 def test_an_overlong_buffer_without_its_maximum_is_refused():
-    with pytest.raises(ValueError, match="overlong_buffer 4 is longer than shaping.max_tokens 0"):
+    with pytest.raises(ValueError, match=r"overlong_buffer 4 is longer than shaping\.max_tokens 0"):
         Shaping(overlong_buffer=4)
 
 
