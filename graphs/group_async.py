@@ -43,7 +43,8 @@ def build(s: Settings) -> Graph:
     in_flight = s.evaluation.in_flight
     credits = most_credits(s.max_staleness, s.groups_per_step, window=1)
     group = s.generator.group_size
-    prompts = Prompts(s.prompts, model=s.model, data=s.data, group_size=group, seed=s.seed)
+    room = s.generator.max_model_len - s.sampling.max_tokens
+    prompts = Prompts(s.prompts, model=s.model, data=s.data, group_size=group, seed=s.seed, room=room)
     generator = Generator(s.generator, model=s.model, sampling=s.sampling, heldout_sampling=s.sampling)
     reward = Reward(s.reward)
     reference = Reference(s.reference, model=s.model, temperature=s.sampling.temperature)

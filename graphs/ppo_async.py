@@ -47,7 +47,8 @@ def build(s: Settings) -> Graph:
     group = s.generator.group_size
     common: dict[str, Any] = dict(algorithm=s.algorithm, groups_per_step=s.groups_per_step, group_size=group,
                                   steps=s.steps)  # fmt: skip
-    prompts = Prompts(s.prompts, model=s.model, data=s.data, group_size=group, seed=s.seed)
+    room = s.generator.max_model_len - s.sampling.max_tokens
+    prompts = Prompts(s.prompts, model=s.model, data=s.data, group_size=group, seed=s.seed, room=room)
     generator = Generator(s.generator, model=s.model, sampling=s.sampling, heldout_sampling=s.sampling)
     reward = Reward(s.reward)
     reference = Reference(s.reference, model=s.model, temperature=s.sampling.temperature)

@@ -69,7 +69,7 @@ async def measure(model: Path, options: argparse.Namespace) -> tuple[list[float]
     config = GenerationConfig(
         model=str(model),
         dtype="bfloat16",
-        max_running=options.running,
+        max_running=options.running + 1,  # room for the requests that space the updates
         layout=options.layout,
         kv_cache_bytes=256 << 20,
     )

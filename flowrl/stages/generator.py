@@ -12,9 +12,9 @@ import asyncio
 from typing import TYPE_CHECKING, Annotated
 
 from flowrl.config import Meta, widen
-from flowrl.data.models import prepare_model
+from flowrl.data.models import inspect_model, prepare_model
 from flowrl.engines.base import GenerationConfig, GenerationEngine, Sampling, Serving, open_engine
-from flowrl.errors import ChannelClosed
+from flowrl.errors import ChannelClosed, ConfigError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
 from flowrl.messages import Prompt, Rollouts, Weights, extend
@@ -49,8 +49,11 @@ class Generator(Stage):
         self.heldout_sampling = heldout_sampling
 
     def check(self, say: Say) -> None:
-        """Prepare the model."""
-        prepare_model(self.model, say=say)
+        """Prepare the model; its context must hold `max_model_len` tokens."""
+        card = inspect_model(prepare_model(self.model, say=say))
+        if card.max_context and self.config.max_model_len > card.max_context:
+            what = f"{self.config.max_model_len} tokens, but {self.model} has a context of {card.max_context}"
+            raise ConfigError("generator.max_model_len", what, f"lower it to {card.max_context} or less")
 
     async def run(self, context: Context) -> None:
         """Serve until the prompt edges close."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from flowrl.config import Meta
 from flowrl.data.models import prepare_model
 from flowrl.data.prompts import PromptData, PromptSet, load_prompts, load_tokenizer
+from flowrl.errors import DataError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Credit, Prompt
@@ -31,17 +32,23 @@ class Prompts(Stage):
     credits: In[Credit]
     prompts: Out[Prompt]
 
-    def __init__(self, config: Config, *, model: str, data: PromptData, group_size: int, seed: int) -> None:
+    def __init__(self, config: Config, *, model: str, data: PromptData, group_size: int, seed: int, room: int) -> None:
         self.config: Prompts.Config = config
         self.model = model
         self.data = data
         self.group_size = group_size
         self.seed = seed
+        self.room = room  # tokens a prompt may have, so that a response still fits the generators' max_model_len
 
     def check(self, say: Say) -> None:
-        """Load the model's tokenizer and the data set."""
+        """Load the model's tokenizer and the data set; its longest prompt must fit the generators."""
         prepare_model(self.model, say=say)
-        self.load()
+        rows = self.load()
+        longest = max([*rows.train, *rows.heldout], key=lambda row: len(row.token_ids))
+        if len(longest.token_ids) > self.room:
+            what = f"row {longest.index} has {len(longest.token_ids)} tokens, but generator.max_model_len less "
+            remedy = "raise generator.max_model_len or lower data.max_prompt_tokens with data.on_bad=skip"
+            raise DataError("data", f"{what}sampling.max_tokens leaves room for {self.room}", remedy)
 
     def load(self) -> PromptSet:
         """Return the data set; group k is its row at position k."""

@@ -129,7 +129,7 @@ def test_show_prints_edges_and_a_diagram(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("graph", sorted((ROOT / "graphs").glob("*.py")), ids=lambda path: path.stem)
 def test_every_shipped_graph_checks(graph: Path, tiny: Path, tmp_path: Path) -> None:
-    result = flowrl("check", graph, *tiny_settings(tiny), cwd=tmp_path)
+    result = flowrl("check", graph, *tiny_settings(tiny, graph), cwd=tmp_path)
     assert result.code == 0, result.text
 
 

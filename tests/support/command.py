@@ -34,21 +34,20 @@ def flowrl(
     """Run `flowrl ARGUMENTS` to its end; sends Ctrl-C once for every line that `on_line` says yes to."""
     command = [sys.executable, "-m", "flowrl.cli", *map(str, arguments)]
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(environment or {})}
-    process = subprocess.Popen(
-        command, cwd=cwd, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
     lines: list[str] = []
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            lines.append(line.rstrip("\n"))
-            if on_line is not None and on_line(line):
-                process.send_signal(signal.SIGINT)
-        return Result(code=process.wait(timeout=timeout_s), lines=lines)
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+    with subprocess.Popen(
+        command, cwd=cwd, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                lines.append(line.rstrip("\n"))
+                if on_line is not None and on_line(line):
+                    process.send_signal(signal.SIGINT)
+            return Result(code=process.wait(timeout=timeout_s), lines=lines)
+        finally:
+            if process.poll() is None:
+                process.kill()
 
 
 def descendants_of(marker: str) -> list[str]:
@@ -65,8 +64,8 @@ def descendants_of(marker: str) -> list[str]:
     return found
 
 
-def tiny_settings(model: Path, **more: object) -> Sequence[str]:
-    """Return --set options that make graphs/ppo_async.py a run of seconds on the tiny model."""
+def tiny_settings(model: Path, graph: Path = GRAPH, **more: object) -> Sequence[str]:
+    """Return --set options that make a shipped graph a run of seconds on the tiny model."""
     settings: dict[str, object] = {
         "model": model,
         "steps": 3,
@@ -83,4 +82,10 @@ def tiny_settings(model: Path, **more: object) -> Sequence[str]:
         "generator.kv_cache_bytes": 64 << 20,
         **more,
     }
-    return [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    nodes = graph.read_text()
+    return [
+        part
+        for name, value in settings.items()
+        if f"{name.partition('.')[0]}: " in nodes
+        for part in ("--set", f"{name}={value}")
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import msgspec
@@ -45,7 +46,7 @@ class CountsLikelyTokens(WeightedTokens):
 
     def loss(self, batch: LossBatch) -> Loss:
         loss = super().loss(batch)
-        return loss._replace(count=(batch.logprobs_BT.detach() > -1).sum())
+        return dataclasses.replace(loss, count=(batch.logprobs_BT.detach() > -1).sum())
 
 
 class RaisesTwice(WeightedTokens):
