@@ -56,10 +56,11 @@ class Select(Config):
         """
         chosen = load_class(self.use, where)
         _reject_unknown(self.options, chosen, where)
+        options = _merge(_nested_defaults(chosen), self.options)
         try:
-            return msgspec.convert(self.options, chosen, strict=False)
+            return msgspec.convert(options, chosen, strict=False)
         except (msgspec.ValidationError, ValueError) as error:
-            raise _readable(error, self.options, chosen, where) from error
+            raise _readable(error, options, chosen, where) from error
 
 
 def load_object(path: str, where: str) -> Any:
@@ -132,6 +133,12 @@ def _default_tree(kind: type[Config]) -> dict[str, Any]:
     if required:
         raise ConfigError(kind.__name__, f"no default for {', '.join(required)}", "give every field a default")
     return to_tree(kind())
+
+
+def _nested_defaults(kind: type) -> dict[str, Any]:
+    """Return the defaults of the fields that are structs themselves, so that an option may set a part of one."""
+    fields = msgspec.structs.fields(kind)
+    return {f.name: to_tree(f.default) for f in fields if isinstance(f.default, Config)}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

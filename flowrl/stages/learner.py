@@ -162,6 +162,9 @@ class Learner(Stage):
     async def _train(self, context: Context, engine: TrainingEngine, groups: list[TokenGroup],
                      push: asyncio.Task[None]) -> dict[str, float]:  # fmt: skip
         """Run the step's optimizer steps; the weights change only after the last version has left."""
+        if context.version < self.config.freeze_steps:
+            await asyncio.wait([push])
+            return {}
         if self.config.minibatches * self.config.epochs > 1:
             proximal = await context.compute(engine.score, groups)
             groups = [
@@ -176,8 +179,7 @@ class Learner(Stage):
                 if not push.done():
                     with context.clock.charge(Cause.UPDATE):
                         await asyncio.wait([push])
-                if context.version >= self.config.freeze_steps:
-                    metrics |= await context.compute(engine.apply)
+                metrics |= await context.compute(engine.apply)
         return metrics
 
     async def _publish(self, context: Context, engine: TrainingEngine, learned: list[Samples],

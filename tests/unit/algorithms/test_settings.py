@@ -1,9 +1,11 @@
-"""Settings that make no sense are refused in one sentence; the shipped defaults are the papers'."""
+"""Settings without sense are refused in one sentence; setting a part of a nested one keeps the rest."""
 
 from __future__ import annotations
 
 import pytest
 
+from flowrl.algorithms.grpo import GRPO
+from flowrl.algorithms.policy import KL
 from flowrl.config import Select
 from flowrl.errors import ConfigError
 
@@ -26,3 +28,8 @@ def test_settings_without_sense_are_refused(use: str, options: dict[str, object]
         Select(use=f"flowrl.algorithms.{use}", options=options).load("algorithm")
     assert sentence in str(caught.value)
     assert str(caught.value).startswith("algorithm")
+
+
+def test_setting_the_coefficient_alone_keeps_the_algorithms_own_penalty():
+    chosen = Select(use="flowrl.algorithms.grpo:GRPO", options={"kl": {"coef": 0.1}})
+    assert chosen.load("algorithm") == GRPO(kl=KL(coef=0.1, placement="loss", estimator="k3"))
