@@ -113,7 +113,9 @@ def _read_saved(path: Path, split: str) -> Iterator[RawRow]:
     found = load_from_disk(str(path))
     if not isinstance(found, Dataset):
         if split not in found:
-            raise DataError(f"data {path}", f"no split {split!r} (found {', '.join(map(str, found))})", "set data.split")
+            raise DataError(
+                f"data {path}", f"no split {split!r} (found {', '.join(map(str, found))})", "set data.split"
+            )
         found = found[split]
     yield from _number(str(path), found)
 

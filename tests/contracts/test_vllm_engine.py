@@ -259,6 +259,37 @@ def test_after_an_update_the_logprobs_are_those_of_the_new_weights(served, polic
     assert {span.version for sample in new for span in sample.versions} == {policy.version}
 
 
+def test_a_sample_of_a_version_not_yet_proved_is_held_back(served, policy, loop, monkeypatch):
+    async def scenario():
+        answered, proving, release = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        request, prove = VllmEngine._request, VllmEngine._prove
+
+        async def seen(*arguments: Any) -> Any:
+            output = await request(*arguments)
+            answered.set()
+            return output
+
+        async def delayed(*arguments: Any) -> Any:
+            proving.set()
+            await release.wait()
+            return await prove(*arguments)
+
+        monkeypatch.setattr(VllmEngine, "_request", seen)
+        monkeypatch.setattr(VllmEngine, "_prove", delayed)
+        update = asyncio.ensure_future(served.update_weights(policy.publish(seed=13)))
+        await proving.wait()
+        sample = asyncio.ensure_future(draw(served, PROMPTS[0]))
+        await answered.wait()
+        done, _ = await asyncio.wait({sample}, timeout=0.2)
+        release.set()
+        await update
+        return done, await sample
+
+    done, (sample,) = loop.run(scenario())
+    assert not done
+    assert [span.version for span in sample.versions] == [policy.version]
+
+
 def test_cancelling_generate_aborts_its_requests(served, loop):
     async def scenario():
         task = asyncio.ensure_future(draw(served, PROMPTS[0], num_samples=8, max_tokens=480))

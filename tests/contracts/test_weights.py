@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -127,9 +129,27 @@ def test_shared_memory_is_private_and_leaves_nothing_behind():
     wire, _ = sender.publish(0, some_tensors(0).items())
     directory = Path(json.loads(wire)["path"]).parent
     assert directory.stat().st_mode & 0o777 == 0o700
-    assert [path.name for path in directory.iterdir()] == ["0.weights"]
+    assert sorted(path.name for path in directory.iterdir()) == ["0.weights", "alive"]
     sender.close()
     assert not directory.exists()
+
+
+def test_what_a_killed_sender_left_goes_when_the_next_one_opens(tmp_path):
+    program = (
+        "import os, sys, torch; from pathlib import Path; from flowrl.engines.weights.shm import ShmSender\n"
+        "ShmSender('killed', bucket_bytes=64, root=Path(sys.argv[1])).publish(0, [('a', torch.ones(4))])\n"
+        "os._exit(1)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
+    (left,) = tmp_path.iterdir()
+    living = [ShmSender(name, bucket_bytes=64, root=tmp_path) for name in ("first", "second")]
+    for sender in living:
+        sender.publish(0, some_tensors(0).items())
+    assert not left.exists()
+    assert len(list(tmp_path.iterdir())) == 2
+    for sender in living:
+        sender.close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_changed_byte_in_shared_memory_is_found(opened):

@@ -2,12 +2,14 @@
 
 Invariants: a file appears under its name only when it is complete; a receiver that maps it keeps its bytes even after
 `retire` removed the name; a late or restarted receiver finds the newest version as long as the sender lives. The
-directory is readable by its owner only and goes with `close`.
+directory is readable by its owner only and goes with `close`; that of a sender that was killed goes when the next one
+opens, which knows the dead by a lock that nobody holds any more.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import re
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 SHARED_MEMORY = Path("/dev/shm")
+PREFIX = "flowrl-weights-"
+LOCK = "alive"
 
 
 class ShmSender:
@@ -32,7 +36,8 @@ class ShmSender:
     def __init__(self, name: str, *, bucket_bytes: int, root: Path = SHARED_MEMORY) -> None:
         self._where = name
         # The process id keeps apart two runs that share a name; a second sender of one process gets its own, too.
-        self._directory = root / f"flowrl-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{os.getpid()}-{id(self):x}"
+        self._directory = root / f"{PREFIX}{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{os.getpid()}-{id(self):x}"
+        self._lock = -1
         self._bucket_bytes = bucket_bytes
         self._files: dict[int, Path] = {}
 
@@ -45,7 +50,7 @@ class ShmSender:
         path = self._directory / f"{version}.weights"
         aside = path.with_suffix(".partial")
         try:
-            self._directory.mkdir(mode=0o700, exist_ok=True)
+            self._open()
             buckets = self._write(aside, tensors)
             aside.rename(path)
         except OSError as error:
@@ -54,6 +59,16 @@ class ShmSender:
         self._files[version] = path
         manifest = ShmManifest(version=version, buckets=buckets, path=str(path))
         return encode_manifest(manifest), manifest.size_bytes
+
+    def _open(self) -> None:
+        if self._lock >= 0:
+            return
+        sweep(self._directory.parent)
+        unlisted = self._directory.with_name(f".{self._directory.name}")  # a sweep must not meet it without its lock
+        unlisted.mkdir(mode=0o700)
+        self._lock = os.open(unlisted / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        unlisted.rename(self._directory)
 
     def _write(self, path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> list[Bucket]:
         buckets: list[Bucket] = []
@@ -87,6 +102,26 @@ class ShmSender:
         """Remove the directory."""
         self._files.clear()
         shutil.rmtree(self._directory, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
+
+
+def sweep(root: Path) -> None:
+    """Remove the directories of senders that were killed; receivers keep what they have mapped."""
+    for directory in root.glob(f"{PREFIX}*"):
+        try:
+            lock = os.open(directory / LOCK, os.O_RDWR)
+        except OSError:  # somebody else's, or gone meanwhile
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue  # its sender lives
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
+        finally:
+            os.close(lock)
 
 
 class ShmFetcher:
