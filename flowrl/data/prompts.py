@@ -38,10 +38,10 @@ GENERATED = (
 
 # Tasks that SmolLM2-135M-Instruct answers right 12 to 14 % of the time at temperature 1: between never and always,
 # so that the samples of a group differ and there is something to learn within a few dozen steps.
-DEFAULT_TASKS = [
+DEFAULT_TASKS = (
     Task(name="chain_sum", weight=5, config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}),
     Task(name="products", weight=3, config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}),
-]
+)
 
 
 class PromptData(Config):
