@@ -84,6 +84,10 @@ class Algorithm(Objective):
         """Return whether advantages are whitened over every token of the step before the loss."""
         return False
 
+    def keeps(self, rewards_B: Tensor) -> bool:
+        """Return whether a group with these rewards is worth learning; the others are filtered."""
+        return True
+
     def credit(self, batch: CreditBatch) -> Credited:
         """Return what each token of one group is worth."""
         raise NotImplementedError

@@ -185,7 +185,7 @@ def _num_elements(shape: list[int]) -> int:
 
 def _download(name: str, where: str, say: Say) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
     say(f"looking up {name} on the Hugging Face hub")
     try:

@@ -32,9 +32,8 @@ if TYPE_CHECKING:
     from flowrl.data.sources import Bad
 
 REASONING_GYM = "reasoning-gym"
-GENERATED = (
-    192  # training prompts made by reasoning-gym when num_train is 0: as many as the default tasks have, less 64
-)
+# Training prompts made when num_train is 0: with 64 held out they use up what the default tasks have at these weights.
+GENERATED = 192
 
 # Tasks that SmolLM2-135M-Instruct answers right 12 to 14 % of the time at temperature 1: between never and always,
 # so that the samples of a group differ and there is something to learn within a few dozen steps.

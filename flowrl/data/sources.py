@@ -122,7 +122,7 @@ def _read_saved(path: Path, split: str) -> Iterator[RawRow]:
 
 def _read_hub(source: str, split: str, subset: str) -> Iterator[RawRow]:
     from datasets import load_dataset
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  its client varies by release
+    from huggingface_hub.errors import HTTPError
 
     where = f"data {source}"
     try:

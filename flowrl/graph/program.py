@@ -12,6 +12,7 @@ import msgspec
 from flowrl.config import resolve
 from flowrl.errors import FlowrlError, GraphError
 from flowrl.graph.graph import Graph
+from flowrl.graph.plan import graph_of, plan_of
 from flowrl.graph.settings import RunSettings
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def load_program(path: Path, *, config: Path | None = None, overrides: Sequence[
     if not isinstance(graph, Graph):
         raise GraphError(str(path), f"build returned {type(graph).__name__}, not a Graph", "return Graph(...)")
     graph.check()
+    graph_of(plan_of(graph))  # every process will rebuild its stage from the plan
     return Program(path=path, settings=settings, graph=graph)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, Self, Type
 import msgspec
 
 from flowrl.config import Config, Meta, load_class
+from flowrl.errors import GraphError
 from flowrl.graph.ports import In, Out, Port
 
 if TYPE_CHECKING:
@@ -167,5 +168,9 @@ def specification(stage: Stage) -> Specification:
 def from_specification(spec: Specification, where: str) -> Stage:
     """Rebuild a stage from its specification."""
     kind = load_class(spec.stage, where)
-    hints = get_type_hints(kind.__init__, localns={"Config": kind.Config})
+    try:
+        hints = get_type_hints(kind.__init__, localns={"Config": kind.Config})
+    except NameError as error:
+        remedy = "import it where the class is defined, not under TYPE_CHECKING"
+        raise GraphError(where, f"{spec.stage}: an argument's type is not importable ({error})", remedy) from error
     return kind(**{name: msgspec.convert(value, hints[name]) for name, value in spec.arguments.items()})

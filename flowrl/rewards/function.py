@@ -14,6 +14,7 @@ reward and evaluator stages.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import inspect
 import math
@@ -68,15 +69,15 @@ class RewardFunction:
         arguments = self._arguments(group)
         where = f"{self._where} ({self.path}), group {group.group_id}"
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self._timeout_s) as deadline:
                 if self._is_async:
                     result = await self._function(**arguments)
                 else:
                     result = await _in_thread(self._function, arguments)
-        except TimeoutError as error:
-            remedy = "make it faster or raise timeout_s"
-            raise RewardError(where, f"no result after {self._timeout_s:g} s", remedy) from error
         except Exception as error:
+            if deadline.expired():
+                remedy = "make it faster or raise timeout_s"
+                raise RewardError(where, f"no result after {self._timeout_s:g} s", remedy) from error
             raise RewardError(where, f"raised {type(error).__name__}: {error}", "mend the reward function") from error
         return _checked(result, len(group.samples), where)
 
@@ -137,11 +138,11 @@ async def _in_thread(function: Callable[..., Any], arguments: dict[str, Any]) ->
         result, failure = None, None
         try:
             result = function(**arguments)
-        except StopIteration as error:  # a future refuses it
-            failure = RuntimeError(f"StopIteration: {error}")
+        except (StopIteration, SystemExit) as error:  # a future refuses the one, the other would end the loop
+            failure = RuntimeError(repr(error))
         except Exception as error:
             failure = error
-        if not loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits for the result
             loop.call_soon_threadsafe(settle, result, failure)
 
     threading.Thread(target=body, name="reward", daemon=True).start()

@@ -34,6 +34,13 @@ def load_algorithm(choice: Select, *, group_size: int, has_critic: bool) -> Algo
     return algorithm
 
 
+def keeps_group(algorithm: Algorithm, group: Referenced) -> bool:
+    """Return whether the algorithm wants to learn this group."""
+    import torch
+
+    return algorithm.keeps(torch.tensor(group.rewards, dtype=torch.float32))
+
+
 def credit_group(algorithm: Algorithm, group: Referenced, values: list[FloatArray] | None) -> dict[str, Any]:
     """Return the fields that turn a Referenced group into Samples."""
     import torch

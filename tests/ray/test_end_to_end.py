@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.command import GRAPH, descendants_of, flowrl, tiny_settings
+from tests.support.command import GRAPH, ROOT, descendants_of, flowrl, tiny_settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
@@ -112,3 +112,13 @@ def test_several_replicas_and_ranks_train_together(stage: int, tiny: Path, tmp_p
     result = flowrl("run", GRAPH, "--name", "run", *settings, cwd=tmp_path)
     assert result.code == 0, result.text
     assert "generator.1" in (tmp_path / "runs" / "run" / "timeline.json").read_text()
+
+
+def test_the_critic_less_graph_trains(tiny: Path, tmp_path: Path) -> None:
+    graph = ROOT / "graphs" / "group_async.py"
+    settings = tiny_settings(tiny, graph, steps=2, **{"reward.function": "flowrl.rewards.verify:exact_answer"})
+    result = flowrl(
+        "run", graph, "--name", "run", *settings, "--set", "algorithm=flowrl.algorithms.rloo:RLOO", cwd=tmp_path
+    )
+    assert result.code == 0, result.text
+    assert "2 of 2 steps" in result.text

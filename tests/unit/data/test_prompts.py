@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+
+from flowrl.data.prompts import PromptData, load_prompts
+from flowrl.data.tasks import Task
+from flowrl.errors import ConfigError, DataError, ModelError
+from tests.support.tiny import tiny_tokenizer
+
+
+def numbered(count: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"question {i}", "answer": str(i)} for i in range(count)]
+
+
+def test_train_and_heldout_share_no_text_even_where_rows_repeat(jsonl, tokenizer):
+    prompts = load_prompts(PromptData(source=jsonl(numbered(40) + numbered(40)), num_heldout=8), tokenizer)
+    train, heldout = ({row.text for row in rows} for rows in (prompts.train, prompts.heldout))
+    assert len(prompts.train) == len(train) == 32
+    assert len(prompts.heldout) == len(heldout) == 8
+    assert not train & heldout
+    assert prompts.num_duplicates == 40
+
+
+def test_split_does_not_depend_on_the_order_of_the_rows(jsonl, tokenizer):
+    forward = load_prompts(PromptData(source=jsonl(numbered(30), "a.jsonl"), num_heldout=5), tokenizer)
+    backward = load_prompts(PromptData(source=jsonl(numbered(30)[::-1], "b.jsonl"), num_heldout=5), tokenizer)
+    assert [row.text for row in forward.heldout] == [row.text for row in backward.heldout]
+
+
+def test_another_seed_holds_out_other_rows(jsonl, tokenizer):
+    source = jsonl(numbered(60))
+    texts = [
+        {row.text for row in load_prompts(PromptData(source=source, num_heldout=10, seed=seed), tokenizer).heldout}
+        for seed in (0, 1)
+    ]
+    assert texts[0] != texts[1]
+
+
+def test_every_epoch_has_each_row_once_in_another_order(jsonl, tokenizer):
+    prompts = load_prompts(PromptData(source=jsonl(numbered(20)), num_heldout=0), tokenizer)
+    epochs = [[prompts.row_at(epoch * 20 + place).index for place in range(20)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_row_at_a_position_does_not_depend_on_what_was_read_before(jsonl, tokenizer):
+    data = PromptData(source=jsonl(numbered(17)), num_heldout=2)
+    walked, jumped = load_prompts(data, tokenizer), load_prompts(data, tokenizer)
+    rows = [walked.row_at(position) for position in range(100)]
+    assert [jumped.row_at(position) for position in (99, 3, 50)] == [rows[99], rows[3], rows[50]]
+
+
+def test_columns_are_kept_and_the_prompt_column_is_called_prompt(jsonl, tokenizer):
+    source = jsonl([{"question": f"q{i}", "answer": {"value": i}} for i in range(3)])
+    prompts = load_prompts(PromptData(source=source, prompt_column="question", num_heldout=0), tokenizer)
+    row = next(row for row in prompts.train if row.index == 1)
+    assert row.columns == {"question": "q1", "prompt": "q1", "answer": {"value": 1}}
+
+
+def test_token_ids_are_those_of_the_chat_template(jsonl, tokenizer):
+    messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}]
+    prompts = load_prompts(PromptData(source=jsonl([{"prompt": messages}]), num_heldout=0), tokenizer)
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert prompts.train[0].token_ids == expected
+
+
+def test_string_without_chat_template_goes_to_the_model_as_it_is(jsonl, tokenizer):
+    data = PromptData(source=jsonl([{"prompt": "Once upon"}]), num_heldout=0, chat_template=False)
+    row = load_prompts(data, tokenizer).train[0]
+    assert row.text == "Once upon"
+    assert tokenizer.decode(row.token_ids) == "Once upon"
+
+
+def test_answer_prefix_column_begins_the_policys_turn(jsonl, tokenizer):
+    source = jsonl([{"prompt": "1 + 1?", "answer_prefix": "The answer is"}])
+    text = load_prompts(PromptData(source=source, num_heldout=0), tokenizer).train[0].text
+    assert text.endswith("<|im_start|>assistant\nThe answer is")
+
+
+BAD_ROWS: list[tuple[list[Any], dict[str, Any], list[str]]] = [
+    ([{"prompt": "a"}, "{oops"], {}, [":2", "is not JSON"]),
+    ([{"prompt": "a"}, "[1]"], {}, [":2", "holds a list, not an object"]),
+    ([{"promt": "a", "answer": 1}], {}, [":1", "no column 'prompt'", "columns: promt, answer", "mean 'promt'"]),
+    ([{"prompt": 7}], {}, [":1", "holds a int"]),
+    ([{"prompt": "a"}, {"prompt": "  "}], {}, [":2", "is empty"]),
+    ([{"prompt": "x" * 50}], {"chat_template": False, "max_prompt_tokens": 49}, [":1", "has 50 tokens", "is 49"]),
+    ([{"prompt": [{"role": "user", "content": "a"}]}], {"chat_template": False}, [":1", "is a conversation"]),
+    ([{"prompt": [{"role": "user"}]}], {}, [":1", "message 0", "role and content"]),
+    (
+        [{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}],
+        {},
+        [":1", "message 1, the last, is the assistant's"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("rows", "settings", "said"), BAD_ROWS)
+def test_bad_row_stops_with_its_line_and_what_is_wrong(jsonl, tokenizer, rows, settings, said):
+    with pytest.raises(DataError) as caught:
+        load_prompts(PromptData(source=jsonl(rows), num_heldout=0, **settings), tokenizer)
+    message = str(caught.value)
+    assert [part for part in said if part not in message] == [], message
+    assert "\n" not in message
+
+
+def test_skipping_leaves_the_good_rows_and_says_what_was_wrong(jsonl, tokenizer):
+    source = jsonl([{"prompt": "a"}, "{oops", {"prompt": "x" * 300}, {"prompt": "b"}])
+    prompts = load_prompts(PromptData(source=source, num_heldout=0, on_bad="skip"), tokenizer)
+    assert sorted(row.index for row in prompts.train) == [0, 2]  # a line that is no row has no index
+    assert len(prompts.skipped) == 2
+    assert any(":2" in reason for reason in prompts.skipped)
+    assert any(":3" in reason for reason in prompts.skipped)
+
+
+def test_skipping_every_row_is_an_error_that_shows_the_first(jsonl, tokenizer):
+    with pytest.raises(DataError, match=r"all 2 rows are bad; the first: .*:1: no column"):
+        load_prompts(PromptData(source=jsonl([{"a": 1}, {"a": 2}]), on_bad="skip"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "settings", "said"),
+    [
+        (0, {}, "holds no rows"),
+        (20, {"num_heldout": 20}, "leaves none to train on"),
+        (20, {"num_heldout": 5, "num_train": 16}, "lower num_train to 15"),
+    ],
+)
+def test_too_few_rows_are_refused_with_the_numbers(jsonl, tokenizer, num_rows, settings, said):
+    with pytest.raises(DataError, match=said):
+        load_prompts(PromptData(source=jsonl(numbered(num_rows)), **settings), tokenizer)
+
+
+def test_tokenizer_without_chat_template_is_refused_only_where_one_is_wanted(jsonl):
+    bare = tiny_tokenizer()
+    bare.chat_template = None
+    source = jsonl(numbered(3))
+    with pytest.raises(ModelError, match=r"no chat template.*chat_template=false"):
+        load_prompts(PromptData(source=source, num_heldout=0), bare)
+    assert len(load_prompts(PromptData(source=source, num_heldout=0, chat_template=False), bare).train) == 3
+
+
+def test_system_prompt_needs_the_chat_template():
+    with pytest.raises(ConfigError, match="system_prompt"):
+        PromptData(system_prompt="Be kind.", chat_template=False)
+
+
+def test_system_prompt_is_put_before_prompts_that_have_none(jsonl, tokenizer):
+    own = [{"role": "system", "content": "Mine"}, {"role": "user", "content": "b"}]
+    source = jsonl([{"prompt": "a"}, {"prompt": own}])
+    rows = load_prompts(PromptData(source=source, num_heldout=0, system_prompt="Yours"), tokenizer).train
+    texts = {row.index: row.text for row in rows}
+    assert texts[0].startswith("<|im_start|>system\nYours<|im_end|>\n<|im_start|>user\na")
+    assert "Yours" not in texts[1]
+
+
+@pytest.mark.slow  # the first use imports reasoning-gym
+def test_default_prompts_are_different_jsonable_and_end_as_asked(tokenizer):
+    prompts = load_prompts(PromptData(), tokenizer)
+    assert len(prompts.train) == 192
+    assert len(prompts.heldout) == 64
+    for row in prompts.train + prompts.heldout:
+        assert row.columns["prompt"].endswith("Answer with only the final answer.")
+        assert row.text.endswith("assistant\nThe answer is")
+        assert json.loads(msgspec.json.encode(row.columns)) == row.columns
+
+
+def test_generated_prompts_depend_on_the_seed_alone(tokenizer):
+    def texts(seed: int) -> list[str]:
+        data = PromptData(tasks=[Task(name="gcd")], num_train=20, num_heldout=4, seed=seed)
+        return [row.text for row in load_prompts(data, tokenizer).train]
+
+    assert texts(3) == texts(3)
+    assert not set(texts(3)) & set(texts(4))
+
+
+def test_tasks_share_the_prompts_by_weight(tokenizer):
+    data = PromptData(tasks=[Task(name="gcd", weight=3), Task(name="lcm")], num_train=30, num_heldout=10)
+    prompts = load_prompts(data, tokenizer)
+    names = [row.columns["task"] for row in prompts.train + prompts.heldout]
+    assert (names.count("gcd"), names.count("lcm")) == (30, 10)
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        (Task(name="chainsum"), "no such task; did you mean 'chain_sum'"),
+        (Task(name="gcd", config={"min_value": 0}), "min_value must be positive"),
+        (Task(name="gcd", config={"smallest": 2}), "smallest"),
+        (Task(name="gcd", config={"seed": 2}), "may not set 'seed'"),
+        (Task(name="count_bits", config={"max_n": 8}), "gives 8 different questions in .* 30 wanted"),
+    ],
+)
+def test_task_that_cannot_be_made_is_refused(tokenizer, task, said):
+    with pytest.raises(DataError, match=said):
+        load_prompts(PromptData(tasks=[task], num_train=20, num_heldout=10), tokenizer)

@@ -1,0 +1,79 @@
+"""A group that the algorithm does not keep is filtered: counted, its credit returned, its place skipped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flowrl.config import Select
+from flowrl.engines.base import Sampling
+from flowrl.graph.graph import Credits, Graph, Latest, Queue
+from flowrl.graph.ports import In, Out
+from flowrl.graph.stage import Stage, StageConfig
+from flowrl.messages import Buffer, Referenced, Rollouts, extend
+from flowrl.stages.advantage import Advantage
+from flowrl.stages.generator import Generator
+from flowrl.stages.learner import Learner
+from flowrl.stages.prompts import Prompts
+from tests.support.flows import NumberedPrompts, empty_model, run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from flowrl.graph.stage import Context
+
+STEPS, GROUPS = 3, 2
+DAPO = Select(use="flowrl.algorithms.dapo:DAPO")
+
+
+class Rewarder(Stage):
+    """Every other group has equal rewards, from which a group algorithm learns nothing."""
+
+    class Config(StageConfig):
+        pass
+
+    rollouts: In[Rollouts]
+    referenced: Out[Referenced]
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    async def run(self, context: Context) -> None:
+        async for group in self.rollouts:
+            rewards = [1.0, 1.0] if group.group_id % 2 else [1.0, 0.0]
+            zeros = [Buffer.floats([0.0] * len(sample.token_ids)) for sample in group.samples]
+            await self.referenced.put(extend(Referenced, group, scores={"task": rewards}, ref_logprobs=zeros))
+
+
+def test_groups_without_contrast_are_filtered_and_never_learned(tmp_path: Path) -> None:
+    prompts = NumberedPrompts(Prompts.Config(), group_size=2, seed=0)
+    generator = Generator(
+        Generator.Config(engine="flowrl.engines.fake:FakeGeneration"),
+        model=empty_model(),
+        sampling=Sampling(max_tokens=4),
+        heldout_sampling=Sampling(),
+    )
+    rewarder = Rewarder(Rewarder.Config())
+    advantage = Advantage(Advantage.Config(), algorithm=DAPO, group_size=2)
+    learner = Learner(
+        Learner.Config(engine="flowrl.engines.fake:FakeTraining", save_rollouts=False),
+        model=empty_model(), algorithm=DAPO, steps=STEPS, groups_per_step=GROUPS, group_size=2, max_staleness=1,
+        temperature=1.0, has_critic=False,
+    )  # fmt: skip
+    graph = Graph(
+        nodes={"prompts": prompts, "generator": generator, "rewarder": rewarder, "advantage": advantage,
+               "learner": learner},
+        edges=[
+            Queue(prompts.prompts, generator.prompts, depth=4),
+            Queue(generator.rollouts, rewarder.rollouts, depth=4),
+            Queue(rewarder.referenced, advantage.referenced, depth=4),
+            Queue(advantage.samples, learner.samples, depth=4, window=1, max_staleness=1),
+            Latest(learner.weights, generator.weights),
+            Credits(learner.released, prompts.credits, initial=4, per_version=GROUPS),
+        ],
+        until=learner,
+    )  # fmt: skip
+    totals = run(graph, tmp_path).outcome.totals
+    assert totals["learned"] == STEPS * GROUPS
+    assert totals["filtered"] >= STEPS * GROUPS - 1  # one between each two that were learned
+    learned = [line for line in (tmp_path / "ledger.jsonl").read_text().splitlines() if "learned" in line]
+    assert all(int(line.split('"group": ')[1].split(",")[0]) % 2 == 0 for line in learned)
