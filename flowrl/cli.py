@@ -1,4 +1,4 @@
-"""The command line: `flowrl run | check | show | doctor`.
+"""The command line: `flowrl run | check | show | verify | doctor`.
 
 Bad input is one line on standard error (where, what, what to do) and exit code 2; a failed run is one line and exit
 code 1; a run the user stopped twice is 130. `--debug` adds the traceback. Nothing heavier than msgspec is imported
@@ -61,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--mermaid", action="store_true", help="as a Mermaid flowchart")
     show.set_defaults(command=_show)
 
+    verify = commands.add_parser("verify", help="prove from a run's files that nothing was lost or learned twice")
+    verify.add_argument("run", type=Path, help="the run's directory")
+    verify.add_argument("--debug", action="store_true", help="show tracebacks")
+    verify.set_defaults(command=_verify)
+
     doctor = commands.add_parser("doctor", help="say what this machine has and lacks")
     doctor.add_argument("--debug", action="store_true", help="show tracebacks")
     doctor.set_defaults(command=_doctor)
@@ -112,6 +117,14 @@ def _run(options: argparse.Namespace) -> int:
         address=options.address,
     )
     return launch(request, say=_say)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from flowrl.runtime.verify import describe, verify_run
+
+    verdict = verify_run(options.run)
+    print(describe(verdict, options.run))
+    return 0 if verdict.is_clean else 1
 
 
 def _doctor(options: argparse.Namespace) -> int:

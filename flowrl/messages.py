@@ -5,6 +5,8 @@ the one before it with fields added, so a stage may sit anywhere downstream of t
 
     Prompt -> Rollouts -> Scored -> Referenced -> Samples
 
+An `Example` is what offline training learns from instead: a prompt with given responses.
+
 Invariants: `group_id` is the prompt's place in the run's prompt order and names the group everywhere; the lists in
 `samples`, `scores[...]` and every per-sample list have one entry for each sample of the group, in the same order.
 Stages build and read messages; only the runtime calls `encode` and `decode`.
@@ -145,8 +147,29 @@ class Samples(Referenced):
     metrics: dict[str, float] = {}  # the credit stage's own figures for this group
 
 
+class Example(Message):
+    """A prompt with given responses to learn from offline; the lists have one entry for each response.
+
+    `masks`, `step_labels` and `ref_logprobs` are float32, one value for each response token.
+    """
+
+    group_id: int  # the example's place in the run's order; held-out ones are numbered far beyond it
+    token_ids: Buffer  # int32, the prompt
+    responses: list[Buffer]  # int32; of a preference pair the chosen one first
+    masks: list[Buffer] | None = None  # 1 on the tokens to learn; None: all of them
+    labels: list[float] = []  # preference margin, desirability (above 0), or quality
+    step_labels: list[Buffer] | None = None  # a step's label on its last token, nan elsewhere
+    ref_logprobs: list[Buffer] | None = None  # of the frozen reference, or the teacher
+    num_mismatched: int = 0  # so many responses at the end belong to another prompt (KTO); they have no label
+
+    @property
+    def oldest_version(self) -> int:
+        """Return -1: no policy version of this run sampled the responses."""
+        return -1
+
+
 class Credit(Message):
-    """The right to admit one more group for each entry; `groups` are the learned groups it comes back from."""
+    """Rights to admit a group: given out, each names the group to admit; coming back, the learned groups it is from."""
 
     groups: list[int] = []
 
@@ -176,7 +199,14 @@ class Checkpoint(Message):
     is_final: bool
 
 
-AnyMessage = Prompt | Rollouts | Scored | Referenced | Samples | Credit | Weights | Checkpoint
+class Save(Message):
+    """A checkpoint of `version` is being written: add your own state to it and acknowledge."""
+
+    version: int
+    directory: str  # of the checkpoint, not yet under its final name
+
+
+AnyMessage = Prompt | Rollouts | Scored | Referenced | Samples | Example | Credit | Weights | Checkpoint | Save
 M = TypeVar("M", bound=Message)
 
 _encoder = msgspec.msgpack.Encoder()

@@ -70,7 +70,9 @@ def build(s: Settings) -> Graph:
             Queue(reference.referenced, advantage.referenced, depth=64),
             Queue(advantage.samples, learner.samples, depth=credits, window=1, max_staleness=s.max_staleness),
             Latest(learner.weights, generator.weights),
-            Credits(learner.released, prompts.credits, initial=credits, per_version=s.groups_per_step),
+            Credits(
+                learner.released, prompts.credits, initial=credits, per_version=s.groups_per_step, versions=s.steps
+            ),
             Latest(learner.checkpoints, evaluation.checkpoints),
             Queue(evaluation.prompts, generator.heldout, depth=16),
             Queue(generator.heldout_rollouts, evaluation.rollouts, depth=in_flight, most=in_flight),

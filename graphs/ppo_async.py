@@ -26,7 +26,7 @@ from flowrl.stages.reward import Reward
 class Settings(RunSettings):
     model: str = "SmolLM2-135M-Instruct"  # Hugging Face id or local directory
     critic_model: str = ""  # a reward model or base model to start the critic from; "": the policy's
-    steps: Annotated[int, Meta(ge=1)] = 20  # policy versions to publish
+    steps: Annotated[int, Meta(ge=1)] = 14  # policy versions to publish
     groups_per_step: Annotated[int, Meta(ge=1)] = 16  # prompt groups learned per policy version
     max_staleness: Annotated[int, Meta(ge=0)] = 1  # policy versions between sampling and learning
     algorithm: Select = Select(use="flowrl.algorithms.ppo:PPO")
@@ -73,7 +73,10 @@ def build(s: Settings) -> Graph:
             Queue(reference.referenced, critic.referenced, depth=credits, window=1),
             Queue(critic.samples, learner.samples, depth=credits, window=1, max_staleness=s.max_staleness),
             Latest(learner.weights, generator.weights),
-            Credits(learner.released, prompts.credits, initial=credits, per_version=s.groups_per_step),
+            Credits(
+                learner.released, prompts.credits, initial=credits, per_version=s.groups_per_step, versions=s.steps
+            ),
+            Latest(learner.saves, critic.saves),
             Latest(learner.checkpoints, evaluation.checkpoints),
             Queue(evaluation.prompts, generator.heldout, depth=16),
             Queue(generator.heldout_rollouts, evaluation.rollouts, depth=in_flight, most=in_flight),

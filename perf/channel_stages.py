@@ -38,11 +38,9 @@ class Source(Stage):
         )
         prompt = Prompt(group_id=0, token_ids=Buffer.ints([1] * 64), columns={}, num_samples=1, seed=0)
         group = extend(Rollouts, prompt, samples=[sample] * self.config.group_size, generator="source.0")
-        group_id = 0
-        while True:
-            await self.credits.get()
+        async for credit in self.credits:
+            (group_id,) = credit.groups
             await self.rollouts.put(extend(Rollouts, group, group_id=group_id))
-            group_id += 1
 
 
 class Relay(Stage):

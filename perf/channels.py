@@ -9,7 +9,6 @@ milliseconds per rollout, median and spread over the rounds. See perf/README.md 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import statistics
 import tempfile
 from pathlib import Path
@@ -17,7 +16,8 @@ from pathlib import Path
 import uvloop
 
 from flowrl.graph.graph import Credits, Graph, Queue
-from flowrl.runtime.ray import RayOptions, run_ray, running_ray
+from flowrl.runtime.ray import run_ray, running_ray
+from flowrl.runtime.supervisor import Options
 from flowrl.telemetry.events import Event, Notice
 from perf.channel_stages import Drain, Relay, Source
 from perf.machine import machine
@@ -49,11 +49,9 @@ def main() -> None:
     graph = channel_graph(options)
     events: list[Event] = []
     with tempfile.TemporaryDirectory() as directory, running_ray(graph, None):
-        settings = RayOptions(run_dir=Path(directory), consume=events.extend, stopping=asyncio.Event(), grace_s=2.0)
 
         async def body() -> None:
-            settings.stopping = asyncio.Event()
-            await run_ray(graph, settings)
+            await run_ray(graph, Options(run_dir=Path(directory), consume=events.extend, grace_s=2.0))
 
         uvloop.run(body())
     rates = [float(e.text) for e in events if isinstance(e, Notice) and e.where == "drain.0"]

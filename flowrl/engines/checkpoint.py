@@ -1,24 +1,26 @@
-"""A learner's checkpoints on disk, and how far a run had come at each.
+"""A run's checkpoints on disk: one directory each, whole or not there.
 
-`checkpoints/step-000040/` holds `model/` (Hugging Face format, with tokenizer and model card), `state/` (the engine's
-own, to go on training) and `progress.json`, written last: a directory without it is not a checkpoint. The directory is
-written aside and renamed, so a kill leaves either the whole of it or nothing under its name.
+`checkpoints/step-000040/` holds `model/` (Hugging Face format, with tokenizer and model card), one directory of state
+for each stateful node, `cut.json` (where the flow stood) and `manifest.json`, the size and blake3 digest of every
+other file. Invariants: a directory is written aside, brought to the disk, and renamed last, so a kill leaves either all
+of it or nothing under its name; a checkpoint is used only when every file agrees with the manifest. What is kept: the
+newest few and the best. Written by the learner, read by the runtimes and by `flowrl verify`.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
-
-    from flowrl.engines.base import TrainingEngine
 
 CARD = """---
 library_name: transformers
@@ -29,53 +31,199 @@ tags: [flowrl, reinforcement-learning]
 Policy version {version}, trained with flowrl. Load it with `AutoModelForCausalLM.from_pretrained` or serve it with
 vLLM. The run's settings are in `settings.yaml` and its figures in `metrics.jsonl` of the run directory.
 """
+SPARE = 1.1  # room asked for over the size of the last checkpoint
 
 
-class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a run had come."""
+class FileDigest(msgspec.Struct, frozen=True, array_like=True):
+    """A file as it was written."""
+
+    size: int
+    blake3: str
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a checkpoint consists of."""
 
     version: int  # policy versions published
-    next_group: int  # the first group not yet learned
+    score: float  # what `best` goes by: the mean reward of the steps since the checkpoint before
+    files: dict[str, FileDigest]  # by path within the checkpoint
 
 
 class CheckpointWriter:
-    """Writes checkpoints into one directory and keeps the newest few."""
+    """Writes checkpoints into one directory, keeps the newest `keep` and the best."""
 
     def __init__(self, directory: Path, *, keep: int) -> None:
         self._directory = directory
         self._keep = keep
 
-    def save(self, engine: TrainingEngine, version: int, next_group: int) -> Path:
-        """Write the engine's model and state as `version`; returns the checkpoint's directory."""
-        final = self._directory / f"step-{version:06d}"
+    @property
+    def card(self) -> str:
+        """Return the model card's text with {name} and {version} open."""
+        return CARD
+
+    def begin(self, version: int) -> Path:
+        """Make the directory to write into and return it.
+
+        Raises:
+            ResourceError: the disk has less room than the last checkpoint took.
+        """
+        known = complete_checkpoints(self._directory)
+        needed = int(SPARE * _size(known[-1])) if known else 0
+        self._directory.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._directory).free
+        if free < needed:
+            raise _no_room(self._directory, version, needed, free)
         aside = self._directory / f".step-{version:06d}.partial"
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        name = self._directory.parent.name
-        engine.save_model(aside / "model", card=CARD.format(name=name, version=version))
-        engine.save_state(aside / "state")
-        progress = Progress(version=version, next_group=next_group)
-        (aside / "progress.json").write_bytes(msgspec.json.encode(progress))
-        shutil.rmtree(final, ignore_errors=True)
+        aside.mkdir()
+        return aside
+
+    def commit(self, aside: Path, *, version: int, cut: bytes, score: float) -> Path:
+        """Seal what was written and give it its name; returns that directory.
+
+        Raises:
+            ResourceError: the disk is full; the checkpoints before are as they were.
+        """
+        try:
+            (aside / "cut.json").write_bytes(cut)
+            files = {str(path.relative_to(aside)): _sealed(path) for path in _files(aside)}
+            manifest = Manifest(version=version, score=score, files=files)
+            (aside / "manifest.json").write_bytes(msgspec.json.encode(manifest))
+            _sync(aside / "manifest.json")
+            for folder in [aside, *(path for path in aside.rglob("*") if path.is_dir())]:
+                _sync(folder)
+        except OSError as error:
+            raise self.failure(aside, version, error) from error
+        final = self._directory / f"step-{version:06d}"
+        if final.exists():  # of a history that was rolled back
+            os.replace(final, _unused(final))
         os.replace(aside, final)
-        for old in complete_checkpoints(self._directory)[: -self._keep]:
-            shutil.rmtree(old)
+        _sync(self._directory)
+        self._prune()
         return final
+
+    def failure(self, aside: Path, version: int, error: Exception) -> Exception:
+        """Clear away what was written; returns a ResourceError where the disk was full, else the error itself."""
+        written = _size(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+        free = shutil.disk_usage(self._directory).free
+        is_full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or free <= written
+        return _no_room(self._directory, version, 2 * written, free) if is_full else error
+
+    def _prune(self) -> None:
+        known = complete_checkpoints(self._directory)
+        best = max(known, key=lambda path: (_manifest(path).score, path.name))
+        for old in [*known[: -self._keep], *self._directory.glob("*.replaced-*")]:
+            if old != best:
+                shutil.rmtree(old)
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
-    """Return the complete checkpoints in a directory, oldest first."""
-    return sorted(path.parent for path in directory.glob("step-*/progress.json"))
+    """Return the checkpoints in a directory that have a manifest, oldest first; their files are not looked at."""
+    return sorted(
+        path.parent for path in directory.glob("step-*/manifest.json") if ".replaced-" not in path.parent.name
+    )
 
 
-def read_progress(checkpoint: Path) -> Progress:
-    """Return how far the run had come at a checkpoint.
+def damage(checkpoint: Path) -> str:
+    """Return what is wrong with a checkpoint's files, or "" where every one agrees with the manifest."""
+    try:
+        manifest = _manifest(checkpoint)
+    except (OSError, msgspec.DecodeError) as error:
+        return f"manifest.json cannot be read ({error})"
+    found = {str(path.relative_to(checkpoint)) for path in _files(checkpoint)} - {"manifest.json"}
+    for name in sorted(found ^ manifest.files.keys()):
+        return f"{name} is {'missing' if name in manifest.files else 'not in the manifest'}"
+    for name, expected in manifest.files.items():
+        try:
+            digest = _digest(checkpoint / name)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if digest != expected:
+            return f"{name} has {digest.size} bytes of digest {digest.blake3[:12]}, written were {expected.size} of {expected.blake3[:12]}"
+    return ""
+
+
+def newest_sound(directory: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint whose files are all as they were written, and what is wrong with newer ones."""
+    passed_over: list[str] = []
+    for checkpoint in reversed(complete_checkpoints(directory)):
+        wrong = damage(checkpoint)
+        if not wrong:
+            return checkpoint, passed_over
+        passed_over.append(f"{checkpoint.name}: {wrong}")
+    return None, passed_over
+
+
+def read_cut(checkpoint: Path) -> bytes:
+    """Return where the flow stood, as the runtime gave it.
 
     Raises:
-        ConfigError: `progress.json` is missing or unreadable.
+        ConfigError: it cannot be read.
     """
-    path = checkpoint / "progress.json"
+    path = checkpoint / "cut.json"
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Progress)
-    except (OSError, msgspec.DecodeError) as error:
+        return path.read_bytes()
+    except OSError as error:
         raise ConfigError(str(path), f"cannot be read ({error})", "resume from another checkpoint") from error
+
+
+def checkpoint_version(checkpoint: Path) -> int:
+    """Return the policy version a checkpoint holds."""
+    return _manifest(checkpoint).version
+
+
+def write_version(directory: Path, version: int) -> None:
+    """Note beside a node's state at which policy version it was saved."""
+    (directory / "version.json").write_bytes(msgspec.json.encode({"version": version}))
+
+
+def read_version(directory: Path) -> int:
+    """Return what `write_version` noted."""
+    return msgspec.json.decode((directory / "version.json").read_bytes(), type=dict[str, int])["version"]
+
+
+def _manifest(checkpoint: Path) -> Manifest:
+    return msgspec.json.decode((checkpoint / "manifest.json").read_bytes(), type=Manifest)
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    return (path for path in sorted(directory.rglob("*")) if path.is_file())
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in _files(directory))
+
+
+def _digest(path: Path) -> FileDigest:
+    from blake3 import blake3
+
+    hasher = blake3()
+    hasher.update_mmap(path)
+    return FileDigest(path.stat().st_size, hasher.hexdigest())
+
+
+def _sealed(path: Path) -> FileDigest:
+    """Bring a file to the disk and return its digest."""
+    _sync(path)
+    return _digest(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unused(path: Path) -> Path:
+    number = 0
+    while (name := path.with_name(f"{path.name}.replaced-{number}")).exists():
+        number += 1
+    return name
+
+
+def _no_room(directory: Path, version: int, needed: int, free: int) -> ResourceError:
+    what = f"the checkpoint of version {version} needs about {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free"
+    return ResourceError(str(directory), what, "make room on that disk; the checkpoints before it are kept")

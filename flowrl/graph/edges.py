@@ -76,6 +76,20 @@ class Credits(Edge):
 
     initial: int
     per_version: int
+    versions: int | None  # the run ends after so many; no group is admitted that could not be learned by then
 
-    def __init__(self, source: Source[Credit], target: Sink[Credit], *, initial: int, per_version: int) -> None:
-        self._join(source, target, initial=initial, per_version=per_version)
+    def __init__(
+        self,
+        source: Source[Credit],
+        target: Sink[Credit],
+        *,
+        initial: int,
+        per_version: int,
+        versions: int | None = None,
+    ) -> None:
+        self._join(source, target, initial=initial, per_version=per_version, versions=versions)
+
+    @property
+    def total(self) -> int | None:
+        """Return the groups that the whole run will learn."""
+        return None if self.versions is None else self.versions * self.per_version

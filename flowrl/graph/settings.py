@@ -17,6 +17,7 @@ class RunSettings(Config):
     seed: int = 0  # data order, sampling and initialisation follow from it
     runtime: Literal["ray", "local"] = "ray"  # processes as Ray actors, or tasks of one process
     stall_timeout_s: Annotated[float, Meta(gt=0)] = 1800.0  # nothing moves on any edge for so long: stop and say why
-    start_timeout_s: Annotated[float, Meta(gt=0)] = 600.0  # all replicas must have started by then
+    heartbeat_timeout_s: Annotated[float, Meta(gt=0)] = 60.0  # a replica not heard from for so long is replaced
+    max_restarts: Annotated[int, Meta(ge=0)] = 3  # of one node, or from a checkpoint, with no learned step between
     wandb: WandbConfig = WandbConfig()
     tensorboard: bool = False

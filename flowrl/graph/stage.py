@@ -8,10 +8,11 @@ the ports that may stay unconnected, and load heavy libraries only inside `run`.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, Self, TypeVar, get_type_hints
 
 import msgspec
@@ -71,6 +72,8 @@ class Context:
         stopping: asyncio.Event,
         compute: Compute,
         background: Compute,
+        cut: Callable[[int], Awaitable[bytes]],
+        fewer_out: Callable[[int], Awaitable[None]],
         num_readers: int = 1,
         resume_from: Path | None = None,
         now: Callable[[], float] = time.time,
@@ -84,6 +87,8 @@ class Context:
         self.stopping = stopping  # set when the user asks for a controlled stop
         self.compute = compute
         self.background = background  # like compute, but beside it and not charged: for what merely waits
+        self.cut = cut  # what a checkpoint of this version must hold of the flow; opaque to stages
+        self.fewer_out = fewer_out  # wait until fewer groups than this are admitted and have not ended
         self.num_readers = num_readers  # replicas that read this node's Latest edges
         self.resume_from = resume_from  # checkpoint directory to continue from
         self.now = now
@@ -102,6 +107,8 @@ class Stage:
 
     config: StageConfig
     optional: ClassVar[frozenset[str]] = frozenset()  # ports that may stay unconnected
+    # Whether it holds what cannot be made again from its messages: if it dies, the run goes back to a checkpoint.
+    is_stateful: ClassVar[bool] = False
     _arguments: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -135,6 +142,7 @@ class Stage:
         raise NotImplementedError
 
 
+@functools.cache
 def port_types(stage: type[Stage]) -> dict[str, tuple[type[In[Any]] | type[Out[Any]], Any]]:
     """Return name -> (In or Out, message type) from a stage class's annotations."""
     found: dict[str, tuple[type[In[Any]] | type[Out[Any]], Any]] = {}
@@ -169,8 +177,13 @@ def from_specification(spec: Specification, where: str) -> Stage:
     """Rebuild a stage from its specification."""
     kind = load_class(spec.stage, where)
     try:
-        hints = get_type_hints(kind.__init__, localns={"Config": kind.Config})
+        hints = _argument_types(kind)
     except NameError as error:
         remedy = "import it where the class is defined, not under TYPE_CHECKING"
         raise GraphError(where, f"{spec.stage}: an argument's type is not importable ({error})", remedy) from error
     return kind(**{name: msgspec.convert(value, hints[name]) for name, value in spec.arguments.items()})
+
+
+@functools.cache
+def _argument_types(kind: type[Stage]) -> dict[str, Any]:
+    return get_type_hints(kind.__init__, localns={"Config": getattr(kind, "Config", StageConfig)})

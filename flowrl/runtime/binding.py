@@ -1,9 +1,9 @@
 """Bind a stage's ports to a flow, whether it is in this process or behind a Ray actor.
 
-Each end translates between messages and (key, bytes), names its replica to the flow, and charges every wait to the
-replica's clock: waiting for a message or a newer value is waiting for input; waiting for room, or for a credit to
-admit a group, is waiting for room. How long a published value takes to be acknowledged is charged by the stage that
-published it, if it waits for that at all.
+Each end translates between messages and (key, bytes), and charges every wait to the replica's clock: waiting for a
+message or a newer value is waiting for input; waiting for room, or for a credit to admit a group, is waiting for room.
+How long a published value takes to be acknowledged is charged by the stage that published it, if it waits for that at
+all.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ if TYPE_CHECKING:
 class FlowClient(Protocol):
     """What a replica may ask of the flow; `runtime.flow.Flow` says what each call does."""
 
-    async def put(self, address: str, sender: str, key: int, body: bytes) -> None: ...
-    async def get(self, address: str, consumer: str, limit: int) -> list[bytes]: ...
-    async def done(self, address: str, keys: list[int], learned_in: int | None) -> None: ...
+    async def put(self, address: str, key: int, body: bytes) -> None: ...
+    async def get(self, address: str, limit: int) -> list[bytes]: ...
+    async def done(self, address: str, keys: list[int], learned_in: int | None, oldest: list[int]) -> None: ...
     async def reject(self, address: str, key: int, kind: str, reason: str) -> None: ...
     async def publish(self, address: str, version: int, body: bytes) -> None: ...
     async def read(self, address: str, newer_than: int) -> tuple[int, bytes]: ...
-    async def confirm(self, address: str, reader: str, version: int) -> None: ...
-    async def acquire(self, address: str, taker: str) -> None: ...
+    async def confirm(self, address: str, version: int) -> None: ...
+    async def acquire(self, address: str) -> int: ...
     async def give_back(self, address: str, body: bytes) -> None: ...
+    async def cut(self, version: int) -> Any: ...
+    async def fewer_out(self, count: int) -> None: ...
 
 
 class End:
     """One end of an edge, as one replica sees it."""
 
-    def __init__(self, flow: FlowClient, address: str, replica: str, clock: CauseClock) -> None:
+    def __init__(self, flow: FlowClient, address: str, clock: CauseClock) -> None:
         self.flow = flow
         self.address = address
-        self.replica = replica
         self.clock = clock
 
 
@@ -48,17 +49,19 @@ class QueueSend(End):
     async def put(self, message: Any) -> None:
         body = encode(message)
         with self.clock.charge(Cause.WAIT_ROOM):
-            await self.flow.put(self.address, self.replica, message.group_id, body)
+            await self.flow.put(self.address, message.group_id, body)
 
 
 class QueueReceive(End):
     async def get(self, limit: int) -> list[Message]:
         with self.clock.charge(Cause.WAIT_INPUT):
-            bodies = await self.flow.get(self.address, self.replica, limit)
+            bodies = await self.flow.get(self.address, limit)
         return [decode(body) for body in bodies]
 
     async def done(self, messages: Sequence[Any], learned_in: int | None) -> None:
-        await self.flow.done(self.address, [message.group_id for message in messages], learned_in)
+        keys = [message.group_id for message in messages]
+        oldest = [] if learned_in is None else [message.oldest_version for message in messages]
+        await self.flow.done(self.address, keys, learned_in, oldest)
 
     async def reject(self, message: Any, kind: str, reason: str) -> None:
         await self.flow.reject(self.address, message.group_id, kind, reason)
@@ -81,7 +84,7 @@ class RegisterReceive(End):
 
     async def done(self, messages: Sequence[Any], learned_in: int | None) -> None:
         for message in messages:
-            await self.flow.confirm(self.address, self.replica, message.version)
+            await self.flow.confirm(self.address, message.version)
 
     async def reject(self, message: Any, kind: str, reason: str) -> None:
         raise NotImplementedError("a register's value cannot be rejected")
@@ -95,8 +98,8 @@ class CreditsSend(End):
 class CreditsReceive(End):
     async def get(self, limit: int) -> list[Message]:
         with self.clock.charge(Cause.WAIT_ROOM):
-            await self.flow.acquire(self.address, self.replica)
-        return [Credit()]
+            group_id = await self.flow.acquire(self.address)
+        return [Credit(groups=[group_id])]
 
     async def done(self, messages: Sequence[Any], learned_in: int | None) -> None:
         """Nothing to settle: a credit is tied to its group when the group is put."""
@@ -109,15 +112,13 @@ SENDS: dict[str, type[Any]] = {"queue": QueueSend, "latest": RegisterSend, "cred
 RECEIVES: dict[str, type[Any]] = {"queue": QueueReceive, "latest": RegisterReceive, "credits": CreditsReceive}
 
 
-def bind(
-    stage: Stage, node: str, *, kinds: Mapping[str, str], flow: FlowClient, replica: str, clock: CauseClock
-) -> None:
+def bind(stage: Stage, node: str, *, kinds: Mapping[str, str], flow: FlowClient, clock: CauseClock) -> None:
     """Give every connected port its end; `kinds` says by address what kind of edge it is on."""
     for name, port in stage.ports.items():
         kind = kinds.get(f"{node}.{name}", "")
         if not kind:
             continue
         if isinstance(port, Out):
-            port.end = SENDS[kind](flow, f"{node}.{name}", replica, clock)
+            port.end = SENDS[kind](flow, f"{node}.{name}", clock)
         elif isinstance(port, In):
-            port.end = RECEIVES[kind](flow, f"{node}.{name}", replica, clock)
+            port.end = RECEIVES[kind](flow, f"{node}.{name}", clock)

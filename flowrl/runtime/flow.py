@@ -1,9 +1,10 @@
 """The flow: the live state of a graph's edges, and the only place where messages, credits and the ledger meet.
 
-One flow serves one run. The local runtime calls it directly, the Ray runtime from within one actor; there is no other
-implementation. Invariants: putting a message of a group downstream settles the sender's hold on that group upstream
-in the same step, so a group is never in two places; a group enters only against a credit and is in the ledger from
-then on; a rejected group leaves a tombstone in every ordered queue and returns its credit (laws 1 to 3).
+One flow serves one run from one cut on. Every runtime reaches it through its door (door.py), which says who is
+calling; there is no other implementation. Invariants: a replica hands on, settles or rejects only what it holds; its
+hold on a group ends in the same step in which the group is accepted downstream, so a group is in one place; a group
+enters only against a credit and is in the ledger from then on; a rejected group leaves a tombstone in every ordered
+queue and returns its credit (laws 1 to 3).
 
 Any movement resets the stall timer; when nothing has moved for `stall_timeout_s`, every waiter gets a StallError that
 names who waits for what.
@@ -12,18 +13,27 @@ names who waits for what.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from flowrl.errors import ChannelClosed, GraphError, StallError
 from flowrl.graph.edges import Credits, Latest, Queue
 from flowrl.messages import decode
-from flowrl.runtime.channels import CreditsChannel, QueueChannel, RegisterChannel
+from flowrl.runtime.channels.credits import CreditsChannel
+from flowrl.runtime.channels.queue import QueueChannel
+from flowrl.runtime.channels.register import RegisterChannel
+from flowrl.runtime.channels.waiters import Waiters
+from flowrl.runtime.ledger import Cut
 from flowrl.telemetry.events import EdgeStatus
 
 if TYPE_CHECKING:
     from flowrl.graph.graph import Graph
     from flowrl.messages import Credit
     from flowrl.runtime.ledger import Ledger
+
+MAX_DEATHS = 3  # holders a group may lose before it is taken to be the cause; at the last one it was held alone
 
 
 def replica_name(node: str, replica: int) -> str:
@@ -36,32 +46,46 @@ def node_name(replica: str) -> str:
     return replica.rpartition(".")[0]
 
 
-class Flow:
-    """The live edges of one run; ports are addressed as "node.port"."""
+@dataclass
+class Released:
+    """What became of what a dead replica held."""
 
-    def __init__(self, graph: Graph, ledger: Ledger, *, first_group: int = 0) -> None:
+    reissued: list[int] = field(default_factory=list[int])
+    poisonous: list[tuple[int, bytes]] = field(default_factory=list[tuple[int, bytes]])  # with the message it held
+
+
+class Flow:
+    """The live edges of one run; ports are addressed as "node.port", callers named by replica."""
+
+    def __init__(self, graph: Graph, ledger: Ledger, *, cut: Cut | None = None) -> None:
         self.ledger = ledger
+        self.num_refused = 0  # messages of groups that their sender did not hold any more
         self._queues: dict[str, QueueChannel] = {}  # by the address of either end
         self._registers: dict[str, RegisterChannel] = {}
         self._credits: dict[str, CreditsChannel] = {}
         self._queues_into: dict[str, list[QueueChannel]] = {}  # by node
         self._admitting: dict[str, CreditsChannel] = {}  # by the node whose messages need a credit
+        self._starts = _starts(graph)
+        self._sent_by: dict[int, str] = {}  # who began a group that needs no credit: held-out prompts
+        self._deaths: Counter[int] = Counter()  # of holders, by group
+        self._drains: Waiters[int] = Waiters()
         self._moves = 0
         self._failure: Exception | None = None
+        begin = cut or Cut()
         for edge in graph.edges:
             name, source, target = graph.name(edge), graph.address(edge.source), graph.address(edge.target)
             into = graph.node_of(edge.target)
             if isinstance(edge, Queue):
-                queue = QueueChannel(
-                    name, depth=edge.depth, max_bytes=edge.max_bytes, window=edge.window, first_key=first_group
-                )
+                queue = QueueChannel(name, depth=edge.depth, max_bytes=edge.max_bytes, window=edge.window,
+                                     first_key=begin.next_group, settled=begin.ended_ahead)  # fmt: skip
                 self._queues[source] = self._queues[target] = queue
                 self._queues_into.setdefault(into, []).append(queue)
             elif isinstance(edge, Latest):
                 readers = [replica_name(into, i) for i in range(graph.nodes[into].config.replicas)]
                 self._registers[source] = self._registers[target] = RegisterChannel(name, readers)
             elif isinstance(edge, Credits):
-                credits = CreditsChannel(name, initial=edge.initial)
+                credits = CreditsChannel(name, initial=edge.initial, total=edge.total, num_learned=begin.learned,
+                                         first_group=begin.next_group, ended=begin.ended_ahead)  # fmt: skip
                 self._credits[source] = self._credits[target] = credits
                 self._admitting[into] = credits
             else:
@@ -72,83 +96,152 @@ class Flow:
         kinds = {"queue": self._queues, "latest": self._registers, "credits": self._credits}
         return next((kind for kind, edges in kinds.items() if address in edges), "")
 
-    async def put(self, address: str, sender: str, key: int, body: bytes) -> None:
-        """Put a group's message into the queue at `address` and settle the sender's hold on the group upstream."""
+    async def put(self, replica: str, address: str, key: int, body: bytes) -> None:
+        """Put a group's message into the queue at `address` and end the sender's hold on the group upstream.
+
+        A group that the sender does not hold (any more) is refused in silence: somebody else has it.
+        """
         self._raise_failure()
-        credits = self._admitting.get(node_name(sender))
-        if credits is not None and not self.ledger.has_ended(key) and key not in credits.out:
-            credits.admit(key)
-            self.ledger.admit(key)
-        await self._queues[address].put(key, body)
-        for upstream in self._queues_into.get(node_name(sender), []):
-            if upstream.held.get(key) == sender:
-                upstream.settle(key)
+        credits = self._admitting.get(node_name(replica))
+        upstream = self._queues_into.get(node_name(replica), [])
+        on_accept: partial[None]
+        if credits is not None:
+            if key in credits.out or self.ledger.has_ended(key):
+                self.num_refused += 1
+                return
+            on_accept = partial(self._admit, credits, key)
+        elif (held := next((queue for queue in upstream if queue.held.get(key) == replica), None)) is not None:
+            on_accept = partial(held.settle, key)
+        elif upstream and address not in self._starts:
+            self.num_refused += 1
+            return
+        else:
+            on_accept = partial(self._sent_by.__setitem__, key, replica)
+        await self._queues[address].put(key, body, on_accept)
         self._moves += 1
 
-    async def get(self, address: str, consumer: str, limit: int) -> list[bytes]:
-        """Take up to `limit` messages, at least one; `consumer` holds them until they are settled."""
+    def _admit(self, credits: CreditsChannel, key: int) -> None:
+        credits.admit(key)
+        self.ledger.admit(key)
+
+    async def get(self, replica: str, address: str, limit: int) -> list[bytes]:
+        """Take up to `limit` messages, at least one; the caller holds them until they are settled."""
         self._raise_failure()
-        items = await self._queues[address].get(consumer, limit)
+        items = await self._queues[address].get(replica, limit)
         self._moves += 1
         return [item.body for item in items]
 
-    async def done(self, address: str, keys: list[int], learned_in: int | None) -> None:
+    async def done(
+        self, replica: str, address: str, keys: list[int], learned_in: int | None, oldest: list[int]
+    ) -> None:
         """Settle held messages; with `learned_in` the groups end in the ledger as learned in that step."""
-        for key in keys:
+        for place, key in enumerate(keys):
+            if self._queues[address].held.get(key) != replica:
+                self.num_refused += 1
+                continue
             self._queues[address].settle(key)
+            if self._sent_by.pop(key, None) is not None:
+                self._forget(key)
             if learned_in is not None:
-                self.ledger.end(key, "learned", step=learned_in)
+                self.ledger.end(key, "learned", step=learned_in, oldest=oldest[place])
+        self._note_end()
         self._moves += 1
 
-    async def reject(self, address: str, key: int, kind: str, reason: str) -> None:
-        """End a group as filtered or failed: skip its place in every order and return its credit."""
+    async def reject(self, replica: str, address: str, key: int, kind: str, reason: str) -> None:
+        """End a held group as filtered or failed: skip its place in every order and return its credit."""
+        if self._queues[address].held.get(key) != replica:
+            self.num_refused += 1
+            return
         self._queues[address].settle(key)
+        self._end(key, kind, reason)
+        self._moves += 1
+
+    def _end(self, key: int, kind: str, reason: str) -> None:
         for queue in set(self._queues.values()):
             if queue.window is not None:
                 queue.skip(key)
         for credits in self._admitting.values():
             if key in credits.out:
-                credits.give_back([key])
                 self.ledger.end(key, kind, reason=reason)
-        self._moves += 1
+                credits.give_back([key], are_learned=False)
+        self._note_end()
 
-    async def publish(self, address: str, version: int, body: bytes) -> None:
+    async def publish(self, replica: str, address: str, version: int, body: bytes) -> None:
         """Set a register and wait until every live reader has confirmed the version or a newer one."""
         self._raise_failure()
         self._moves += 1
         await self._registers[address].put(version, body)
         self._moves += 1
 
-    async def read(self, address: str, newer_than: int) -> tuple[int, bytes]:
+    async def read(self, replica: str, address: str, newer_than: int) -> tuple[int, bytes]:
         """Wait for a version newer than `newer_than`."""
         self._raise_failure()
-        found = await self._registers[address].get(newer_than)
+        found = await self._registers[address].get(replica, newer_than)
         self._moves += 1
         return found
 
-    async def confirm(self, address: str, reader: str, version: int) -> None:
-        """Note that a reader serves a version."""
-        self._registers[address].confirm(reader, version)
+    async def confirm(self, replica: str, address: str, version: int) -> None:
+        """Note that the caller serves a version."""
+        self._registers[address].confirm(replica, version)
         self._moves += 1
 
-    async def acquire(self, address: str, taker: str) -> None:
-        """Wait for the right to admit one group."""
+    async def acquire(self, replica: str, address: str) -> int:
+        """Wait for the right to admit one group and return the group's id."""
         self._raise_failure()
-        await self._credits[address].get(taker)
+        group_id = await self._credits[address].get(replica)
         self._moves += 1
+        return group_id
 
-    async def give_back(self, address: str, body: bytes) -> None:
+    async def give_back(self, replica: str, address: str, body: bytes) -> None:
         """Return the rights of learned groups."""
         credit: Credit = decode(body)  # type: ignore[assignment]
-        self._credits[address].give_back(credit.groups)
+        self._credits[address].give_back(credit.groups, are_learned=True)
         self._moves += 1
 
-    def release(self, replica: str) -> list[int]:
-        """Give back all that a dead replica held, and wait for its acknowledgements no more; returns the groups."""
-        released = [key for queue in set(self._queues.values()) for key in queue.release(replica)]
+    async def cut(self, replica: str, version: int) -> Cut:
+        """Return where the flow stands, for a checkpoint of `version`."""
+        return self.ledger.cut(version)
+
+    async def fewer_out(self, replica: str, count: int) -> None:
+        """Wait until fewer than `count` groups are on their way: admitted and not ended."""
+        if self.ledger.num_open >= count:
+            await self._drains.wait(count)
+
+    def _note_end(self) -> None:
+        for future, count in self._drains:
+            if self.ledger.num_open < count:
+                self._drains.grant(future)
+
+    def release(self, replica: str) -> Released:
+        """Give back all that a dead replica held, and wait for its acknowledgements no more.
+
+        What it began itself (held-out prompts) is taken out everywhere: its successor begins it again. A group whose
+        holder has died before is given only to a replica that holds nothing else; at `MAX_DEATHS` it ends as failed.
+        """
+        released = Released()
+        for key in [known for known, sender in self._sent_by.items() if sender == replica]:
+            del self._sent_by[key]
+            self._forget(key)
+        for queue in set(self._queues.values()):
+            for item in queue.holds(replica):
+                self._deaths[item.key] += 1
+                if self._deaths[item.key] >= MAX_DEATHS:
+                    released.poisonous.append((item.key, item.body))
+                    queue.settle(item.key)
+                    self._end(item.key, "failed", f"its holder died {MAX_DEATHS} times, last {replica}")
+                elif self._deaths[item.key] == MAX_DEATHS - 1:
+                    queue.suspect(item.key)
+            released.reissued += queue.release(replica)
         for register in set(self._registers.values()):
             register.release(replica)
+        for credits in set(self._credits.values()):
+            credits.release(replica)
+        self._moves += 1
         return released
+
+    def _forget(self, key: int) -> None:
+        for queue in set(self._queues.values()):
+            queue.forget(key)
 
     def close(self, address: str | None = None) -> None:
         """Close the edge at `address`, or every edge."""
@@ -156,6 +249,8 @@ class Flow:
             for end, channel in edges.items():
                 if address in (None, end):
                     channel.close()
+        if address is None:
+            self._drains.fail(ChannelClosed("flow", "is closed"))
 
     def waits(self) -> list[str]:
         """Say who waits for what, oldest first within each edge."""
@@ -193,3 +288,20 @@ class Flow:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise ChannelClosed("flow", f"the run has failed ({self._failure})")
+
+
+def _starts(graph: Graph) -> set[str]:
+    """Return the ports at which a node begins groups that come back to it, through a queue that says how many (`most`).
+
+    What leaves anywhere else behind a queue is a group that the node was given.
+    """
+    queues = [edge for edge in graph.edges if isinstance(edge, Queue)]
+    found: set[str] = set()
+    for first in queues:
+        reached, node = {graph.node_of(first.target)}, graph.node_of(first.source)
+        for _ in queues:
+            reached |= {graph.node_of(q.target) for q in queues if graph.node_of(q.source) in reached - {node}}
+        returning = [q for q in queues if q.most is not None and graph.node_of(q.target) == node]
+        if any(graph.node_of(q.source) in reached for q in returning):
+            found.add(graph.address(first.source))
+    return found

@@ -1,7 +1,7 @@
 """Launch a run: check everything, prepare its directory, start a runtime, show it, report how it ended.
 
 Order matters: everything the user could have got wrong is found before a directory is written or a process starts.
-Ctrl-C once asks for a controlled stop (the learner finishes its step, saves, and the report says how to go on); twice
+Ctrl-C once asks for a controlled stop (what is under way is learned and saved, and the report says how to go on); twice
 aborts. Called by the CLI; the sinks that show and record a run are put together here.
 """
 
@@ -14,24 +14,24 @@ import signal
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from flowrl.engines.checkpoint import complete_checkpoints, read_progress
+from flowrl.engines.checkpoint import complete_checkpoints
 from flowrl.errors import ConfigError, FlowrlError
 from flowrl.graph.program import Program, load_program
 from flowrl.graph.show import edge_table, node_table, staleness_line
 from flowrl.runtime.placement import check_resources
-from flowrl.runtime.rundir import create_run_dir, newest_checkpoint, write_plan
+from flowrl.runtime.rundir import create_run_dir, existing_run, write_plan
+from flowrl.runtime.supervisor import Options, newest_start
 from flowrl.telemetry.report import Ending, report, write_report
 from flowrl.telemetry.sinks import Sinks, open_sinks
 from flowrl.telemetry.trackers import check_trackers
 
 if TYPE_CHECKING:
     from flowrl.graph.settings import RunSettings
-    from flowrl.runtime.local import Outcome
-    from flowrl.telemetry.events import Event
+    from flowrl.runtime.supervisor import Outcome, Start
     from flowrl.telemetry.view import RunView
 
 Say = Callable[[str], None]
@@ -77,14 +77,14 @@ def launch(request: RunRequest, *, say: Say) -> int:
         UserError: something is wrong with the request; nothing was started or written.
         RunError: the run failed.
     """
-    resume_from: Path | None = None
-    overrides = list(request.overrides)
+    resume: Start | None = None
     config = request.config
     if request.resume is not None:
-        resume_from = newest_checkpoint(request.resume)
-        config = config or request.resume / "settings.yaml"
-        overrides.append(f"prompts.first_group={read_progress(resume_from).next_group}")
-    program = load_program(request.graph, config=config, overrides=overrides)
+        config = config or existing_run(request.resume) / "settings.yaml"
+        resume = newest_start(request.resume.resolve(), lambda level, where, text: say(f"{where}: {text}"))
+        version = resume.cut.version if resume.cut else 0
+        say(f"resuming {request.resume} at version {version}")
+    program = load_program(request.graph, config=config, overrides=request.overrides)
     say(f"checking {request.graph}")
     check_program(program, say=say, address=request.address)
     if request.resume is None:
@@ -96,7 +96,7 @@ def launch(request: RunRequest, *, say: Say) -> int:
     say(f"run directory {run_dir}")
     with open_sinks(run_dir, program.settings, title=run_dir.name, nodes=list(program.graph.nodes)) as sinks:
         try:
-            outcome = _run_on_loop(program, request, run_dir, resume_from, sinks)
+            outcome = _run_on_loop(program, request, run_dir, resume, sinks)
         except (FlowrlError, KeyboardInterrupt) as error:
             _report(request, run_dir, None, sinks.view, failure=str(error) or "aborted", say=sinks.say)
             raise
@@ -127,15 +127,13 @@ def _report(
         say("\n" + text.rstrip())
 
 
-def _run_on_loop(
-    program: Program, request: RunRequest, run_dir: Path, resume_from: Path | None, sinks: Sinks
-) -> Outcome:
+def _run_on_loop(program: Program, request: RunRequest, run_dir: Path, resume: Start | None, sinks: Sinks) -> Outcome:
     import uvloop
 
     async def body() -> Outcome:
         stopping = asyncio.Event()
         with _interrupts(stopping, sinks.say):
-            return await _start(program, request, run_dir, resume_from, sinks.consume, stopping)
+            return await _start(program, request, run_dir, resume, sinks, stopping)
 
     try:
         return uvloop.run(body())
@@ -144,39 +142,26 @@ def _run_on_loop(
 
 
 async def _start(
-    program: Program,
-    request: RunRequest,
-    run_dir: Path,
-    resume_from: Path | None,
-    consume: Callable[[list[Event]], None],
-    stopping: asyncio.Event,
+    program: Program, request: RunRequest, run_dir: Path, resume: Start | None, sinks: Sinks, stopping: asyncio.Event
 ) -> Outcome:
     settings: RunSettings = program.settings
-    first_group = read_progress(resume_from).next_group if resume_from else 0
+    told: dict[str, Any] = {
+        "run_dir": run_dir,
+        "consume": sinks.consume,
+        "stopping": stopping,
+        "resume": resume,
+        "stall_timeout_s": settings.stall_timeout_s,
+        "heartbeat_timeout_s": settings.heartbeat_timeout_s,
+        "max_restarts": settings.max_restarts,
+    }
     if settings.runtime == "local":
         from flowrl.runtime.local import LocalOptions, run_local
 
-        local = LocalOptions(
-            run_dir=run_dir,
-            stall_timeout_s=settings.stall_timeout_s,
-            resume_from=resume_from,
-            first_group=first_group,
-            consume=consume,
-            stopping=stopping,
-        )
-        return await run_local(program.graph, local)
-    from flowrl.runtime.ray import RayOptions, run_ray, running_ray
+        return await run_local(program.graph, LocalOptions(**told))
+    from flowrl.runtime.ray import run_ray, running_ray
 
     with running_ray(program.graph, request.address):
-        on_ray = RayOptions(
-            run_dir=run_dir,
-            consume=consume,
-            stopping=stopping,
-            stall_timeout_s=settings.stall_timeout_s,
-            resume_from=resume_from,
-            first_group=first_group,
-        )
-        return await run_ray(program.graph, on_ray)
+        return await run_ray(program.graph, Options(**told))
 
 
 @contextlib.contextmanager
@@ -189,7 +174,7 @@ def _interrupts(stopping: asyncio.Event, say: Say) -> Generator[None]:
         if stopping.is_set() and task is not None:
             task.cancel()
         else:
-            say("stopping: the learner finishes its step and saves; Ctrl-C again aborts")
+            say("stopping: no more prompts are admitted, what is under way is learned and saved; Ctrl-C again aborts")
             stopping.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):

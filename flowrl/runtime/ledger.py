@@ -1,16 +1,22 @@
-"""The ledger: what became of every admitted prompt group.
+"""The ledger: what became of every admitted prompt group, as an append-only log with a checksum a line.
 
-Invariant: each admitted group ends in exactly one of learned (with the step), filtered or failed (with the reason);
-a second ending is an error, not an overwrite. Every entry is one JSON line in `ledger.jsonl`, flushed as it is
-written. The flow owns the ledger; nobody else writes to it.
+Invariants: each admitted group ends in exactly one of learned (in a step), filtered or failed (with the reason); a
+second ending is an error, not an overwrite. Every entry is one line of `ledger.jsonl`, its JSON and the CRC-32 of it,
+handed to the operating system as it is written and to the disk with each checkpoint. A rollback is an entry too: it
+voids everything after the cut it goes back to. Memory holds what is in flight, not what has ended.
+
+The flow owns the ledger and alone writes to it; `read_entries` and `surviving` are for whoever reads one.
 """
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, TextIO
+import os
+from typing import TYPE_CHECKING, BinaryIO, Literal
+from zlib import crc32
 
-from flowrl.errors import RunError
+import msgspec
+
+from flowrl.errors import DataError, RunError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,24 +24,55 @@ if TYPE_CHECKING:
 ENDINGS = ("learned", "filtered", "failed")
 
 
+class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One line of the log."""
+
+    event: Literal["admitted", "learned", "filtered", "failed", "rollback"]
+    group: int = -1
+    step: int = -1  # learned: in this step; rollback: the policy version gone back to
+    oldest: int = -1  # learned: the policy version that sampled its oldest token
+    reason: str = ""
+    records: int = -1  # rollback: entries before the cut
+
+
+class Cut(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the flow stood between two steps; with a checkpoint it is what a run goes on from."""
+
+    version: int = 0  # policy versions published
+    next_group: int = 0  # the oldest group that has not ended
+    ended_ahead: list[int] = []  # younger ones that have
+    records: int = 0  # entries of the ledger
+    learned: int = 0
+    filtered: int = 0
+    failed: int = 0
+
+
 class Ledger:
     """What became of every admitted group; `path` None keeps it in memory only."""
 
-    def __init__(self, path: Path | None) -> None:
-        self._endings: dict[int, str] = {}
-        self._admitted: set[int] = set()
-        self._file: TextIO | None = None
+    def __init__(self, path: Path | None, *, cut: Cut | None = None) -> None:
+        """Begin a ledger, or go on from a cut of the one at `path`."""
+        begin = cut or Cut()
+        self._counts = {"learned": begin.learned, "filtered": begin.filtered, "failed": begin.failed}
+        self._low = begin.next_group  # every group below has ended
+        self._ended_ahead = set(begin.ended_ahead)
+        self._open: set[int] = set()
+        self._records = begin.records
+        self._file: BinaryIO | None = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a")
+            self._records = _trim(path)
+            self._file = path.open("ab", buffering=0)
+        if cut is not None:
+            self._write(Entry(event="rollback", step=cut.version, records=cut.records))
 
     def admit(self, group_id: int) -> None:
         """Note that a group entered the flow; the same group again (after a crash) is not a new one."""
-        if group_id not in self._admitted:
-            self._admitted.add(group_id)
-            self._write(group=group_id, event="admitted")
+        if group_id not in self._open and not self.has_ended(group_id):
+            self._open.add(group_id)
+            self._write(Entry(event="admitted", group=group_id))
 
-    def end(self, group_id: int, ending: str, *, step: int | None = None, reason: str = "") -> None:
+    def end(self, group_id: int, ending: str, *, step: int = -1, oldest: int = -1, reason: str = "") -> None:
         """Note how a group ended.
 
         Raises:
@@ -43,23 +80,42 @@ class Ledger:
         """
         if ending not in ENDINGS:
             raise RunError("ledger", f"{ending!r} is not an ending", f"use one of {', '.join(ENDINGS)}")
-        if group_id not in self._admitted:
-            raise RunError("ledger", f"group {group_id} ended as {ending} but was never admitted")
-        if group_id in self._endings:
-            raise RunError("ledger", f"group {group_id} ended as {ending} after it was {self._endings[group_id]}")
-        self._endings[group_id] = ending
-        self._write(group=group_id, event=ending, step=step, reason=reason)
+        if group_id not in self._open:
+            before = "had ended before" if self.has_ended(group_id) else "was never admitted"
+            raise RunError("ledger", f"group {group_id} is to end as {ending} but {before}")
+        self._write(Entry(event=ending, group=group_id, step=step, oldest=oldest, reason=reason))  # type: ignore[arg-type]
+        self._open.discard(group_id)
+        self._counts[ending] += 1
+        self._ended_ahead.add(group_id)
+        while self._low in self._ended_ahead:
+            self._ended_ahead.discard(self._low)
+            self._low += 1
 
     def has_ended(self, group_id: int) -> bool:
         """Return whether a group has its ending."""
-        return group_id in self._endings
+        return group_id < self._low or group_id in self._ended_ahead
+
+    @property
+    def num_open(self) -> int:
+        """Return how many groups were admitted and have not ended."""
+        return len(self._open)
+
+    def cut(self, version: int) -> Cut:
+        """Return where the flow stands, and see that the disk has every entry up to here."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        return Cut(
+            version=version,
+            next_group=self._low,
+            ended_ahead=sorted(self._ended_ahead),
+            records=self._records,
+            **self._counts,
+        )
 
     def totals(self) -> dict[str, int]:
         """Return how many groups were admitted, ended in each way, and are unfinished."""
-        counts = {ending: 0 for ending in ENDINGS}
-        for ending in self._endings.values():
-            counts[ending] += 1
-        return {"admitted": len(self._admitted), **counts, "unfinished": len(self._admitted) - len(self._endings)}
+        unfinished = len(self._open)
+        return {"admitted": sum(self._counts.values()) + unfinished, **self._counts, "unfinished": unfinished}
 
     def close(self) -> None:
         """Close the file."""
@@ -67,7 +123,73 @@ class Ledger:
             self._file.close()
             self._file = None
 
-    def _write(self, **entry: object) -> None:
+    def _write(self, entry: Entry) -> None:
         if self._file is not None:
-            self._file.write(json.dumps({k: v for k, v in entry.items() if v not in (None, "")}) + "\n")
-            self._file.flush()
+            self._file.write(encode_entry(entry))
+        self._records += 1
+
+
+def encode_entry(entry: Entry) -> bytes:
+    """Return an entry as a line of the log."""
+    text = msgspec.json.encode(entry)
+    return b"%s %08x\n" % (text, crc32(text))
+
+
+def decode_entry(line: bytes) -> Entry:
+    """Read what `encode_entry` wrote.
+
+    Raises:
+        ValueError: the line is torn or was changed.
+    """
+    text, _, checksum = line.rstrip(b"\n").rpartition(b" ")
+    if not line.endswith(b"\n") or checksum != b"%08x" % crc32(text):
+        raise ValueError("its checksum does not fit")
+    return msgspec.json.decode(text, type=Entry)
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """Return a log's entries; a torn last line, of a writer that was killed, is left out.
+
+    Raises:
+        DataError: the file is missing, or another line is damaged.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise DataError(str(path), f"cannot be read ({error.strerror})", "name the directory of a run") from error
+    entries: list[Entry] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entries.append(decode_entry(line))
+        except (ValueError, msgspec.DecodeError) as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{path}:{number}", f"is damaged ({error})", "the ledger cannot be trusted") from error
+    return entries
+
+
+def surviving(entries: list[Entry]) -> list[Entry]:
+    """Return the entries that no rollback voided; groups that were open at a cut are admitted anew after it."""
+    alive: list[tuple[int, Entry]] = []
+    for index, entry in enumerate(entries):
+        if entry.event != "rollback":
+            alive.append((index, entry))
+            continue
+        kept = [(at, old) for at, old in alive if at < entry.records]
+        ended = {old.group for _, old in kept if old.event in ENDINGS}
+        alive = [(at, old) for at, old in kept if old.group in ended]
+    return [entry for _, entry in alive]
+
+
+def _trim(path: Path) -> int:
+    """Cut off a torn last line and return how many whole ones there are."""
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    try:
+        for line in lines[-1:]:
+            decode_entry(line)
+    except (ValueError, msgspec.DecodeError):
+        os.truncate(path, sum(map(len, lines[:-1])))
+        return len(lines) - 1
+    return len(lines)

@@ -1,55 +1,54 @@
-"""The local runtime: every node a task of one event loop, in one process.
+"""The local runtime: every node's replicas as tasks of one event loop, on real engines or fakes.
 
-For tests, debugging and simulation: real engines or fakes, wall clock or virtual clock. Nodes have one rank here.
-The run ends when the graph's `until` node returns: every edge is closed, the other nodes end by themselves, and
-whatever has not ended after `grace_s` is cancelled. The first failure ends the run and is raised.
+With the virtual clock (`is_virtual`) hours pass in milliseconds and every schedule is reproducible: so the laws are
+tested, and so `flowrl simulate` predicts. A stage is rebuilt from its specification in each replica, as it would
+be in another process, and reaches the flow through the same door. Invariant: when `run_local` returns or raises, no
+task of the run is left. Nodes with several ranks need processes and so the Ray runtime.
+
+Tests reach in at two places: `link` stands between a replica's calls and the door, `chaos` runs beside an attempt and
+may end replicas (`LocalCrew.kill`) or the flow's host (`lose_host`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from flowrl.errors import GraphError, StallError
+import msgspec
+
+from flowrl.errors import GraphError, StageError
 from flowrl.graph.edges import Latest
 from flowrl.graph.plan import graph_of, plan_of
-from flowrl.graph.stage import Context, Ranks, Stage
-from flowrl.runtime.flow import Flow
+from flowrl.graph.stage import Context, Ranks
+from flowrl.runtime.door import Call, Door, Knocking
+from flowrl.runtime.flow import Flow, Released, node_name
 from flowrl.runtime.ledger import Ledger
 from flowrl.runtime.replica import Threads, VirtualThreads, run_replica
+from flowrl.runtime.supervisor import HostLost, Options, Outcome, Start, Supervisor
 from flowrl.telemetry.causes import CauseClock
-from flowrl.telemetry.events import Event, Recorder
+from flowrl.telemetry.events import Recorder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from flowrl.graph.graph import Graph
 
+    Carry = Callable[[Call], Awaitable[Any]]
 
-@dataclass
-class LocalOptions:
-    """How to run locally."""
+__all__ = ["LocalCrew", "LocalOptions", "Outcome", "num_readers", "run_local"]
 
-    run_dir: Path | None = None  # None: nothing is written
-    is_virtual: bool = False  # fakes on the virtual clock
-    stall_timeout_s: float = 1800.0
-    grace_s: float = 30.0
+
+@dataclass(kw_only=True)
+class LocalOptions(Options):
+    """How to run in this process."""
+
+    is_virtual: bool = False  # the event loop is a VirtualClockLoop and engines are fakes
     status_interval_s: float = 1.0
-    resume_from: Path | None = None
-    first_group: int = 0
-    consume: Callable[[list[Event]], None] = lambda events: None
-    stopping: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    totals: dict[str, int]  # the ledger's
-    was_stopped: bool = False
+    link: Callable[[Carry], Carry] = lambda carry: carry
+    chaos: Callable[[LocalCrew], Coroutine[Any, Any, None]] | None = None
 
 
 async def run_local(graph: Graph, options: LocalOptions) -> Outcome:
@@ -57,102 +56,151 @@ async def run_local(graph: Graph, options: LocalOptions) -> Outcome:
 
     Raises:
         GraphError: the graph does not check, or has a node with several ranks.
-        FlowrlError: the first failure of any stage, or a StallError.
+        FlowrlError: the first failure that is not recovered from, or a StallError.
     """
     graph.check()
     for name, stage in graph.nodes.items():
         if stage.config.ranks > 1:
             raise GraphError(name, f"ranks={stage.config.ranks} needs processes", "use the ray runtime")
-    ledger = Ledger(options.run_dir / "ledger.jsonl" if options.run_dir else None)
-    flow = Flow(graph, ledger, first_group=options.first_group)
-    recorder = Recorder()
-    watch: asyncio.Task[None] | None = None
-    tasks: dict[asyncio.Task[None], str] = {}
-    try:
-        watch = asyncio.create_task(flow.watch(options.stall_timeout_s))
-        for name, stage in graph.nodes.items():
-            for replica in range(stage.config.replicas):
-                body = _run_one(graph, name, replica, flow, recorder, options)
-                tasks[asyncio.create_task(body, name=f"{name}.{replica}")] = name
-        pump = asyncio.create_task(_pump(flow, recorder, options))
-        await _until(tasks, graph.until_node, flow, watch, options.grace_s)
-        pump.cancel()
-    finally:
-        for task in [*tasks, *([watch] if watch else [])]:
+    if options.is_virtual:
+        options.now = asyncio.get_running_loop().time
+    return await Supervisor(graph, LocalCrew(graph, options), options).run()
+
+
+class LocalCrew:
+    """Replicas as tasks."""
+
+    def __init__(self, graph: Graph, options: LocalOptions) -> None:
+        self._graph = graph
+        self._options = options
+        self._plan = plan_of(graph)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._beside: list[asyncio.Task[None]] = []
+        self._recorder = Recorder()
+        self._ledger = Ledger(None)
+        self._door = Door(Flow(graph, self._ledger))
+        self._host_lost: asyncio.Future[None] | None = None
+
+    @property
+    def replicas(self) -> list[str]:
+        """Return the replicas that are running."""
+        return [name for name, task in self._tasks.items() if not task.done()]
+
+    async def open(self, start: Start) -> None:
+        """Make a fresh flow at the start's cut."""
+        path = self._options.run_dir / "ledger.jsonl" if self._options.run_dir else None
+        self._ledger = Ledger(path, cut=start.cut)
+        self._door = Door(Flow(self._graph, self._ledger, cut=start.cut))
+        self._host_lost = asyncio.get_running_loop().create_future()
+        self._beside = [asyncio.create_task(self._pump())]
+        if self._options.chaos is not None:
+            self._beside.append(asyncio.create_task(self._options.chaos(self)))
+
+    async def run(self, replica: str, incarnation: int, start: Start) -> None:
+        """Run a replica as a task of its own, which `kill` can end."""
+        task = self._tasks[replica] = asyncio.create_task(self._body(replica, incarnation, start), name=replica)
+        try:
+            await asyncio.wait([task])
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        if task.cancelled():
+            raise StageError(replica, "was killed")
+        task.result()
+
+    async def _body(self, replica: str, incarnation: int, start: Start) -> None:
+        node, index = node_name(replica), int(replica.rpartition(".")[2])
+        stage = graph_of(self._plan).nodes[node]
+        clock = CauseClock(asyncio.get_running_loop().time)
+        threads = VirtualThreads(clock) if self._options.is_virtual else Threads(clock, replica)
+        flow = Knocking(self._options.link(self._door.call), replica, incarnation)
+
+        async def cut(version: int) -> bytes:
+            return msgspec.json.encode(await flow.cut(version))
+
+        context = Context(
+            node=node,
+            replica=index,
+            ranks=Ranks(),
+            run_dir=self._options.run_dir or Path(),
+            clock=clock,
+            recorder=self._recorder,
+            stopping=self._options.stopping,
+            compute=threads.compute,
+            background=threads.background,
+            cut=cut,
+            fewer_out=flow.fewer_out,
+            num_readers=num_readers(self._graph, node),
+            resume_from=start.checkpoint,
+            now=self._options.now,
+        )
+        kinds = {f"{node}.{name}": self._door.flow.kind(f"{node}.{name}") for name in stage.ports}
+        try:
+            await run_replica(stage, context, flow, kinds=kinds, status_interval_s=self._options.status_interval_s)
+        finally:
+            threads.close()
+
+    async def watch(self) -> None:
+        """Wait for a stall, or for the flow to be lost."""
+        assert self._host_lost is not None, "open comes first"
+        stalling = asyncio.ensure_future(self._door.flow.watch(self._options.stall_timeout_s))
+        try:
+            finished, _ = await asyncio.wait([stalling, self._host_lost], return_when=asyncio.FIRST_COMPLETED)
+            for future in finished:
+                future.result()
+        finally:
+            stalling.cancel()
+            await asyncio.gather(stalling, return_exceptions=True)
+
+    async def release(self, replica: str, successor: int) -> Released:
+        """Fence a dead replica off and give back what it held."""
+        return await self._door.release(replica, successor)
+
+    async def kill(self, replica: str) -> None:
+        """End a replica's task, wherever it waits."""
+        task = self._tasks.get(replica)
+        if task is not None and not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def lose_host(self) -> None:
+        """Do as if the flow's process had died."""
+        if self._host_lost is not None and not self._host_lost.done():
+            self._host_lost.set_exception(HostLost("flow", "its host was killed"))
+
+    async def totals(self) -> dict[str, int]:
+        """Return the ledger's totals."""
+        return self._ledger.totals()
+
+    async def close_edges(self) -> None:
+        """Close every edge."""
+        self._door.flow.close()
+
+    async def close(self) -> None:
+        """End every task of the attempt."""
+        tasks = [*self._tasks.values(), *self._beside]
+        for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        options.consume(recorder.drain())
-        ledger.close()
-    return Outcome(totals=ledger.totals(), was_stopped=options.stopping.is_set())
+        await self._door.close()
+        if self._host_lost is not None:
+            self._host_lost.cancel()
+        self._tasks.clear()
+        self._options.consume(self._recorder.drain())
+        self._ledger.close()
 
-
-async def _until(
-    tasks: dict[asyncio.Task[None], str], until: str, flow: Flow, watch: asyncio.Task[None], grace_s: float
-) -> None:
-    """Wait for the until node, close the edges, and let the rest end; raises the first failure."""
-    pending: set[asyncio.Task[None]] = set(tasks) | {watch}
-    while any(tasks.get(task) == until for task in pending):
-        finished, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-        for task in finished:
-            if task is watch or task.exception() is not None:
-                _raise_first(finished, watch)
-    watch.cancel()
-    flow.close()
-    rest = pending - {watch}
-    if rest:
-        finished, _ = await asyncio.wait(rest, timeout=grace_s)
-        _raise_first(finished, watch)
-
-
-def _raise_first(finished: set[asyncio.Task[None]], watch: asyncio.Task[None]) -> None:
-    failures = [error for task in finished if not task.cancelled() and (error := task.exception()) is not None]
-    failures.sort(key=lambda error: isinstance(error, StallError))  # a stage's own failure says more than the stall
-    if failures:
-        raise failures[0]
-
-
-async def _run_one(
-    graph: Graph, node: str, replica: int, flow: Flow, recorder: Recorder, options: LocalOptions
-) -> None:
-    stage: Stage = graph_of(plan_of(graph)).nodes[node]
-    loop = asyncio.get_running_loop()
-    now = loop.time if options.is_virtual else time.time
-    clock = CauseClock(loop.time)
-    threads = VirtualThreads(clock) if options.is_virtual else Threads(clock, f"{node}.{replica}")
-    context = Context(
-        node=node,
-        replica=replica,
-        ranks=Ranks(),
-        run_dir=options.run_dir or Path(),
-        clock=clock,
-        recorder=recorder,
-        stopping=options.stopping,
-        compute=threads.compute,
-        background=threads.background,
-        num_readers=num_readers(graph, node),
-        resume_from=options.resume_from,
-        now=now,
-    )
-    kinds = {f"{node}.{name}": flow.kind(f"{node}.{name}") for name in stage.ports}
-    try:
-        await run_replica(stage, context, flow, kinds=kinds, status_interval_s=options.status_interval_s)
-    finally:
-        threads.close()
+    async def _pump(self) -> None:
+        """Hand events to the consumer as they gather."""
+        while True:
+            await asyncio.sleep(self._options.status_interval_s)
+            now_s = self._options.now() if self._options.is_virtual else time.time()
+            self._options.consume([*self._recorder.drain(), *self._door.flow.edge_status(now_s)])
 
 
 def num_readers(graph: Graph, node: str) -> int:
     """Return how many replicas read the Latest edges that start at `node`."""
-
     read_by = {
         graph.node_of(e.target) for e in graph.edges if isinstance(e, Latest) and graph.node_of(e.source) == node
     }
     return sum(graph.nodes[reader].config.replicas for reader in read_by)
-
-
-async def _pump(flow: Flow, recorder: Recorder, options: LocalOptions) -> None:
-    """Hand events to the consumer as they gather."""
-    loop = asyncio.get_running_loop()
-    while True:
-        await asyncio.sleep(options.status_interval_s)
-        now = loop.time() if options.is_virtual else time.time()
-        options.consume([*recorder.drain(), *flow.edge_status(now)])

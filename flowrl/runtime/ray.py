@@ -1,21 +1,18 @@
-"""The Ray runtime: every replica or rank an actor, the flow in an actor of its own, one machine or a cluster.
+"""The Ray runtime: the supervisor in the driver, everything else in actors, one machine or a cluster.
 
-The driver starts the hub (which holds the `Flow`) and the replicas, carries events to the sinks, and ends the run:
-when the `until` node returns the edges are closed and every stage ends by itself; a failure or a second Ctrl-C kills
-what is left. Invariants: what crosses an actor call is bytes and plain values, never a pickled object of ours; every
-actor of a run is dead when `run_ray` returns; an actor's error names its node and replica and where its log is.
+The driver runs the supervisor on a `RayCrew`: it starts the hub and the replicas (runtime/actors.py), carries events to
+the sinks, hears of deaths from Ray and of silence from the hub. Invariant: every actor of an attempt is dead before the
+next one starts and when `run_ray` returns, whatever ended it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
-import socket
-import sys
-import time
-import traceback
-from pathlib import Path
+import signal
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -24,246 +21,24 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from flowrl.errors import ChannelClosed, FlowrlError, ResourceError, StageError
-from flowrl.graph.plan import GraphPlan, graph_of, plan_of
-from flowrl.graph.stage import Context, Ranks, Specification, from_specification
-from flowrl.runtime.flow import Flow
-from flowrl.runtime.ledger import Ledger
-from flowrl.runtime.local import Outcome, num_readers
+from flowrl import errors
+from flowrl.errors import FlowrlError, ResourceError, StageError, StallError
+from flowrl.graph.plan import plan_of
+from flowrl.runtime.actors import Failure, HubActor, ReplicaActor, ReplicaPlan, process_name
+from flowrl.runtime.flow import Released, node_name
+from flowrl.runtime.local import num_readers
 from flowrl.runtime.placement import Place, check_resources, environment, num_cores, places
-from flowrl.runtime.replica import Threads, run_replica
-from flowrl.telemetry.causes import CauseClock
-from flowrl.telemetry.events import Event, Recorder, decode_events, encode_events
+from flowrl.runtime.supervisor import HostLost, Options, Outcome, Silence, Start, Supervisor
+from flowrl.telemetry.events import decode_events
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+    from pathlib import Path
 
     from flowrl.graph.graph import Graph
 
 ray: Any = _ray  # its own types are partial
 Handle = Any  # a Ray actor handle; Ray gives it no usable type
-FLUSH_S = 0.5  # a replica's events travel to the hub in batches this far apart
-
-
-class ReplicaPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a replica's process is told."""
-
-    place: Place
-    stage: Specification
-    world_size: int
-    kinds: dict[str, str]
-    run_dir: str
-    num_readers: int
-    resume_from: str | None
-
-
-class RayOptions(msgspec.Struct, kw_only=True):
-    """How to run on Ray."""
-
-    run_dir: Path
-    consume: Any  # Callable[[list[Event]], None]
-    stopping: asyncio.Event
-    address: str | None = None  # of a running cluster; None starts one on this machine
-    stall_timeout_s: float = 1800.0
-    grace_s: float = 60.0  # for stages to end by themselves once the run is over
-    resume_from: Path | None = None
-    first_group: int = 0
-
-
-class Failure(msgspec.Struct, frozen=True, kw_only=True):
-    """A replica's error as plain data."""
-
-    where: str
-    what: str
-    remedy: str
-    trace: str
-
-
-class HubActor:
-    """The flow and the telemetry of one run, in one process. Ray calls its methods concurrently on one loop."""
-
-    def __init__(self, plan: bytes, run_dir: str, first_group: int) -> None:
-        _redirect_output(Path(run_dir), "hub")
-        self._ledger = Ledger(Path(run_dir) / "ledger.jsonl")
-        graph = graph_of(msgspec.json.decode(plan, type=GraphPlan))
-        self._flow = Flow(graph, self._ledger, first_group=first_group)
-        self._events: list[Event] = []
-        self._arrived = asyncio.Event()
-
-    async def call(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the flow; a closed edge is answered as such, not raised through Ray."""
-        try:
-            return await getattr(self._flow, method)(*arguments)
-        except ChannelClosed as closed:
-            return {"closed": closed.where, "what": closed.what}  # raised, it would arrive wrapped in Ray's own error
-
-    async def kinds(self, addresses: list[str]) -> dict[str, str]:
-        """Return the kind of edge at each address."""
-        return {address: self._flow.kind(address) for address in addresses}
-
-    async def report(self, batch: bytes) -> None:
-        """Take in a replica's events."""
-        self._events.extend(decode_events(batch))
-        self._arrived.set()
-
-    async def events(self) -> bytes:
-        """Wait for events and return all there are, with every queue's fill."""
-        await self._arrived.wait()
-        self._arrived.clear()
-        events, self._events = self._events, []
-        return encode_events([*events, *self._flow.edge_status(time.time())])
-
-    async def watch(self, timeout_s: float) -> str:
-        """Wait until nothing has moved for so long; returns who waits for what."""
-        try:
-            await self._flow.watch(timeout_s)
-        except FlowrlError as error:
-            return error.what
-        return ""
-
-    async def close(self) -> None:
-        """Close every edge."""
-        self._flow.close()
-
-    async def totals(self) -> dict[str, int]:
-        """Return the ledger's totals."""
-        return self._ledger.totals()
-
-    async def drain(self) -> bytes:
-        """Return the events that have not been fetched."""
-        events, self._events = self._events, []
-        return encode_events(events)
-
-
-class HubClient:
-    """The flow as a replica sees it, through the hub's actor handle."""
-
-    def __init__(self, hub: Handle) -> None:
-        self._hub = hub
-
-    async def _call(self, method: str, *arguments: Any) -> Any:
-        reference = self._hub.call.remote(method, *arguments)
-        try:
-            answer = await reference
-        except asyncio.CancelledError:
-            ray.cancel(reference)
-            raise
-        closed = _closed(answer)
-        if closed is not None:
-            raise closed
-        return answer
-
-    async def put(self, address: str, sender: str, key: int, body: bytes) -> None:
-        await self._call("put", address, sender, key, body)
-
-    async def get(self, address: str, consumer: str, limit: int) -> list[bytes]:
-        return await self._call("get", address, consumer, limit)
-
-    async def done(self, address: str, keys: list[int], learned_in: int | None) -> None:
-        await self._call("done", address, keys, learned_in)
-
-    async def reject(self, address: str, key: int, kind: str, reason: str) -> None:
-        await self._call("reject", address, key, kind, reason)
-
-    async def publish(self, address: str, version: int, body: bytes) -> None:
-        await self._call("publish", address, version, body)
-
-    async def read(self, address: str, newer_than: int) -> tuple[int, bytes]:
-        return await self._call("read", address, newer_than)
-
-    async def confirm(self, address: str, reader: str, version: int) -> None:
-        await self._call("confirm", address, reader, version)
-
-    async def acquire(self, address: str, taker: str) -> None:
-        await self._call("acquire", address, taker)
-
-    async def give_back(self, address: str, body: bytes) -> None:
-        await self._call("give_back", address, body)
-
-
-def _closed(answer: Any) -> ChannelClosed | None:
-    """Return the error that a hub's answer stands for, if it does."""
-    if not isinstance(answer, dict):
-        return None
-    said = cast("dict[str, str]", answer)
-    return ChannelClosed(said["closed"], said["what"])
-
-
-class ReplicaActor:
-    """One rank of one replica of a node."""
-
-    def __init__(self, plan: bytes, hub: Handle) -> None:
-        self._plan = msgspec.json.decode(plan, type=ReplicaPlan)
-        place = self._plan.place
-        self._name = f"{place.node}.{place.replica}" + (f".rank{place.rank}" if place.rank else "")
-        _redirect_output(Path(self._plan.run_dir), self._name)
-        self._hub = hub
-        self._stopping = asyncio.Event()
-        self._recorder = Recorder()
-
-    async def rendezvous(self) -> tuple[str, int]:
-        """Return this process's address and a free port on it."""
-        address = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((address, 0))
-            return address, probe.getsockname()[1]
-
-    async def request_stop(self) -> None:
-        """Tell the stage that the user asks for a controlled stop."""
-        self._stopping.set()
-
-    async def run(self, address: str, port: int) -> bytes:
-        """Run the stage to its end; returns b"" or its failure."""
-        plan, place = self._plan, self._plan.place
-        clock = CauseClock(asyncio.get_running_loop().time)
-        threads = Threads(clock, self._name)
-        context = Context(
-            node=place.node,
-            replica=place.replica,
-            ranks=Ranks(rank=place.rank, world_size=plan.world_size, address=address, port=port),
-            run_dir=Path(plan.run_dir),
-            clock=clock,
-            recorder=self._recorder,
-            stopping=self._stopping,
-            compute=threads.compute,
-            background=threads.background,
-            num_readers=plan.num_readers,
-            resume_from=Path(plan.resume_from) if plan.resume_from else None,
-        )
-        flushing = asyncio.ensure_future(self._flush())
-        try:
-            stage = from_specification(plan.stage, place.node)
-            await run_replica(stage, context, HubClient(self._hub), kinds=plan.kinds, status_interval_s=1.0)
-        except FlowrlError as error:
-            trace = traceback.format_exc()
-            print(trace, file=sys.stderr, flush=True)
-            failure = Failure(where=error.where, what=error.what, remedy=error.remedy, trace=trace)
-            return msgspec.json.encode(failure)
-        finally:
-            flushing.cancel()
-            await self._send()
-            threads.close()
-        return b""
-
-    async def _flush(self) -> None:
-        while True:
-            await asyncio.sleep(FLUSH_S)
-            await self._send()
-
-    async def _send(self) -> None:
-        events = self._recorder.drain()
-        if events and self._plan.place.rank == 0:
-            await self._hub.report.remote(encode_events(events))
-
-
-def _redirect_output(run_dir: Path, name: str) -> None:
-    """Send everything the process prints, native code included, to its log."""
-    logs = run_dir / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    log = os.open(logs / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
 
 
 @contextlib.contextmanager
@@ -275,6 +50,7 @@ def running_ray(graph: Graph, address: str | None) -> Generator[None]:
     """
     if address is None:
         check_resources(graph)
+    logging.getLogger("ray").setLevel(logging.ERROR)  # before it starts; `logging_level` holds only from then on
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let everything else on the machine go first
     local: dict[str, Any] = {
@@ -299,144 +75,241 @@ def running_ray(graph: Graph, address: str | None) -> Generator[None]:
         ray.shutdown()
 
 
-async def run_ray(graph: Graph, options: RayOptions) -> Outcome:
+async def run_ray(graph: Graph, options: Options) -> Outcome:
     """Run a graph to its end on Ray, which must have been started.
 
     Raises:
-        FlowrlError: the first failure of any stage, or a StallError.
+        FlowrlError: the first failure that is not recovered from, or a StallError.
     """
-    run = RayRun(graph, options)
-    try:
-        return await run.run()
-    finally:
-        run.kill()
+    return await Supervisor(graph, RayCrew(graph, options), options).run()
 
 
-class RayRun:
-    """The driver's side of one run."""
+@dataclass
+class Process:
+    """A rank's actor and where it runs."""
 
-    def __init__(self, graph: Graph, options: RayOptions) -> None:
+    place: Place
+    actor: Handle
+    pid: int = 0
+    address: str = ""
+
+
+@dataclass
+class Attempt:
+    """What one attempt has started."""
+
+    hub: Handle
+    kinds: dict[str, str]
+    group: PlacementGroup | None
+    bundles: dict[tuple[str, int, int], int]
+    processes: dict[str, list[Process]] = field(default_factory=dict[str, "list[Process]"])  # by replica
+    beside: list[asyncio.Task[None]] = field(default_factory=list["asyncio.Task[None]"])
+
+
+class RayCrew:
+    """Replicas as actors."""
+
+    def __init__(self, graph: Graph, options: Options) -> None:
+        assert options.run_dir is not None, "a run on Ray has a directory"
         self._graph = graph
         self._options = options
-        self._group: PlacementGroup | None = None
-        self._replicas: dict[str, list[Handle]] = {}  # "node.replica" -> its ranks
-        plan = msgspec.json.encode(plan_of(graph))
-        hub_environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
-        hub_type = ray.remote(num_cpus=0, max_concurrency=10_000, runtime_env=hub_environment)(HubActor)
-        self._hub: Handle = hub_type.remote(plan, str(options.run_dir), options.first_group)
+        self._run_dir = options.run_dir
+        self._plan = plan_of(graph)
+        self._attempt: Attempt | None = None
 
-    async def run(self) -> Outcome:
-        """Start everything, wait for the end, return the ledger's totals."""
-        await self._start()
-        events = asyncio.create_task(self._carry_events())
-        stop = asyncio.create_task(self._pass_on_stop())
-        try:
-            await self._wait()
-        finally:
-            events.cancel()
-            stop.cancel()
-        self._options.consume(decode_events(await self._hub.drain.remote()))
-        totals = await self._hub.totals.remote()
-        return Outcome(totals=totals, was_stopped=self._options.stopping.is_set())
+    @property
+    def _now(self) -> Attempt:
+        assert self._attempt is not None, "open comes first"
+        return self._attempt
 
-    async def _start(self) -> None:
-        wanted = places(self._graph)
-        own = [p for p in wanted if p.host == p.node and (p.cpus or p.gpus)]
+    async def open(self, start: Start) -> None:
+        """Reserve devices and start the hub at the start's cut."""
+        own = [p for p in places(self._graph) if p.host == p.node and (p.cpus or p.gpus)]
+        group: PlacementGroup | None = None
         if own:
-            self._group = placement_group([_bundle(p, self._graph) for p in own], strategy="PACK")
-            await cast("Any", self._group).ready()
-        bundles = {(p.node, p.replica, p.rank): index for index, p in enumerate(own)}
+            group = placement_group([_bundle(p, self._graph) for p in own], strategy="PACK")
+            await cast("Any", group).ready()
+        hub_type = ray.remote(num_cpus=0, max_concurrency=10_000, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})(
+            HubActor
+        )
+        hub = hub_type.remote(msgspec.json.encode(self._plan), str(self._run_dir), msgspec.json.encode(start.cut))
         addresses = [f"{node}.{port}" for node, stage in self._graph.nodes.items() for port in stage.ports]
-        kinds = await self._hub.kinds.remote(addresses)
-        for place in wanted:
-            actor = self._start_one(place, kinds, bundles)
-            self._replicas.setdefault(f"{place.node}.{place.replica}", []).append(actor)
+        bundles = {(p.node, p.replica, p.rank): index for index, p in enumerate(own)}
+        self._attempt = Attempt(hub=hub, kinds={}, group=group, bundles=bundles)
+        self._now.kinds = await hub.kinds.remote(addresses)
+        self._now.beside = [asyncio.create_task(self._carry_events()), asyncio.create_task(self._pass_on_stop())]
 
-    def _start_one(self, place: Place, kinds: dict[str, str], bundles: dict[tuple[str, int, int], int]) -> Handle:
-        stage = self._graph.nodes[place.node]
+    async def run(self, replica: str, incarnation: int, start: Start) -> None:
+        """Start a replica's ranks and wait for their end; one that fails takes the others with it."""
+        ranks = [Process(p, self._start(p, incarnation, start)) for p in places(self._graph) if _belongs(p, replica)]
+        self._now.processes[replica] = ranks
+        if self._options.stopping.is_set():
+            for process in ranks:
+                process.actor.request_stop.remote()
+        master = ("", 0)
+        try:
+            for process in ranks:
+                process.address, port, process.pid = await process.actor.rendezvous.remote()
+                if process.place.rank == 0:
+                    master = process.address, port
+        except RayError as error:
+            raise self._death(replica, error) from error
+        answers = {asyncio.ensure_future(_await(p.actor.run.remote(*master))): p for p in ranks}
+        try:
+            while answers:
+                finished, _ = await asyncio.wait(answers, return_when=asyncio.FIRST_COMPLETED)
+                for answer in finished:
+                    self._check(answers.pop(answer), answer)
+        finally:
+            for answer in answers:
+                answer.cancel()
+            for process in ranks:
+                with contextlib.suppress(RayError):
+                    await self._now.hub.forget.remote(process_name(process.place))
+
+    def _start(self, place: Place, incarnation: int, start: Start) -> Handle:
+        stage, attempt = self._graph.nodes[place.node], self._now
         plan = ReplicaPlan(
             place=place,
-            stage=plan_of(self._graph).nodes[place.node],
+            incarnation=incarnation,
+            stage=self._plan.nodes[place.node],
             world_size=stage.config.ranks,
-            kinds={address: kind for address, kind in kinds.items() if address.startswith(f"{place.node}.")},
-            run_dir=str(self._options.run_dir),
+            kinds={address: kind for address, kind in attempt.kinds.items() if node_name(address) == place.node},
+            run_dir=str(self._run_dir),
             num_readers=num_readers(self._graph, place.node),
-            resume_from=str(self._options.resume_from) if self._options.resume_from else None,
+            resume_from=str(start.checkpoint) if start.checkpoint else None,
         )
-        variables = environment(stage.config, on_gpu=place.gpus > 0)
         choice: dict[str, Any] = {
             "num_cpus": place.cpus,
             "num_gpus": place.gpus,
             "max_concurrency": 64,
-            "runtime_env": {"env_vars": variables},
+            "runtime_env": {"env_vars": environment(stage.config, on_gpu=place.gpus > 0)},
         }
-        bundle = bundles.get(
-            (place.node, place.replica, place.rank), bundles.get((place.host, place.replica, place.rank))
-        )
-        if self._group is not None and bundle is not None:
-            choice["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, bundle)
+        bundle = attempt.bundles.get((place.node, place.replica, place.rank))
+        if bundle is None:
+            bundle = attempt.bundles.get((place.host, place.replica, place.rank))
+        if attempt.group is not None and bundle is not None:
+            choice["scheduling_strategy"] = PlacementGroupSchedulingStrategy(attempt.group, bundle)
         actor_type: Any = ray.remote(ReplicaActor)
-        return actor_type.options(**choice).remote(msgspec.json.encode(plan), self._hub)
+        return actor_type.options(**choice).remote(msgspec.json.encode(plan), attempt.hub)
 
-    async def _wait(self) -> None:
-        """Wait for the until node, close the edges, let the rest end; raises the first failure."""
-        running: dict[asyncio.Future[Any], str] = {}
-        for name, ranks in self._replicas.items():
-            address, port = await ranks[0].rendezvous.remote() if len(ranks) > 1 else ("127.0.0.1", 0)
-            running.update({asyncio.ensure_future(_await(actor.run.remote(address, port))): name for actor in ranks})
-        stall = asyncio.ensure_future(_await(self._hub.watch.remote(self._options.stall_timeout_s)))
-        running[stall] = "flow"
-        until = self._graph.until_node
+    def _check(self, process: Process, ended: asyncio.Future[Any]) -> None:
+        replica = f"{process.place.node}.{process.place.replica}"
         try:
-            while any(name.rpartition(".")[0] == until for name in running.values()):
-                await self._one_ended(running, None)
-            running.pop(stall, None)
-            await self._hub.close.remote()
-            deadline = time.monotonic() + self._options.grace_s
-            while running and time.monotonic() < deadline:
-                await self._one_ended(running, deadline - time.monotonic())
-        finally:
-            for future in [*running, stall]:
-                future.cancel()
-
-    async def _one_ended(self, running: dict[asyncio.Future[Any], str], timeout_s: float | None) -> None:
-        finished, _ = await asyncio.wait(running, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        for future in finished:
-            name = running.pop(future)
-            self._raise_failure(name, future)
-
-    def _raise_failure(self, name: str, future: asyncio.Future[Any]) -> None:
-        log = self._options.run_dir / "logs" / f"{name}.log"
-        try:
-            answer = future.result()
-        except RayActorError as error:
-            raise StageError(name, "its process died", f"its last words are in {log}") from error
+            answer = ended.result()
         except RayError as error:
-            raise StageError(name, str(error).strip().splitlines()[-1], f"see {log}") from error
-        if name == "flow" and answer:
-            raise StageError("flow", answer, "see the run's timeline and logs")
+            process.pid = 0  # somebody else may get the number now
+            raise self._death(replica, error) from error
         if answer:
             failure = msgspec.json.decode(answer, type=Failure)
-            raise StageError(failure.where, failure.what, failure.remedy or f"see {log}")
+            kind: type[FlowrlError] = getattr(errors, failure.kind)
+            raise kind(failure.where, failure.what, failure.remedy or f"see {self._log(replica)}")
+
+    def _death(self, replica: str, error: RayError) -> StageError:
+        if isinstance(error, RayActorError):
+            return StageError(replica, "its process died", f"its last words are in {self._log(replica)}")
+        return StageError(replica, str(error).strip().splitlines()[-1], f"see {self._log(replica)}")
+
+    def _log(self, replica: str) -> Path:
+        return self._run_dir / "logs" / f"{replica}.log"
+
+    async def watch(self) -> None:
+        """Wait for a stall, for silence, or for the hub to be lost."""
+        hub, options = self._now.hub, self._options
+        stalling = asyncio.ensure_future(_await(hub.watch.remote(options.stall_timeout_s)))
+        silent = asyncio.ensure_future(_await(hub.silent.remote(options.heartbeat_timeout_s)))
+        pinging = asyncio.ensure_future(self._ping())
+        try:
+            await asyncio.wait([stalling, silent, pinging], return_when=asyncio.FIRST_COMPLETED)
+            if pinging.done():
+                pinging.result()
+            if silent.done():
+                process = silent.result()
+                replica = process.rpartition(".rank")[0] if ".rank" in process else process
+                raise Silence(replica, f"not heard from for {options.heartbeat_timeout_s:.0f} s")
+            raise StallError("flow", stalling.result(), "see the run's timeline and logs")
+        except RayError as error:
+            raise HostLost("flow", "its host died", f"its last words are in {self._log('hub')}") from error
+        finally:
+            for waiting in (stalling, silent, pinging):
+                waiting.cancel()
+            await asyncio.gather(stalling, silent, pinging, return_exceptions=True)
+
+    async def _ping(self) -> None:
+        timeout_s = self._options.heartbeat_timeout_s
+        while True:
+            await asyncio.sleep(timeout_s / 4)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._now.hub.ping.remote()
+            except TimeoutError as error:
+                raise HostLost("flow", f"its host was not heard from for {timeout_s:.0f} s") from error
+
+    async def release(self, replica: str, successor: int) -> Released:
+        """Fence a dead replica off and give back what it held."""
+        try:
+            reissued, poisonous = await self._now.hub.release.remote(replica, successor)
+        except RayError as error:
+            raise HostLost("flow", "its host died") from error
+        return Released(reissued, poisonous)
+
+    async def kill(self, replica: str) -> None:
+        """Kill every rank of a replica, stopped ones of this machine too."""
+        for process in self._now.processes.get(replica, []):
+            await _kill(process)
+
+    async def totals(self) -> dict[str, int]:
+        """Return the ledger's totals."""
+        try:
+            return await self._now.hub.totals.remote()
+        except RayError as error:
+            raise HostLost("flow", "its host died") from error
+
+    async def close_edges(self) -> None:
+        """Close every edge."""
+        with contextlib.suppress(RayError):
+            await self._now.hub.close.remote()
+
+    async def close(self) -> None:
+        """Kill every actor of the attempt and free its devices."""
+        attempt, self._attempt = self._attempt, None
+        if attempt is None:
+            return
+        for task in attempt.beside:
+            task.cancel()
+        await asyncio.gather(*attempt.beside, return_exceptions=True)
+        with contextlib.suppress(RayError, TimeoutError):
+            async with asyncio.timeout(5.0):
+                self._options.consume(decode_events(await attempt.hub.drain.remote()))
+        for process in [process for ranks in attempt.processes.values() for process in ranks]:
+            await _kill(process)
+        with contextlib.suppress(RayError):
+            ray.kill(attempt.hub)
+        if attempt.group is not None:
+            with contextlib.suppress(RayError):
+                remove_placement_group(attempt.group)
 
     async def _carry_events(self) -> None:
-        while True:
-            self._options.consume(decode_events(await self._hub.events.remote()))
+        with contextlib.suppress(RayError):  # the watch tells when the hub is gone
+            while True:
+                self._options.consume(decode_events(await self._now.hub.events.remote()))
 
     async def _pass_on_stop(self) -> None:
         await self._options.stopping.wait()
-        for ranks in self._replicas.values():
-            for actor in ranks:
-                actor.request_stop.remote()
+        for process in [process for ranks in self._now.processes.values() for process in ranks]:
+            process.actor.request_stop.remote()
 
-    def kill(self) -> None:
-        """Kill every actor of the run and free its resources."""
-        for actor in [*(a for ranks in self._replicas.values() for a in ranks), self._hub]:
-            with contextlib.suppress(RayError):
-                ray.kill(actor)
-        if self._group is not None:
-            with contextlib.suppress(RayError):
-                remove_placement_group(self._group)
+
+async def _kill(process: Process) -> None:
+    if process.pid and process.address == ray.util.get_node_ip_address():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGCONT)  # one that was stopped must wake up to be killed
+    with contextlib.suppress(RayError):
+        ray.kill(process.actor)
+
+
+def _belongs(place: Place, replica: str) -> bool:
+    return f"{place.node}.{place.replica}" == replica
 
 
 async def _await(reference: Any) -> Any:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from flowrl.errors import ChannelClosed, FlowrlError, StageError
 from flowrl.runtime.binding import FlowClient, bind
-from flowrl.runtime.flow import replica_name
 from flowrl.telemetry.causes import Cause, CauseClock
 from flowrl.telemetry.events import Status
 
@@ -84,8 +83,7 @@ async def run_replica(
     Raises:
         FlowrlError: as the stage raised it, or a StageError around anything else.
     """
-    bind(stage, context.node, kinds=kinds, flow=flow, replica=replica_name(context.node, context.replica),
-         clock=context.clock)  # fmt: skip
+    bind(stage, context.node, kinds=kinds, flow=flow, clock=context.clock)
     ticker = asyncio.ensure_future(_report_status(context, status_interval_s))
     try:
         with contextlib.suppress(ChannelClosed):

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from flowrl.config import to_tree
-from flowrl.engines.checkpoint import complete_checkpoints
 from flowrl.errors import ConfigError, ResourceError
 from flowrl.graph.plan import plan_of
 
@@ -54,15 +53,12 @@ def write_plan(directory: Path, program: Program) -> None:
     (directory / "graph.json").write_bytes(msgspec.json.format(msgspec.json.encode(plan_of(program.graph))))
 
 
-def newest_checkpoint(directory: Path) -> Path:
-    """Return a run's newest complete checkpoint.
+def existing_run(directory: Path) -> Path:
+    """Return the directory of a run.
 
     Raises:
-        ConfigError: the run or a complete checkpoint of it does not exist.
+        ConfigError: there is none.
     """
-    if not directory.is_dir():
-        raise ConfigError(str(directory), "no such run", "name a directory under runs/")
-    found = complete_checkpoints(directory / "checkpoints")
-    if not found:
-        raise ConfigError(str(directory), "has no complete checkpoint", "start it again under another --name")
-    return found[-1]
+    if not (directory / "settings.yaml").is_file():
+        raise ConfigError(str(directory), "holds no run", "name a directory under runs/")
+    return directory

@@ -18,12 +18,13 @@ from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Checkpoint, Prompt, Rollouts
 from flowrl.rewards.function import RewardFunction
 from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.events import Evaluation
+from flowrl.telemetry.events import Evaluation, Notice
 
 if TYPE_CHECKING:
     from flowrl.graph.stage import Context, Say
 
 SHOWN = 3  # completions kept for the report
+FIRST_HELDOUT = 1 << 40  # held-out groups are numbered from here: no training group of any run comes so far
 
 
 class Evaluator(Stage):
@@ -55,11 +56,12 @@ class Evaluator(Stage):
         with context.clock.charge(Cause.START):
             prompts = await context.compute(self._load)
         function = RewardFunction(self.config.function, where=context.where)
-        num_sent = 0
+        num_sent = FIRST_HELDOUT
         async for checkpoint in self.checkpoints:
             evaluation = await self._evaluate(context, prompts, function, checkpoint, num_sent)
             num_sent += len(prompts.heldout)
-            context.recorder.record(evaluation)
+            if evaluation is not None:
+                context.recorder.record(evaluation)
             context.version = checkpoint.version
             context.done += len(prompts.heldout)
             await self.checkpoints.done(checkpoint)
@@ -69,15 +71,18 @@ class Evaluator(Stage):
 
     async def _evaluate(
         self, context: Context, prompts: PromptSet, function: RewardFunction, checkpoint: Checkpoint, first_id: int
-    ) -> Evaluation:
+    ) -> Evaluation | None:
+        """Return the scores, or nothing where the generators have moved on to another version meanwhile."""
         room = asyncio.Semaphore(self.config.in_flight)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._send(prompts, first_id, room))
             scores: dict[int, list[float]] = {}
             texts: dict[int, dict[str, str]] = {}
+            versions: set[int] = set()
             while len(scores) < len(prompts.heldout):
                 group = await self.rollouts.get()
                 place = group.group_id - first_id
+                versions |= {span.version for sample in group.samples for span in sample.versions}
                 scores[place] = await function(group)
                 if place < SHOWN:
                     texts[place] = {
@@ -87,6 +92,10 @@ class Evaluator(Stage):
                     }
                 await self.rollouts.done(group)
                 room.release()
+        if versions != {checkpoint.version}:  # only after a restart: the learner did not wait for the dead
+            text = f"version {checkpoint.version} was not evaluated: the generators serve {max(versions)}"
+            context.recorder.record(Notice(level="warning", where=context.where, text=text, time_s=context.now()))
+            return None
         return Evaluation(
             version=checkpoint.version,
             time_s=context.now(),

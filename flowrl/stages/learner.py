@@ -4,12 +4,14 @@ Invariants: step v learns exactly `groups_per_step` groups while the policy is v
 `max_staleness`, and makes version v + 1; a credit goes back only after every live generator has acknowledged the
 version that its group was learned into (law 2); version v + 1 is on its way to the generators while the next step's
 forward and backward run, and has left before the next optimizer step changes the weights; where an evaluator is
-joined, no version is published while an older one is being evaluated. Its return ends the run.
+joined, no version is published while an older one is being evaluated; a checkpoint holds the state of every stateful
+node and the flow's cut between the same two steps. Its return ends the run.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -17,22 +19,25 @@ import msgspec
 from flowrl.config import Meta, Select, widen
 from flowrl.data.models import prepare_model
 from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine
-from flowrl.engines.checkpoint import CheckpointWriter, read_progress
-from flowrl.errors import ConfigError, RunError
+from flowrl.engines.checkpoint import CheckpointWriter
+from flowrl.errors import ConfigError, ResourceError, RunError, TransferError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
-from flowrl.messages import Buffer, Checkpoint, Credit, Samples, Weights
+from flowrl.messages import Buffer, Checkpoint, Credit, Samples, Save, Weights
 from flowrl.stages.credit import load_algorithm
 from flowrl.stages.step import logprob_gap, step_groups, step_metrics
-from flowrl.stages.training import opened
+from flowrl.stages.training import load_state, opened, save_state
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.events import Notice, Span, Step
 from flowrl.telemetry.rollouts import write_rollouts
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from flowrl.algorithms.base import Algorithm
     from flowrl.graph.stage import Context, Say
 
+ROOM_RETRY_S = 30.0  # between two looks at a full disk
 CANARY_TOKENS = 32  # long enough that one stale layer shows in the mean, short enough to cost nothing
 
 
@@ -46,17 +51,19 @@ class Learner(Stage):
         epochs: Annotated[int, Meta(ge=1)] = 1  # passes over a step's groups
         minibatches: Annotated[int, Meta(ge=1)] = 1  # optimizer steps in one pass; must divide groups_per_step
         freeze_steps: Annotated[int, Meta(ge=0)] = 0  # first steps in which only the critic learns
-        save_every: Annotated[int, Meta(ge=0)] = 0  # versions between checkpoints; 0: only at the end
-        keep_checkpoints: Annotated[int, Meta(ge=1)] = 2
+        save_every: Annotated[int, Meta(ge=0)] = 10  # versions between checkpoints; 0: only at the end
+        keep_checkpoints: Annotated[int, Meta(ge=1)] = 2  # newest ones kept, besides the best
         evaluate_every: Annotated[int, Meta(ge=0)] = 0  # versions between evaluations; 0: before and after
         save_rollouts: bool = True  # write every learned group to Parquet
         min_ess: Annotated[float, Meta(ge=0, le=1)] = 0.3  # warn when the effective sample size falls below
 
-    optional = frozenset({"checkpoints"})
+    optional = frozenset({"checkpoints", "saves"})
+    is_stateful = True
     samples: In[Samples]
     weights: Out[Weights]
     released: Out[Credit]
     checkpoints: Out[Checkpoint]
+    saves: Out[Save]  # acknowledged by every other stateful node when its part of a checkpoint is written
 
     def __init__(self, config: Config, *, model: str, algorithm: Select, steps: int, groups_per_step: int,
                  group_size: int, max_staleness: int, temperature: float, has_critic: bool) -> None:  # fmt: skip
@@ -97,9 +104,9 @@ class Learner(Stage):
         async with opened(context, self.config.engine, self._settings, self._num_optimizer_steps) as engine:
             context.version = 0
             if context.resume_from is not None:
-                await context.compute(engine.load_state, context.resume_from / "state")
-                context.version = read_progress(context.resume_from).version
+                context.version = await context.compute(load_state, engine, context.resume_from / context.node)
             saver = CheckpointWriter(context.run_dir / "checkpoints", keep=self.config.keep_checkpoints)
+            saved = context.version if context.resume_from else -1
             async with asyncio.TaskGroup() as tasks:
                 push = await self._publish(context, engine, [], tasks)
                 while context.version < self.steps:
@@ -108,28 +115,28 @@ class Learner(Stage):
                         break
                     push = await self._step(context, engine, algorithm, batch, push, tasks)
                     if self.config.save_every and context.version % self.config.save_every == 0:
-                        await context.compute(saver.save, engine, context.version, self._next_group(batch))
+                        await self._save(context, engine, saver)
+                        saved = context.version
                 await push
-            await self._finish(context, engine, saver)
-
-    _last_group = -1  # the newest group learned so far
-
-    def _next_group(self, batch: list[Samples]) -> int:
-        self._last_group = max(self._last_group, *(group.group_id for group in batch))
-        return self._last_group + 1
+                if saved != context.version:
+                    await self._save(context, engine, saver)
 
     async def _next_batch(self, context: Context) -> list[Samples] | None:
-        """Wait for a full step of groups, or return None when the user asks to stop first."""
+        """Wait for a full step of groups, or return None when the user asked to stop and none is left under way."""
+
+        async def drained() -> None:
+            await context.stopping.wait()
+            await context.fewer_out(self.groups_per_step)
+
         taking = asyncio.ensure_future(self.samples.take(self.groups_per_step))
-        stopping = asyncio.ensure_future(context.stopping.wait())
+        draining = asyncio.ensure_future(drained())
         try:
-            await asyncio.wait([taking, stopping], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([taking, draining], return_when=asyncio.FIRST_COMPLETED)
             return taking.result() if taking.done() else None
         finally:
-            stopping.cancel()
-            if not taking.done():
-                taking.cancel()
-                await asyncio.gather(taking, return_exceptions=True)
+            for waiting in (taking, draining):
+                waiting.cancel()
+            await asyncio.gather(taking, draining, return_exceptions=True)
 
     async def _step(self, context: Context, engine: TrainingEngine, algorithm: Algorithm, batch: list[Samples],
                     push: asyncio.Task[None], tasks: asyncio.TaskGroup) -> asyncio.Task[None]:  # fmt: skip
@@ -147,7 +154,7 @@ class Learner(Stage):
         context.version += 1
         context.done += len(batch)
         await self.samples.done(*batch, learned_in=version)
-        self._next_group(batch)
+        self._rewards = [*self._rewards, *(reward for group in batch for reward in group.rewards)]
         context.recorder.record(
             Span(node=context.node, replica=context.replica, name=f"step {version}", start_s=start_s,
                  end_s=context.now(), groups=[group.group_id for group in batch])
@@ -194,7 +201,7 @@ class Learner(Stage):
         """Wait for every live generator to serve the version, then return the credits of what it was learned from."""
         async with asyncio.TaskGroup() as both:
             both.create_task(self.weights.put(weights))
-            both.create_task(context.background(engine.transfer, weights.version))
+            both.create_task(self._transfer(context, engine, weights.version))
         if learned:
             await self.released.put(Credit(groups=[group.group_id for group in learned]))
         context.recorder.record(
@@ -205,14 +212,58 @@ class Learner(Stage):
             await self.checkpoints.put(Checkpoint(version=weights.version, is_final=weights.version == self.steps))
         await context.background(engine.retire, weights.version)
 
+    async def _transfer(self, context: Context, engine: TrainingEngine, version: int) -> None:
+        """Send the bytes; that no generator is there to take them is not the learner's failure."""
+        try:
+            await context.background(engine.transfer, version)
+        except TransferError as error:
+            notice = Notice(level="warning", where=context.where, text=str(error), time_s=context.now())
+            context.recorder.record(notice)
+
     def _is_evaluated(self, version: int) -> bool:
         every = self.config.evaluate_every
         return version in (0, self.steps) or bool(every and version % every == 0)
 
-    async def _finish(self, context: Context, engine: TrainingEngine, saver: CheckpointWriter) -> None:
-        path = await context.compute(saver.save, engine, context.version, self._last_group + 1)
+    _rewards: Sequence[float] = ()  # of the samples learned since the last checkpoint
+
+    async def _save(self, context: Context, engine: TrainingEngine, saver: CheckpointWriter) -> None:
+        """Write a checkpoint; while the disk is full, say so and wait for room."""
+        while True:
+            try:
+                path = await self._write(context, engine, saver)
+                break
+            except ResourceError as error:
+                if context.stopping.is_set():
+                    raise
+                text = f"{error}; trying again every {ROOM_RETRY_S:.0f} s"
+                context.recorder.record(Notice(level="warning", where=context.where, text=text, time_s=context.now()))
+                await asyncio.sleep(ROOM_RETRY_S)
+        self._rewards = []
         text = f"version {context.version} saved in {path}"
         context.recorder.record(Notice(level="info", where=context.where, text=text, time_s=context.now()))
+
+    async def _write(self, context: Context, engine: TrainingEngine, saver: CheckpointWriter) -> Path:
+        start_s, version = context.now(), context.version
+        aside = await context.compute(saver.begin, version)
+        try:
+            async with asyncio.TaskGroup() as parts:
+                if self.saves.is_connected:
+                    parts.create_task(self.saves.put(Save(version=version, directory=str(aside))))
+                card = saver.card.format(name=context.run_dir.name, version=version)
+                await context.compute(_save, engine, aside, context.node, version, card)
+        except ExceptionGroup as errors:
+            failed, others = errors.split((OSError, RuntimeError, RunError))
+            if failed is None or others is not None:
+                raise
+            raise await context.compute(saver.failure, aside, version, failed.exceptions[0]) from errors
+        score = sum(self._rewards) / len(self._rewards) if self._rewards else 0.0
+        cut = await context.cut(version)
+        path = await context.compute(_commit, saver, aside, version, cut, score)
+        context.recorder.record(
+            Span(node=context.node, replica=context.replica, name=f"checkpoint {version}", start_s=start_s,
+                 end_s=context.now())
+        )  # fmt: skip
+        return path
 
     def _record(self, context: Context, batch: list[Samples], staleness: list[int], metrics: dict[str, float],
                 step_s: float) -> None:  # fmt: skip
@@ -232,3 +283,12 @@ class Learner(Stage):
 def _canary() -> Buffer:
     """Return a fixed token sequence that every vocabulary of 64 or more tokens has."""
     return Buffer.ints([3 + (7 * i) % 61 for i in range(CANARY_TOKENS)])
+
+
+def _save(engine: TrainingEngine, aside: Path, node: str, version: int, card: str) -> None:
+    engine.save_model(aside / "model", card=card)
+    save_state(engine, aside / node, version)
+
+
+def _commit(saver: CheckpointWriter, aside: Path, version: int, cut: bytes, score: float) -> Path:
+    return saver.commit(aside, version=version, cut=cut, score=score)

@@ -1,14 +1,13 @@
 """Prompts: admits prompt groups, one against each credit, in the order of their group ids.
 
-Invariant: group k of a run is the row at position k of the data set's order, whatever happened before, so a resumed
-run goes on where it stopped. Ends when the edges close; admits nothing more once the user asks to stop.
+Invariant: group k of a run is the row at position k of the data set's order, whatever happened before: each credit
+says which k it is for. Ends when the edges close; admits nothing more once the user asks to stop.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from flowrl.config import Meta
 from flowrl.data.models import prepare_model
 from flowrl.data.prompts import PromptData, PromptSet, load_prompts, load_tokenizer
 from flowrl.errors import DataError
@@ -26,8 +25,6 @@ class Prompts(Stage):
 
     class Config(StageConfig):
         """Settings of the prompts node."""
-
-        first_group: Annotated[int, Meta(ge=0)] = 0  # position in the data set's order to begin at
 
     credits: In[Credit]
     prompts: Out[Prompt]
@@ -58,9 +55,10 @@ class Prompts(Stage):
         """Admit groups until the edges close."""
         with context.clock.charge(Cause.START):
             rows = await context.compute(self.load)
-        group_id = self.config.first_group
-        while not context.stopping.is_set():
-            await self.credits.get()
+        while True:
+            (group_id,) = (await self.credits.get()).groups
+            if context.stopping.is_set():
+                return
             row = rows.row_at(group_id)
             prompt = Prompt(
                 group_id=group_id,
@@ -71,4 +69,3 @@ class Prompts(Stage):
             )
             await self.prompts.put(prompt)
             context.done += 1
-            group_id += 1

@@ -1,4 +1,4 @@
-"""Open and close a training engine around a stage's work."""
+"""A training engine around a stage's work: opened, its state saved and loaded with a version, closed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from flowrl.engines.base import TrainingConfig, TrainingEngine, open_engine
+from flowrl.engines.checkpoint import read_version, write_version
 from flowrl.telemetry.causes import Cause
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
 
     from flowrl.graph.stage import Context
 
@@ -39,3 +41,15 @@ async def opened(
         yield engine
     finally:
         await context.compute(engine.close)
+
+
+def save_state(engine: TrainingEngine, directory: Path, version: int) -> None:
+    """Write an engine's state, as it stands at a policy version; blocking."""
+    engine.save_state(directory)
+    write_version(directory, version)
+
+
+def load_state(engine: TrainingEngine, directory: Path) -> int:
+    """Read an engine's state back and return the policy version it was saved at; blocking."""
+    engine.load_state(directory)
+    return read_version(directory)

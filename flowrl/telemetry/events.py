@@ -75,7 +75,16 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     time_s: float
 
 
-Event = Span | Step | Status | EdgeStatus | Evaluation | Notice
+class Recovery(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The supervisor brought something back."""
+
+    where: str  # replica, or what took the whole graph down
+    kind: str  # "restart" of one replica | "rollback" of the graph to a checkpoint
+    reissued: int  # groups that were in the dead replica's hands
+    time_s: float
+
+
+Event = Span | Step | Status | EdgeStatus | Evaluation | Notice | Recovery
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(list[Event])

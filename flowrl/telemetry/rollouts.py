@@ -91,3 +91,10 @@ def token_versions(sample: Sample) -> list[int]:
 
 def _prompt_text(prompt: Any) -> str | None:
     return prompt if prompt is None or isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+
+
+def read_groups(path: Path) -> set[int]:
+    """Return the ids of the groups in a step's file."""
+    import pyarrow.parquet as pq
+
+    return set(pq.read_table(path, columns=["group_id"]).column("group_id").to_pylist())

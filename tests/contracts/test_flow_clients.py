@@ -14,6 +14,7 @@ import pytest
 from flowrl.errors import ChannelClosed
 from flowrl.graph.plan import plan_of
 from flowrl.messages import Credit, encode
+from flowrl.runtime.door import Door, Knocking
 from flowrl.runtime.flow import Flow
 from flowrl.runtime.ledger import Ledger
 from tests.support.flows import FlowSettings, flow
@@ -22,14 +23,25 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
     from pathlib import Path
 
-    from flowrl.runtime.binding import FlowClient
+    from flowrl.runtime.local import Carry
 
 pytestmark = pytest.mark.slow
 
 SETTINGS = FlowSettings(
     seed=0, steps=2, groups_per_step=2, window=1, max_staleness=1, generators=2, scorers=2, depth=2, token_s=0.01,
-    sigma=0.0, update_s=0.0, score_s=0.01, train_s=0.01, filter_every=0, initial=4,
+    sigma=0.0, update_s=0.0, score_s=0.01, train_s=0.01, filter_every=0, initial=4, is_finite=False,
 )  # fmt: skip
+
+
+class Clients:
+    """The flow as each replica of the test sees it."""
+
+    def __init__(self, carry: Carry) -> None:
+        self.prompts = Knocking(carry, "prompts.0", 0)
+        self.generators = [Knocking(carry, f"generator.{i}", 0) for i in range(2)]
+        self.learner = Knocking(carry, "learner.0", 0)
+
+
 SOON_S = 5.0  # far above a call's time; nothing waits for it unless the contract is broken
 Body = Any
 
@@ -54,16 +66,16 @@ def on_runtime(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Body
         async def close() -> None:
             f.close()
 
-        await body(f, close)
+        await body(Clients(Door(f).call), close)
 
     async def on_ray(body: Body) -> None:
-        from flowrl.runtime.ray import HubActor, HubClient, ray
+        from flowrl.runtime.actors import HubActor, carry, ray
 
         actor: Any = ray.remote(num_cpus=0, max_concurrency=1000)(HubActor)
-        hub = actor.remote(msgspec.json.encode(plan_of(flow(SETTINGS))), str(tmp_path), 0)
+        hub = actor.remote(msgspec.json.encode(plan_of(flow(SETTINGS))), str(tmp_path), b"null")
         await hub.totals.remote()  # calls made while an actor still starts may begin in any order
         try:
-            await body(HubClient(hub), lambda: hub.close.remote())
+            await body(Clients(lambda call: carry(hub, call)), lambda: hub.close.remote())
         finally:
             ray.kill(hub)
 
@@ -73,10 +85,10 @@ def on_runtime(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Body
     return run
 
 
-async def admit(client: FlowClient, *keys: int) -> None:
+async def admit(client: Clients, *keys: int) -> None:
     for key in keys:
-        await client.acquire("prompts.credits", "prompts.0")
-        await client.put("prompts.prompts", "prompts.0", key, b"%d" % key)
+        await client.prompts.acquire("prompts.credits")
+        await client.prompts.put("prompts.prompts", key, b"%d" % key)
 
 
 async def is_waiting(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -88,63 +100,63 @@ async def is_waiting(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
 
 
 def test_messages_arrive_in_order_and_once(on_runtime: Callable[[Body], None]) -> None:
-    async def body(client: FlowClient, close: Any) -> None:
+    async def body(client: Clients, close: Any) -> None:
         await admit(client, 0, 1)
-        assert await client.get("generator.prompts", "generator.0", 5) == [b"0", b"1"]
-        await is_waiting(client.get("generator.prompts", "generator.1", 1))
+        assert await client.generators[0].get("generator.prompts", 5) == [b"0", b"1"]
+        await is_waiting(client.generators[1].get("generator.prompts", 1))
 
     on_runtime(body)
 
 
 def test_a_full_queue_makes_the_sender_wait_until_there_is_room(on_runtime: Callable[[Body], None]) -> None:
-    async def body(client: FlowClient, close: Any) -> None:
+    async def body(client: Clients, close: Any) -> None:
         await admit(client, 0, 1)
         third = await is_waiting(admit(client, 2))
-        assert await client.get("generator.prompts", "generator.0", 1) == [b"0"]
+        assert await client.generators[0].get("generator.prompts", 1) == [b"0"]
         await asyncio.wait_for(third, SOON_S)
 
     on_runtime(body)
 
 
 def test_no_more_groups_are_out_than_there_are_credits(on_runtime: Callable[[Body], None]) -> None:
-    async def body(client: FlowClient, close: Any) -> None:
+    async def body(client: Clients, close: Any) -> None:
         for key in range(4):
             await admit(client, key)
-            await client.get("generator.prompts", "generator.0", 1)
-        fifth = await is_waiting(client.acquire("prompts.credits", "prompts.0"))
-        await client.give_back("learner.released", encode(Credit(groups=[0])))
+            await client.generators[0].get("generator.prompts", 1)
+        fifth = await is_waiting(client.prompts.acquire("prompts.credits"))
+        await client.learner.give_back("learner.released", encode(Credit(groups=[0])))
         await asyncio.wait_for(fifth, SOON_S)
 
     on_runtime(body)
 
 
 def test_receivers_that_wait_are_served_in_the_order_they_came(on_runtime: Callable[[Body], None]) -> None:
-    async def body(client: FlowClient, close: Any) -> None:
-        first = await is_waiting(client.get("generator.prompts", "generator.0", 1))
-        second = await is_waiting(client.get("generator.prompts", "generator.1", 1))
-        await admit(client, 7, 8)
-        assert [await first, await second] == [[b"7"], [b"8"]]
+    async def body(client: Clients, close: Any) -> None:
+        first = await is_waiting(client.generators[0].get("generator.prompts", 1))
+        second = await is_waiting(client.generators[1].get("generator.prompts", 1))
+        await admit(client, 0, 1)
+        assert [await first, await second] == [[b"0"], [b"1"]]
 
     on_runtime(body)
 
 
 def test_a_cancelled_receiver_loses_no_message(on_runtime: Callable[[Body], None]) -> None:
-    async def body(client: FlowClient, close: Any) -> None:
-        waiting = await is_waiting(client.get("generator.prompts", "generator.0", 1))
+    async def body(client: Clients, close: Any) -> None:
+        waiting = await is_waiting(client.generators[0].get("generator.prompts", 1))
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
         await asyncio.sleep(0.2)  # a cancellation needs a moment to reach the hub
-        await admit(client, 3)
-        assert await asyncio.wait_for(client.get("generator.prompts", "generator.1", 1), SOON_S) == [b"3"]
+        await admit(client, 0)
+        assert await asyncio.wait_for(client.generators[1].get("generator.prompts", 1), SOON_S) == [b"0"]
 
     on_runtime(body)
 
 
 def test_closing_wakes_whoever_waits(on_runtime: Callable[[Body], None]) -> None:
-    async def body(client: FlowClient, close: Any) -> None:
+    async def body(client: Clients, close: Any) -> None:
         waits = [
-            await is_waiting(client.get("generator.prompts", "generator.0", 1)),
-            await is_waiting(client.read("generator.weights", -1)),
+            await is_waiting(client.generators[0].get("generator.prompts", 1)),
+            await is_waiting(client.generators[0].read("generator.weights", -1)),
         ]
         await close()
         for wait in waits:
@@ -155,12 +167,12 @@ def test_closing_wakes_whoever_waits(on_runtime: Callable[[Body], None]) -> None
 
 
 def test_a_writer_waits_for_every_reader(on_runtime: Callable[[Body], None]) -> None:
-    async def body(client: FlowClient, close: Any) -> None:
-        writer = await is_waiting(client.publish("learner.weights", 1, b"one"))
-        assert list(await client.read("generator.weights", -1)) == [1, b"one"]
-        await client.confirm("generator.weights", "generator.0", 1)
+    async def body(client: Clients, close: Any) -> None:
+        writer = await is_waiting(client.learner.publish("learner.weights", 1, b"one"))
+        assert list(await client.generators[0].read("generator.weights", -1)) == [1, b"one"]
+        await client.generators[0].confirm("generator.weights", 1)
         assert not writer.done()
-        await client.confirm("generator.weights", "generator.1", 1)
+        await client.generators[1].confirm("generator.weights", 1)
         await asyncio.wait_for(writer, SOON_S)
 
     on_runtime(body)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flowrl.engines.checkpoint import checkpoint_version, newest_sound
+from flowrl.runtime.ledger import read_entries
+from flowrl.runtime.verify import verify_run
 from tests.support.command import GRAPH, ROOT, descendants_of, flowrl, tiny_settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -36,11 +38,13 @@ def test_the_run_reports_scores_time_and_ledger(finished: tuple[Path, str]) -> N
 
 def test_every_admitted_group_is_accounted_for(finished: tuple[Path, str]) -> None:
     run_dir, _ = finished
-    events = Counter(str(entry["event"]) for entry in read_lines(run_dir / "ledger.jsonl"))
-    assert events["learned"] == 3 * 4
-    assert events["admitted"] >= events["learned"]
-    learned = [entry["group"] for entry in read_lines(run_dir / "ledger.jsonl") if entry["event"] == "learned"]
-    assert learned == sorted(set(learned)), "in prompt order, each once"
+    entries = read_entries(run_dir / "ledger.jsonl")
+    learned = [entry.group for entry in entries if entry.event == "learned"]
+    assert learned == list(range(3 * 4)), "in prompt order, each once"
+    assert [entry.group for entry in entries if entry.event == "admitted"] == learned, "none that was not learned"
+    verdict = verify_run(run_dir)
+    assert verdict.is_clean
+    assert verdict.steps == 3
 
 
 def test_metrics_timeline_and_rollouts_are_written(finished: tuple[Path, str]) -> None:
@@ -86,13 +90,17 @@ def test_ctrl_c_saves_and_the_run_continues_where_it_stopped(tiny: Path, tmp_pat
     assert stopped.code == 0, stopped.text
     assert "--resume" in stopped.text
     run_dir = tmp_path / "runs" / "run"
-    progress = json.loads(next((run_dir / "checkpoints").glob("step-*/progress.json")).read_text())
-    assert 1 <= progress["version"] < 40
-    version = progress["version"]
+    checkpoint, damaged = newest_sound(run_dir / "checkpoints")
+    assert checkpoint is not None
+    assert not damaged
+    version = checkpoint_version(checkpoint)
+    assert 1 <= version < 40
     resumed = flowrl("run", GRAPH, "--resume", run_dir, "--set", f"steps={version + 2}", cwd=tmp_path)
     assert resumed.code == 0, resumed.text
-    learned = [entry["group"] for entry in read_lines(run_dir / "ledger.jsonl") if entry["event"] == "learned"]
-    assert learned == list(range((version + 2) * 4))
+    verdict = verify_run(run_dir)
+    assert verdict.is_clean
+    assert verdict.counts["learned"] == verdict.counts["admitted"] == (version + 2) * 4
+    assert verdict.rollbacks == 1
 
 
 @pytest.mark.parametrize("stage", [2, 3])

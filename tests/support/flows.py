@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from flowrl.algorithms.base import Algorithm
 from flowrl.config import Select
@@ -88,6 +88,18 @@ class Scorer(Stage):
             await self.samples.put(samples)
 
 
+class ObservedLearner(Learner):
+    """The real learner; notes the oldest version in every group it is given, by its own reckoning."""
+
+    seen: ClassVar[dict[tuple[str, int, int], int]] = {}  # run directory, step, group -> version
+
+    async def _step(self, context: Context, engine: Any, algorithm: Any, batch: list[Samples], *rest: Any) -> Any:
+        for group in batch:
+            oldest = min(span.version for sample in group.samples for span in sample.versions)
+            self.seen[str(context.run_dir), context.version, group.group_id] = oldest
+        return await super()._step(context, engine, algorithm, batch, *rest)
+
+
 @dataclass(frozen=True)
 class FlowSettings:
     """One random flow; printing it is enough to run it again."""
@@ -107,6 +119,8 @@ class FlowSettings:
     train_s: float
     filter_every: int
     initial: int
+    save_every: int = 0
+    is_finite: bool = True  # no group is admitted that the run would not learn
 
 
 @functools.cache
@@ -143,6 +157,7 @@ def random_settings(seed: int) -> FlowSettings:
         train_s=draw.choice([0.0, 0.02, 1.0]),
         filter_every=draw.choice([0, 0, 2, 5]),
         initial=draw.randint(per_version, max(per_version, most + 1 - window)),
+        is_finite=draw.random() < 0.7,
     )
 
 
@@ -155,8 +170,9 @@ def flow(s: FlowSettings) -> Graph:
         model=empty_model(), sampling=Sampling(max_tokens=8), heldout_sampling=Sampling(max_tokens=8),
     )  # fmt: skip
     scorer = Scorer(Scorer.Config(replicas=s.scorers, mean_s=s.score_s, filter_every=s.filter_every, seed=s.seed))
-    learner = Learner(
-        Learner.Config(engine="flowrl.engines.fake:FakeTraining", engine_options={"times": times}, save_rollouts=False),
+    learner = ObservedLearner(
+        Learner.Config(engine="flowrl.engines.fake:FakeTraining", engine_options={"times": times}, save_rollouts=False,
+                       save_every=s.save_every),
         model=empty_model(), algorithm=Select(use="tests.support.flows:NullAlgorithm"), steps=s.steps,
         groups_per_step=s.groups_per_step, group_size=2, max_staleness=s.max_staleness, temperature=1.0,
         has_critic=False,
@@ -168,7 +184,13 @@ def flow(s: FlowSettings) -> Graph:
             Queue(generator.rollouts, scorer.rollouts, depth=s.depth),
             Queue(scorer.samples, learner.samples, depth=s.initial, window=s.window, max_staleness=s.max_staleness),
             Latest(learner.weights, generator.weights),
-            Credits(learner.released, prompts.credits, initial=s.initial, per_version=s.groups_per_step),
+            Credits(
+                learner.released,
+                prompts.credits,
+                initial=s.initial,
+                per_version=s.groups_per_step,
+                versions=s.steps if s.is_finite else None,
+            ),
         ],
         until=learner,
     )

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flowrl.errors import ChannelClosed, RunError
-from flowrl.runtime.channels import CreditsChannel, QueueChannel, RegisterChannel
+from flowrl.runtime.channels.credits import CreditsChannel
+from flowrl.runtime.channels.queue import QueueChannel
+from flowrl.runtime.channels.register import RegisterChannel
 from flowrl.runtime.virtual_clock import run_virtual
 
 if TYPE_CHECKING:
@@ -270,12 +272,16 @@ def test_a_register_gives_the_newest_value_and_waits_for_newer_ones() -> None:
         r = RegisterChannel("r", [])
         await r.put(1, b"one")
         await r.put(3, b"three")
-        assert await r.get(-1) == (3, b"three")
-        waiting = asyncio.create_task(r.get(3))
+        assert await r.get("g", -1) == (3, b"three")
+        waiting = asyncio.create_task(r.get("g", 3))
         await settle()
         assert not waiting.done()
-        await r.put(4, b"four")
+        writer = asyncio.create_task(r.put(4, b"four"))
         assert await waiting == (4, b"four")
+        await settle()
+        assert not writer.done()  # who reads is waited for
+        r.confirm("g", 4)
+        await writer
 
     check(body())
 
@@ -310,11 +316,11 @@ def test_a_writer_waits_until_every_live_reader_has_confirmed() -> None:
 def test_a_credit_returns_once() -> None:
     async def body() -> None:
         c = CreditsChannel("c", initial=1)
-        await c.get("p")
+        assert await c.get("p") == 0
         c.admit(0)
-        c.give_back([0])
+        c.give_back([0], are_learned=True)
         with pytest.raises(RunError, match="twice"):
-            c.give_back([0])
+            c.give_back([0], are_learned=True)
 
     check(body())
 
@@ -332,9 +338,90 @@ def test_a_cancelled_taker_loses_no_credit() -> None:
         c.admit(0)
         taker = asyncio.create_task(c.get("p"))
         await settle()
-        c.give_back([0])
+        c.give_back([0], are_learned=True)
         taker.cancel()
         await settle()
         assert c.available == 1
+        assert await c.get("q") == 1  # the id that the cancelled taker would have had
+
+    check(body())
+
+
+def test_a_dead_takers_groups_are_given_out_again_before_new_ones() -> None:
+    async def body() -> None:
+        c = CreditsChannel("c", initial=3)
+        assert [await c.get("dead"), await c.get("dead"), await c.get("p")] == [0, 1, 2]
+        c.admit(1)
+        c.release("dead")
+        assert await c.get("p") == 0
+
+    check(body())
+
+
+def test_no_more_groups_are_admitted_than_the_run_will_learn() -> None:
+    async def body() -> None:
+        c = CreditsChannel("c", initial=4, total=2)
+        for group in (await c.get("p"), await c.get("p")):
+            c.admit(group)
+        third = asyncio.create_task(c.get("p"))
+        await settle()
+        assert not third.done()
+        c.give_back([0], are_learned=True)
+        await settle()
+        assert not third.done()
+        c.give_back([1], are_learned=False)  # filtered: another takes its place
+        assert await third == 2
+
+    check(body())
+
+
+def test_a_resumed_order_passes_over_groups_that_have_ended() -> None:
+    async def body() -> None:
+        c = CreditsChannel("c", initial=4, first_group=5, ended=[6, 7])
+        assert [await c.get("p"), await c.get("p")] == [5, 8]
+        q = QueueChannel("q", depth=4, max_bytes=100, window=1, first_key=5, settled=[6, 7])
+        await q.put(8, b"x")
+        await q.put(5, b"x")
+        assert [item.key for item in await q.get("a", 4)] == [5, 8]
+
+    check(body())
+
+
+def test_a_suspect_is_held_alone() -> None:
+    async def body() -> None:
+        q = queue()
+        for key in range(3):
+            await q.put(key, b"x")
+        q.suspect(0)
+        assert [item.key for item in await q.get("a", 1)] == [0]  # it held nothing
+        waiting = asyncio.create_task(q.get("a", 1))
+        assert [item.key for item in await q.get("b", 1)] == [1]
+        await settle()
+        assert not waiting.done()
+        q.settle(0)
+        assert [item.key for item in await waiting] == [2]
+
+    check(body())
+
+
+def test_whoever_holds_something_is_not_given_a_suspect() -> None:
+    async def body() -> None:
+        q = queue()
+        for key in range(3):
+            await q.put(key, b"x")
+        await q.get("a", 1)
+        q.suspect(1)
+        assert [item.key for item in await q.get("a", 5)] == [2]
+
+    check(body())
+
+
+def test_a_forgotten_key_may_be_sent_again() -> None:
+    async def body() -> None:
+        q = queue()
+        await q.put(1, b"old")
+        q.forget(1)
+        assert await q.put(1, b"new")
+        assert [item.body for item in await q.get("a", 5)] == [b"new"]
 
     check(body())

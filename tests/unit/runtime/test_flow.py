@@ -37,18 +37,18 @@ def check(body: Coroutine[Any, Any, None]) -> None:
 
 
 async def admit(f: Flow, key: int) -> None:
-    await f.acquire("prompts.credits", "prompts.0")
-    await f.put("prompts.prompts", "prompts.0", key, b"prompt")
+    assert await f.acquire("prompts.0", "prompts.credits") == key
+    await f.put("prompts.0", "prompts.prompts", key, b"prompt")
 
 
 def test_putting_downstream_settles_the_hold_upstream() -> None:
     async def body() -> None:
         f = new_flow()
         await admit(f, 0)
-        await f.get("generator.prompts", "generator.0", 1)
+        await f.get("generator.0", "generator.prompts", 1)
         assert "generator.0 holds group 0" in f.waits()
-        await f.put("generator.rollouts", "generator.0", 0, b"rollouts")
-        assert f.release("generator.0") == []  # nothing left to issue again
+        await f.put("generator.0", "generator.rollouts", 0, b"rollouts")
+        assert f.release("generator.0").reissued == []  # nothing left to issue again
 
     check(body())
 
@@ -57,9 +57,9 @@ def test_what_a_dead_replica_held_is_issued_again() -> None:
     async def body() -> None:
         f = new_flow()
         await admit(f, 0)
-        await f.get("generator.prompts", "generator.0", 1)
-        assert f.release("generator.0") == [0]
-        assert await f.get("generator.prompts", "generator.1", 1) == [b"prompt"]
+        await f.get("generator.0", "generator.prompts", 1)
+        assert f.release("generator.0").reissued == [0]
+        assert await f.get("generator.1", "generator.prompts", 1) == [b"prompt"]
 
     check(body())
 
@@ -69,16 +69,16 @@ def test_a_rejected_group_returns_its_credit_and_leaves_a_tombstone() -> None:
         f = new_flow()
         for key in range(4):
             await admit(f, key)
-            await f.get("generator.prompts", "generator.0", 1)
-            await f.put("generator.rollouts", "generator.0", key, b"r")
-            await f.get("scorer.rollouts", "scorer.0", 1)
-        fifth = asyncio.create_task(f.acquire("prompts.credits", "prompts.0"))
+            await f.get("generator.0", "generator.prompts", 1)
+            await f.put("generator.0", "generator.rollouts", key, b"r")
+            await f.get("scorer.0", "scorer.rollouts", 1)
+        fifth = asyncio.create_task(f.acquire("prompts.0", "prompts.credits"))
         await asyncio.sleep(0)
         assert not fifth.done()
-        await f.reject("scorer.rollouts", 0, "failed", "broken")
+        await f.reject("scorer.0", "scorer.rollouts", 0, "failed", "broken")
         await fifth
-        await f.put("scorer.samples", "scorer.0", 1, b"s1")
-        assert await f.get("learner.samples", "learner.0", 1) == [b"s1"]  # group 0's place is skipped
+        await f.put("scorer.0", "scorer.samples", 1, b"s1")
+        assert await f.get("learner.0", "learner.samples", 1) == [b"s1"]  # group 0's place is skipped
         assert f.ledger.totals()["failed"] == 1
 
     check(body())
@@ -88,9 +88,9 @@ def test_a_credit_returned_twice_is_an_error() -> None:
     async def body() -> None:
         f = new_flow()
         await admit(f, 0)
-        await f.give_back("learner.released", encode(Credit(groups=[0])))
+        await f.give_back("learner.0", "learner.released", encode(Credit(groups=[0])))
         with pytest.raises(RunError, match="twice"):
-            await f.give_back("learner.released", encode(Credit(groups=[0])))
+            await f.give_back("learner.0", "learner.released", encode(Credit(groups=[0])))
 
     check(body())
 
@@ -99,7 +99,7 @@ def test_a_stall_says_who_waits_for_what() -> None:
     async def body() -> None:
         f = new_flow()
         await admit(f, 0)
-        waiting = asyncio.create_task(f.get("learner.samples", "learner.0", 1))
+        waiting = asyncio.create_task(f.get("learner.0", "learner.samples", 1))
         with pytest.raises(StallError) as stalled:
             await f.watch(60.0)
         said = str(stalled.value)
@@ -108,18 +108,6 @@ def test_a_stall_says_who_waits_for_what() -> None:
             await waiting
 
     check(body())
-
-
-def test_a_ledger_takes_one_ending_per_group(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.jsonl")
-    ledger.admit(0)
-    ledger.end(0, "learned", step=0)
-    with pytest.raises(RunError, match="after it was learned"):
-        ledger.end(0, "failed", reason="late")
-    with pytest.raises(RunError, match="never admitted"):
-        ledger.end(1, "learned", step=0)
-    assert ledger.totals() == {"admitted": 1, "learned": 1, "filtered": 0, "failed": 0, "unfinished": 0}
-    ledger.close()
 
 
 def test_every_replicas_causes_add_up_to_its_age(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from flowrl.graph.graph import Credits, Graph, Latest, Queue
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Referenced, Rollouts, extend
+from flowrl.runtime.ledger import read_entries
 from flowrl.stages.advantage import Advantage
 from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
@@ -75,5 +76,5 @@ def test_groups_without_contrast_are_filtered_and_never_learned(tmp_path: Path) 
     totals = run(graph, tmp_path).outcome.totals
     assert totals["learned"] == STEPS * GROUPS
     assert totals["filtered"] >= STEPS * GROUPS - 1  # one between each two that were learned
-    learned = [line for line in (tmp_path / "ledger.jsonl").read_text().splitlines() if "learned" in line]
-    assert all(int(line.split('"group": ')[1].split(",")[0]) % 2 == 0 for line in learned)
+    learned = [entry.group for entry in read_entries(tmp_path / "ledger.jsonl") if entry.event == "learned"]
+    assert all(group % 2 == 0 for group in learned)

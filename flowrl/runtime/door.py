@@ -1,0 +1,152 @@
+"""The door to the flow: every call by name, replica, incarnation and number.
+
+Invariants: a call is carried out at most once, however often it arrives, and a repeated one gets the first answer; a
+call of an incarnation that has been replaced is refused; when a replica is released its waiting calls end first, so
+that nothing is accepted from or granted to the dead. Links between a replica and the door may therefore lose, double
+and delay calls as long as the caller repeats what has not been answered.
+
+`Knocking` is the caller's side, with the methods that ports use (binding.FlowClient); what carries a call is the
+runtime's: a direct call, a Ray actor, or a test's lossy link.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from flowrl.errors import ChannelClosed
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from flowrl.runtime.flow import Flow, Released
+
+METHODS = frozenset(
+    {"put", "get", "done", "reject", "publish", "read", "confirm", "acquire", "give_back", "cut", "fewer_out"}
+)
+
+
+class Call(msgspec.Struct, frozen=True, array_like=True):
+    """One call of a replica; the arguments are plain values and bytes."""
+
+    replica: str
+    incarnation: int
+    number: int  # counts this incarnation's calls
+    answered: int  # every call below has its answer: the door may forget them
+    method: str
+    arguments: tuple[Any, ...]
+
+
+@dataclass
+class Desk:
+    """What the door knows of one replica."""
+
+    incarnation: int = 0
+    answers: dict[int, asyncio.Task[Any]] = field(default_factory=dict[int, "asyncio.Task[Any]"])
+
+
+class Door:
+    """Carries calls out on the flow."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
+        self._desks: dict[str, Desk] = {}
+
+    async def call(self, call: Call) -> Any:
+        """Carry out a call, or give the answer it had before. Cancelling the wait cancels the call.
+
+        Raises:
+            ChannelClosed: the replica has been replaced, or the flow says so.
+        """
+        desk = self._desks.setdefault(call.replica, Desk(incarnation=call.incarnation))
+        if call.incarnation != desk.incarnation:
+            raise ChannelClosed(call.replica, f"incarnation {call.incarnation} was replaced by {desk.incarnation}")
+        for number in [known for known in desk.answers if known < call.answered]:
+            del desk.answers[number]
+        answer = desk.answers.get(call.number)
+        if answer is None:
+            if call.method not in METHODS:
+                raise ValueError(f"{call.method!r} is not a call")
+            body = getattr(self.flow, call.method)(call.replica, *call.arguments)
+            answer = desk.answers[call.number] = asyncio.ensure_future(body)
+        try:
+            return await asyncio.shield(answer)
+        except asyncio.CancelledError:
+            answer.cancel()
+            raise
+
+    async def release(self, replica: str, successor: int) -> Released:
+        """Refuse the replica's calls from now on, end those that wait, and give back what it held."""
+        desk = self._desks.setdefault(replica, Desk())
+        desk.incarnation = successor
+        waiting = [answer for answer in desk.answers.values() if not answer.done()]
+        desk.answers.clear()
+        for answer in waiting:
+            answer.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        return self.flow.release(replica)
+
+    async def close(self) -> None:
+        """End every call that waits."""
+        waiting = [answer for desk in self._desks.values() for answer in desk.answers.values()]
+        self._desks.clear()
+        for answer in waiting:
+            answer.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+class Knocking:
+    """The flow as one incarnation of a replica sees it; see runtime.flow for what each call does."""
+
+    def __init__(self, carry: Callable[[Call], Awaitable[Any]], replica: str, incarnation: int) -> None:
+        self._carry = carry
+        self._replica = replica
+        self._incarnation = incarnation
+        self._number = 0
+        self._unanswered: set[int] = set()
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        number = self._number
+        self._number += 1
+        self._unanswered.add(number)
+        call = Call(self._replica, self._incarnation, number, min(self._unanswered), method, arguments)
+        try:
+            return await self._carry(call)
+        finally:
+            self._unanswered.discard(number)
+
+    async def put(self, address: str, key: int, body: bytes) -> None:
+        await self._call("put", address, key, body)
+
+    async def get(self, address: str, limit: int) -> list[bytes]:
+        return await self._call("get", address, limit)
+
+    async def done(self, address: str, keys: list[int], learned_in: int | None, oldest: list[int]) -> None:
+        await self._call("done", address, keys, learned_in, oldest)
+
+    async def reject(self, address: str, key: int, kind: str, reason: str) -> None:
+        await self._call("reject", address, key, kind, reason)
+
+    async def publish(self, address: str, version: int, body: bytes) -> None:
+        await self._call("publish", address, version, body)
+
+    async def read(self, address: str, newer_than: int) -> tuple[int, bytes]:
+        return await self._call("read", address, newer_than)
+
+    async def confirm(self, address: str, version: int) -> None:
+        await self._call("confirm", address, version)
+
+    async def acquire(self, address: str) -> int:
+        return await self._call("acquire", address)
+
+    async def give_back(self, address: str, body: bytes) -> None:
+        await self._call("give_back", address, body)
+
+    async def cut(self, version: int) -> Any:
+        return await self._call("cut", version)
+
+    async def fewer_out(self, count: int) -> None:
+        await self._call("fewer_out", count)

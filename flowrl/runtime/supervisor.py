@@ -1,0 +1,303 @@
+"""The supervisor: starts a run's replicas, sees who has ended, and recovers by the two ways of decision 0003.
+
+A replica of a stateless stage that ends by accident is replaced: what it held is issued again, and the next
+incarnation starts. A stateful one, or the flow's host, costs the attempt: everything is ended and started again from
+the newest sound checkpoint. Invariants: the supervisor alone decides, `Crew` carries out; a node is replaced at most
+`max_restarts` times without a learned step between; what the user has to mend (UserError) is never retried; every
+recovery is told, with the node, the replica and the reason. The local and the Ray runtime each are a crew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from flowrl.engines.checkpoint import newest_sound, read_cut
+from flowrl.errors import FlowrlError, RunError, StallError, UserError
+from flowrl.runtime.flow import Released, node_name, replica_name
+from flowrl.runtime.ledger import Cut
+from flowrl.telemetry.events import Event, Notice, Recovery
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from pathlib import Path
+
+    from flowrl.graph.graph import Graph
+
+
+class Silence(RunError):
+    """A replica has not been heard from for too long."""
+
+
+class HostLost(RunError):
+    """The process that holds the flow is gone."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an attempt begins."""
+
+    cut: Cut | None = None  # None: at the very beginning
+    checkpoint: Path | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    totals: dict[str, int]  # the ledger's
+    was_stopped: bool = False
+    recoveries: Counter[str] = field(default_factory=Counter[str])  # by node: restarts; "rollback": of the whole graph
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What a runtime is told of a run."""
+
+    run_dir: Path | None = None
+    consume: Callable[[list[Event]], None] = lambda events: None
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    resume: Start | None = None  # None: a new run
+    stall_timeout_s: float = 1800.0  # nothing moves for so long: who waits for what, and the end
+    heartbeat_timeout_s: float = 60.0  # a replica not heard from for so long is taken for dead
+    grace_s: float = 60.0  # for stages to end by themselves once the run is over
+    max_restarts: int = 3  # of one node, or of the whole graph, without a learned step between
+    now: Callable[[], float] = time.time
+
+
+class Crew(Protocol):
+    """What a runtime does for the supervisor; one attempt at a time."""
+
+    async def open(self, start: Start) -> None:
+        """Bring up a fresh flow at the start's cut."""
+        ...
+
+    def run(self, replica: str, incarnation: int, start: Start) -> Coroutine[None, None, None]:
+        """Start a replica and wait for its end.
+
+        Raises:
+            FlowrlError: it failed, or died.
+        """
+        ...
+
+    def watch(self) -> Coroutine[None, None, None]:
+        """Wait for ever.
+
+        Raises:
+            StallError: nothing has moved for too long.
+            Silence: a replica has not been heard from; `where` names it.
+            HostLost: the flow is gone.
+        """
+        ...
+
+    async def release(self, replica: str, successor: int) -> Released:
+        """Fence a dead replica off and give back what it held."""
+        ...
+
+    async def kill(self, replica: str) -> None:
+        """Make sure that nothing of a replica runs any more."""
+        ...
+
+    async def totals(self) -> dict[str, int]:
+        """Return the ledger's totals."""
+        ...
+
+    async def close_edges(self) -> None:
+        """Close every edge, so that stages end by themselves."""
+        ...
+
+    async def close(self) -> None:
+        """End whatever is left of the attempt."""
+        ...
+
+
+class _Rollback(Exception):
+    """The attempt is lost."""
+
+    def __init__(self, where: str, cause: FlowrlError) -> None:
+        super().__init__(where)
+        self.where = where
+        self.cause = cause
+
+
+class Supervisor:
+    """One run of a graph on one crew."""
+
+    def __init__(self, graph: Graph, crew: Crew, options: Options) -> None:
+        self._graph = graph
+        self._crew = crew
+        self._options = options
+        self._incarnations: Counter[str] = Counter()
+        self._spent: Counter[str] = Counter()  # recoveries by node since its last learned step
+        self._learned_at: dict[str, int] = {}  # groups learned when a node was last recovered
+        self._recoveries: Counter[str] = Counter()
+
+    async def run(self) -> Outcome:
+        """Run the graph to its end.
+
+        Raises:
+            FlowrlError: what ended it; the remedy says how to go on.
+        """
+        start = self._options.resume or Start()
+        while True:
+            try:
+                await self._crew.open(start)
+                totals = await self._attempt(start)
+                return Outcome(totals, self._options.stopping.is_set(), self._recoveries)
+            except _Rollback as lost:
+                start = self._go_back(lost)
+            except HostLost as lost:
+                start = self._go_back(_Rollback("flow", lost))
+            finally:
+                await self._crew.close()
+
+    async def _attempt(self, start: Start) -> dict[str, int]:
+        running: dict[asyncio.Future[None], str] = {
+            asyncio.ensure_future(self._crew.run(name, self._incarnations[name], start)): name
+            for node, stage in self._graph.nodes.items()
+            for name in (replica_name(node, i) for i in range(stage.config.replicas))
+        }
+        watching = asyncio.ensure_future(self._crew.watch())
+        until = self._graph.until_node
+        try:
+            while any(node_name(name) == until for name in running.values()):
+                await asyncio.wait([*running, watching], return_when=asyncio.FIRST_COMPLETED)
+                if watching.done():
+                    watching = await self._heed(watching, running)
+                for ended in [future for future in running if future.done()]:
+                    await self._take(running.pop(ended), ended, running, start)
+            return await self._wind_down(running)
+        finally:
+            for future in [*running, watching]:
+                future.cancel()
+            await asyncio.gather(*running, watching, return_exceptions=True)
+
+    async def _wind_down(self, running: dict[asyncio.Future[None], str]) -> dict[str, int]:
+        """Close the edges and let the rest end; what fails now does not matter to what was learned."""
+        await self._crew.close_edges()
+        if running:
+            await asyncio.wait(running, timeout=self._options.grace_s)
+        for future, name in running.items():
+            if future.done() and not future.cancelled() and (error := future.exception()) is not None:
+                self._tell("warning", name, f"failed after the run had ended: {error}")
+        return await self._crew.totals()
+
+    async def _heed(
+        self, watching: asyncio.Future[None], running: dict[asyncio.Future[None], str]
+    ) -> asyncio.Future[None]:
+        """Act on what the watch has seen and watch on."""
+        error = watching.exception()
+        if isinstance(error, Silence):
+            await self._crew.kill(error.where)  # its end then shows in `running`
+            return asyncio.ensure_future(self._crew.watch())
+        failures = [f.exception() for f in running if f.done() and not f.cancelled()]
+        first = next((failure for failure in failures if failure is not None), None)
+        if isinstance(error, StallError) and first is not None:
+            raise first  # a stage's own failure says more than the stall
+        if isinstance(error, HostLost):
+            raise _Rollback("flow", error)
+        raise error if error is not None else RunError("flow", "the watch over the run ended")
+
+    async def _take(
+        self, name: str, ended: asyncio.Future[None], running: dict[asyncio.Future[None], str], start: Start
+    ) -> None:
+        """Recover from one replica's end, where it was not as it should be."""
+        error = None if ended.cancelled() else ended.exception()
+        if error is None:
+            return
+        if not isinstance(error, FlowrlError) or isinstance(error, UserError | StallError):
+            raise error
+        if self._graph.nodes[node_name(name)].is_stateful:
+            raise _Rollback(name, error)
+        try:
+            await self._crew.kill(name)
+            await self._spend(name, error)
+            successor = self._incarnations[name] + 1
+            released = await self._crew.release(name, successor)
+        except HostLost as lost:
+            raise _Rollback("flow", lost) from lost
+        self._incarnations[name] = successor
+        self._report(name, error, released)
+        running[asyncio.ensure_future(self._crew.run(name, successor, start))] = name
+
+    async def _spend(self, name: str, error: FlowrlError) -> None:
+        """Count a recovery against the node's budget.
+
+        Raises:
+            RunError: it is spent.
+        """
+        learned = (await self._crew.totals())["learned"]
+        self._charge(node_name(name), learned, error)
+
+    def _charge(self, node: str, learned: int, error: FlowrlError) -> None:
+        if self._learned_at.get(node) != learned:
+            self._spent[node] = 0
+        self._learned_at[node] = learned
+        self._spent[node] += 1
+        self._recoveries[node] += 1
+        if self._spent[node] > self._options.max_restarts:
+            what = f"{error.what} (and {self._options.max_restarts} times before, with nothing learned between)"
+            raise type(error)(error.where, what, error.remedy) from error
+
+    def _go_back(self, lost: _Rollback) -> Start:
+        """Return where the next attempt starts.
+
+        Raises:
+            FlowrlError: the attempt's own error, where the budget is spent or going back cannot help.
+        """
+        run_dir = self._options.run_dir
+        start = newest_start(run_dir, self._tell) if run_dir is not None else Start(cut=Cut())
+        learned = start.cut.learned if start.cut else 0
+        self._charge("rollback", learned, lost.cause)
+        version = start.cut.version if start.cut else 0
+        text = f"{lost.cause}; everything starts again from " + (
+            f"the checkpoint of version {version}" if start.checkpoint else "the beginning: there is no checkpoint yet"
+        )
+        self._tell("warning", lost.where, text)
+        self._recover(lost.where, "rollback", 0)
+        for node, stage in self._graph.nodes.items():
+            for index in range(stage.config.replicas):
+                self._incarnations[replica_name(node, index)] += 1
+        return start
+
+    def _report(self, name: str, error: FlowrlError, released: Released) -> None:
+        again = f"; issued again: {len(released.reissued)} groups" if released.reissued else ""
+        self._tell("warning", name, f"{error.what}; restarted as incarnation {self._incarnations[name]}{again}")
+        self._recover(name, "restart", len(released.reissued))
+        for key, body in released.poisonous:
+            path = quarantine(self._options.run_dir, key, body, name, error) if self._options.run_dir else "no file"
+            self._tell("error", name, f"group {key} killed its stage again and again; its input is in {path}")
+
+    def _recover(self, where: str, kind: str, reissued: int) -> None:
+        event = Recovery(where=where, kind=kind, reissued=reissued, time_s=self._options.now())
+        self._options.consume([event])
+
+    def _tell(self, level: str, where: str, text: str) -> None:
+        self._options.consume([Notice(level=level, where=where, text=text, time_s=self._options.now())])
+
+
+def newest_start(run_dir: Path, tell: Callable[[str, str, str], None]) -> Start:
+    """Return the newest sound checkpoint of a run as a start, or its beginning; damaged ones are named and passed."""
+    checkpoint, passed_over = newest_sound(run_dir / "checkpoints")
+    for wrong in passed_over:
+        tell("warning", "checkpoints", f"{wrong}; passed over")
+    if checkpoint is None:
+        return Start(cut=Cut())
+    return Start(cut=msgspec.json.decode(read_cut(checkpoint), type=Cut), checkpoint=checkpoint)
+
+
+def quarantine(run_dir: Path, key: int, body: bytes, replica: str, error: FlowrlError) -> Path:
+    """Write down a group that killed its holders: the message it was, as wire form and readable, and the last error."""
+    from flowrl.messages import decode
+
+    directory = run_dir / "quarantine"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"group-{key}.json"
+    record = {"group_id": key, "replica": replica, "error": str(error), "input": decode(body)}
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(record)))
+    return path

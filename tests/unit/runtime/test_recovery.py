@@ -1,0 +1,165 @@
+"""Random schedules with crashes, lost, doubled and late calls: nothing lost, nothing twice, nothing too stale.
+
+A failing schedule is named by its seed: `run_faulty(seed, directory)` runs it again alone. A few dozen run here with
+every change, ten thousand in the slow tier.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import multiprocessing
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from flowrl.errors import FlowrlError
+from flowrl.runtime.flow import MAX_DEATHS
+from flowrl.runtime.local import LocalOptions, run_local
+from flowrl.runtime.virtual_clock import run_virtual
+from flowrl.telemetry.events import Notice
+from tests.support.bugs import BUGS, planted
+from tests.support.chaos import Chaos
+from tests.support.flows import flow
+from tests.support.recovery import UNLIMITED, faulty_settings, run_faulty
+
+if TYPE_CHECKING:
+    from flowrl.runtime.door import Call
+    from flowrl.runtime.local import Carry, LocalCrew
+
+MEMORY = Path("/dev/shm")
+FULL = 10_000  # schedules of the slow tier
+PROCESSES = 2
+
+
+@pytest.mark.parametrize("first", range(0, 30, 5))
+def test_thirty_faulty_schedules_keep_the_laws(first: int, tmp_path: Path) -> None:
+    for seed in range(first, first + 5):
+        run_faulty(seed, tmp_path / str(seed))
+
+
+def run_many(seeds: range) -> list[str]:
+    """Return what went wrong, one line for each seed that did."""
+    wrong: list[str] = []
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as directory:
+        for seed in seeds:
+            try:
+                run_faulty(seed, Path(directory) / str(seed))
+            except (AssertionError, FlowrlError) as error:
+                wrong.append(f"seed {seed}: {type(error).__name__}: {error}")
+    return wrong
+
+
+@pytest.mark.slow
+def test_ten_thousand_faulty_schedules_keep_the_laws() -> None:
+    share = FULL // (PROCESSES * 10)
+    ranges = [range(100 + i * share, 100 + (i + 1) * share) for i in range(PROCESSES * 10)]
+    with multiprocessing.get_context("spawn").Pool(PROCESSES) as pool:
+        wrong = list(itertools.chain.from_iterable(pool.imap_unordered(run_many, ranges)))
+    assert not wrong, "\n".join(wrong[:5])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_seen(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted(monkeypatch, bug)
+    for seed in range(300):
+        try:
+            run_faulty(seed, tmp_path / str(seed))
+        except (AssertionError, FlowrlError):
+            return
+    pytest.fail(f"{bug}: 300 schedules saw nothing")
+
+
+class OneDeath:
+    """Kill one replica at its n-th call to the flow, before the call is made or after it was carried out."""
+
+    def __init__(self, replica: str, number: int, *, is_before: bool) -> None:
+        self.replica, self.number, self.is_before = replica, number, is_before
+        self.crew: LocalCrew | None = None
+        self.has_struck = False
+
+    @property
+    def struck(self) -> list[str]:
+        return [f"{self.replica} at call {self.number}"]
+
+    def link(self, carry: Carry) -> Carry:
+        async def through(call: Call) -> Any:
+            is_it = call.replica == self.replica and call.number == self.number and call.incarnation == 0
+            if is_it and not self.has_struck and self.crew is not None:
+                self.has_struck = True
+                if not self.is_before:
+                    await carry(call)
+                self.crew._tasks[self.replica].cancel()
+                await asyncio.sleep(1e9)  # the dead hear nothing any more
+            return await carry(call)
+
+        return through
+
+    async def strike(self, crew: LocalCrew) -> None:
+        self.crew = crew
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("replica", ["prompts.0", "generator.0", "scorer.0", "learner.0"])
+def test_a_death_at_every_call_to_the_flow_costs_nothing(replica: str, is_before: bool, tmp_path: Path) -> None:
+    number = 0
+    while True:
+        settings = replace(faulty_settings(3), steps=3, groups_per_step=2, initial=4, max_staleness=1, window=1,
+                           update_s=0.05, token_s=0.001, score_s=0.01, train_s=0.02)  # fmt: skip
+        death = OneDeath(replica, number, is_before=is_before)
+        run_faulty(number, tmp_path / str(number), chaos=death, settings=settings)  # type: ignore[arg-type]
+        if not death.has_struck:
+            break
+        number += 1
+    assert number > 5, "the replica made calls to die at"
+
+
+def test_a_group_that_kills_its_holder_each_time_is_quarantined_alone(tmp_path: Path) -> None:
+    settings = replace(
+        faulty_settings(1), steps=2, groups_per_step=3, initial=6, max_staleness=1, generators=2, window=1
+    )
+    poison = 2
+    notices: list[Any] = []
+
+    class Poison:
+        crew: LocalCrew
+
+        async def attend(self, crew: LocalCrew) -> None:
+            self.crew = crew
+
+        def link(self, carry: Carry) -> Carry:
+            async def through(call: Call) -> Any:
+                if call.method == "put" and call.replica.startswith("generator") and call.arguments[1] == poison:
+                    self.crew._tasks[call.replica].cancel()
+                    await asyncio.sleep(1e9)
+                return await carry(call)
+
+            return through
+
+    poisonous = Poison()
+    options = LocalOptions(run_dir=tmp_path, is_virtual=True, consume=notices.extend, link=poisonous.link,
+                           chaos=poisonous.attend, max_restarts=UNLIMITED, stall_timeout_s=10_000.0)  # fmt: skip
+    outcome = run_virtual(run_local(flow(settings), options))
+    assert outcome.totals["failed"] == 1
+    assert outcome.totals["learned"] == settings.steps * settings.groups_per_step
+    assert outcome.recoveries["generator"] == MAX_DEATHS
+    assert [path.name for path in (tmp_path / "quarantine").iterdir()] == [f"group-{poison}.json"]
+    assert any(isinstance(e, Notice) and e.level == "error" and f"group {poison}" in e.text for e in notices)
+
+
+def test_a_spent_budget_ends_the_run_with_the_reason(tmp_path: Path) -> None:
+    class Doom(Chaos):
+        async def strike(self, crew: LocalCrew) -> None:
+            while True:
+                await super().strike(crew)
+
+    settings = replace(faulty_settings(2), train_s=100.0)  # nothing is learned before the deaths
+    doom = Doom(0, deaths=50, mean_s=0.01, fatal=0.0, loss=0.0)
+    options = LocalOptions(run_dir=tmp_path, is_virtual=True, chaos=doom.strike, max_restarts=2, stall_timeout_s=1e6)
+    with pytest.raises(FlowrlError, match="and 2 times before, with nothing learned between"):
+        run_virtual(run_local(flow(settings), options))
