@@ -50,7 +50,7 @@ def main() -> None:
         change = paired_interval(first, last)
         means = [sum(map(sum, scores)) / sum(map(len, scores)) for scores in (first, last)]
         report = (directory / "report.txt").read_text().splitlines()
-        busy = next((line.rpartition(": ")[2] for line in report if line.startswith("generator busy")), "")
+        busy = next((line.partition(": ")[2] for line in report if line.startswith("generator busy")), "")
         interval = "" if change is None else f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
         print(f"{seed:4d}  {seconds / 60:7.1f}  {means[0]:6.3f}  {means[1]:6.3f}  {interval:24s}  {busy}", flush=True)
 

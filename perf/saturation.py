@@ -1,16 +1,16 @@
 """How busy the generators are where generation is the slowest stage.
 
-    python perf/saturation.py [--steps 8] [--tokens 96] [--runs 3]
+    python -m perf.saturation [--steps 8] [--runs 3] [--max-staleness 1] [--set PATH=VALUE ...]
 
-The default graph with long responses that do not stop early (every sample has `--tokens` tokens) and a learner that
-has little to do (a tiny random policy cannot serve: the real model generates, and half the groups of the default step
-are learned). A generator is busy while it has at least one request running; measured between the first and the last
-step, as the report prints it.
+The graph without a critic, on its default model: one core generates, the other scores and learns, and the learner
+waits for samples. A generator is busy while it has at least one request running; the report measures it between the
+first and the last step.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import subprocess
 import sys
@@ -27,15 +27,12 @@ def run_once(options: argparse.Namespace, place: int) -> list[str]:
     name = f"saturation-{int(time.time())}-{place}"
     settings = {
         "steps": options.steps,
-        "groups_per_step": 4,
-        "generator.group_size": 4,
         "max_staleness": options.max_staleness,
-        "sampling.max_tokens": options.tokens,
         "data.num_heldout": 4,
         "evaluation.samples": 1,
         **dict(setting.split("=", 1) for setting in options.settings),
     }
-    command = [sys.executable, "-m", "flowrl.cli", "run", str(ROOT / "graphs/ppo_async.py"), "--name", name,
+    command = [sys.executable, "-m", "flowrl.cli", "run", str(ROOT / "graphs/group_async.py"), "--name", name,
                "--runs-dir", str(options.runs_dir)]  # fmt: skip
     for path, value in settings.items():
         command += ["--set", f"{path}={value}"]
@@ -47,8 +44,7 @@ def run_once(options: argparse.Namespace, place: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=96, help="of each response, at most")
-    parser.add_argument("--max-staleness", type=int, default=2)
+    parser.add_argument("--max-staleness", type=int, default=1)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="PATH=VALUE")
@@ -60,7 +56,7 @@ def main() -> None:
         lines = run_once(options, place)
         busy = [line for line in lines if line.startswith("generator busy")]
         bottleneck = next((line for line in lines if line.startswith("bottleneck")), "")
-        shares += [float(line.rpartition(": ")[2].rstrip("%")) for line in busy]
+        shares += [float(re.search(r": ([\d.]+)%", line)[1]) for line in busy]
         print(f"run {place}: {busy[0] if busy else 'no figure'}; {bottleneck}", flush=True)
     print(f"busy, median {statistics.median(shares):.1f} % ({min(shares):.1f} to {max(shares):.1f})")
 

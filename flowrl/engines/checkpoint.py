@@ -10,6 +10,7 @@ newest few and the best. Written by the learner, read by the runtimes and by `fl
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 from typing import TYPE_CHECKING
@@ -47,6 +48,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     version: int  # policy versions published
     score: float  # what `best` goes by: the mean reward of the steps since the checkpoint before
     files: dict[str, FileDigest]  # by path within the checkpoint
+
+
+class Sealed(msgspec.Struct, frozen=True, kw_only=True):
+    """A manifest and the digest of its own JSON."""
+
+    manifest: Manifest
+    blake3: str
 
 
 class CheckpointWriter:
@@ -88,7 +96,8 @@ class CheckpointWriter:
             (aside / "cut.json").write_bytes(cut)
             files = {str(path.relative_to(aside)): _sealed(path) for path in _files(aside)}
             manifest = Manifest(version=version, score=score, files=files)
-            (aside / "manifest.json").write_bytes(msgspec.json.encode(manifest))
+            sealed = Sealed(manifest=manifest, blake3=_digest_of(manifest))
+            (aside / "manifest.json").write_bytes(msgspec.json.encode(sealed))
             _sync(aside / "manifest.json")
             for folder in [aside, *(path for path in aside.rglob("*") if path.is_dir())]:
                 _sync(folder)
@@ -112,7 +121,7 @@ class CheckpointWriter:
 
     def _prune(self) -> None:
         known = complete_checkpoints(self._directory)
-        best = max(known, key=lambda path: (_manifest(path).score, path.name))
+        best = max(known, key=lambda path: (_score(path), path.name))
         for old in [*known[: -self._keep], *self._directory.glob("*.replaced-*")]:
             if old != best:
                 shutil.rmtree(old)
@@ -129,7 +138,7 @@ def damage(checkpoint: Path) -> str:
     """Return what is wrong with a checkpoint's files, or "" where every one agrees with the manifest."""
     try:
         manifest = _manifest(checkpoint)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError) as error:
         return f"manifest.json cannot be read ({error})"
     found = {str(path.relative_to(checkpoint)) for path in _files(checkpoint)} - {"manifest.json"}
     for name in sorted(found ^ manifest.files.keys()):
@@ -184,7 +193,24 @@ def read_version(directory: Path) -> int:
 
 
 def _manifest(checkpoint: Path) -> Manifest:
-    return msgspec.json.decode((checkpoint / "manifest.json").read_bytes(), type=Manifest)
+    """Read a manifest; raises ValueError where it is not as it was written."""
+    sealed = msgspec.json.decode((checkpoint / "manifest.json").read_bytes(), type=Sealed)
+    if sealed.blake3 != _digest_of(sealed.manifest):
+        raise ValueError("its digest does not fit")
+    return sealed.manifest
+
+
+def _digest_of(manifest: Manifest) -> str:
+    from blake3 import blake3
+
+    return blake3(msgspec.json.encode(manifest)).hexdigest()
+
+
+def _score(checkpoint: Path) -> float:
+    try:
+        return _manifest(checkpoint).score
+    except (OSError, ValueError):
+        return -math.inf  # damaged: never the best
 
 
 def _files(directory: Path) -> Iterator[Path]:

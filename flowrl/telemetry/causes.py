@@ -39,6 +39,7 @@ class CauseClock:
         self._now = now
         self._marks = dict.fromkeys(Cause, 0)
         self._seconds = dict.fromkeys(Cause, 0.0)
+        self._occupied_s = 0.0
         self._since = now()
         self._cause = Cause.COMPUTE
 
@@ -59,12 +60,22 @@ class CauseClock:
     def _settle(self) -> None:
         now = self._now()
         self._seconds[self._cause] += now - self._since
+        if self._marks[Cause.COMPUTE]:
+            self._occupied_s += now - self._since
         self._since = now
 
     @property
     def cause(self) -> Cause:
         """Return what the replica is charged with now."""
         return self._cause
+
+    def occupied_s(self) -> float:
+        """Return the seconds in which a computation was marked, whatever the time was charged to.
+
+        For a generator: with at least one request running, paused for new weights or not.
+        """
+        self._settle()
+        return self._occupied_s
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds charged to each cause so far; they add up to the clock's age."""

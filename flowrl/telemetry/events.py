@@ -44,6 +44,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     seconds: dict[str, float]  # by cause, adding up to the replica's age
     done: int  # groups finished so far
     running: int = 0  # requests in flight inside it
+    occupied_s: float = 0.0  # seconds with something running, pauses for new weights included
     version: int = -1  # policy version it serves or has published; -1 where it has none
 
 

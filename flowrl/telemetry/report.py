@@ -209,7 +209,10 @@ def _bottleneck(view: RunView) -> list[str]:
         lines.append("  (max_staleness, queue depths) would overlap them")
     else:
         lines.append(f"  to go faster, give {named} more replicas or ranks, or less work, before any other node")
-    lines += [f"{node} busy {window}: {busy[node]:.1%}" for node in order if node in view.generator_nodes]
+    for node in view.generator_nodes.intersection(order):
+        paused = parts[node].get(Cause.UPDATE, 0.0)
+        lines.append(f"{node} busy (a request running) {window}: {view.occupied_share(node):.1%}")
+        lines[-1] = f"{lines[-1]}, paused for new weights {paused:.1%}" if paused >= 0.0005 else lines[-1]
     return lines
 
 

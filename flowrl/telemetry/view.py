@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 RECENT_STEPS = 10  # intervals between steps behind the rate and the estimate of the end: they follow a change of pace
 RECENT_STATUSES = 30  # statuses behind a replica's rate: half a minute at one a second
+MOST_REPEATED = 1000  # steps that a rollback takes back at most
 NOT_WORKING = (Cause.START.value, Cause.RECOVERY.value)
 
 Seconds = dict[str, float]  # by cause
@@ -41,6 +42,7 @@ class ReplicaView:
         self._done = 0
         self._earlier_seconds: Counter[str] = Counter()  # of lives that ended in a restart
         self._earlier_done = 0
+        self._occupied_s = self._earlier_occupied_s = 0.0
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_STATUSES + 1)
 
     @property
@@ -55,12 +57,13 @@ class ReplicaView:
         if not is_first and age_s < last_age_s - 1e-6:
             self._earlier_seconds.update(self._seconds)
             self._earlier_done += self._done
+            self._earlier_occupied_s += self._occupied_s
             self._recent.clear()
             is_first = True
         if not is_first:
             self.observed_s += status.time_s - self.time_s
             self.charged_s += age_s - last_age_s
-        self._seconds, self._done = dict(status.seconds), status.done
+        self._seconds, self._done, self._occupied_s = dict(status.seconds), status.done, status.occupied_s
         self.cause, self.running, self.version, self.time_s = (
             status.cause, status.running, status.version, status.time_s,
         )  # fmt: skip
@@ -75,6 +78,11 @@ class ReplicaView:
     def seconds(self) -> Seconds:
         """Return the seconds charged to each cause over the whole run."""
         return dict(self._earlier_seconds + Counter(self._seconds))
+
+    @property
+    def occupied_s(self) -> float:
+        """Return the seconds with something running over the whole run."""
+        return self._earlier_occupied_s + self._occupied_s
 
     @property
     def rate_per_s(self) -> float:
@@ -101,6 +109,7 @@ class RunView:
         self.evaluations: dict[int, Evaluation] = {}
         self.edges: dict[str, EdgeStatus] = {}
         self.staleness: Counter[int] = Counter()  # learned groups by staleness
+        self._counted: dict[int, Counter[int]] = {}  # the newest steps' part of it, taken back if one is done again
         self.num_steps_done = 0
         self.logprob_gap: tuple[float, float] | None = None  # mean |d| of the newest check, greatest of all checks
         self.path_nodes: set[str] = set()  # nodes that handle prompt groups
@@ -111,6 +120,8 @@ class RunView:
         self._totals: Counter[str] = Counter()  # tokens and samples of the steps
         self._at_first_step: dict[tuple[str, int], Seconds] = {}
         self._at_last_step: dict[tuple[str, int], Seconds] = {}
+        self._occupied_at_first: dict[tuple[str, int], float] = {}
+        self._occupied_at_last: dict[tuple[str, int], float] = {}
 
     def fold(self, events: Iterable[Event]) -> None:
         """Take in events in order of arrival."""
@@ -160,13 +171,18 @@ class RunView:
         self._recent.append(step)
         self.last_step = step
         self.num_steps_done += 1
-        self.staleness.update(step.staleness)
+        self.staleness.subtract(self._counted.pop(step.version, Counter()))
+        self._counted[step.version] = Counter(step.staleness)
+        self.staleness = +(self.staleness + self._counted[step.version])
+        if len(self._counted) > MOST_REPEATED:
+            del self._counted[next(iter(self._counted))]
         now = {key: replica.seconds for key, replica in self._replicas.items()}
+        occupied = {key: replica.occupied_s for key, replica in self._replicas.items()}
         if self.first_step is None:
-            self.first_step, self._at_first_step = step, now
+            self.first_step, self._at_first_step, self._occupied_at_first = step, now, occupied
         else:  # what the first step learned was made before the window between the first and the last step
             self._totals.update({name: int(step.metrics.get(name, 0)) for name in ("tokens", "samples")})
-        self._at_last_step = now
+        self._at_last_step, self._occupied_at_last = now, occupied
         if "logprob_gap.mean" in step.metrics:
             greatest = step.metrics.get("logprob_gap.max", 0.0)
             self.logprob_gap = (
@@ -260,6 +276,17 @@ class RunView:
         if sum(steady.values()) > 0:
             return steady
         return {cause: spent for cause, spent in self.node_seconds(node).items() if cause not in NOT_WORKING}
+
+
+    def occupied_share(self, node: str) -> float:
+        """Return the part of the time between the first and the last step in which a node's replicas had work running.
+
+        The mean over its replicas; 0 where there was no such time.
+        """
+        keys = [key for key in self._occupied_at_last if key[0] == node and key in self._occupied_at_first]
+        spent_s = sum(self._occupied_at_last[key] - self._occupied_at_first[key] for key in keys)
+        total_s = sum(sum(_difference(self._at_last_step[key], self._at_first_step[key]).values()) for key in keys)
+        return spent_s / total_s if total_s > 0 else 0.0
 
 
 def shares(seconds: Seconds) -> Seconds:

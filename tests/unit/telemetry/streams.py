@@ -19,12 +19,13 @@ def status(
     done: int = 0,
     running: int = 0,
     version: int = -1,
+    occupied_s: float = 0.0,
     **seconds: float,
 ) -> Status:
     """A status; seconds by cause as keywords, the rest of the causes 0."""
     spent = {name.value: seconds.get(name.value, 0.0) for name in Cause}
     return Status(node=node, replica=replica, time_s=at, cause=cause.value, seconds=spent, done=done,
-                  running=running, version=version)  # fmt: skip
+                  running=running, version=version, occupied_s=occupied_s)  # fmt: skip
 
 
 def step(version: int, *, at: float, of: int = 40, staleness: tuple[int, ...] = (), **metrics: float) -> Step:

@@ -80,7 +80,8 @@ def test_time_that_nobody_was_charged_with_is_said() -> None:
 
 def steady(node: str, *, busy: float) -> list[Event]:
     def at(time_s: float) -> Event:
-        return status(node, at=time_s, computing=busy * time_s, waiting_for_input=(1 - busy) * time_s)
+        return status(node, at=time_s, computing=busy * time_s, waiting_for_input=(1 - busy) * time_s,
+                      occupied_s=busy * time_s)  # fmt: skip
 
     return [at(10.0), span(node, "generate" if node == "generator" else "work", 1, 2, 0), step(1, at=10.0), at(110.0)]
 
@@ -95,7 +96,7 @@ def test_bottleneck_is_the_busiest_node_on_the_path_with_its_reason() -> None:
     )
     assert "learner spends 59% of that time waiting for input" in text
     assert "give generator more replicas" in text
-    assert line_with(text, "generator busy").endswith("93.0%")
+    assert line_with(text, "generator busy").endswith("between the first and the last step: 93.0%")
 
 
 def test_a_run_in_which_nobody_is_busy_waits_in_turns() -> None:

@@ -1,0 +1,170 @@
+"""What deaths cost on real processes: SIGKILL and SIGSTOP on Ray actors of a flow with fake engines.
+
+    python -m perf.faults [--faults 50] [--seeds 0 1 2] [--pause 20]
+
+For each seed a flow of prompts, two generators, two scorers and a learner trains until so many faults have struck
+replicas, the flow's host and the learner at random moments; then `flowrl verify`'s judgement is printed. Per kind of
+fault: how many were injected and recovered, seconds from the fault to the next learned step (p50, p95), and groups
+issued again. See perf/README.md for how to read it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import signal
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import uvloop
+
+from flowrl.runtime.ledger import read_entries
+from flowrl.runtime.ray import run_ray, running_ray
+from flowrl.runtime.supervisor import Options
+from flowrl.runtime.verify import judge
+from flowrl.telemetry.events import Event, Recovery, Step
+from perf.machine import machine
+from tests.support.flows import FlowSettings, flow
+
+if TYPE_CHECKING:
+    from flowrl.runtime.verify import Verdict
+
+UNLIMITED = 1_000_000
+SETTINGS = FlowSettings(
+    seed=0, steps=1_000_000, groups_per_step=4, window=1, max_staleness=2, generators=2, scorers=2, depth=8,
+    token_s=0.005, sigma=0.5, update_s=0.02, score_s=0.02, train_s=0.02, filter_every=7, initial=12, save_every=5,
+    is_finite=False,
+)  # fmt: skip
+
+
+@dataclass
+class Story:
+    """What happened in one run."""
+
+    struck: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])  # kind, when
+    learned_at: list[float] = field(default_factory=list[float])
+    recoveries: list[Recovery] = field(default_factory=list[Recovery])
+
+    def consume(self, events: list[Event]) -> None:
+        """Take in the run's events."""
+        for event in events:
+            if isinstance(event, Step):
+                self.learned_at.append(time.time())
+            elif isinstance(event, Recovery):
+                self.recoveries.append(event)
+
+
+def processes(run_dir: Path) -> dict[str, int]:
+    """Return the run's living processes by name: each writes its log."""
+    found: dict[str, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                log = Path(os.readlink(entry / "fd" / "1"))
+            except OSError:
+                continue
+            if log.parent == run_dir / "logs":
+                found[log.stem] = int(entry.name)
+    return found
+
+
+async def strike(story: Story, run_dir: Path, draw: random.Random, options: argparse.Namespace) -> None:
+    """Strike somebody once a step has been learned since the last time, until enough have been struck."""
+    while len(story.struck) < options.faults:
+        seen = len(story.learned_at)
+        while len(story.learned_at) < seen + 1:
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(draw.uniform(0.0, 0.5))
+        alive = processes(run_dir)
+        if not alive:
+            continue
+        names = sorted(alive)
+        weights = [0.15 if name in ("hub", "learner.0") else 1.0 for name in names]
+        name = draw.choices(names, weights)[0]
+        is_pause = draw.random() < 0.15
+        kind = f"{'SIGSTOP' if is_pause else 'SIGKILL'} {name.partition('.')[0]}"
+        story.struck.append((kind, time.time()))
+        with_signal = signal.SIGSTOP if is_pause else signal.SIGKILL
+        os.kill(alive[name], with_signal)
+        if is_pause:
+            await asyncio.sleep(options.pause)
+            try:
+                os.kill(alive[name], signal.SIGCONT)
+            except ProcessLookupError:
+                pass
+
+
+async def run_seed(seed: int, run_dir: Path, options: argparse.Namespace) -> tuple[Story, Verdict]:
+    """Run one seed; returns its story and the verdict on its ledger."""
+    story, stopping = Story(), asyncio.Event()
+    draw = random.Random(seed)
+
+    async def faults() -> None:
+        await strike(story, run_dir, draw, options)
+        seen = len(story.learned_at)
+        while len(story.learned_at) < seen + 2:
+            await asyncio.sleep(0.1)
+        stopping.set()
+
+    striking = asyncio.create_task(faults())
+    told = Options(run_dir=run_dir, consume=story.consume, stopping=stopping, max_restarts=UNLIMITED,
+                   heartbeat_timeout_s=options.heartbeat, grace_s=3.0)  # fmt: skip
+    try:
+        await run_ray(flow(SETTINGS), told)
+    finally:
+        striking.cancel()
+    return story, judge(read_entries(run_dir / "ledger.jsonl"), max_staleness=2, is_finished=False)
+
+
+def table(stories: list[Story]) -> str:
+    """Return the faults by kind."""
+    waits: dict[str, list[float]] = defaultdict(list)
+    counts: dict[str, int] = defaultdict(int)
+    for story in stories:
+        for kind, when in story.struck:
+            counts[kind] += 1
+            after = [moment - when for moment in story.learned_at if moment > when]
+            if after:
+                waits[kind].append(after[0])
+    lines = ["kind                  injected  recovered  to the next step, s: p50    p95"]
+    for kind in sorted(counts):
+        found = sorted(waits[kind])
+        p95 = found[min(len(found) - 1, int(0.95 * len(found)))] if found else float("nan")
+        p50 = statistics.median(found) if found else float("nan")
+        lines.append(f"{kind:<20} {counts[kind]:9d} {len(found):10d} {p50:28.1f} {p95:6.1f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=50, help="in each run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--pause", type=float, default=20.0, help="seconds that a stopped process stays so")
+    parser.add_argument("--heartbeat", type=float, default=60.0, help="seconds of silence after which it is replaced")
+    options = parser.parse_args()
+    print(machine())
+    stories: list[Story] = []
+    for seed in options.seeds:
+        with tempfile.TemporaryDirectory() as directory, running_ray(flow(SETTINGS), None):
+            start_s = time.time()
+            story, verdict = uvloop.run(run_seed(seed, Path(directory), options))
+        stories.append(story)
+        again = sum(recovery.reissued for recovery in story.recoveries)
+        print(
+            f"seed {seed}: {len(story.struck)} faults in {time.time() - start_s:.0f} s, {verdict.steps} steps, "
+            f"issued again {again} groups, rollbacks {verdict.rollbacks}; lost {len(verdict.lost)}, "
+            f"duplicated {len(verdict.duplicated)}, over-stale {len(verdict.over_stale)}",
+            flush=True,
+        )
+    print(table(stories))
+
+
+if __name__ == "__main__":
+    main()
