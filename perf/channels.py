@@ -1,6 +1,6 @@
 """What the flow itself costs: queues, credits, ledger and wire, through the Ray runtime, nothing computed.
 
-    python perf/channels.py [--tokens 1000] [--group-size 8] [--rounds 5]
+    python -m perf.channels [--tokens 1000] [--group-size 8] [--rounds 5]
 
 A source, two relays and a drain pass groups of ready-made rollouts. Printed: groups and rollouts per second and
 milliseconds per rollout, median and spread over the rounds. See perf/README.md for how to read it.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -51,14 +52,21 @@ class Story:
     struck: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])  # kind, when
     learned_at: list[float] = field(default_factory=list[float])
     recoveries: list[Recovery] = field(default_factory=list[Recovery])
+    has_stepped: asyncio.Event = field(default_factory=asyncio.Event)
 
     def consume(self, events: list[Event]) -> None:
         """Take in the run's events."""
         for event in events:
             if isinstance(event, Step):
                 self.learned_at.append(time.time())
+                self.has_stepped.set()
             elif isinstance(event, Recovery):
                 self.recoveries.append(event)
+
+    async def next_step(self) -> None:
+        """Wait until a further step has been learned."""
+        self.has_stepped.clear()
+        await self.has_stepped.wait()
 
 
 def processes(run_dir: Path) -> dict[str, int]:
@@ -78,9 +86,7 @@ def processes(run_dir: Path) -> dict[str, int]:
 async def strike(story: Story, run_dir: Path, draw: random.Random, options: argparse.Namespace) -> None:
     """Strike somebody once a step has been learned since the last time, until enough have been struck."""
     while len(story.struck) < options.faults:
-        seen = len(story.learned_at)
-        while len(story.learned_at) < seen + 1:
-            await asyncio.sleep(0.05)
+        await story.next_step()
         await asyncio.sleep(draw.uniform(0.0, 0.5))
         alive = processes(run_dir)
         if not alive:
@@ -95,10 +101,8 @@ async def strike(story: Story, run_dir: Path, draw: random.Random, options: argp
         os.kill(alive[name], with_signal)
         if is_pause:
             await asyncio.sleep(options.pause)
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(alive[name], signal.SIGCONT)
-            except ProcessLookupError:
-                pass
 
 
 async def run_seed(seed: int, run_dir: Path, options: argparse.Namespace) -> tuple[Story, Verdict]:
@@ -108,9 +112,8 @@ async def run_seed(seed: int, run_dir: Path, options: argparse.Namespace) -> tup
 
     async def faults() -> None:
         await strike(story, run_dir, draw, options)
-        seen = len(story.learned_at)
-        while len(story.learned_at) < seen + 2:
-            await asyncio.sleep(0.1)
+        await story.next_step()
+        await story.next_step()
         stopping.set()
 
     striking = asyncio.create_task(faults())

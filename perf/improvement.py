@@ -1,6 +1,6 @@
 """The default run on several seeds: how long it takes and whether the held-out score rises beyond its interval.
 
-    python perf/improvement.py [--seeds 0 1 2] [--set PATH=VALUE ...]
+    python -m perf.improvement [--seeds 0 1 2] [--set PATH=VALUE ...]
 
 Runs `flowrl run graphs/ppo_async.py` once for each seed, one after the other, and prints for each the wall time, the
 held-out score before and after, the paired change with its 95 % interval, and how busy the generators were.

@@ -3,7 +3,7 @@
 A random model of SmolLM2-135M's shape in bfloat16 trains on groups of one prompt and eight short responses, as
 policy and as value model, with the plain torch engine: forward and backward of `accumulate`, no optimizer step. The
 two layouts alternate within each repeat, so that other load on the machine meets both. Run
-`python perf/learner.py --threads 1`; figures to compare with are in the table it prints: median (least to most).
+`python -m perf.learner --threads 1`; figures to compare with are in the table it prints: median (least to most).
 """
 
 from __future__ import annotations

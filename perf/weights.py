@@ -1,6 +1,6 @@
 """Time weight updates of a running vLLM engine: publish, pause and transfer, median and spread.
 
-`python perf/weights.py [--model DIR] [--transport shm|broadcast] [--updates 9] [--running 16] [--layout thread]`.
+`python -m perf.weights [--model DIR] [--transport shm|broadcast] [--updates 9] [--running 16] [--layout thread]`.
 Without --model it makes a randomly initialised Llama of SmolLM2-135M's shape (269 MB in bfloat16, tied). Requests are
 being decoded during every update (on_update=keep); the first update, before anything is served, is not counted. The
 learner and the engine share this process, so "publish" and "transfer" compete with decoding for its cores.

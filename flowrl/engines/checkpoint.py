@@ -149,7 +149,8 @@ def damage(checkpoint: Path) -> str:
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
         if digest != expected:
-            return f"{name} has {digest.size} bytes of digest {digest.blake3[:12]}, written were {expected.size} of {expected.blake3[:12]}"
+            is_there, written = (f"{each.size} bytes of digest {each.blake3[:12]}" for each in (digest, expected))
+            return f"{name} has {is_there}, written were {written}"
     return ""
 
 

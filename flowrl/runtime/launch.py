@@ -123,6 +123,8 @@ def _report(
     write_report(run_dir / "report.txt", text)
     if failure:
         say(f"what is known of the run is in {run_dir / 'report.txt'}")
+        if ending.resume:
+            say(f"continue it with: {ending.resume}")
     else:
         say("\n" + text.rstrip())
 

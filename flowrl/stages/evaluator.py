@@ -2,7 +2,7 @@
 
 Invariant: an evaluation uses one version only, because the learner publishes no newer one before it is acknowledged
 here; the same prompts are drawn with the same seeds each time, so that before and after are paired. The score is the
-task's own reward function, whatever the policy is trained on.
+task's own reward function, whatever the policy is trained on; it runs in a worker process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from flowrl.data.prompts import PromptData, PromptSet, load_prompts, load_tokeni
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Checkpoint, Prompt, Rollouts
-from flowrl.rewards.function import RewardFunction
+from flowrl.rewards.isolated import IsolatedFunction, check_loads
+from flowrl.rewards.worker import Opening
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.events import Evaluation, Notice
 
@@ -48,29 +49,31 @@ class Evaluator(Stage):
         self.seed = seed
 
     def check(self, say: Say) -> None:
-        """Import the function."""
-        RewardFunction(self.config.function, where="evaluation.function")
+        """Import the function, where it will run."""
+        check_loads(Opening(function=self.config.function, where="evaluation.function"))
 
     async def run(self, context: Context) -> None:
         """Evaluate every version the learner names until the edge closes."""
         with context.clock.charge(Cause.START):
             prompts = await context.compute(self._load)
-        function = RewardFunction(self.config.function, where=context.where)
+        opening = Opening(function=self.config.function, where=context.where)
+        log = context.run_dir / "logs" / f"{context.where}.function.log"
         num_sent = FIRST_HELDOUT
-        async for checkpoint in self.checkpoints:
-            evaluation = await self._evaluate(context, prompts, function, checkpoint, num_sent)
-            num_sent += len(prompts.heldout)
-            if evaluation is not None:
-                context.recorder.record(evaluation)
-            context.version = checkpoint.version
-            context.done += len(prompts.heldout)
-            await self.checkpoints.done(checkpoint)
+        async with IsolatedFunction(opening, log=log) as function:
+            async for checkpoint in self.checkpoints:
+                evaluation = await self._evaluate(context, prompts, function, checkpoint, num_sent)
+                num_sent += len(prompts.heldout)
+                if evaluation is not None:
+                    context.recorder.record(evaluation)
+                context.version = checkpoint.version
+                context.done += len(prompts.heldout)
+                await self.checkpoints.done(checkpoint)
 
     def _load(self) -> PromptSet:
         return load_prompts(self.data, load_tokenizer(prepare_model(self.model)))
 
     async def _evaluate(
-        self, context: Context, prompts: PromptSet, function: RewardFunction, checkpoint: Checkpoint, first_id: int
+        self, context: Context, prompts: PromptSet, function: IsolatedFunction, checkpoint: Checkpoint, first_id: int
     ) -> Evaluation | None:
         """Return the scores, or nothing where the generators have moved on to another version meanwhile."""
         room = asyncio.Semaphore(self.config.in_flight)

@@ -277,7 +277,6 @@ class RunView:
             return steady
         return {cause: spent for cause, spent in self.node_seconds(node).items() if cause not in NOT_WORKING}
 
-
     def occupied_share(self, node: str) -> float:
         """Return the part of the time between the first and the last step in which a node's replicas had work running.
 
