@@ -9,12 +9,22 @@ what the engine divides once (law 7). Credit stages call `credit`, training engi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from flowrl.config import Config
+from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
+
+Head = Literal["policy", "value", "reward"]  # log-probs; values read before each token; values read after it
+REMEDIES = {  # for a column that is not there
+    "reference": "use a graph with a reference node, such as graphs/preference.py",
+    "label": "give every response a label in the data",
+    "step_label": "give step labels in the data",
+}
 
 
 class CreditBatch(NamedTuple):
@@ -40,8 +50,22 @@ class LossBatch(NamedTuple):
 
     logprobs_BT: Tensor  # the policy's log-probs; for a value objective, the values
     mask_BT: Tensor
-    columns: dict[str, Tensor]  # name -> [B, T]: behaviour, proximal, reference, advantages, values, returns
+    # name -> [B, T]: behaviour, proximal, reference, advantages, values, returns; label, step_label, reference_point
+    columns: dict[str, Tensor]
     entropy_BT: Tensor | None = None
+    group_B: Tensor | None = None  # int64: which group a row belongs to, numbered within the engine's call
+    sample_B: Tensor | None = None  # int64: which response of its group a row is
+
+    def column(self, name: str) -> Tensor:
+        """Return a column.
+
+        Raises:
+            ConfigError: neither the data nor the graph gives it.
+        """
+        if name not in self.columns:
+            given = ", ".join(sorted(self.columns)) or "none"
+            raise ConfigError("objective", f"needs the column {name!r} (given: {given})", REMEDIES.get(name, ""))
+        return self.columns[name]
 
 
 @dataclass(frozen=True)
@@ -57,9 +81,33 @@ class Objective(Config):
     """Something to minimise over a micro-batch."""
 
     @property
+    def head(self) -> Head:
+        """Return what `logprobs_BT` is read off: a language model's log-probs, or one value per token."""
+        return "policy"
+
+    @property
     def needs_entropy(self) -> bool:
         """Return whether `entropy_BT` must be given."""
         return False
+
+    @property
+    def needs_whole_groups(self) -> bool:
+        """Return whether `loss` compares the responses of a group, so that a micro-batch must hold all of them."""
+        return False
+
+    @property
+    def needs_mismatched(self) -> bool:
+        """Return whether each example must bring another prompt's response, from which a step's KL is estimated."""
+        return False
+
+    @property
+    def score_metric(self) -> str:
+        """Return the metric that is a held-out example's score, greater being better; "": the negative loss."""
+        return ""
+
+    def reference_point(self, log_ratios: Sequence[float]) -> float:
+        """Return the column "reference_point" from the summed log ratios of a step's mismatched pairs."""
+        raise NotImplementedError
 
     def loss(self, batch: LossBatch) -> Loss:
         """Return the loss of a micro-batch as a sum and a count."""

@@ -58,6 +58,17 @@ def has_tokens(mask_BT: Tensor) -> Tensor:
     return (mask_BT > 0).any(1).to(mask_BT.dtype)
 
 
+def last_value(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return each sequence's value at its last masked token, [B]; 0 where a sequence has none.
+
+    >>> last_value(torch.tensor([[1.0, 3.0], [5.0, 9.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]])).tolist()
+    [3.0, 5.0]
+    """
+    places_T = torch.arange(1, mask_BT.shape[1] + 1, device=mask_BT.device)
+    last_B = ((mask_BT > 0) * places_T).argmax(1)
+    return masked(values_BT, mask_BT).gather(1, last_B[:, None]).squeeze(1)
+
+
 @overload
 def whiten(values: Tensor, mask: Tensor) -> Tensor: ...
 @overload

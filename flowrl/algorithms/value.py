@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from flowrl.algorithms.base import Loss, LossBatch, Objective
+from flowrl.algorithms.base import Head, Loss, LossBatch, Objective
 from flowrl.algorithms.functional import masked
 from flowrl.algorithms.surrogate import clipped_value_error
 from flowrl.config import Meta
@@ -21,6 +21,11 @@ class ValueLoss(Objective):
     """Clipped squared error of the values."""
 
     clip: Annotated[float, Meta(ge=0)] = 0.2  # values may move so far from what they were when sampled; 0: any distance
+
+    @property
+    def head(self) -> Head:
+        """Return "value": V(s_t) is read before each token."""
+        return "value"
 
     def loss(self, batch: LossBatch) -> Loss:
         """Return the value loss as a sum over sampled tokens and their number."""

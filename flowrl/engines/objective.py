@@ -32,7 +32,15 @@ def loss_batch(
     columns = pack_columns(groups, batch)
     mask_BT = columns.pop("mask", batch.mask_BT)
     columns.setdefault("proximal", values_BT.detach())
-    return LossBatch(logprobs_BT=values_BT, mask_BT=mask_BT, columns=columns, entropy_BT=entropy_BT)
+    group_B, sample_B = torch.tensor(batch.samples, device=mask_BT.device).unbind(1)
+    return LossBatch(
+        logprobs_BT=values_BT,
+        mask_BT=mask_BT,
+        columns=columns,
+        entropy_BT=entropy_BT,
+        group_B=group_B,
+        sample_B=sample_B,
+    )
 
 
 def count_ahead(objective: Objective, groups: Sequence[TokenGroup], batch: PackedBatch) -> float:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flowrl.engines.base import TokenGroup
-from flowrl.messages import Buffer, Referenced, Rollouts, Samples
+from flowrl.messages import Buffer, Example, Referenced, Rollouts, Samples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
 
+    from flowrl.algorithms.base import LossBatch
     from flowrl.messages import FloatArray
 
 
@@ -31,6 +32,47 @@ def token_group(group: Rollouts, **columns: list[Buffer]) -> TokenGroup:
         responses=[sample.token_ids for sample in group.samples],
         columns={**known, **columns},
     )
+
+
+def example_group(example: Example, *, mismatched: bool = False) -> TokenGroup:
+    """Return an example's own responses with their columns, or those that it brings of another prompt."""
+    num_own = len(example.responses) - example.num_mismatched
+    part = slice(num_own, None) if mismatched else slice(num_own)
+    responses = example.responses[part]
+    lengths = [len(response) for response in responses]
+    masks = example.masks[part] if example.masks else [_constant(1.0, length) for length in lengths]
+    columns = {"mask": masks}
+    if example.ref_logprobs is not None:
+        columns["reference"] = example.ref_logprobs[part]
+    if example.labels and not mismatched:
+        columns["label"] = [_constant(*pair) for pair in zip(example.labels, lengths, strict=True)]
+    if example.step_labels is not None and not mismatched:
+        columns["step_label"] = example.step_labels
+    return TokenGroup(prompt_ids=example.token_ids, responses=responses, columns=columns)
+
+
+def with_constant(group: TokenGroup, name: str, value: float) -> TokenGroup:
+    """Return the group with one more column, the same value on every token."""
+    column = [_constant(value, len(response)) for response in group.responses]
+    return TokenGroup(prompt_ids=group.prompt_ids, responses=group.responses, columns={**group.columns, name: column})
+
+
+def _constant(value: float, num_tokens: int) -> Buffer:
+    return Buffer.floats([value] * num_tokens)
+
+
+def group_batch(group: TokenGroup, rows: Sequence[FloatArray]) -> LossBatch:
+    """Return what an objective takes for one group, from its scored rows: the engine's batch without its gradient."""
+    import torch
+
+    from flowrl.algorithms.base import LossBatch
+
+    values_BT, mask_BT = padded(rows)
+    columns = {name: padded(buffers)[0] for name, buffers in group.columns.items()}
+    mask_BT = columns.pop("mask", mask_BT)
+    columns.setdefault("proximal", values_BT)
+    sample_B = torch.arange(len(rows))
+    return LossBatch(values_BT, mask_BT, columns, group_B=torch.zeros_like(sample_B), sample_B=sample_B)
 
 
 def padded(rows: Sequence[Buffer] | Sequence[FloatArray]) -> tuple[torch.Tensor, torch.Tensor]:

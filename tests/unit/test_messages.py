@@ -18,12 +18,14 @@ from flowrl.messages import (
     Canary,
     Checkpoint,
     Credit,
+    Example,
     Message,
     Prompt,
     Referenced,
     Rollouts,
     Sample,
     Samples,
+    Save,
     Scored,
     VersionSpan,
     Weights,
@@ -67,6 +69,11 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "returns": st.none() | st.lists(float_buffers, max_size=3),
     "values": st.none() | st.lists(float_buffers, max_size=3),
     "metrics": st.dictionaries(letters, st.floats(allow_nan=False), max_size=3),
+    "responses": st.lists(int_buffers, min_size=1, max_size=3),
+    "masks": st.none() | st.lists(float_buffers, max_size=3),
+    "labels": st.lists(st.floats(allow_nan=False), max_size=3),
+    "step_labels": st.none() | st.lists(float_buffers, max_size=3),
+    "num_mismatched": counts,
     "groups": st.lists(counts, max_size=4),
     "version": counts,
     "transport": st.sampled_from(["shm", "broadcast"]),
@@ -74,8 +81,9 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "canary": st.none() | st.builds(Canary, token_ids=int_buffers, logprobs=float_buffers, max_mean_gap=st.just(1e-3)),
     "size_bytes": counts,
     "is_final": st.booleans(),
+    "directory": letters,
 }
-KINDS: list[type[Message]] = [Prompt, Rollouts, Scored, Referenced, Samples, Credit, Weights, Checkpoint]
+KINDS: list[type[Message]] = [Prompt, Rollouts, Scored, Referenced, Samples, Example, Credit, Weights, Checkpoint, Save]
 CHAIN: list[type[Prompt]] = [Prompt, Rollouts, Scored, Referenced, Samples]
 
 

@@ -1,0 +1,344 @@
+"""The shapes in which training data come, told apart by their columns, and one shape for all of them.
+
+The types and column names are those of TRL's documentation ("Dataset formats and types"); each type is standard
+(strings) or conversational (lists of messages):
+
+    preference            chosen, rejected, with prompt (explicit) or without (implicit); margin is optional
+    stepwise-supervision  prompt, completions (a list of strings), labels (one for each)
+    unpaired-preference   prompt, completion, label
+    prompt-completion     prompt, completion
+    language-modeling     messages, or text
+    prompt-only           prompt
+
+A row with the columns of several types is of the first that fits, in this order. Columns `tools` and
+`chat_template_kwargs` go to the chat template; others are left alone; a null is as good as a column that is not there.
+Invariant: what `normalise` returns has at least one response or step, and the types that `NormalRow` states. Called by
+`load_examples` and `flowrl data check`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+import msgspec
+
+from flowrl.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from flowrl.data.sources import RawRow
+
+Conversation = list[dict[str, Any]]
+Text = str | Conversation  # empty where a row has none
+Kind = Literal[
+    "preference", "stepwise-supervision", "unpaired-preference", "prompt-completion", "language-modeling", "prompt-only"
+]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+# Each way of writing a type: the first whose columns are all there is taken. The first column says how it is written.
+SHAPES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+    ("preference", ("chosen", "rejected")),
+    ("stepwise-supervision", ("prompt", "completions", "labels")),
+    ("unpaired-preference", ("completion", "prompt", "label")),
+    ("prompt-completion", ("completion", "prompt")),
+    ("language-modeling", ("messages",)),
+    ("language-modeling", ("text",)),
+    ("prompt-only", ("prompt",)),
+)
+SHOWN_COLUMNS = 12  # of a row, in an error
+
+
+class Format(msgspec.Struct, frozen=True, kw_only=True):
+    """How a data set is written."""
+
+    kind: Kind
+    is_conversational: bool  # messages, not strings
+    is_implicit: bool = False  # of preference: the prompt is the part that chosen and rejected share
+    has_tools: bool = False
+
+    def __str__(self) -> str:
+        parts = [self.kind, "conversational" if self.is_conversational else "standard"]
+        if self.kind == "preference":
+            parts.append("implicit prompt" if self.is_implicit else "explicit prompt")
+        return ", ".join([*parts, *(["tools"] if self.has_tools else [])])
+
+
+class NormalRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of any format: a prompt and its responses, all strings or all conversations, or the steps of one."""
+
+    place: str
+    prompt: Text  # empty where the format has none: the responses then hold it
+    responses: list[Text] = []  # of a preference: chosen, rejected
+    steps: list[str] = []
+    labels: list[float] = []  # one for each response or step; nan: none
+    tools: list[dict[str, Any]] | None = None
+    template_options: dict[str, Any] = {}
+    scores: dict[str, float] = {}  # by column, where a response is conditioned on them
+
+    @property
+    def asked(self) -> Text:
+        """Return what is asked: rows in which it is the same belong on the same side of a split.
+
+        A text without a prompt is asked for as a whole, a conversation up to the assistant's first message, and of two
+        texts with an implicit prompt the characters that both begin with.
+        """
+        if self.prompt or not self.responses:
+            return self.prompt
+        first = self.responses[0]
+        if isinstance(first, str):
+            return first[: num_shared(first, self.responses[-1])]
+        roles = [message["role"] for message in first]
+        return first[: roles.index("assistant")] if "assistant" in roles[1:] else first
+
+
+def detect(row: RawRow, kind: Kind | None = None) -> Format:
+    """Return the format of a row by its columns and their types; `kind` says which of several to take.
+
+    Raises:
+        DataError: the columns fit no format, or not the one that was asked for.
+    """
+    columns = {name: value for name, value in row.columns.items() if value is not None}
+    for each, needed in SHAPES:
+        if kind in (None, each) and columns.keys() >= set(needed):
+            is_implicit = each == "preference" and "prompt" not in columns
+            holder = "prompt" if each == "stepwise-supervision" else needed[0]
+            return Format(
+                kind=each,
+                is_conversational=isinstance(columns[holder], list),
+                is_implicit=is_implicit,
+                has_tools=bool(columns.get("tools")),
+            )
+    shapes = dict.fromkeys(" + ".join(sorted(needed)) for each, needed in SHAPES if kind in (None, each))
+    names = ", ".join(list(columns)[:SHOWN_COLUMNS]) or "none"
+    what = f"has the columns {names}, which are " + (f"not those of {kind}" if kind else "those of no known format")
+    remedy = f"give {' or '.join(shapes)}, or name yours with data.columns"
+    raise DataError(row.place, what, remedy)
+
+
+def normalise(row: RawRow, format: Format) -> NormalRow:
+    """Return a row of a data set of the given format in the one shape.
+
+    Raises:
+        DataError: a column is missing, empty or of another type than the format says.
+    """
+    found = detect(row, format.kind)
+    if (found.is_conversational, found.is_implicit) != (format.is_conversational, format.is_implicit):
+        remedy = "write all rows of a data set alike, or split it in two"
+        raise DataError(row.place, f"is {found}, the rows before it are {format}", remedy)
+    common: dict[str, Any] = {
+        "place": row.place,
+        "tools": _tools(row),
+        "template_options": _object(row, "chat_template_kwargs"),
+    }
+    if format.kind == "language-modeling":
+        return NormalRow(prompt=_empty(format), responses=[_whole(row)], **common)
+    if format.kind == "prompt-only":
+        return NormalRow(prompt=_text_or_messages(row, "prompt"), **common)
+    if format.kind == "stepwise-supervision":
+        steps, labels = _steps(row)
+        return NormalRow(prompt=_text_or_messages(row, "prompt"), steps=steps, labels=labels, **common)
+    if format.is_implicit:
+        prompt, responses = _split_pair(row)
+    else:
+        names = ("chosen", "rejected") if format.kind == "preference" else ("completion",)
+        prompt, responses = _explicit(row, names)
+    if format.kind == "preference":
+        if responses[0] == responses[1]:
+            raise DataError(row.place, "chosen and rejected are the same", "drop the row, or set data.on_bad=skip")
+        labels = [number_of(row, "margin", 0.0)] * 2
+    else:
+        labels = [_verdict(row)] if format.kind == "unpaired-preference" else []
+    return NormalRow(prompt=prompt, responses=responses, labels=labels, **common)
+
+
+def num_shared(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Return how many elements two sequences begin with alike; "ab" and "ac" have 1."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
+def as_chat(row: NormalRow) -> NormalRow:
+    """Return a row of strings as a conversation: the prompt is the user's, a response the assistant's.
+
+    Raises:
+        DataError: it has no prompt of its own.
+    """
+    if not row.prompt:
+        what = "has no prompt of its own, but data.strings_as_chat is true"
+        raise DataError(row.place, what, "write it as messages, or set data.strings_as_chat=false")
+    responses: list[Text] = [[{"role": "assistant", "content": each}] for each in row.responses]
+    return msgspec.structs.replace(row, prompt=[{"role": "user", "content": row.prompt}], responses=responses)
+
+
+def _empty(format: Format) -> Text:
+    return [] if format.is_conversational else ""
+
+
+def _whole(row: RawRow) -> Text:
+    name, expected = ("text", "a string") if row.columns.get("messages") is None else ("messages", "a list of messages")
+    value = row.columns[name]
+    if isinstance(value, str) != (name == "text"):
+        raise DataError(row.place, f"column {name!r} holds {_noun(value)}", f"{expected} was expected")
+    return _text_or_messages(row, name)
+
+
+def _explicit(row: RawRow, names: Sequence[str]) -> tuple[Text, list[Text]]:
+    """Return prompt and responses; a conversation that repeats its prompt gives it up."""
+    responses = [_text_or_messages(row, name) for name in names]
+    is_conversational = isinstance(responses[0], list)
+    prompt: Text = ""  # may be empty before a string: the response is then the whole text
+    if is_conversational or row.columns["prompt"] != "":
+        prompt = _text_or_messages(row, "prompt")
+    if is_conversational and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    for name, response in zip(names, responses, strict=True):
+        if isinstance(response, list) != is_conversational or isinstance(prompt, list) != is_conversational:
+            what = f"prompt is {_noun(row.columns['prompt'])}, {name} is {_noun(row.columns[name])}"
+            raise DataError(row.place, what, "write all of them as strings, or all as lists of messages")
+    if isinstance(prompt, list):
+        for place, name in enumerate(names):
+            answer = _without_head(cast("Conversation", responses[place]), prompt)
+            _check_answers(row, name, answer, 0)
+            responses[place] = answer
+    return prompt, responses
+
+
+def _without_head(messages: Conversation, head: Conversation) -> Conversation:
+    return messages[len(head) :] if messages[: len(head)] == head else messages
+
+
+def _split_pair(row: RawRow) -> tuple[Text, list[Text]]:
+    """Split off the messages that chosen and rejected share; strings are split later, between tokens."""
+    chosen, rejected = (_text_or_messages(row, name) for name in ("chosen", "rejected"))
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        return "", [chosen, rejected]
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        what = f"chosen is {_noun(chosen)}, rejected is {_noun(rejected)}"
+        raise DataError(row.place, what, "write both as strings, or both as lists of messages")
+    num_before = num_shared(chosen, rejected)
+    if chosen != rejected:
+        if not num_before:
+            what = "chosen and rejected share no message, so there is no prompt"
+            raise DataError(row.place, what, "begin both with the same messages, or give a prompt column")
+        _check_answers(row, "chosen", chosen[num_before:], num_before)
+        _check_answers(row, "rejected", rejected[num_before:], num_before)
+    return chosen[:num_before], [chosen[num_before:], rejected[num_before:]]
+
+
+def _check_answers(row: RawRow, name: str, messages: Conversation, num_before: int) -> None:
+    if not messages or messages[0]["role"] != "assistant":
+        found = f"the {messages[0]['role']}'s" if messages else "missing"
+        what = f"column {name!r}: message {num_before}, the first after the prompt, is {found}"
+        raise DataError(row.place, what, "the assistant's message was expected there")
+
+
+def _text_or_messages(row: RawRow, name: str) -> Text:
+    value = row.columns[name]
+    if isinstance(value, str):
+        if not value:
+            raise DataError(row.place, f"column {name!r} is empty", "drop the row, or set data.on_bad=skip")
+        return value
+    if not isinstance(value, list):
+        what = f"column {name!r} holds {_noun(value)}"
+        raise DataError(row.place, what, "a string or a list of messages was expected")
+    if not value:
+        raise DataError(row.place, f"column {name!r} holds no message", "drop the row, or set data.on_bad=skip")
+    return [_message(row, name, number, message) for number, message in enumerate(cast("list[Any]", value))]
+
+
+def _message(row: RawRow, name: str, number: int, message: Any) -> dict[str, Any]:
+    if isinstance(message, dict):
+        found = cast("dict[str, Any]", _without_nulls(message))
+        content = found.get("content")
+        if isinstance(found.get("role"), str) and (isinstance(content, str | list) or found.get("tool_calls")):
+            return found
+        holds = f"holds {', '.join(found) or 'nothing'}"
+        if isinstance(content, dict | int | float):
+            holds = f"has for content {_noun(content)}"
+    else:
+        holds = f"is {_noun(message)}"
+    what = f"column {name!r}: message {number} {holds}"
+    raise DataError(row.place, what, "an object with role and content (or tool_calls) was expected")
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a nested value without null fields: Parquet gives every message the fields that any of them has."""
+    if isinstance(value, dict):
+        fields = cast("dict[str, Any]", value)
+        return {name: _without_nulls(each) for name, each in fields.items() if each is not None}
+    return [_without_nulls(each) for each in cast("list[Any]", value)] if isinstance(value, list) else value
+
+
+def _tools(row: RawRow) -> list[dict[str, Any]] | None:
+    """Return the tools a row offers: JSON schemas, or a string that holds them as JSON."""
+    value = row.columns.get("tools")
+    if isinstance(value, str) and value:
+        try:
+            value = msgspec.json.decode(value)
+        except msgspec.DecodeError as error:
+            raise DataError(row.place, f"column 'tools' is not JSON ({error})", "write a list of schemas") from error
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(each, dict) for each in cast("list[Any]", value)):
+        raise DataError(row.place, f"column 'tools' holds {_noun(value)}", "a list of JSON schemas was expected")
+    return cast("list[dict[str, Any]]", _without_nulls(value))
+
+
+def _object(row: RawRow, name: str) -> dict[str, Any]:
+    value = row.columns.get(name) or {}
+    if not isinstance(value, dict):
+        raise DataError(row.place, f"column {name!r} holds {_noun(value)}", "an object was expected")
+    return cast("dict[str, Any]", _without_nulls(value))
+
+
+def _steps(row: RawRow) -> tuple[list[str], list[float]]:
+    steps, labels = row.columns["completions"], row.columns["labels"]
+    if not isinstance(steps, list) or not all(isinstance(step, str) and step for step in cast("list[Any]", steps)):
+        what = f"column 'completions' holds {_noun(steps)}"
+        raise DataError(row.place, what, "a list of strings, none of them empty, was expected: one for each step")
+    if not isinstance(labels, list) or len(cast("list[Any]", labels)) != len(cast("list[Any]", steps)):
+        found = f"{len(cast('list[Any]', labels))}" if isinstance(labels, list) else _noun(labels)
+        what = f"column 'labels' holds {found} for {len(cast('list[Any]', steps))} steps"
+        raise DataError(row.place, what, "one label for each step was expected")
+    numbers: list[float] = []
+    for number, label in enumerate(cast("list[Any]", labels)):
+        if label is not None and not (isinstance(label, int | float) and 0 <= label <= 1):
+            what = f"column 'labels': step {number} is labelled {label!r}"
+            raise DataError(row.place, what, "true, false, a number from 0 to 1, or null was expected")
+        numbers.append(math.nan if label is None else float(label))
+    if all(math.isnan(number) for number in numbers):
+        raise DataError(row.place, "no step has a label", "drop the row, or set data.on_bad=skip")
+    return cast("list[str]", steps), numbers
+
+
+def _verdict(row: RawRow) -> float:
+    label = row.columns["label"]
+    if isinstance(label, int | float) and label in (0, 1):
+        return float(label)
+    remedy = "true or false (or 1 or 0) was expected; for a score see data.condition_on"
+    raise DataError(row.place, f"column 'label' holds {label!r}", remedy)
+
+
+def number_of(row: RawRow, name: str, default: float | None = None) -> float:
+    """Return the finite number in a column, or the default where there is none.
+
+    Raises:
+        DataError: the column holds something else, or nothing and there is no default.
+    """
+    value = row.columns.get(name)
+    if value is None and default is not None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        found = "is missing" if value is None else f"holds {_noun(value)}"
+        raise DataError(row.place, f"column {name!r} {found}", "a finite number was expected")
+    return float(value)
+
+
+def _noun(value: Any) -> str:
+    """Name a value's JSON type, with its article."""
+    if isinstance(value, list):
+        kinds = {type(each) for each in cast("list[Any]", value)}
+        return "a list of strings" if kinds == {str} else "a list of objects" if kinds == {dict} else "a list"
+    nouns = {str: "a string", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
+    return nouns.get(cast("Any", type(value)), "nothing")

@@ -1,0 +1,216 @@
+"""What a data set holds and what a run would make of it: the body of `flowrl data check`.
+
+Invariants: what is reported is what `load_examples` (for prompts, `load_prompts`) does with the same settings; every
+row is looked at, also where a run would stop at the first bad one, and the check then ends with that error. Called by
+the CLI.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from typing import TYPE_CHECKING, cast
+
+import msgspec
+
+from flowrl.config import Config, resolve
+from flowrl.data.examples import ExampleData, ExampleRow, ExampleSet, load_examples, read_source, read_template
+from flowrl.data.formats import Format, detect
+from flowrl.data.prompts import PromptData, load_prompts
+from flowrl.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    Say = Callable[[str], None]
+
+NUM_BINS = 8  # widths of the histogram's bins that cover all lengths, at most
+BAR = 40  # characters of its longest bar
+NUM_REASONS = 3  # rows shown of those that are left out
+LEARNED, PLAIN = "\x1b[32m", "\x1b[0m"  # green
+
+
+class CheckSettings(Config):
+    """The settings of a check: those of a graph's `data`, with nothing held out."""
+
+    data: ExampleData = ExampleData(num_heldout=0)
+
+
+def check_settings(path: str, *, format: str | None, overrides: Sequence[str]) -> ExampleData:
+    """Return the settings of a check; names are those of a graph (`data.max_tokens=512`).
+
+    Raises:
+        ConfigError: an override is unknown or out of range.
+    """
+    given = [f"data.source={path}", *([f"data.format={format}"] if format else [])]
+    return resolve(CheckSettings, overrides=[*given, *overrides]).data
+
+
+def check_data(data: ExampleData, tokenizer: PreTrainedTokenizerBase, say: Say, *, colour: bool) -> None:
+    """Say what the data hold, a line at a time.
+
+    Args:
+        colour: mark what is learned by colour, not by brackets.
+
+    Raises:
+        DataError: nothing can be used, or a row would stop a run.
+    """
+    format = _first_format(data)
+    if format is not None and format.kind == "prompt-only":
+        _check_prompts(data, tokenizer, say, format)
+        return
+    on_long = "skip" if data.on_long == "stop" else data.on_long
+    examples = load_examples(msgspec.structs.replace(data, on_bad="skip", on_long=on_long), tokenizer)
+    for line in describe(examples, data):
+        say(line)
+    if examples.train:
+        row = min(examples.train, key=lambda row: row.index)
+        how = "in green" if colour else "between ⟦ and ⟧"
+        say(f"example    {row.place}, with what is learned {how}")
+        say(shown(row, tokenizer, colour=colour))
+    _stop_as_a_run_would(examples, data)
+
+
+def describe(examples: ExampleSet, data: ExampleData) -> Iterator[str]:
+    """Yield the report's lines, the example apart."""
+    for source, format in zip(data.sources, examples.formats, strict=False):
+        yield f"format     {format} ({'as set' if source.format else 'detected'}): {source.source}"
+    yield f"rows       {len(examples)} to train on, {len(examples.heldout)} held out"
+    counts = examples.counts
+    left_out = {
+        "bad": counts["bad"],
+        f"longer than max_tokens={data.max_tokens}": counts["too long"],
+        "there already": counts["duplicate"],
+        "with the prompt of a held-out one": counts["prompt held out"],
+    }
+    yield f"left out   {', '.join(f'{count} {why}' for why, count in left_out.items() if count) or 'none'}"
+    if counts["truncated"]:
+        yield f"cut        {counts['truncated']} to max_tokens={data.max_tokens}"
+    if counts["token at a boundary"]:
+        what = "with prompt and turns tokenized one by one: a token would span the end of one"
+        yield f"boundaries {counts['token at a boundary']} {what}"
+    for reason in examples.skipped[:NUM_REASONS]:
+        yield f"           {reason}"
+    if len(examples.skipped) > NUM_REASONS:
+        yield f"           and {len(examples.skipped) - NUM_REASONS} more"
+    for name, (low, high) in examples.ranges.items():
+        yield f"condition  {name} from {low:g} to {high:g} as 0 to {data.condition_levels - 1}"
+    rows = [*examples.train, *examples.heldout]
+    learned = sum(sum(map(sum, row.masks)) if row.masks else sum(map(len, row.responses)) for row in rows)
+    total = sum(len(row.prompt_ids) * len(row.responses) + sum(map(len, row.responses)) for row in rows)
+    yield f"learned    {learned} of {total} tokens ({learned / max(total, 1):.0%})"
+    yield from _lengths([row.num_tokens for row in rows], "prompt and the longest response")
+
+
+def shown(row: ExampleRow, tokenizer: PreTrainedTokenizerBase, *, colour: bool) -> str:
+    """Return a row as text with its learned tokens marked; a step's label follows it as <1>."""
+    text = _printable(_text(tokenizer, row.prompt_ids))
+    names = ["\nchosen: ", "\nrejected: "] if len(row.responses) == 2 else [""]
+    for number, (name, response) in enumerate(zip(names, row.responses, strict=True)):
+        mask = row.masks[number] if row.masks else [1] * len(response)
+        labels = row.step_labels[number] if row.step_labels else [math.nan] * len(response)
+        text += name
+        for part in _parts(mask, labels):
+            piece = _printable(_text(tokenizer, [response[place] for place in part]))
+            before, behind = (LEARNED, PLAIN) if colour else ("⟦", "⟧")
+            text += f"{before}{piece}{behind}" if mask[part[0]] else piece
+            label = labels[part[-1]]
+            text += "" if math.isnan(label) else f"<{label:g}>"
+    if row.labels and len(row.responses) == 1:
+        return f"{text}\nlabel: {row.labels[0]:g}"
+    return f"{text}\nmargin: {row.labels[0]:g}" if any(row.labels) else text
+
+
+def _parts(mask: Sequence[int], labels: Sequence[float]) -> Iterator[list[int]]:
+    """Yield the places of tokens that are shown as one: a part ends where the mask changes and behind a label."""
+    part: list[int] = []
+    for place, is_learned in enumerate(mask):
+        if part and (mask[part[0]] != is_learned or not math.isnan(labels[part[-1]])):
+            yield part
+            part = []
+        part.append(place)
+    yield part
+
+
+def histogram(lengths: Sequence[int]) -> Iterator[str]:
+    """Yield a line for each bin; a bin's width is a power of two, and there are at most nine.
+
+    >>> list(histogram([5, 6, 6]))
+    ['      5 to 5            1  ####################', '      6 to 6            2  ########################################']
+    """  # noqa: E501  # lines as they are printed
+    width = 1
+    while (max(lengths) - min(lengths)) // width >= NUM_BINS:
+        width *= 2
+    counts = Counter(length // width for length in lengths)
+    for place in range(min(counts), max(counts) + 1):
+        bar = "#" * math.ceil(BAR * counts[place] / max(counts.values()))
+        yield f"{place * width:>7} to {(place + 1) * width - 1:<6} {counts[place]:>7}  {bar}".rstrip()
+
+
+def _lengths(lengths: Sequence[int], what: str) -> Iterator[str]:
+    if not lengths:
+        return
+    spread = f"least {min(lengths)}, median {statistics.median(lengths):g}, greatest {max(lengths)}"
+    yield f"tokens     {spread} ({what})"
+    yield from histogram(lengths)
+
+
+def _first_format(data: ExampleData) -> Format | None:
+    source = data.sources[0]
+    for raw in read_source(data, source, lambda _: None):
+        try:
+            return detect(raw, source.format)
+        except DataError:
+            continue
+    return None
+
+
+def _check_prompts(data: ExampleData, tokenizer: PreTrainedTokenizerBase, say: Say, format: Format) -> None:
+    if data.chat_template:
+        tokenizer.chat_template = read_template(data.chat_template)
+    prompts = load_prompts(
+        PromptData(
+            source=data.source,
+            split=data.split,
+            subset=data.subset,
+            num_heldout=0,
+            max_prompt_tokens=data.max_tokens,
+            chat_template=format.is_conversational or data.strings_as_chat,
+            prompt_column=data.columns.get("prompt", "prompt"),
+            on_bad="skip",
+        ),
+        tokenizer,
+    )
+    say(f"format     {format} ({'as set' if data.format else 'detected'}): {data.source}")
+    say(f"rows       {len(prompts.train)} prompts for online training, {prompts.num_duplicates} more there already")
+    for reason in prompts.skipped[:NUM_REASONS]:
+        say(f"           {reason}")
+    for line in _lengths([len(row.token_ids) for row in prompts.train], "prompt"):
+        say(line)
+    row = min(prompts.train, key=lambda row: row.index)
+    say(f"example    row {row.index}, with nothing to learn in it\n{_printable(row.text)}")
+    if prompts.skipped and data.on_bad == "stop":
+        raise _stopping(data, prompts.skipped)
+
+
+def _stop_as_a_run_would(examples: ExampleSet, data: ExampleData) -> None:
+    stops_at_bad = data.on_bad == "stop" and examples.counts["bad"]
+    if stops_at_bad or (data.on_long == "stop" and examples.counts["too long"]):
+        raise _stopping(data, examples.skipped)
+
+
+def _stopping(data: ExampleData, skipped: Sequence[str]) -> DataError:
+    where = "data.mix" if data.mix else f"data {data.source}"
+    return DataError(where, f"{len(skipped)} of its rows would stop a run; the first: {skipped[0]}")
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return cast("str", tokenizer.decode(ids))
+
+
+def _printable(text: str) -> str:
+    """Return text with control characters written out: data must not move the reader's cursor."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

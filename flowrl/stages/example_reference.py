@@ -1,0 +1,84 @@
+"""Example reference: adds a frozen model's log-probs of every response token to offline examples.
+
+The reference of DPO, IPO and KTO, or the teacher of a distillation. Invariant: an example leaves with one log-prob for
+each token of each of its responses, the mismatched ones included. Held-out examples take the same path between ports of
+their own, where those are joined. Replicas compete for examples.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Annotated
+
+from flowrl.config import Meta, widen
+from flowrl.data.models import prepare_model
+from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine
+from flowrl.graph.ports import In, Out
+from flowrl.graph.stage import Stage
+from flowrl.messages import Buffer, Example, extend
+from flowrl.stages.training import opened
+from flowrl.telemetry.events import Span
+
+if TYPE_CHECKING:
+    from flowrl.graph.stage import Context, Say
+
+
+class ExampleReference(Stage):
+    """Scores given responses with a frozen model."""
+
+    class Config(Training):
+        """Settings of the reference node; nothing is trained, so the learning rate and schedule are not used."""
+
+        engine: str = "flowrl.engines.torch:TorchEngine"
+        batch_examples: Annotated[int, Meta(ge=1)] = (
+            1  # scored together when ready; above 1 the last bits depend on timing
+        )
+
+    optional = frozenset({"heldout", "heldout_referenced"})
+    examples: In[Example]
+    referenced: Out[Example]
+    heldout: In[Example]
+    heldout_referenced: Out[Example]
+
+    def __init__(self, config: Config, *, model: str) -> None:
+        self.config: ExampleReference.Config = config
+        self.model = model
+
+    def check(self, say: Say) -> None:
+        """Prepare the model."""
+        prepare_model(self.model, say=say)
+
+    def _settings(self) -> TrainingConfig:
+        return widen(TrainingConfig, self.config, model=str(prepare_model(self.model)))
+
+    async def follow(self, context: Context) -> None:
+        """Serve as a rank other than 0."""
+        async with opened(context, self.config.engine, self._settings, steps=1) as engine:
+            await context.compute(engine.follow)
+
+    async def run(self, context: Context) -> None:
+        """Score examples until the edges close."""
+        async with (
+            opened(context, self.config.engine, self._settings, steps=1) as engine,
+            asyncio.TaskGroup() as lanes,
+        ):
+            lanes.create_task(self._lane(context, engine, self.examples, self.referenced))
+            if self.heldout.is_connected:
+                lanes.create_task(self._lane(context, engine, self.heldout, self.heldout_referenced))
+
+    async def _lane(
+        self, context: Context, engine: TrainingEngine, examples: In[Example], referenced: Out[Example]
+    ) -> None:
+        while True:
+            batch = await examples.get_some(self.config.batch_examples)
+            start_s = context.now()
+            groups = [TokenGroup(prompt_ids=each.token_ids, responses=each.responses) for each in batch]
+            rows = await context.compute(engine.score, groups)
+            context.recorder.record(
+                Span(node=context.node, replica=context.replica, name="reference", start_s=start_s,
+                     end_s=context.now(), groups=[each.group_id for each in batch])
+            )  # fmt: skip
+            for each, logprobs in zip(batch, rows, strict=True):
+                buffers = [Buffer.floats(row) for row in logprobs]
+                await referenced.put(extend(Example, each, ref_logprobs=buffers))
+                context.done += 1

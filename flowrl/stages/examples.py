@@ -1,0 +1,195 @@
+"""Examples: the sources of offline training, demonstrations and preferences instead of prompts.
+
+`Examples` admits training examples, one against each credit, in the order of their group ids; `HeldoutExamples` sends
+every held-out example once. Invariant: example k of a run is the row at position k of the data set's order, whatever
+happened before: each credit says which k it is for; held-out ones are numbered from `FIRST_HELDOUT`, so that no edge
+takes one for the other. An objective that needs mismatched pairs (KTO) gets with each row the first response of the
+next row that has another prompt.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from flowrl.config import Select
+from flowrl.data.examples import ExampleData, ExampleRow, ExampleSet, load_examples
+from flowrl.data.models import prepare_model
+from flowrl.data.prompts import load_tokenizer
+from flowrl.errors import ConfigError, DataError
+from flowrl.graph.ports import In, Out
+from flowrl.graph.stage import Stage, StageConfig
+from flowrl.messages import Buffer, Credit, Example
+from flowrl.stages.tokens import example_group, group_batch, with_constant
+from flowrl.telemetry.causes import Cause
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from flowrl.algorithms.base import Objective
+    from flowrl.graph.stage import Context, Say
+
+FIRST_HELDOUT = 1 << 40  # beyond the number of any training example
+
+
+def load_objective(choice: Select) -> Objective:
+    """Load an objective for offline training.
+
+    Raises:
+        ConfigError: it is none, or an option is wrong, or it is an online algorithm.
+    """
+    from flowrl.algorithms.base import Algorithm, Objective
+
+    objective = choice.load("objective")
+    if not isinstance(objective, Objective):
+        remedy = "subclass flowrl.algorithms.base:Objective"
+        raise ConfigError("objective", f"{choice.use} is not an Objective", remedy)
+    if isinstance(objective, Algorithm):
+        what = f"{choice.use} learns from samples of its own policy, not from given examples"
+        raise ConfigError("objective", what, "run it with graphs/ppo_async.py or graphs/group_async.py")
+    return objective
+
+
+class Examples(Stage):
+    """Source of training examples."""
+
+    class Config(StageConfig):
+        """Settings of the examples node."""
+
+    credits: In[Credit]
+    examples: Out[Example]
+
+    def __init__(
+        self, config: Config, *, model: str, data: ExampleData, objective: Select, has_reference: bool
+    ) -> None:
+        self.config: Examples.Config = config
+        self.model = model
+        self.data = data
+        self.objective = objective
+        self.has_reference = has_reference  # whether the graph adds a reference's log-probs
+
+    def check(self, say: Say) -> None:
+        """Load the tokenizer and the data set, and try the objective on one row of each kind."""
+        prepare_model(self.model, say=say)
+        objective = load_objective(self.objective)
+        rows = self.load()
+        try_rows(objective, [*rows.train, *rows.heldout], has_reference=self.has_reference)
+        for part in (rows.train, rows.heldout) if objective.needs_mismatched else ():
+            if part:
+                mismatched_of(_endless(part), 0, len(part))
+
+    def load(self) -> ExampleSet:
+        """Return the data set; example k is its row at position k."""
+        return load_examples(self.data, load_tokenizer(prepare_model(self.model)))
+
+    async def run(self, context: Context) -> None:
+        """Admit examples until the edges close."""
+        with context.clock.charge(Cause.START):
+            objective = await context.compute(load_objective, self.objective)
+            rows = await context.compute(self.load)
+        while not context.stopping.is_set():
+            (group_id,) = (await self.credits.get()).groups
+            other = mismatched_of(rows.row_at, group_id, len(rows.train)) if objective.needs_mismatched else None
+            await self.examples.put(example_of(rows.row_at(group_id), group_id, other))
+            context.done += 1
+
+
+class HeldoutExamples(Stage):
+    """Source of held-out examples; ends when it has sent them all."""
+
+    class Config(StageConfig):
+        """Settings of the held-out node."""
+
+    examples: Out[Example]
+
+    def __init__(self, config: Config, *, model: str, data: ExampleData, objective: Select) -> None:
+        self.config: HeldoutExamples.Config = config
+        self.model = model
+        self.data = data
+        self.objective = objective
+
+    def load(self) -> Sequence[ExampleRow]:
+        """Return the held-out rows."""
+        return load_examples(self.data, load_tokenizer(prepare_model(self.model))).heldout
+
+    async def run(self, context: Context) -> None:
+        """Send each held-out example once."""
+        with context.clock.charge(Cause.START):
+            objective = await context.compute(load_objective, self.objective)
+            rows = await context.compute(self.load)
+        for place, row in enumerate(rows):
+            other = mismatched_of(_endless(rows), place, len(rows)) if objective.needs_mismatched else None
+            await self.examples.put(example_of(row, FIRST_HELDOUT + place, other))
+            context.done += 1
+
+
+def mismatched_of(row_at: Callable[[int], ExampleRow], position: int, num_rows: int) -> ExampleRow:
+    """Return the next row in the order after `position` that has another prompt.
+
+    Raises:
+        DataError: there is only one prompt.
+    """
+    prompt_ids = row_at(position).prompt_ids
+    for later in range(position + 1, position + 2 * num_rows):  # two epochs: their orders differ
+        other = row_at(later)
+        if other.prompt_ids != prompt_ids:
+            return other
+    what = f"all {num_rows} rows have one prompt, but the objective needs responses to other prompts as well"
+    raise DataError("data", what, "give rows with different prompts")
+
+
+def _endless(rows: Sequence[ExampleRow]) -> Callable[[int], ExampleRow]:
+    return lambda position: rows[position % len(rows)]
+
+
+def example_of(row: ExampleRow, group_id: int, other: ExampleRow | None) -> Example:
+    """Return a row as a message, with the first response of `other` behind its own."""
+    sources = [row, other] if other is not None else [row]
+    responses = [*row.responses, *(each.responses[0] for each in sources[1:])]
+    masks: list[Buffer] | None = None
+    if any(each.masks is not None for each in sources):
+        masks = [Buffer.floats(mask) for mask in _masks(row)]
+        masks += [Buffer.floats(next(_masks(each))) for each in sources[1:]]
+    return Example(
+        group_id=group_id,
+        token_ids=Buffer.ints(row.prompt_ids),
+        responses=[Buffer.ints(response) for response in responses],
+        masks=masks,
+        labels=row.labels,
+        step_labels=None if row.step_labels is None else [Buffer.floats(labels) for labels in row.step_labels],
+        num_mismatched=len(sources) - 1,
+    )
+
+
+def _masks(row: ExampleRow) -> Iterator[list[int]]:
+    return iter(row.masks if row.masks is not None else [[1] * len(response) for response in row.responses])
+
+
+def try_rows(objective: Objective, rows: Sequence[ExampleRow], *, has_reference: bool) -> None:
+    """Ask the objective for its loss on one row of each kind, with log-probs of zero.
+
+    Raises:
+        DataError: the objective cannot learn from such a row, or counts nothing in it.
+    """
+    tried: set[tuple[object, ...]] = set()
+    for row in rows:
+        kind = (len(row.responses), len(row.labels), row.masks is None, row.step_labels is None)
+        if kind in tried:
+            continue
+        tried.add(kind)
+        if row.labels and len(row.labels) != len(row.responses):
+            raise DataError(row.place, f"has {len(row.labels)} labels for {len(row.responses)} responses")
+        group = example_group(example_of(row, 0, None))
+        zeros = [Buffer.floats([0.0] * len(response)) for response in row.responses]
+        if has_reference:
+            group = msgspec.structs.replace(group, columns={**group.columns, "reference": zeros})
+        if objective.needs_mismatched:
+            group = with_constant(group, "reference_point", 0.0)
+        try:
+            loss = objective.loss(group_batch(group, [each.numpy() for each in zeros]))
+        except ConfigError as error:
+            raise DataError(row.place, f"{type(objective).__name__} {error.what}", error.remedy) from error
+        if not float(loss.count):
+            what = f"{type(objective).__name__} finds nothing to learn in it"
+            raise DataError(row.place, what, "is every token masked out?")

@@ -1,0 +1,248 @@
+"""Offline learner: trains a model on given examples, in order, and measures it on held-out ones.
+
+Invariants: step v learns exactly `examples_per_step` examples, in the order of the data, and makes version v + 1; the
+gradient is that of the objective over all of them, however they are packed; a held-out example is only ever scored.
+What an objective needs of a whole step (KTO's reference point) is found here before the step is trained on. Its return
+ends the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+from flowrl.config import Meta, Select, widen
+from flowrl.data.models import prepare_model
+from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine
+from flowrl.engines.checkpoint import CheckpointWriter
+from flowrl.errors import RunError
+from flowrl.graph.ports import In, Out
+from flowrl.graph.stage import Stage
+from flowrl.messages import Credit, Example
+from flowrl.stages.examples import load_objective
+from flowrl.stages.tokens import example_group, group_batch, with_constant
+from flowrl.stages.training import load_state, opened, save_state
+from flowrl.telemetry.events import Evaluation, Notice, Span, Step
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from flowrl.algorithms.base import Objective
+    from flowrl.graph.stage import Context, Say
+
+VALUES_CARD = """---
+library_name: transformers
+tags: [flowrl, reward-model]
+---
+# {name}
+
+Reward model after {version} steps, trained with flowrl. Load it with `AutoModelForSequenceClassification` (one label):
+the score of a response is the value at its last token. The run's settings are in `settings.yaml` and its figures in
+`metrics.jsonl` of the run directory.
+"""
+
+
+class OfflineLearner(Stage):
+    """Trains on examples with an objective's loss on a training engine."""
+
+    class Config(Training):
+        """Settings of the learner node."""
+
+        engine: str = "flowrl.engines.deepspeed:DeepSpeedEngine"
+        save_every: Annotated[int, Meta(ge=0)] = 0  # steps between checkpoints; 0: only at the end
+        keep_checkpoints: Annotated[int, Meta(ge=1)] = 2
+        evaluate_every: Annotated[int, Meta(ge=0)] = 0  # steps between evaluations; 0: before and after
+
+    optional = frozenset({"heldout"})
+    is_stateful = True
+    examples: In[Example]
+    heldout: In[Example]
+    released: Out[Credit]
+
+    def __init__(self, config: Config, *, model: str, objective: Select, steps: int, examples_per_step: int,
+                 num_heldout: int) -> None:  # fmt: skip
+        self.config: OfflineLearner.Config = config
+        self.model = model
+        self.objective = objective
+        self.steps = steps
+        self.examples_per_step = examples_per_step
+        self.num_heldout = num_heldout  # examples that will arrive at `heldout`
+
+    def check(self, say: Say) -> None:
+        """Prepare the model and load the objective."""
+        prepare_model(self.model, say=say)
+        load_objective(self.objective)
+
+    def _settings(self) -> TrainingConfig:
+        head = load_objective(self.objective).head
+        return widen(TrainingConfig, self.config, model=str(prepare_model(self.model)), head=head)
+
+    async def follow(self, context: Context) -> None:
+        """Serve as a rank other than 0."""
+        async with opened(context, self.config.engine, self._settings, self.steps) as engine:
+            await context.compute(engine.follow)
+
+    async def run(self, context: Context) -> None:
+        """Train until the last step is done and saved, or the user asks to stop."""
+        objective = await context.compute(load_objective, self.objective)
+        async with opened(context, self.config.engine, self._settings, self.steps) as engine:
+            context.version = 0
+            if context.resume_from is not None:
+                context.version = await context.compute(load_state, engine, context.resume_from / context.node)
+            saved = context.version if context.resume_from else -1
+            heldout = await self._take_heldout()
+            if heldout:  # after a resume too: checkpoints are compared by the newest score
+                await self._evaluate(context, engine, objective, heldout)
+            while context.version < self.steps:
+                batch = await self._next_batch(context)
+                if batch is None:
+                    break
+                await self._step(context, engine, objective, batch, heldout)
+                if self.config.save_every and context.version % self.config.save_every == 0:
+                    await self._save(context, engine, objective)
+                    saved = context.version
+            if saved != context.version:
+                await self._save(context, engine, objective)
+
+    _score = 0.0  # the mean held-out score of late, or minus the training loss where nothing is held out
+
+    async def _take_heldout(self) -> list[Example]:
+        """Wait for every held-out example; returns them in the order of the data."""
+        if not self.heldout.is_connected or not self.num_heldout:
+            return []
+        found: dict[int, Example] = {}
+        while len(found) < self.num_heldout:  # a source that was restarted sends some of them again
+            example = await self.heldout.get()
+            found[example.group_id] = example
+            await self.heldout.done(example)
+        return [found[group_id] for group_id in sorted(found)]
+
+    async def _next_batch(self, context: Context) -> list[Example] | None:
+        """Wait for a full step of examples, or return None when the user asked to stop and no step is under way."""
+
+        async def drained() -> None:
+            await context.stopping.wait()
+            await context.fewer_out(self.examples_per_step)
+
+        taking = asyncio.ensure_future(self.examples.take(self.examples_per_step))
+        draining = asyncio.ensure_future(drained())
+        try:
+            await asyncio.wait([taking, draining], return_when=asyncio.FIRST_COMPLETED)
+            return taking.result() if taking.done() else None
+        finally:
+            for waiting in (taking, draining):
+                waiting.cancel()
+            await asyncio.gather(taking, draining, return_exceptions=True)
+
+    async def _step(self, context: Context, engine: TrainingEngine, objective: Objective, batch: list[Example],
+                    heldout: list[Example]) -> None:  # fmt: skip
+        start_s, version = context.now(), context.version
+        groups = await context.compute(step_groups, engine, objective, batch)
+        metrics = await context.compute(engine.accumulate, groups, self.objective)
+        metrics |= await context.compute(engine.apply)
+        metrics["step_s"] = context.now() - start_s
+        ids = [example.group_id for example in batch]
+        context.version += 1
+        context.done += len(batch)
+        await self.examples.done(*batch, learned_in=version)
+        await self.released.put(Credit(groups=ids))
+        self._record_span(context, f"step {version}", start_s, ids)
+        self._score = self._score if heldout else -metrics["loss"]
+        if heldout and self._is_evaluated(context.version):
+            metrics |= await self._evaluate(context, engine, objective, heldout)
+        metrics |= counted(groups)
+        context.recorder.record(
+            Step(version=context.version, num_steps=self.steps, time_s=context.now(), metrics=metrics)
+        )
+
+    def _is_evaluated(self, version: int) -> bool:
+        every = self.config.evaluate_every
+        return version == self.steps or bool(every and version % every == 0)
+
+    async def _evaluate(self, context: Context, engine: TrainingEngine, objective: Objective,
+                        heldout: list[Example]) -> dict[str, float]:  # fmt: skip
+        """Measure the held-out examples and record their scores; returns the figures under "heldout."."""
+        start_s = context.now()
+        groups = await context.compute(step_groups, engine, objective, heldout)
+        metrics, scores = await context.compute(measure, engine, objective, groups)
+        self._score = sum(scores) / len(scores)
+        context.recorder.record(
+            Evaluation(version=context.version, time_s=context.now(), scores=[[s] for s in scores], completions=[])
+        )
+        self._record_span(context, f"evaluate v{context.version}", start_s, [])
+        return {f"heldout.{name}": value for name, value in metrics.items()}
+
+    def _record_span(self, context: Context, name: str, start_s: float, groups: list[int]) -> None:
+        context.recorder.record(
+            Span(node=context.node, replica=context.replica, name=name, start_s=start_s, end_s=context.now(),
+                 groups=groups)
+        )  # fmt: skip
+
+    async def _save(self, context: Context, engine: TrainingEngine, objective: Objective) -> None:
+        start_s, version = context.now(), context.version
+        saver = CheckpointWriter(context.run_dir / "checkpoints", keep=self.config.keep_checkpoints)
+        aside = await context.compute(saver.begin, version)
+        card = (saver.card if objective.head == "policy" else VALUES_CARD).format(
+            name=context.run_dir.name, version=version
+        )
+        try:
+            await context.compute(_write, engine, aside, context.node, version, card)
+        except (OSError, RuntimeError, RunError) as error:
+            raise await context.compute(saver.failure, aside, version, error) from error
+        cut = await context.cut(version)
+        path = await context.compute(partial(saver.commit, aside, version=version, cut=cut, score=self._score))
+        self._record_span(context, f"checkpoint {version}", start_s, [])
+        text = f"version {version} saved in {path}"
+        context.recorder.record(Notice(level="info", where=context.where, text=text, time_s=context.now()))
+
+
+def _write(engine: TrainingEngine, aside: Path, node: str, version: int, card: str) -> None:
+    engine.save_model(aside / "model", card=card)
+    save_state(engine, aside / node, version)
+
+
+def step_groups(engine: TrainingEngine, objective: Objective, examples: Sequence[Example]) -> list[TokenGroup]:
+    """Return the token groups of a step, with what the objective needs to know of the whole of it."""
+    groups = [example_group(example) for example in examples]
+    if not objective.needs_mismatched:
+        return groups
+    point = objective.reference_point(mismatched_log_ratios(engine, examples))
+    return [with_constant(group, "reference_point", point) for group in groups]
+
+
+def mismatched_log_ratios(engine: TrainingEngine, examples: Sequence[Example]) -> list[float]:
+    """Return log(pi / pi_ref) of each mismatched response under the model as it stands, summed over its tokens."""
+    import numpy as np
+
+    groups = [example_group(example, mismatched=True) for example in examples]
+    return [
+        float(np.where(mask.numpy() > 0, row - reference.numpy(), 0.0).sum(dtype=np.float64))
+        for group, rows in zip(groups, engine.score(groups), strict=True)
+        for row, reference, mask in zip(rows, group.columns["reference"], group.columns["mask"], strict=True)
+    ]
+
+
+def measure(
+    engine: TrainingEngine, objective: Objective, groups: Sequence[TokenGroup]
+) -> tuple[dict[str, float], list[float]]:
+    """Return the objective's metrics over all groups together and each group's own score; nothing is trained."""
+    from flowrl.engines.objective import Sums, add_loss, divide
+
+    sums: Sums = {}
+    scores: list[float] = []
+    for group, rows in zip(groups, engine.score(groups), strict=True):
+        loss = objective.loss(group_batch(group, rows))
+        add_loss(sums, loss)
+        own: Sums = {}
+        add_loss(own, loss)
+        alone = divide([own])
+        scores.append(alone[objective.score_metric] if objective.score_metric else -alone["loss"])
+    return divide([sums]), scores
+
+
+def counted(groups: Sequence[TokenGroup]) -> dict[str, float]:
+    """Return how much a step has learned from: responses, and tokens under the mask."""
+    masks = [mask.numpy() for group in groups for mask in group.columns["mask"]]
+    return {"samples": float(len(masks)), "tokens": float(sum((mask > 0).sum() for mask in masks))}

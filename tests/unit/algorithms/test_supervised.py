@@ -1,0 +1,123 @@
+"""SFT, the process reward model and distillation against slow loops, by hand, and in expectation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from flowrl.algorithms.base import LossBatch, Objective
+from flowrl.algorithms.distillation import Distillation
+from flowrl.algorithms.process import Process
+from flowrl.algorithms.sft import SFT
+from tests.support import slow_preference as slow
+from tests.support.pair_batches import pair_batch
+from tests.support.slow_algorithms import gradient
+from tests.unit.algorithms.cases import gradient_of, mask_rows, rows_of, same
+
+SEEDS = range(3)
+Direction = Literal["forward", "reverse"]
+Who = Literal["teacher", "student"]
+
+
+def assert_equals_slow(objective: Objective, batch: LossBatch, slow_loss: Any) -> None:
+    found = objective.loss(batch)
+    logprobs = rows_of(batch.logprobs_BT)
+    total, count = slow_loss(logprobs)
+    assert float(found.count) == count
+    assert same(found.total / found.count, total / count)
+    expected = gradient(lambda moved: slow_loss(moved)[0] / count, logprobs)
+    assert same(gradient_of(found.total / found.count, batch), expected)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_sft_and_its_gradient_equal_the_slow_ones(seed: int):
+    batch = pair_batch(seed)
+    masks = mask_rows(batch.mask_BT)
+    assert_equals_slow(SFT(), batch, lambda lp: slow.sft(lp, masks))
+
+
+def test_sft_is_a_mean_over_tokens_not_over_responses():
+    mask_BT = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+    loss = SFT().loss(LossBatch(torch.tensor([[-1.0, -1.0, -1.0], [-5.0, -9.0, -9.0]]), mask_BT, {}))
+    assert float(loss.total / loss.count) == 2.0
+    assert same(loss.metrics["token_probability"][0], 3 * math.exp(-1.0) + math.exp(-5.0))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.4])
+def test_the_process_loss_and_its_gradient_equal_the_slow_ones(threshold: float | None, seed: int):
+    batch = pair_batch(seed)
+    labels, masks = rows_of(batch.columns["step_label"]), mask_rows(batch.mask_BT)
+    objective = Process() if threshold is None else Process(labels="hard", threshold=threshold)
+    assert_equals_slow(objective, batch, lambda values: slow.process(values, labels, masks, threshold=threshold))
+
+
+def test_process_by_hand_counts_step_ends_only():
+    nan = float("nan")
+    batch = LossBatch(torch.tensor([[5.0, 2.0, 5.0, -1.0]]), torch.ones(1, 4),
+                      {"step_label": torch.tensor([[nan, 1.0, nan, 0.75]])})  # fmt: skip
+    loss = Process().loss(batch)
+    assert float(loss.count) == 2.0
+    assert same(
+        loss.total, math.log1p(math.exp(-2.0)) + 0.75 * math.log1p(math.exp(1.0)) + 0.25 * math.log1p(math.exp(-1))
+    )
+    assert float(loss.metrics["accuracy"][0]) == 1.0
+
+
+def expectation(objective: Distillation, logits: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The loss of every token of a vocabulary, weighted by its probability under who draws, and the metric kl alike."""
+    student = logits.log_softmax(0)
+    drawn = (teacher if objective.drawn_by == "teacher" else student.detach()).exp()
+    total, kl = torch.zeros(()), 0.0
+    for token in range(len(logits)):
+        batch = LossBatch(student[token].reshape(1, 1), torch.ones(1, 1), {"reference": teacher[token].reshape(1, 1)})
+        loss = objective.loss(batch)
+        total = total + drawn[token] * loss.total
+        kl += float(drawn[token] * loss.metrics["kl"][0])
+    return total, kl
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("drawn_by", ["teacher", "student"])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_distillation_has_the_gradient_of_the_divergence_in_the_mean(direction: Direction, drawn_by: Who, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(5, generator=generator, requires_grad=True)
+    teacher = torch.randn(5, generator=generator).log_softmax(0)
+    objective = Distillation(direction=direction, drawn_by=drawn_by, mix=1.0, max_weight=1e6)
+    total, kl = expectation(objective, logits, teacher)
+    (found,) = torch.autograd.grad(total, [logits])
+    student = logits.detach().log_softmax(0).double().tolist()
+    assert same(found, slow.divergence_gradient(student, teacher.double().tolist(), direction))
+    assert kl == pytest.approx(slow.divergence(student, teacher.double().tolist(), direction), abs=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_student_that_is_the_teacher_has_nothing_to_learn_from_the_divergence(direction: Direction):
+    batch = LossBatch(torch.full((1, 2), -1.0, requires_grad=True), torch.ones(1, 2),
+                      {"reference": torch.full((1, 2), -1.0)})  # fmt: skip
+    loss = Distillation(direction=direction, mix=1.0).loss(batch)
+    assert float(loss.total.detach()) == 0.0
+    assert not gradient_of(loss.total, batch).any()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_without_the_divergence_distillation_is_sft(seed: int):
+    batch = pair_batch(seed)
+    assert torch.equal(Distillation(mix=0.0).loss(batch).total, SFT().loss(batch).total)
+
+
+@pytest.mark.parametrize("drawn_by", ["teacher", "student"])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_student_far_from_the_teacher_still_moves_towards_it(direction: Direction, drawn_by: Who):
+    objective = Distillation(direction=direction, drawn_by=drawn_by, mix=1.0)
+    batch = LossBatch(
+        torch.tensor([[-60.0]], requires_grad=True), torch.ones(1, 1), {"reference": torch.tensor([[-1.0]])}
+    )
+    found = gradient_of(objective.loss(batch).total, batch)
+    assert torch.isfinite(found).all()
+    if (direction, drawn_by) != ("reverse", "teacher"):  # there the weight is the student's own probability
+        assert float(found) <= -1.0 + 1e-6

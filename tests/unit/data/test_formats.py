@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from flowrl.data.formats import Kind, detect, normalise
+from flowrl.data.sources import RawRow
+from flowrl.errors import DataError
+
+ASK = [{"role": "user", "content": "What colour is the sky?"}]
+BLUE = [{"role": "assistant", "content": "Blue."}]
+GREEN = [{"role": "assistant", "content": "Green."}]
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+
+
+def raw(**columns: Any) -> RawRow:
+    return RawRow("a.jsonl:7", columns)
+
+
+def normal(kind: Kind | None = None, **columns: Any):
+    row = raw(**columns)
+    return normalise(row, detect(row, kind))
+
+
+SHAPES: list[tuple[str, dict[str, Any]]] = [
+    ("language-modeling, standard", {"text": "The sky is blue."}),
+    ("language-modeling, conversational", {"messages": ASK + BLUE}),
+    ("prompt-only, standard", {"prompt": "The sky is"}),
+    ("prompt-only, conversational", {"prompt": ASK}),
+    ("prompt-completion, standard", {"prompt": "The sky is", "completion": " blue."}),
+    ("prompt-completion, conversational", {"prompt": ASK, "completion": BLUE}),
+    ("preference, standard, explicit prompt", {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}),
+    ("preference, standard, implicit prompt", {"chosen": "The sky is blue.", "rejected": "The sky is green."}),
+    ("preference, conversational, explicit prompt", {"prompt": ASK, "chosen": BLUE, "rejected": GREEN}),
+    ("preference, conversational, implicit prompt", {"chosen": ASK + BLUE, "rejected": ASK + GREEN}),
+    ("unpaired-preference, standard", {"prompt": "The sky is", "completion": " blue.", "label": True}),
+    ("unpaired-preference, conversational", {"prompt": ASK, "completion": GREEN, "label": False}),
+    ("stepwise-supervision, standard", {"prompt": "9.8 or 9.11?", "completions": ["a", "b"], "labels": [True, False]}),
+    ("stepwise-supervision, conversational", {"prompt": ASK, "completions": ["a", "b"], "labels": [1, 0.5]}),
+    ("language-modeling, conversational, tools", {"messages": ASK + BLUE, "tools": [TOOL]}),
+]
+
+
+@pytest.mark.parametrize(("name", "columns"), SHAPES, ids=[name for name, _ in SHAPES])
+def test_format_is_told_by_columns_and_their_types_alone(name: str, columns: dict[str, Any]):
+    row = raw(**columns, source="somewhere", score=3)
+    format = detect(row)
+    assert str(format) == name
+    normalise(row, format)
+
+
+@pytest.mark.parametrize(
+    ("columns", "kind", "override"),
+    [
+        ({"prompt": "a", "messages": ASK + BLUE, "prompt_id": "1"}, "language-modeling", "prompt-only"),
+        ({"prompt": "a", "chosen": ASK + BLUE, "rejected": ASK + GREEN, "messages": ASK + BLUE}, "preference",
+         "language-modeling"),
+        ({"prompt": "a", "completion": "b", "label": 1}, "unpaired-preference", "prompt-completion"),
+    ],
+)  # fmt: skip
+def test_row_with_columns_of_several_formats_is_of_the_first_unless_another_is_asked_for(columns, kind, override):
+    assert detect(raw(**columns)).kind == kind
+    assert detect(raw(**columns), override).kind == override
+
+
+def test_null_column_is_as_good_as_none():
+    row = raw(prompt="a", completion="b", label=None, chosen=None, rejected=None, messages=None)
+    assert detect(row).kind == "prompt-completion"
+
+
+def test_unknown_columns_are_refused_with_what_would_be_accepted():
+    with pytest.raises(DataError) as caught:
+        detect(raw(question="a", answer="b"))
+    message = str(caught.value)
+    assert message.startswith("a.jsonl:7: has the columns question, answer, which are those of no known format")
+    for expected in ("completion + prompt", "chosen + rejected", "messages", "text", "data.columns"):
+        assert expected in message
+
+
+def test_format_asked_for_needs_its_columns():
+    with pytest.raises(DataError, match=r"a\.jsonl:7: .*not those of preference; give chosen \+ rejected"):
+        detect(raw(prompt="a", completion="b"), "preference")
+
+
+def test_explicit_and_implicit_prompts_come_to_the_same():
+    explicit = normal(prompt=ASK, chosen=BLUE, rejected=GREEN)
+    implicit = normal(chosen=ASK + BLUE, rejected=ASK + GREEN)
+    assert implicit == explicit
+    assert explicit.prompt == ASK
+    assert explicit.responses == [BLUE, GREEN]
+
+
+def test_implicit_prompt_keeps_earlier_turns_of_the_assistant():
+    more = [{"role": "user", "content": "And grass?"}]
+    row = normal(chosen=ASK + BLUE + more + GREEN, rejected=ASK + BLUE + more + BLUE)
+    assert row.prompt == ASK + BLUE + more
+    assert row.responses == [GREEN, BLUE]
+
+
+def test_prompt_repeated_at_the_head_of_its_responses_is_taken_once():
+    row = normal(prompt=ASK[0]["content"], chosen=ASK + BLUE, rejected=ASK + GREEN)
+    assert (row.prompt, row.responses) == (ASK, [BLUE, GREEN])
+
+
+@pytest.mark.parametrize(("columns", "labels"), [({}, [0.0, 0.0]), ({"margin": 2}, [2.0, 2.0])])
+def test_label_of_a_pair_is_its_margin_or_nothing(columns, labels):
+    assert normal(prompt="a", chosen="b", rejected="c", **columns).labels == labels
+
+
+@pytest.mark.parametrize(("label", "expected"), [(True, 1.0), (False, 0.0), (1, 1.0), (0, 0.0), (1.0, 1.0)])
+def test_unpaired_label_says_whether_the_response_is_wanted(label, expected):
+    assert normal(prompt="a", completion="b", label=label).labels == [expected]
+
+
+def test_step_without_a_label_has_nan():
+    labels = normal(prompt="a", completions=["b", "c", "d"], labels=[True, None, 0.25]).labels
+    assert labels[0] == 1.0
+    assert math.isnan(labels[1])
+    assert labels[2] == 0.25
+
+
+def test_tools_may_be_json_and_nulls_that_parquet_adds_are_dropped():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "x": None}}]}
+    row = normal(messages=[{**ASK[0], "tool_calls": None}, call], tools=json.dumps([TOOL]))
+    assert row.tools == [TOOL]
+    assert row.responses == [[ASK[0], {"role": "assistant", "tool_calls": [{"function": {"name": "look"}}]}]]
+
+
+BAD: list[tuple[dict[str, Any], list[str]]] = [
+    ({"prompt": 7, "completion": "b"}, ["column 'prompt' holds a number", "a string or a list of messages"]),
+    ({"prompt": "a", "completion": ""}, ["column 'completion' is empty"]),
+    ({"messages": ["a"]}, ["column 'messages': message 0 is a string", "role and content"]),
+    ({"messages": "a"}, ["column 'messages' holds a string", "a list of messages was expected"]),
+    ({"text": [{"role": "user", "content": "a"}]}, ["column 'text' holds a list", "a string was expected"]),
+    ({"messages": []}, ["holds no message"]),
+    ({"messages": [{"from": "human", "value": "a"}]}, ["message 0 holds from, value", "role and content"]),
+    ({"messages": [{"role": "user", "content": 3}]}, ["message 0 has for content a number"]),
+    ({"prompt": ASK, "completion": "b"}, ["prompt is a list of objects, completion is a string"]),
+    ({"prompt": ASK, "completion": ASK}, ["column 'completion': message 0", "is missing"]),
+    ({"prompt": "x", "completion": ASK}, ["message 0, the first after the prompt, is the user's", "assistant"]),
+    ({"chosen": "a", "rejected": BLUE}, ["chosen is a string, rejected is a list of objects"]),
+    ({"chosen": BLUE, "rejected": GREEN}, ["share no message"]),
+    ({"chosen": ASK + BLUE, "rejected": ASK}, ["column 'rejected': message 1", "is missing"]),
+    ({"prompt": "a", "chosen": "b", "rejected": "b"}, ["chosen and rejected are the same"]),
+    ({"chosen": ASK + BLUE, "rejected": ASK + BLUE}, ["chosen and rejected are the same"]),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "2"}, ["column 'margin' holds a string"]),
+    ({"prompt": "a", "completion": "b", "label": "good"}, ["column 'label' holds 'good'", "true or false"]),
+    ({"prompt": "a", "completion": "b", "label": 4}, ["column 'label' holds 4"]),
+    ({"prompt": "a", "completions": "b", "labels": [1]}, ["column 'completions' holds a string", "list of strings"]),
+    ({"prompt": "a", "completions": ["b", ""], "labels": [1, 1]}, ["none of them empty"]),
+    ({"prompt": "a", "completions": ["b", "c"], "labels": [1]}, ["holds 1 for 2 steps"]),
+    ({"prompt": "a", "completions": ["b"], "labels": [2]}, ["step 0 is labelled 2", "0 to 1"]),
+    ({"prompt": "a", "completions": ["b"], "labels": [None]}, ["no step has a label"]),
+    ({"messages": ASK + BLUE, "tools": "{"}, ["column 'tools' is not JSON"]),
+    ({"messages": ASK + BLUE, "tools": [1]}, ["column 'tools' holds a list", "JSON schemas"]),
+    ({"messages": ASK + BLUE, "chat_template_kwargs": "x"}, ["'chat_template_kwargs' holds a string", "an object"]),
+]
+
+
+@pytest.mark.parametrize(("columns", "said"), BAD)
+def test_bad_row_is_refused_with_its_place_what_was_found_and_what_was_expected(columns, said):
+    with pytest.raises(DataError) as caught:
+        normal(**columns)
+    message = str(caught.value)
+    assert message.startswith("a.jsonl:7: ")
+    assert [part for part in said if part not in message] == [], message
+
+
+def test_rows_of_a_data_set_are_all_written_alike():
+    format = detect(raw(prompt="a", completion="b"))
+    with pytest.raises(DataError, match=r"is prompt-completion, conversational, the rows before it are .*standard"):
+        normalise(raw(prompt=ASK, completion=BLUE), format)
+    with pytest.raises(DataError, match=r"are not those of prompt-completion"):
+        normalise(raw(text="a"), format)
+
+
+def test_what_is_asked_does_not_depend_on_the_answer():
+    assert normal(messages=ASK + BLUE).asked == normal(prompt=ASK, chosen=BLUE, rejected=GREEN).asked == ASK
+    assert normal(chosen="The sky is blue.", rejected="The sky is green.").asked == "The sky is "
+    assert normal(text="Once upon a time").asked == "Once upon a time"
