@@ -5,10 +5,11 @@
 Every argument is a list with one entry for each sample: `prompts` as they stood in the data, `completions` as strings
 (as one assistant message each where the prompt is a conversation), `completion_ids` as lists of token ids, and every
 column of the data. A function takes those it names, or all with **kwargs; it may be `async`. None in the result means
-"does not apply" and counts as 0, because a group's rewards are the sum of all named scores.
+"does not apply" and counts as 0, because a group's rewards are the sum of all named scores. Functions written for
+OpenRLHF or verifiers are called through flowrl.rewards.adapters.
 
 Invariant: a call returns one finite number for each sample or raises RewardError; it never invents one. Called by the
-reward and evaluator stages.
+reward worker process, and in the stage's own process where `isolation` is "thread".
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import difflib
 import inspect
 import math
 import threading
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from flowrl.config import load_object
-from flowrl.errors import ConfigError, RewardError
+from flowrl.errors import RewardError
+from flowrl.rewards.adapters import Adapter, adapted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,26 +34,34 @@ if TYPE_CHECKING:
 
     from flowrl.messages import Rollouts
 
+SHOWN_CHARS = 500  # of what user code says or returns: an error is one line
+
 
 class RewardFunction:
     """A reward function, loaded and checked; safe to call for several groups at a time if the function is."""
 
-    def __init__(self, path: str, where: str, *, timeout_s: float = 60.0) -> None:
-        """Import `path` ("module:function").
+    def __init__(
+        self,
+        path: str,
+        where: str,
+        *,
+        adapter: Adapter = "trl",
+        label_column: str = "answer",
+        timeout_s: float = 60.0,
+    ) -> None:
+        """Import `path` ("module:name").
 
         Raises:
-            ConfigError: it does not import or is not a function.
+            ConfigError: it does not import or is not what the adapter takes.
         """
-        found = load_object(path, where)
-        if isinstance(found, type) or not callable(found):
-            raise ConfigError(where, f"{path} is a {type(found).__name__}, not a function", "name a function")
         self.path = path
         self._where = where
         self._timeout_s = timeout_s
-        self._function = cast("Callable[..., Any]", found)
-        call = found if inspect.isroutine(found) else found.__call__
-        self._is_async = inspect.iscoroutinefunction(call)
-        parameters = inspect.signature(found).parameters.values()
+        found = load_object(path, where)
+        self._function = adapted(found, adapter, label_column=label_column, path=path, where=where)
+        is_plain = inspect.isroutine(self._function)
+        self._is_async = inspect.iscoroutinefunction(self._function if is_plain else self._function.__call__)
+        parameters = inspect.signature(self._function).parameters.values()
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self._names = {p.name for p in named}
@@ -66,38 +76,117 @@ class RewardFunction:
         Raises:
             RewardError: the function raised, took too long, or returned something else than one number per sample.
         """
-        arguments = self._arguments(group)
-        where = f"{self._where} ({self.path}), group {group.group_id}"
+        arguments, where = self._arguments(group), self._place(group)
         try:
             async with asyncio.timeout(self._timeout_s) as deadline:
                 if self._is_async:
                     result = await self._function(**arguments)
                 else:
                     result = await _in_thread(self._function, arguments)
+        except RewardError:
+            raise
         except Exception as error:
             if deadline.expired():
-                remedy = "make it faster or raise timeout_s"
-                raise RewardError(where, f"no result after {self._timeout_s:g} s", remedy) from error
-            raise RewardError(where, f"raised {type(error).__name__}: {error}", "mend the reward function") from error
-        return _checked(result, len(group.samples), where)
+                raise overdue(where, self._timeout_s) from error
+            raise _raised(where, error) from error
+        return checked(result, len(group.samples), where)
+
+    def call_here(self, group: Rollouts, runner: asyncio.Runner) -> list[float]:
+        """Score every sample of the group in this thread, an async function on `runner`; has no time limit.
+
+        Raises:
+            RewardError: the function raised, or returned something else than one number per sample.
+        """
+        arguments, where = self._arguments(group), self._place(group)
+        try:
+            result = self._function(**arguments)
+            if self._is_async:
+                result = runner.run(result)
+            return checked(result, len(group.samples), where)
+        except RewardError:
+            raise
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            raise _raised(where, error) from error
+
+    def _place(self, group: Rollouts) -> str:
+        return f"{self._where} ({self.path}), group {group.group_id}"
 
     def _arguments(self, group: Rollouts) -> dict[str, Any]:
-        prompt = group.columns.get("prompt", "")
-        texts = [sample.text for sample in group.samples]
-        is_conversation = isinstance(prompt, list)
-        num_samples = len(texts)
-        known: dict[str, Any] = {
-            name: [value] * num_samples for name, value in group.columns.items() if name != "prompt"
-        }
-        known["prompts"] = [prompt] * num_samples
-        known["completions"] = [[{"role": "assistant", "content": t}] for t in texts] if is_conversation else texts
-        known["completion_ids"] = [sample.token_ids.tolist() for sample in group.samples]
+        known = text_columns(group)
+        if self._takes_all or "completion_ids" in self._names:
+            known["completion_ids"] = [sample.token_ids.tolist() for sample in group.samples]
         for name in self._required:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"the data has {', '.join(sorted(known))}"
-                raise RewardError(f"{self._where} ({self.path})", f"needs a column {name!r} that the data lacks", hint)
+                raise missing_column(name, known, f"{self._where} ({self.path})")
         return known if self._takes_all else {name: value for name, value in known.items() if name in self._names}
+
+
+def text_columns(group: Rollouts) -> dict[str, list[Any]]:
+    """Return prompts, completions and the data's columns, each a list with one entry for each sample."""
+    prompt = group.columns.get("prompt", "")
+    texts: list[Any] = [sample.text for sample in group.samples]
+    known = {name: [value] * len(texts) for name, value in group.columns.items() if name != "prompt"}
+    known["prompts"] = [prompt] * len(texts)
+    is_conversation = isinstance(prompt, list)
+    known["completions"] = [[{"role": "assistant", "content": t}] for t in texts] if is_conversation else texts
+    return known
+
+
+def missing_column(name: str, known: dict[str, list[Any]], where: str) -> RewardError:
+    """Return the error for a column that is asked for and that the data lacks."""
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"the data has {', '.join(sorted(known))}"
+    return RewardError(where, f"needs a column {name!r} that the data lacks", hint)
+
+
+def overdue(where: str, timeout_s: float) -> RewardError:
+    """Return the error for a function that took too long."""
+    return RewardError(where, f"no result after {timeout_s:g} s", "make it faster or raise timeout_s")
+
+
+def _raised(where: str, error: BaseException) -> RewardError:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, RewardError):
+        return error
+    said = f"raised {type(error).__name__}: {str(error)[:SHOWN_CHARS]}"
+    return RewardError(where, said, "mend the reward function")
+
+
+def checked(result: Any, num_samples: int, where: str) -> list[float]:
+    """Return the scores as floats, None as 0, or refuse them."""
+    remedy = f"return a list of {num_samples} numbers, one per completion"
+    if isinstance(result, str | bytes | dict | set | frozenset):  # iterable, and none of them a list of scores
+        raise RewardError(where, f"returned a {type(result).__name__}", remedy)
+    try:
+        values = list(result)
+    except TypeError as error:
+        raise RewardError(where, f"returned a {type(result).__name__}", remedy) from error
+    if len(values) != num_samples:
+        raise RewardError(where, f"returned {len(values)} scores for {num_samples} completions", remedy)
+    return [_score(value, f"score {place} of {num_samples}", where, remedy) for place, value in enumerate(values)]
+
+
+def _score(value: Any, place: str, where: str, remedy: str) -> float:
+    if value is None:
+        return 0.0
+    try:
+        if isinstance(value, str | bytes):
+            raise TypeError("a text is no number")
+        score = float(value)  # numpy's and torch's scalars too
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        found = f"{place} is {_shown(value)}, a {type(value).__name__}"
+        raise RewardError(where, found, remedy) from error
+    if not math.isfinite(score):
+        raise RewardError(where, f"{place} is {score}", "return None where it does not apply")
+    return score
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)[:SHOWN_CHARS]
+    except Exception as error:  # its own __repr__, or an integer of too many digits
+        return f"what cannot be shown ({type(error).__name__})"
 
 
 def quarantine(directory: Path, group: Rollouts, error: Exception) -> Path:
@@ -147,27 +236,3 @@ async def _in_thread(function: Callable[..., Any], arguments: dict[str, Any]) ->
 
     threading.Thread(target=body, name="reward", daemon=True).start()
     return await done
-
-
-def _checked(result: Any, num_samples: int, where: str) -> list[float]:
-    """Return the scores as floats, None as 0, or refuse them."""
-    remedy = f"return a list of {num_samples} numbers, one per completion"
-    try:
-        values = list(result)
-    except TypeError as error:
-        raise RewardError(where, f"returned a {type(result).__name__}", remedy) from error
-    if len(values) != num_samples:
-        raise RewardError(where, f"returned {len(values)} scores for {num_samples} completions", remedy)
-    scores: list[float] = []
-    for place, value in enumerate(values):
-        try:
-            score = 0.0 if value is None else float(value)
-        except (TypeError, ValueError) as error:
-            found = f"score {place} of {num_samples} is {value!r}, a {type(value).__name__}"
-            raise RewardError(where, found, remedy) from error
-        if not math.isfinite(score):
-            raise RewardError(
-                where, f"score {place} of {num_samples} is {score}", "return None where it does not apply"
-            )
-        scores.append(score)
-    return scores

@@ -2,42 +2,67 @@
 
 Invariant: a group leaves with exactly one more named score per sample, or is rejected as failed with its input kept on
 disk; a reward function's failure never loses a group silently. Several reward nodes in a row each add their own name.
-User code runs in this node's process, never in an engine's. Replicas compete for groups.
+User code runs in worker processes of this node, never in an engine's. Replicas compete for groups.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+import math
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from flowrl.config import Meta, widen
 from flowrl.data.models import prepare_model
 from flowrl.engines.base import Training, TrainingConfig, open_engine
-from flowrl.errors import RewardError
+from flowrl.errors import ConfigError, ModelError, RewardError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Rollouts, Scored, extend
+from flowrl.rewards.adapters import Adapter
 from flowrl.rewards.function import RewardFunction, quarantine
+from flowrl.rewards.isolated import IsolatedFunction, check_loads
+from flowrl.rewards.worker import Opening
 from flowrl.stages.tokens import token_group
+from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.events import Notice, Span
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from flowrl.graph.stage import Context, Say
+
+Score = Callable[[Rollouts], Awaitable[list[float]]]
 
 
 class Reward(Stage):
-    """Scores with a Python function that has TRL's signature."""
+    """Scores with a Python function that has TRL's signature, or another library's by an adapter."""
 
     class Config(StageConfig):
         """Settings of a reward-function node."""
 
         function: str = "flowrl.rewards.verify:reasoning_gym_score"  # module:function
+        adapter: Adapter = "trl"  # what it was written for; see flowrl.rewards.adapters
+        label_column: str = "answer"  # with adapter=openrlhf: the column that becomes `labels`; "": none
         name: str = ""  # of the score; "" takes the function's own name
         weight: float = 1.0
-        timeout_s: Annotated[float, Meta(gt=0)] = 60.0
+        timeout_s: Annotated[float, Meta(gt=0)] = 60.0  # for one group
         retries: Annotated[int, Meta(ge=0)] = 1  # calls after the first that failed
         on_error: Literal["skip", "stop"] = "skip"  # after the retries: quarantine the group, or end the run
-        concurrency: Annotated[int, Meta(ge=1)] = 4  # groups scored at a time in one replica
+        # In worker processes, which are killed when they take too long; or in threads of this process, which are not.
+        isolation: Literal["process", "thread"] = "process"
+        concurrency: Annotated[int, Meta(ge=1)] = 2  # groups scored at a time in one replica, each in its own process
+        memory_bytes: Annotated[int, Meta(ge=0)] = 0  # address space of each worker process; 0: no limit
+        start_timeout_s: Annotated[float, Meta(gt=0)] = 120.0  # for a worker process to import the function
+
+        def __post_init__(self) -> None:
+            if self.isolation == "thread" and self.memory_bytes:
+                raise ConfigError("reward.memory_bytes", "limits a process", "set isolation=process, or memory_bytes=0")
+            if self.isolation == "thread" and self.adapter == "verifiers":
+                what = "runs a rubric's functions on the event loop, where a slow one holds up everything"
+                raise ConfigError("reward.isolation", f"thread {what}", "set isolation=process")
 
     rollouts: In[Rollouts]
     scored: Out[Scored]
@@ -46,38 +71,60 @@ class Reward(Stage):
         self.config: Reward.Config = config
 
     def check(self, say: Say) -> None:
-        """Import the function."""
-        RewardFunction(self.config.function, where="reward.function")
+        """Import the function, where it will run."""
+        if self.config.isolation == "process":
+            check_loads(self._opening("reward.function"), timeout_s=self.config.start_timeout_s)
+        else:
+            self._load("reward.function")
 
     async def run(self, context: Context) -> None:
         """Score groups until the edge closes."""
-        function = await context.compute(self._load, context.where)
+        if self.config.isolation == "thread":
+            with context.clock.charge(Cause.START):
+                function = await context.compute(self._load, context.where)
+            await self._score(context, function)
+            return
+        isolated = IsolatedFunction(
+            self._opening(context.where),
+            num_workers=self.config.concurrency,
+            start_timeout_s=self.config.start_timeout_s,
+            log=context.run_dir / "logs" / f"{context.where}.function.log",
+        )
+        async with contextlib.AsyncExitStack() as stack:
+            with context.clock.charge(Cause.START):
+                await stack.enter_async_context(isolated)
+            await self._score(context, isolated)
+
+    def _load(self, where: str) -> RewardFunction:
+        config = self.config
+        return RewardFunction(config.function, where, adapter=config.adapter, label_column=config.label_column,
+                              timeout_s=config.timeout_s)  # fmt: skip
+
+    def _opening(self, where: str) -> Opening:
+        config = self.config
+        return Opening(function=config.function, adapter=config.adapter, label_column=config.label_column, where=where,
+                       timeout_s=config.timeout_s, memory_bytes=config.memory_bytes)  # fmt: skip
+
+    async def _score(self, context: Context, function: Score) -> None:
         async with asyncio.TaskGroup() as tasks:
             for _ in range(self.config.concurrency):
                 tasks.create_task(self._lane(context, function))
 
-    def _load(self, where: str) -> RewardFunction:
-        return RewardFunction(self.config.function, where=where, timeout_s=self.config.timeout_s)
-
-    async def _lane(self, context: Context, function: RewardFunction) -> None:
+    async def _lane(self, context: Context, function: Score) -> None:
         name = self.config.name or self.config.function.rpartition(":")[2]
         async for group in self.rollouts:
             start_s = context.now()
             try:
-                scores = await self._call(function, group)
+                with context.clock.charge(Cause.COMPUTE):
+                    scores = await self._call(function, group)
             except RewardError as error:
-                path = quarantine(context.run_dir / "quarantine", group, error)
-                if self.config.on_error == "stop":
-                    raise
-                await self.rollouts.reject(group, kind="failed", reason=str(error))
-                text = f"group {group.group_id} failed ({error}); its input is in {path}"
-                context.recorder.record(Notice(level="warning", where=context.where, text=text, time_s=context.now()))
+                await give_up(self.rollouts, context, group, error, on_error=self.config.on_error)
                 continue
             await self.scored.put(add_scores(group, name, [self.config.weight * score for score in scores]))
             context.done += 1
-            context.recorder.record(_span(context, "score", start_s, group))
+            context.recorder.record(score_span(context, start_s, [group]))
 
-    async def _call(self, function: RewardFunction, group: Rollouts) -> list[float]:
+    async def _call(self, function: Score, group: Rollouts) -> list[float]:
         for _ in range(self.config.retries):
             try:
                 return await function(group)
@@ -87,14 +134,18 @@ class Reward(Stage):
 
 
 class RewardModel(Stage):
-    """Scores whole sequences with a reward model (Hugging Face sequence classification, one label)."""
+    """Scores whole sequences with a reward model (Hugging Face sequence classification, one label).
+
+    A model that was trained on this policy's tokenizer: it reads the sampled token ids as they are.
+    """
 
     class Config(Training):
         """Settings of a reward-model node."""
 
-        name: str = "reward_model"  # of the score
+        name: str = ""  # of the score; "" takes the node's name
         weight: float = 1.0
         clip: Annotated[float, Meta(gt=0)] = 10.0  # scores beyond +- clip are clipped (OpenRLHF paper, section 3.3)
+        normalise: bool = True  # by the mean and std in the model's config.json, where it has them
         engine: str = "flowrl.engines.torch:SequenceScoringEngine"
 
     rollouts: In[Rollouts]
@@ -106,39 +157,89 @@ class RewardModel(Stage):
 
     def check(self, say: Say) -> None:
         """Prepare the model."""
-        prepare_model(self.model, say=say)
+        directory = prepare_model(self.model, say=say)
+        if self.config.normalise:
+            read_normalisation(directory)
 
     async def run(self, context: Context) -> None:
         """Score groups until the edge closes."""
-        directory = await context.compute(prepare_model, self.model)
-        settings = widen(TrainingConfig, self.config, model=str(directory), head="value")
-        engine = open_engine(self.config.engine, where=context.where, config=settings,
-                             **self.config.engine_options)  # fmt: skip
-        await context.compute(engine.open)
+        with context.clock.charge(Cause.START):
+            directory = await context.compute(prepare_model, self.model)
+            mean, std = read_normalisation(directory) if self.config.normalise else (0.0, 1.0)
+            settings = widen(TrainingConfig, self.config, model=str(directory), head="value")
+            engine = open_engine(self.config.engine, where=context.where, config=settings,
+                                 **self.config.engine_options)  # fmt: skip
+            await context.compute(engine.open)
+        name = self.config.name or context.node
         try:
             async for group in self.rollouts:
                 start_s = context.now()
                 raw = await context.compute(engine.score_sequences, token_group(group))
-                scores = [self.config.weight * max(-self.config.clip, min(self.config.clip, s)) for s in raw]
-                await self.scored.put(add_scores(group, self.config.name, scores))
+                scores = [self._weighted((score - mean) / std, context, group) for score in raw]
+                await self.scored.put(add_scores(group, name, scores))
                 context.done += 1
-                context.recorder.record(_span(context, "score", start_s, group))
+                context.recorder.record(score_span(context, start_s, [group]))
         finally:
             await context.compute(engine.close)
 
+    def _weighted(self, score: float, context: Context, group: Rollouts) -> float:
+        if not math.isfinite(score):
+            remedy = "check the model and its dtype"
+            raise RewardError(context.where, f"{self.model} scored a sample of group {group.group_id} {score}", remedy)
+        return self.config.weight * max(-self.config.clip, min(self.config.clip, score))
+
+
+def read_normalisation(directory: Path) -> tuple[float, float]:
+    """Return the mean and std of a reward model's scores as its config.json states them, else 0 and 1.
+
+    Raises:
+        ModelError: they are there and not usable.
+    """
+    settings = json.loads((directory / "config.json").read_bytes())
+    mean, std = settings.get("mean", 0.0), settings.get("std", 1.0)
+    usable = all(isinstance(value, int | float) and math.isfinite(value) for value in (mean, std))
+    if not usable or std <= 0:
+        what = f"its config.json has mean={mean!r} and std={std!r}"
+        raise ModelError(f"model {directory}", what, "a reward model's are numbers, std above 0; set normalise=false")
+    return float(mean), float(std)
+
 
 def add_scores(group: Rollouts, name: str, scores: list[float]) -> Scored:
-    """Return the group with one more named score per sample."""
+    """Return the group with one more named score per sample.
+
+    Raises:
+        ConfigError: it has a score of that name.
+    """
     known = group.scores if isinstance(group, Scored) else {}
+    if name in known:
+        raise ConfigError(f"score {name!r}", "two nodes in a row give it", "set the name of one of them")
     return extend(Scored, group, scores={**known, name: scores})
 
 
-def _span(context: Context, name: str, start_s: float, group: Rollouts) -> Span:
+async def give_up(
+    rollouts: In[Rollouts],
+    context: Context,
+    group: Rollouts,
+    error: RewardError,
+    *,
+    on_error: Literal["skip", "stop"],
+) -> None:
+    """Keep a group that could not be scored on disk, then reject it, or raise the error where `on_error` is "stop"."""
+    path = quarantine(context.run_dir / "quarantine", group, error)
+    if on_error == "stop":
+        raise error
+    await rollouts.reject(group, kind="failed", reason=str(error))
+    text = f"group {group.group_id} failed ({error}); its input is in {path}"
+    context.recorder.record(Notice(level="warning", where=context.where, text=text, time_s=context.now()))
+
+
+def score_span(context: Context, start_s: float, groups: list[Rollouts]) -> Span:
+    """Return the timeline's span for scoring these groups, from `start_s` until now."""
     return Span(
         node=context.node,
         replica=context.replica,
-        name=name,
+        name="score",
         start_s=start_s,
         end_s=context.now(),
-        groups=[group.group_id],
+        groups=[group.group_id for group in groups],
     )

@@ -76,6 +76,22 @@ def words(completions: list[str]) -> list[Any]:
     return [1.0, "good"]
 
 
+def digits(completions: list[str]) -> list[Any]:
+    return ["1", "2"]
+
+
+def mapping(completions: list[str]) -> Any:
+    return {0: 1.0, 1: 2.0}
+
+
+def huge(completions: list[str]) -> list[int]:
+    return [1, 10**400]
+
+
+def long_winded(completions: list[str]) -> list[float]:
+    raise ValueError("x" * 100_000)
+
+
 def single(completions: list[str]) -> Any:
     return 3.0
 

@@ -84,6 +84,9 @@ def test_completions_of_a_conversation_are_messages():
         ("not_a_number", "score 1 of 2 is nan"),
         ("too_many", "returned 3 scores for 2 completions"),
         ("words", "score 1 of 2 is 'good', a str"),
+        ("digits", "score 0 of 2 is '1', a str"),
+        ("mapping", "returned a dict"),
+        ("huge", "score 1 of 2 is 1000"),
         ("single", "returned a float"),
         ("needs_column", "needs a column 'anser' that the data lacks; did you mean 'answer'"),
     ],
@@ -95,9 +98,28 @@ def test_bad_result_is_refused_with_its_numbers(name, said):
     assert "reward.0" in str(caught.value)
 
 
+def test_error_stays_short():
+    for name in ("long_winded", "huge"):
+        with pytest.raises(RewardError) as caught:
+            score(name)
+        assert len(str(caught.value)) < 1000
+
+
 def test_error_names_the_group():
     with pytest.raises(RewardError, match="group 7"):
         score("raises")
+
+
+@pytest.mark.parametrize(("name", "scores"), [("length", [3.0, 5.0]), ("slowly", [2.0, 2.0]), ("partly", [0.0, 1.5])])
+def test_function_can_be_called_in_this_thread(name, scores):
+    with asyncio.Runner() as runner:
+        assert RewardFunction(f"{HERE}:{name}", "worker").call_here(rollouts(), runner) == scores
+
+
+@pytest.mark.parametrize("name", ["raises", "exits", "too_many", "needs_column"])
+def test_failure_in_this_thread_is_a_reward_error(name):
+    with asyncio.Runner() as runner, pytest.raises(RewardError):
+        RewardFunction(f"{HERE}:{name}", "worker").call_here(rollouts(), runner)
 
 
 @pytest.mark.parametrize("name", ["never", "hangs"])

@@ -1,0 +1,289 @@
+"""Scores from an HTTP server: one POST with JSON for the samples of one or several groups.
+
+    protocol=flowrl     {"prompts": [...], "completions": [...], "columns": {"answer": [...], ...}}
+                        -> {"scores": [1.0, null, ...]}
+    protocol=openrlhf   {"query": [...], "prompts": [...], "labels": [...]} -> {"rewards": [1.0, ...]}
+
+Every list has one entry for each sample, the groups one after the other; prompts, completions and columns are those of
+a reward function (flowrl.rewards.function), query, prompts and labels those of OpenRLHF's `reward_func`
+(flowrl.rewards.adapters). A score is a finite number, or null for "does not apply", which counts as 0. Status 200 is an
+answer; 408, 429, any 5xx and a broken connection are tried again, after `Retry-After` where the server sends it and
+else after a time that doubles and varies; any other status is a refusal, and so is an answer of another form.
+Redirects are not followed, and what leaves this machine goes over TLS unless `allow_plain_http` says otherwise.
+
+Invariant: a call returns one finite number for each sample of each group or raises RewardError, within a time bounded
+by the settings. Called by the RemoteReward stage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import ipaddress
+import random
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+import msgspec
+
+from flowrl.config import Config, Meta
+from flowrl.errors import ConfigError, RewardError
+from flowrl.rewards.adapters import openrlhf_columns
+from flowrl.rewards.function import SHOWN_CHARS, checked, text_columns
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import AsyncIterator, Sequence
+
+    from flowrl.messages import Rollouts
+
+MAX_ANSWER_BYTES = 64 << 20  # some hundred bytes a score are plenty; more is not an answer
+TRY_AGAIN = frozenset({408, 429})  # besides every 5xx
+
+
+class Remote(Config):
+    """A scoring server and how it is asked."""
+
+    url: str = ""  # https://host/path; http:// only on this machine, or with allow_plain_http
+    protocol: Literal["flowrl", "openrlhf"] = "flowrl"
+    label_column: str = "answer"  # with protocol=openrlhf: the column that becomes `labels`; "": none
+    timeout_s: Annotated[float, Meta(gt=0)] = 60.0  # for one request
+    retries: Annotated[int, Meta(ge=0)] = 5  # requests after the first, where the server is away or busy
+    backoff_s: Annotated[float, Meta(gt=0)] = 1.0  # before the first retry; twice as long before each further one
+    max_wait_s: Annotated[float, Meta(gt=0)] = 60.0  # before any retry, whatever Retry-After asks for
+    allow_plain_http: bool = False  # send prompts, answers and the token unencrypted to another host
+    token_file: str = ""  # holds a token, sent as "Authorization: Bearer ..."; "": none
+    ca_file: str = ""  # certificates in PEM to trust instead of the system's; "": the system's
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What a server answered."""
+
+    status: int
+    retry_after: str | None
+    body: bytes
+
+
+Post = Callable[[bytes], Awaitable[Answer]]  # raises OSError where the connection fails
+
+
+class Unreachable(RewardError):
+    """The server was away or busy at every attempt: nothing is known about the groups."""
+
+
+class _Scores(msgspec.Struct):
+    scores: list[float | None]
+
+
+class _Rewards(msgspec.Struct):
+    rewards: list[float | None]
+
+
+class RemoteScorer:
+    """Asks a server for scores; safe to call for several batches at a time."""
+
+    def __init__(self, remote: Remote, post: Post, where: str, *, seed: int = 0) -> None:
+        self._remote = remote
+        self._post = post
+        self._where = f"{where} ({shown_url(remote.url)})"
+        self._random = random.Random(seed)
+
+    async def __call__(self, groups: Sequence[Rollouts]) -> list[list[float]]:
+        """Score every sample of every group, in order.
+
+        Raises:
+            Unreachable: no attempt was answered.
+            RewardError: the server refused the request, or answered something else than one number per sample.
+        """
+        request = request_body(groups, self._remote)
+        num_samples = sum(len(group.samples) for group in groups)
+        body = await self._answered(request)
+        scores = checked(scores_of(body, self._remote, self._where), num_samples, self._where)
+        parts = iter(scores)
+        return [[next(parts) for _ in group.samples] for group in groups]
+
+    async def _answered(self, request: bytes) -> bytes:
+        """Return the body of the first answer with status 200."""
+        num_attempts = self._remote.retries + 1
+        trouble = ""
+        for attempt in range(num_attempts):
+            retry_after = None
+            try:
+                async with asyncio.timeout(self._remote.timeout_s):
+                    answer = await self._post(request)
+            except TimeoutError:
+                trouble = f"no answer after {self._remote.timeout_s:g} s"
+            except OSError as error:
+                trouble = f"{type(error).__name__}: {str(error)[:SHOWN_CHARS]}"
+            else:
+                if answer.status == 200:
+                    return answer.body
+                said = f"status {answer.status}: {answer.body[:SHOWN_CHARS].decode(errors='replace')}"
+                if answer.status not in TRY_AGAIN and answer.status < 500:
+                    raise RewardError(self._where, f"attempt {attempt + 1}: {said}", "see the server's log")
+                trouble, retry_after = said, answer.retry_after
+            if attempt + 1 < num_attempts:
+                await asyncio.sleep(self._wait_s(attempt, retry_after))
+        what = f"attempt {num_attempts} of {num_attempts}: {trouble}"
+        raise Unreachable(self._where, what, "start the server, or raise timeout_s or retries")
+
+    def _wait_s(self, attempt: int, retry_after: str | None) -> float:
+        """Return how long to wait after an attempt: as the server asks, or doubling with half of it random."""
+        asked_s = seconds_asked(retry_after, now_s=time.time())
+        if asked_s is None:
+            asked_s = self._remote.backoff_s * 2.0 ** min(attempt, 60) * self._random.uniform(0.5, 1.0)
+        return min(asked_s, self._remote.max_wait_s)
+
+
+def request_body(groups: Sequence[Rollouts], remote: Remote) -> bytes:
+    """Return the JSON of a request for these groups; a column that only some of them have is null in the others."""
+    columns: dict[str, list[Any]] = {}
+    num_samples = 0
+    for group in groups:
+        known = text_columns(group)
+        for name in known.keys() | columns.keys():
+            values = columns.setdefault(name, [None] * num_samples)
+            values.extend(known.get(name) or [None] * len(group.samples))
+        num_samples += len(group.samples)
+    prompts, completions = columns.pop("prompts"), columns.pop("completions")
+    if remote.protocol == "flowrl":
+        return msgspec.json.encode({"prompts": prompts, "completions": completions, "columns": columns})
+    given = openrlhf_columns(prompts, completions, columns, remote.label_column)
+    return msgspec.json.encode({"query": given["queries"], "prompts": given["prompts"], "labels": given["labels"]})
+
+
+def scores_of(body: bytes, remote: Remote, where: str) -> list[float | None]:
+    """Return the scores in an answer's body.
+
+    Raises:
+        RewardError: it has another form.
+    """
+    try:
+        if remote.protocol == "flowrl":
+            return msgspec.json.decode(body, type=_Scores).scores
+        return msgspec.json.decode(body, type=_Rewards).rewards
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        wanted = '{"scores": [numbers]}' if remote.protocol == "flowrl" else '{"rewards": [numbers]}'
+        shown = body[:SHOWN_CHARS].decode(errors="replace")
+        raise RewardError(where, f"answered {shown!r} ({error})", f"answer {wanted}, one per sample") from error
+
+
+def seconds_asked(retry_after: str | None, *, now_s: float) -> float | None:
+    """Return the seconds a Retry-After header asks for (a number, or a date); None without a usable one.
+
+    >>> seconds_asked("Thu, 01 Jan 1970 00:00:30 GMT", now_s=10.0)
+    20.0
+    """
+    if retry_after is None:
+        return None
+    if retry_after.strip().isdecimal():
+        return float(retry_after)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - now_s)
+    except ValueError:
+        return None
+
+
+def check_remote(remote: Remote, where: str) -> None:
+    """Check the address and read the files, without a connection.
+
+    Raises:
+        ConfigError: the address is not one that prompts may be sent to, or a file cannot be read.
+    """
+    try:
+        address = urlsplit(remote.url)
+        host, _ = address.hostname, address.port  # the port is read when asked for
+    except ValueError as error:
+        raise ConfigError(f"{where}.url", f"{remote.url!r} is not an address ({error})") from error
+    if address.scheme not in ("http", "https") or not host:
+        raise ConfigError(f"{where}.url", f"{remote.url!r} is not an address", "write https://host/path")
+    if address.username or address.password:
+        raise ConfigError(f"{where}.url", f"holds a password for {host}", "put a token into a file and set token_file")
+    if address.scheme == "http" and not is_this_machine(host) and not remote.allow_plain_http:
+        what = f"{shown_url(remote.url)} sends prompts and answers unencrypted to another host"
+        raise ConfigError(f"{where}.url", what, "use https://, or set allow_plain_http=true in a network you trust")
+    read_token(remote, where)
+    _trusted(remote, where)
+
+
+def is_this_machine(host: str) -> bool:
+    """Return whether a host is the loopback by its name or its address alone; nothing is looked up."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def shown_url(url: str) -> str:
+    """Return an address without what may be secret: its query."""
+    return urlunsplit(urlsplit(url)._replace(query="", fragment=""))
+
+
+def read_token(remote: Remote, where: str) -> str | None:
+    """Return the token in `token_file`, None where none is set.
+
+    Raises:
+        ConfigError: the file cannot be read or does not hold one line.
+    """
+    if not remote.token_file:
+        return None
+    try:
+        lines = Path(remote.token_file).read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where}.token_file", f"{remote.token_file} cannot be read ({error})") from error
+    if len(lines) != 1:
+        what = f"{remote.token_file} holds {len(lines)} words"
+        raise ConfigError(f"{where}.token_file", what, "write the token alone into it")
+    return lines[0]
+
+
+def _trusted(remote: Remote, where: str) -> ssl.SSLContext | None:
+    """Return what certificates are held against, None for plain HTTP."""
+    import ssl
+
+    if not remote.url.startswith("https:"):
+        return None
+    try:
+        return ssl.create_default_context(cafile=remote.ca_file or None)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"{where}.ca_file", f"{remote.ca_file} holds no certificates ({error})") from error
+
+
+@asynccontextmanager
+async def connected(remote: Remote, where: str, *, num_connections: int) -> AsyncIterator[Post]:
+    """Yield what posts to the server over kept connections; they are closed with the block.
+
+    Raises:
+        ConfigError: as `check_remote`.
+    """
+    import aiohttp
+
+    check_remote(remote, where)
+    trusted = _trusted(remote, where)
+    token = read_token(remote, where)
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
+    connector = aiohttp.TCPConnector(limit=num_connections, ssl=trusted if trusted is not None else True)
+    no_timeout = aiohttp.ClientTimeout(total=None, sock_connect=None)  # the scorer has one for the whole request
+    async with aiohttp.ClientSession(connector=connector, timeout=no_timeout, headers=headers) as session:
+
+        async def post(request: bytes) -> Answer:
+            try:
+                async with session.post(remote.url, data=request, allow_redirects=False) as response:
+                    body = b""
+                    async for chunk in response.content.iter_chunked(1 << 16):
+                        body += chunk
+                        if len(body) > MAX_ANSWER_BYTES:
+                            what = f"answered more than {MAX_ANSWER_BYTES >> 20} MiB"
+                            raise RewardError(f"{where} ({shown_url(remote.url)})", what, "answer the scores alone")
+                    return Answer(status=response.status, retry_after=response.headers.get("Retry-After"), body=body)
+            except aiohttp.ClientSSLError as error:  # trying again would not help
+                what, remedy = f"TLS: {str(error)[:SHOWN_CHARS]}", "set ca_file to the authority that signed for it"
+                raise RewardError(f"{where} ({shown_url(remote.url)})", what, remedy) from error
+            except aiohttp.ClientError as error:
+                raise ConnectionError(f"{type(error).__name__}: {str(error)[:SHOWN_CHARS]}") from error
+
+        yield post

@@ -1,0 +1,258 @@
+"""A reward function in processes of its own, so that nothing it does can harm or hold up the engine.
+
+    async with IsolatedFunction(opening, ...) as function:
+        scores = await function(group)
+
+Each worker process (flowrl.rewards.worker) scores one group at a time; further ones are started only when all that run
+are busy. One that passes the time limit or dies is ended with everything it started and replaced at the next call.
+Invariants: a call returns one finite number for each sample or raises RewardError; after the block no worker is left,
+whatever the way out. Called by the reward and evaluator stages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import msgspec
+
+from flowrl.errors import ConfigError, RewardError
+from flowrl.messages import encode
+from flowrl.rewards.function import overdue
+from flowrl.rewards.worker import MAX_FRAME_BYTES, Opening, Refused, Reply, Scores, frame, read_frame, reply_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+
+    from flowrl.messages import Rollouts
+
+STOP_S = 5.0  # for an idle worker to end by itself, its exit handlers included
+# Not `python -m`: that finds flowrl only where it is installed or in the working directory, and may find another one.
+BOOT = (
+    "import os, sys; sys.path[:] = sys.argv.pop().split(os.pathsep); from flowrl.rewards import worker; worker.main()"
+)
+DUMP_S = 1.0  # for one that hangs to write where it is
+
+
+class IsolatedFunction:
+    """A reward function behind worker processes."""
+
+    def __init__(self, opening: Opening, *, log: Path, num_workers: int = 1, start_timeout_s: float = 120.0) -> None:
+        self._workers = [_Worker(opening, start_timeout_s, log) for _ in range(num_workers)]
+        # Last in, first out: as many processes start as are ever busy at a time.
+        self._free: asyncio.LifoQueue[_Worker] = asyncio.LifoQueue()
+
+    async def __aenter__(self) -> Self:
+        """Start the first worker.
+
+        Raises:
+            ConfigError: the function does not load.
+            RewardError: the worker died or took too long while it loaded.
+        """
+        for worker in reversed(self._workers):
+            self._free.put_nowait(worker)
+        await self._workers[0].start()  # what fails to start leaves no process
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End every worker."""
+        async with asyncio.TaskGroup() as tasks:
+            for worker in self._workers:
+                tasks.create_task(worker.stop() if kind is None else worker.end())
+
+    async def __call__(self, group: Rollouts) -> list[float]:
+        """Score every sample of the group, in order; waits for a free worker, then for it, at most its time limit.
+
+        Raises:
+            RewardError: the function raised, took too long, returned something else than one number per sample, or its
+                process died.
+        """
+        worker = await self._free.get()
+        try:
+            return await worker.score(group)
+        finally:
+            self._free.put_nowait(worker)
+
+    @property
+    def num_running(self) -> int:
+        """Return how many worker processes there are."""
+        return sum(worker.is_running for worker in self._workers)
+
+
+def check_loads(opening: Opening, *, timeout_s: float = 120.0) -> None:
+    """Load the function in a worker and end it; blocks.
+
+    Raises:
+        ConfigError: it does not load.
+    """
+    process, channel = _spawn(subprocess.DEVNULL)
+    try:
+        with channel:
+            channel.settimeout(timeout_s)
+            channel.sendall(frame(opening))
+            with channel.makefile("rb") as stream:
+                body = read_frame(stream.read)
+    except TimeoutError as error:
+        what = f"importing {opening.function} took longer than {timeout_s:g} s"
+        raise ConfigError(opening.where, what, "mend the module, or raise start_timeout_s") from error
+    except (OSError, EOFError):
+        body = b""
+    finally:
+        _kill(process)  # changes nothing about how one that is dead has ended
+        code = process.wait()
+    if not body:
+        what = f"importing {opening.function} ended its process ({_ending(code)})"
+        raise ConfigError(opening.where, what, "mend the module, or raise memory_bytes")
+    reply = reply_of(body)
+    if isinstance(reply, Refused):
+        raise ConfigError(reply.where, reply.what, reply.remedy)
+
+
+class _Worker:
+    """One worker process, or the place of one that is not running."""
+
+    def __init__(self, opening: Opening, start_timeout_s: float, log: Path) -> None:
+        self._opening = opening
+        self._start_timeout_s = start_timeout_s
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._reader: Any = None
+        self._writer: Any = None
+
+    @property
+    def is_running(self) -> bool:
+        """Return whether there is a process."""
+        return self._process is not None
+
+    async def start(self) -> None:
+        """Start the process and load the function; ends it where that fails."""
+        try:
+            await self._start()
+        except BaseException:
+            await self.end()
+            raise
+
+    async def _start(self) -> None:
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("ab") as log:
+            self._process, channel = _spawn(log.fileno())
+        self._reader, self._writer = await asyncio.open_unix_connection(sock=channel)
+        where = f"{self._opening.where} ({self._opening.function})"
+        reply = await self._ask(frame(self._opening), where, self._start_timeout_s, "start_timeout_s")
+        if isinstance(reply, Refused):
+            raise (ConfigError if reply.is_config else RewardError)(reply.where, reply.what, reply.remedy)
+
+    async def score(self, group: Rollouts) -> list[float]:
+        """Score a group, in a new process if the last has ended."""
+        if self._process is None:
+            try:
+                await self.start()
+            except ConfigError as error:  # it loaded before: this group's trouble, not the settings'
+                raise RewardError(error.where, error.what, error.remedy) from error
+        where = f"{self._opening.where} ({self._opening.function}), group {group.group_id}"
+        reply = await self._ask(frame(encode(group)), where, self._opening.timeout_s, "timeout_s")
+        if isinstance(reply, Scores) and len(reply.scores) == len(group.samples):
+            return reply.scores
+        if isinstance(reply, Refused):
+            raise RewardError(reply.where, reply.what, reply.remedy)
+        raise await self._garbled(where)
+
+    async def _ask(self, request: bytes, where: str, timeout_s: float, setting: str) -> Reply:
+        """Send a frame and wait for the reply; a process that gives none in time is ended."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                self._writer.write(request)
+                await self._writer.drain()
+                length = int.from_bytes(await self._reader.readexactly(4), "little")
+                body = await self._reader.readexactly(length) if length <= MAX_FRAME_BYTES else b""
+        except TimeoutError as error:
+            await self._dump()
+            await self.end()
+            if setting == "timeout_s":
+                raise overdue(where, timeout_s) from error
+            what = f"did not load in {timeout_s:g} s"
+            raise RewardError(where, what, f"raise {setting}; {self._log} shows where it was") from error
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            what = f"its process died ({_ending(await self.end())})"
+            raise RewardError(where, what, f"see {self._log}") from error
+        except asyncio.CancelledError:
+            await self.end()
+            raise
+        try:
+            return reply_of(body)
+        except msgspec.MsgspecError as error:
+            raise await self._garbled(where) from error
+
+    async def _garbled(self, where: str) -> RewardError:
+        await self.end()
+        return RewardError(
+            where, "its process sent what is no reply", "do not write to file descriptors it did not open"
+        )
+
+    async def _dump(self) -> None:
+        """Have the process write to the log where it is, and end."""
+        assert self._process is not None, "only a running one is asked"
+        self._process.send_signal(signal.SIGABRT)
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            async with asyncio.timeout(DUMP_S):
+                await self._reader.read()
+
+    async def stop(self) -> None:
+        """Let the process end by itself, then end what is left of it."""
+        if self._process is None:
+            return
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            async with asyncio.timeout(STOP_S):
+                self._writer.write(frame(b""))
+                await self._reader.read()
+        await self.end()
+
+    async def end(self) -> int | None:
+        """Kill the process and all it started; returns how it ended."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        _kill(process)
+        if self._writer is not None:
+            self._writer.close()
+            self._reader = self._writer = None
+        return await asyncio.to_thread(process.wait)
+
+
+def _spawn(log: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start a worker; returns it and our end of its channel."""
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-c", BOOT, os.pathsep.join(sys.path)]
+    with theirs:
+        try:
+            process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=log, stderr=log, start_new_session=True)
+        except OSError:
+            ours.close()
+            raise
+    return process, ours
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill the worker's process group, which outlives the worker where user code started processes."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _ending(code: int | None) -> str:
+    if code is None:
+        return "unknown"
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return cast("str", signal.Signals(-code).name)
+    except ValueError:
+        return f"signal {-code}"

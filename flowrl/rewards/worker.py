@@ -1,0 +1,168 @@
+"""A process of its own that runs one reward function: `main`, which `IsolatedFunction` starts with its import path.
+
+It speaks frames (4 bytes of length, then MessagePack, never a pickle) over the socket that is its standard input: first
+an `Opening`, answered with `Opened` or `Refused`; then groups in their wire form, each answered with `Scores` or
+`Refused`; an empty frame ends it. User code runs in the main thread, where signals work, and what it prints goes to the
+log. Invariants: it is the leader of its own process group; when the other end of the socket is gone the whole group is
+killed at once, and a call that holds the interpreter's lock all the while ends by itself soon after its time limit. So
+no process of it is ever left over. (The kernel's parent-death signal would kill only this process, before it could
+take along what user code has started.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from typing import TYPE_CHECKING, cast
+
+import msgspec
+
+from flowrl.errors import ConfigError, FlowrlError
+from flowrl.messages import Rollouts, decode
+from flowrl.rewards.adapters import Adapter
+from flowrl.rewards.function import RewardFunction
+
+if TYPE_CHECKING:
+    import io
+    from collections.abc import Callable
+
+MAX_FRAME_BYTES = 1 << 30  # what is longer is not a frame: something else was written to the socket
+GRACE_S = 2.0  # beyond the time limit, before a call without a parent ends by itself
+MOST_S = 1e6  # the longest time the fault handler's own timer takes
+
+
+class Opening(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What a worker is to run."""
+
+    function: str  # module:name
+    where: str  # named in errors
+    adapter: Adapter = "trl"
+    label_column: str = "answer"
+    timeout_s: float = 60.0  # for one group
+    memory_bytes: int = 0  # of address space; 0: no limit
+
+
+class Opened(msgspec.Struct, frozen=True, tag=True):
+    """The function is loaded."""
+
+
+class Scores(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """One finite number for each sample."""
+
+    scores: list[float]
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The function did not load, or gave no scores for this group."""
+
+    is_config: bool
+    where: str
+    what: str
+    remedy: str
+
+
+Reply = Opened | Scores | Refused
+
+_encoder = msgspec.msgpack.Encoder()
+_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+_openings = msgspec.msgpack.Decoder(Opening)
+
+
+def frame(content: Opening | Reply | bytes) -> bytes:
+    """Return the wire form of one frame; bytes go in as they are."""
+    body = content if isinstance(content, bytes) else _encoder.encode(content)
+    return len(body).to_bytes(4, "little") + body
+
+
+def reply_of(body: bytes) -> Reply:
+    """Return the reply a frame's body holds."""
+    return _replies.decode(body)
+
+
+def read_frame(read: Callable[[int], bytes]) -> bytes:
+    """Return the body of the next frame, b"" at the end of the stream.
+
+    Raises:
+        EOFError: the stream ends within a frame, or what comes is none.
+    """
+    length = int.from_bytes(read(4), "little")
+    body = read(length) if length <= MAX_FRAME_BYTES else b""
+    if len(body) < length:
+        raise EOFError(f"{len(body)} of {length} bytes arrived")
+    return body
+
+
+def main() -> None:
+    """Serve one parent to its end."""
+    channel = socket.socket(fileno=os.dup(0))  # not inherited by what user code starts
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    cast("io.TextIOWrapper", sys.stdout).reconfigure(line_buffering=True)  # the last lines before a death count most
+    faulthandler.enable()  # on SIGABRT, by which the parent ends what takes too long: the log says where it was
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.register_at_fork(after_in_child=lambda: os.close(channel.detach()))  # else our death would go unnoticed
+    threading.Thread(target=_die_with, args=(channel.fileno(),), name="parent", daemon=True).start()
+    stream = channel.makefile("rb")
+    body = read_frame(stream.read)
+    if body:
+        opening = _openings.decode(body)
+        try:
+            function = _open(opening)
+        except FlowrlError as error:
+            channel.sendall(frame(_refused(error)))
+        else:
+            channel.sendall(frame(Opened()))
+            with asyncio.Runner() as runner:
+                while body := read_frame(stream.read):
+                    channel.sendall(frame(_score(function, body, runner, opening.timeout_s)))
+
+
+def _open(opening: Opening) -> RewardFunction:
+    if opening.memory_bytes:
+        resource.setrlimit(resource.RLIMIT_AS, (opening.memory_bytes, opening.memory_bytes))
+    try:
+        return RewardFunction(
+            opening.function, opening.where, adapter=opening.adapter, label_column=opening.label_column
+        )
+    except FlowrlError:
+        raise
+    except (Exception, SystemExit) as error:
+        print(traceback.format_exc(), file=sys.stderr, flush=True)
+        what = f"importing {opening.function} raised {type(error).__name__}: {error}"
+        raise ConfigError(opening.where, what, "mend the module") from error
+
+
+def _score(function: RewardFunction, body: bytes, runner: asyncio.Runner, timeout_s: float) -> Reply:
+    faulthandler.dump_traceback_later(min(timeout_s + GRACE_S, MOST_S), exit=True)  # a timer that needs no lock
+    try:
+        return Scores(scores=function.call_here(cast("Rollouts", decode(body)), runner))
+    except FlowrlError as error:
+        print(traceback.format_exc(), file=sys.stderr, flush=True)
+        return _refused(error)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _refused(error: FlowrlError) -> Refused:
+    is_config = isinstance(error, ConfigError)
+    return Refused(is_config=is_config, where=error.where, what=error.what, remedy=error.remedy)
+
+
+def _die_with(descriptor: int) -> None:
+    """Wait until the parent's end is gone, then kill the process group."""
+    poller = select.poll()
+    poller.register(descriptor, 0)  # no event but the hang-up, which is always reported
+    poller.poll()
+    with contextlib.suppress(ProcessLookupError):  # not a group's leader: started by hand
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)

@@ -1,0 +1,98 @@
+"""RemoteReward: adds a named score to every sample, asked of an HTTP server (flowrl.rewards.http has the contract).
+
+Invariant: as for `Reward`, a group leaves with exactly one more named score per sample or is rejected as failed with
+its input on disk; where the server refuses a batch, its groups are asked for one by one, so that none fails for
+another's sake. A server that stays away says nothing about the groups: by default the run stops and can be resumed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from flowrl.config import Meta, widen
+from flowrl.errors import ChannelClosed, RewardError
+from flowrl.graph.ports import In, Out
+from flowrl.graph.stage import Stage, StageConfig
+from flowrl.messages import Rollouts, Scored
+from flowrl.rewards.http import Remote, RemoteScorer, Unreachable, check_remote, connected
+from flowrl.stages.reward import add_scores, give_up, score_span
+from flowrl.telemetry.causes import Cause
+
+if TYPE_CHECKING:
+    from flowrl.graph.stage import Context, Say
+
+
+class RemoteReward(Stage):
+    """Scores by asking a server."""
+
+    class Config(StageConfig):
+        """Settings of a remote-reward node; those of the server are `flowrl.rewards.http.Remote`."""
+
+        url: str = ""
+        name: str = ""  # of the score; "" takes the node's name
+        weight: float = 1.0
+        protocol: Literal["flowrl", "openrlhf"] = "flowrl"
+        label_column: str = "answer"
+        batch_groups: Annotated[int, Meta(ge=1)] = 8  # in one request, when they are ready
+        concurrency: Annotated[int, Meta(ge=1)] = 4  # requests under way in one replica
+        timeout_s: Annotated[float, Meta(gt=0)] = 60.0
+        retries: Annotated[int, Meta(ge=0)] = 5
+        backoff_s: Annotated[float, Meta(gt=0)] = 1.0
+        max_wait_s: Annotated[float, Meta(gt=0)] = 60.0
+        on_error: Literal["skip", "stop"] = "stop"  # quarantine a group that cannot be scored, or end the run
+        allow_plain_http: bool = False
+        token_file: str = ""
+        ca_file: str = ""
+
+    rollouts: In[Rollouts]
+    scored: Out[Scored]
+
+    def __init__(self, config: Config) -> None:
+        self.config: RemoteReward.Config = config
+
+    def check(self, say: Say) -> None:
+        """Check the address and the files; connects to nothing."""
+        check_remote(widen(Remote, self.config), "remote reward")
+
+    async def run(self, context: Context) -> None:
+        """Score groups until the edge closes."""
+        remote = widen(Remote, self.config)
+        async with AsyncExitStack() as stack:
+            with context.clock.charge(Cause.START):
+                post = await stack.enter_async_context(
+                    connected(remote, context.where, num_connections=self.config.concurrency)
+                )
+            scorer = RemoteScorer(remote, post, context.where, seed=context.replica)
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(self.config.concurrency):
+                    tasks.create_task(self._lane(context, scorer))
+
+    async def _lane(self, context: Context, scorer: RemoteScorer) -> None:
+        while True:
+            try:
+                groups = await self.rollouts.get_some(self.config.batch_groups)
+            except ChannelClosed:  # raised further, it would cut off the other lanes' requests
+                return
+            await self._settle(context, scorer, groups)
+
+    async def _settle(self, context: Context, scorer: RemoteScorer, groups: list[Rollouts]) -> None:
+        """Score a batch and send its groups on, or each that fails to quarantine."""
+        start_s = context.now()
+        try:
+            with context.clock.charge(Cause.COMPUTE):
+                scores = await scorer(groups)
+        except RewardError as error:
+            if len(groups) > 1 and not isinstance(error, Unreachable):
+                for group in groups:
+                    await self._settle(context, scorer, [group])
+                return
+            for group in groups:
+                await give_up(self.rollouts, context, group, error, on_error=self.config.on_error)
+            return
+        name = self.config.name or context.node
+        context.recorder.record(score_span(context, start_s, groups))
+        for group, values in zip(groups, scores, strict=True):
+            await self.scored.put(add_scores(group, name, [self.config.weight * value for value in values]))
+            context.done += 1

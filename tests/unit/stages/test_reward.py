@@ -1,0 +1,172 @@
+"""The reward stages by themselves: weights, names, retries, what happens to groups that cannot be scored."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from flowrl.errors import ConfigError, ModelError, RewardError
+from flowrl.stages.reward import Reward, RewardModel, read_normalisation
+from flowrl.telemetry.events import Notice, Span
+from tests.support.alone import rollouts, run_alone
+from tests.support.flows import empty_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from flowrl.engines.base import TokenGroup
+    from flowrl.rewards.adapters import Adapter
+
+HERE = __name__
+calls: list[int] = []
+
+
+async def length(completions: list[str]) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+async def partly(completions: list[str]) -> list[float | None]:
+    return [None, 2.0]
+
+
+async def second_time(completions: list[str]) -> list[float]:
+    calls.append(1)
+    if len(calls) % 2:
+        raise OSError("busy")
+    return [1.0] * len(completions)
+
+
+async def fails_on_bad(completions: list[str]) -> list[float]:
+    calls.append(1)
+    if "bad" in completions:
+        raise ValueError("a bad one")
+    return [1.0] * len(completions)
+
+
+def reward(function: str, **settings: Any) -> Reward:
+    calls.clear()
+    return Reward(Reward.Config(function=f"{HERE}:{function}", isolation="thread", **settings))
+
+
+def test_scores_are_weighted_and_named_after_the_function(tmp_path: Path):
+    alone = run_alone(reward("length", weight=0.5), [rollouts("one", "three")], tmp_path)
+    assert [group.scores for group in alone.put] == [{"length": [1.5, 2.5]}]
+    assert [event.groups for event in alone.events if isinstance(event, Span)] == [[7]]
+
+
+def test_none_counts_nothing(tmp_path: Path):
+    alone = run_alone(reward("partly", name="taste"), [rollouts("one", "three")], tmp_path)
+    assert alone.put[0].scores == {"taste": [0.0, 2.0]}
+    assert alone.put[0].rewards == [0.0, 2.0]
+
+
+def test_nodes_in_a_row_add_their_scores(tmp_path: Path):
+    first = run_alone(reward("length"), [rollouts("one", "three")], tmp_path)
+    second = run_alone(reward("length", name="again", weight=-2.0), first.put, tmp_path)
+    assert second.put[0].scores == {"length": [3.0, 5.0], "again": [-6.0, -10.0]}
+    assert second.put[0].rewards == [-3.0, -5.0]
+
+
+def test_two_nodes_with_one_name_are_refused(tmp_path: Path):
+    first = run_alone(reward("length"), [rollouts("one", "three")], tmp_path)
+    with pytest.raises(ExceptionGroup) as caught:
+        run_alone(reward("length"), first.put, tmp_path)
+    assert caught.group_contains(ConfigError, match="score 'length': two nodes in a row give it; set the name")
+
+
+def test_a_failed_call_is_tried_again(tmp_path: Path):
+    alone = run_alone(reward("second_time", retries=1, concurrency=1), [rollouts("one")], tmp_path)
+    assert alone.put[0].scores == {"second_time": [1.0]}
+    assert not alone.rejected
+
+
+def test_a_group_that_fails_every_time_is_kept_and_rejected_and_the_others_go_on(tmp_path: Path):
+    groups = [rollouts("bad" if k == 1 else "good", group_id=k) for k in range(3)]
+    alone = run_alone(reward("fails_on_bad", retries=2), groups, tmp_path)
+    assert sorted(group.group_id for group in alone.put) == [0, 2]
+    assert alone.rejected[0][:2] == (1, "failed")
+    assert "raised ValueError: a bad one" in alone.rejected[0][2]
+    assert len(calls) == 2 + 3
+    kept = json.loads((tmp_path / "quarantine" / "group-1.json").read_text())
+    assert kept["samples"][0]["text"] == "bad"
+    notice = next(event for event in alone.events if isinstance(event, Notice))
+    assert (notice.level, notice.where) == ("warning", "reward.0")
+    assert "group-1.json" in notice.text
+
+
+def test_a_failure_ends_the_run_where_that_is_set(tmp_path: Path):
+    with pytest.raises(ExceptionGroup) as caught:
+        run_alone(reward("fails_on_bad", on_error="stop"), [rollouts("bad")], tmp_path)
+    assert caught.group_contains(RewardError, match="a bad one")
+    assert (tmp_path / "quarantine" / "group-7.json").is_file()
+
+
+@pytest.mark.parametrize(("adapter", "memory_bytes"), [("verifiers", 0), ("trl", 1 << 30)])
+def test_what_needs_a_process_is_refused_in_a_thread(adapter: Adapter, memory_bytes: int):
+    with pytest.raises(ConfigError, match="set isolation=process"):
+        reward("length", adapter=adapter, memory_bytes=memory_bytes)
+
+
+class FakeScores:
+    """A reward model that scores a sample by its last token id."""
+
+    def __init__(self, *, config: Any, where: str, scale: float = 1.0) -> None:
+        self.scale = scale
+
+    def open(self) -> None: ...
+
+    def score_sequences(self, group: TokenGroup) -> list[float]:
+        return [self.scale * float(response.tolist()[-1]) for response in group.responses]
+
+    def close(self) -> None: ...
+
+
+def model_with(tmp_path: Path, **settings: Any) -> str:
+    directory = tmp_path / "model"
+    shutil.copytree(empty_model(), directory)
+    (directory / "config.json").write_text(json.dumps(settings))
+    return str(directory)
+
+
+def run_model(tmp_path: Path, model: str, groups: list[Any], *, node: str = "judge", **settings: Any) -> Any:
+    stage = RewardModel(RewardModel.Config(engine=f"{HERE}:FakeScores", **settings), model=model)
+    return run_alone(stage, groups, tmp_path, node=node).put[0]
+
+
+def test_a_reward_models_scores_are_clipped_weighted_and_named_after_the_node(tmp_path: Path):
+    scored = run_model(tmp_path, empty_model(), [rollouts("a", "b", "c")], clip=1.5, weight=2.0)
+    assert scored.scores == {"judge": [0.0, 2.0, 3.0]}
+
+
+def test_two_reward_models_in_a_row_add_up(tmp_path: Path):
+    first = run_model(tmp_path, empty_model(), [rollouts("a", "b")], node="helpful")
+    second = run_model(tmp_path, empty_model(), [first], node="harmless", weight=-0.5)
+    assert second.scores == {"helpful": [0.0, 1.0], "harmless": [0.0, -0.5]}
+    assert second.rewards == [0.0, 0.5]
+
+
+@pytest.mark.parametrize(("normalise", "scores"), [(True, [-2.0, 2.0, 5.0]), (False, [0.0, 1.0, 2.0])])
+def test_scores_are_normalised_by_what_the_models_config_states(normalise: bool, scores: list[float], tmp_path: Path):
+    model = model_with(tmp_path, mean=0.5, std=0.25)
+    scored = run_model(tmp_path, model, [rollouts("a", "b", "c")], normalise=normalise, clip=5.0)
+    assert scored.scores == {"judge": scores}
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 0.0), (0.0, -1.0), ("a", 1.0), (0.0, None)])
+def test_unusable_normalisation_is_refused(mean: Any, std: Any, tmp_path: Path):
+    stage = RewardModel(RewardModel.Config(), model=model_with(tmp_path, mean=mean, std=std))
+    with pytest.raises(ModelError, match="set normalise=false"):
+        stage.check(print)
+
+
+def test_a_model_without_normalisation_is_left_as_it_is(tmp_path: Path):
+    model_with(tmp_path)
+    assert read_normalisation(tmp_path / "model") == (0.0, 1.0)
+
+
+def test_a_score_that_is_no_number_ends_the_run(tmp_path: Path):
+    with pytest.raises(RewardError, match="scored a sample of group 7 nan"):
+        run_model(tmp_path, empty_model(), [rollouts("a", "b")], engine_options={"scale": float("nan")})
