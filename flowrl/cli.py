@@ -1,4 +1,4 @@
-"""The command line: `flowrl run | check | show | verify | doctor`.
+"""The command line: `flowrl run | check | show | verify | simulate | tune | data | doctor`.
 
 Bad input is one line on standard error (where, what, what to do) and exit code 2; a failed run is one line and exit
 code 1; a run the user stopped twice is 130. `--debug` adds the traceback. Nothing heavier than msgspec is imported
@@ -66,6 +66,32 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--debug", action="store_true", help="show tracebacks")
     verify.set_defaults(command=_verify)
 
+    simulate = commands.add_parser("simulate", help="predict how a graph runs, from the profile of a run")
+    _graph_options(simulate)
+    _profile_option(simulate)
+    simulate.add_argument("--steps", type=int, default=12, help="policy versions to measure (default: 12)")
+    simulate.add_argument("--json", action="store_true", help="print the prediction as JSON")
+    simulate.set_defaults(command=_simulate)
+
+    tune = commands.add_parser("tune", help="simulate many settings of a graph and recommend one")
+    _graph_options(tune)
+    _profile_option(tune)
+    tune.add_argument("--budget", type=int, default=200, help="simulations at most (default: 200)")
+    tune.add_argument("--cores", type=float, default=0.0, help="that may be reserved (default: the profile's)")
+    tune.add_argument("--gpus", type=float, default=0.0, help="that may be reserved (default: what the graph reserves)")
+    tune.add_argument("--json", action="store_true", help="print what was found as JSON")
+    tune.set_defaults(command=_tune)
+
+    data = commands.add_parser("data", help="look at training data").add_subparsers(required=True, metavar="COMMAND")
+    look = data.add_parser("check", help="say what a data set holds and what a run would make of it")
+    look.add_argument("source", metavar="PATH", help="a .jsonl or .parquet file, a directory, or a Hugging Face id")
+    look.add_argument("--model", default="", help="whose tokenizer and chat template to use (default: the bundled one)")
+    look.add_argument("--format", help="take the data as this format (default: found out from the columns)")
+    look.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE",
+                      help="one setting as in a graph, e.g. data.max_tokens=512; may be repeated")  # fmt: skip
+    look.add_argument("--debug", action="store_true", help="show tracebacks")
+    look.set_defaults(command=_check_data)
+
     doctor = commands.add_parser("doctor", help="say what this machine has and lacks")
     doctor.add_argument("--debug", action="store_true", help="show tracebacks")
     doctor.set_defaults(command=_doctor)
@@ -78,6 +104,11 @@ def _graph_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE",
                         help="one setting, e.g. learner.lr=1e-6; may be repeated")  # fmt: skip
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def _profile_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--profile", type=Path, required=True, metavar="RUN",
+                        help="a run that has ended, or a profile file (JSON or YAML)")  # fmt: skip
 
 
 def _load(options: argparse.Namespace) -> Program:
@@ -125,6 +156,53 @@ def _verify(options: argparse.Namespace) -> int:
     verdict = verify_run(options.run)
     print(describe(verdict, options.run))
     return 0 if verdict.is_clean else 1
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    import msgspec
+
+    from flowrl.errors import ConfigError
+    from flowrl.runtime.prediction import table
+    from flowrl.runtime.simulate import simulate
+    from flowrl.telemetry.profile import load_profile
+
+    if options.steps < 1:
+        raise ConfigError("--steps", f"{options.steps} steps cannot be measured", "give 1 or more")
+    profile, program = load_profile(options.profile), _load(options)
+    prediction = simulate(program.graph, profile, steps=options.steps)
+    asked = getattr(program.settings, "steps", options.steps)
+    print(msgspec.json.encode(prediction).decode() if options.json else table(prediction, steps=asked))
+    return 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    import msgspec
+
+    from flowrl.runtime.tune import Request, describe, tune
+
+    request = Request(
+        graph=options.graph,
+        profile=options.profile,
+        config=options.config,
+        overrides=options.overrides,
+        budget=options.budget,
+        cores=options.cores,
+        gpus=options.gpus,
+    )
+    tuning = tune(request)
+    print(msgspec.json.encode(tuning).decode() if options.json else describe(tuning))
+    return 0
+
+
+def _check_data(options: argparse.Namespace) -> int:
+    from flowrl.data.inspection import check_data, check_settings
+    from flowrl.data.models import DEFAULT_MODEL, prepare_model
+    from flowrl.data.prompts import load_tokenizer
+
+    data = check_settings(options.source, format=options.format, overrides=options.overrides)
+    tokenizer = load_tokenizer(prepare_model(options.model or DEFAULT_MODEL, say=_say))
+    check_data(data, tokenizer, _say, colour=sys.stdout.isatty())
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

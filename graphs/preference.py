@@ -25,7 +25,7 @@ class Settings(RunSettings):
     steps: Annotated[int, Meta(ge=1)] = 100  # optimizer steps
     examples_per_step: Annotated[int, Meta(ge=1)] = 16  # pairs, or labelled responses
     objective: Select = Select(use="flowrl.algorithms.dpo:DPO")
-    data: ExampleData = ExampleData()
+    data: ExampleData = ExampleData(source="reasoning-gym:preference")
     examples: Examples.Config = Examples.Config()
     heldout: HeldoutExamples.Config = HeldoutExamples.Config()
     reference: ExampleReference.Config = ExampleReference.Config(share="learner")

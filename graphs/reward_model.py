@@ -22,7 +22,7 @@ class Settings(RunSettings):
     steps: Annotated[int, Meta(ge=1)] = 100  # optimizer steps
     examples_per_step: Annotated[int, Meta(ge=1)] = 16  # pairs
     objective: Select = Select(use="flowrl.algorithms.pairwise:Pairwise")
-    data: ExampleData = ExampleData()
+    data: ExampleData = ExampleData(source="reasoning-gym:preference")
     examples: Examples.Config = Examples.Config()
     heldout: HeldoutExamples.Config = HeldoutExamples.Config()
     learner: OfflineLearner.Config = OfflineLearner.Config(cpus=1, lr=9e-6)

@@ -2,8 +2,8 @@
 
 Invariants: prompt and response joined are the tokens of the whole rendering, with the prompt's a true prefix. Where a
 token would span the end of the prompt or of a turn, the parts are tokenized separately, as in generation, and the
-encoding says so. A mask is 1 on exactly the tokens that the assistant writes, its end-of-turn token included; a
-response begins with the first and ends with the last of them.
+encoding says so; either way the prompt's tokens depend on the prompt alone, so that a pair shares them. A mask is 1 on
+exactly the tokens that the assistant writes, its end-of-turn token included; a response ends with the last of them.
 
 Which characters are the assistant's is what the chat template marks with {% generation %}, and without such marks what
 each of its messages adds to the conversation before it; a template that renders a message otherwise once others follow
@@ -49,7 +49,8 @@ class Written(msgspec.Struct, frozen=True):
     """A rendered text and where in it the assistant writes."""
 
     text: str
-    spans: list[tuple[int, int]]  # characters, in order; the response begins with the first
+    start: int  # character with which the response begins
+    spans: list[tuple[int, int]]  # characters, in order
 
 
 class Renderer:
@@ -78,10 +79,8 @@ class Renderer:
             return self._implicit(responses) if len(responses) == 2 and not row.prompt else self._plain(row)
         writings = [self._write(row, cast("Conversation", each)) for each in row.responses]
         encodings = [self._encode_written(each) for each in writings]
-        if len(encodings) == 2:
-            chosen, rejected = encodings
-            if chosen.is_separate or rejected.is_separate or chosen.prompt_ids != rejected.prompt_ids:
-                encodings = [self._encode_written(each, separately=True) for each in writings]
+        if any(each.is_separate for each in encodings):  # what is compared is tokenized alike
+            encodings = [self._encode_written(each, separately=True) for each in writings]
         return _joined(encodings)
 
     # Strings
@@ -89,7 +88,7 @@ class Renderer:
     def _plain(self, row: NormalRow) -> Encoded:
         texts = [(cast("str", row.prompt) + cast("str", each), [len(row.prompt)]) for each in row.responses]
         split = [self._pieces(*each) for each in texts]
-        is_separate = any(separate for _, separate in split) or len({tuple(pieces[0]) for pieces, _ in split}) > 1
+        is_separate = any(separate for _, separate in split)
         if is_separate:
             split = [(self._alone(*each), True) for each in texts]
         prompt_ids = [*self._first(), *split[0][0][0]]
@@ -153,7 +152,7 @@ class Renderer:
             written = self._marked(row, messages, len(prompt))
         else:
             written = self._grown(row, messages, len(prompt))
-        if not any(start < end for start, end in written.spans):
+        if not written.spans:
             raise DataError(row.place, "the chat template writes nothing for the assistant", PREFIX_REMEDY)
         return written
 
@@ -179,17 +178,17 @@ class Renderer:
                 return_assistant_tokens_mask=True,
                 **options,
             )
-        text, spans = texts[0], cast("list[tuple[int, int]]", marks[0])
+        text, spans = texts[0], [(begin, end) for begin, end in cast("list[tuple[int, int]]", marks[0]) if begin < end]
         if not self._learns_all:
             num_turns = sum(message["role"] == "assistant" for message in messages)
             if len(spans) != num_turns:
                 what = f"the chat template marks {len(spans)} parts for {num_turns} turns, so the last is not known"
                 raise DataError(row.place, what, "set data.learn=all")
             spans = spans[-1:]
-        if num_before:
-            start = self._start(row, text, messages[:num_before], num_before)
-            spans = [(max(start, begin), end) for begin, end in spans if end > start]
-        return Written(text, spans)
+        if not num_before:
+            return Written(text, spans[0][0] if spans else 0, spans)
+        start = self._start(row, text, messages[:num_before], num_before)
+        return Written(text, start, [(max(start, begin), end) for begin, end in spans if end > start])
 
     def _grown(self, row: NormalRow, messages: Conversation, num_before: int) -> Written:
         """Find the assistant's parts as what each of its messages adds to the conversation before it."""
@@ -207,7 +206,7 @@ class Renderer:
                 _check_prefix(row, text, before, turn + 1)
                 end = len(before)
             spans.append((start, start + len(self._turn_of(text[start:end]))))
-        return Written(text, spans)
+        return Written(text, spans[0][0], spans)
 
     def _start(self, row: NormalRow, text: str, messages: Conversation, turn: int) -> int:
         """Return the character at which the assistant begins to write message `turn`."""
@@ -218,7 +217,7 @@ class Renderer:
     def _turn_of(self, text: str) -> str:
         """Cut off the white space behind an end-of-turn token: the template's, the policy stops before it."""
         stripped = text.rstrip()
-        return text if any(stripped.endswith(token) for token in self._tokenizer.all_special_tokens) else text
+        return stripped if any(stripped.endswith(token) for token in self._tokenizer.all_special_tokens) else text
 
     def _render(self, row: NormalRow, messages: Conversation, *, is_open: bool = False) -> str:
         with _refusals(row.place, messages):
@@ -239,10 +238,10 @@ class Renderer:
         return self._template or cast("str", self._tokenizer.get_chat_template(tools=cast("Any", row.tools)))
 
     def _encode_written(self, written: Written, *, separately: bool = False) -> Encoded:
-        ends = [place for span in written.spans for place in span]
+        ends = [written.start, *(place for span in written.spans for place in span)]
         text, ends = written.text[: ends[-1]], ends[:-1]
         pieces, is_separate = (self._alone(text, ends), True) if separately else self._pieces(text, ends)
-        mask = [number % 2 for number, piece in enumerate(pieces[1:], start=1) for _ in piece]
+        mask = [number % 2 for number, piece in enumerate(pieces[1:]) for _ in piece]
         prompt_ids, response = pieces[0], list(chain(*pieces[1:]))
         if not prompt_ids:  # nothing stands before the first token to predict it from
             prompt_ids, response, mask = response[:1], response[1:], mask[1:]

@@ -30,6 +30,7 @@ from flowrl.runtime.flow import Flow
 from flowrl.runtime.ledger import Cut, Ledger
 from flowrl.runtime.placement import Place
 from flowrl.runtime.replica import Threads, run_replica
+from flowrl.runtime.rundir import hold
 from flowrl.telemetry.causes import CauseClock
 from flowrl.telemetry.events import Event, Recorder, decode_events, encode_events
 
@@ -251,9 +252,10 @@ def process_name(place: Place) -> str:
 
 
 def _redirect_output(run_dir: Path, name: str) -> None:
-    """Send everything the process prints, native code included, to its log."""
+    """Send everything the process prints, native code included, to its log; show that the run has a process."""
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
+    hold(run_dir)
     log = os.open(logs / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)

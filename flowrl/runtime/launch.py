@@ -23,7 +23,7 @@ from flowrl.errors import ConfigError, FlowrlError
 from flowrl.graph.program import Program, load_program
 from flowrl.graph.show import edge_table, node_table, staleness_line
 from flowrl.runtime.placement import check_resources
-from flowrl.runtime.rundir import create_run_dir, existing_run, write_plan
+from flowrl.runtime.rundir import claim, create_run_dir, existing_run, write_plan
 from flowrl.runtime.supervisor import Options, newest_start
 from flowrl.telemetry.report import Ending, report, write_report
 from flowrl.telemetry.sinks import Sinks, open_sinks
@@ -81,6 +81,7 @@ def launch(request: RunRequest, *, say: Say) -> int:
     config = request.config
     if request.resume is not None:
         config = config or existing_run(request.resume) / "settings.yaml"
+        claim(request.resume, say)
         resume = newest_start(request.resume.resolve(), lambda level, where, text: say(f"{where}: {text}"))
         version = resume.cut.version if resume.cut else 0
         say(f"resuming {request.resume} at version {version}")
@@ -90,6 +91,7 @@ def launch(request: RunRequest, *, say: Say) -> int:
     if request.resume is None:
         name = request.name or f"{request.graph.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         run_dir = create_run_dir(request.runs_dir / name).resolve()
+        claim(run_dir, say)
         write_plan(run_dir, program)
     else:
         run_dir = request.resume.resolve()

@@ -1,11 +1,15 @@
 """A run's directory: `runs/<name>/` with its settings, plan, metrics, timeline, rollouts, logs and checkpoints.
 
-A new run never writes into a directory that holds another; a resumed one continues in its own.
+A new run never writes into a directory that holds another; a resumed one continues in its own, once every process of
+the attempt before has ended: each holds a shared lock on `lock`, and whoever drives a run must have had it alone.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
+import threading
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -15,10 +19,12 @@ from flowrl.errors import ConfigError, ResourceError
 from flowrl.graph.plan import plan_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from flowrl.graph.program import Program
 
+CLAIM_TIMEOUT_S = 60.0  # Ray needs some seconds to notice that a driver is gone
 LEAST_FREE_BYTES = 2 << 30  # a checkpoint of a small model with its optimizer state, twice
 
 
@@ -62,3 +68,32 @@ def existing_run(directory: Path) -> Path:
     if not (directory / "settings.yaml").is_file():
         raise ConfigError(str(directory), "holds no run", "name a directory under runs/")
     return directory
+
+
+def hold(directory: Path) -> None:
+    """Show, as long as this process lives, that the run has a process."""
+    fcntl.flock(_open_lock(directory), fcntl.LOCK_SH)
+
+
+def claim(directory: Path, say: Callable[[str], None], *, timeout_s: float = CLAIM_TIMEOUT_S) -> None:
+    """Wait until no other process of the run is left, then hold it as its driver.
+
+    Raises:
+        ConfigError: one is still there after `timeout_s`.
+    """
+    lock = _open_lock(directory)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        say(f"waiting for the processes of an earlier attempt to end, at most {timeout_s:.0f} s")
+        waiting = threading.Thread(target=fcntl.flock, args=(lock, fcntl.LOCK_EX), daemon=True)
+        waiting.start()
+        waiting.join(timeout_s)
+        if waiting.is_alive():
+            what = f"still has processes of an earlier attempt after {timeout_s:.0f} s"
+            raise ConfigError(str(directory), what, "stop that run first, or kill what is left of it") from error
+    fcntl.flock(lock, fcntl.LOCK_SH)
+
+
+def _open_lock(directory: Path) -> int:
+    return os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

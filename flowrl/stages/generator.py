@@ -166,7 +166,7 @@ class Generator(Stage):
                 )
         finally:
             context.running -= prompt.num_samples
-        tokens = sum(len(sample.token_ids) for sample in samples)
+        lengths = [len(sample.token_ids) for sample in samples]
         context.recorder.record(
             Span(
                 node=context.node,
@@ -175,7 +175,12 @@ class Generator(Stage):
                 start_s=start_s,
                 end_s=context.now(),
                 groups=[prompt.group_id] if name == "generate" else [],  # held-out prompts have ids of their own
-                args={"tokens": tokens, "samples": len(samples)},
+                args={
+                    "tokens": sum(lengths),
+                    "samples": len(samples),
+                    "prompt_tokens": len(prompt.token_ids),
+                    "lengths": lengths,
+                },
             )
         )
         return extend(Rollouts, prompt, samples=samples, generator=context.where)

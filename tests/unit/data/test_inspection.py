@@ -79,6 +79,12 @@ def test_every_row_is_looked_at_and_then_it_ends_as_a_run_would(check):
     assert "cut        1 to max_tokens=20" in report
 
 
+@pytest.mark.parametrize("other", [{"prompt": "a"}, {"prompt": "a", "completion": "c" * 50}])
+def test_one_kind_of_row_that_stops_a_run_is_enough(check, other):
+    with pytest.raises(DataError, match="1 of its rows would stop a run"):
+        check([{"prompt": "a", "completion": "b"}, other], "data.max_tokens=20")
+
+
 def test_only_the_first_reasons_are_shown(check):
     rows = [{"prompt": "a", "completion": "b"}, *[{"prompt": str(i)} for i in range(10)]]
     report = check(rows, "data.on_bad=skip")

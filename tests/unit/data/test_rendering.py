@@ -62,10 +62,11 @@ def first_word_tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<s>", "</s>", "▁the", "▁sky", "▁"]
+    words = ["<s>", "</s>", "▁the", "▁sky", "▁", "sky", "-"]
     raw = Tokenizer(models.WordLevel(vocab={word: i for i, word in enumerate(words)}, unk_token="▁"))
-    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
-    raw.decoder = decoders.Metaspace(prepend_scheme="always", split=True)
+    spaces, marks = pre_tokenizers.Metaspace(prepend_scheme="first", split=True), pre_tokenizers.Punctuation()
+    raw.pre_tokenizer = pre_tokenizers.Sequence([spaces, marks])
+    raw.decoder = decoders.Metaspace(prepend_scheme="first", split=True)
     raw.add_special_tokens(["<s>", "</s>"])
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", pair=None, special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", bos_token="<s>")
@@ -177,6 +178,15 @@ def test_conversation_that_cannot_be_masked_exactly_is_refused(tokenizer, messag
     assert what in str(caught.value)
 
 
+def test_what_a_template_writes_before_the_marked_part_is_neither_prompt_nor_learned(tokenizer):
+    noted = MARKED.replace("{% generation %}", "({{ m['note'] }}){% generation %}")
+    pair = {"chosen": [{**said("assistant", "b"), "note": "x"}], "rejected": [{**said("assistant", "c"), "note": "yz"}]}
+    found = renderer(tokenizer, template=noted).encode(row(prompt=[said("user", "a")], **pair))
+    assert tokenizer.decode(found.prompt_ids).endswith("<|im_start|>assistant\n")
+    assert [tokenizer.decode(response) for response in found.responses] == ["(x)b<|im_end|>", "(yz)c<|im_end|>"]
+    assert found.masks == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1]]
+
+
 def test_tools_need_a_template_that_writes_them(tokenizer):
     messages = [said("user", "a"), said("assistant", "b")]
     with pytest.raises(DataError, match=r"a\.jsonl:7: has tools, which the chat template does not write"):
@@ -244,11 +254,28 @@ def test_tokenizers_own_first_token_stands_before_a_text():
 
 
 def test_response_inside_a_text_has_the_tokens_it_has_there():
-    """Alone, the response would begin with one more token: the space that such tokenizers put before a text."""
+    """Alone, the response would begin with the token that has a space before it."""
     tokenizer = first_word_tokenizer()
-    found = renderer(tokenizer).encode(row(prompt="the", completion=" sky"))
-    assert (found.prompt_ids, found.responses) == ([0, 2], [[3, 1]])
+    assert tokenizer.encode("sky", add_special_tokens=False) == [3]
+    found = renderer(tokenizer).encode(row(prompt="the</s>", completion="sky"))
+    assert (found.prompt_ids, found.responses) == ([0, 2, 1], [[5, 1]])
     assert not found.is_separate
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_pair_of_which_one_side_is_tokenized_alone_has_both_alone(is_chat):
+    """The chosen response's word would be one with the prompt's last; the rejected one's mark would not."""
+    tokenizer = first_word_tokenizer()
+    columns: dict[str, Any] = {"prompt": "the s", "chosen": "ky", "rejected": "-sky"}
+    if is_chat:
+        columns = {name: [said("user" if name == "prompt" else "assistant", text)] for name, text in columns.items()}
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    found = renderer(tokenizer, template=template).encode(row(**columns))
+    assert found.is_separate
+    chosen, rejected = found.responses
+    alone = tokenizer.encode("-sky", add_special_tokens=False)
+    assert rejected[: len(alone)] == alone != tokenizer.encode("the s-sky", add_special_tokens=False)[2:]
+    assert chosen[:1] == tokenizer.encode("ky", add_special_tokens=False)
 
 
 def test_pair_of_strings_is_separate_where_one_side_merges():
@@ -261,7 +288,8 @@ def test_pair_of_strings_is_separate_where_one_side_merges():
 
 @pytest.mark.parametrize("merges", [[], [("b", "l"), ("b", "r")]])
 @pytest.mark.parametrize(
-    ("chosen", "rejected"), [("is blue.", "is brown."), ("is", "is blue."), ("is blue.", "is"), ("a", "b")]
+    ("chosen", "rejected"),
+    [("is blue.", "is brown."), ("is", "is blue."), ("is blue.", "is"), ("is", "is<|im_end|>so"), ("a", "b")],
 )
 def test_implicit_prompt_is_a_true_prefix_of_both_texts(merges, chosen, rejected):
     tokenizer = merging_tokenizer(merges)

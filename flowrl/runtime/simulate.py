@@ -1,0 +1,145 @@
+"""Simulation: the same graph on the virtual clock, with engines that only take the time a profile says.
+
+The stages, edges and credits are those of a real run, on the real channels; timed_graph.py exchanges what a graph holds
+by import path, engines/timed.py takes the time, prediction.py sees what comes of it. Invariant: the same graph,
+profile and steps give the same prediction. `flowrl simulate` prints one; `flowrl tune` (tune.py) searches with many.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from flowrl.engines.base import Serving
+from flowrl.engines.timed import SCENE, Scene
+from flowrl.errors import ConfigError
+from flowrl.graph.edges import Credits
+from flowrl.graph.plan import graph_of
+from flowrl.graph.staleness import staleness_bound
+from flowrl.runtime.local import LocalOptions, run_local
+from flowrl.runtime.prediction import WATCH, Prediction, Watch
+from flowrl.runtime.timed_graph import optional_nodes, timed_plan
+from flowrl.runtime.virtual_clock import run_virtual
+from flowrl.telemetry.profile import CallCost, NodeProfile, Profile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from flowrl.graph.graph import Graph
+
+MEASURED_STEPS = 12  # enough that one slow group is a few percent of them
+NEVER_S = 1e9  # between two looks at the queues that are not wanted
+STALL_S = 1e7  # virtual; a simulation that stands still for so long is a defect
+LOOKS_A_STEP = 8  # at every queue's fill
+
+
+def simulate(
+    graph: Graph, profile: Profile, *, steps: int = MEASURED_STEPS, is_whole: bool = False, has_queues: bool = True
+) -> Prediction:
+    """Predict how a graph runs under a profile's costs.
+
+    Of a run without end, `steps` steps are measured after the pipeline has filled. With `is_whole` the run has
+    `steps` steps in all and is measured between the first and the last, as a run's report does: then the start and
+    the end, when nothing more is admitted, are in it. Without `has_queues` nobody looks at the queues, which is
+    quicker.
+
+    Raises:
+        ConfigError: the profile lacks a node, or the graph has nothing to simulate.
+        FlowrlError: as the run itself would raise it.
+    """
+    filling = _warmup(graph)
+    warmup = 1 if is_whole else filling
+    total = steps if is_whole else steps + warmup
+    plan = timed_plan(graph, profile, steps=total, is_whole=is_whole)
+    scene = Scene(profile, cores=max(profile.cores, _reserved(graph)))
+    watch = Watch(warmup, total, scene)
+    options = LocalOptions(
+        is_virtual=True,
+        run_dir=None,
+        consume=watch.consume,
+        status_interval_s=_look_s(graph, profile) if has_queues else NEVER_S,
+        stall_timeout_s=STALL_S,
+        link=_delayed(profile.message_s),
+    )
+    tokens = SCENE.set(scene), WATCH.set(watch)
+    try:
+        run_virtual(run_local(graph_of(plan), options))
+    finally:
+        SCENE.reset(tokens[0])
+        WATCH.reset(tokens[1])
+    return watch.prediction(notes=_notes(graph, profile, scene))
+
+
+def _delayed(message_s: float) -> Callable[[Any], Any]:
+    """Return a link on which a message takes its time to a queue, and again out of it."""
+
+    def link(carry: Any) -> Any:
+        async def carried(call: Any) -> Any:
+            if call.method == "put":
+                await asyncio.sleep(message_s)
+            answer = await carry(call)
+            if call.method == "get":
+                await asyncio.sleep(message_s)
+            return answer
+
+        return carried if message_s > 0 else carry
+
+    return link
+
+
+def _warmup(graph: Graph) -> int:
+    """Return the steps until the pipeline is full: as many as a sample may be old, and one.
+
+    Raises:
+        ConfigError: no prompts are admitted, or nothing generates.
+    """
+    credits = [edge for edge in graph.edges if isinstance(edge, Credits)]
+    if not credits or not any(isinstance(stage.config, Serving) for stage in graph.nodes.values()):
+        what = "has no Credits edge" if not credits else "has no node that generates"
+        remedy = "name a graph that admits prompts and generates, such as graphs/ppo_async.py"
+        raise ConfigError("graph", f"{what}, so there is nothing to simulate", remedy)
+    return 1 + max(staleness_bound(edge.initial, edge.per_version, 1) for edge in credits)
+
+
+def _reserved(graph: Graph) -> float:
+    """Return the cores that the graph's nodes reserve: on fewer it would not start."""
+    configs = [stage.config for stage in graph.nodes.values() if not stage.config.share]
+    return sum(config.cpus * config.replicas * config.ranks for config in configs)
+
+
+def _look_s(graph: Graph, profile: Profile) -> float:
+    """Return the time between two looks at the queues, from how long a step takes at least."""
+    credits = next(edge for edge in graph.edges if isinstance(edge, Credits))
+    response = sum(profile.response_tokens.quantiles) / len(profile.response_tokens.quantiles)
+    longest_s = max(1e-3, 10 * profile.message_s)
+    for name, stage in graph.nodes.items():
+        costs = profile.nodes.get(name)
+        if costs is None:
+            continue
+        config: Any = stage.config
+        if costs.decode is not None and isinstance(config, Serving):
+            samples = credits.per_version * getattr(config, "group_size", 1)
+            speed = costs.decode.tokens_per_s(min(config.max_running, samples))
+            longest_s = max(longest_s, samples * response / speed / config.replicas)
+        longest_s = max(longest_s, costs.calls.get("train", CallCost()).call_s)
+    return longest_s / LOOKS_A_STEP
+
+
+def _notes(graph: Graph, profile: Profile, scene: Scene) -> list[str]:
+    """Say where the prediction leaves what the profile has seen."""
+    notes: list[str] = []
+    if optional := optional_nodes(graph):
+        notes.append(f"left out: {', '.join(optional)}")
+    if scene.cores > profile.cores:
+        notes.append(f"{scene.cores:g} cores are reserved, the profile's machine has {profile.cores:g}")
+    for name, stage in graph.nodes.items():
+        config: Any = stage.config
+        costs = profile.nodes.get(name, NodeProfile())
+        if costs.decode is not None and isinstance(config, Serving) and costs.decode.running[1] > 0:
+            most = min(config.max_running, getattr(config, "max_groups", 1) * getattr(config, "group_size", 1))
+            low, high = costs.decode.running
+            if not 0.8 * low <= most <= 1.25 * high:
+                notes.append(f"{name} may run {most} samples at once, the profile saw {low:g} to {high:g}")
+        if stage.config.ranks > costs.ranks:
+            notes.append(f"{name}: {stage.config.ranks} ranks are taken to be that much faster than {costs.ranks}")
+    return notes

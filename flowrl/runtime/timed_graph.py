@@ -1,0 +1,272 @@
+"""A graph whose nodes only take time: its plan with engines, algorithm and data exchanged for stand-ins.
+
+Stages with an engine stay what they are (`Simulated` only lets their calls take simulated time); what admits prompts
+and what calls a reward function are replaced, for they would need data and user code. Optional nodes, such as the
+evaluation, are left out. Nothing is written to disk; a checkpoint's cost is spread over its versions. Used by
+simulate.py, on the virtual clock only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import functools
+import random
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from flowrl.engines.base import Serving
+from flowrl.engines.timed import TimedTraining
+from flowrl.errors import ConfigError
+from flowrl.graph.plan import EdgePlan, GraphPlan, plan_of
+from flowrl.graph.ports import In, Out
+from flowrl.graph.stage import Specification, Stage, StageConfig, from_specification, port_types
+from flowrl.messages import Buffer, Credit, Prompt, Rollouts, Scored, extend
+from flowrl.runtime.prediction import WATCH
+from flowrl.telemetry.causes import Cause
+from flowrl.telemetry.profile import CallCost, NodeProfile, Profile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from flowrl.engines.base import Training
+    from flowrl.graph.graph import Graph
+    from flowrl.graph.stage import Context
+    from flowrl.telemetry.causes import CauseClock
+
+T = TypeVar("T")
+
+
+# The graph with its engines exchanged.
+
+
+def timed_plan(graph: Graph, profile: Profile, *, steps: int, is_whole: bool) -> GraphPlan:
+    """Return the plan of a graph whose nodes only take time; optional nodes are left out.
+
+    Raises:
+        ConfigError: the profile lacks a node that computes.
+    """
+    plan = plan_of(graph)
+    optional = set(optional_nodes(graph))
+    nodes = {
+        name: _timed_node(name, graph, spec, profile, steps)
+        for name, spec in plan.nodes.items()
+        if name not in optional
+    }
+    edges: list[EdgePlan] = []
+    for edge in plan.edges:
+        if {edge.source.partition(".")[0], edge.target.partition(".")[0]} & optional:
+            continue
+        if edge.kind == "credits":
+            bounds = {**edge.bounds, "versions": steps if is_whole else None}
+            edge = msgspec.structs.replace(edge, bounds=bounds)
+        edges.append(edge)
+    return GraphPlan(nodes=nodes, edges=edges, until=plan.until)
+
+
+def optional_nodes(graph: Graph) -> list[str]:
+    """Return the nodes that no other needs: every edge of theirs ends in a port that may stay unconnected."""
+    needed = {graph.until_node}
+    for edge in graph.edges:
+        source, target = graph.node_of(edge.source), graph.node_of(edge.target)
+        needed |= {source} if not edge.target.is_optional else set()
+        needed |= {target} if not edge.source.is_optional else set()
+    return [name for name in graph.nodes if name not in needed]
+
+
+def _timed_node(name: str, graph: Graph, spec: Specification, profile: Profile, steps: int) -> Specification:
+    stage = graph.nodes[name]
+    messages = {(direction, message) for direction, message in port_types(type(stage)).values()}
+    if not hasattr(stage.config, "engine"):
+        if messages == {(In, Credit), (Out, Prompt)}:
+            size = int(spec.arguments.get("group_size", 1))
+            return _specification("TimedPrompts", placement=_placement(stage.config), group_size=size)
+        if messages == {(In, Rollouts), (Out, Scored)}:
+            lanes = int(getattr(stage.config, "concurrency", 1))
+            _costs(profile, name, "score")
+            return _specification("TimedReward", placement=_placement(stage.config), node=name, lanes=lanes)
+    arguments = dict(spec.arguments)
+    if "algorithm" in arguments:
+        arguments["algorithm"] = {"use": "flowrl.engines.timed:TimedAlgorithm", "options": {}}
+    if "model" in arguments:
+        arguments["model"] = stand_in_model()
+    if name == graph.until_node and "steps" in arguments:
+        arguments["steps"] = steps
+    arguments["config"] = _timed_config(name, graph, profile, arguments["config"])
+    return _specification("Simulated", stage={"stage": spec.stage, "arguments": arguments}, node=name)
+
+
+def _timed_config(name: str, graph: Graph, profile: Profile, config: dict[str, Any]) -> dict[str, Any]:
+    """Return a node's settings with a timed engine, one rank, and nothing written to disk."""
+    settings: Any = graph.nodes[name].config
+    known = {
+        key: value for key, value in {"save_rollouts": False, "save_every": 0, "ranks": 1}.items() if key in config
+    }
+    if not hasattr(settings, "engine"):
+        return {**config, **known}
+    host = settings.share or name
+    options: dict[str, Any] = {"node": name, "device": host if graph.nodes[host].config.gpus > 0 else "cores"}
+    if isinstance(settings, Serving):
+        if _costs(profile, name, "").decode is None:
+            raise ConfigError("profile", f"node {name!r} has no `decode`, the cost of a decoding step", _remedy(name))
+        return {**config, **known, "engine": "flowrl.engines.timed:TimedGeneration", "engine_options": options}
+    training: Training = settings
+    costs = _costs(profile, name, "train" if name == graph.until_node else "score")
+    each = costs.calls.get("publish", CallCost()).seconds(0)
+    if save_every := getattr(training, "save_every", 0):
+        each += costs.calls.get("checkpoint", CallCost()).seconds(0) / save_every
+    options |= {"speed": training.ranks / costs.ranks, "publish_s": each}
+    return {**config, **known, "engine": "flowrl.engines.timed:TimedTraining", "engine_options": options}
+
+
+def _costs(profile: Profile, node: str, kind: str) -> NodeProfile:
+    found = profile.nodes.get(node)
+    if found is None:
+        raise ConfigError("profile", f"has no costs of node {node!r} (it has {', '.join(profile.nodes) or 'none'})",
+                          _remedy(node))  # fmt: skip
+    if kind and kind not in found.calls:
+        what = f"node {node!r} has no cost of {kind!r} (it has {', '.join(found.calls) or 'none'})"
+        raise ConfigError("profile", what, _remedy(node))
+    return found
+
+
+def _remedy(node: str) -> str:
+    return f"take the profile of a run of this graph, or add it under nodes.{node}"
+
+
+def _specification(kind: str, **arguments: Any) -> Specification:
+    return Specification(stage=f"{__name__}:{kind}", arguments=arguments)
+
+
+def _placement(config: StageConfig) -> dict[str, Any]:
+    return {"replicas": config.replicas}
+
+
+@functools.cache
+def stand_in_model() -> str:
+    """Return a directory that passes for a model's: timed engines never open it."""
+    directory = Path(tempfile.mkdtemp(prefix="flowrl-simulate-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    header = b"{}"
+    (directory / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    for name in ("config.json", "tokenizer.json"):
+        (directory / name).write_text("{}")
+    return str(directory)
+
+
+class SharedThreads:
+    """Blocking code in place; a timed engine's call then takes its work's time on the device it shares."""
+
+    async def compute(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run in place and let the engine's work be done."""
+        result = function(*arguments)
+        engine = getattr(function, "__self__", None)
+        if isinstance(engine, TimedTraining):
+            await engine.device.take(engine.last_work_s, engine.width)
+        return result
+
+    async def background(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run in place and let the engine's time pass beside its work."""
+        result = function(*arguments)
+        engine = getattr(function, "__self__", None)
+        if isinstance(engine, TimedTraining):
+            await asyncio.sleep(engine.last_work_s)
+        return result
+
+
+class Simulated(Stage):
+    """Another stage, whose blocking work takes simulated time; the run ends with the last step that is wanted."""
+
+    Config = StageConfig
+
+    def __init__(self, *, stage: Specification, node: str) -> None:
+        self._inner = from_specification(stage, node)
+        for port in self._inner.ports.values():
+            port.owner = self
+        self.config = self._inner.config
+
+    @property
+    def ports(self) -> dict[str, Any]:
+        """Return the inner stage's ports."""
+        return self._inner.ports
+
+    async def run(self, context: Context) -> None:
+        """Run the inner stage."""
+        watch, threads = WATCH.get(), SharedThreads()
+        watch.clocks[context.node, context.replica] = clock = context.clock
+
+        async def compute(function: Callable[..., T], *arguments: Any) -> T:
+            with clock.charge(Cause.COMPUTE):
+                return await threads.compute(function, *arguments)
+
+        context.compute, context.background = compute, threads.background
+        context.recorder = watch
+        running = asyncio.ensure_future(self._inner.run(context))
+        try:
+            await asyncio.wait([running, watch.ended], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+        if not running.cancelled() and (error := running.exception()) is not None:
+            raise error
+
+
+class TimedPrompts(Stage):
+    """Admits groups of zeros, one against each credit; a prompt begins with its group's number."""
+
+    Config = StageConfig
+    credits: In[Credit]
+    prompts: Out[Prompt]
+
+    def __init__(self, *, placement: dict[str, Any], group_size: int) -> None:
+        self.config = StageConfig(**placement)
+        self.group_size = group_size
+
+    async def run(self, context: Context) -> None:
+        """Admit until the edges close."""
+        watch = WATCH.get()
+        watch.clocks[context.node, context.replica] = context.clock
+        spread = watch.scene.profile.prompt_tokens
+        while True:
+            (group_id,) = (await self.credits.get()).groups
+            length = max(1, round(spread.at(random.Random(group_id).random())))
+            number = (group_id & 0x7FFFFFFF).to_bytes(4, "little")
+            prompt = Buffer("int32", number + bytes(4 * (length - 1)))
+            await self.prompts.put(
+                Prompt(group_id=group_id, token_ids=prompt, columns={}, num_samples=self.group_size, seed=group_id)
+            )
+
+
+class TimedReward(Stage):
+    """Gives every sample a zero after the time that scoring takes, which slows nothing else down."""
+
+    Config = StageConfig
+    rollouts: In[Rollouts]
+    scored: Out[Scored]
+
+    def __init__(self, *, placement: dict[str, Any], node: str, lanes: int) -> None:
+        self.config = StageConfig(**placement)
+        self.node = node
+        self.lanes = lanes
+
+    async def run(self, context: Context) -> None:
+        """Score until the edges close."""
+        watch = WATCH.get()
+        watch.clocks[context.node, context.replica] = context.clock
+        cost = watch.scene.profile.nodes[self.node].calls["score"]
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(self.lanes):
+                tasks.create_task(self._lane(context.clock, cost))
+
+    async def _lane(self, clock: CauseClock, cost: CallCost) -> None:
+        async for group in self.rollouts:
+            tokens = sum(len(sample.token_ids) + len(group.token_ids) for sample in group.samples)
+            with clock.charge(Cause.COMPUTE):
+                await asyncio.sleep(cost.seconds(tokens))
+            scores = group.scores if isinstance(group, Scored) else {}
+            zeros = [0.0] * len(group.samples)
+            await self.scored.put(extend(Scored, group, scores={**scores, self.node: zeros}))
