@@ -74,6 +74,10 @@ install_gpu() {
     "$python" -m pip install --no-build-isolation flash-attn >>"$log" 2>&1 || say "no flash-attn: see $log"
 }
 
+installed_version() {
+    "$python" -c "import importlib.metadata as m; print(m.version('$1'))"
+}
+
 install_cpu() {
     say "installing about 200 packages (0.8 GB to fetch, 3.5 GB in .venv): 3 to 6 minutes on 2 cores"
     "$python" scripts/stand_ins.py .setup/stand-ins
@@ -81,7 +85,7 @@ install_cpu() {
     say "torch $torch_version"
     pip_install "${pinned[@]}" setuptools
     pip_install --no-deps "torch==$torch_version" # a CPU build, +cpu, is preferred wherever one is on offer
-    if "$python" -m pip show torch 2>/dev/null | grep -q '^Version: .*+cpu$'; then
+    if [[ "$(installed_version torch)" == *+cpu ]]; then
         say "vLLM, Ray, DeepSpeed and the rest"
         pip_install --no-deps --no-build-isolation -e .
         pip_install "${pinned[@]}" "flowrl[cpu,dev]"
