@@ -57,7 +57,7 @@ def main() -> None:
         lines = run_once(options, place)
         busy = [line for line in lines if line.startswith("generator busy")]
         bottleneck = next((line for line in lines if line.startswith("bottleneck")), "")
-        shares += [float(re.search(r": ([\d.]+)%", line)[1]) for line in busy]
+        shares += [float(found) for line in busy for found in re.findall(r": ([\d.]+)%", line)]
         print(f"run {place}: {busy[0] if busy else 'no figure'}; {bottleneck}", flush=True)
     print(f"busy, median {statistics.median(shares):.1f} % ({min(shares):.1f} to {max(shares):.1f})")
 

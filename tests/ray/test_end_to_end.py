@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from flowrl.engines.checkpoint import checkpoint_version, newest_sound
 from flowrl.runtime.ledger import read_entries
 from flowrl.runtime.verify import verify_run
 from tests.support.command import GRAPH, ROOT, descendants_of, flowrl, tiny_settings
@@ -79,28 +78,6 @@ def test_nothing_of_the_run_is_left_behind(finished: tuple[Path, str]) -> None:
     run_dir, _ = finished
     assert descendants_of(str(run_dir)) == []
     assert not [path for path in Path("/dev/shm").iterdir() if run_dir.name in path.name]
-
-
-def test_ctrl_c_saves_and_the_run_continues_where_it_stopped(tiny: Path, tmp_path: Path) -> None:
-    def after_first_step(line: str) -> bool:
-        return line.startswith("step 1/")
-
-    settings = tiny_settings(tiny, steps=40)
-    stopped = flowrl("run", GRAPH, "--name", "run", *settings, cwd=tmp_path, on_line=after_first_step)
-    assert stopped.code == 0, stopped.text
-    assert "--resume" in stopped.text
-    run_dir = tmp_path / "runs" / "run"
-    checkpoint, damaged = newest_sound(run_dir / "checkpoints")
-    assert checkpoint is not None
-    assert not damaged
-    version = checkpoint_version(checkpoint)
-    assert 1 <= version < 40
-    resumed = flowrl("run", GRAPH, "--resume", run_dir, "--set", f"steps={version + 2}", cwd=tmp_path)
-    assert resumed.code == 0, resumed.text
-    verdict = verify_run(run_dir)
-    assert verdict.is_clean
-    assert verdict.counts["learned"] == verdict.counts["admitted"] == (version + 2) * 4
-    assert verdict.rollbacks == 1
 
 
 @pytest.mark.parametrize("stage", [2, 3])

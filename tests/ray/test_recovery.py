@@ -99,17 +99,19 @@ def is_driver(process: Path, tmp_path: Path) -> bool:
 
 def test_a_synchronous_run_that_was_stopped_ends_bit_for_bit_like_one_that_was_not(tiny: Path, tmp_path: Path) -> None:
     settings = tiny_settings(tiny, GRAPH, steps=6, max_staleness=0, **{"learner.lr": 1e-3, "critic.lr": 1e-3})
-    straight = flowrl("run", GRAPH, "--name", "straight", *settings, cwd=tmp_path)
-    assert straight.code == 0, straight.text
     stopped = flowrl(
         "run", GRAPH, "--name", "stopped", *settings, cwd=tmp_path, on_line=lambda line: line.startswith("step 2/")
     )
     assert stopped.code == 0, stopped.text
+    assert "--resume" in stopped.text
     checkpoint, _ = newest_sound(tmp_path / "runs" / "stopped" / "checkpoints")
     assert checkpoint is not None
     assert 2 <= checkpoint_version(checkpoint) < 6
     resumed = flowrl("run", GRAPH, "--resume", tmp_path / "runs" / "stopped", cwd=tmp_path)
     assert resumed.code == 0, resumed.text
+    assert verify_run(tmp_path / "runs" / "stopped").is_clean
+    straight = flowrl("run", GRAPH, "--name", "straight", *settings, cwd=tmp_path)
+    assert straight.code == 0, straight.text
     ours, theirs = steps_of(tmp_path / "runs" / "stopped"), steps_of(tmp_path / "runs" / "straight")
     for version in range(1, 7):
         for name in ("loss", "grad_norm", "reward.mean", "logprob_gap.max"):

@@ -26,7 +26,7 @@ class Chaos:
     seed: int
     deaths: int = 3  # left to strike, over all attempts
     mean_s: float = 0.3  # between two of them
-    loss: float = 0.05  # chance that a call is lost, that its answer is, that it comes twice
+    loss: float = 0.05  # chance that a call is lost; that it is late; that its answer is lost; that it comes twice
     fatal: float = 0.2  # chance that a death is the learner's or the host's
     struck: list[str] = field(default_factory=list[str])
 
@@ -38,19 +38,21 @@ class Chaos:
         """Return a link that loses, doubles and delays."""
 
         async def through(call: Call) -> Any:
+            if self._draw.random() > 4 * self.loss:
+                return await carry(call)  # nothing happens to it
             mine: set[asyncio.Future[Any]] = set()
             try:
                 while True:
-                    fate = self._draw.random()
+                    fate = 4 * self.loss * self._draw.random()
                     if fate < self.loss:
                         await asyncio.sleep(RETRY_S)
                         continue
                     if fate < 2 * self.loss:
                         await asyncio.sleep(self._draw.expovariate(20.0))
-                    for _ in range(2 if fate > 1 - self.loss else 1):
+                    for _ in range(2 if fate > 3 * self.loss else 1):
                         mine.add(asyncio.ensure_future(carry(call)))
                     answered, _ = await asyncio.wait(mine, return_when=asyncio.FIRST_COMPLETED)
-                    if self._draw.random() < self.loss and not _is_closed(next(iter(answered))):
+                    if 2 * self.loss < fate < 3 * self.loss and not _is_closed(next(iter(answered))):
                         await asyncio.sleep(RETRY_S)  # the answer is lost: ask again
                         continue
                     return next(iter(answered)).result()
