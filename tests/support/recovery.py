@@ -26,7 +26,8 @@ UNLIMITED = 1_000_000
 def faulty_settings(seed: int) -> FlowSettings:
     """Return a random flow that checkpoints now and then and ends with nothing in flight."""
     draw = random.Random(seed ^ 0x5EED)
-    return replace(random_settings(seed), is_finite=True, save_every=draw.randint(1, 3))
+    drawn = random_settings(seed)
+    return replace(drawn, is_finite=True, save_every=draw.randint(1, 3), steps=min(drawn.steps, 4))
 
 
 def run_faulty(
