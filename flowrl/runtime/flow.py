@@ -111,7 +111,7 @@ class Flow:
                 return
             on_accept = partial(self._admit, credits, key)
         elif (held := next((queue for queue in upstream if queue.held.get(key) == replica), None)) is not None:
-            on_accept = partial(held.settle, key)
+            on_accept = partial(self._hand_on, held, self._queues[address], key)
         elif upstream and address not in self._starts:
             self.num_refused += 1
             return
@@ -119,6 +119,11 @@ class Flow:
             on_accept = partial(self._sent_by.__setitem__, key, replica)
         await self._queues[address].put(key, body, on_accept)
         self._moves += 1
+
+    def _hand_on(self, held: QueueChannel, queue: QueueChannel, key: int) -> None:
+        held.settle(key)
+        if self._deaths[key] == MAX_DEATHS - 1:
+            queue.suspect(key)  # it was given alone so far, and stays so wherever it goes
 
     def _admit(self, credits: CreditsChannel, key: int) -> None:
         credits.admit(key)
