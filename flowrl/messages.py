@@ -9,6 +9,7 @@ An `Example` is what offline training learns from instead: a prompt with given r
 
 Invariants: `group_id` is the prompt's place in the run's prompt order and names the group everywhere; the lists in
 `samples`, `scores[...]` and every per-sample list have one entry for each sample of the group, in the same order.
+Held-out groups are numbered from `FIRST_HELDOUT`, so that no edge and no ledger takes one for a training group.
 Stages build and read messages; only the runtime calls `encode` and `decode`.
 """
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
     FloatArray = NDArray[np.float32]
     IntArray = NDArray[np.int32]
+
+
+FIRST_HELDOUT = 1 << 40  # no training group of any run comes so far
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -77,7 +81,7 @@ class Buffer(msgspec.Struct, frozen=True, array_like=True):
 
 
 class VersionSpan(msgspec.Struct, frozen=True, array_like=True):
-    """Tokens [start, end) of a response were sampled by policy `version`."""
+    """Tokens [start, end) of a response were sampled by policy `version`; an environment's tokens are in no span."""
 
     version: int
     start: int
@@ -85,18 +89,27 @@ class VersionSpan(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
-    """One response: what was sampled, with which probability, by which policy versions."""
+    """One response: what was sampled, with which probability, by which policy versions.
+
+    Of an episode of several turns it is everything behind the prompt, up to the policy's last token.
+    """
 
     token_ids: Buffer  # int32; ends with the stop token when finish == "stop"
-    logprobs: Buffer  # float32, one per token: behaviour log-probs under the sampling distribution
+    logprobs: Buffer  # float32, one per token: behaviour log-probs under the sampling distribution; 0 under mask 0
     versions: list[VersionSpan]
-    finish: str  # "stop" | "length" | "abort"
+    finish: str  # "stop" | "length" | "abort"; of an episode: ended by its environment, or cut by a limit
     text: str  # decoded without special tokens
+    mask: Buffer | None = None  # float32, 1 on the tokens the policy sampled, 0 on an environment's; None: all are its
 
     @property
     def oldest_version(self) -> int:
         """Return the version that sampled the oldest token."""
         return min(span.version for span in self.versions)
+
+    @property
+    def num_sampled(self) -> int:
+        """Return how many tokens the policy sampled."""
+        return len(self.token_ids) if self.mask is None else int(self.mask.numpy().sum())
 
 
 class Prompt(Message):
@@ -122,9 +135,13 @@ class Rollouts(Prompt):
 
 
 class Scored(Rollouts):
-    """Rollouts with one or more named scores, each already weighted; the reward is their sum."""
+    """Rollouts with one or more named scores, each already weighted; the reward is their sum.
+
+    `placed` says which part of the reward was earned before the end, and where: by a turn's last token, or a step's.
+    """
 
     scores: dict[str, list[float]]
+    placed: list[Buffer] | None = None  # float32, one value per token; what remains of the reward is the last token's
 
     @property
     def rewards(self) -> list[float]:
@@ -145,6 +162,7 @@ class Samples(Referenced):
     returns: list[Buffer] | None = None  # value targets, with a critic
     values: list[Buffer] | None = None  # the critic's values when sampled
     metrics: dict[str, float] = {}  # the credit stage's own figures for this group
+    replays: list[Samples] = []  # groups learned before, to be learned along with this one
 
 
 class Example(Message):
@@ -153,7 +171,7 @@ class Example(Message):
     `masks`, `step_labels` and `ref_logprobs` are float32, one value for each response token.
     """
 
-    group_id: int  # the example's place in the run's order; held-out ones are numbered far beyond it
+    group_id: int  # the example's place in the run's order; held-out ones count from FIRST_HELDOUT
     token_ids: Buffer  # int32, the prompt
     responses: list[Buffer]  # int32; of a preference pair the chosen one first
     masks: list[Buffer] | None = None  # 1 on the tokens to learn; None: all of them

@@ -64,11 +64,6 @@ class CheckpointWriter:
         self._directory = directory
         self._keep = keep
 
-    @property
-    def card(self) -> str:
-        """Return the model card's text with {name} and {version} open."""
-        return CARD
-
     def begin(self, version: int) -> Path:
         """Make the directory to write into and return it.
 

@@ -22,15 +22,12 @@ import math
 import threading
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from flowrl.config import load_object
 from flowrl.errors import RewardError
 from flowrl.rewards.adapters import Adapter, adapted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from flowrl.messages import Rollouts
 
@@ -187,27 +184,6 @@ def _shown(value: Any) -> str:
         return repr(value)[:SHOWN_CHARS]
     except Exception as error:  # its own __repr__, or an integer of too many digits
         return f"what cannot be shown ({type(error).__name__})"
-
-
-def quarantine(directory: Path, group: Rollouts, error: Exception) -> Path:
-    """Write a group and the error that it met as JSON, named by group id, and return the file."""
-    directory.mkdir(parents=True, exist_ok=True)
-    record = {
-        "group_id": group.group_id,
-        "error": str(error),
-        "generator": group.generator,
-        "columns": group.columns,
-        "prompt_token_ids": group.token_ids.tolist(),
-        "samples": [
-            {"text": s.text, "finish": s.finish, "versions": s.versions, "token_ids": s.token_ids.tolist()}
-            for s in group.samples
-        ],
-    }
-    path = directory / f"group-{group.group_id}.json"
-    aside = path.with_suffix(".json.part")  # renamed when whole: a reader never meets half a record
-    aside.write_bytes(msgspec.json.format(msgspec.json.encode(record)))
-    aside.replace(path)
-    return path
 
 
 async def _in_thread(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:

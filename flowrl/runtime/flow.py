@@ -59,7 +59,6 @@ class Flow:
 
     def __init__(self, graph: Graph, ledger: Ledger, *, cut: Cut | None = None) -> None:
         self.ledger = ledger
-        self.num_refused = 0  # messages of groups that their sender did not hold any more
         self._queues: dict[str, QueueChannel] = {}  # by the address of either end
         self._registers: dict[str, RegisterChannel] = {}
         self._credits: dict[str, CreditsChannel] = {}
@@ -107,13 +106,11 @@ class Flow:
         on_accept: partial[None]
         if credits is not None:
             if key in credits.out or self.ledger.has_ended(key):
-                self.num_refused += 1
                 return
             on_accept = partial(self._admit, credits, key)
         elif (held := next((queue for queue in upstream if queue.held.get(key) == replica), None)) is not None:
             on_accept = partial(self._hand_on, held, self._queues[address], key)
         elif upstream and address not in self._starts:
-            self.num_refused += 1
             return
         else:
             on_accept = partial(self._sent_by.__setitem__, key, replica)
@@ -142,7 +139,6 @@ class Flow:
         """Settle held messages; with `learned_in` the groups end in the ledger as learned in that step."""
         for place, key in enumerate(keys):
             if self._queues[address].held.get(key) != replica:
-                self.num_refused += 1
                 continue
             self._queues[address].settle(key)
             if self._sent_by.pop(key, None) is not None:
@@ -155,7 +151,6 @@ class Flow:
     async def reject(self, replica: str, address: str, key: int, kind: str, reason: str) -> None:
         """End a held group as filtered or failed: skip its place in every order and return its credit."""
         if self._queues[address].held.get(key) != replica:
-            self.num_refused += 1
             return
         self._queues[address].settle(key)
         self._end(key, kind, reason)

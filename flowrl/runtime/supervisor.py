@@ -19,9 +19,11 @@ import msgspec
 
 from flowrl.engines.checkpoint import newest_sound, read_cut
 from flowrl.errors import FlowrlError, RunError, StallError, UserError
+from flowrl.messages import decode
 from flowrl.runtime.flow import Released, node_name, replica_name
 from flowrl.runtime.ledger import Cut
 from flowrl.telemetry.events import Event, Notice, Recovery
+from flowrl.telemetry.quarantine import quarantine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -216,7 +218,7 @@ class Supervisor:
             raise _Rollback(name, error)
         try:
             await self._crew.kill(name)
-            await self._spend(name, error)
+            self._charge(node_name(name), (await self._crew.totals())["learned"], error)
             successor = self._incarnations[name] + 1
             released = await self._crew.release(name, successor)
         except HostLost as lost:
@@ -225,16 +227,12 @@ class Supervisor:
         self._report(name, error, released)
         running[asyncio.ensure_future(self._crew.run(name, successor, start))] = name
 
-    async def _spend(self, name: str, error: FlowrlError) -> None:
-        """Count a recovery against the node's budget.
+    def _charge(self, node: str, learned: int, error: FlowrlError) -> None:
+        """Count a recovery against the node's budget, which is whole again once more groups are learned.
 
         Raises:
-            RunError: it is spent.
+            FlowrlError: it is spent; the error is of `error`'s own class.
         """
-        learned = (await self._crew.totals())["learned"]
-        self._charge(node_name(name), learned, error)
-
-    def _charge(self, node: str, learned: int, error: FlowrlError) -> None:
         if self._learned_at.get(node) != learned:
             self._spent[node] = 0
         self._learned_at[node] = learned
@@ -248,7 +246,7 @@ class Supervisor:
         """Return where the next attempt starts.
 
         Raises:
-            FlowrlError: the attempt's own error, where the budget is spent or going back cannot help.
+            FlowrlError: the attempt's own error, where the budget is spent.
         """
         run_dir = self._options.run_dir
         start = newest_start(run_dir, self._tell) if run_dir is not None else Start(cut=Cut())
@@ -270,8 +268,10 @@ class Supervisor:
         self._tell("warning", name, f"{error.what}; restarted as incarnation {self._incarnations[name]}{again}")
         self._recover(name, "restart", len(released.reissued))
         for key, body in released.poisonous:
-            path = quarantine(self._options.run_dir, key, body, name, error) if self._options.run_dir else "no file"
-            self._tell("error", name, f"group {key} killed its stage again and again; its input is in {path}")
+            kept = "nowhere: the run has no directory"
+            if self._options.run_dir is not None:
+                kept = f"in {quarantine(self._options.run_dir, key, decode(body), where=name, error=error)}"
+            self._tell("error", name, f"group {key} killed its stage again and again; its input is {kept}")
 
     def _recover(self, where: str, kind: str, reissued: int) -> None:
         event = Recovery(where=where, kind=kind, reissued=reissued, time_s=self._options.now())
@@ -289,15 +289,3 @@ def newest_start(run_dir: Path, tell: Callable[[str, str, str], None]) -> Start:
     if checkpoint is None:
         return Start(cut=Cut())
     return Start(cut=msgspec.json.decode(read_cut(checkpoint), type=Cut), checkpoint=checkpoint)
-
-
-def quarantine(run_dir: Path, key: int, body: bytes, replica: str, error: FlowrlError) -> Path:
-    """Write down a group that killed its holders: the message it was, as wire form and readable, and the last error."""
-    from flowrl.messages import decode
-
-    directory = run_dir / "quarantine"
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"group-{key}.json"
-    record = {"group_id": key, "replica": replica, "error": str(error), "input": decode(body)}
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(record)))
-    return path

@@ -15,7 +15,7 @@ from flowrl.data.models import prepare_model
 from flowrl.data.prompts import PromptData, PromptSet, load_prompts, load_tokenizer
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
-from flowrl.messages import Buffer, Checkpoint, Prompt, Rollouts
+from flowrl.messages import FIRST_HELDOUT, Buffer, Checkpoint, Prompt, Rollouts
 from flowrl.rewards.isolated import IsolatedFunction, check_loads
 from flowrl.rewards.worker import Opening
 from flowrl.telemetry.causes import Cause
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from flowrl.graph.stage import Context, Say
 
 SHOWN = 3  # completions kept for the report
-FIRST_HELDOUT = 1 << 40  # held-out groups are numbered from here: no training group of any run comes so far
 
 
 class Evaluator(Stage):

@@ -2,9 +2,8 @@
 
 `Examples` admits training examples, one against each credit, in the order of their group ids; `HeldoutExamples` sends
 every held-out example once. Invariant: example k of a run is the row at position k of the data set's order, whatever
-happened before: each credit says which k it is for; held-out ones are numbered from `FIRST_HELDOUT`, so that no edge
-takes one for the other. An objective that needs mismatched pairs (KTO) gets with each row the first response of the
-next row that has another prompt.
+happened before: each credit says which k it is for. An objective that needs mismatched pairs (KTO) gets with each row
+the first response of the next row that has another prompt.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from flowrl.data.prompts import load_tokenizer
 from flowrl.errors import ConfigError, DataError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
-from flowrl.messages import Buffer, Credit, Example
+from flowrl.messages import FIRST_HELDOUT, Buffer, Credit, Example
 from flowrl.stages.tokens import example_group, group_batch, with_constant
 from flowrl.telemetry.causes import Cause
 
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
     from flowrl.algorithms.base import Objective
     from flowrl.graph.stage import Context, Say
-
-FIRST_HELDOUT = 1 << 40  # beyond the number of any training example
 
 
 def load_objective(choice: Select) -> Objective:

@@ -11,7 +11,6 @@ node and the flow's cut between the same two steps. Its return ends the run.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -19,25 +18,23 @@ import msgspec
 from flowrl.config import Meta, Select, widen
 from flowrl.data.models import prepare_model
 from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine
-from flowrl.engines.checkpoint import CheckpointWriter
-from flowrl.errors import ConfigError, ResourceError, RunError, TransferError
+from flowrl.engines.checkpoint import CARD
+from flowrl.errors import ConfigError, RunError, TransferError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
 from flowrl.messages import Buffer, Checkpoint, Credit, Samples, Save, Weights
 from flowrl.stages.credit import load_algorithm
+from flowrl.stages.saving import save_checkpoint
 from flowrl.stages.step import logprob_gap, step_groups, step_metrics
-from flowrl.stages.training import load_state, opened, save_state
+from flowrl.stages.training import load_state, opened, take_step
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.events import Notice, Span, Step
 from flowrl.telemetry.rollouts import write_rollouts
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from flowrl.algorithms.base import Algorithm
     from flowrl.graph.stage import Context, Say
 
-ROOM_RETRY_S = 30.0  # between two looks at a full disk
 CANARY_TOKENS = 32  # long enough that one stale layer shows in the mean, short enough to cost nothing
 
 
@@ -76,6 +73,7 @@ class Learner(Stage):
         self.max_staleness = max_staleness
         self.temperature = temperature
         self.has_critic = has_critic
+        self._rewards: list[float] = []  # of the samples learned since the last checkpoint
 
     def check(self, say: Say) -> None:
         """Prepare the model, load the algorithm, hold the step's division against its size."""
@@ -105,38 +103,20 @@ class Learner(Stage):
             context.version = 0
             if context.resume_from is not None:
                 context.version = await context.compute(load_state, engine, context.resume_from / context.node)
-            saver = CheckpointWriter(context.run_dir / "checkpoints", keep=self.config.keep_checkpoints)
             saved = context.version if context.resume_from else -1
             async with asyncio.TaskGroup() as tasks:
                 push = await self._publish(context, engine, [], tasks)
                 while context.version < self.steps:
-                    batch = await self._next_batch(context)
+                    batch = await take_step(self.samples, context, self.groups_per_step)
                     if batch is None:
                         break
                     push = await self._step(context, engine, algorithm, batch, push, tasks)
                     if self.config.save_every and context.version % self.config.save_every == 0:
-                        await self._save(context, engine, saver)
+                        await self._save(context, engine)
                         saved = context.version
                 await push
                 if saved != context.version:
-                    await self._save(context, engine, saver)
-
-    async def _next_batch(self, context: Context) -> list[Samples] | None:
-        """Wait for a full step of groups, or return None when the user asked to stop and none is left under way."""
-
-        async def drained() -> None:
-            await context.stopping.wait()
-            await context.fewer_out(self.groups_per_step)
-
-        taking = asyncio.ensure_future(self.samples.take(self.groups_per_step))
-        draining = asyncio.ensure_future(drained())
-        try:
-            await asyncio.wait([taking, draining], return_when=asyncio.FIRST_COMPLETED)
-            return taking.result() if taking.done() else None
-        finally:
-            for waiting in (taking, draining):
-                waiting.cancel()
-            await asyncio.gather(taking, draining, return_exceptions=True)
+                    await self._save(context, engine)
 
     async def _step(self, context: Context, engine: TrainingEngine, algorithm: Algorithm, batch: list[Samples],
                     push: asyncio.Task[None], tasks: asyncio.TaskGroup) -> asyncio.Task[None]:  # fmt: skip
@@ -154,7 +134,7 @@ class Learner(Stage):
         context.version += 1
         context.done += len(batch)
         await self.samples.done(*batch, learned_in=version)
-        self._rewards = [*self._rewards, *(reward for group in batch for reward in group.rewards)]
+        self._rewards += [reward for group in batch for reward in group.rewards]
         context.recorder.record(
             Span(node=context.node, replica=context.replica, name=f"step {version}", start_s=start_s,
                  end_s=context.now(), groups=[group.group_id for group in batch])
@@ -224,46 +204,12 @@ class Learner(Stage):
         every = self.config.evaluate_every
         return version in (0, self.steps) or bool(every and version % every == 0)
 
-    _rewards: Sequence[float] = ()  # of the samples learned since the last checkpoint
-
-    async def _save(self, context: Context, engine: TrainingEngine, saver: CheckpointWriter) -> None:
-        """Write a checkpoint; while the disk is full, say so and wait for room."""
-        while True:
-            try:
-                path = await self._write(context, engine, saver)
-                break
-            except ResourceError as error:
-                if context.stopping.is_set():
-                    raise
-                text = f"{error}; trying again every {ROOM_RETRY_S:.0f} s"
-                context.recorder.record(Notice(level="warning", where=context.where, text=text, time_s=context.now()))
-                await asyncio.sleep(ROOM_RETRY_S)
-        self._rewards = []
-        text = f"version {context.version} saved in {path}"
-        context.recorder.record(Notice(level="info", where=context.where, text=text, time_s=context.now()))
-
-    async def _write(self, context: Context, engine: TrainingEngine, saver: CheckpointWriter) -> Path:
-        start_s, version = context.now(), context.version
-        aside = await context.compute(saver.begin, version)
-        try:
-            async with asyncio.TaskGroup() as parts:
-                if self.saves.is_connected:
-                    parts.create_task(self.saves.put(Save(version=version, directory=str(aside))))
-                card = saver.card.format(name=context.run_dir.name, version=version)
-                await context.compute(_save, engine, aside, context.node, version, card)
-        except ExceptionGroup as errors:
-            failed, others = errors.split((OSError, RuntimeError, RunError))
-            if failed is None or others is not None:
-                raise
-            raise await context.compute(saver.failure, aside, version, failed.exceptions[0]) from errors
+    async def _save(self, context: Context, engine: TrainingEngine) -> None:
+        """Write a checkpoint; the best is the one whose steps since the checkpoint before had the best mean reward."""
         score = sum(self._rewards) / len(self._rewards) if self._rewards else 0.0
-        cut = await context.cut(version)
-        path = await context.compute(_commit, saver, aside, version, cut, score)
-        context.recorder.record(
-            Span(node=context.node, replica=context.replica, name=f"checkpoint {version}", start_s=start_s,
-                 end_s=context.now())
-        )  # fmt: skip
-        return path
+        keep = self.config.keep_checkpoints
+        await save_checkpoint(context, engine, card=CARD, keep=keep, score=score, saves=self.saves)
+        self._rewards = []
 
     def _record(self, context: Context, batch: list[Samples], staleness: list[int], metrics: dict[str, float],
                 step_s: float) -> None:  # fmt: skip
@@ -283,12 +229,3 @@ class Learner(Stage):
 def _canary() -> Buffer:
     """Return a fixed token sequence that every vocabulary of 64 or more tokens has."""
     return Buffer.ints([3 + (7 * i) % 61 for i in range(CANARY_TOKENS)])
-
-
-def _save(engine: TrainingEngine, aside: Path, node: str, version: int, card: str) -> None:
-    engine.save_model(aside / "model", card=card)
-    save_state(engine, aside / node, version)
-
-
-def _commit(saver: CheckpointWriter, aside: Path, version: int, cut: bytes, score: float) -> Path:
-    return saver.commit(aside, version=version, cut=cut, score=score)

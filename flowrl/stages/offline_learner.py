@@ -8,26 +8,23 @@ ends the run.
 
 from __future__ import annotations
 
-import asyncio
-from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from flowrl.config import Meta, Select, widen
 from flowrl.data.models import prepare_model
 from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine
-from flowrl.engines.checkpoint import CheckpointWriter
-from flowrl.errors import RunError
+from flowrl.engines.checkpoint import CARD
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
 from flowrl.messages import Credit, Example
 from flowrl.stages.examples import load_objective
+from flowrl.stages.saving import save_checkpoint
 from flowrl.stages.tokens import example_group, group_batch, with_constant
-from flowrl.stages.training import load_state, opened, save_state
-from flowrl.telemetry.events import Evaluation, Notice, Span, Step
+from flowrl.stages.training import load_state, opened, take_step
+from flowrl.telemetry.events import Evaluation, Span, Step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from flowrl.algorithms.base import Objective
     from flowrl.graph.stage import Context, Say
@@ -69,6 +66,7 @@ class OfflineLearner(Stage):
         self.steps = steps
         self.examples_per_step = examples_per_step
         self.num_heldout = num_heldout  # examples that will arrive at `heldout`
+        self._score = 0.0  # the mean held-out score of late, or minus the training loss where nothing is held out
 
     def check(self, say: Say) -> None:
         """Prepare the model and load the objective."""
@@ -96,7 +94,7 @@ class OfflineLearner(Stage):
             if heldout:  # after a resume too: checkpoints are compared by the newest score
                 await self._evaluate(context, engine, objective, heldout)
             while context.version < self.steps:
-                batch = await self._next_batch(context)
+                batch = await take_step(self.examples, context, self.examples_per_step)
                 if batch is None:
                     break
                 await self._step(context, engine, objective, batch, heldout)
@@ -105,8 +103,6 @@ class OfflineLearner(Stage):
                     saved = context.version
             if saved != context.version:
                 await self._save(context, engine, objective)
-
-    _score = 0.0  # the mean held-out score of late, or minus the training loss where nothing is held out
 
     async def _take_heldout(self) -> list[Example]:
         """Wait for every held-out example; returns them in the order of the data."""
@@ -118,23 +114,6 @@ class OfflineLearner(Stage):
             found[example.group_id] = example
             await self.heldout.done(example)
         return [found[group_id] for group_id in sorted(found)]
-
-    async def _next_batch(self, context: Context) -> list[Example] | None:
-        """Wait for a full step of examples, or return None when the user asked to stop and no step is under way."""
-
-        async def drained() -> None:
-            await context.stopping.wait()
-            await context.fewer_out(self.examples_per_step)
-
-        taking = asyncio.ensure_future(self.examples.take(self.examples_per_step))
-        draining = asyncio.ensure_future(drained())
-        try:
-            await asyncio.wait([taking, draining], return_when=asyncio.FIRST_COMPLETED)
-            return taking.result() if taking.done() else None
-        finally:
-            for waiting in (taking, draining):
-                waiting.cancel()
-            await asyncio.gather(taking, draining, return_exceptions=True)
 
     async def _step(self, context: Context, engine: TrainingEngine, objective: Objective, batch: list[Example],
                     heldout: list[Example]) -> None:  # fmt: skip
@@ -181,26 +160,8 @@ class OfflineLearner(Stage):
         )  # fmt: skip
 
     async def _save(self, context: Context, engine: TrainingEngine, objective: Objective) -> None:
-        start_s, version = context.now(), context.version
-        saver = CheckpointWriter(context.run_dir / "checkpoints", keep=self.config.keep_checkpoints)
-        aside = await context.compute(saver.begin, version)
-        card = (saver.card if objective.head == "policy" else VALUES_CARD).format(
-            name=context.run_dir.name, version=version
-        )
-        try:
-            await context.compute(_write, engine, aside, context.node, version, card)
-        except (OSError, RuntimeError, RunError) as error:
-            raise await context.compute(saver.failure, aside, version, error) from error
-        cut = await context.cut(version)
-        path = await context.compute(partial(saver.commit, aside, version=version, cut=cut, score=self._score))
-        self._record_span(context, f"checkpoint {version}", start_s, [])
-        text = f"version {version} saved in {path}"
-        context.recorder.record(Notice(level="info", where=context.where, text=text, time_s=context.now()))
-
-
-def _write(engine: TrainingEngine, aside: Path, node: str, version: int, card: str) -> None:
-    engine.save_model(aside / "model", card=card)
-    save_state(engine, aside / node, version)
+        card = CARD if objective.head == "policy" else VALUES_CARD
+        await save_checkpoint(context, engine, card=card, keep=self.config.keep_checkpoints, score=self._score)
 
 
 def step_groups(engine: TrainingEngine, objective: Objective, examples: Sequence[Example]) -> list[TokenGroup]:

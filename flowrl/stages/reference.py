@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from flowrl.config import Meta, widen
 from flowrl.data.models import prepare_model
-from flowrl.engines.base import Training, TrainingConfig, TrainingEngine, open_engine
+from flowrl.engines.base import Training, TrainingConfig
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
 from flowrl.messages import Buffer, Referenced, Scored, extend
 from flowrl.stages.tokens import token_group
-from flowrl.telemetry.causes import Cause
+from flowrl.stages.training import opened
 from flowrl.telemetry.events import Span
 
 if TYPE_CHECKING:
@@ -41,20 +41,18 @@ class Reference(Stage):
         """Prepare the model."""
         prepare_model(self.model, say=say)
 
+    def _settings(self) -> TrainingConfig:
+        model = str(prepare_model(self.model))
+        return widen(TrainingConfig, self.config, model=model, temperature=self.temperature)
+
+    async def follow(self, context: Context) -> None:
+        """Serve as a rank other than 0."""
+        async with opened(context, self.config.engine, self._settings, steps=1) as engine:
+            await context.compute(engine.follow)
+
     async def run(self, context: Context) -> None:
         """Score groups until the edge closes."""
-        with context.clock.charge(Cause.START):
-            directory = await context.compute(prepare_model, self.model)
-            settings = widen(TrainingConfig, self.config, model=str(directory), temperature=self.temperature)
-            engine: TrainingEngine = open_engine(
-                self.config.engine,
-                where=context.where,
-                config=settings,
-                name=context.where,
-                **self.config.engine_options,
-            )
-            await context.compute(engine.open, context.ranks)
-        try:
+        async with opened(context, self.config.engine, self._settings, steps=1) as engine:
             while True:
                 groups = await self.scored.get_some(self.config.batch_groups)
                 start_s = context.now()
@@ -68,5 +66,3 @@ class Reference(Stage):
                     buffers = [Buffer.floats(row) for row in rows]
                     await self.referenced.put(extend(Referenced, group, ref_logprobs=buffers))
                     context.done += 1
-        finally:
-            await context.compute(engine.close)

@@ -22,12 +22,13 @@ from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Rollouts, Scored, extend
 from flowrl.rewards.adapters import Adapter
-from flowrl.rewards.function import RewardFunction, quarantine
+from flowrl.rewards.function import RewardFunction
 from flowrl.rewards.isolated import IsolatedFunction, check_loads
 from flowrl.rewards.worker import Opening
 from flowrl.stages.tokens import token_group
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.events import Notice, Span
+from flowrl.telemetry.quarantine import quarantine
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -225,7 +226,7 @@ async def give_up(
     on_error: Literal["skip", "stop"],
 ) -> None:
     """Keep a group that could not be scored on disk, then reject it, or raise the error where `on_error` is "stop"."""
-    path = quarantine(context.run_dir / "quarantine", group, error)
+    path = quarantine(context.run_dir, group.group_id, group, where=context.where, error=error)
     if on_error == "stop":
         raise error
     await rollouts.reject(group, kind="failed", reason=str(error))

@@ -1,7 +1,8 @@
-"""A training engine around a stage's work: opened, its state saved and loaded with a version, closed."""
+"""What training stages share: an engine opened and closed around their work, its state, and the wait for a step."""
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
+    from flowrl.graph.ports import In
     from flowrl.graph.stage import Context
+    from flowrl.messages import M
 
 
 @asynccontextmanager
@@ -53,3 +56,21 @@ def load_state(engine: TrainingEngine, directory: Path) -> int:
     """Read an engine's state back and return the policy version it was saved at; blocking."""
     engine.load_state(directory)
     return read_version(directory)
+
+
+async def take_step(port: In[M], context: Context, size: int) -> list[M] | None:
+    """Wait for a full step of messages, or return None once the user asked to stop and fewer than a step are out."""
+
+    async def drained() -> None:
+        await context.stopping.wait()
+        await context.fewer_out(size)
+
+    taking = asyncio.ensure_future(port.take(size))
+    draining = asyncio.ensure_future(drained())
+    try:
+        await asyncio.wait([taking, draining], return_when=asyncio.FIRST_COMPLETED)
+        return taking.result() if taking.done() else None
+    finally:
+        for waiting in (taking, draining):
+            waiting.cancel()
+        await asyncio.gather(taking, draining, return_exceptions=True)

@@ -139,7 +139,8 @@ def test_deepspeed_in_bfloat16_keeps_float32_weights_as_plain_torch_does(model, 
 
 
 def test_a_published_version_arrives_through_shared_memory(model):
-    from flowrl.engines.weights.base import decode_manifest, unpack, verify
+    from flowrl.engines.weights.base import unpack, verify
+    from flowrl.engines.weights.manifest import decode_manifest
     from flowrl.engines.weights.shm import ShmFetcher
 
     engine = engine_of(TORCH, model)

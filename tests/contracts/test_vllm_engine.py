@@ -348,9 +348,9 @@ def test_a_changed_byte_is_a_proof_error_and_nothing_is_served_after_it(model, p
             await engine.update_weights(policy.publish())
             weights = policy.publish(seed=4)
             change_first_byte(Path(json.loads(weights.manifest)["path"]))
-            with pytest.raises(ProofError, match="bucket 0 of 1 of version 1"):
+            with pytest.raises(ProofError, match=r"weight of version 1 \("):
                 await engine.update_weights(weights)
-            with pytest.raises(ProofError, match="bucket 0 of 1"):
+            with pytest.raises(ProofError, match=r"weight of version"):
                 await draw(engine, PROMPTS[0])
         finally:
             await engine.close()

@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from flowrl.engines.weights import open_sender
-from flowrl.engines.weights.base import decode_manifest, digest, pack, unpack
+from flowrl.engines.weights.base import digest, pack, unpack, verify
 from flowrl.engines.weights.broadcast import BroadcastFetcher
 from flowrl.engines.weights.group import BroadcastGroup
+from flowrl.engines.weights.manifest import decode_manifest
 from flowrl.engines.weights.shm import ShmFetcher, ShmSender
 from flowrl.errors import ConfigError, ProofError, ResourceError, TransferError
 
@@ -78,7 +79,8 @@ def test_packing_respects_the_bucket_size_and_a_large_tensor_has_a_bucket_of_its
     assert [bucket.tensors[0].name for bucket, _ in packed][:2] == ["embed.weight", "norm.weight"]
     assert len(packed) > 2
     assert all(bucket.size <= BUCKET for bucket, _ in packed[1:])
-    assert all(digest(raw) == bucket.digest for bucket, raw in packed)
+    expected = {name: digest(tensor.reshape(-1).view(torch.uint8)) for name, tensor in some_tensors(0).items()}
+    assert {spec.name: spec.digest for bucket, _ in packed for spec in bucket.tensors} == expected
 
 
 def test_packing_copies_a_tensor_before_the_next_is_asked_for():
@@ -120,7 +122,7 @@ def test_shared_memory_keeps_a_mapped_version_after_it_was_retired(opened):
     sender.retire(1)
     with pytest.raises(TransferError, match="version 0 cannot be read"):
         ShmFetcher("g[1]").fetch(manifest)
-    assert [digest(raw) for raw in buffers] == [bucket.digest for bucket in manifest.buckets]
+    verify(manifest, buffers, "g[0]")
     assert_same(received(ShmFetcher("late"), second), some_tensors(1))
 
 
@@ -161,7 +163,7 @@ def test_one_changed_byte_in_shared_memory_is_found(opened):
         old = file.read(1)[0]
         file.seek(size_bytes - 5)
         file.write(bytes([old ^ 1]))
-    with pytest.raises(ProofError, match=r"bucket \d+ of \d+ of version 0"):
+    with pytest.raises(ProofError, match=r"layers\.11\.weight of version 0"):
         ShmFetcher("g[0]").fetch(decode_manifest(wire))
 
 
@@ -312,7 +314,7 @@ def test_a_changed_byte_in_a_broadcast_is_found(opened):
     sender._held[0][0][17] ^= 1  # after the digest was taken: what a broken network would do
     with ThreadPoolExecutor(1) as pool:
         sent = pool.submit(sender.transfer, 0)
-        with pytest.raises(ProofError, match="bucket 0 of"):
+        with pytest.raises(ProofError, match=r"embed\.weight of version 0"):
             fetcher.fetch(decode_manifest(wire))
         sent.result()
 

@@ -6,13 +6,8 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
-import functools
 import random
-import shutil
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from flowrl.algorithms.base import Algorithm
@@ -23,6 +18,7 @@ from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Rollouts, Samples, extend
 from flowrl.runtime.local import LocalOptions, Outcome, run_local
+from flowrl.runtime.timed_graph import stand_in_model
 from flowrl.runtime.virtual_clock import run_virtual
 from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
@@ -123,18 +119,6 @@ class FlowSettings:
     is_finite: bool = True  # no group is admitted that the run would not learn
 
 
-@functools.cache
-def empty_model() -> str:
-    """Return a directory that passes for a model's: fakes never open it."""
-    directory = Path(tempfile.mkdtemp(prefix="flowrl-tests-"))
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    header = b"{}"
-    (directory / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    (directory / "config.json").write_text("{}")
-    (directory / "tokenizer.json").write_text("{}")
-    return str(directory)
-
-
 def random_settings(seed: int) -> FlowSettings:
     draw = random.Random(seed)
     per_version = draw.randint(1, 6)
@@ -167,13 +151,13 @@ def flow(s: FlowSettings) -> Graph:
     generator = Generator(
         Generator.Config(replicas=s.generators, max_groups=2, engine="flowrl.engines.fake:FakeGeneration",
                          engine_options={"times": times}),
-        model=empty_model(), sampling=Sampling(max_tokens=8), heldout_sampling=Sampling(max_tokens=8),
+        model=stand_in_model(), sampling=Sampling(max_tokens=8), heldout_sampling=Sampling(max_tokens=8),
     )  # fmt: skip
     scorer = Scorer(Scorer.Config(replicas=s.scorers, mean_s=s.score_s, filter_every=s.filter_every, seed=s.seed))
     learner = ObservedLearner(
         Learner.Config(engine="flowrl.engines.fake:FakeTraining", engine_options={"times": times}, save_rollouts=False,
                        save_every=s.save_every),
-        model=empty_model(), algorithm=Select(use="tests.support.flows:NullAlgorithm"), steps=s.steps,
+        model=stand_in_model(), algorithm=Select(use="tests.support.flows:NullAlgorithm"), steps=s.steps,
         groups_per_step=s.groups_per_step, group_size=2, max_staleness=s.max_staleness, temperature=1.0,
         has_critic=False,
     )  # fmt: skip

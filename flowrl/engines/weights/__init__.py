@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flowrl.engines.weights.base import BUCKET_BYTES, WeightSender
+from flowrl.engines.weights.manifest import BUCKET_BYTES
 from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["WeightSender", "open_sender"]
+    from flowrl.engines.weights.base import WeightSender
 
 
 def open_sender(

@@ -1,8 +1,8 @@
-"""The manifest of a published version, and packing tensors into the buckets it lists.
+"""Packing tensors into the buckets that a manifest lists, and what senders and fetchers of a transport do.
 
-Invariants: a bucket is named by its blake3 digest, and a receiver verifies the digest of the bytes it is about to
-load; tensors lie in a bucket as raw little-endian bytes, each at a multiple of 64, never pickled; a tensor that is
-yielded under two names (tied embeddings) travels once, under the first. Called by the senders and by the receivers.
+Invariants: a receiver holds the bytes of every tensor against its digest before they are loaded; tensors lie in a
+bucket as raw little-endian bytes, each at a multiple of 64, never pickled; a tensor that is yielded under two names
+(tied embeddings) travels once, under the first. Called by the senders and by the receivers.
 """
 
 from __future__ import annotations
@@ -10,67 +10,18 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
-import msgspec
 import torch
 from blake3 import blake3
 
+from flowrl.engines.weights.manifest import Bucket, TensorSpec
 from flowrl.errors import ProofError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-BUCKET_BYTES = 64 << 20  # large enough to amortise a message, small enough to hold beside a model
+    from flowrl.engines.weights.manifest import AnyManifest, Manifest
+
 ALIGNMENT_BYTES = 64  # a cache line; more than any dtype needs to be viewed in place
-
-
-class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
-    """Where a tensor lies in its bucket."""
-
-    name: str  # Hugging Face parameter name
-    dtype: str  # torch's name without "torch."
-    shape: tuple[int, ...]
-    offset: int  # bytes from the start of the bucket
-
-
-class Bucket(msgspec.Struct, frozen=True, kw_only=True):
-    """A run of packed bytes; `offset` counts from the start of the version."""
-
-    offset: int
-    size: int
-    digest: str  # blake3, hex
-    tensors: list[TensorSpec]
-
-
-class Manifest(msgspec.Struct, frozen=True, kw_only=True, tag_field="transport"):
-    """What a version consists of; each transport adds how to get it."""
-
-    version: int
-    buckets: list[Bucket]
-
-    @property
-    def size_bytes(self) -> int:
-        """Return the bytes of all buckets."""
-        return sum(bucket.size for bucket in self.buckets)
-
-
-class ShmManifest(Manifest, frozen=True, kw_only=True, tag="shm"):
-    """The version is one file in shared memory."""
-
-    path: str
-
-
-class BroadcastManifest(Manifest, frozen=True, kw_only=True, tag="broadcast"):
-    """The version is broadcast from rank 0 of a group formed through the store at host:port."""
-
-    host: str
-    port: int  # of the store where receivers announce themselves
-    pull_port: int  # of the server for those who were not in the group
-    token: str  # what the pull server wants to hear
-    backend: str  # "gloo" | "nccl"
-    world: int  # receivers expected, each with its tensor-parallel ranks, and the sender
-
-
-AnyManifest = ShmManifest | BroadcastManifest
 
 
 class WeightSender(Protocol):
@@ -114,16 +65,6 @@ class WeightFetcher(Protocol):
         ...
 
 
-def encode_manifest(manifest: AnyManifest) -> bytes:
-    """Return the manifest as JSON."""
-    return msgspec.json.encode(manifest)
-
-
-def decode_manifest(wire: bytes | str) -> AnyManifest:
-    """Read what `encode_manifest` wrote."""
-    return msgspec.json.decode(wire, type=AnyManifest)
-
-
 def memory(raw: torch.Tensor) -> memoryview:
     """Return the bytes of a host buffer, shared with it."""
     array: Any = raw.numpy()
@@ -163,7 +104,8 @@ def pack(
         buffer[used:offset].zero_()
         used = offset + source.numel()
         buffer[offset:used].copy_(source)
-        specs.append(TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), offset))
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        specs.append(TensorSpec(name, dtype, tuple(tensor.shape), offset, used - offset, digest(buffer[offset:used])))
     if specs:
         yield _bucket(start, buffer[:used], specs), buffer[:used]
 
@@ -171,28 +113,29 @@ def pack(
 def unpack(bucket: Bucket, raw: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield views of the tensors in a bucket's bytes, on whatever device these are."""
     for spec in bucket.tensors:
-        dtype = getattr(torch, spec.dtype)
-        count = dtype.itemsize
-        for length in spec.shape:
-            count *= length
-        yield spec.name, raw[spec.offset : spec.offset + count].view(dtype).view(spec.shape)
+        yield spec.name, _bytes_of(spec, raw).view(getattr(torch, spec.dtype)).view(spec.shape)
 
 
 def verify(manifest: Manifest, buffers: Sequence[torch.Tensor], where: str) -> None:
-    """Hold every bucket received against its digest.
+    """Hold every tensor received against its digest.
 
     Raises:
-        ProofError: one of them differs, by name of its first tensor.
+        ProofError: one of them differs, by its name.
     """
-    for index, (bucket, raw) in enumerate(zip(manifest.buckets, buffers, strict=True)):
-        found = digest(raw)
-        if found != bucket.digest:
-            raise ProofError(
-                where,
-                f"bucket {index} of {len(manifest.buckets)} of version {manifest.version} ({bucket.size} bytes from "
-                f"{bucket.tensors[0].name}) has digest {found[:12]}, published was {bucket.digest[:12]}",
-                "the bytes changed on the way; check memory and network, then restart this generator",
-            )
+    for bucket, raw in zip(manifest.buckets, buffers, strict=True):
+        for spec in bucket.tensors:
+            found = digest(_bytes_of(spec, raw))
+            if found != spec.digest:
+                raise ProofError(
+                    where,
+                    f"{spec.name} of version {manifest.version} ({spec.size} bytes) has digest {found[:12]}, "
+                    f"published was {spec.digest[:12]}",
+                    "the bytes changed on the way; check memory and network, then restart this generator",
+                )
+
+
+def _bytes_of(spec: TensorSpec, raw: torch.Tensor) -> torch.Tensor:
+    return raw[spec.offset : spec.offset + spec.size]
 
 
 def _aligned(offset: int) -> int:
@@ -200,4 +143,4 @@ def _aligned(offset: int) -> int:
 
 
 def _bucket(start: int, raw: torch.Tensor, specs: list[TensorSpec]) -> Bucket:
-    return Bucket(offset=start, size=raw.numel(), digest=digest(raw), tensors=specs)
+    return Bucket(offset=start, size=raw.numel(), tensors=specs)

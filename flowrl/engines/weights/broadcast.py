@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
-from flowrl.engines.weights.base import AnyManifest, BroadcastManifest, encode_manifest, pack, verify
+from flowrl.engines.weights.base import pack, verify
 from flowrl.engines.weights.group import BroadcastGroup
+from flowrl.engines.weights.manifest import AnyManifest, BroadcastManifest, encode_manifest
 from flowrl.engines.weights.pull import PullServer, pull
 from flowrl.errors import ResourceError, TransferError
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from flowrl.engines.weights.base import BroadcastManifest
+    from flowrl.engines.weights.manifest import BroadcastManifest
 
 MAX_REQUEST_BYTES = 4096  # a request is a token and a number
 

@@ -24,8 +24,9 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from flowrl.engines.weights.base import AnyManifest, ShmManifest, WeightFetcher, decode_manifest, unpack
+from flowrl.engines.weights.base import WeightFetcher, unpack
 from flowrl.engines.weights.broadcast import BroadcastFetcher
+from flowrl.engines.weights.manifest import AnyManifest, ShmManifest, decode_manifest
 from flowrl.engines.weights.shm import ShmFetcher
 from flowrl.errors import ProofError, RunError
 

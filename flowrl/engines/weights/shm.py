@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flowrl.engines.weights.base import AnyManifest, Bucket, ShmManifest, encode_manifest, memory, pack, verify
+from flowrl.engines.weights.base import memory, pack, verify
+from flowrl.engines.weights.manifest import AnyManifest, Bucket, ShmManifest, encode_manifest
 from flowrl.errors import ProofError, ResourceError, TransferError
 
 if TYPE_CHECKING:

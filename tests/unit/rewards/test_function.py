@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 
 from flowrl.errors import ConfigError, RewardError
 from flowrl.messages import Buffer, Rollouts, Sample, VersionSpan
-from flowrl.rewards.function import RewardFunction, quarantine
+from flowrl.rewards.function import RewardFunction
 from tests.unit.rewards import reward_functions
 
 HERE = "tests.unit.rewards.reward_functions"
@@ -165,13 +164,3 @@ def test_cancellation_travels_on(name):
 def test_path_that_is_no_function_is_refused_before_the_run(name):
     with pytest.raises(ConfigError):
         RewardFunction(f"{HERE}:{name}", "reward.function")
-
-
-def test_quarantined_group_can_be_read_back(tmp_path):
-    path = quarantine(tmp_path / "quarantine", rollouts(), RewardError("reward.0", "raised KeyError"))
-    record = json.loads(path.read_text())
-    assert path.name == "group-7.json"
-    assert record["error"] == "reward.0: raised KeyError"
-    assert [sample["text"] for sample in record["samples"]] == ["one", "three"]
-    assert record["columns"]["answer"] == "one"
-    assert [p.name for p in path.parent.iterdir()] == ["group-7.json"]

@@ -11,11 +11,12 @@ from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Referenced, Rollouts, extend
 from flowrl.runtime.ledger import read_entries
+from flowrl.runtime.timed_graph import stand_in_model
 from flowrl.stages.advantage import Advantage
 from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
-from tests.support.flows import NumberedPrompts, empty_model, run
+from tests.support.flows import NumberedPrompts, run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +50,7 @@ def test_groups_without_contrast_are_filtered_and_never_learned(tmp_path: Path) 
     prompts = NumberedPrompts(Prompts.Config(), group_size=2, seed=0)
     generator = Generator(
         Generator.Config(engine="flowrl.engines.fake:FakeGeneration"),
-        model=empty_model(),
+        model=stand_in_model(),
         sampling=Sampling(max_tokens=4),
         heldout_sampling=Sampling(),
     )
@@ -57,7 +58,7 @@ def test_groups_without_contrast_are_filtered_and_never_learned(tmp_path: Path) 
     advantage = Advantage(Advantage.Config(), algorithm=DAPO, group_size=2)
     learner = Learner(
         Learner.Config(engine="flowrl.engines.fake:FakeTraining", save_rollouts=False),
-        model=empty_model(), algorithm=DAPO, steps=STEPS, groups_per_step=GROUPS, group_size=2, max_staleness=1,
+        model=stand_in_model(), algorithm=DAPO, steps=STEPS, groups_per_step=GROUPS, group_size=2, max_staleness=1,
         temperature=1.0, has_critic=False,
     )  # fmt: skip
     graph = Graph(

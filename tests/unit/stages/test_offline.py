@@ -15,13 +15,13 @@ from flowrl.config import Select
 from flowrl.errors import ConfigError, DataError
 from flowrl.graph.graph import Credits, Graph, Queue
 from flowrl.runtime.local import LocalOptions, run_local
+from flowrl.runtime.timed_graph import stand_in_model
 from flowrl.runtime.virtual_clock import run_virtual
 from flowrl.stages.example_reference import ExampleReference
 from flowrl.stages.examples import Examples, HeldoutExamples, example_of, load_objective, mismatched_of, try_rows
 from flowrl.stages.offline_learner import OfflineLearner, counted, measure, step_groups
 from flowrl.stages.tokens import example_group
 from flowrl.telemetry.events import Evaluation, Event, Span, Step
-from tests.support.flows import empty_model
 from tests.support.offline import NUMBERED, NumberedExamples, NumberedHeldout, example_row
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ STEPS, PER_STEP = 3, 4
 
 
 def graph(objective: str, *, replicas: int = 1, evaluate_every: int = 0, engine: str = FAKE) -> Graph:
-    choice, model = Select(use=objective), empty_model()
+    choice, model = Select(use=objective), stand_in_model()
     times = {"times": {"score_s": 0.3, "train_s": 0.1}}
     examples = NumberedExamples(Examples.Config(), objective=choice)
     heldout = NumberedHeldout(HeldoutExamples.Config(), objective=choice)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flowrl.errors import ConfigError, ModelError, RewardError
+from flowrl.runtime.timed_graph import stand_in_model
 from flowrl.stages.reward import Reward, RewardModel, read_normalisation
 from flowrl.telemetry.events import Notice, Span
 from tests.support.alone import rollouts, run_alone
-from tests.support.flows import empty_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,7 +91,7 @@ def test_a_group_that_fails_every_time_is_kept_and_rejected_and_the_others_go_on
     assert "raised ValueError: a bad one" in alone.rejected[0][2]
     assert len(calls) == 2 + 3
     kept = json.loads((tmp_path / "quarantine" / "group-1.json").read_text())
-    assert kept["samples"][0]["text"] == "bad"
+    assert kept["input"]["samples"][0]["text"] == "bad"
     notice = next(event for event in alone.events if isinstance(event, Notice))
     assert (notice.level, notice.where) == ("warning", "reward.0")
     assert "group-1.json" in notice.text
@@ -126,7 +126,7 @@ class FakeScores:
 
 def model_with(tmp_path: Path, **settings: Any) -> str:
     directory = tmp_path / "model"
-    shutil.copytree(empty_model(), directory)
+    shutil.copytree(stand_in_model(), directory)
     (directory / "config.json").write_text(json.dumps(settings))
     return str(directory)
 
@@ -137,13 +137,13 @@ def run_model(tmp_path: Path, model: str, groups: list[Any], *, node: str = "jud
 
 
 def test_a_reward_models_scores_are_clipped_weighted_and_named_after_the_node(tmp_path: Path):
-    scored = run_model(tmp_path, empty_model(), [rollouts("a", "b", "c")], clip=1.5, weight=2.0)
+    scored = run_model(tmp_path, stand_in_model(), [rollouts("a", "b", "c")], clip=1.5, weight=2.0)
     assert scored.scores == {"judge": [0.0, 2.0, 3.0]}
 
 
 def test_two_reward_models_in_a_row_add_up(tmp_path: Path):
-    first = run_model(tmp_path, empty_model(), [rollouts("a", "b")], node="helpful")
-    second = run_model(tmp_path, empty_model(), [first], node="harmless", weight=-0.5)
+    first = run_model(tmp_path, stand_in_model(), [rollouts("a", "b")], node="helpful")
+    second = run_model(tmp_path, stand_in_model(), [first], node="harmless", weight=-0.5)
     assert second.scores == {"helpful": [0.0, 1.0], "harmless": [0.0, -0.5]}
     assert second.rewards == [0.0, 0.5]
 
@@ -169,4 +169,4 @@ def test_a_model_without_normalisation_is_left_as_it_is(tmp_path: Path):
 
 def test_a_score_that_is_no_number_ends_the_run(tmp_path: Path):
     with pytest.raises(RewardError, match="scored a sample of group 7 nan"):
-        run_model(tmp_path, empty_model(), [rollouts("a", "b")], engine_options={"scale": float("nan")})
+        run_model(tmp_path, stand_in_model(), [rollouts("a", "b")], engine_options={"scale": float("nan")})
