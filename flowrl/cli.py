@@ -66,6 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--debug", action="store_true", help="show tracebacks")
     verify.set_defaults(command=_verify)
 
+    replay = commands.add_parser("replay", help="train again from what a run recorded, without generators")
+    replay.add_argument("run", type=Path, help="the run's directory")
+    replay.add_argument("--steps", type=_steps, default=(0, None), metavar="FIRST:END",
+                        help="replay these steps only, beginning from a checkpoint (default: all)")  # fmt: skip
+    replay.add_argument("--diff", action="store_true", help="name the first step and tensor that differ; exit 1 if so")
+    replay.add_argument("--name", help="of the replay; its directory lies beside the run's (default: run and time)")
+    replay.add_argument("--debug", action="store_true", help="show tracebacks")
+    replay.set_defaults(command=_replay)
+
     simulate = commands.add_parser("simulate", help="predict how a graph runs, from the profile of a run")
     _graph_options(simulate)
     _profile_option(simulate)
@@ -156,6 +165,22 @@ def _verify(options: argparse.Namespace) -> int:
     verdict = verify_run(options.run)
     print(describe(verdict, options.run))
     return 0 if verdict.is_clean else 1
+
+
+def _steps(text: str) -> tuple[int, int | None]:
+    """Read FIRST:END; either may be left out."""
+    first, colon, end = text.partition(":")
+    if not colon or not all(part.isdigit() or not part for part in (first, end)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIRST:END, such as 4:8, 4: or :8")
+    return int(first or 0), int(end) if end else None
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from flowrl.runtime.replay import ReplayRequest, replay
+
+    first, last = options.steps
+    request = ReplayRequest(run=options.run, first=first, last=last, name=options.name, compares=options.diff)
+    return replay(request, say=_say)
 
 
 def _simulate(options: argparse.Namespace) -> int:

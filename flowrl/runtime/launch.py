@@ -95,29 +95,39 @@ def launch(request: RunRequest, *, say: Say) -> int:
         write_plan(run_dir, program)
     else:
         run_dir = request.resume.resolve()
-    say(f"run directory {run_dir}")
-    with open_sinks(run_dir, program.settings, title=run_dir.name, nodes=list(program.graph.nodes)) as sinks:
-        try:
-            outcome = _run_on_loop(program, request, run_dir, resume, sinks)
-        except (FlowrlError, KeyboardInterrupt) as error:
-            _report(request, run_dir, None, sinks.view, failure=str(error) or "aborted", say=sinks.say)
-            raise
-    _report(request, run_dir, outcome, sinks.view, failure="", say=say)
+    again = f"flowrl run {request.graph} --resume {os.path.relpath(run_dir)}"
+    drive(program, run_dir, resume=resume, address=request.address, again=again, say=say)
     return 0
 
 
-def _report(
-    request: RunRequest, run_dir: Path, outcome: Outcome | None, view: RunView, *, failure: str, say: Say
-) -> None:
+def drive(
+    program: Program, run_dir: Path, *, resume: Start | None, address: str | None, again: str, say: Say
+) -> Outcome:
+    """Run a checked graph in its directory to its end, show it and report; `again` is the command that goes on.
+
+    Raises:
+        FlowrlError: the run failed.
+    """
+    say(f"run directory {run_dir}")
+    with open_sinks(run_dir, program.settings, title=run_dir.name, nodes=list(program.graph.nodes)) as sinks:
+        try:
+            outcome = _run_on_loop(program, address, run_dir, resume, sinks)
+        except (FlowrlError, KeyboardInterrupt) as error:
+            _report(again, run_dir, None, sinks.view, failure=str(error) or "aborted", say=sinks.say)
+            raise
+    _report(again, run_dir, outcome, sinks.view, failure="", say=say)
+    return outcome
+
+
+def _report(again: str, run_dir: Path, outcome: Outcome | None, view: RunView, *, failure: str, say: Say) -> None:
     """Write the report beside the run and, unless it failed, print it."""
     checkpoints = complete_checkpoints(run_dir / "checkpoints")
-    command = f"flowrl run {request.graph} --resume {os.path.relpath(run_dir)}"
     is_done = view.last_step is not None and view.last_step.version >= view.last_step.num_steps
     ending = Ending(
         name=run_dir.name,
         totals=outcome.totals if outcome else {},
         checkpoint=str(checkpoints[-1]) if checkpoints else "",
-        resume=command if checkpoints and not is_done else "",
+        resume=again if checkpoints and not is_done else "",
         was_stopped=outcome is not None and outcome.was_stopped,
         failure=failure,
     )
@@ -131,13 +141,15 @@ def _report(
         say("\n" + text.rstrip())
 
 
-def _run_on_loop(program: Program, request: RunRequest, run_dir: Path, resume: Start | None, sinks: Sinks) -> Outcome:
+def _run_on_loop(
+    program: Program, address: str | None, run_dir: Path, resume: Start | None, sinks: Sinks
+) -> Outcome:
     import uvloop
 
     async def body() -> Outcome:
         stopping = asyncio.Event()
         with _interrupts(stopping, sinks.say):
-            return await _start(program, request, run_dir, resume, sinks, stopping)
+            return await _start(program, address, run_dir, resume, sinks, stopping)
 
     try:
         return uvloop.run(body())
@@ -146,7 +158,7 @@ def _run_on_loop(program: Program, request: RunRequest, run_dir: Path, resume: S
 
 
 async def _start(
-    program: Program, request: RunRequest, run_dir: Path, resume: Start | None, sinks: Sinks, stopping: asyncio.Event
+    program: Program, address: str | None, run_dir: Path, resume: Start | None, sinks: Sinks, stopping: asyncio.Event
 ) -> Outcome:
     settings: RunSettings = program.settings
     told: dict[str, Any] = {
@@ -164,7 +176,7 @@ async def _start(
         return await run_local(program.graph, LocalOptions(**told))
     from flowrl.runtime.ray import run_ray, running_ray
 
-    with running_ray(program.graph, request.address):
+    with running_ray(program.graph, address):
         return await run_ray(program.graph, Options(**told))
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from flowrl.errors import DataError
 from flowrl.runtime.ledger import ENDINGS, Entry, read_entries, surviving
-from flowrl.telemetry.rollouts import read_groups
+from flowrl.telemetry.rollouts import read_groups, step_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,7 +87,7 @@ def _compare(directory: Path, entries: list[Entry]) -> list[str]:
             by_step[entry.step].add(entry.group)
     wrong: list[str] = []
     for path in sorted(directory.glob("step-*.parquet")):
-        step = int(path.stem.partition("-")[2])
+        step = step_of(path)
         recorded = read_groups(path)
         if step in by_step and recorded != by_step[step]:
             odd = sorted(recorded ^ by_step[step])

@@ -68,14 +68,19 @@ class Critic(Stage):
     def _settings(self) -> TrainingConfig:
         return widen(TrainingConfig, self.config, model=str(prepare_model(self.model)), head="value")
 
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Return how many optimizer steps the whole run takes, the length of its schedule."""
+        return self.steps
+
     async def follow(self, context: Context) -> None:
         """Serve as a rank other than 0."""
-        async with opened(context, self.config.engine, self._settings, self.steps) as engine:
+        async with opened(context, self.config.engine, self._settings, self.num_optimizer_steps) as engine:
             await context.compute(engine.follow)
 
     async def run(self, context: Context) -> None:
         """Value, credit and train until the edge closes."""
-        async with opened(context, self.config.engine, self._settings, self.steps) as engine:
+        async with opened(context, self.config.engine, self._settings, self.num_optimizer_steps) as engine:
             context.version = trained = 0
             if context.resume_from is not None:
                 trained = await context.compute(load_state, engine, context.resume_from / context.node)

@@ -19,6 +19,7 @@ from flowrl.config import Meta, Select, widen
 from flowrl.data.models import prepare_model
 from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine
 from flowrl.engines.checkpoint import CARD
+from flowrl.engines.weights.manifest import tensor_digests
 from flowrl.errors import ConfigError, RunError, TransferError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
@@ -29,7 +30,8 @@ from flowrl.stages.step import logprob_gap, step_groups, step_metrics
 from flowrl.stages.training import load_state, opened, take_step
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.events import Notice, Span, Step
-from flowrl.telemetry.rollouts import write_rollouts
+from flowrl.telemetry.rollouts import forget_steps, step_path, write_rollouts
+from flowrl.telemetry.versions import write_digests
 
 if TYPE_CHECKING:
     from flowrl.algorithms.base import Algorithm
@@ -88,22 +90,25 @@ class Learner(Stage):
         return widen(TrainingConfig, self.config, model=model, temperature=self.temperature)
 
     @property
-    def _num_optimizer_steps(self) -> int:
+    def num_optimizer_steps(self) -> int:
+        """Return how many optimizer steps the whole run takes, the length of its schedule."""
         return self.steps * self.config.epochs * self.config.minibatches
 
     async def follow(self, context: Context) -> None:
         """Serve as a rank other than 0."""
-        async with opened(context, self.config.engine, self._settings, self._num_optimizer_steps) as engine:
+        async with opened(context, self.config.engine, self._settings, self.num_optimizer_steps) as engine:
             await context.compute(engine.follow)
 
     async def run(self, context: Context) -> None:
         """Train until the last version is published, acknowledged and saved, or the user asks to stop."""
         algorithm = load_algorithm(self.algorithm, group_size=self.group_size, has_critic=self.has_critic)
-        async with opened(context, self.config.engine, self._settings, self._num_optimizer_steps) as engine:
+        async with opened(context, self.config.engine, self._settings, self.num_optimizer_steps) as engine:
             context.version = 0
             if context.resume_from is not None:
                 context.version = await context.compute(load_state, engine, context.resume_from / context.node)
             saved = context.version if context.resume_from else -1
+            if self.config.save_rollouts:
+                await context.compute(forget_steps, context.run_dir / "rollouts", context.version)
             async with asyncio.TaskGroup() as tasks:
                 push = await self._publish(context, engine, [], tasks)
                 while context.version < self.steps:
@@ -142,7 +147,7 @@ class Learner(Stage):
         self._record(context, batch, staleness, metrics, context.now() - start_s)
         push = await self._publish(context, engine, batch, tasks)
         if self.config.save_rollouts:
-            path = context.run_dir / "rollouts" / f"step-{version:06d}.parquet"
+            path = step_path(context.run_dir / "rollouts", version)
             await context.compute(write_rollouts, path, batch, version)
         return push
 
@@ -174,6 +179,7 @@ class Learner(Stage):
         """Offer the current weights and bring them to the generators in the background."""
         start_s = context.now()
         weights = await context.compute(engine.publish, context.version, _canary())
+        await context.compute(write_digests, context.run_dir, weights.version, tensor_digests(weights.manifest))
         return tasks.create_task(self._push(context, engine, weights, learned, start_s))
 
     async def _push(self, context: Context, engine: TrainingEngine, weights: Weights, learned: list[Samples],

@@ -115,3 +115,21 @@ def read_evaluations(path: Path) -> list[Evaluation]:
             continue
         found.append(Evaluation(version=row.version, time_s=row.time_s, scores=row.scores, completions=row.completions))
     return found
+
+
+class _StepLine(msgspec.Struct):
+    version: int
+    metrics: dict[str, float | None]  # null: not a finite number
+
+
+def read_steps(path: Path) -> dict[int, dict[str, float | None]]:
+    """Return version -> figures of the step that made it; of a step that was taken again, those of the last time."""
+    found: dict[int, dict[str, float | None]] = {}
+    for line in path.read_bytes().splitlines():
+        try:
+            if msgspec.json.decode(line, type=_Line).kind == "step":
+                step = msgspec.json.decode(line, type=_StepLine)
+                found[step.version] = step.metrics
+        except msgspec.DecodeError:
+            continue
+    return found

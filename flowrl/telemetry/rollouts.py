@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+from flowrl.messages import Samples, decode, encode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from flowrl.messages import Sample, Samples
+    from flowrl.messages import Sample
 
 
 def write_rollouts(path: Path, rows: Sequence[Samples], version: int) -> None:
     """Write the groups that the policy at `version` learned from, replacing a file of an earlier attempt.
 
     Columns: group_id, sample (its place in the group), prompt (text, or messages as JSON; null where the data has
-    none), response, prompt_token_ids, token_ids, logprobs (behaviour), token_versions (one for each token),
-    score.<name> for every score, reward (their sum), advantage_mean, staleness, learned_in_step, finish, generator.
+    none), response, prompt_token_ids, token_ids, logprobs (behaviour), token_versions (one for each token; -1 on an
+    environment's), score.<name> for every score, reward (their sum), advantage_mean (of the policy's tokens),
+    staleness, learned_in_step, finish, generator, message (on a group's first row: all that the learner got of the
+    group, in the wire form of messages.py).
     """
     import pyarrow.parquet as pq
 
@@ -54,6 +58,7 @@ def rollout_table(rows: Sequence[Samples], version: int) -> Any:
             ("learned_in_step", pa.int32()),
             ("finish", pa.string()),
             ("generator", pa.string()),
+            ("message", pa.binary()),
         ]
     )
     samples = [
@@ -65,6 +70,8 @@ def rollout_table(rows: Sequence[Samples], version: int) -> Any:
 def _row(group: Samples, place: int, reward: float, version: int, scores: Sequence[str]) -> dict[str, Any]:
     sample = group.samples[place]
     advantages = group.advantages[place].numpy()
+    if sample.mask is not None:
+        advantages = advantages[sample.mask.numpy() > 0]
     return {
         "group_id": group.group_id,
         "sample": place,
@@ -81,16 +88,48 @@ def _row(group: Samples, place: int, reward: float, version: int, scores: Sequen
         "learned_in_step": version,
         "finish": sample.finish,
         "generator": group.generator,
+        "message": encode(group) if place == 0 else None,
     }
 
 
 def token_versions(sample: Sample) -> list[int]:
-    """Return the policy version of each token: spans (0, 0, 2) and (1, 2, 3) give [0, 0, 1]."""
-    return [span.version for span in sample.versions for _ in range(span.start, span.end)]
+    """Return the policy version of each token, -1 for an environment's.
+
+    Spans (0, 0, 2) and (1, 3, 4) of four tokens give [0, 0, -1, 1].
+    """
+    versions = [-1] * len(sample.token_ids)
+    for span in sample.versions:
+        versions[span.start : span.end] = [span.version] * (span.end - span.start)
+    return versions
 
 
 def _prompt_text(prompt: Any) -> str | None:
     return prompt if prompt is None or isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+
+
+def read_samples(path: Path) -> list[Samples]:
+    """Return the groups of a step's file as the learner got them, in the order in which it learned them."""
+    import pyarrow.parquet as pq
+
+    wires = pq.read_table(path, columns=["message"]).column("message").drop_null().to_pylist()
+    return [cast("Samples", decode(wire)) for wire in wires]
+
+
+def forget_steps(directory: Path, first: int) -> None:
+    """Delete the files of step `first` and later ones: a history that was given up."""
+    for path in directory.glob("step-*.parquet"):
+        if step_of(path) >= first:
+            path.unlink()
+
+
+def step_path(directory: Path, step: int) -> Path:
+    """Return the file of a step."""
+    return directory / f"step-{step:06d}.parquet"
+
+
+def step_of(path: Path) -> int:
+    """Return the step of a file: step-000012.parquet is of step 12."""
+    return int(path.stem.partition("-")[2])
 
 
 def read_groups(path: Path) -> set[int]:

@@ -56,7 +56,7 @@ def settings(model: Path, head: str, lr: float) -> dict[str, Any]:
     return {"model": str(model), "head": head, "lr": lr, "dtype": "float32", "schedule": Schedule(kind="constant")}
 
 
-def graph(model: Path) -> Graph:
+def graph(model: Path, *, records: bool = False) -> Graph:
     group_size, common = SIZE, {"algorithm": PPO, "groups_per_step": GROUPS, "group_size": SIZE, "steps": STEPS}
     constant = Schedule(kind="constant")
     prompts = NumberedPrompts(Prompts.Config(), group_size=group_size, seed=1)
@@ -71,7 +71,8 @@ def graph(model: Path) -> Graph:
         Critic.Config(engine=TORCH, dtype="float32", lr=1e-3, schedule=constant), model=str(model), **common
     )
     learner = Learner(
-        Learner.Config(engine=TORCH, dtype="float32", lr=1e-3, schedule=constant, save_rollouts=False),
+        Learner.Config(engine=TORCH, dtype="float32", lr=1e-3, schedule=constant, save_rollouts=records,
+                       save_every=int(records)),
         model=str(model), max_staleness=0, temperature=1.0, has_critic=True, **common,
     )  # fmt: skip
     nodes = {"prompts": prompts, "generator": generator, "reward": reward, "reference": reference, "critic": critic,
@@ -85,6 +86,7 @@ def graph(model: Path) -> Graph:
             Queue(reference.referenced, critic.referenced, depth=GROUPS, window=1),
             Queue(critic.samples, learner.samples, depth=GROUPS, window=1, max_staleness=0),
             Latest(learner.weights, generator.weights),
+            Latest(learner.saves, critic.saves),
             Credits(learner.released, prompts.credits, initial=GROUPS, per_version=GROUPS),
         ],
         until=learner,

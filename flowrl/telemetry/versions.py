@@ -1,0 +1,46 @@
+"""The policy versions of a run, told by the digests of their tensors: `versions.jsonl`, one line a version.
+
+Two runs that agree in them have published the same weights, bit for bit; where they do not, the first tensor that
+differs is known by name. A version that was published again after a rollback has a line for each time; the last one
+counts. Written by the learner, read by `flowrl replay`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SHOWN_DIGITS = 16  # of a digest: 64 bits tell any two versions of a run apart
+
+
+class VersionLine(msgspec.Struct, frozen=True):
+    """One published version."""
+
+    version: int
+    tensors: dict[str, str]  # name -> first digits of the blake3 digest of its bytes
+
+
+def write_digests(run_dir: Path, version: int, digests: dict[str, str]) -> None:
+    """Append a version; an engine that has no tensors writes nothing."""
+    if not digests:
+        return
+    line = VersionLine(version, {name: digest[:SHOWN_DIGITS] for name, digest in digests.items()})
+    with (run_dir / "versions.jsonl").open("ab") as file:
+        file.write(msgspec.json.encode(line) + b"\n")
+
+
+def read_digests(run_dir: Path) -> dict[int, dict[str, str]]:
+    """Return version -> tensor -> digest; a line cut short by a kill is passed over."""
+    path = run_dir / "versions.jsonl"
+    found: dict[int, dict[str, str]] = {}
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            each = msgspec.json.decode(line, type=VersionLine)
+        except msgspec.DecodeError:
+            continue
+        found[each.version] = each.tensors
+    return found
