@@ -1,11 +1,13 @@
 """What deaths cost on real processes: SIGKILL and SIGSTOP on Ray actors of a flow with fake engines.
 
     python -m perf.faults [--faults 50] [--seeds 0 1 2] [--pause 20]
+    python -m perf.faults --faults 30 --every 60 --seeds 0        a soak of half an hour
 
 For each seed a flow of prompts, two generators, two scorers and a learner trains until so many faults have struck
 replicas, the flow's host and the learner at random moments; then `flowrl verify`'s judgement is printed. Per kind of
 fault: how many were injected and recovered, seconds from the fault to the next learned step (p50, p95), and groups
-issued again. See perf/README.md for how to read it.
+issued again. Of each process that lived for five minutes: resident memory and open files a minute after its start and
+at its end. See perf/README.md for how to read it.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from perf.machine import machine
 from tests.support.flows import FlowSettings, flow
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from flowrl.runtime.verify import Verdict
 
 UNLIMITED = 1_000_000
@@ -45,6 +49,20 @@ SETTINGS = FlowSettings(
 )  # fmt: skip
 
 
+LOOK_S = 10.0  # between two looks at what the processes hold
+SETTLED_S = 60.0  # after its start a process holds what it will hold
+LASTING_S = 300.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a process held at a moment."""
+
+    time_s: float
+    resident_mib: float
+    num_files: int
+
+
 @dataclass
 class Story:
     """What happened in one run."""
@@ -53,6 +71,7 @@ class Story:
     learned_at: list[float] = field(default_factory=list[float])
     recoveries: list[Recovery] = field(default_factory=list[Recovery])
     has_stepped: asyncio.Event = field(default_factory=asyncio.Event)
+    sizes: dict[tuple[str, int], list[Size]] = field(default_factory=lambda: defaultdict(list))  # by process
 
     def consume(self, events: list[Event]) -> None:
         """Take in the run's events."""
@@ -87,7 +106,7 @@ async def strike(story: Story, run_dir: Path, draw: random.Random, options: argp
     """Strike somebody once a step has been learned since the last time, until enough have been struck."""
     while len(story.struck) < options.faults:
         await story.next_step()
-        await asyncio.sleep(draw.uniform(0.0, 0.5))
+        await asyncio.sleep(draw.uniform(0.0, 0.5) + options.every)
         alive = processes(run_dir)
         if not alive:
             continue
@@ -105,6 +124,37 @@ async def strike(story: Story, run_dir: Path, draw: random.Random, options: argp
                 os.kill(alive[name], signal.SIGCONT)
 
 
+async def watch(story: Story, run_dir: Path) -> None:
+    """Note what the driver and every process of the run hold, again and again."""
+    while True:
+        for name, pid in {"driver": os.getpid(), **processes(run_dir)}.items():
+            with contextlib.suppress(OSError):  # it died meanwhile
+                story.sizes[name, pid].append(size_of(pid))
+        await asyncio.sleep(LOOK_S)
+
+
+def size_of(pid: int) -> Size:
+    """Return what a process holds now."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    resident_mib = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return Size(time.time(), resident_mib, len(os.listdir(f"/proc/{pid}/fd")))
+
+
+def growth(story: Story) -> list[str]:
+    """Return a line for each process that lasted: what it held when settled and at the end."""
+    lines: list[str] = []
+    for (name, _), sizes in sorted(story.sizes.items()):
+        lived_s = sizes[-1].time_s - sizes[0].time_s
+        if lived_s >= LASTING_S:
+            first = next(size for size in sizes if size.time_s >= sizes[0].time_s + SETTLED_S)
+            last = sizes[-1]
+            lines.append(
+                f"{name:<14} lived {lived_s / 60:4.1f} min: resident {first.resident_mib:6.1f} -> "
+                f"{last.resident_mib:6.1f} MiB, open files {first.num_files} -> {last.num_files}"
+            )
+    return lines
+
+
 async def run_seed(seed: int, run_dir: Path, options: argparse.Namespace) -> tuple[Story, Verdict]:
     """Run one seed; returns its story and the verdict on its ledger."""
     story, stopping = Story(), asyncio.Event()
@@ -116,13 +166,14 @@ async def run_seed(seed: int, run_dir: Path, options: argparse.Namespace) -> tup
         await story.next_step()
         stopping.set()
 
-    striking = asyncio.create_task(faults())
+    striking, watching = asyncio.create_task(faults()), asyncio.create_task(watch(story, run_dir))
     told = Options(run_dir=run_dir, consume=story.consume, stopping=stopping, max_restarts=UNLIMITED,
                    heartbeat_timeout_s=options.heartbeat, grace_s=3.0)  # fmt: skip
     try:
         await run_ray(flow(SETTINGS), told)
     finally:
         striking.cancel()
+        watching.cancel()
     return story, judge(read_entries(run_dir / "ledger.jsonl"), max_staleness=2, is_finished=False)
 
 
@@ -145,13 +196,14 @@ def table(stories: list[Story]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=50, help="in each run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--every", type=float, default=0.0, help="seconds between two faults, about")
     parser.add_argument("--pause", type=float, default=20.0, help="seconds that a stopped process stays so")
     parser.add_argument("--heartbeat", type=float, default=60.0, help="seconds of silence after which it is replaced")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     print(machine())
     stories: list[Story] = []
     for seed in options.seeds:
@@ -166,6 +218,8 @@ def main() -> None:
             f"duplicated {len(verdict.duplicated)}, over-stale {len(verdict.over_stale)}",
             flush=True,
         )
+        for line in growth(story):
+            print(line, flush=True)
     print(table(stories))
 
 

@@ -1,7 +1,8 @@
-"""A recorded run is trained again bit for bit, and what differs is named."""
+"""A recorded run is trained again bit for bit, what differs is named, and a run cut short goes on to the same end."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,9 +11,13 @@ from flowrl.engines.torch import TorchEngine
 from flowrl.errors import ConfigError, DataError
 from flowrl.graph.program import Program, load_program
 from flowrl.graph.settings import RunSettings
+from flowrl.runtime.comparison import first_difference
 from flowrl.runtime.launch import drive
+from flowrl.runtime.local import LocalOptions, run_local
 from flowrl.runtime.replay import ReplayRequest, replay
 from flowrl.runtime.rundir import create_run_dir, write_plan
+from flowrl.runtime.supervisor import newest_start
+from flowrl.telemetry.events import Event, Step
 from tests.contracts.test_synchronous import STEPS, graph
 from tests.support.command import ROOT
 
@@ -45,12 +50,38 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize(("first", "name"), [(0, "whole"), (2, "from-a-checkpoint")])
+@pytest.mark.parametrize(("first", "name"), [(0, "whole"), (STEPS - 1, "from-a-checkpoint")])
 def test_a_replay_is_equal_bit_for_bit(run_dir: Path, first: int, name: str) -> None:
     said: list[str] = []
     assert replay(ReplayRequest(run=run_dir, first=first, name=name, compares=True), say=said.append) == 0
     assert said[-1].startswith(f"steps {first} to {STEPS - 1}: ")
     assert not any("no checkpoint" in line for line in said)
+
+
+def test_a_run_cut_short_and_resumed_equals_one_that_was_not(run_dir: Path, tiny: Path, tmp_path: Path) -> None:
+    directory = create_run_dir(tmp_path / "cut").resolve()
+    program = Program(path=directory, settings=RunSettings(runtime="local"), graph=graph(tiny, records=True))
+
+    async def cut_short() -> None:
+        has_learned = asyncio.Event()
+
+        def consume(events: list[Event]) -> None:
+            if any(isinstance(event, Step) for event in events):
+                has_learned.set()
+
+        running = asyncio.create_task(run_local(program.graph, LocalOptions(run_dir=directory, consume=consume)))
+        await has_learned.wait()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(cut_short())
+    start = newest_start(directory, lambda *said: None)
+    drive(program, directory, resume=start, address=None, again="", say=lambda line: None)
+    first = start.cut.version if start.cut else 0
+    assert 0 < first < STEPS
+    assert first_difference(run_dir, directory, range(first, STEPS)) is None
+    model = f"checkpoints/step-{STEPS:06d}/model/model.safetensors"
+    assert (run_dir / model).read_bytes() == (directory / model).read_bytes()
 
 
 def test_a_replay_names_the_first_step_and_tensor_that_differ(run_dir: Path) -> None:

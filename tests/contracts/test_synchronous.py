@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 
-STEPS, GROUPS, SIZE = 3, 4, 2
+STEPS, GROUPS, SIZE = 6, 4, 2
 PPO = Select(use="flowrl.algorithms.ppo:PPO")
 TORCH = "flowrl.engines.torch:TorchEngine"
 recorded: list[Rollouts] = []
