@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GenerationConfig",
     "GenerationEngine",
+    "Lora",
     "Ranks",
     "Sampling",
     "Schedule",
@@ -50,6 +51,12 @@ class Sampling(Config):
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Meta(ge=0)] = 0  # 0: no limit
     stop_token_ids: list[int] = []  # besides the tokenizer's end-of-sequence token
+    ignore_stop: bool = False  # go on to max_tokens whatever is drawn; a stop token is then one like any other
+
+    @property
+    def is_cut(self) -> bool:
+        """Return whether only a part of the distribution is drawn from."""
+        return self.top_p < 1.0 or self.top_k > 0
 
 
 class Serving(StageConfig):
@@ -106,6 +113,10 @@ class GenerationEngine(Protocol):
         """
         ...
 
+    async def serve_loaded(self) -> None:
+        """Serve what `open` loaded, as version 0: for graphs in which nothing is trained."""
+        ...
+
     async def update_weights(self, weights: Weights) -> UpdateReport:
         """Receive and load a published version, prove it, and serve it.
 
@@ -129,11 +140,32 @@ class Schedule(Config):
     final_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.1
 
 
+class Lora(Config):
+    """Low-rank adapters in place of full training: W stays as it is, W + scale * B A is learned and published."""
+
+    rank: Annotated[int, Meta(ge=0)] = 0  # of B A; 0: every weight is trained
+    alpha: Annotated[int, Meta(ge=1)] = 32  # scale is alpha / rank
+    use_rslora: bool = False  # scale is alpha / sqrt(rank), which lets high ranks learn as fast as low ones
+    # layers by the end of their names (["q_proj", "v_proj"]), or every linear layer but the head
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    start: str = ""  # directory of a peft adapter to go on from; "": a new one, which changes nothing at first
+    bits: Literal[0, 4, 8] = 0  # QLoRA: W is held in so many bits (bitsandbytes, CUDA); 0: in dtype
+    dropout: float = 0.0  # must stay 0
+
+    def __post_init__(self) -> None:
+        if self.dropout:
+            what = f"dropout {self.dropout}: the network that is trained would not be the one that samples"
+            raise ValueError(f"{what}; leave it 0")
+        if not self.rank and (self.bits or self.start):
+            raise ValueError(f"bits {self.bits} and start {self.start!r} need an adapter; give its rank")
+
+
 class Training(StageConfig):
     """Settings of a node that trains with a training engine."""
 
     engine_options: dict[str, Any] = {}  # further arguments of the engine's constructor
     lr: Annotated[float, Meta(ge=0)] = 1e-6
+    lora: Lora = Lora()
     schedule: Schedule = Schedule()
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: Annotated[float, Meta(ge=0)] = 0.0
@@ -141,7 +173,13 @@ class Training(StageConfig):
     dtype: Dtype = "auto"
     zero_stage: Annotated[int, Meta(ge=0, le=3)] = 2
     micro_batch_tokens: Annotated[int, Meta(ge=1)] = 2048  # tokens in one forward and backward
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # keep only the inputs of layers and compute the rest again in backward
+    checkpoint_every: Annotated[int, Meta(ge=1)] = 1  # with gradient_checkpointing: the first of so many layers only
+    offload_optimizer: bool = False  # its state and its step on the CPU (DeepSpeed, zero_stage 1 to 3)
+    offload_parameters: bool = False  # those not in use on the CPU (DeepSpeed, zero_stage 3)
+    freeze: list[str] = []  # parameters that are not trained, by name: ["model.embed_tokens.*", "model.layers.[01].*"]
+    ema_decay: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # of an average of the weights, saved as ema_model; 0: none
+    router_aux_loss: Annotated[float, Meta(ge=0)] = 0.0  # weight of the loss that uses experts evenly; 0: none
     trust_remote_code: bool = False
     threads: Annotated[int, Meta(ge=1)] = 1
     transport: Literal["auto", "shm", "broadcast"] = "auto"  # auto: shared memory on CPUs, NCCL broadcast on GPUs
@@ -185,11 +223,22 @@ class TrainingEngine(Protocol):
         """Return log-probs or values of every response token, [group][sample] -> float32 [tokens]."""
         ...
 
+    def compare(self, groups: Sequence[TokenGroup], objective: Select) -> list[list[FloatArray]]:
+        """Return the KL between the objective's teacher and the model at every response token, as `score` does."""
+        ...
+
     def accumulate(self, groups: Sequence[TokenGroup], objective: Select) -> dict[str, float]:
         """Run forward and backward over the groups; the gradient is that of total / count over all of them.
 
         `objective` is loaded on every rank (`objective.load(...)`) and has `loss(batch) -> Loss`; see
         flowrl.algorithms.base. Returns the objective's metrics, each divided once by its own global count.
+        """
+        ...
+
+    def learned(self) -> dict[tuple[int, int], FloatArray]:
+        """Return the log-probs or values that the last `accumulate` learned from, as far as rank 0 has them.
+
+        By (group, sample), numbered as in that call; with several ranks the others have the rest.
         """
         ...
 

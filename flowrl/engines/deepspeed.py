@@ -11,22 +11,25 @@ Named in node configs as `engine="flowrl.engines.deepspeed:DeepSpeedEngine"`.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import msgspec
 import torch
 
+from flowrl.engines.deepspeed_interrupt import clear_gradients, guard_collectives, leave_pass
+from flowrl.engines.deepspeed_state import StateNote, read_state, write_state
+from flowrl.engines.savings import offloading
 from flowrl.engines.trainer import Trainer
-from flowrl.errors import ConfigError, StageError
+from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from flowrl.engines.base import TrainingConfig
+    from flowrl.graph.stage import Say
 
 GATHER_ELEMENTS = 1 << 24  # ZeRO-3 parameters made whole at once: as fast as all together, and bounded
 NEVER = 1 << 62  # steps between DeepSpeed's own progress lines
@@ -36,6 +39,7 @@ class DeepSpeedEngine(Trainer):
     """AdamW under ZeRO; `deepspeed` holds further DeepSpeed settings, which win over ours."""
 
     backend_of_one = True  # DeepSpeed insists on a process group
+    can_offload: ClassVar = {"offload_optimizer": 1, "offload_parameters": 3}
 
     def __init__(
         self,
@@ -44,10 +48,16 @@ class DeepSpeedEngine(Trainer):
         where: str,
         name: str,
         num_receivers: int = 1,
+        say: Say | None = None,
         deepspeed: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(config, where=where, name=name, num_receivers=num_receivers)
+        super().__init__(config, where=where, name=name, num_receivers=num_receivers, say=say)
         self._further = deepspeed or {}
+        self._release_collectives: Callable[[], None] = lambda: None
+
+    @property
+    def _ranks_meet_in_passes(self) -> bool:
+        return self.config.zero_stage >= 2
 
     def _load(self) -> PreTrainedModel:
         _import_deepspeed(on_cpu=self.device.type == "cpu")
@@ -56,6 +66,9 @@ class DeepSpeedEngine(Trainer):
             raise ConfigError(f"{self.where}.zero_stage", what, "take zero_stage 1, 2 or 3, or dtype=float32")
         if self.config.zero_stage < 3:
             return super()._load()
+        if self.config.lora.bits:
+            what = f"{self.config.lora.bits}-bit weights cannot be sharded by zero_stage=3"
+            raise ConfigError(f"{self.where}.lora.bits", what, "take zero_stage 2, or bits=0")
         from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
         sharding = HfDeepSpeedConfig(self._settings())  # from_pretrained shards while this lives
@@ -86,7 +99,7 @@ class DeepSpeedEngine(Trainer):
             "bf16": {"enabled": self.dtype == torch.bfloat16},
             "fp16": {"enabled": self.dtype == torch.float16},
             "data_types": {"grad_accum_dtype": "fp32"},
-            "zero_optimization": {"stage": self.config.zero_stage, "overlap_comm": False},
+            "zero_optimization": {"stage": self.config.zero_stage, "overlap_comm": False, **offloading(self.config)},
             "steps_per_print": NEVER,
         }
         return _merge(ours, self._further)
@@ -101,6 +114,10 @@ class DeepSpeedEngine(Trainer):
             dist_init_required=False,
         )
         self._module = self._engine
+        if self.line.world_size > 1:
+            self._release_collectives = guard_collectives(self._room.guarded)
+        if self._adapter is not None:
+            self.reader.register_state_dict_post_hook(_leave_out_frozen)
         if self.config.zero_stage == 0:  # here DeepSpeed clips but does not tell the norm
             self._engine.optimizer.register_step_pre_hook(self._clip)
 
@@ -110,44 +127,48 @@ class DeepSpeedEngine(Trainer):
     def _backward(self, loss: Tensor) -> None:
         self._engine.backward(loss * self.line.world_size)  # DeepSpeed takes the mean over ranks, we want the sum
 
+    def _leave_pass(self) -> None:
+        if self._is_training:
+            leave_pass(self._engine)
+
+    def _clear_gradients(self) -> None:
+        clear_gradients(self._engine)
+
     def _step(self, lr: float) -> float:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
         return float(self._norm if self.config.zero_stage == 0 else self._engine.get_global_grad_norm())
 
-    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+    def _whole(self, named: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
         if self.config.zero_stage < 3:
-            yield from super()._parameters()
+            yield from super()._whole(named)
             return
         import deepspeed
 
-        for bucket in _buckets([*self.model.named_parameters()]):
+        for bucket in _buckets(named):
             with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
                 yield from ((name, parameter.detach()) for name, parameter in bucket)
 
     def _write_state(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self._engine.save_checkpoint(str(directory), tag="deepspeed", client_state={})
-        if self.line.rank == 0:
-            (directory / "state.json").write_bytes(msgspec.json.encode({"num_steps": self._num_steps}))
+        note = StateNote(num_steps=self._num_steps, num_ranks=self.line.world_size, zero_stage=self.config.zero_stage)
+        write_state(self._engine, directory, note, line=self.line, leave_out_frozen=self._adapter is not None)
 
     def _read_state(self, directory: Path) -> None:
-        try:
-            counters = msgspec.json.decode((directory / "state.json").read_bytes(), type=dict[str, int])
-        except OSError as error:
-            raise StageError(
-                self.where, f"no state of this engine in {directory} ({error})", "check --resume"
-            ) from error
-        loaded, _ = self._engine.load_checkpoint(str(directory), tag="deepspeed")
-        if loaded is None:
-            what = f"the state in {directory} is not that of {self.line.world_size} ranks of DeepSpeed"
-            raise StageError(self.where, what, "resume with the engine and the ranks that wrote it")
-        self._num_steps = counters["num_steps"]
+        note = read_state(
+            self._engine,
+            directory,
+            zero_stage=self.config.zero_stage,
+            line=self.line,
+            where=self.where,
+            leave_out_frozen=self._adapter is not None,
+        )
+        self._num_steps = note.num_steps
 
     def _unload(self) -> None:
         if self._is_training and torch.distributed.is_initialized():  # without its group it cannot even be destroyed
             self._engine.destroy()
+        self._release_collectives()
         self._engine: Any = None
         super()._unload()
 
@@ -162,6 +183,13 @@ def _import_deepspeed(*, on_cpu: bool) -> None:
     if on_cpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or a C++ compilation of a minute  # pyright: ignore
     deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False)
+
+
+def _leave_out_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Take frozen parameters out of a state dict, under every name that a tied one has."""
+    for name, parameter in module.named_parameters(prefix.rstrip("."), remove_duplicate=False):
+        if not parameter.requires_grad:
+            state.pop(name, None)
 
 
 def _merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:

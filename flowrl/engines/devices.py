@@ -43,14 +43,19 @@ class Device:
         self._alarms: list[tuple[float, int, list[Callable[[], None]]]] = []
         self._count = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def progress(self) -> float:
         """Return the seconds of work that a busy replica has had so far."""
-        now = asyncio.get_running_loop().time()
-        if self._since is not None and now > self._since:
-            self._progress += (now - self._since) * self._rate
-            self.busy_s += (now - self._since) * min(1.0, self._width / self.capacity)
-        self._since = now
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        now = self._loop.time()
+        if self._since is None:
+            self._since = now
+        elif now > self._since:
+            spent_s, self._since = now - self._since, now
+            self._progress += spent_s * self._rate
+            self.busy_s += spent_s * min(1.0, self._width / self.capacity)
         return self._progress
 
     @property

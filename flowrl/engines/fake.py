@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from flowrl.graph.stage import Say
     from flowrl.messages import FloatArray
 
 
@@ -83,6 +84,10 @@ class FakeGeneration:
             text=str(draw.randint(0, 9)),
         )
 
+    async def serve_loaded(self) -> None:
+        """Serve version 0."""
+        self.version = 0
+
     async def update_weights(self, weights: Weights) -> UpdateReport:
         """Take `update_s`, then serve the version."""
         await asyncio.sleep(self.times.update_s)
@@ -108,6 +113,7 @@ class FakeTraining:
         where: str,
         name: str,
         num_receivers: int = 1,
+        say: Say | None = None,
         times: dict[str, float] | None = None,
     ) -> None:
         self.where = where
@@ -130,12 +136,20 @@ class FakeTraining:
         self.last_duration_s = self.times.score_s * len(groups)
         return [[np.zeros(len(response), dtype=np.float32) for response in group.responses] for group in groups]
 
+    def compare(self, groups: Sequence[TokenGroup], objective: Select) -> list[list[FloatArray]]:
+        """Return zeros."""
+        return self.score(groups)
+
     def accumulate(self, groups: Sequence[TokenGroup], objective: Select) -> dict[str, float]:
         """Add a number that depends on every token of the groups and on how many steps were taken before."""
         self.last_duration_s = self.times.train_s * len(groups)
         tokens = sum(sum(response.tolist()) for group in groups for response in group.responses)
         self.loss += tokens / (1 + self.steps)
         return {"loss": self.loss}
+
+    def learned(self) -> dict[tuple[int, int], FloatArray]:
+        """Return nothing: fakes have no log-probs."""
+        return {}
 
     def apply(self) -> dict[str, float]:
         """Count one step."""

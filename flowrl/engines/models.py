@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flowrl.engines.quantization import check_quantization, forget_quantization, quantized_loading
 from flowrl.errors import ModelError
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
     from flowrl.engines.base import Dtype, TrainingConfig
     from flowrl.engines.packing import Layout, PackedBatch, Reads
+    from flowrl.engines.router import Routing
+    from flowrl.engines.teacher import Reading
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -78,6 +81,9 @@ def load_model(config: TrainingConfig, *, where: str, dtype: torch.dtype, device
     _check_directory(directory, where)
     loading: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "local_files_only": True}
     loading |= {"dtype": dtype, "use_safetensors": True}
+    if config.lora.bits:
+        check_quantization(config.lora, where, has_gpu=device.type == "cuda")
+        loading |= quantized_loading(config.lora, dtype, device)
     verbosity, has_bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()  # a new score head is not news here
     transformers.logging.disable_progress_bar()
@@ -97,6 +103,8 @@ def load_model(config: TrainingConfig, *, where: str, dtype: torch.dtype, device
     if config.head != "policy":
         _prepare_score(model, where, keep=is_classifier(directory))
     _silence_dropout(model)
+    if config.lora.bits:
+        forget_quantization(model)
     nn.Module.to(model, device)
     return model
 
@@ -130,13 +138,13 @@ def _prepare_score(model: PreTrainedModel, where: str, *, keep: bool) -> None:
     if not isinstance(score, nn.Linear):
         raise ModelError(where, f"{type(model).__name__} has no linear `score` head", "choose another architecture")
     if not keep:
-        with _gathered([*score.parameters()]), torch.no_grad():
+        with gathered([*score.parameters()]), torch.no_grad():
             for parameter in score.parameters():
                 parameter.zero_()
     score.__class__ = _FloatLinear
 
 
-def _gathered(parameters: list[nn.Parameter]) -> Any:
+def gathered(parameters: list[nn.Parameter]) -> Any:
     """Return a context in which ZeRO-3 shards are whole; for other parameters it does nothing."""
     from contextlib import nullcontext
 
@@ -194,52 +202,77 @@ class TokenReader(nn.Module):
         """Return into how many parts the head must be applied to keep within `max_logits`."""
         return -(-num_tokens * int(self.model.config.get_text_config().vocab_size) // self.max_logits)
 
+    def states(self, batch: PackedBatch) -> Tensor:
+        """Return the body's last states where the N response tokens are read, [N, H]."""
+        return self._body(batch).last_hidden_state.flatten(0, 1).index_select(0, batch.read_N)
+
+    def _body(self, batch: PackedBatch, **options: bool) -> Any:
+        extra = {"position_ids": batch.position_ids_RL} if self._takes_positions else {}
+        mask = batch.attention(self.model.dtype)
+        return self.model.base_model(
+            input_ids=batch.input_ids_RL, attention_mask=mask, use_cache=False, **extra, **options
+        )
+
+    def _routed(self, batch: PackedBatch, routing: Routing) -> tuple[Tensor, Tensor]:
+        """Return the body's states at the response tokens, and what is to be measured at its routers."""
+        output = self._body(batch, output_router_logits=True)
+        top_k = int(self.model.config.get_text_config().num_experts_per_tok)
+        states_NH = output.last_hidden_state.flatten(0, 1).index_select(0, batch.read_N)
+        return states_NH, routing.measure(output.router_logits, batch.copies_RL.flatten(), top_k)
+
     def forward(
-        self, batch: PackedBatch, *, needs_entropy: bool = False, num_chunks: int = 1, temperature: float | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, batch: PackedBatch, *, needs_entropy: bool = False, num_chunks: int = 1, temperature: float | None = None,
+        reading: Reading | None = None, routing: Routing | None = None,
+    ) -> tuple[Tensor, Tensor | None, *tuple[Tensor, ...]]:  # fmt: skip
         """Return the float32 log-probs or values of the N response tokens, and their entropy where asked.
 
+        With a teacher's `reading` the second is the KL between its distribution at each token and the model's; with
+        `routing` a third is what it measures at the routers, which stands alone in the first place while it counts.
         `num_chunks` must be the same on every rank, because ZeRO-3 gathers the head at each call.
         """
-        extra = {"position_ids": batch.position_ids_RL} if self._takes_positions else {}
-        output = self.model.base_model(
-            input_ids=batch.input_ids_RL, attention_mask=batch.attention(self.model.dtype), use_cache=False, **extra
-        )
-        states_NH = output.last_hidden_state.flatten(0, 1).index_select(0, batch.read_N)
+        states_NH, *routed = (self.states(batch),) if routing is None else self._routed(batch, routing)
+        if routing is not None and routing.shares_AE is None:
+            return routed[0], None
         if not self.is_policy:
-            return self._layer(states_NH).squeeze(-1), None
+            return self._layer(states_NH).squeeze(-1), None, *routed
         scale = self.temperature if temperature is None else temperature
         parts = [
-            self._log_probs(states, targets, scale, needs_entropy, is_one=num_chunks == 1)
-            for states, targets in zip(
-                states_NH.tensor_split(num_chunks), batch.target_N.tensor_split(num_chunks), strict=True
+            self._log_probs(states, targets, scale, part if part is not None else needs_entropy, is_one=num_chunks == 1)
+            for states, targets, part in zip(
+                states_NH.tensor_split(num_chunks),
+                batch.target_N.tensor_split(num_chunks),
+                reading.split(num_chunks) if reading is not None else [None] * num_chunks,
+                strict=True,
             )
         ]
-        entropy_N = torch.cat([entropy for _, entropy in parts if entropy is not None]) if needs_entropy else None
-        return torch.cat([logprobs for logprobs, _ in parts]), entropy_N
+        further = [each for _, each in parts if each is not None]
+        return torch.cat([logprobs for logprobs, _ in parts]), torch.cat(further) if further else None, *routed
 
     def _log_probs(
-        self, states_NH: Tensor, targets_N: Tensor, temperature: float, needs_entropy: bool, *, is_one: bool
+        self, states_NH: Tensor, targets_N: Tensor, temperature: float, further: bool | Reading, *, is_one: bool
     ) -> tuple[Tensor, Tensor | None]:
-        arguments = (states_NH, targets_N, temperature, needs_entropy)
+        arguments = (states_NH, targets_N, temperature, further)
         if is_one or not torch.is_grad_enabled():
             return self._head(*arguments)
         return checkpoint(self._head, *arguments, use_reentrant=False)  # logits are computed again in backward
 
     def _head(
-        self, states_NH: Tensor, targets_N: Tensor, temperature: float, needs_entropy: bool
+        self, states_NH: Tensor, targets_N: Tensor, temperature: float, further: bool | Reading
     ) -> tuple[Tensor, Tensor | None]:
-        logits_NV = self._logits(states_NH)
+        """Return log-probs and, with `further`, entropies (True) or KLs to a teacher (its reading)."""
+        logits_NV = self.logits(states_NH)
         if temperature != 1.0:
             logits_NV = logits_NV / temperature
         normaliser_N = logits_NV.logsumexp(-1)
         logprobs_N = logits_NV.gather(-1, targets_N[:, None]).squeeze(-1) - normaliser_N
-        if not needs_entropy:
+        if further is False:
             return logprobs_N, None
+        if further is not True:
+            return logprobs_N, further.divergence(logits_NV - normaliser_N[:, None])
         probs_NV = (logits_NV - normaliser_N[:, None]).exp()
         return logprobs_N, normaliser_N - (probs_NV * logits_NV).sum(-1)
 
-    def _logits(self, states_NH: Tensor) -> Tensor:
+    def logits(self, states_NH: Tensor) -> Tensor:
         """Return the language head's float32 logits with the scaling that some families add."""
         settings = self.model.config.get_text_config()
         logits_NV = self._layer(states_NH).float()

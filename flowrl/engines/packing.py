@@ -143,6 +143,18 @@ def _place(unit: list[Piece], batch: MicroBatch, length: int, layout: Layout) ->
     return rows
 
 
+def halved(rows: MicroBatch, *, whole_groups: bool) -> int:
+    """Return a budget that takes a micro-batch apart, or minus its tokens where no budget can.
+
+    A micro-batch of 8 rows of 100 tokens gives 400; one with a single response (a single group with `whole_groups`)
+    and 100 tokens gives -100.
+    """
+    pieces = [piece for row in rows for piece in row]
+    num_tokens = len(rows) * max((sum(piece.length for piece in row) for row in rows), default=0)
+    num_parts = len({piece.group for piece in pieces}) if whole_groups else sum(len(piece.samples) for piece in pieces)
+    return num_tokens // 2 if num_parts > 1 else -max(1, num_tokens)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
     """One micro-batch ready for a model; rows of [B, T] are its responses in order of group and sample."""
@@ -152,6 +164,7 @@ class PackedBatch:
     position_ids_RL: Tensor
     piece_RL: Tensor  # which piece a position belongs to; -1 on padding
     branch_RL: Tensor  # 0 in the prompt, else 1 + the response's place in its piece
+    copies_RL: Tensor  # float32: in how many of the sequences, run alone, a position would stand; 0 on padding
     read_N: Tensor  # index into the flattened [R * L] states
     target_N: Tensor  # the response tokens themselves
     place_N: Tensor  # index into the flattened [B * T] results
@@ -187,6 +200,7 @@ def pack(
     shape = (len(rows), length)
     ids, positions, branches = (np.zeros(shape, dtype=np.int64) for _ in range(3))
     owners = np.full(shape, -1, dtype=np.int64)
+    copies = np.zeros(shape, dtype=np.float32)
     mask = np.zeros((len(samples), width), dtype=np.float32)
     reading: list[np.ndarray] = []
     targets: list[np.ndarray] = []
@@ -200,6 +214,7 @@ def pack(
             owners[r, start : start + piece.length] = p
             ids[r, start:end] = prompt
             positions[r, start:end] = np.arange(len(prompt))
+            copies[r, start:end] = len(piece.samples)
             for branch, sample in enumerate(piece.samples, start=1):
                 response = group.responses[sample].numpy()
                 fed = len(response) - (reads == "before")
@@ -207,6 +222,7 @@ def pack(
                 ids[r, here] = response[:fed]
                 positions[r, here] = len(prompt) + np.arange(fed)
                 branches[r, here] = branch
+                copies[r, here] = 1.0
                 states = np.arange(end, end + fed)
                 if reads == "before":
                     states = np.concatenate(([start + len(prompt) - 1], states))
@@ -227,6 +243,7 @@ def pack(
         position_ids_RL=positions_RL,
         piece_RL=owners_RL,
         branch_RL=branches_RL,
+        copies_RL=torch.from_numpy(copies).to(device),
         read_N=read_N,
         target_N=target_N,
         place_N=place_N,

@@ -2,11 +2,13 @@
 
 `Publisher` owns the transport, which it opens at the first version. Invariants: parameters travel under the names and
 in the shapes of a saved checkpoint, tied ones once; every version can carry a canary, the log-probs of a fixed
-sequence at temperature 1, whatever temperature the policy is trained at. Called by trainer on rank 0.
+sequence at temperature 1, whatever temperature the policy is trained at. Called by trainer on rank 0; `cast_saved` by
+`flowrl export`.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +17,16 @@ import torch
 from flowrl.engines.base import TokenGroup
 from flowrl.engines.models import copy_tokenizer
 from flowrl.engines.packing import pack, plan
+from flowrl.errors import ModelError
 from flowrl.messages import Buffer, Canary, Weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from flowrl.engines.base import TrainingConfig
+    from flowrl.engines.base import Dtype, TrainingConfig
 
 # Mean |log-prob difference| in nats that still counts as the same weights. Engines of equal weights differ by up to
 # 2e-6 in float32 and about 0.04 in bfloat16; a stale layer differs by 0.5 and more.
@@ -122,3 +125,30 @@ def write_model(
     model.save_pretrained(directory, state_dict={**parameters, **kept})
     copy_tokenizer(Path(source), directory)
     (directory / "README.md").write_text(card)
+
+
+def cast_saved(directory: Path, dtype: Dtype) -> None:
+    """Bring a saved model to another floating-point type, one file of weights at a time.
+
+    Raises:
+        ModelError: a weight is too large for it.
+    """
+    from safetensors.torch import load_file, save_file
+
+    kind: torch.dtype = getattr(torch, dtype)
+    size_bytes = 0
+    for file in sorted(directory.glob("*.safetensors")):
+        tensors = {name: t.to(kind) if t.is_floating_point() else t for name, t in load_file(file).items()}
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise ModelError(str(file), f"{name} does not fit into {dtype}", "choose bfloat16 or float32")
+        save_file(tensors, file, metadata={"format": "pt"})
+        size_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    _amend(directory / "config.json", lambda settings: settings | {"dtype": dtype})
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        _amend(index, lambda written: written | {"metadata": written["metadata"] | {"total_size": size_bytes}})
+
+
+def _amend(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    path.write_text(json.dumps(change(json.loads(path.read_text())), indent=2) + "\n")

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from flowrl.errors import StageError
+from flowrl.errors import ResourceError, StageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,6 +66,7 @@ class Line:
                 backend, store=prefixed, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
             )
             self._control: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=FOLLOWER_TIMEOUT_S))
+            self._votes: Any = dist.new_group(backend="gloo", timeout=timeout)
         except RuntimeError as error:
             what = f"{ranks.world_size} ranks did not meet at {ranks.address}:{ranks.port} ({error})"
             raise StageError(self._where, what, "see the other ranks' logs; is the port free and reachable?") from error
@@ -113,21 +114,37 @@ class Line:
 
     def sum(self, value: float) -> float:
         """Return the sum of every rank's value, on every rank, in float64."""
+        return self.sums([value])[0]
+
+    def sums(self, values: list[float]) -> list[float]:
+        """Return the sums of every rank's values, place by place, on every rank, in float64."""
         import torch
         import torch.distributed as dist
 
         if self.world_size == 1:
-            return value
-        total = torch.tensor([value], dtype=torch.float64)
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self._control)
-        return float(total.item())
+        return total.tolist()
+
+    def share(self, value: int) -> list[int]:
+        """Return every rank's value, on every rank."""
+        import torch
+        import torch.distributed as dist
+
+        if self.world_size == 1:
+            return [value]
+        values = torch.zeros(self.world_size, dtype=torch.int64)
+        values[self.rank] = value
+        dist.all_reduce(values, group=self._votes)
+        return values.tolist()
 
     @contextmanager
     def guard(self, doing: str) -> Iterator[None]:
         """Make any error of this block break the ranks, and name the rank it started on.
 
         Raises:
-            StageError: with several ranks; with one rank the error travels on as it is.
+            StageError: with several ranks; with one rank the error travels on as it is, and so does a ResourceError.
         """
         try:
             yield
@@ -137,6 +154,8 @@ class Line:
             own = f"{type(error).__name__}: {error}"
             cause = self._first_failure()
             self._let_go(own)
+            if isinstance(error, ResourceError):  # found by all ranks together
+                raise
             what = f"rank {cause[0]} failed: {cause[1]}" if cause else own
             raise StageError(self._where, f"{doing}: {what}", "restart the node; its ranks are gone") from error
 
@@ -162,7 +181,7 @@ class Line:
             self._store.set(f"failed/{self.rank}", words)
         if dist.is_initialized():
             dist.destroy_process_group()
-        self._control = None
+        self._control = self._votes = None
         gc.collect()  # sockets close with the last reference; the others' collectives fail then, not at the timeout
 
     def close(self) -> None:

@@ -1,14 +1,16 @@
 """Engines that take the time a profile says, on devices they share: what `flowrl simulate` puts in place of real ones.
 
 Invariants: lengths and the scatter of durations are drawn from the request's own seed, never by order of arrival; what
-they return holds zeros of the right shape, so messages are as large as in a real run. The devices and the profile of a
-simulation stand in `SCENE`, since an engine is built from plain data alone. Used by runtime/timed_graph.py, on the
-virtual clock; devices.py says how time passes where several share.
+they return holds zeros of the right shape, so messages are as large as in a real run. Zeros of one length are one
+object, and what follows from a seed is drawn once: a search simulates thousands of settings on the same seeds. The
+devices and the profile of a simulation stand in `SCENE`, since an engine is built from plain data alone. Used by
+runtime/timed_graph.py, on the virtual clock; devices.py says how time passes where several share.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import random
 from contextvars import ContextVar
@@ -16,7 +18,7 @@ from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
-from flowrl.algorithms.base import Algorithm, CreditBatch, Credited
+from flowrl.algorithms.base import Algorithm
 from flowrl.engines.base import GenerationConfig, Ranks, Sampling, TokenGroup, TrainingConfig, UpdateReport
 from flowrl.engines.devices import Decoder, Device
 from flowrl.messages import Buffer, Sample, Weights
@@ -27,8 +29,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from flowrl.config import Select
+    from flowrl.graph.stage import Say
     from flowrl.messages import FloatArray
 
+TOKEN_BYTES = 4  # of a buffer's
 _NORMAL = NormalDist()
 
 
@@ -84,14 +88,18 @@ class TimedGeneration:
             self.num_running -= num_samples
         return [
             Sample(
-                token_ids=Buffer("int32", bytes(4 * length)),
-                logprobs=Buffer("float32", bytes(4 * length)),
+                token_ids=_zeros("int32", length),
+                logprobs=_zeros("float32", length),
                 versions=versions,
                 finish="length" if length == sampling.max_tokens else "stop",
                 text="",
             )
             for length, versions in zip(lengths, spans, strict=True)
         ]
+
+    async def serve_loaded(self) -> None:
+        """Serve version 0 at once."""
+        self._decoder.serve(0, again=False)
 
     async def update_weights(self, weights: Weights) -> UpdateReport:
         """Receive while decoding goes on, pause, and serve the version; requests in flight as `on_update` says."""
@@ -121,6 +129,7 @@ class TimedTraining:
         where: str,
         name: str = "",
         num_receivers: int = 1,
+        say: Say | None = None,
         node: str = "",
         device: str = "cores",
         speed: float = 1.0,
@@ -144,10 +153,12 @@ class TimedTraining:
 
     def score(self, groups: Sequence[TokenGroup]) -> list[list[FloatArray]]:
         """Return zeros after the time of one call."""
-        import numpy as np
-
         self._spend("score", groups)
-        return [[np.zeros(len(response), dtype=np.float32) for response in group.responses] for group in groups]
+        return [[_row(len(response.data) // TOKEN_BYTES) for response in group.responses] for group in groups]
+
+    def compare(self, groups: Sequence[TokenGroup], objective: Select) -> list[list[FloatArray]]:
+        """Return zeros after the time of one call."""
+        return self.score(groups)
 
     def score_sequences(self, group: TokenGroup) -> list[float]:
         """Return one zero for each response after the time of one call."""
@@ -158,6 +169,10 @@ class TimedTraining:
         """Take the time of one optimizer step on the groups; `apply` is part of it."""
         self._spend("train", groups)
         return {"loss": 0.0}
+
+    def learned(self) -> dict[tuple[int, int], FloatArray]:
+        """Return nothing: nothing is learned."""
+        return {}
 
     def apply(self) -> dict[str, float]:
         """Take no time of its own."""
@@ -192,31 +207,47 @@ class TimedTraining:
 
     def _spend(self, kind: str, groups: Sequence[TokenGroup]) -> None:
         cost = self._costs.calls.get(kind) or self._costs.calls.get("score", CallCost())
-        tokens = sum(len(group.responses) * len(group.prompt_ids) + sum(map(len, group.responses)) for group in groups)
+        size_bytes = 0
+        for group in groups:
+            responses = group.responses
+            size_bytes += len(responses) * len(group.prompt_ids.data) + sum([len(each.data) for each in responses])
         factor = 1.0
         if cost.log_sigma > 0 and groups:
             first = groups[0].prompt_ids.data[:4].hex()  # a prompt of a simulation begins with its group's number
             factor = scatter(cost.log_sigma, f"{self._node} {kind} {len(groups)} {first}")
-        self.last_work_s = cost.seconds(tokens) * factor / self._speed
+        self.last_work_s = cost.seconds(size_bytes / TOKEN_BYTES) * factor / self._speed
 
 
 class TimedAlgorithm(Algorithm):
     """Credits nothing and minimises nothing: a simulation learns no weights."""
 
-    def credit(self, batch: CreditBatch) -> Credited:
-        """Return the batch's zeros."""
-        return Credited(batch.mask_BT, None, {})
+    @property
+    def is_blank(self) -> bool:
+        """Return True: no credit is anything but zero."""
+        return True
 
 
-def draw_lengths(spread: Spread, *, seed: int, num: int, most: int) -> list[int]:
+@functools.lru_cache(maxsize=1 << 16)
+def draw_lengths(spread: Spread, *, seed: int, num: int, most: int) -> tuple[int, ...]:
     """Return `num` response lengths of one prompt, which are alike as far as the spread says; none above `most`."""
     draw = random.Random(seed)
     common = math.sqrt(spread.shared) * draw.gauss(0.0, 1.0)
     own = math.sqrt(1.0 - spread.shared)
     values = (spread.at(_NORMAL.cdf(common + own * draw.gauss(0.0, 1.0))) for _ in range(num))
-    return [max(1, min(most, round(value))) for value in values]
+    return tuple(max(1, min(most, round(value))) for value in values)
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def scatter(log_sigma: float, seed: str) -> float:
     """Return a log-normal factor of mean 1."""
     return math.exp(log_sigma * random.Random(seed).gauss(0.0, 1.0) - log_sigma**2 / 2)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _zeros(dtype: str, length: int) -> Buffer:
+    return Buffer(dtype, bytes(TOKEN_BYTES * length))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _row(length: int) -> FloatArray:
+    return _zeros("float32", length).numpy()

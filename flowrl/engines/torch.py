@@ -22,12 +22,13 @@ from flowrl.errors import ModelError, StageError
 from flowrl.graph.stage import Ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from torch import Tensor
 
     from flowrl.engines.base import TokenGroup, TrainingConfig
+    from flowrl.messages import FloatArray
 
 
 class TorchEngine(Trainer):
@@ -53,6 +54,10 @@ class TorchEngine(Trainer):
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
+
+    def _clear_gradients(self) -> None:
+        for tensor in (*self._live, *self._masters):
+            tensor.grad = None
 
     def _step(self, lr: float) -> float:
         self._sum_over_ranks()
@@ -137,7 +142,7 @@ def _move_gradient_to(master: Tensor) -> Callable[[Tensor], None]:
 
 
 class SequenceScoringEngine:
-    """A reward model: one number for each whole sequence, read at its last token."""
+    """A reward model: one number for each whole sequence, read at its last token; or one after every token."""
 
     def __init__(self, config: TrainingConfig, *, where: str) -> None:
         self._where = where
@@ -157,7 +162,11 @@ class SequenceScoringEngine:
 
     def score_sequences(self, group: TokenGroup) -> list[float]:
         """Return the value at the last token of prompt + response, one number for each response."""
-        return [float(values[-1]) for values in self._engine.score([group])[0]]
+        return [float(values[-1]) for values in self.score([group])[0]]
+
+    def score(self, groups: Sequence[TokenGroup]) -> list[list[FloatArray]]:
+        """Return the value after every response token, [group][sample] -> float32 [tokens]."""
+        return self._engine.score(groups)
 
     def close(self) -> None:
         """Release the model."""

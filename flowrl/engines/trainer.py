@@ -1,16 +1,11 @@
-"""What the training engines share: commands to the ranks, micro-batches, the loss, metrics, publishing, saving.
+"""What the training engines share: commands to the ranks, steps, publishing, saving.
 
 `Trainer` implements `TrainingEngine`; a subclass says how gradients are accumulated, how a step is taken and how
 state is stored. Every public method runs on rank 0, which checks its arguments, hands the command to the followers
-and carries it out with them; an error found by the check leaves the ranks usable.
+and carries it out with them; an error found by the check leaves the ranks usable. What a rank computes for a command
+is in passes.
 
-Invariant (law 7): the gradient is that of sum(total) / sum(count) over all groups, so neither micro-batches, packing
-nor ranks can change it. The global count is needed before the first backward, because ZeRO does not let gradients be
-scaled afterwards; so each micro-batch's count is first asked of the objective with log-probs of zero, which costs no
-forward, and an objective whose count then differs on the true log-probs is refused. A count may therefore depend on
-masks and columns only.
-
-Called by the learner, critic, reference and reward-model stages. Shapes: N response tokens, B responses, T longest.
+Called by the learner, critic, reference and reward-model stages.
 """
 
 from __future__ import annotations
@@ -18,18 +13,23 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 import torch
 
 from flowrl.config import Select
+from flowrl.engines.average import Average, is_saved
 from flowrl.engines.base import TokenGroup
-from flowrl.engines.models import TokenReader, choose_dtype, choose_layout, load_model, reads_of
-from flowrl.engines.objective import Sums, add_loss, check_count, count_ahead, divide, loss_batch
-from flowrl.engines.packing import MicroBatch, PackedBatch, pack, plan, unpack
+from flowrl.engines.lora import Adapter
+from flowrl.engines.memory import Room
+from flowrl.engines.models import TokenReader, choose_dtype, load_model
+from flowrl.engines.objective import Sums, divide
+from flowrl.engines.passes import Answer, Passes
 from flowrl.engines.publishing import Publisher, as_saved, score_canary, write_model
 from flowrl.engines.ranks import Line
+from flowrl.engines.router import check_router
+from flowrl.engines.savings import check_offload, freeze, recompute
 from flowrl.errors import ConfigError, StageError
 from flowrl.messages import Buffer, Weights, decode, encode
 
@@ -39,15 +39,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from flowrl.algorithms.base import Objective
     from flowrl.engines.base import Schedule, TrainingConfig
-    from flowrl.engines.packing import Layout
-    from flowrl.graph.stage import Ranks
+    from flowrl.graph.stage import Ranks, Say
     from flowrl.messages import FloatArray
-
-IDLE_GROUP = TokenGroup(
-    prompt_ids=Buffer.ints([0]), responses=[Buffer.ints([0])]
-)  # keeps step where a rank has no work
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,12 +54,6 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     canary: Buffer | None = None
     directory: str = ""
     card: str = ""
-
-
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank found for each of its responses."""
-
-    rows: list[tuple[int, int, Buffer]]  # group, sample, values
 
 
 def lr_ratio(schedule: Schedule, step: int) -> float:
@@ -82,45 +70,42 @@ def lr_ratio(schedule: Schedule, step: int) -> float:
     return schedule.final_ratio + (1 - schedule.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class Trainer:
+class Trainer(Passes):
     """One rank of a training engine; subclasses add the optimizer."""
 
     backend_of_one = False  # whether even one rank alone needs a process group
+    can_offload: ClassVar[dict[str, int]] = {}  # setting -> the least ZeRO stage it needs
 
-    model: PreTrainedModel
-    reader: TokenReader
-    _module: nn.Module  # what forward goes through: the reader, or the backend's wrapper of it
+    _adapter: Adapter | None
 
-    def __init__(self, config: TrainingConfig, *, where: str, name: str, num_receivers: int = 1) -> None:
-        self.config = config
-        self.where = where
+    def __init__(
+        self, config: TrainingConfig, *, where: str, name: str, num_receivers: int = 1, say: Say | None = None
+    ) -> None:
+        """Load nothing yet; `say` is told in words what the user should know."""
+        super().__init__(config, where=where, say=say or (lambda text: None))
         self._name = name
         self._num_receivers = num_receivers
         self._num_steps = 0  # optimizer steps taken, the schedule's clock
-        self._is_training = False  # whether the optimizer exists: engines that only score never make one
-        self._line: Line | None = None
+        self._has_stepped = False  # in this process
+        self._average = Average(config.ema_decay) if config.ema_decay else None
 
     # What a subclass provides.
 
+    @property
+    def _ranks_meet_in_passes(self) -> bool:
+        """Say whether a forward or backward waits for other ranks."""
+        return False
+
     def _load(self) -> PreTrainedModel:
         return load_model(self.config, where=self.where, dtype=self.dtype, device=self.device)
-
-    def _start_training(self) -> None:
-        """Make the optimizer."""
-        raise NotImplementedError
-
-    def _backward(self, loss: Tensor) -> None:
-        """Add the gradient of this rank's part of the loss; the parts of all ranks add up."""
-        raise NotImplementedError
 
     def _step(self, lr: float) -> float:
         """Clip, step and clear the gradients; returns the gradient's norm before clipping."""
         raise NotImplementedError
 
-    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield each parameter once, whole, in the model's dtype; collective where parameters are sharded."""
-        for name, parameter in self.model.named_parameters():
-            yield name, parameter.detach()
+    def _whole(self, named: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield parameters whole, in the model's dtype; collective where parameters are sharded."""
+        return ((name, parameter.detach()) for name, parameter in named)
 
     def _write_state(self, directory: Path) -> None:
         raise NotImplementedError
@@ -130,8 +115,9 @@ class Trainer:
 
     def _unload(self) -> None:
         """Drop the model and whatever holds process groups."""
-        for name in ("_module", "reader", "model"):
+        for name in ("_module", "reader", "model", "_adapter"):
             self.__dict__.pop(name, None)
+        self._teacher = None
 
     # Opening, following, closing.
 
@@ -143,6 +129,7 @@ class Trainer:
         self.dtype = choose_dtype(self.config.dtype, self.device)
         if self.device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # transformers imports DeepSpeed, which else looks for devices aloud
+        check_offload(self.config, self.device, self.where, least_stage=self.can_offload)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         self._publisher = Publisher(
             self.config,
@@ -152,11 +139,17 @@ class Trainer:
             device=self.device,
         )
         self._line = Line(ranks, where=self.where, backend=backend, needs_group=self.backend_of_one)
+        self._room = Room(self._line, where=self.where, ranks_meet=self._ranks_meet_in_passes)
         with self._line.guard("open"):
             self.model = self._load()
+            self._adapter = Adapter(self.model, self.config, where=self.where) if self.config.lora.rank else None
             self.model.config.use_cache = False
+            if self.config.router_aux_loss:
+                check_router(self.model, self.where)
             if self.config.gradient_checkpointing:
-                self.model.gradient_checkpointing_enable({"use_reentrant": False})
+                recompute(self.model, every=self.config.checkpoint_every, where=self.where)
+            if self.config.freeze:
+                freeze(self.model, self.config.freeze, self.where)
             self.model.train()
             self.reader = TokenReader(self.model, head=self.config.head, temperature=self.config.temperature)
             self._module = self.reader
@@ -166,12 +159,11 @@ class Trainer:
     def _opened(self) -> None:
         """Do what must be done once the model is loaded."""
 
-    @property
-    def line(self) -> Line:
-        """Return this rank's connection."""
-        if self._line is None:
-            raise StageError(self.where, "the engine is not open", "call open first")
-        return self._line
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each parameter of the plain model once, whole; adapters are merged in."""
+        if self._adapter is not None:
+            return self._adapter.merged(self._whole)
+        return self._whole([*self.model.named_parameters()])
 
     def follow(self) -> None:
         """Serve as a rank other than 0 until rank 0 closes; returns then."""
@@ -195,6 +187,8 @@ class Trainer:
         match command.name:
             case "score":
                 return msgspec.msgpack.encode(self._score_here(command.groups))
+            case "compare" if command.objective is not None:
+                return msgspec.msgpack.encode(self._score_here(command.groups, command.objective))
             case "accumulate" if command.objective is not None:
                 return msgspec.msgpack.encode(self._accumulate_here(command.groups, command.objective))
             case "apply":
@@ -206,9 +200,12 @@ class Trainer:
             case "save_state":
                 self._ensure_training()
                 self._write_state(Path(command.directory))
+                if self._average is not None and self._average.tensors:
+                    self._average.write(Path(command.directory))
             case "load_state":
                 self._ensure_training()
                 self._read_state(Path(command.directory))
+                self._read_average(Path(command.directory))
             case "close":
                 pass
             case _:
@@ -229,11 +226,6 @@ class Trainer:
             self._unload()
             line.close()
 
-    def _ensure_training(self) -> None:
-        if not self._is_training:
-            self._start_training()
-            self._is_training = True
-
     def _check_schedule(self) -> None:
         schedule = self.config.schedule
         if schedule.kind == "cosine" and schedule.total_steps == 0:
@@ -246,53 +238,19 @@ class Trainer:
         """Return log-probs or values of every response token, [group][sample] -> float32 [tokens]."""
         if not groups:
             return []
-        answers = self._lead(Command(name="score", groups=list(groups)))
+        return self._rows(Command(name="score", groups=list(groups)))
+
+    def compare(self, groups: Sequence[TokenGroup], objective: Select) -> list[list[FloatArray]]:
+        """Return the KL between the objective's teacher and the model at every response token, as `score` does."""
+        return self._rows(Command(name="compare", groups=list(groups), objective=objective))
+
+    def _rows(self, command: Command) -> list[list[FloatArray]]:
+        answers = self._lead(command)
         rows: dict[tuple[int, int], FloatArray] = {}
         for answer in answers:
             for group, sample, values in msgspec.msgpack.decode(answer, type=Answer).rows:
                 rows[group, sample] = values.numpy()
-        return [[rows[g, s] for s in range(len(group.responses))] for g, group in enumerate(groups)]
-
-    def _score_here(self, groups: Sequence[TokenGroup]) -> Answer:
-        mine, layout = self._plan(groups, whole_groups=False)
-        done: list[tuple[PackedBatch, Tensor]] = []
-        with torch.no_grad():
-            for rows, num_chunks in mine:
-                batch = self._pack(groups, rows, layout)
-                values_N, _ = self._module(batch, num_chunks=num_chunks)
-                if rows:
-                    done.append((batch, values_N))
-        found = unpack(done)
-        return Answer(rows=[(group, sample, Buffer.floats(values)) for (group, sample), values in found.items()])
-
-    def _plan(self, groups: Sequence[TokenGroup], *, whole_groups: bool) -> tuple[list[tuple[MicroBatch, int]], Layout]:
-        """Return this rank's micro-batches with the number of head calls each needs on its busiest rank."""
-        layout = self._layout(max(len(g.prompt_ids) + max(len(r) for r in g.responses) for g in groups))
-        dealt = plan(
-            groups,
-            layout=layout,
-            reads=reads_of(self.config),
-            budget=self.config.micro_batch_tokens,
-            world_size=self.line.world_size,
-            whole_groups=whole_groups,
-        )
-        num_chunks = [max(self._num_chunks(groups, rows) for rows in column) for column in zip(*dealt, strict=True)]
-        return list(zip(dealt[self.line.rank], num_chunks, strict=True)), layout
-
-    def _layout(self, longest: int) -> Layout:
-        return choose_layout(self.model, longest)
-
-    def _num_chunks(self, groups: Sequence[TokenGroup], rows: MicroBatch) -> int:
-        pieces = [piece for row in rows for piece in row]
-        num_tokens = sum(len(groups[piece.group].responses[sample]) for piece in pieces for sample in piece.samples)
-        return max(1, self.reader.num_chunks(num_tokens))
-
-    def _pack(self, groups: Sequence[TokenGroup], rows: MicroBatch, layout: Layout) -> PackedBatch:
-        if rows:
-            return pack(groups, rows, layout=layout, reads=reads_of(self.config), device=self.device)
-        reads = reads_of(self.config)
-        ((idle,),) = plan([IDLE_GROUP], layout=layout, reads=reads, budget=1)
-        return pack([IDLE_GROUP], idle, layout=layout, reads=reads, device=self.device)
+        return [[rows[g, s] for s in range(len(group.responses))] for g, group in enumerate(command.groups)]
 
     # Training.
 
@@ -309,30 +267,9 @@ class Trainer:
         answers = self._lead(Command(name="accumulate", groups=list(groups), objective=objective))
         return divide(msgspec.msgpack.decode(answer, type=Sums) for answer in answers)
 
-    def _accumulate_here(self, groups: Sequence[TokenGroup], chosen: Select) -> Sums:
-        self._ensure_training()
-        objective: Objective = chosen.load(f"{self.where}.objective")
-        mine, layout = self._plan(groups, whole_groups=bool(getattr(objective, "needs_whole_groups", False)))
-        counts = [count_ahead(objective, groups, self._pack(groups, rows, layout)) if rows else 0.0 for rows, _ in mine]
-        global_count = self.line.sum(sum(counts))
-        if global_count <= 0:
-            what = f"the objective counts nothing in {len(groups)} groups"
-            raise StageError(self.where, what, "are all masks 0?")
-        sums: Sums = {}
-        for (rows, num_chunks), count in zip(mine, counts, strict=True):
-            batch = self._pack(groups, rows, layout)
-            values_N, entropy_N = self._module(batch, needs_entropy=objective.needs_entropy, num_chunks=num_chunks)
-            if not rows:
-                # Every output takes part, or ZeRO-3 would gather parameters at other moments than on busy ranks.
-                outputs = [output for output in (values_N, entropy_N) if output is not None]
-                self._backward(torch.cat(outputs).sum() * 0.0)
-                continue
-            entropy_BT = None if entropy_N is None else batch.spread(entropy_N)
-            loss = objective.loss(loss_batch(groups, batch, batch.spread(values_N), entropy_BT))
-            check_count(loss.count, count, chosen.use, self.where)
-            self._backward(loss.total / global_count)
-            add_loss(sums, loss)
-        return sums
+    def learned(self) -> dict[tuple[int, int], FloatArray]:
+        """Return the log-probs or values that the last `accumulate` learned from, as far as rank 0 has them."""
+        return self._learned
 
     def apply(self) -> dict[str, float]:
         """Take the optimizer step for what has been accumulated; returns lr and grad_norm.
@@ -347,12 +284,29 @@ class Trainer:
     def _apply_here(self) -> dict[str, float]:
         self._ensure_training()
         lr = self.config.lr * lr_ratio(self.config.schedule, self._num_steps)
+        if self._num_steps == 0:
+            self._update_average()  # it starts from the weights as they were loaded
         grad_norm = self._step(lr)
         if not math.isfinite(grad_norm):
             what = f"the gradient's norm is {grad_norm} in optimizer step {self._num_steps}"
             raise StageError(self.where, what, "resume from the last checkpoint with a lower lr or max_grad_norm")
+        if not self._has_stepped:  # the optimizer's state is in memory now
+            self._scoring.forget_fitted()
+            self._learning.forget_fitted()
+            self._has_stepped = True
         self._num_steps += 1
+        self._since_step = []
+        self._update_average()
         return {"lr": lr, "grad_norm": grad_norm}
+
+    def _update_average(self) -> None:
+        if self._average is None:
+            return
+        weights = self._parameters()
+        if self.line.rank == 0:
+            self._average.update(weights)
+        for _ in weights:  # takes its part in the gathering
+            pass
 
     # Publishing.
 
@@ -385,7 +339,10 @@ class Trainer:
     # Saving.
 
     def save_model(self, directory: Path, *, card: str) -> None:
-        """Write Hugging Face format: safetensors, config, tokenizer, model card."""
+        """Write Hugging Face format: safetensors, config, tokenizer, model card.
+
+        Beside it `adapter` and `ema_model`, the average of the weights, where there are such.
+        """
         self._lead(Command(name="save_model", directory=str(directory), card=card))
 
     def _save_model_here(self, directory: Path, card: str) -> None:
@@ -395,6 +352,13 @@ class Trainer:
                 whole[name] = tensor.cpu().clone()
         if self.line.rank == 0:
             write_model(self.model, whole, directory, source=self.config.model, card=card)
+        if self._adapter is not None:
+            trained = {name: tensor.clone() for name, tensor in self._whole(self._adapter.parameters())}
+            if self.line.rank == 0:
+                self._adapter.write(directory.with_name("adapter"), trained.items())
+        if self._average is not None and self._average.tensors:
+            averaged = {name: tensor.to(self.dtype) for name, tensor in self._average.tensors.items()}
+            write_model(self.model, averaged, directory.with_name("ema_model"), source=self.config.model, card=card)
 
     def save_state(self, directory: Path) -> None:
         """Write everything needed to go on training: weights, optimizer, schedule."""
@@ -403,3 +367,17 @@ class Trainer:
     def load_state(self, directory: Path) -> None:
         """Read what `save_state` wrote."""
         self._lead(Command(name="load_state", directory=str(directory)))
+
+    def _read_average(self, directory: Path) -> None:
+        if self._average is None:
+            return
+        self._average.tensors = {}
+        if self._num_steps == 0:  # it starts with the first step
+            return
+        if is_saved(directory):
+            if self.line.rank == 0:
+                self._average.read(directory)
+            return
+        self._update_average()
+        if self.line.rank == 0:
+            self._say(f"{directory} has no average of the weights: it starts at step {self._num_steps}")

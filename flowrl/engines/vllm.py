@@ -211,6 +211,11 @@ class VllmEngine:
 
     # Weights.
 
+    async def serve_loaded(self) -> None:
+        """Serve what `open` loaded, as version 0."""
+        await self._engine.update_weight_version("0")
+        self.version = 0
+
     async def update_weights(self, weights: Weights) -> UpdateReport:
         """Receive and verify a version, load it while generation is paused, prove it, and serve it.
 

@@ -126,7 +126,8 @@ def sampling_parameters(sampling: Sampling, *, seed: int, stop_ids: list[int]) -
         presence_penalty=0.0,
         frequency_penalty=0.0,
         repetition_penalty=1.0,
-        stop_token_ids=sorted({*stop_ids, *sampling.stop_token_ids}),
+        stop_token_ids=[] if sampling.ignore_stop else sorted({*stop_ids, *sampling.stop_token_ids}),
+        ignore_eos=sampling.ignore_stop,
         logprobs=0,  # the sampled token's only
         flat_logprobs=True,
         detokenize=False,

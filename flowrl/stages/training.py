@@ -4,21 +4,43 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from flowrl.engines.base import TrainingConfig, TrainingEngine, open_engine
+from flowrl.engines.base import Training, TrainingConfig, TrainingEngine, open_engine
 from flowrl.engines.checkpoint import read_version, write_version
+from flowrl.errors import ConfigError
 from flowrl.telemetry.causes import Cause
+from flowrl.telemetry.events import Notice
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
-    from pathlib import Path
 
     from flowrl.graph.ports import In
     from flowrl.graph.stage import Context
     from flowrl.messages import M
+
+
+def check_adapter(settings: Training, where: str) -> None:
+    """Insist on what a node's adapter needs on this machine.
+
+    Raises:
+        ConfigError: its settings ask for what is not here.
+    """
+    lora = settings.lora
+    if lora.start and not (Path(lora.start) / "adapter_config.json").is_file():
+        what = f"{lora.start} has no adapter_config.json"
+        raise ConfigError(f"{where}.lora.start", what, "give the directory of an adapter in peft's format")
+    if lora.bits:
+        import torch
+
+        from flowrl.engines.quantization import check_quantization
+
+        has_gpu = settings.gpus > 0 or bool(settings.share) or torch.cuda.is_available()
+        check_quantization(lora, where, has_gpu=has_gpu)
 
 
 @asynccontextmanager
@@ -37,6 +59,7 @@ async def opened(
             where=context.where,
             name=f"{context.run_dir.name}-{context.node}",
             num_receivers=context.num_readers,
+            say=partial(_warn, context),
             **config.engine_options,
         )
         await context.compute(engine.open, context.ranks)
@@ -44,6 +67,10 @@ async def opened(
         yield engine
     finally:
         await context.compute(engine.close)
+
+
+def _warn(context: Context, text: str) -> None:
+    context.recorder.record(Notice(level="warning", where=context.where, text=text, time_s=context.now()))
 
 
 def save_state(engine: TrainingEngine, directory: Path, version: int) -> None:

@@ -143,6 +143,7 @@ class FlowrlWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
         finalize_layerwise_reload(self.model, self.model_config)
         repack_tied_head(self.model, self.device)
+        repack_experts(self.model, self.device)
         self._staged = None
 
     def shutdown(self) -> None:
@@ -177,6 +178,20 @@ def repack_tied_head(model: torch.nn.Module, device: torch.device) -> None:
     for head in model.modules():
         if isinstance(head, ParallelLMHead) and owners[id(head.weight)] > 1:
             head.quant_method.process_weights_after_loading(head)
+
+
+def repack_experts(model: torch.nn.Module, device: torch.device) -> None:
+    """Repack the experts of a model from the weights just loaded.
+
+    On CPUs experts are served from a packed copy too, which vLLM makes at the first load only; after a reload it would
+    read plain weights as packed ones.
+    """
+    if device.type != "cpu":
+        return
+    for layer in model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(layer)
 
 
 def _on_device(

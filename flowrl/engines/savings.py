@@ -1,0 +1,90 @@
+"""What training does without to save memory: frozen parameters, activations computed again, state moved to the CPU.
+
+Each is asked for by a setting of `Training` and refused where it would do nothing. Called by trainer and the DeepSpeed
+engine, once, on the loaded model.
+"""
+
+from __future__ import annotations
+
+import difflib
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from flowrl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from transformers import PreTrainedModel
+
+    from flowrl.engines.base import TrainingConfig
+
+
+def freeze(model: PreTrainedModel, patterns: Sequence[str], where: str) -> None:
+    """Let no parameter train whose name in the model one of the patterns matches: `*`, `?` and `[01]` as in a shell.
+
+    A tied parameter goes by its first name.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or nothing is left to train.
+    """
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        matched = [name for name in parameters if fnmatchcase(name, pattern)]
+        if not matched:
+            close = difflib.get_close_matches(pattern, parameters, n=1, cutoff=0.0)[0]
+            what = f"{pattern!r} matches none of the {len(parameters)} parameters of {type(model).__name__}"
+            raise ConfigError(f"{where}.freeze", what, f"one of them is called {close}")
+        for name in matched:
+            parameters[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        what = f"{', '.join(patterns)} match all {len(parameters)} parameters"
+        raise ConfigError(f"{where}.freeze", what, "leave some to train")
+
+
+def recompute(model: PreTrainedModel, *, every: int, where: str) -> None:
+    """Let the first of every so many layers keep only its input and compute the rest again in backward.
+
+    Raises:
+        ConfigError: the model has no such layers, or cannot tell them apart.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if not model.supports_gradient_checkpointing:
+        what = f"{type(model).__name__} cannot compute its layers again"
+        raise ConfigError(f"{where}.gradient_checkpointing", what, "leave it false")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if every == 1:
+        return
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if len(layers) < every:
+        what = f"{every} is more than the {len(layers)} layers of {type(model).__name__} that can be chosen from"
+        raise ConfigError(f"{where}.checkpoint_every", what, "leave it 1")
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index % every == 0
+
+
+def check_offload(config: TrainingConfig, device: torch.device, where: str, *, least_stage: dict[str, int]) -> None:
+    """Insist that what is to be moved to the CPU can be; `least_stage` is the ZeRO stage that each setting needs.
+
+    Raises:
+        ConfigError: the engine cannot do it, or there is nothing to gain.
+    """
+    for name in ("offload_optimizer", "offload_parameters"):
+        if not getattr(config, name):
+            continue
+        if name not in least_stage:
+            what = "this engine holds everything on its device"
+            raise ConfigError(f"{where}.{name}", what, "take engine=flowrl.engines.deepspeed:DeepSpeedEngine")
+        if device.type == "cpu":
+            raise ConfigError(f"{where}.{name}", "the device is the CPU, where everything is already", "leave it false")
+        if config.zero_stage < least_stage[name]:
+            what = f"zero_stage={config.zero_stage} does not shard what it would move"
+            raise ConfigError(f"{where}.{name}", what, f"take zero_stage {least_stage[name]} or more")
+
+
+def offloading(config: TrainingConfig) -> dict[str, Any]:
+    """Return DeepSpeed's settings for what is moved to the CPU, a part of its zero_optimization."""
+    chosen = {"offload_optimizer": config.offload_optimizer, "offload_param": config.offload_parameters}
+    return {name: {"device": "cpu", "pin_memory": True} for name, is_moved in chosen.items() if is_moved}

@@ -1,0 +1,79 @@
+"""A frozen teacher beside a training engine's model: it reads the same batches, and KLs are formed chunk by chunk.
+
+Invariants: the teacher has no gradient, no optimizer and no place in the engine's own module, so that neither DeepSpeed
+nor a checkpoint sees it; never more of its logits are held than of the student's, and they are made again in backward.
+Every rank holds it whole. Called by passes and models. Shapes: N response tokens, H the teacher's hidden size, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+import torch
+
+from flowrl.engines.base import Lora, TrainingConfig
+from flowrl.engines.models import TokenReader, load_model
+from flowrl.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flowrl.engines.packing import PackedBatch
+
+Direction = Literal["forward", "reverse"]
+
+
+class Teacher:
+    """A frozen language model with the student's vocabulary."""
+
+    def __init__(
+        self, directory: str, config: TrainingConfig, *, where: str, dtype: torch.dtype, device: torch.device,
+        vocab_size: int,
+    ) -> None:  # fmt: skip
+        """Load it.
+
+        Raises:
+            ModelError: it cannot be loaded, or its vocabulary is not of `vocab_size` tokens.
+        """
+        self.directory = directory
+        settings = msgspec.structs.replace(config, model=directory, head="policy", lora=Lora())
+        self.model = load_model(settings, where=f"{where}.teacher", dtype=dtype, device=device)
+        self.model.requires_grad_(False).eval()
+        found = int(self.model.config.get_text_config().vocab_size)
+        if found != vocab_size:
+            what = f"{directory} has a vocabulary of {found} tokens, the student one of {vocab_size}"
+            raise ModelError(f"{where}.teacher", what, "take a teacher of the same family")
+        self._reader = TokenReader(self.model, head="policy", temperature=1.0)
+
+    @torch.no_grad()
+    def read(self, batch: PackedBatch, *, direction: Direction, temperature: float) -> Reading:
+        """Return what the teacher knows at the response tokens of a batch."""
+        return Reading(self._reader, self._reader.states(batch), direction, temperature)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The teacher's last states at some response tokens, from which its distribution there is made when needed."""
+
+    reader: TokenReader
+    states_NH: Tensor
+    direction: Direction
+    temperature: float
+
+    def split(self, num_chunks: int) -> list[Reading]:
+        """Return the reading in parts, as the student's states are split."""
+        return [replace(self, states_NH=states) for states in self.states_NH.tensor_split(num_chunks)]
+
+    def divergence(self, student_NV: Tensor) -> Tensor:
+        """Return the KL at each token from the student's log-probs over the vocabulary; the gradient is the student's.
+
+        With p_T = (1/2, 1/2) and p_S = (1/4, 3/4), forward is (log 2 + log 2/3) / 2 = 0.1438.
+        """
+        with torch.no_grad():
+            teacher_NV = torch.log_softmax(self.reader.logits(self.states_NH) / self.temperature, -1)
+        if self.direction == "forward":
+            return (teacher_NV.exp() * (teacher_NV - student_NV)).sum(-1)
+        return (student_NV.exp() * (student_NV - teacher_NV)).sum(-1)

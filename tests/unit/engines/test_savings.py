@@ -1,0 +1,102 @@
+"""Frozen parameters, activations computed again, state on the CPU: what they do and when they are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flowrl.engines.base import Ranks, TrainingConfig
+from flowrl.engines.deepspeed import DeepSpeedEngine
+from flowrl.engines.savings import check_offload, offloading
+from flowrl.engines.torch import TorchEngine
+from flowrl.errors import ConfigError
+from tests.unit.engines.test_trainer import GROUPS, WeightedTokens, choose, gradients, opened
+
+FROZEN = ["model.embed_tokens.*", "model.layers.0.*"]
+LEAST = DeepSpeedEngine.can_offload
+
+
+def test_frozen_parameters_keep_their_values_and_the_others_their_gradients(tiny_llama):
+    free, frozen = opened(tiny_llama, lr=1e-2), opened(tiny_llama, lr=1e-2, freeze=FROZEN)
+    for engine in (free, frozen):
+        engine.accumulate(GROUPS, choose(WeightedTokens))
+    expected, found = gradients(free), gradients(frozen)
+    still = expected.keys() - found.keys()
+    assert still == {name for name in expected if name.startswith(("model.embed_tokens.", "model.layers.0."))}
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5)
+    before = {name: parameter.clone() for name, parameter in frozen.model.named_parameters()}
+    frozen.apply()
+    for name, parameter in frozen.model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name in still)
+    assert [name for name, _ in frozen._parameters()] == list(before)  # what generators are sent
+
+
+@pytest.mark.parametrize(
+    ("patterns", "words"),
+    [
+        (["model.layers.7.*"], "matches none of the .* parameters of LlamaForCausalLM; one of them is called model.l"),
+        (["model.*"], "match all .* parameters; leave some to train"),
+    ],
+)
+def test_patterns_that_match_nothing_or_everything_are_refused(tiny_llama, patterns, words):
+    with pytest.raises(ConfigError, match=words):
+        opened(tiny_llama, freeze=patterns)
+
+
+@pytest.mark.parametrize(("every", "again"), [(1, [1, 1]), (2, [1, 0])])
+def test_only_the_chosen_layers_are_computed_again_and_gradients_stay(tiny_llama, every, again):
+    plain = opened(tiny_llama)
+    saving = opened(tiny_llama, gradient_checkpointing=True, checkpoint_every=every)
+    calls = [0, 0]
+    for index, layer in enumerate(saving.model.model.layers):
+
+        def count(*_: object, index: int = index) -> None:
+            calls[index] += 1
+
+        layer.input_layernorm.register_forward_hook(count)
+    plain.accumulate(GROUPS, choose(WeightedTokens))
+    saving.accumulate(GROUPS, choose(WeightedTokens))
+    assert calls == [1 + more for more in again]
+    found = gradients(saving)
+    for name, expected in gradients(plain).items():
+        torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_fewer_layers_than_asked_for_are_refused(tiny_llama):
+    with pytest.raises(ConfigError, match="3 is more than the 2 layers of LlamaForCausalLM"):
+        opened(tiny_llama, gradient_checkpointing=True, checkpoint_every=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "least", "words"),
+    [
+        ({"offload_optimizer": True}, "cuda", {}, "holds everything on its device; take engine=.*DeepSpeedEngine"),
+        ({"offload_optimizer": True}, "cpu", LEAST, "the device is the CPU, where everything is already"),
+        ({"offload_optimizer": True, "zero_stage": 0}, "cuda", LEAST, "zero_stage=0 .* take zero_stage 1 or more"),
+        ({"offload_parameters": True, "zero_stage": 2}, "cuda", LEAST, "zero_stage=2 .* take zero_stage 3 or more"),
+    ],
+)
+def test_offload_that_cannot_be_is_refused(settings, device, least, words):
+    with pytest.raises(ConfigError, match=words):
+        check_offload(TrainingConfig(model="m", **settings), torch.device(device), "learner", least_stage=least)
+
+
+@pytest.mark.parametrize("kind", [TorchEngine, DeepSpeedEngine])
+def test_an_engine_asks_before_it_loads(kind):
+    engine = kind(TrainingConfig(model="nowhere", offload_optimizer=True), where="learner", name="test")
+    with pytest.raises(ConfigError, match=r"learner\.offload_optimizer"):
+        engine.open(Ranks())
+    engine.close()
+
+
+def test_offload_reaches_deepspeed_as_its_settings():
+    settings = {"offload_optimizer": True, "offload_parameters": True, "zero_stage": 3}
+    config = TrainingConfig(model="m", **settings)
+    check_offload(config, torch.device("cuda"), "learner", least_stage=LEAST)
+    moved = {"device": "cpu", "pin_memory": True}
+    assert offloading(config) == {"offload_optimizer": moved, "offload_param": moved}
+    assert offloading(TrainingConfig(model="m")) == {}
+    engine = DeepSpeedEngine(config, where="learner", name="test")
+    engine.device, engine.dtype = torch.device("cuda"), torch.bfloat16
+    assert engine._settings()["zero_optimization"]["offload_param"] == moved
