@@ -1,4 +1,5 @@
-"""The command line: `flowrl run | check | show | verify | simulate | tune | data | doctor`.
+"""The command line: `flowrl run | check | show | report | inspect | watch | verify | export`, and
+`simulate | tune | bench | data | doctor`.
 
 Bad input is one line on standard error (where, what, what to do) and exit code 2; a failed run is one line and exit
 code 1; a run the user stopped twice is 130. `--debug` adds the traceback. Nothing heavier than msgspec is imported
@@ -66,6 +67,28 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--debug", action="store_true", help="show tracebacks")
     verify.set_defaults(command=_verify)
 
+    report = commands.add_parser("report", help="write what a run did as one HTML file")
+    report.add_argument("run", type=Path, help="the run's directory; it may be running still")
+    report.add_argument("--out", type=Path, metavar="FILE", help="where to write it (default: RUN/report.html)")
+    report.add_argument("--graph", type=Path, metavar="FILE", help="the run's graph: tune its settings for advice")
+    report.add_argument("--debug", action="store_true", help="show tracebacks")
+    report.set_defaults(command=_report)
+
+    inspect = commands.add_parser("inspect", help="list the rollouts that an expression chooses, or show a group")
+    inspect.add_argument("run", type=Path, help="the run's directory")
+    inspect.add_argument("--where", default="", metavar="EXPRESSION", help="e.g. 'reward < 0 and staleness > 0'")
+    inspect.add_argument("--columns", default="", metavar="NAME,...", help="what to list of each")
+    inspect.add_argument("--limit", type=int, default=20, help="samples to list (default: 20)")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object a line")
+    inspect.add_argument("--group", type=int, metavar="ID", help="show this group in full: samples, tokens, rewards")
+    inspect.add_argument("--debug", action="store_true", help="show tracebacks")
+    inspect.set_defaults(command=_inspect)
+
+    watch = commands.add_parser("watch", help="show the live table of a run that goes on in another process")
+    watch.add_argument("run", type=Path, help="the run's directory")
+    watch.add_argument("--debug", action="store_true", help="show tracebacks")
+    watch.set_defaults(command=_watch)
+
     replay = commands.add_parser("replay", help="train again from what a run recorded, without generators")
     replay.add_argument("run", type=Path, help="the run's directory")
     replay.add_argument("--steps", type=_steps, default=(0, None), metavar="FIRST:END",
@@ -74,6 +97,16 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--name", help="of the replay; its directory lies beside the run's (default: run and time)")
     replay.add_argument("--debug", action="store_true", help="show tracebacks")
     replay.set_defaults(command=_replay)
+
+    export = commands.add_parser("export", help="write a run's model as a Hugging Face directory")
+    export.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run, a checkpoint, or a peft adapter")
+    export.add_argument("out", type=Path, metavar="OUT", help="directory to write; must be empty or not there")
+    export.add_argument("--version", type=int, help="of the run's checkpoint (default: the newest sound one)")
+    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="", help="of the weights")
+    export.add_argument("--adapter", action="store_true", help="only the adapter of a LoRA run, in peft's format")
+    export.add_argument("--node", default="", help="whose model, such as critic (default: the learner's)")
+    export.add_argument("--debug", action="store_true", help="show tracebacks")
+    export.set_defaults(command=_export)
 
     simulate = commands.add_parser("simulate", help="predict how a graph runs, from the profile of a run")
     _graph_options(simulate)
@@ -85,11 +118,20 @@ def _parser() -> argparse.ArgumentParser:
     tune = commands.add_parser("tune", help="simulate many settings of a graph and recommend one")
     _graph_options(tune)
     _profile_option(tune)
-    tune.add_argument("--budget", type=int, default=200, help="simulations at most (default: 200)")
-    tune.add_argument("--cores", type=float, default=0.0, help="that may be reserved (default: the profile's)")
-    tune.add_argument("--gpus", type=float, default=0.0, help="that may be reserved (default: what the graph reserves)")
+    tune.add_argument("--budget", action="append", default=[], metavar="WHAT=NUMBER",
+                      help="settings=N to simulate at most (default: 200), cores=N and gpus=N that may be reserved "
+                      "(default: the profile's cores, the graph's GPUs); may be repeated")  # fmt: skip
+    tune.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw throughput over staleness there")
+    tune.add_argument("--verify", type=int, default=0, metavar="N", help="run the N best settings for real")
+    tune.add_argument("--verify-steps", type=int, default=6, help="of each of these runs (default: 6)")
+    tune.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where they are kept (default: runs)")
     tune.add_argument("--json", action="store_true", help="print what was found as JSON")
     tune.set_defaults(command=_tune)
+
+    bench = commands.add_parser("bench", help="run a benchmark of a checkout; without a name: list them")
+    bench.add_argument("name", nargs="?", metavar="NAME", help="such as paper; `flowrl bench NAME --help` says more")
+    bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="the benchmark's own options")
+    bench.set_defaults(command=_bench)
 
     data = commands.add_parser("data", help="look at training data").add_subparsers(required=True, metavar="COMMAND")
     look = data.add_parser("check", help="say what a data set holds and what a run would make of it")
@@ -167,6 +209,37 @@ def _verify(options: argparse.Namespace) -> int:
     return 0 if verdict.is_clean else 1
 
 
+def _report(options: argparse.Namespace) -> int:
+    from flowrl.runtime.review import write_review
+
+    path = write_review(options.run, options.out, options.graph, say=_say)
+    print(f"written: {path} ({path.stat().st_size / 1024:,.0f} KiB)")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from flowrl.runtime.review import inspect_group, inspect_rollouts
+
+    if options.group is not None:
+        lines = inspect_group(options.run, options.group)
+    else:
+        columns = [name.strip() for name in options.columns.split(",") if name.strip()]
+        lines = inspect_rollouts(
+            options.run, options.where, columns=columns, limit=options.limit, as_lines=options.json
+        )
+    for line in lines:
+        print(line)
+    return 0
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from flowrl.runtime.rundir import existing_run, is_held
+    from flowrl.telemetry.watch import watch
+
+    run_dir = existing_run(options.run)
+    return 1 if watch(run_dir, is_held=lambda: is_held(run_dir), say=_say) == "killed" else 0
+
+
 def _steps(text: str) -> tuple[int, int | None]:
     """Read FIRST:END; either may be left out."""
     first, colon, end = text.partition(":")
@@ -176,11 +249,26 @@ def _steps(text: str) -> tuple[int, int | None]:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from flowrl.runtime.replay import ReplayRequest, replay
+    from flowrl.replay import ReplayRequest, replay
 
     first, last = options.steps
     request = ReplayRequest(run=options.run, first=first, last=last, name=options.name, compares=options.diff)
     return replay(request, say=_say)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from flowrl.runtime.export import ExportRequest, export
+
+    request = ExportRequest(
+        source=options.source,
+        out=options.out,
+        version=options.version,
+        dtype=options.dtype,
+        adapter=options.adapter,
+        node=options.node,
+    )
+    export(request, say=_say)
+    return 0
 
 
 def _simulate(options: argparse.Namespace) -> int:
@@ -203,19 +291,34 @@ def _simulate(options: argparse.Namespace) -> int:
 def _tune(options: argparse.Namespace) -> int:
     import msgspec
 
-    from flowrl.runtime.tune import Request, describe, tune
+    from flowrl.runtime.tune import describe, parse_budget, tune
+    from flowrl.runtime.tune_picture import picture
+    from flowrl.runtime.tune_verify import chosen, verify
 
-    request = Request(
+    request = parse_budget(
+        options.budget,
         graph=options.graph,
         profile=options.profile,
         config=options.config,
         overrides=options.overrides,
-        budget=options.budget,
-        cores=options.cores,
-        gpus=options.gpus,
     )
     tuning = tune(request)
     print(msgspec.json.encode(tuning).decode() if options.json else describe(tuning))
+    if options.picture is not None:
+        options.picture.write_text(picture(tuning))
+    if options.verify:
+        trials = chosen(tuning, options.verify)
+        verify(request, trials, steps=options.verify_steps, runs_dir=options.runs_dir, say=_say)
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from flowrl.bench import benchmarks, run_benchmark
+
+    if options.name is not None:
+        return run_benchmark(options.name, options.rest)
+    for name, what in benchmarks().items():
+        _say(f"{name:<12} {what}")
     return 0
 
 

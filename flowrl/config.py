@@ -10,6 +10,7 @@ A class setting is written `module:Class`. A field of type `Select` holds such a
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import re
@@ -21,7 +22,7 @@ from msgspec import Meta
 from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 __all__ = ["Config", "Meta", "Select", "load_class", "load_object", "resolve", "to_tree", "widen"]
@@ -47,6 +48,13 @@ class Select(Config):
 
     use: str  # "module:Class"
     options: dict[str, Any] = {}  # validated against the class by whoever loads it
+
+    def changed(self, changes: Mapping[str, Any]) -> Select:
+        """Return the same class with options changed by path: `{"kl.coef": 0.1}` sets that part of the option `kl`."""
+        options = copy.deepcopy(self.options)
+        for path, value in changes.items():
+            _put(options, path, value)
+        return Select(use=self.use, options=options)
 
     def load(self, where: str) -> Any:
         """Import the class and build it with the options; the class must be a Config.
@@ -91,7 +99,7 @@ def load_class(path: str, where: str) -> Any:
 
 def widen(kind: type[C], settings: Config, **fields: Any) -> C:
     """Return `settings` as `kind`, which has the same fields and more, given in `fields`."""
-    known = {f.name for f in msgspec.structs.fields(kind)}
+    known = set(kind.__struct_fields__)
     return kind(**{**{k: v for k, v in msgspec.structs.asdict(settings).items() if k in known}, **fields})
 
 

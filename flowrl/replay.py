@@ -24,7 +24,7 @@ from flowrl.graph.stage import Specification, from_specification
 from flowrl.runtime.comparison import Difference, first_difference
 from flowrl.runtime.launch import Say, check_program, drive
 from flowrl.runtime.ledger import Cut
-from flowrl.runtime.rundir import claim, create_run_dir, existing_run, write_plan
+from flowrl.runtime.rundir import claim, create_run_dir, existing_run, read_plan, write_plan
 from flowrl.runtime.supervisor import Start
 from flowrl.stages.critic import Critic
 from flowrl.stages.learner import Learner
@@ -85,19 +85,6 @@ def describe(difference: Difference | None, first: int, last: int) -> str:
     return f"first difference: step {difference.step}, {difference.what}: {difference.run} in the run, " + (
         f"{difference.replay} in the replay"
     )
-
-
-def read_plan(run_dir: Path) -> GraphPlan:
-    """Return the plan of a run's graph.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    path = run_dir / "graph.json"
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=GraphPlan)
-    except (OSError, msgspec.DecodeError) as error:
-        raise DataError(str(path), f"cannot be read ({error})", "name the directory of a run") from error
 
 
 def recorded_steps(run_dir: Path, request: ReplayRequest) -> tuple[int, int]:
@@ -178,11 +165,13 @@ def _trained(plan: GraphPlan, stages: dict[str, Stage]) -> tuple[str, list[str]]
 
 def _beside(plan: GraphPlan, trained: list[str], entry: str) -> list[str]:
     """Return the sources that feed the trained nodes apart from the samples, texts of a pre-training loss for one."""
-    fed = {edge.target.partition(".")[0] for edge in plan.edges if edge.kind == "queue"}
+    queues = [edge for edge in plan.edges if edge.kind == "queue"]
+    # A source that the trained nodes ask themselves (texts) is asked again in the replay.
+    fed = {q.target.partition(".")[0] for q in queues if q.source.partition(".")[0] not in trained}
     found: list[str] = []
-    for edge in plan.edges:
+    for edge in queues:
         source, target = edge.source.partition(".")[0], edge.target.partition(".")[0]
-        if edge.kind == "queue" and target in trained and source not in trained and edge.target != entry:
+        if target in trained and source not in trained and edge.target != entry:
             if source in fed:
                 raise ConfigError(edge.source, "feeds the learner beside the samples and is not recorded")
             found.append(source)

@@ -12,6 +12,7 @@ import argparse
 import statistics
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvloop
 
@@ -21,6 +22,9 @@ from flowrl.runtime.supervisor import Options
 from flowrl.telemetry.events import Event, Notice
 from perf.channel_stages import Drain, Relay, Source
 from perf.machine import machine
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def channel_graph(options: argparse.Namespace) -> Graph:
@@ -39,13 +43,13 @@ def channel_graph(options: argparse.Namespace) -> Graph:
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1000, help="of one rollout")
     parser.add_argument("--group-size", type=int, default=8, help="rollouts of one prompt")
     parser.add_argument("--groups", type=int, default=300, help="in one round")
     parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     graph = channel_graph(options)
     events: list[Event] = []
     with tempfile.TemporaryDirectory() as directory, running_ray(graph, None):

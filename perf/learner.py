@@ -27,6 +27,8 @@ from flowrl.engines.torch import TorchEngine
 from flowrl.messages import Buffer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from flowrl.engines.packing import Layout
 
 
@@ -123,7 +125,7 @@ def describe_machine(threads: int) -> str:
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure both heads and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     for name, default in (
@@ -131,7 +133,7 @@ def main() -> None:
         ("threads", 1), ("micro-batch-tokens", 2048),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     shape = f"{arguments.groups} groups of {arguments.prompt} + {arguments.samples} x {arguments.response} tokens"
     print(f"{describe_machine(arguments.threads)}\n{arguments.layers} layers, bfloat16, {shape}")
     with tempfile.TemporaryDirectory() as scratch:

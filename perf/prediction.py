@@ -30,7 +30,7 @@ from flowrl.telemetry.view import RunView, shares, words
 from perf.machine import machine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 CAUSES = {words(cause): cause for cause in Cause}
@@ -105,7 +105,7 @@ def hold_against(profile: Profile, run_dir: Path, options: argparse.Namespace, l
     return error
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--graph", type=Path, default=ROOT / "graphs/ppo_async.py")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="PATH=VALUE")
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, help="of a run that exists, instead of running one")
     parser.add_argument("--against", type=Path, nargs="*", default=[], metavar="RUN", help="runs that exist")
     parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     print(machine())
     stamp = int(time.time())
     first = options.profile or run_for_real(options, f"prediction-{stamp}-profile", options.settings)

@@ -16,8 +16,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from perf.machine import machine
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,14 +46,14 @@ def run_once(options: argparse.Namespace, place: int) -> list[str]:
     return (options.runs_dir / name / "report.txt").read_text().splitlines()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--max-staleness", type=int, default=1)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="PATH=VALUE")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     options.runs_dir.mkdir(parents=True, exist_ok=True)
     print(machine())
     shares: list[float] = []

@@ -124,7 +124,7 @@ def row(name: str, seconds: Sequence[float]) -> str:
     return f"{name:10} {statistics.median(seconds):8.3f} {min(seconds):8.3f} {max(seconds):8.3f}"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="local directory in Hugging Face format")
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--layout", choices=["thread", "processes"], default="thread")
     parser.add_argument("--updates", type=int, default=9, help="counted updates, at least 7")
     parser.add_argument("--running", type=int, default=16, help="samples being decoded meanwhile")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.updates < 7:
         parser.error(f"--updates {options.updates} is too few for a spread; give at least 7")
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -85,10 +85,10 @@ class Graph:
         self._check_staleness()
 
     def _check_ports(self) -> None:
-        joined: dict[str, list[str]] = defaultdict(list)
+        joined: dict[str, list[Edge]] = defaultdict(list)
         for edge in self.edges:
             for port in (edge.source, edge.target):
-                joined[self.address(port)].append(self.name(edge))
+                joined[self.address(port)].append(edge)
             given, taken = edge.source.message, edge.target.message
             if not issubclass(given, taken):
                 what = f"carries {given.__name__}, but {self.address(edge.target)} takes {taken.__name__}"
@@ -100,8 +100,10 @@ class Graph:
             if not edges and not port.is_optional:
                 verb = "fed" if isinstance(port, In) else "read"
                 raise GraphError(address, f"is {verb} by no edge", f"join it to an edge of {port.message.__name__}")
-            if len(edges) > 1:
-                raise GraphError(address, f"is on {len(edges)} edges ({'; '.join(edges)})", "keep one of them")
+            is_shared = isinstance(port, Out) and all(isinstance(edge, Latest) for edge in edges)
+            if len(edges) > 1 and not is_shared:
+                names = "; ".join(self.name(edge) for edge in edges)
+                raise GraphError(address, f"is on {len(edges)} edges ({names})", "keep one of them")
 
     def _check_shares(self) -> None:
         for node, stage in self.nodes.items():

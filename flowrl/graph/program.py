@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -10,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowrl.config import resolve
-from flowrl.errors import FlowrlError, GraphError
+from flowrl.errors import ConfigError, FlowrlError, GraphError
+from flowrl.graph.edges import Queue
 from flowrl.graph.graph import Graph
 from flowrl.graph.plan import graph_of, plan_of
 from flowrl.graph.settings import RunSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from flowrl.graph.edges import Edge
 
 
 class Program(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,12 +50,40 @@ def load_program(path: Path, *, config: Path | None = None, overrides: Sequence[
         raise GraphError(str(path), "its Settings does not extend RunSettings",
                          "write class Settings(RunSettings) from flowrl.graph.settings")  # fmt: skip
     settings = resolve(kind, config=config, overrides=overrides)
-    graph = _guarded(path, "build", module.build, settings)
-    if not isinstance(graph, Graph):
-        raise GraphError(str(path), f"build returned {type(graph).__name__}, not a Graph", "return Graph(...)")
+    graph = _guarded(path, "build", build_graph, module, settings)
     graph.check()
     graph_of(plan_of(graph))  # every process will rebuild its stage from the plan
     return Program(path=path, settings=settings, graph=graph)
+
+
+def build_graph(module: Any, settings: Any) -> Graph:
+    """Build a graph file's graph, with the depths of queues that the settings give.
+
+    Raises:
+        GraphError: `build` returned something else.
+        ConfigError: a depth is given for what is not a queue.
+    """
+    graph = module.build(settings)
+    if not isinstance(graph, Graph):
+        what = f"build returned {type(graph).__name__}, not a Graph"
+        raise GraphError(str(module.__file__), what, "return Graph(...)")
+    if not settings.depths:
+        return graph
+    depths = {f"{node}.{port}": depth for node, ports in settings.depths.items() for port, depth in ports.items()}
+    edges = [_with_depth(edge, depths.pop(graph.address(edge.target), None)) for edge in graph.edges]
+    if depths:
+        queues = [graph.address(edge.target) for edge in graph.edges if isinstance(edge, Queue)]
+        raise ConfigError(f"depths.{next(iter(depths))}", "is not a port that a queue leads to",
+                          f"name one of {', '.join(queues)}")  # fmt: skip
+    return dataclasses.replace(graph, edges=edges)
+
+
+def _with_depth(edge: Edge, depth: int | None) -> Edge:
+    if depth is None or not isinstance(edge, Queue):
+        return edge
+    deep = copy.copy(edge)
+    object.__setattr__(deep, "depth", depth)  # frozen, and its constructor takes more than its fields
+    return deep
 
 
 def _load_module(path: Path) -> Any:

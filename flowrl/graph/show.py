@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from flowrl.graph.edges import Credits, Latest, Queue
 from flowrl.graph.staleness import staleness_bound
+from flowrl.messages import Weights
 
 if TYPE_CHECKING:
     from flowrl.graph.edges import Edge
@@ -44,7 +45,7 @@ def staleness_line(graph: Graph) -> str:
     """Say what staleness the credits allow, with the arithmetic."""
     credits = next((edge for edge in graph.edges if isinstance(edge, Credits)), None)
     queue = next((e for e in graph.edges if isinstance(e, Queue) and e.max_staleness is not None), None)
-    if not any(isinstance(edge, Latest) for edge in graph.edges):
+    if not any(isinstance(edge, Latest) and edge.source.message is Weights for edge in graph.edges):
         return "staleness: none, nothing is sampled by a policy that is being trained"
     if credits is None or queue is None or queue.window is None:
         return "staleness: not bounded by this graph"

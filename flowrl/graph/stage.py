@@ -89,7 +89,7 @@ class Context:
         self.background = background  # like compute, but beside it and not charged: for what merely waits
         self.cut = cut  # what a checkpoint of this version must hold of the flow; opaque to stages
         self.fewer_out = fewer_out  # wait until fewer groups than this are admitted and have not ended
-        self.num_readers = num_readers  # replicas that read this node's Latest edges
+        self.num_readers = num_readers  # replicas that take the weights this node publishes
         self.resume_from = resume_from  # checkpoint directory to continue from
         self.now = now
         self.done = 0  # groups finished, for the live view
@@ -113,7 +113,7 @@ class Stage:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         stage = super().__new__(cls)
-        bound = inspect.signature(cls.__init__).bind(stage, *args, **kwargs)
+        bound = _signature(cls).bind(stage, *args, **kwargs)
         bound.apply_defaults()
         stage._arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
         for name, (direction, message) in port_types(cls).items():
@@ -140,6 +140,11 @@ class Stage:
     async def follow(self, context: Context) -> None:
         """Serve as a rank other than 0; a stage that allows several ranks overrides it."""
         raise NotImplementedError
+
+
+@functools.cache
+def _signature(stage: type[Stage]) -> inspect.Signature:
+    return inspect.signature(stage.__init__)
 
 
 @functools.cache

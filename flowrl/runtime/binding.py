@@ -8,14 +8,14 @@ all.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from flowrl.graph.ports import In, Out
-from flowrl.messages import Credit, Message, decode, encode
+from flowrl.messages import Credit, Message, decode, encode, replays_of
 from flowrl.telemetry.causes import Cause, CauseClock
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from flowrl.graph.stage import Stage
 
@@ -25,7 +25,14 @@ class FlowClient(Protocol):
 
     async def put(self, address: str, key: int, body: bytes) -> None: ...
     async def get(self, address: str, limit: int) -> list[bytes]: ...
-    async def done(self, address: str, keys: list[int], learned_in: int | None, oldest: list[int]) -> None: ...
+    async def done(
+        self,
+        address: str,
+        keys: list[int],
+        learned_in: int | None,
+        oldest: list[int],
+        replays: Sequence[Sequence[tuple[int, int]]],
+    ) -> None: ...
     async def reject(self, address: str, key: int, kind: str, reason: str) -> None: ...
     async def publish(self, address: str, version: int, body: bytes) -> None: ...
     async def read(self, address: str, newer_than: int) -> tuple[int, bytes]: ...
@@ -36,18 +43,29 @@ class FlowClient(Protocol):
     async def fewer_out(self, count: int) -> None: ...
 
 
+class Wire(NamedTuple):
+    """How a message becomes what a queue or a register holds, and comes out again."""
+
+    encode: Callable[[Any], Any]  # what it returns has a length: its bytes
+    decode: Callable[[Any], Any]
+
+
+WIRE = Wire(encode, decode)
+
+
 class End:
     """One end of an edge, as one replica sees it."""
 
-    def __init__(self, flow: FlowClient, address: str, clock: CauseClock) -> None:
+    def __init__(self, flow: FlowClient, address: str, clock: CauseClock, wire: Wire = WIRE) -> None:
         self.flow = flow
         self.address = address
         self.clock = clock
+        self.wire = wire
 
 
 class QueueSend(End):
     async def put(self, message: Any) -> None:
-        body = encode(message)
+        body = self.wire.encode(message)
         with self.clock.charge(Cause.WAIT_ROOM):
             await self.flow.put(self.address, message.group_id, body)
 
@@ -56,12 +74,16 @@ class QueueReceive(End):
     async def get(self, limit: int) -> list[Message]:
         with self.clock.charge(Cause.WAIT_INPUT):
             bodies = await self.flow.get(self.address, limit)
-        return [decode(body) for body in bodies]
+        return [self.wire.decode(body) for body in bodies]
 
     async def done(self, messages: Sequence[Any], learned_in: int | None) -> None:
         keys = [message.group_id for message in messages]
-        oldest = [] if learned_in is None else [message.oldest_version for message in messages]
-        await self.flow.done(self.address, keys, learned_in, oldest)
+        if learned_in is None:
+            await self.flow.done(self.address, keys, None, [], [])
+            return
+        oldest = [message.oldest_version for message in messages]
+        replays = [[(each.group_id, each.oldest_version) for each in replays_of(message)] for message in messages]
+        await self.flow.done(self.address, keys, learned_in, oldest, replays if any(replays) else [])
 
     async def reject(self, message: Any, kind: str, reason: str) -> None:
         await self.flow.reject(self.address, message.group_id, kind, reason)
@@ -69,7 +91,7 @@ class QueueReceive(End):
 
 class RegisterSend(End):
     async def put(self, message: Any) -> None:
-        await self.flow.publish(self.address, message.version, encode(message))
+        await self.flow.publish(self.address, message.version, self.wire.encode(message))
 
 
 class RegisterReceive(End):
@@ -80,7 +102,7 @@ class RegisterReceive(End):
     async def get(self, limit: int) -> list[Message]:
         with self.clock.charge(Cause.WAIT_INPUT):
             self.newest, body = await self.flow.read(self.address, self.newest)
-        return [decode(body)]
+        return [self.wire.decode(body)]
 
     async def done(self, messages: Sequence[Any], learned_in: int | None) -> None:
         for message in messages:
@@ -112,13 +134,15 @@ SENDS: dict[str, type[Any]] = {"queue": QueueSend, "latest": RegisterSend, "cred
 RECEIVES: dict[str, type[Any]] = {"queue": QueueReceive, "latest": RegisterReceive, "credits": CreditsReceive}
 
 
-def bind(stage: Stage, node: str, *, kinds: Mapping[str, str], flow: FlowClient, clock: CauseClock) -> None:
+def bind(
+    stage: Stage, node: str, *, kinds: Mapping[str, str], flow: FlowClient, clock: CauseClock, wire: Wire = WIRE
+) -> None:
     """Give every connected port its end; `kinds` says by address what kind of edge it is on."""
     for name, port in stage.ports.items():
         kind = kinds.get(f"{node}.{name}", "")
         if not kind:
             continue
         if isinstance(port, Out):
-            port.end = SENDS[kind](flow, f"{node}.{name}", clock)
+            port.end = SENDS[kind](flow, f"{node}.{name}", clock, wire)
         elif isinstance(port, In):
-            port.end = RECEIVES[kind](flow, f"{node}.{name}", clock)
+            port.end = RECEIVES[kind](flow, f"{node}.{name}", clock, wire)

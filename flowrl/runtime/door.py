@@ -20,7 +20,7 @@ import msgspec
 from flowrl.errors import ChannelClosed
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from flowrl.runtime.flow import Flow, Released
 
@@ -124,8 +124,15 @@ class Knocking:
     async def get(self, address: str, limit: int) -> list[bytes]:
         return await self._call("get", address, limit)
 
-    async def done(self, address: str, keys: list[int], learned_in: int | None, oldest: list[int]) -> None:
-        await self._call("done", address, keys, learned_in, oldest)
+    async def done(
+        self,
+        address: str,
+        keys: list[int],
+        learned_in: int | None,
+        oldest: list[int],
+        replays: Sequence[Sequence[tuple[int, int]]],
+    ) -> None:
+        await self._call("done", address, keys, learned_in, oldest, replays)
 
     async def reject(self, address: str, key: int, kind: str, reason: str) -> None:
         await self._call("reject", address, key, kind, reason)

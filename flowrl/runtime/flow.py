@@ -29,6 +29,8 @@ from flowrl.runtime.ledger import Cut
 from flowrl.telemetry.events import EdgeStatus
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from flowrl.graph.graph import Graph
     from flowrl.messages import Credit
     from flowrl.runtime.ledger import Ledger
@@ -81,7 +83,9 @@ class Flow:
                 self._queues_into.setdefault(into, []).append(queue)
             elif isinstance(edge, Latest):
                 readers = [replica_name(into, i) for i in range(graph.nodes[into].config.replicas)]
-                self._registers[source] = self._registers[target] = RegisterChannel(name, readers)
+                register = self._registers.setdefault(source, RegisterChannel(name, []))
+                register.expect(readers)
+                self._registers[target] = register
             elif isinstance(edge, Credits):
                 credits = CreditsChannel(name, initial=edge.initial, total=edge.total, num_learned=begin.learned,
                                          first_group=begin.next_group, ended=begin.ended_ahead)  # fmt: skip
@@ -108,7 +112,7 @@ class Flow:
             if key in credits.out or self.ledger.has_ended(key):
                 return
             on_accept = partial(self._admit, credits, key)
-        elif (held := next((queue for queue in upstream if queue.held.get(key) == replica), None)) is not None:
+        elif (held := next((queue for queue in upstream if queue.holder(key) == replica), None)) is not None:
             on_accept = partial(self._hand_on, held, self._queues[address], key)
         elif upstream and address not in self._starts:
             return
@@ -134,23 +138,34 @@ class Flow:
         return [item.body for item in items]
 
     async def done(
-        self, replica: str, address: str, keys: list[int], learned_in: int | None, oldest: list[int]
+        self,
+        replica: str,
+        address: str,
+        keys: list[int],
+        learned_in: int | None,
+        oldest: list[int],
+        replays: Sequence[Sequence[tuple[int, int]]] = (),
     ) -> None:
-        """Settle held messages; with `learned_in` the groups end in the ledger as learned in that step."""
+        """Settle held messages; with `learned_in` the groups end in the ledger as learned in that step.
+
+        `replays` are, for each of the messages, the groups learned again with it and their oldest versions.
+        """
         for place, key in enumerate(keys):
-            if self._queues[address].held.get(key) != replica:
+            if self._queues[address].holder(key) != replica:
                 continue
             self._queues[address].settle(key)
             if self._sent_by.pop(key, None) is not None:
                 self._forget(key)
             if learned_in is not None:
                 self.ledger.end(key, "learned", step=learned_in, oldest=oldest[place])
+                for group, version in replays[place] if replays else ():
+                    self.ledger.replay(group, step=learned_in, oldest=version)
         self._note_end()
         self._moves += 1
 
     async def reject(self, replica: str, address: str, key: int, kind: str, reason: str) -> None:
         """End a held group as filtered or failed: skip its place in every order and return its credit."""
-        if self._queues[address].held.get(key) != replica:
+        if self._queues[address].holder(key) != replica:
             return
         self._queues[address].settle(key)
         self._end(key, kind, reason)

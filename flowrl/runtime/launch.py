@@ -25,7 +25,7 @@ from flowrl.graph.show import edge_table, node_table, staleness_line
 from flowrl.runtime.placement import check_resources
 from flowrl.runtime.rundir import claim, create_run_dir, existing_run, write_plan
 from flowrl.runtime.supervisor import Options, newest_start
-from flowrl.telemetry.report import Ending, report, write_report
+from flowrl.telemetry.report import Ending, report, write_ending, write_report
 from flowrl.telemetry.sinks import Sinks, open_sinks
 from flowrl.telemetry.trackers import check_trackers
 
@@ -133,6 +133,7 @@ def _report(again: str, run_dir: Path, outcome: Outcome | None, view: RunView, *
     )
     text = report(view, ending)
     write_report(run_dir / "report.txt", text)
+    write_ending(run_dir, ending)
     if failure:
         say(f"what is known of the run is in {run_dir / 'report.txt'}")
         if ending.resume:
@@ -141,9 +142,7 @@ def _report(again: str, run_dir: Path, outcome: Outcome | None, view: RunView, *
         say("\n" + text.rstrip())
 
 
-def _run_on_loop(
-    program: Program, address: str | None, run_dir: Path, resume: Start | None, sinks: Sinks
-) -> Outcome:
+def _run_on_loop(program: Program, address: str | None, run_dir: Path, resume: Start | None, sinks: Sinks) -> Outcome:
     import uvloop
 
     async def body() -> Outcome:

@@ -1,7 +1,8 @@
 """The ledger: what became of every admitted prompt group, as an append-only log with a checksum a line.
 
 Invariants: each admitted group ends in exactly one of learned (in a step), filtered or failed (with the reason); a
-second ending is an error, not an overwrite. Every entry is one line of `ledger.jsonl`, its JSON and the CRC-32 of it,
+second ending is an error, not an overwrite. A group that is learned again out of a replay buffer has an entry for each
+time, which is no ending. Every entry is one line of `ledger.jsonl`, its JSON and the CRC-32 of it,
 handed to the operating system as it is written and to the disk with each checkpoint. A rollback is an entry too: it
 voids everything after the cut it goes back to. Memory holds what is in flight, not what has ended.
 
@@ -27,10 +28,10 @@ ENDINGS = ("learned", "filtered", "failed")
 class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One line of the log."""
 
-    event: Literal["admitted", "learned", "filtered", "failed", "rollback"]
+    event: Literal["admitted", "learned", "filtered", "failed", "replayed", "rollback"]
     group: int = -1
-    step: int = -1  # learned: in this step; rollback: the policy version gone back to
-    oldest: int = -1  # learned: the policy version that sampled its oldest token
+    step: int = -1  # learned or replayed: in this step; rollback: the policy version gone back to
+    oldest: int = -1  # learned or replayed: the policy version that sampled its oldest token
     reason: str = ""
     records: int = -1  # rollback: entries before the cut
 
@@ -90,6 +91,10 @@ class Ledger:
         while self._low in self._ended_ahead:
             self._ended_ahead.discard(self._low)
             self._low += 1
+
+    def replay(self, group_id: int, *, step: int, oldest: int) -> None:
+        """Note that a group was learned again; `flowrl verify` holds it against the step that learned it first."""
+        self._write(Entry(event="replayed", group=group_id, step=step, oldest=oldest))
 
     def has_ended(self, group_id: int) -> bool:
         """Return whether a group has its ending."""

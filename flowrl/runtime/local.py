@@ -21,8 +21,9 @@ import msgspec
 
 from flowrl.errors import GraphError, StageError
 from flowrl.graph.edges import Latest
-from flowrl.graph.plan import graph_of, plan_of
-from flowrl.graph.stage import Context, Ranks
+from flowrl.graph.plan import plan_of
+from flowrl.graph.stage import Context, Ranks, from_specification
+from flowrl.messages import Weights
 from flowrl.runtime.door import Call, Door, Knocking
 from flowrl.runtime.flow import Flow, Released, node_name
 from flowrl.runtime.ledger import Ledger
@@ -111,7 +112,7 @@ class LocalCrew:
 
     async def _body(self, replica: str, incarnation: int, start: Start) -> None:
         node, index = node_name(replica), int(replica.rpartition(".")[2])
-        stage = graph_of(self._plan).nodes[node]
+        stage = from_specification(self._plan.nodes[node], node)
         clock = CauseClock(asyncio.get_running_loop().time)
         threads = VirtualThreads(clock) if self._options.is_virtual else Threads(clock, replica)
         flow = Knocking(self._options.link(self._door.call), replica, incarnation)
@@ -199,8 +200,10 @@ class LocalCrew:
 
 
 def num_readers(graph: Graph, node: str) -> int:
-    """Return how many replicas read the Latest edges that start at `node`."""
+    """Return how many replicas take the weights that `node` publishes: whom its transport waits for."""
     read_by = {
-        graph.node_of(e.target) for e in graph.edges if isinstance(e, Latest) and graph.node_of(e.source) == node
+        graph.node_of(edge.target)
+        for edge in graph.edges
+        if isinstance(edge, Latest) and graph.node_of(edge.source) == node and edge.source.message is Weights
     }
     return sum(graph.nodes[reader].config.replicas for reader in read_by)

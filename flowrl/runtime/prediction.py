@@ -1,14 +1,16 @@
 """Predictions: what a simulated run did between two of its steps, and how that reads as a table.
 
 `Watch` is what the simulated replicas record into: it takes every replica's seconds by cause at both ends of the
-measured window, the steps in between, and looks at the queues. Used by simulate.py; its stages reach it by `WATCH`.
+measured window, the steps in between, and looks at the queues. Used by simulate.py.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
+import statistics
 from collections import Counter, defaultdict
-from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from flowrl.telemetry.causes import CauseClock
     from flowrl.telemetry.events import Event
 
+LEAST_STEPS = 6  # measured before their scatter says anything
+NORMAL_95 = 1.96
 SHOWN = (Cause.COMPUTE, Cause.WAIT_INPUT, Cause.WAIT_ROOM, Cause.UPDATE)
 
 
@@ -67,9 +71,10 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
 class Watch(Recorder):
     """Takes the replicas' seconds at the ends of the measured window, and everything in between."""
 
-    def __init__(self, warmup: int, total: int, scene: Scene) -> None:
+    def __init__(self, warmup: int, total: int, scene: Scene, *, precision: float = 0.0) -> None:
         super().__init__()
         self.scene = scene
+        self._precision = precision
         self.clocks: dict[tuple[str, int], CauseClock] = {}
         self._warmup = warmup
         self._total = total
@@ -87,23 +92,39 @@ class Watch(Recorder):
 
     def record(self, event: Event) -> None:
         """Note a step; every other event of a replica is let go."""
-        if not isinstance(event, Step) or len(self._steps) == self._total:
+        if not isinstance(event, Step) or len(self._marks) == 2:
             return
         self._steps.append(event)
-        if len(self._steps) in (self._warmup, self._total):
+        is_last = len(self._steps) == self._total or self._is_precise()
+        if len(self._steps) == self._warmup or is_last:
             for device in self.scene.devices.values():
                 device.progress()
             seconds = {replica: clock.seconds() for replica, clock in self.clocks.items()}
             busy = {name: device.busy_s for name, device in self.scene.devices.items()}
             self._marks.append((event.time_s, seconds, busy))
-        if len(self._steps) == self._total and not self.ended.done():
+        if is_last and not self.ended.done():
             self.ended.set_result(None)
 
-    def consume(self, events: list[Event]) -> None:
+    def _is_precise(self) -> bool:
+        """Return whether the mean time of the measured steps is known well enough."""
+        num = len(self._steps) - self._warmup
+        if self._precision <= 0 or num < LEAST_STEPS:
+            return False
+        times_s = [step.time_s for step in self._steps[self._warmup - 1 :]]
+        taken_s = [end_s - start_s for start_s, end_s in itertools.pairwise(times_s)]
+        half_s = NORMAL_95 * statistics.stdev(taken_s) / math.sqrt(num)
+        return half_s <= self._precision * statistics.fmean(taken_s)
+
+    def fail(self, error: Exception) -> None:
+        """End the run with what has gone wrong in it, unless it has ended."""
+        if not self.ended.done():
+            self.ended.set_exception(error)
+
+    def look(self, queues: list[EdgeStatus]) -> None:
         """Keep how full the queues are within the window."""
-        for event in events:
-            if isinstance(event, EdgeStatus) and len(self._marks) == 1:
-                self._fills[event.edge].append(event)
+        if len(self._marks) == 1:
+            for status in queues:
+                self._fills[status.edge].append(status)
 
     def prediction(self, *, notes: list[str]) -> Prediction:
         """Return what was seen between the two marks."""
@@ -132,9 +153,6 @@ class Watch(Recorder):
             bottleneck=max(shares, key=lambda node: shares[node].get(Cause.COMPUTE, 0.0)),
             notes=notes,
         )
-
-
-WATCH: ContextVar[Watch] = ContextVar("watch")
 
 
 def _fill(looks: list[EdgeStatus]) -> Fill:

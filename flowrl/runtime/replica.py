@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from flowrl.errors import ChannelClosed, FlowrlError, StageError
-from flowrl.runtime.binding import FlowClient, bind
+from flowrl.runtime.binding import WIRE, FlowClient, Wire, bind
 from flowrl.telemetry.causes import Cause, CauseClock
 from flowrl.telemetry.events import Status
 
@@ -77,13 +77,14 @@ async def run_replica(
     *,
     kinds: Mapping[str, str],
     status_interval_s: float,
+    wire: Wire = WIRE,
 ) -> None:
     """Run a stage to its end.
 
     Raises:
         FlowrlError: as the stage raised it, or a StageError around anything else.
     """
-    bind(stage, context.node, kinds=kinds, flow=flow, clock=context.clock)
+    bind(stage, context.node, kinds=kinds, flow=flow, clock=context.clock, wire=wire)
     ticker = asyncio.ensure_future(_report_status(context, status_interval_s))
     try:
         with contextlib.suppress(ChannelClosed):

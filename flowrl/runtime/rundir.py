@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from flowrl.config import to_tree
-from flowrl.errors import ConfigError, ResourceError
-from flowrl.graph.plan import plan_of
+from flowrl.errors import ConfigError, DataError, ResourceError
+from flowrl.graph.plan import GraphPlan, plan_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,6 +59,19 @@ def write_plan(directory: Path, program: Program) -> None:
     (directory / "graph.json").write_bytes(msgspec.json.format(msgspec.json.encode(plan_of(program.graph))))
 
 
+def read_plan(run_dir: Path) -> GraphPlan:
+    """Return the plan of a run's graph.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    path = run_dir / "graph.json"
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=GraphPlan)
+    except (OSError, msgspec.DecodeError) as error:
+        raise DataError(str(path), f"cannot be read ({error})", "name the directory of a run") from error
+
+
 def existing_run(directory: Path) -> Path:
     """Return the directory of a run.
 
@@ -93,6 +106,21 @@ def claim(directory: Path, say: Callable[[str], None], *, timeout_s: float = CLA
             what = f"still has processes of an earlier attempt after {timeout_s:.0f} s"
             raise ConfigError(str(directory), what, "stop that run first, or kill what is left of it") from error
     fcntl.flock(lock, fcntl.LOCK_SH)
+
+
+def is_held(directory: Path) -> bool:
+    """Return whether a process of the run lives on any machine that sees its directory."""
+    try:
+        lock = os.open(directory / "lock", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:  # never driven, or by somebody whose files we may not open
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
 
 
 def _open_lock(directory: Path) -> int:

@@ -1,13 +1,13 @@
 """Simulation: the same graph on the virtual clock, with engines that only take the time a profile says.
 
 The stages, edges and credits are those of a real run, on the real channels; timed_graph.py exchanges what a graph holds
-by import path, engines/timed.py takes the time, prediction.py sees what comes of it. Invariant: the same graph,
-profile and steps give the same prediction. `flowrl simulate` prints one; `flowrl tune` (tune.py) searches with many.
+by import path, timed_run.py runs it, engines/timed.py takes the time, prediction.py sees what comes of it. Invariant:
+the same graph, profile and steps give the same prediction. `flowrl simulate` prints one; `flowrl tune` (tune.py)
+searches with many.
 """
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 from flowrl.engines.base import Serving
@@ -16,75 +16,54 @@ from flowrl.errors import ConfigError
 from flowrl.graph.edges import Credits
 from flowrl.graph.plan import graph_of
 from flowrl.graph.staleness import staleness_bound
-from flowrl.runtime.local import LocalOptions, run_local
-from flowrl.runtime.prediction import WATCH, Prediction, Watch
+from flowrl.runtime.prediction import Prediction, Watch
 from flowrl.runtime.timed_graph import optional_nodes, timed_plan
+from flowrl.runtime.timed_run import run_timed
 from flowrl.runtime.virtual_clock import run_virtual
 from flowrl.telemetry.profile import CallCost, NodeProfile, Profile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from flowrl.graph.graph import Graph
 
 MEASURED_STEPS = 12  # enough that one slow group is a few percent of them
-NEVER_S = 1e9  # between two looks at the queues that are not wanted
-STALL_S = 1e7  # virtual; a simulation that stands still for so long is a defect
 LOOKS_A_STEP = 8  # at every queue's fill
 
 
 def simulate(
-    graph: Graph, profile: Profile, *, steps: int = MEASURED_STEPS, is_whole: bool = False, has_queues: bool = True
+    graph: Graph,
+    profile: Profile,
+    *,
+    steps: int = MEASURED_STEPS,
+    warmup: int | None = None,
+    precision: float = 0.0,
+    is_whole: bool = False,
+    has_queues: bool = True,
 ) -> Prediction:
     """Predict how a graph runs under a profile's costs.
 
-    Of a run without end, `steps` steps are measured after the pipeline has filled. With `is_whole` the run has
-    `steps` steps in all and is measured between the first and the last, as a run's report does: then the start and
-    the end, when nothing more is admitted, are in it. Without `has_queues` nobody looks at the queues, which is
-    quicker.
+    Of a run without end, `steps` steps are measured after `warmup`, by default until the pipeline has filled; fewer
+    where `precision` is given and the half-width of the mean step time's 95 % interval is down to that part of it.
+    With `is_whole` the run has `steps` steps in all and is measured between the first and the last, as a run's report
+    does: then the start and the end, when nothing more is admitted, are in it. Without `has_queues` nobody looks at
+    the queues, which is quicker.
 
     Raises:
         ConfigError: the profile lacks a node, or the graph has nothing to simulate.
         FlowrlError: as the run itself would raise it.
     """
     filling = _warmup(graph)
-    warmup = 1 if is_whole else filling
-    total = steps if is_whole else steps + warmup
+    before = 1 if is_whole else filling if warmup is None else warmup
+    total = steps if is_whole else steps + before
     plan = timed_plan(graph, profile, steps=total, is_whole=is_whole)
     scene = Scene(profile, cores=max(profile.cores, _reserved(graph)))
-    watch = Watch(warmup, total, scene)
-    options = LocalOptions(
-        is_virtual=True,
-        run_dir=None,
-        consume=watch.consume,
-        status_interval_s=_look_s(graph, profile) if has_queues else NEVER_S,
-        stall_timeout_s=STALL_S,
-        link=_delayed(profile.message_s),
-    )
-    tokens = SCENE.set(scene), WATCH.set(watch)
+    watch = Watch(before, total, scene, precision=precision)
+    look_s = _look_s(graph, profile) if has_queues else None
+    token = SCENE.set(scene)
     try:
-        run_virtual(run_local(graph_of(plan), options))
+        run_virtual(run_timed(graph_of(plan), plan, watch, message_s=profile.message_s, look_s=look_s))
     finally:
-        SCENE.reset(tokens[0])
-        WATCH.reset(tokens[1])
+        SCENE.reset(token)
     return watch.prediction(notes=_notes(graph, profile, scene))
-
-
-def _delayed(message_s: float) -> Callable[[Any], Any]:
-    """Return a link on which a message takes its time to a queue, and again out of it."""
-
-    def link(carry: Any) -> Any:
-        async def carried(call: Any) -> Any:
-            if call.method == "put":
-                await asyncio.sleep(message_s)
-            answer = await carry(call)
-            if call.method == "get":
-                await asyncio.sleep(message_s)
-            return answer
-
-        return carried if message_s > 0 else carry
-
-    return link
 
 
 def _warmup(graph: Graph) -> int:

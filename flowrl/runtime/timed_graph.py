@@ -1,9 +1,8 @@
 """A graph whose nodes only take time: its plan with engines, algorithm and data exchanged for stand-ins.
 
-Stages with an engine stay what they are (`Simulated` only lets their calls take simulated time); what admits prompts
-and what calls a reward function are replaced, for they would need data and user code. Optional nodes, such as the
-evaluation, are left out. Nothing is written to disk; a checkpoint's cost is spread over its versions. Used by
-simulate.py, on the virtual clock only.
+Stages with an engine stay what they are, on a timed engine; what admits prompts and what calls a reward function are
+replaced, for they would need data and user code. Optional nodes, such as the evaluation, are left out. Nothing is
+written to disk; a checkpoint's cost is spread over its versions. Used by simulate.py; timed_run.py runs the plan.
 """
 
 from __future__ import annotations
@@ -15,31 +14,25 @@ import random
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from flowrl.engines.base import Serving
-from flowrl.engines.timed import TimedTraining
+from flowrl.engines.timed import SCENE
 from flowrl.errors import ConfigError
 from flowrl.graph.plan import EdgePlan, GraphPlan, plan_of
 from flowrl.graph.ports import In, Out
-from flowrl.graph.stage import Specification, Stage, StageConfig, from_specification, port_types
+from flowrl.graph.stage import Specification, Stage, StageConfig, port_types
 from flowrl.messages import Buffer, Credit, Prompt, Rollouts, Scored, extend
-from flowrl.runtime.prediction import WATCH
 from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.profile import CallCost, NodeProfile, Profile
+from flowrl.telemetry.profile import CallCost, NodeProfile, Profile, Spread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from flowrl.engines.base import Training
     from flowrl.graph.graph import Graph
     from flowrl.graph.stage import Context
     from flowrl.telemetry.causes import CauseClock
-
-T = TypeVar("T")
-
 
 # The graph with its engines exchanged.
 
@@ -61,11 +54,20 @@ def timed_plan(graph: Graph, profile: Profile, *, steps: int, is_whole: bool) ->
     for edge in plan.edges:
         if {edge.source.partition(".")[0], edge.target.partition(".")[0]} & optional:
             continue
+        if not (_has_port(nodes, edge.source) and _has_port(nodes, edge.target)):
+            continue  # optional, of a node that was exchanged
         if edge.kind == "credits":
             bounds = {**edge.bounds, "versions": steps if is_whole else None}
             edge = msgspec.structs.replace(edge, bounds=bounds)
         edges.append(edge)
     return GraphPlan(nodes=nodes, edges=edges, until=plan.until)
+
+
+def _has_port(nodes: dict[str, Specification], address: str) -> bool:
+    node, _, port = address.partition(".")
+    ports = {"TimedPrompts": TimedPrompts, "TimedReward": TimedReward}
+    kind = ports.get(nodes[node].stage.rpartition(":")[2])
+    return kind is None or port in port_types(kind)
 
 
 def optional_nodes(graph: Graph) -> list[str]:
@@ -80,7 +82,8 @@ def optional_nodes(graph: Graph) -> list[str]:
 
 def _timed_node(name: str, graph: Graph, spec: Specification, profile: Profile, steps: int) -> Specification:
     stage = graph.nodes[name]
-    messages = {(direction, message) for direction, message in port_types(type(stage)).values()}
+    needed = {port for port in stage.ports if port not in stage.optional}
+    messages = {kind for port, kind in port_types(type(stage)).items() if port in needed}
     if not hasattr(stage.config, "engine"):
         if messages == {(In, Credit), (Out, Prompt)}:
             size = int(spec.arguments.get("group_size", 1))
@@ -89,6 +92,9 @@ def _timed_node(name: str, graph: Graph, spec: Specification, profile: Profile, 
             lanes = int(getattr(stage.config, "concurrency", 1))
             _costs(profile, name, "score")
             return _specification("TimedReward", placement=_placement(stage.config), node=name, lanes=lanes)
+    if hasattr(stage.config, "environment"):
+        what = "plays an environment, and how long that takes is in no profile"
+        raise ConfigError(f"node {name!r}", what, "simulate the graph with a generator in its place")
     arguments = dict(spec.arguments)
     if "algorithm" in arguments:
         arguments["algorithm"] = {"use": "flowrl.engines.timed:TimedAlgorithm", "options": {}}
@@ -97,7 +103,7 @@ def _timed_node(name: str, graph: Graph, spec: Specification, profile: Profile, 
     if name == graph.until_node and "steps" in arguments:
         arguments["steps"] = steps
     arguments["config"] = _timed_config(name, graph, profile, arguments["config"])
-    return _specification("Simulated", stage={"stage": spec.stage, "arguments": arguments}, node=name)
+    return Specification(stage=spec.stage, arguments=arguments)
 
 
 def _timed_config(name: str, graph: Graph, profile: Profile, config: dict[str, Any]) -> dict[str, Any]:
@@ -158,63 +164,6 @@ def stand_in_model() -> str:
     return str(directory)
 
 
-class SharedThreads:
-    """Blocking code in place; a timed engine's call then takes its work's time on the device it shares."""
-
-    async def compute(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run in place and let the engine's work be done."""
-        result = function(*arguments)
-        engine = getattr(function, "__self__", None)
-        if isinstance(engine, TimedTraining):
-            await engine.device.take(engine.last_work_s, engine.width)
-        return result
-
-    async def background(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run in place and let the engine's time pass beside its work."""
-        result = function(*arguments)
-        engine = getattr(function, "__self__", None)
-        if isinstance(engine, TimedTraining):
-            await asyncio.sleep(engine.last_work_s)
-        return result
-
-
-class Simulated(Stage):
-    """Another stage, whose blocking work takes simulated time; the run ends with the last step that is wanted."""
-
-    Config = StageConfig
-
-    def __init__(self, *, stage: Specification, node: str) -> None:
-        self._inner = from_specification(stage, node)
-        for port in self._inner.ports.values():
-            port.owner = self
-        self.config = self._inner.config
-
-    @property
-    def ports(self) -> dict[str, Any]:
-        """Return the inner stage's ports."""
-        return self._inner.ports
-
-    async def run(self, context: Context) -> None:
-        """Run the inner stage."""
-        watch, threads = WATCH.get(), SharedThreads()
-        watch.clocks[context.node, context.replica] = clock = context.clock
-
-        async def compute(function: Callable[..., T], *arguments: Any) -> T:
-            with clock.charge(Cause.COMPUTE):
-                return await threads.compute(function, *arguments)
-
-        context.compute, context.background = compute, threads.background
-        context.recorder = watch
-        running = asyncio.ensure_future(self._inner.run(context))
-        try:
-            await asyncio.wait([running, watch.ended], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
-        if not running.cancelled() and (error := running.exception()) is not None:
-            raise error
-
-
 class TimedPrompts(Stage):
     """Admits groups of zeros, one against each credit; a prompt begins with its group's number."""
 
@@ -228,17 +177,18 @@ class TimedPrompts(Stage):
 
     async def run(self, context: Context) -> None:
         """Admit until the edges close."""
-        watch = WATCH.get()
-        watch.clocks[context.node, context.replica] = context.clock
-        spread = watch.scene.profile.prompt_tokens
+        spread = SCENE.get().profile.prompt_tokens
         while True:
             (group_id,) = (await self.credits.get()).groups
-            length = max(1, round(spread.at(random.Random(group_id).random())))
-            number = (group_id & 0x7FFFFFFF).to_bytes(4, "little")
-            prompt = Buffer("int32", number + bytes(4 * (length - 1)))
-            await self.prompts.put(
-                Prompt(group_id=group_id, token_ids=prompt, columns={}, num_samples=self.group_size, seed=group_id)
-            )
+            await self.prompts.put(_prompt(spread, group_id, self.group_size))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _prompt(spread: Spread, group_id: int, num_samples: int) -> Prompt:
+    length = max(1, round(spread.at(random.Random(group_id).random())))
+    number = (group_id & 0x7FFFFFFF).to_bytes(4, "little")
+    tokens = Buffer("int32", number + bytes(4 * (length - 1)))
+    return Prompt(group_id=group_id, token_ids=tokens, columns={}, num_samples=num_samples, seed=group_id)
 
 
 class TimedReward(Stage):
@@ -255,9 +205,7 @@ class TimedReward(Stage):
 
     async def run(self, context: Context) -> None:
         """Score until the edges close."""
-        watch = WATCH.get()
-        watch.clocks[context.node, context.replica] = context.clock
-        cost = watch.scene.profile.nodes[self.node].calls["score"]
+        cost = SCENE.get().profile.nodes[self.node].calls["score"]
         async with asyncio.TaskGroup() as tasks:
             for _ in range(self.lanes):
                 tasks.create_task(self._lane(context.clock, cost))

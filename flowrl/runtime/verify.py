@@ -30,16 +30,18 @@ class Verdict:
     lost: list[int] = field(default_factory=list[int])  # of a finished run: unfinished; of any: numbers left out
     duplicated: list[int] = field(default_factory=list[int])  # with more than one ending
     over_stale: list[int] = field(default_factory=list[int])
+    # Replayed when they were too old, twice in a step, or not in a step after the one that learned them.
+    misreplayed: list[int] = field(default_factory=list[int])
     disagreeing: list[str] = field(default_factory=list[str])  # where the recorded rollouts say something else
 
     @property
     def is_clean(self) -> bool:
         """Return whether every guarantee holds."""
-        return not (self.lost or self.duplicated or self.over_stale or self.disagreeing)
+        return not (self.lost or self.duplicated or self.over_stale or self.misreplayed or self.disagreeing)
 
 
-def judge(entries: list[Entry], *, max_staleness: int | None, is_finished: bool) -> Verdict:
-    """Return what a ledger's entries prove."""
+def judge(entries: list[Entry], *, max_staleness: int | None, is_finished: bool, max_age: int | None = None) -> Verdict:
+    """Return what a ledger's entries prove; `max_age` is the greatest staleness of a replayed group."""
     alive = surviving(entries)
     admitted = {entry.group for entry in alive if entry.event == "admitted"}
     endings = Counter(entry.group for entry in alive if entry.event in ENDINGS)
@@ -49,13 +51,31 @@ def judge(entries: list[Entry], *, max_staleness: int | None, is_finished: bool)
     stale = [e.group for e in learned if max_staleness is not None and e.step - e.oldest > max_staleness]
     counts = Counter(entry.event for entry in alive)
     return Verdict(
-        counts={name: counts[name] for name in ("admitted", *ENDINGS)},
+        counts={
+            name: counts[name] for name in ("admitted", *ENDINGS, "replayed") if counts[name] or name != "replayed"
+        },
         rollbacks=sum(entry.event == "rollback" for entry in entries),
         steps=len({entry.step for entry in learned}),
         unfinished=unfinished,
         lost=left_out + (unfinished if is_finished else []),
         duplicated=sorted(group for group, count in endings.items() if count > 1),
         over_stale=sorted(stale),
+        misreplayed=_misreplayed(alive, max_age),
+    )
+
+
+def _misreplayed(alive: list[Entry], max_age: int | None) -> list[int]:
+    learned_in = {entry.group: entry.step for entry in alive if entry.event == "learned"}
+    replayed = [entry for entry in alive if entry.event == "replayed"]
+    times = Counter((entry.group, entry.step) for entry in replayed)
+    return sorted(
+        {
+            entry.group
+            for entry in replayed
+            if learned_in.get(entry.group, entry.step) >= entry.step
+            or times[entry.group, entry.step] > 1
+            or (max_age is not None and entry.step - entry.oldest > max_age)
+        }
     )
 
 
@@ -74,7 +94,12 @@ def verify_run(run_dir: Path) -> Verdict:
         raise DataError(str(run_dir / "settings.yaml"), f"cannot be read ({error.strerror})") from error
     steps = settings.get("steps")
     learned = {entry.step for entry in surviving(entries) if entry.event == "learned"}
-    verdict = judge(entries, max_staleness=settings.get("max_staleness"), is_finished=steps == len(learned))
+    verdict = judge(
+        entries,
+        max_staleness=settings.get("max_staleness"),
+        is_finished=steps == len(learned),
+        max_age=settings.get("replay", {}).get("max_age"),
+    )
     verdict.disagreeing = _compare(run_dir / "rollouts", entries)
     return verdict
 
@@ -107,6 +132,7 @@ def describe(verdict: Verdict, run_dir: Path) -> str:
                 ("lost", verdict.lost),
                 ("duplicated", verdict.duplicated),
                 ("over-stale", verdict.over_stale),
+                ("replayed wrongly", verdict.misreplayed),
             )
         ),
         *(f"  {line}" for line in verdict.disagreeing),

@@ -8,12 +8,11 @@ the replica is computing. The runtime marks waits on edges; stages mark only wha
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 
 class Cause(StrEnum):
@@ -26,10 +25,28 @@ class Cause(StrEnum):
     WAIT_ROOM = "waiting_for_room"
     WAIT_INPUT = "waiting_for_input"
 
+    __hash__ = str.__hash__  # an Enum's own is a Python function, called for every mark of every clock
+
 
 # A paused generator is updating even while requests are in flight; one with any request running is computing even
 # while other tasks of it wait; a full edge is named before an empty one because it says where the bottleneck is.
 PRIORITY = (Cause.START, Cause.RECOVERY, Cause.UPDATE, Cause.COMPUTE, Cause.WAIT_ROOM, Cause.WAIT_INPUT)
+
+
+class Charge:
+    """A mark on a clock for the duration of a block; may be entered again."""
+
+    __slots__ = ("_cause", "_clock")
+
+    def __init__(self, clock: CauseClock, cause: Cause) -> None:
+        self._clock = clock
+        self._cause = cause
+
+    def __enter__(self) -> None:
+        self._clock.mark(self._cause, +1)
+
+    def __exit__(self, *_: object) -> None:
+        self._clock.mark(self._cause, -1)
 
 
 class CauseClock:
@@ -43,19 +60,19 @@ class CauseClock:
         self._since = now()
         self._cause = Cause.COMPUTE
 
-    @contextmanager
-    def charge(self, cause: Cause) -> Iterator[None]:
+    def charge(self, cause: Cause) -> Charge:
         """Mark `cause` for the duration of the block; marks nest and overlap."""
-        self._mark(cause, +1)
-        try:
-            yield
-        finally:
-            self._mark(cause, -1)
+        return Charge(self, cause)
 
-    def _mark(self, cause: Cause, change: int) -> None:
+    def mark(self, cause: Cause, change: int) -> None:
+        """Set or take back one mark."""
         self._settle()
         self._marks[cause] += change
-        self._cause = next((c for c in PRIORITY if self._marks[c]), Cause.COMPUTE)
+        for first in PRIORITY:
+            if self._marks[first]:
+                self._cause = first
+                return
+        self._cause = Cause.COMPUTE
 
     def _settle(self) -> None:
         now = self._now()

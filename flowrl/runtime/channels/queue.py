@@ -74,6 +74,11 @@ class QueueChannel:
         """Return the keys in consumers' hands and whose they are."""
         return {key: consumer for key, (consumer, _) in self._held.items()}
 
+    def holder(self, key: int) -> str | None:
+        """Return who holds a key."""
+        held = self._held.get(key)
+        return held[0] if held is not None else None
+
     def waits(self) -> list[str]:
         """Say who waits here and for what."""
         fill = f"{len(self)}/{self.depth}"

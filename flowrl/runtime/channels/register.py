@@ -21,21 +21,25 @@ class RegisterChannel:
         self._writers: Waiters[int] = Waiters()
         self._closed = False
 
+    def expect(self, readers: list[str]) -> None:
+        """Have writers wait for these readers too."""
+        self._confirmed |= dict.fromkeys(readers, -1)
+
     def waits(self) -> list[str]:
         """Say who waits here and for what."""
         behind = ", ".join(f"{reader} (at {seen})" for reader, seen in self._confirmed.items() if seen < self.version)
         return [f"{self.name}: version {v} waits to be acknowledged by {behind}" for v in self._writers.requests()]
 
     async def put(self, version: int, body: bytes) -> None:
-        """Set the value and wait until every live reader has confirmed it or a newer one.
+        """Set the value and wait until every live reader has confirmed it or a newer one; a repeat is not an error.
 
         Raises:
-            RunError: `version` is not newer than the present one.
+            RunError: `version` is not newer than the present one, and not the same value.
             ChannelClosed: the register was closed.
         """
         if self._closed:
             raise ChannelClosed(self.name, "is closed")
-        if version <= self.version:
+        if version <= self.version and (version, body) != (self.version, self.body):
             raise RunError(self.name, f"version {version} is not newer than {self.version}")
         self.version, self.body = version, body
         for future, seen in self._readers:

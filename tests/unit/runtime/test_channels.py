@@ -289,9 +289,11 @@ def test_a_register_gives_the_newest_value_and_waits_for_newer_ones() -> None:
 def test_a_register_refuses_an_older_version() -> None:
     async def body() -> None:
         r = RegisterChannel("r", [])
-        await r.put(2, b"")
-        with pytest.raises(RunError, match="not newer"):
-            await r.put(2, b"")
+        await r.put(2, b"two")
+        await r.put(2, b"two")  # of a writer that was restarted
+        for version, body in ((1, b"two"), (2, b"other")):
+            with pytest.raises(RunError, match="not newer"):
+                await r.put(version, body)
 
     check(body())
 

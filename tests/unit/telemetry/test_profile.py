@@ -15,9 +15,9 @@ from flowrl.engines.devices import Decoder, Device
 from flowrl.engines.timed import SCENE, Scene
 from flowrl.errors import ConfigError
 from flowrl.graph.plan import graph_of, plan_of
-from flowrl.runtime.local import LocalOptions, run_local
-from flowrl.runtime.prediction import WATCH, Watch
+from flowrl.runtime.prediction import Watch
 from flowrl.runtime.timed_graph import timed_plan
+from flowrl.runtime.timed_run import run_timed
 from flowrl.runtime.virtual_clock import run_virtual
 from flowrl.telemetry.decoding import Arrival, replay
 from flowrl.telemetry.events import Event, Span
@@ -148,13 +148,12 @@ def events_of(truth: Profile, *, steps: int) -> Sequence[Event]:
     graph = flow(settings)
     scene = Scene(truth, cores=truth.cores)
     watch = Keeping(1, steps, scene)
-    tokens = SCENE.set(scene), WATCH.set(watch)
-    options = LocalOptions(is_virtual=True, status_interval_s=0.5, stall_timeout_s=1e6)
+    plan = timed_plan(graph, truth, steps=steps, is_whole=True)
+    token = SCENE.set(scene)
     try:
-        run_virtual(run_local(graph_of(timed_plan(graph, truth, steps=steps, is_whole=True)), options))
+        run_virtual(run_timed(graph_of(plan), plan, watch, status_s=0.5))
     finally:
-        SCENE.reset(tokens[0])
-        WATCH.reset(tokens[1])
+        SCENE.reset(token)
     return watch.events
 
 

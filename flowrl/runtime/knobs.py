@@ -1,0 +1,149 @@
+"""Knobs: what of a graph's settings may be changed to make it quicker, and the values that are worth a try.
+
+They are found in the graph, not listed by name: staleness and batch, replicas and ranks, requests in flight, batches of
+scoring, where a scorer sits, and the depth of every queue whose depth is free. Invariants: the first option of a knob
+is what stands in the settings now; options that need more devices than there are, with everything else at its
+smallest, are left out. Used by tune.py and trials.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+
+from flowrl.engines.base import Serving
+from flowrl.graph.edges import Queue
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from flowrl.graph.graph import Graph
+
+Value = int | float | str
+Setting = dict[str, Value]  # path -> value
+
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+FEW = (1, 2, 4)  # of a node that reserves nothing
+STALENESS = (0, 1, 2, 3, 4)
+FACTORS = (0.25, 0.5, 2.0, 4.0)
+BATCH = ("groups_per_step", "group_size")  # by the last part of the path: they change what is learned
+
+
+class Option(msgspec.Struct, frozen=True):
+    """One position of a knob: what it sets."""
+
+    label: str
+    changes: dict[str, Value]
+
+
+class Knob(msgspec.Struct, frozen=True):
+    """Something that can be changed; `options[0]` is as it is."""
+
+    name: str
+    options: list[Option]
+    is_minor: bool = False  # rarely worth much: tried alone, and beside settings that are good already
+
+    @property
+    def is_batch(self) -> bool:
+        """Return whether it changes what is learned, not only how fast."""
+        return self.name.rpartition(".")[2] in BATCH
+
+
+def knobs_of(settings: Any, graph: Graph, *, is_affordable: Callable[[Setting], bool]) -> list[Knob]:
+    """Return the knobs of a graph that have more than one position within the devices there are."""
+    found = [knob for knob in _all_knobs(settings, graph) if len(knob.options) > 1]
+    least = [_least(knob) for knob in found]
+    kept: list[Knob] = []
+    for place, knob in enumerate(found):
+        others: Setting = {}
+        for other, changes in enumerate(least):
+            if other != place:
+                others |= changes
+        options = [
+            option
+            for position, option in enumerate(knob.options)
+            if position == 0 or is_affordable(option.changes) or is_affordable({**others, **option.changes})
+        ]
+        if len(options) > 1:
+            kept.append(msgspec.structs.replace(knob, options=options))
+    return kept
+
+
+def get_setting(settings: Any, path: str) -> Any:
+    """Return the value at a path, or None where there is none."""
+    for name in path.split("."):
+        known = cast("dict[str, Any]", settings) if isinstance(settings, dict) else {}
+        settings = known.get(name) if isinstance(settings, dict) else getattr(settings, name, None)
+    return settings
+
+
+def with_setting(settings: Any, path: str, value: Value) -> Any:
+    """Return settings with the value at a path; a mapping on the way is made where there is none."""
+    first, _, rest = path.partition(".")
+    if isinstance(settings, dict):
+        known = cast("dict[str, Any]", settings)
+        return {**known, first: with_setting(known.get(first, {}), rest, value) if rest else value}
+    inner = with_setting(getattr(settings, first), rest, value) if rest else value
+    return msgspec.structs.replace(settings, **{first: inner})
+
+
+def _all_knobs(settings: Any, graph: Graph) -> Iterable[Knob]:
+    if isinstance(now := get_setting(settings, "max_staleness"), int):
+        yield _numbers("max_staleness", now, STALENESS)
+    if isinstance(now := get_setting(settings, "groups_per_step"), int):
+        yield _numbers("groups_per_step", now, _scaled(now, (0.5, 2.0)))
+    for node, stage in graph.nodes.items():
+        config: Any = stage.config
+        if type(get_setting(settings, node)) is not type(config):
+            continue  # its settings stand elsewhere, or nowhere
+        if not stage.is_stateful and (isinstance(config, Serving) or hasattr(config, "batch_groups")):
+            counts = COUNTS if config.cpus or config.gpus else FEW
+            yield _numbers(f"{node}.replicas", config.replicas, counts, is_minor=not isinstance(config, Serving))
+        if stage.is_stateful and config.gpus > 0:
+            yield _numbers(f"{node}.ranks", config.ranks, [2**power for power in range(9)])
+        for name in ("max_groups", "max_running"):
+            if hasattr(config, name):
+                now = getattr(config, name)
+                yield _numbers(f"{node}.{name}", now, _scaled(now, FACTORS))
+        if now := getattr(config, "group_size", 0):
+            yield _numbers(f"{node}.group_size", now, _scaled(now, (0.5, 2.0)))
+        for name in ("batch_groups", "concurrency"):
+            if hasattr(config, name):
+                yield _numbers(f"{node}.{name}", getattr(config, name), (1, 2, 4, 8), is_minor=True)
+        if (place := _placement(node, graph)) is not None:
+            yield place
+    for edge in graph.edges:
+        if isinstance(edge, Queue) and edge.window is None and edge.most is None:
+            path = f"depths.{graph.address(edge.target)}"
+            yield _numbers(path, edge.depth, _scaled(edge.depth, FACTORS), is_minor=True)
+
+
+def _placement(node: str, graph: Graph) -> Knob | None:
+    """Return the knob of a node that computes on GPUs and may sit on another's or have its own."""
+    config = graph.nodes[node].config
+    host = config.share or graph.until_node
+    devices = graph.nodes[host].config
+    if node == host or not hasattr(config, "engine") or isinstance(config, Serving) or devices.gpus == 0:
+        return None
+    own = Option("its own GPUs", {f"{node}.share": "", f"{node}.gpus": devices.gpus, f"{node}.cpus": devices.cpus})
+    shared = Option(f"on {host}", {f"{node}.share": host, f"{node}.gpus": 0.0, f"{node}.cpus": 0.0})
+    return Knob(f"{node}.share", [shared, own] if config.share else [own, shared])
+
+
+def _numbers(path: str, now: int, values: Iterable[int], *, is_minor: bool = False) -> Knob:
+    others = sorted({*values} - {now})
+    return Knob(path, [Option(str(value), {path: value}) for value in (now, *others)], is_minor)
+
+
+def _scaled(now: int, factors: Iterable[float]) -> list[int]:
+    return [max(1, round(factor * now)) for factor in factors]
+
+
+def _least(knob: Knob) -> Setting:
+    """Return the changes that need fewest devices."""
+    if knob.name.endswith((".replicas", ".ranks")):
+        return min(knob.options, key=lambda option: next(iter(option.changes.values()))).changes
+    if knob.name.endswith(".share"):
+        return min(knob.options, key=lambda option: option.changes.get(f"{knob.name[:-6]}.gpus", 0.0)).changes
+    return {}

@@ -1,0 +1,220 @@
+"""Trials: settings of a graph, simulated, in this process or in one for each core.
+
+A trial is first a look (a couple of steps, enough to tell the good from the bad) and for the few that matter a
+measurement, which goes on until the step time is known well enough. Invariants: every setting passes the graph's own
+checks before it is simulated, and stays within the devices there are, or there is no trial of it; the same setting
+gives the same trial in whichever process. Used by tune.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from flowrl.errors import FlowrlError
+from flowrl.graph.program import build_graph, load_program
+from flowrl.runtime.knobs import Knob, Setting, knobs_of, with_setting
+from flowrl.runtime.simulate import simulate
+from flowrl.telemetry.profile import load_profile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+
+    from flowrl.graph.graph import Graph
+    from flowrl.graph.program import Program
+    from flowrl.telemetry.profile import Profile
+
+LOOK_STEPS = 2  # after the first: throughput is settled by then, staleness is not
+MEASURED_STEPS = 24  # at most
+PRECISION = 0.02  # 95 % half-width of the step time at which a measurement ends
+WORTH_PROCESSES = 64  # trials; fewer are done before the processes have started
+
+
+class Trial(msgspec.Struct, frozen=True, kw_only=True):
+    """One setting, simulated."""
+
+    setting: Setting  # what differs from the settings as they are
+    samples_per_s: float
+    mean_staleness: float
+    bottleneck: str
+    max_staleness: int = 0  # of any learned group
+    devices: float = 0.0  # cores and GPUs that are reserved
+    is_measured: bool = True  # not only looked at
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """What is to be tuned; each worker process loads it for itself."""
+
+    graph: Path
+    profile: Path
+    config: Path | None = None
+    overrides: list[str] = []
+    budget: int = 200  # settings simulated at most
+    cores: float = 0.0  # that may be reserved; 0: the profile's, or what the graph reserves already
+    gpus: float = 0.0  # that may be reserved; 0: what the graph reserves already
+
+
+class Searcher:
+    """A graph file and a profile, loaded once in each process."""
+
+    def __init__(self, request: Request, profile: Profile | None = None) -> None:
+        """Load; the profile that is given counts for the one that the request names."""
+        self.profile: Profile = profile or load_profile(request.profile)
+        self.program: Program = load_program(request.graph, config=request.config, overrides=request.overrides)
+        self._module = sys.modules[type(self.program.settings).__module__]
+        cores, gpus = reserved(self.program.graph)
+        self._cores = request.cores or max(self.profile.cores, cores)
+        self._gpus = request.gpus or gpus
+
+    def knobs(self) -> list[Knob]:
+        """Return the knobs that the graph has."""
+        return knobs_of(self.program.settings, self.program.graph, is_affordable=self.is_affordable)
+
+    def build(self, setting: Setting) -> Graph:
+        """Return the checked graph of a setting.
+
+        Raises:
+            FlowrlError: the graph refuses it.
+        """
+        settings: Any = self.program.settings
+        for path, value in setting.items():
+            settings = with_setting(settings, path, value)
+        graph = build_graph(self._module, settings)
+        graph.check()
+        return graph
+
+    def is_affordable(self, setting: Setting) -> bool:
+        """Return whether the graph takes the setting and it stays within the devices there are."""
+        try:
+            return self._fits(self.build(setting))
+        except FlowrlError:
+            return False
+
+    def measure(self, setting: Setting, *, steps: int = MEASURED_STEPS) -> Trial:
+        """Simulate a setting until its throughput is known, or for so many steps."""
+        graph = self.build(setting)
+        found = simulate(graph, self.profile, steps=steps, precision=PRECISION, has_queues=False)
+        return Trial(
+            setting=setting,
+            samples_per_s=found.samples_per_s,
+            mean_staleness=found.mean_staleness,
+            bottleneck=found.bottleneck,
+            max_staleness=max(found.staleness),
+            devices=sum(reserved(graph)),
+        )
+
+    def look(self, setting: Setting) -> Trial | None:
+        """Simulate a setting for a moment; None where it is refused or needs too much."""
+        try:
+            graph = self.build(setting)
+            if not self._fits(graph):
+                return None
+            found = simulate(graph, self.profile, steps=LOOK_STEPS, warmup=1, has_queues=False)
+        except FlowrlError:
+            return None
+        return Trial(
+            setting=setting,
+            samples_per_s=found.samples_per_s,
+            mean_staleness=found.mean_staleness,
+            bottleneck=found.bottleneck,
+            max_staleness=max(found.staleness),
+            devices=sum(reserved(graph)),
+            is_measured=False,
+        )
+
+    def try_measuring(self, setting: Setting) -> Trial | None:
+        """Measure a setting; None where it is refused or needs too much."""
+        try:
+            return self.measure(setting) if self._fits(self.build(setting)) else None
+        except FlowrlError:
+            return None
+
+    def _fits(self, graph: Graph) -> bool:
+        cores, gpus = reserved(graph)
+        return cores <= self._cores and gpus <= self._gpus
+
+
+class Crew:
+    """Does trials, on all cores where there are many."""
+
+    def __init__(self, searcher: Searcher, pool: ProcessPoolExecutor | None) -> None:
+        self._searcher = searcher
+        self._pool = pool
+
+    def look(self, settings: Sequence[Setting]) -> list[Trial]:
+        """Look at settings; those that are refused are left out."""
+        return self._all(self._searcher.look, _look, settings)
+
+    def measure(self, settings: Sequence[Setting]) -> list[Trial]:
+        """Measure settings; those that are refused are left out."""
+        return self._all(self._searcher.try_measuring, _measure, settings)
+
+    def _all(
+        self,
+        here: Callable[[Setting], Trial | None],
+        there: Callable[[Setting], Trial | None],
+        settings: Sequence[Setting],
+    ) -> list[Trial]:
+        if self._pool is None:
+            found = [here(setting) for setting in settings]
+        else:
+            found = list(self._pool.map(there, settings, chunksize=max(1, min(16, len(settings) // 16))))
+        return [trial for trial in found if trial is not None]
+
+
+@contextmanager
+def crew(request: Request, searcher: Searcher) -> Generator[Crew]:
+    """Open what does the trials: processes where the budget is worth starting them."""
+    num = len(os.sched_getaffinity(0))
+    if request.budget < WORTH_PROCESSES or num == 1:
+        yield Crew(searcher, None)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num, mp_context=spawn, initializer=_open, initargs=(request,)) as pool:
+        yield Crew(searcher, pool)
+
+
+_searcher: Searcher | None = None  # of a worker process
+
+
+def _open(request: Request) -> None:
+    global _searcher
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _searcher = Searcher(request)
+    gc.freeze()  # what is loaded stays; looking through it again and again costs a tenth of the time
+
+
+def _end_with_parent() -> None:
+    """Leave when the parent was killed: the pool's pipes stay open between its workers."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _look(setting: Setting) -> Trial | None:
+    assert _searcher is not None, "a worker opens first"
+    return _searcher.look(setting)
+
+
+def _measure(setting: Setting) -> Trial | None:
+    assert _searcher is not None, "a worker opens first"
+    return _searcher.try_measuring(setting)
+
+
+def reserved(graph: Graph) -> tuple[float, float]:
+    """Return the cores and GPUs that a graph's nodes reserve."""
+    own = [stage.config for stage in graph.nodes.values() if not stage.config.share]
+    return (
+        sum(config.cpus * config.replicas * config.ranks for config in own),
+        sum(config.gpus * config.replicas * config.ranks for config in own),
+    )
