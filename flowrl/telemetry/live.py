@@ -43,17 +43,19 @@ class LiveView:
     """Shows the view in the terminal until it is closed."""
 
     def __init__(
-        self, view: RunView, *, title: str, console: Console | None = None, now: Callable[[], float] = time.time
-    ) -> None:
+        self, view: RunView, *, title: str, console: Console | None = None, now: Callable[[], float] = time.time,
+        since_s: float | None = None,
+    ) -> None:  # fmt: skip
+        """Begin to show the view; the run is said to have begun at `since_s`, by default now."""
         from rich.console import Console
         from rich.live import Live
 
         self._view = view
         self._title = title
         self._now = now
-        self._opened_s = now()
+        self._opened_s = now() if since_s is None else since_s
         self.console = console or Console()
-        self._body = frame(view, now_s=self._opened_s, max_rows=self._max_rows())
+        self._body = frame(view, now_s=now(), max_rows=self._max_rows())
         self._live = Live(console=self.console, get_renderable=self._screen, refresh_per_second=2)
         self._live.start()
 

@@ -17,6 +17,7 @@ from flowrl.telemetry.events import Evaluation, Notice, Status, Step
 from flowrl.telemetry.intervals import mean_interval, prompt_means
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from flowrl.telemetry.events import Event
@@ -92,44 +93,64 @@ def row_of(event: Event) -> dict[str, Any] | None:
             return None
 
 
-class _Line(msgspec.Struct):
-    kind: str
+class _StepLine(msgspec.Struct, tag_field="kind", tag="step"):
+    version: int
+    metrics: dict[str, float | None]  # null: not a finite number
+    time_s: float = 0.0
+    num_steps: int = 0
+    staleness: dict[str, int] = {}
 
 
-class _EvaluationLine(msgspec.Struct):
+class _EvaluationLine(msgspec.Struct, tag_field="kind", tag="evaluation"):
     version: int
     time_s: float
     scores: list[list[float]]
     completions: list[dict[str, str]]
 
 
+class _NoticeLine(msgspec.Struct, tag_field="kind", tag="notice"):
+    level: str
+    where: str
+    text: str
+    time_s: float
+
+
+_Line = _StepLine | _EvaluationLine | _NoticeLine
+_decoder = msgspec.json.Decoder(_Line)
+
+
+def events_in(lines: Iterable[bytes]) -> Iterator[Step | Evaluation | Notice]:
+    """Yield the steps, evaluations and notices that lines of a metrics file stand for; other lines are passed over.
+
+    Figures that were not finite are left out of a step.
+    """
+    for row in _rows(lines):
+        match row:
+            case _StepLine():
+                known = {name: value for name, value in row.metrics.items() if value is not None}
+                stale = [int(age) for age, count in row.staleness.items() for _ in range(count)]
+                yield Step(version=row.version, num_steps=row.num_steps, time_s=row.time_s, metrics=known,
+                           staleness=stale)  # fmt: skip
+            case _EvaluationLine():
+                yield Evaluation(version=row.version, time_s=row.time_s, scores=row.scores, completions=row.completions)
+            case _NoticeLine():
+                yield Notice(level=row.level, where=row.where, text=row.text, time_s=row.time_s)
+
+
 def read_evaluations(path: Path) -> list[Evaluation]:
     """Return the evaluations a metrics file holds, oldest first; lines cut short by a kill are passed over."""
-    found: list[Evaluation] = []
-    for line in path.read_bytes().splitlines():
-        try:
-            if msgspec.json.decode(line, type=_Line).kind != "evaluation":
-                continue
-            row = msgspec.json.decode(line, type=_EvaluationLine)
-        except msgspec.DecodeError:
-            continue
-        found.append(Evaluation(version=row.version, time_s=row.time_s, scores=row.scores, completions=row.completions))
-    return found
-
-
-class _StepLine(msgspec.Struct):
-    version: int
-    metrics: dict[str, float | None]  # null: not a finite number
+    return [event for event in events_in(path.read_bytes().splitlines()) if isinstance(event, Evaluation)]
 
 
 def read_steps(path: Path) -> dict[int, dict[str, float | None]]:
     """Return version -> figures of the step that made it; of a step that was taken again, those of the last time."""
-    found: dict[int, dict[str, float | None]] = {}
-    for line in path.read_bytes().splitlines():
+    rows = _rows(path.read_bytes().splitlines())
+    return {row.version: row.metrics for row in rows if isinstance(row, _StepLine)}
+
+
+def _rows(lines: Iterable[bytes]) -> Iterator[_Line]:
+    for line in lines:
         try:
-            if msgspec.json.decode(line, type=_Line).kind == "step":
-                step = msgspec.json.decode(line, type=_StepLine)
-                found[step.version] = step.metrics
-        except msgspec.DecodeError:
+            yield _decoder.decode(line)
+        except msgspec.DecodeError:  # a status, or a line that a kill cut short
             continue
-    return found

@@ -15,6 +15,7 @@ import msgspec
 
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.intervals import mean_interval, paired_interval, prompt_means
+from flowrl.telemetry.text import shortened
 from flowrl.telemetry.view import format_duration, shares, words
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ SHOWN_CHARACTERS = 300  # of a prompt or completion
 COVERAGE = 0.02  # charged time may miss the wall clock by this much: statuses are stamped a moment after they are read
 BUSY = 0.6  # a node computing less than this is no bottleneck; the run is waiting in turns
 WORTH_SAYING = 0.05  # share of its time a node must spend waiting to be named
+WINDOW = "between the first and the last step"
 COLUMNS = (Cause.COMPUTE, Cause.WAIT_INPUT, Cause.WAIT_ROOM, Cause.UPDATE, Cause.START, Cause.RECOVERY)
 
 
@@ -52,7 +54,7 @@ def report(view: RunView, ending: Ending) -> str:
         _completions(view),
         _throughput(view),
         _time_by_cause(view),
-        _bottleneck(view),
+        [*bottleneck(view), *_occupancy(view)],
         _samples(view),
         _whereabouts(ending),
     ]
@@ -64,6 +66,19 @@ def write_report(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.partial")
     aside.write_text(text)
     os.replace(aside, path)
+
+
+def write_ending(run_dir: Path, ending: Ending) -> None:
+    """Write how the run ended as `ending.json`, for programs."""
+    write_report(run_dir / "ending.json", msgspec.json.format(msgspec.json.encode(ending)).decode() + "\n")
+
+
+def read_ending(run_dir: Path) -> Ending | None:
+    """Return how a run ended, or None where it has not, or was killed before it could say."""
+    try:
+        return msgspec.json.decode((run_dir / "ending.json").read_bytes(), type=Ending)
+    except (OSError, msgspec.DecodeError):
+        return None
 
 
 def _headline(view: RunView, ending: Ending) -> str:
@@ -93,7 +108,7 @@ def _heldout(view: RunView) -> list[str]:
         rows.append(("change", *_interval_cells(change, "{:+.4f}")))
     lines += _aligned(rows, left=1)
     if change is not None:
-        lines.append(f"  the change is paired by prompt; {_verdict(change)}")
+        lines.append(f"  the change is paired by prompt; {verdict(change)}")
     elif last is not first:
         lines.append("  the two were not scored on the same prompts: no paired change")
     return lines
@@ -106,7 +121,8 @@ def _interval_cells(interval: Interval, form: str) -> tuple[str, ...]:
     return mean, f"[{form.format(interval.low)}, {form.format(interval.high)}]"
 
 
-def _verdict(change: Interval) -> str:
+def verdict(change: Interval) -> str:
+    """Say in words what a paired change shows."""
     if math.isinf(change.half_width):
         return "one prompt says nothing about others"
     if change.half_width == 0 and change.mean == 0:
@@ -126,7 +142,7 @@ def _completions(view: RunView) -> list[str]:
     after = {row.get("prompt", ""): row for row in last.completions} if last is not first else {}
     lines = ["held-out completions"]
     for row in first.completions[:NUM_SHOWN]:
-        lines.append(f"  prompt: {_short(row.get('prompt', ''))}")
+        lines.append(f"  prompt: {shortened(row.get('prompt', ''), SHOWN_CHARACTERS)}")
         lines.append(_completion_line(first, row))
         if row.get("prompt", "") in after:
             lines.append(_completion_line(last, after[row.get("prompt", "")]))
@@ -134,12 +150,8 @@ def _completions(view: RunView) -> list[str]:
 
 
 def _completion_line(evaluation: Evaluation, row: dict[str, str]) -> str:
-    return f"    version {evaluation.version}, score {row.get('reward', '?')}: {_short(row.get('completion', ''))}"
-
-
-def _short(text: str) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= SHOWN_CHARACTERS else flat[: SHOWN_CHARACTERS - 3] + "..."
+    completion = shortened(row.get("completion", ""), SHOWN_CHARACTERS)
+    return f"    version {evaluation.version}, score {row.get('reward', '?')}: {completion}"
 
 
 def _throughput(view: RunView) -> list[str]:
@@ -188,7 +200,8 @@ def _coverage_line(view: RunView) -> str:
     return f"  adds up: {100 * charged_s / observed_s:.1f} % of the replicas' wall clock is charged to a cause"
 
 
-def _bottleneck(view: RunView) -> list[str]:
+def bottleneck(view: RunView) -> list[str]:
+    """Name the node that computes most between the first and the last step, and who waits; nothing before two steps."""
     parts = {node: shares(view.steady_seconds(node)) for node in view.nodes if node in view.path_nodes}
     parts = {node: part for node, part in parts.items() if part}
     if not parts:
@@ -196,8 +209,7 @@ def _bottleneck(view: RunView) -> list[str]:
     busy = {node: part.get(Cause.COMPUTE, 0.0) for node, part in parts.items()}
     order = sorted(busy, key=lambda node: -busy[node])
     named = order[0]
-    window = "between the first and the last step"
-    lines = [f"bottleneck: {named}, computing {busy[named]:.0%} of the time {window}"]
+    lines = [f"bottleneck: {named}, computing {busy[named]:.0%} of the time {WINDOW}"]
     if len(order) > 1:
         lines[0] += f", more than any other node on the path (next {order[1]}, {busy[order[1]]:.0%})"
     for cause in (Cause.WAIT_INPUT, Cause.WAIT_ROOM):
@@ -209,10 +221,17 @@ def _bottleneck(view: RunView) -> list[str]:
         lines.append("  (max_staleness, queue depths) would overlap them")
     else:
         lines.append(f"  to go faster, give {named} more replicas or ranks, or less work, before any other node")
-    for node in view.generator_nodes.intersection(order):
-        paused = parts[node].get(Cause.UPDATE, 0.0)
-        lines.append(f"{node} busy (a request running) {window}: {view.occupied_share(node):.1%}")
-        lines[-1] = f"{lines[-1]}, paused for new weights {paused:.1%}" if paused >= 0.0005 else lines[-1]
+    return lines
+
+
+def _occupancy(view: RunView) -> list[str]:
+    lines: list[str] = []
+    for node in sorted(view.generator_nodes & view.path_nodes):
+        part = shares(view.steady_seconds(node))
+        if part:
+            paused = part.get(Cause.UPDATE, 0.0)
+            lines.append(f"{node} busy (a request running) {WINDOW}: {view.occupied_share(node):.1%}")
+            lines[-1] = f"{lines[-1]}, paused for new weights {paused:.1%}" if paused >= 0.0005 else lines[-1]
     return lines
 
 

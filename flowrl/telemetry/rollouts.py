@@ -13,17 +13,21 @@ from typing import TYPE_CHECKING, Any, cast
 from flowrl.messages import Samples, decode, encode
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from flowrl.messages import Sample
+    from flowrl.messages import FloatArray, Sample, Scored
+
+    Ours = Mapping[tuple[int, int], FloatArray]  # (group id, sample) -> the learner's log-probs
 
 
-def write_rollouts(path: Path, rows: Sequence[Samples], version: int) -> None:
+def write_rollouts(path: Path, rows: Sequence[Scored], version: int, ours: Ours | None = None) -> None:
     """Write the groups that the policy at `version` learned from, replacing a file of an earlier attempt.
 
     Columns: group_id, sample (its place in the group), prompt (text, or messages as JSON; null where the data has
-    none), response, prompt_token_ids, token_ids, logprobs (behaviour), token_versions (one for each token; -1 on an
+    none), response, prompt_token_ids, token_ids, logprobs (behaviour),
+    learner_logprobs (the learner's, as it learned them; null where it did not keep them: those of other ranks than the
+    first), token_versions (one for each token; -1 on an
     environment's), score.<name> for every score, reward (their sum), advantage_mean (of the policy's tokens),
     staleness, learned_in_step, finish, generator, message (on a group's first row: all that the learner got of the
     group, in the wire form of messages.py).
@@ -32,11 +36,11 @@ def write_rollouts(path: Path, rows: Sequence[Samples], version: int) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
-    pq.write_table(rollout_table(rows, version), aside, compression="zstd")
+    pq.write_table(rollout_table(rows, version, ours or {}), aside, compression="zstd")
     os.replace(aside, path)
 
 
-def rollout_table(rows: Sequence[Samples], version: int) -> Any:
+def rollout_table(rows: Sequence[Scored], version: int, ours: Ours) -> Any:
     """Return the samples of the groups as a `pyarrow.Table`."""
     import pyarrow as pa
 
@@ -50,6 +54,7 @@ def rollout_table(rows: Sequence[Samples], version: int) -> Any:
             ("prompt_token_ids", pa.list_(pa.int32())),
             ("token_ids", pa.list_(pa.int32())),
             ("logprobs", pa.list_(pa.float32())),
+            ("learner_logprobs", pa.list_(pa.float32())),
             ("token_versions", pa.list_(pa.int32())),
             *((f"score.{name}", pa.float64()) for name in scores),
             ("reward", pa.float64()),
@@ -62,16 +67,15 @@ def rollout_table(rows: Sequence[Samples], version: int) -> Any:
         ]
     )
     samples = [
-        _row(group, place, reward, version, scores) for group in rows for place, reward in enumerate(group.rewards)
+        _row(group, place, reward, version, scores, ours)
+        for group in rows
+        for place, reward in enumerate(group.rewards)
     ]
     return pa.Table.from_pylist(samples, schema=schema)
 
 
-def _row(group: Samples, place: int, reward: float, version: int, scores: Sequence[str]) -> dict[str, Any]:
-    sample = group.samples[place]
-    advantages = group.advantages[place].numpy()
-    if sample.mask is not None:
-        advantages = advantages[sample.mask.numpy() > 0]
+def _row(group: Scored, place: int, reward: float, version: int, scores: Sequence[str], ours: Ours) -> dict[str, Any]:
+    sample, learned = group.samples[place], ours.get((group.group_id, place))
     return {
         "group_id": group.group_id,
         "sample": place,
@@ -80,16 +84,26 @@ def _row(group: Samples, place: int, reward: float, version: int, scores: Sequen
         "prompt_token_ids": group.token_ids.tolist(),
         "token_ids": sample.token_ids.tolist(),
         "logprobs": sample.logprobs.tolist(),
+        "learner_logprobs": None if learned is None else learned.tolist(),
         "token_versions": token_versions(sample),
         **{f"score.{name}": group.scores[name][place] if name in group.scores else None for name in scores},
         "reward": reward,
-        "advantage_mean": float(advantages.mean()) if len(advantages) else None,
+        "advantage_mean": _advantage_mean(group, place),
         "staleness": version - sample.oldest_version,
         "learned_in_step": version,
         "finish": sample.finish,
         "generator": group.generator,
         "message": encode(group) if place == 0 else None,
     }
+
+
+def _advantage_mean(group: Scored, place: int) -> float | None:
+    if not isinstance(group, Samples):
+        return None
+    advantages, mask = group.advantages[place].numpy(), group.samples[place].mask
+    if mask is not None:
+        advantages = advantages[mask.numpy() > 0]
+    return float(advantages.mean()) if len(advantages) else None
 
 
 def token_versions(sample: Sample) -> list[int]:

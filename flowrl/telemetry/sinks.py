@@ -17,6 +17,7 @@ from flowrl.telemetry.live import LiveView
 from flowrl.telemetry.metrics import MetricsFile, read_evaluations
 from flowrl.telemetry.plain import PlainLines
 from flowrl.telemetry.profiler import ProfileFile
+from flowrl.telemetry.state import StateFile
 from flowrl.telemetry.timeline import Timeline
 from flowrl.telemetry.trackers import TensorBoardSink, WandbConfig, WandbSink
 from flowrl.telemetry.view import RunView
@@ -137,6 +138,7 @@ def open_sinks(
     sinks.add("timeline", lambda: Timeline(timeline_path(run_dir), say=lambda line: sinks.warn("timeline", line)))
     sinks.add("metrics", lambda: MetricsFile(metrics))
     sinks.add("profile", lambda: ProfileFile(run_dir))
+    sinks.add("state", lambda: StateFile(run_dir, sinks.view))
     if console is not None or sys.stdout.isatty():
         live = LiveView(sinks.view, title=title, console=console)
         sinks.say = live.say

@@ -85,6 +85,21 @@ class ReplicaView:
         return self._earlier_occupied_s + self._occupied_s
 
     @property
+    def status(self) -> Status:
+        """Return the newest status, with what earlier lives did added."""
+        return Status(
+            node=self.node,
+            replica=self.replica,
+            time_s=self.time_s,
+            cause=self.cause,
+            seconds=self.seconds,
+            done=self.done,
+            running=self.running,
+            occupied_s=self.occupied_s,
+            version=self.version,
+        )
+
+    @property
     def rate_per_s(self) -> float:
         """Return groups finished per second over the newest statuses; 0 before there are two."""
         (first_s, first), (last_s, last) = self._recent[0], self._recent[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -48,8 +49,10 @@ def test_a_step_s_samples_read_back_row_by_row(tmp_path: Path) -> None:
         group(7, "What is 2 + 2?", {"exact": [1.0, 0.0], "length": [-0.25, 0.5]}),
         group(8, None, {"exact": [0.0, 1.0]}),
     ]
-    write_rollouts(path, rows, 5)
+    ours = {(7, 0): np.array([-2.0, -3.0, -3.25], dtype=np.float32)}
+    write_rollouts(path, rows, 5, ours)
     table = read(path).to_pylist()
+    assert [row.pop("message") is not None for row in table] == [True, False] * 2, "once a group"
     assert [(row["group_id"], row["sample"]) for row in table] == [(7, 0), (7, 1), (8, 0), (8, 1)]
     assert table[0] == {
         "group_id": 7,
@@ -59,6 +62,7 @@ def test_a_step_s_samples_read_back_row_by_row(tmp_path: Path) -> None:
         "prompt_token_ids": [1, 2],
         "token_ids": [5, 6, 7],
         "logprobs": [-2.5, -3.0, -3.5],
+        "learner_logprobs": [-2.0, -3.0, -3.25],
         "token_versions": [3, 3, 4],
         "score.exact": 1.0,
         "score.length": -0.25,
@@ -70,6 +74,7 @@ def test_a_step_s_samples_read_back_row_by_row(tmp_path: Path) -> None:
         "generator": "generator.1",
     }
     assert (table[1]["staleness"], table[1]["finish"], table[1]["advantage_mean"]) == (1, "length", -2.0)
+    assert [row["learner_logprobs"] for row in table[1:]] == [None] * 3
     assert (table[3]["prompt"], table[3]["score.length"], table[3]["reward"]) == (None, None, 1.0)
 
 

@@ -99,7 +99,7 @@ def test_what_the_last_sink_says_at_its_close_is_said() -> None:
 def test_a_run_leaves_metrics_timeline_and_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_sinks(tmp_path, Settings(), title="ppo-1") as sinks:
         sinks.consume(random_run(0))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "timeline.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "state.json", "timeline.json"]
     json.loads((tmp_path / "timeline.json").read_text())
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in said] == [f"{version}/6" for version in range(1, 7)]

@@ -1,0 +1,147 @@
+"""Watch a run from the outside: the live view of a process that drives it, in another terminal.
+
+What the view shows is read from the run's own files, the newest state of replicas and queues from state.json, steps,
+evaluations and notices from metrics.jsonl; nothing is asked of the run and nothing written, so any number may watch.
+Files do not wake a reader, so they are looked at once a second, as often as they change. Called by `flowrl watch`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Literal
+
+from flowrl.telemetry.events import Evaluation, Notice
+from flowrl.telemetry.live import LiveView
+from flowrl.telemetry.metrics import events_in
+from flowrl.telemetry.plain import PlainLines
+from flowrl.telemetry.state import INTERVAL_S, read_state
+from flowrl.telemetry.view import RunView, format_duration
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from flowrl.telemetry.events import Event
+    from flowrl.telemetry.state import State
+
+SILENT_S = 10.0  # a driver that has written no state for so long is said to be silent
+SHOWN_BEFORE = 12  # of the events before the watching began, the newest
+
+End = Literal["ended", "killed", "left"]
+
+
+def watch(
+    run_dir: Path,
+    *,
+    is_held: Callable[[], bool],
+    say: Callable[[str], None],
+    console: Console | None = None,
+    wait: Callable[[float], None] = time.sleep,
+    now: Callable[[], float] = time.time,
+) -> End:
+    """Show a run until it ends, its last process is gone or the user has seen enough (Ctrl-C); says which it was.
+
+    `is_held` tells whether a process of the run lives; `console` or a terminal gets the table, any other output lines.
+    """
+    follower = Follower(run_dir)
+    has_table = console is not None or sys.stdout.isatty()
+    screen: LiveView | PlainLines | None = None
+    state, end = read_state(run_dir), "left"
+    try:
+        while end == "left":
+            lives = is_held()  # asked before the files are read: what the last process wrote is in them
+            state = read_state(run_dir)
+            events = follower.read(state, now())
+            if screen is None:
+                events = events[-SHOWN_BEFORE:]
+                began_s = state.started_s if state else None
+                screen = (
+                    LiveView(follower.view, title=run_dir.name, console=console, now=now, since_s=began_s)
+                    if has_table
+                    else PlainLines(follower.view, say=say)
+                )
+            screen.consume(events)
+            if lives:
+                wait(INTERVAL_S)
+            else:
+                end = "ended" if _is_ended(run_dir, state) else "killed"
+    except KeyboardInterrupt:
+        pass
+    finally:
+        if screen is not None:
+            screen.close()
+    say(_last_line(run_dir, end, state, now()))
+    return end
+
+
+def _is_ended(run_dir: Path, state: State | None) -> bool:
+    return (run_dir / "report.txt").exists() if state is None else state.is_ended
+
+
+def _last_line(run_dir: Path, end: End, state: State | None, now_s: float) -> str:
+    match end:
+        case "ended":
+            return f"{run_dir} has ended; its report is in {run_dir / 'report.txt'}"
+        case "killed":
+            ago = f", last heard of {format_duration(now_s - state.time_s)} ago" if state else ""
+            what = f"{run_dir} is dead: it has no process and did not come to its end{ago}"
+            return f"{what}; continue it with: flowrl run GRAPH --resume {run_dir}"
+        case _:
+            return f"no longer watching {run_dir}; the run goes on"
+
+
+class Follower:
+    """Reads what is new in a run's files as events, and keeps the view they make."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.view = RunView()
+        self._metrics = run_dir / "metrics.jsonl"
+        self._offset = 0
+        self._seen_s = 0.0  # the time of the newest state
+        self._is_silent = False
+
+    def read(self, state: State | None, now_s: float) -> list[Event]:
+        """Fold what is new into the view; returns the steps, evaluations and notices among it.
+
+        Of a start of the run before this one only the evaluations are taken, into the view alone.
+        """
+        told: list[Event] = []
+        for event in events_in(self._new_lines()):
+            if state is None or event.time_s >= state.started_s:
+                told.append(event)
+            elif isinstance(event, Evaluation):
+                self.view.recall([event])
+        if state is not None:
+            self._read_state(state)
+            told += self._silence(state, now_s)
+        self.view.fold(told)
+        return told
+
+    def _read_state(self, state: State) -> None:
+        self.view.expected = tuple(state.nodes)
+        if state.time_s > self._seen_s:
+            self._seen_s = state.time_s
+            self.view.fold([*state.statuses, *state.edges])
+
+    def _silence(self, state: State, now_s: float) -> list[Event]:
+        """Say it once when the driver falls silent."""
+        was_silent, self._is_silent = self._is_silent, now_s - state.time_s > SILENT_S
+        if was_silent or not self._is_silent or state.is_ended:
+            return []
+        text = f"has not been heard of for {format_duration(now_s - state.time_s)}"
+        return [Notice(level="warning", where="driver", text=text, time_s=state.time_s)]
+
+    def _new_lines(self) -> list[bytes]:
+        """Return the whole lines that were added since the last call."""
+        try:
+            with self._metrics.open("rb") as file:
+                file.seek(self._offset)
+                added = file.read()
+        except FileNotFoundError:  # the run is about to write it
+            return []
+        whole = added[: added.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return whole.splitlines()
