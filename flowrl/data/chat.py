@@ -34,24 +34,34 @@ def render_chat(
 ) -> str:
     """Return the prompt under the chat template, with the assistant's turn opened.
 
-    A string becomes one user message. `system_prompt` is put before a prompt that has no system message of its own;
-    None leaves that to the template.
-
     Raises:
         DataError: the conversation is empty, malformed, ends with the assistant, or the template refuses it.
     """
     from jinja2 import TemplateError
 
-    messages: Conversation = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    _check_conversation(messages, where)
-    if system_prompt is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system_prompt}, *messages]
+    messages = as_messages(prompt, where=where, system_prompt=system_prompt)
     try:
         plain = [dict(message) for message in messages]
         return cast("str", tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
     except TemplateError as error:
         roles = ", ".join(str(message["role"]) for message in messages)
         raise DataError(where, f"the chat template refuses the roles {roles} ({error})", "mend the row") from error
+
+
+def as_messages(prompt: str | Conversation, *, where: str, system_prompt: str | None) -> Conversation:
+    """Return the prompt as the messages that the template is given.
+
+    A string becomes one user message. `system_prompt` is put before a prompt that has no system message of its own;
+    None leaves that to the template.
+
+    Raises:
+        DataError: the conversation is empty, malformed or ends with the assistant.
+    """
+    messages: Conversation = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    _check_conversation(messages, where)
+    if system_prompt is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system_prompt}, *messages]
+    return messages
 
 
 def _check_conversation(messages: Conversation, where: str) -> None:

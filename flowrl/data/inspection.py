@@ -19,6 +19,7 @@ from flowrl.data.examples import ExampleData, ExampleRow, ExampleSet, load_examp
 from flowrl.data.formats import Format, detect
 from flowrl.data.prompts import PromptData, load_prompts
 from flowrl.errors import DataError
+from flowrl.telemetry.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -107,14 +108,14 @@ def describe(examples: ExampleSet, data: ExampleData) -> Iterator[str]:
 
 def shown(row: ExampleRow, tokenizer: PreTrainedTokenizerBase, *, colour: bool) -> str:
     """Return a row as text with its learned tokens marked; a step's label follows it as <1>."""
-    text = _printable(_text(tokenizer, row.prompt_ids))
+    text = printable(_text(tokenizer, row.prompt_ids))
     names = ["\nchosen: ", "\nrejected: "] if len(row.responses) == 2 else [""]
     for number, (name, response) in enumerate(zip(names, row.responses, strict=True)):
         mask = row.masks[number] if row.masks else [1] * len(response)
         labels = row.step_labels[number] if row.step_labels else [math.nan] * len(response)
         text += name
         for part in _parts(mask, labels):
-            piece = _printable(_text(tokenizer, [response[place] for place in part]))
+            piece = printable(_text(tokenizer, [response[place] for place in part]))
             before, behind = (LEARNED, PLAIN) if colour else ("⟦", "⟧")
             text += f"{before}{piece}{behind}" if mask[part[0]] else piece
             label = labels[part[-1]]
@@ -191,7 +192,7 @@ def _check_prompts(data: ExampleData, tokenizer: PreTrainedTokenizerBase, say: S
     for line in _lengths([len(row.token_ids) for row in prompts.train], "prompt"):
         say(line)
     row = min(prompts.train, key=lambda row: row.index)
-    say(f"example    row {row.index}, with nothing to learn in it\n{_printable(row.text)}")
+    say(f"example    row {row.index}, with nothing to learn in it\n{printable(row.text)}")
     if prompts.skipped and data.on_bad == "stop":
         raise _stopping(data, prompts.skipped)
 
@@ -209,8 +210,3 @@ def _stopping(data: ExampleData, skipped: Sequence[str]) -> DataError:
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return cast("str", tokenizer.decode(ids))
-
-
-def _printable(text: str) -> str:
-    """Return text with control characters written out: data must not move the reader's cursor."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

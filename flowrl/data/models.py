@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
+from flowrl.data.adapters import base_of, is_adapter, merged_model
 from flowrl.errors import ModelError
 
 if TYPE_CHECKING:
@@ -48,15 +49,19 @@ def prepare_model(name: str, *, cache: Path | None = None, say: Say = lambda _: 
     """Return a local directory that holds model `name`, making or downloading it where needed.
 
     Args:
-        name: a directory, "SmolLM2-135M-Instruct" (bundled), or a Hugging Face id.
-        cache: where the bundled model is written; the user's cache directory by default.
+        name: a directory of a model, of a peft adapter (which is merged into its base) or of a run (whose newest
+            checkpoint is taken), "SmolLM2-135M-Instruct" (bundled), or a Hugging Face id.
+        cache: where models made here are written; the user's cache directory by default.
         say: told what takes long.
 
     Raises:
         ModelError: the directory lacks a part, or the id cannot be fetched.
     """
     where = f"model {name}"
-    path = Path(name).expanduser()
+    path = _newest_of_run(Path(name).expanduser())
+    if is_adapter(path):
+        base = prepare_model(base_of(path, where), cache=cache, say=say)
+        return merged_model(path.resolve(), base, cache=cache or _user_cache(), say=say)
     if path.is_dir():
         check_model(path, where)
         return path.resolve()
@@ -75,12 +80,21 @@ def prepare_model(name: str, *, cache: Path | None = None, say: Say = lambda _: 
     return directory
 
 
+def _newest_of_run(path: Path) -> Path:
+    """Return the model in the newest complete checkpoint of a run's directory; any other path as it is."""
+    if not (path / "settings.yaml").is_file():
+        return path
+    found = (manifest.parent for manifest in path.glob("checkpoints/step-*/manifest.json"))
+    complete = sorted(checkpoint for checkpoint in found if ".replaced-" not in checkpoint.name)
+    if not complete:
+        raise ModelError(f"model {path}", "is a run without a checkpoint", "wait for one, or name another run")
+    return complete[-1] / "model"
+
+
 def check_model(directory: Path, where: str) -> None:
     """Insist that a directory holds a config, whole safetensors and a tokenizer."""
     if not (directory / "config.json").is_file():
-        adapter = " (an adapter_config.json is there)" if (directory / "adapter_config.json").is_file() else ""
-        remedy = "merge the adapter into its base model first" if adapter else "save the model with save_pretrained"
-        raise ModelError(where, f"no config.json in {directory}{adapter}", remedy)
+        raise ModelError(where, f"no config.json in {directory}", "save the model with save_pretrained")
     if not any(directory.glob("*.safetensors")):
         others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
         found = f" (found {', '.join(others[:3])})" if others else ""

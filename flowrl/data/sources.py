@@ -30,12 +30,14 @@ class RawRow(msgspec.Struct, frozen=True):
 
 
 def read_rows(source: str, *, split: str, subset: str, bad: Bad) -> Iterator[RawRow]:
-    """Yield every row of a file, a directory or a hub data set.
+    """Yield every row of a file, a directory, a run of graphs/generate.py or a hub data set.
 
     Raises:
         DataError: the source is missing, of an unknown kind, unreachable or damaged as a whole.
     """
     path = Path(source).expanduser()
+    if (path / "settings.yaml").is_file():  # a run: what its writer has written
+        path = path / "data"
     if path.is_dir():
         yield from _read_directory(path, split, bad)
     elif path.is_file():

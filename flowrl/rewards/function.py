@@ -20,6 +20,7 @@ import difflib
 import inspect
 import math
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flowrl.config import load_object
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from flowrl.messages import Rollouts
 
 SHOWN_CHARS = 500  # of what user code says or returns: an error is one line
+MEND = "mend the reward function"
 
 
 class RewardFunction:
@@ -79,13 +81,13 @@ class RewardFunction:
                 if self._is_async:
                     result = await self._function(**arguments)
                 else:
-                    result = await _in_thread(self._function, arguments)
+                    result = await in_thread(partial(self._function, **arguments))
         except RewardError:
             raise
         except Exception as error:
             if deadline.expired():
                 raise overdue(where, self._timeout_s) from error
-            raise _raised(where, error) from error
+            raise raised(where, error, MEND) from error
         return checked(result, len(group.samples), where)
 
     def call_here(self, group: Rollouts, runner: asyncio.Runner) -> list[float]:
@@ -103,7 +105,7 @@ class RewardFunction:
         except RewardError:
             raise
         except (Exception, SystemExit, asyncio.CancelledError) as error:
-            raise _raised(where, error) from error
+            raise raised(where, error, MEND) from error
 
     def _place(self, group: Rollouts) -> str:
         return f"{self._where} ({self.path}), group {group.group_id}"
@@ -141,13 +143,14 @@ def overdue(where: str, timeout_s: float) -> RewardError:
     return RewardError(where, f"no result after {timeout_s:g} s", "make it faster or raise timeout_s")
 
 
-def _raised(where: str, error: BaseException) -> RewardError:
+def raised(where: str, error: BaseException, remedy: str) -> RewardError:
+    """Return the error for user code that raised, of a group of exceptions the first; a RewardError is kept."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     if isinstance(error, RewardError):
         return error
     said = f"raised {type(error).__name__}: {str(error)[:SHOWN_CHARS]}"
-    return RewardError(where, said, "mend the reward function")
+    return RewardError(where, said, remedy)
 
 
 def checked(result: Any, num_samples: int, where: str) -> list[float]:
@@ -161,10 +164,11 @@ def checked(result: Any, num_samples: int, where: str) -> list[float]:
         raise RewardError(where, f"returned a {type(result).__name__}", remedy) from error
     if len(values) != num_samples:
         raise RewardError(where, f"returned {len(values)} scores for {num_samples} completions", remedy)
-    return [_score(value, f"score {place} of {num_samples}", where, remedy) for place, value in enumerate(values)]
+    return [finite(value, f"score {place} of {num_samples}", where, remedy) for place, value in enumerate(values)]
 
 
-def _score(value: Any, place: str, where: str, remedy: str) -> float:
+def finite(value: Any, place: str, where: str, remedy: str) -> float:
+    """Return a number as user code gives it as a float, None as 0, or refuse it."""
     if value is None:
         return 0.0
     try:
@@ -186,7 +190,7 @@ def _shown(value: Any) -> str:
         return f"what cannot be shown ({type(error).__name__})"
 
 
-async def _in_thread(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+async def in_thread(function: Callable[[], Any]) -> Any:
     """Run a blocking function in a daemon thread: one that hangs must not keep the process from ending."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Any] = loop.create_future()
@@ -202,7 +206,7 @@ async def _in_thread(function: Callable[..., Any], arguments: dict[str, Any]) ->
     def body() -> None:
         result, failure = None, None
         try:
-            result = function(**arguments)
+            result = function()
         except (StopIteration, SystemExit) as error:  # a future refuses the one, the other would end the loop
             failure = RuntimeError(repr(error))
         except Exception as error:

@@ -1,12 +1,12 @@
-"""A reward function in processes of its own, so that nothing it does can harm or hold up the engine.
+"""User code in processes of its own, so that nothing it does can harm or hold up the engine.
 
     async with IsolatedFunction(opening, ...) as function:
         scores = await function(group)
 
-Each worker process (flowrl.rewards.worker) scores one group at a time; further ones are started only when all that run
-are busy. One that passes the time limit or dies is ended with everything it started and replaced at the next call.
+Each `Worker` (a process of flowrl.rewards.worker) does one thing at a time; further ones are started only when all that
+run are busy. One that passes the time limit or dies is ended with everything it started and replaced at the next call.
 Invariants: a call returns one finite number for each sample or raises RewardError; after the block no worker is left,
-whatever the way out. Called by the reward and evaluator stages.
+whatever the way out. Called by the reward and evaluator stages; environments (sessions.py) use the workers.
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ import signal
 import socket
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import msgspec
 
 from flowrl.errors import ConfigError, RewardError
 from flowrl.messages import encode
 from flowrl.rewards.function import overdue
-from flowrl.rewards.worker import MAX_FRAME_BYTES, Opening, Refused, Reply, Scores, frame, read_frame, reply_of
+from flowrl.rewards.worker import MAX_FRAME_BYTES, Opening, Playing, Refused, Reply, Scores, frame, read_frame, reply_of
 
 if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
     from flowrl.messages import Rollouts
+    from flowrl.rewards.environments import Request
+
+T = TypeVar("T")
 
 STOP_S = 5.0  # for an idle worker to end by itself, its exit handlers included
 # Not `python -m`: that finds flowrl only where it is installed or in the working directory, and may find another one.
@@ -45,9 +48,9 @@ class IsolatedFunction:
     """A reward function behind worker processes."""
 
     def __init__(self, opening: Opening, *, log: Path, num_workers: int = 1, start_timeout_s: float = 120.0) -> None:
-        self._workers = [_Worker(opening, start_timeout_s, log) for _ in range(num_workers)]
+        self._workers = [Worker(opening, start_timeout_s, log) for _ in range(num_workers)]
         # Last in, first out: as many processes start as are ever busy at a time.
-        self._free: asyncio.LifoQueue[_Worker] = asyncio.LifoQueue()
+        self._free: asyncio.LifoQueue[Worker] = asyncio.LifoQueue()
 
     async def __aenter__(self) -> Self:
         """Start the first worker.
@@ -78,7 +81,11 @@ class IsolatedFunction:
         """
         worker = await self._free.get()
         try:
-            return await worker.score(group)
+            about = f"group {group.group_id}"
+            reply = await worker.ask(encode(group), about, Scores)
+            if len(reply.scores) != len(group.samples):
+                raise await worker.garbled(about)
+            return reply.scores
         finally:
             self._free.put_nowait(worker)
 
@@ -88,8 +95,8 @@ class IsolatedFunction:
         return sum(worker.is_running for worker in self._workers)
 
 
-def check_loads(opening: Opening, *, timeout_s: float = 120.0) -> None:
-    """Load the function in a worker and end it; blocks.
+def check_loads(opening: Opening | Playing, *, timeout_s: float = 120.0) -> None:
+    """Load the user code in a worker and end it; blocks.
 
     Raises:
         ConfigError: it does not load.
@@ -102,7 +109,7 @@ def check_loads(opening: Opening, *, timeout_s: float = 120.0) -> None:
             with channel.makefile("rb") as stream:
                 body = read_frame(stream.read)
     except TimeoutError as error:
-        what = f"importing {opening.function} took longer than {timeout_s:g} s"
+        what = f"importing {opening.path} took longer than {timeout_s:g} s"
         raise ConfigError(opening.where, what, "mend the module, or raise start_timeout_s") from error
     except (OSError, EOFError):
         body = b""
@@ -110,23 +117,24 @@ def check_loads(opening: Opening, *, timeout_s: float = 120.0) -> None:
         _kill(process)  # changes nothing about how one that is dead has ended
         code = process.wait()
     if not body:
-        what = f"importing {opening.function} ended its process ({_ending(code)})"
+        what = f"importing {opening.path} ended its process ({_ending(code)})"
         raise ConfigError(opening.where, what, "mend the module, or raise memory_bytes")
     reply = reply_of(body)
     if isinstance(reply, Refused):
         raise ConfigError(reply.where, reply.what, reply.remedy)
 
 
-class _Worker:
+class Worker:
     """One worker process, or the place of one that is not running."""
 
-    def __init__(self, opening: Opening, start_timeout_s: float, log: Path) -> None:
+    def __init__(self, opening: Opening | Playing, start_timeout_s: float, log: Path) -> None:
         self._opening = opening
         self._start_timeout_s = start_timeout_s
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: Any = None
         self._writer: Any = None
+        self.num_starts = 0  # processes so far; what one of them held is gone with it
 
     @property
     def is_running(self) -> bool:
@@ -134,7 +142,7 @@ class _Worker:
         return self._process is not None
 
     async def start(self) -> None:
-        """Start the process and load the function; ends it where that fails."""
+        """Start the process and load the user code; ends it where that fails."""
         try:
             await self._start()
         except BaseException:
@@ -146,25 +154,32 @@ class _Worker:
         with self._log.open("ab") as log:
             self._process, channel = _spawn(log.fileno())
         self._reader, self._writer = await asyncio.open_unix_connection(sock=channel)
-        where = f"{self._opening.where} ({self._opening.function})"
-        reply = await self._ask(frame(self._opening), where, self._start_timeout_s, "start_timeout_s")
+        self.num_starts += 1
+        reply = await self._ask(frame(self._opening), self._where, self._start_timeout_s, "start_timeout_s")
         if isinstance(reply, Refused):
             raise (ConfigError if reply.is_config else RewardError)(reply.where, reply.what, reply.remedy)
 
-    async def score(self, group: Rollouts) -> list[float]:
-        """Score a group, in a new process if the last has ended."""
+    @property
+    def _where(self) -> str:
+        return f"{self._opening.where} ({self._opening.path})"
+
+    async def ask(self, request: bytes | Request, about: str, kind: type[T]) -> T:
+        """Have a request answered, by a new process if the last has ended; `about` is named in errors.
+
+        Raises:
+            RewardError: the user code raised or took too long, its process died, or the answer is of another kind.
+        """
         if self._process is None:
             try:
                 await self.start()
-            except ConfigError as error:  # it loaded before: this group's trouble, not the settings'
+            except ConfigError as error:  # it loaded before: this request's trouble, not the settings'
                 raise RewardError(error.where, error.what, error.remedy) from error
-        where = f"{self._opening.where} ({self._opening.function}), group {group.group_id}"
-        reply = await self._ask(frame(encode(group)), where, self._opening.timeout_s, "timeout_s")
-        if isinstance(reply, Scores) and len(reply.scores) == len(group.samples):
-            return reply.scores
+        reply = await self._ask(frame(request), f"{self._where}, {about}", self._opening.timeout_s, "timeout_s")
         if isinstance(reply, Refused):
             raise RewardError(reply.where, reply.what, reply.remedy)
-        raise await self._garbled(where)
+        if not isinstance(reply, kind):
+            raise await self.garbled(about)
+        return reply
 
     async def _ask(self, request: bytes, where: str, timeout_s: float, setting: str) -> Reply:
         """Send a frame and wait for the reply; a process that gives none in time is ended."""
@@ -190,13 +205,13 @@ class _Worker:
         try:
             return reply_of(body)
         except msgspec.MsgspecError as error:
-            raise await self._garbled(where) from error
+            await self.end()
+            raise _no_reply(where) from error
 
-    async def _garbled(self, where: str) -> RewardError:
+    async def garbled(self, about: str) -> RewardError:
+        """End the process; returns the error for a reply that is none."""
         await self.end()
-        return RewardError(
-            where, "its process sent what is no reply", "do not write to file descriptors it did not open"
-        )
+        return _no_reply(f"{self._where}, {about}")
 
     async def _dump(self) -> None:
         """Have the process write to the log where it is, and end."""
@@ -226,6 +241,10 @@ class _Worker:
             self._writer.close()
             self._reader = self._writer = None
         return await asyncio.to_thread(process.wait)
+
+
+def _no_reply(where: str) -> RewardError:
+    return RewardError(where, "its process sent what is no reply", "do not write to file descriptors it did not open")
 
 
 def _spawn(log: int) -> tuple[subprocess.Popen[bytes], socket.socket]:

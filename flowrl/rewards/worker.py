@@ -1,12 +1,13 @@
-"""A process of its own that runs one reward function: `main`, which `IsolatedFunction` starts with its import path.
+"""A process of its own that runs one reward function or environment: `main`, started by flowrl.rewards.isolated.
 
 It speaks frames (4 bytes of length, then MessagePack, never a pickle) over the socket that is its standard input: first
-an `Opening`, answered with `Opened` or `Refused`; then groups in their wire form, each answered with `Scores` or
-`Refused`; an empty frame ends it. User code runs in the main thread, where signals work, and what it prints goes to the
-log. Invariants: it is the leader of its own process group; when the other end of the socket is gone the whole group is
-killed at once, and a call that holds the interpreter's lock all the while ends by itself soon after its time limit. So
-no process of it is ever left over. (The kernel's parent-death signal would kill only this process, before it could
-take along what user code has started.)
+an `Opening` or a `Playing`, answered with `Opened` or `Refused`; then groups in their wire form, each answered with
+`Scores` or `Refused`, or an environment's `Request`s, answered with `Observed` or `Refused`; an empty frame ends it.
+User code runs in the main thread, where signals work, and what it prints goes to the log. Invariants: it is the leader
+of its own process group; when the other end of the socket is gone the whole group is killed at once, and a call that
+holds the interpreter's lock all the while ends by itself soon after its time limit. So no process of it is ever left
+over. (The kernel's parent-death signal would kill only this process, before it could take along what user code has
+started.)
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ import socket
 import sys
 import threading
 import traceback
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
 from flowrl.errors import ConfigError, FlowrlError
 from flowrl.messages import Rollouts, decode
 from flowrl.rewards.adapters import Adapter
+from flowrl.rewards.environments import Environments, Observed, Request, run_here
 from flowrl.rewards.function import RewardFunction
 
 if TYPE_CHECKING:
     import io
-    from collections.abc import Callable
 
 MAX_FRAME_BYTES = 1 << 30  # what is longer is not a frame: something else was written to the socket
 GRACE_S = 2.0  # beyond the time limit, before a call without a parent ends by itself
@@ -50,9 +52,29 @@ class Opening(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     timeout_s: float = 60.0  # for one group
     memory_bytes: int = 0  # of address space; 0: no limit
 
+    @property
+    def path(self) -> str:
+        """Return the import path of the user code."""
+        return self.function
+
+
+class Playing(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """An environment class for a worker to play episodes with."""
+
+    environment: str  # module:Class
+    where: str  # named in errors
+    options: dict[str, Any] = {}  # of its constructor
+    timeout_s: float = 60.0  # for one call
+    memory_bytes: int = 0  # of address space; 0: no limit
+
+    @property
+    def path(self) -> str:
+        """Return the import path of the user code."""
+        return self.environment
+
 
 class Opened(msgspec.Struct, frozen=True, tag=True):
-    """The function is loaded."""
+    """The user code is loaded."""
 
 
 class Scores(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -62,7 +84,7 @@ class Scores(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The function did not load, or gave no scores for this group."""
+    """The user code did not load, or gave no answer."""
 
     is_config: bool
     where: str
@@ -70,14 +92,16 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     remedy: str
 
 
-Reply = Opened | Scores | Refused
+Reply = Opened | Scores | Observed | Refused
+Serve = Callable[[bytes, asyncio.Runner], Reply]
 
 _encoder = msgspec.msgpack.Encoder()
 _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
-_openings = msgspec.msgpack.Decoder(Opening)
+_openings: msgspec.msgpack.Decoder[Opening | Playing] = msgspec.msgpack.Decoder(Opening | Playing)
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 
 
-def frame(content: Opening | Reply | bytes) -> bytes:
+def frame(content: Opening | Playing | Request | Reply | bytes) -> bytes:
     """Return the wire form of one frame; bytes go in as they are."""
     body = content if isinstance(content, bytes) else _encoder.encode(content)
     return len(body).to_bytes(4, "little") + body
@@ -117,35 +141,45 @@ def main() -> None:
     if body:
         opening = _openings.decode(body)
         try:
-            function = _open(opening)
+            serve = _open(opening)
         except FlowrlError as error:
             channel.sendall(frame(_refused(error)))
         else:
             channel.sendall(frame(Opened()))
             with asyncio.Runner() as runner:
                 while body := read_frame(stream.read):
-                    channel.sendall(frame(_score(function, body, runner, opening.timeout_s)))
+                    channel.sendall(frame(_answer(serve, body, runner, opening.timeout_s)))
 
 
-def _open(opening: Opening) -> RewardFunction:
+def _open(opening: Opening | Playing) -> Serve:
     if opening.memory_bytes:
         resource.setrlimit(resource.RLIMIT_AS, (opening.memory_bytes, opening.memory_bytes))
     try:
-        return RewardFunction(
-            opening.function, opening.where, adapter=opening.adapter, label_column=opening.label_column
-        )
+        return _scoring(opening) if isinstance(opening, Opening) else _playing(opening)
     except FlowrlError:
         raise
     except (Exception, SystemExit) as error:
         print(traceback.format_exc(), file=sys.stderr, flush=True)
-        what = f"importing {opening.function} raised {type(error).__name__}: {error}"
+        what = f"importing {opening.path} raised {type(error).__name__}: {error}"
         raise ConfigError(opening.where, what, "mend the module") from error
 
 
-def _score(function: RewardFunction, body: bytes, runner: asyncio.Runner, timeout_s: float) -> Reply:
+def _scoring(opening: Opening) -> Serve:
+    function = RewardFunction(
+        opening.function, opening.where, adapter=opening.adapter, label_column=opening.label_column
+    )
+    return lambda body, runner: Scores(scores=function.call_here(cast("Rollouts", decode(body)), runner))
+
+
+def _playing(opening: Playing) -> Serve:
+    environments = Environments(opening.environment, opening.where, options=opening.options, run=run_here)
+    return lambda body, runner: runner.run(environments.answer(_requests.decode(body)))
+
+
+def _answer(serve: Serve, body: bytes, runner: asyncio.Runner, timeout_s: float) -> Reply:
     faulthandler.dump_traceback_later(min(timeout_s + GRACE_S, MOST_S), exit=True)  # a timer that needs no lock
     try:
-        return Scores(scores=function.call_here(cast("Rollouts", decode(body)), runner))
+        return serve(body, runner)
     except FlowrlError as error:
         print(traceback.format_exc(), file=sys.stderr, flush=True)
         return _refused(error)

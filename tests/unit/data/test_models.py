@@ -44,7 +44,7 @@ def test_other_weight_files_are_named_where_safetensors_lack(model):
 
 def test_adapter_without_its_base_is_refused(model):
     (model / "config.json").rename(model / "adapter_config.json")
-    with pytest.raises(ModelError, match="merge the adapter"):
+    with pytest.raises(ModelError, match="names no base_model_name_or_path"):
         prepare_model(str(model))
 
 

@@ -1,0 +1,52 @@
+"""Sampled responses as rows that are read again: prompt-completion and preference data (formats.py), in JSONL files.
+
+Invariants: a prompt with its completion, read again, is rendered to the text that the policy read and wrote; a file
+appears whole under its name, on the disk, or not at all. A prompt under a chat template becomes messages, the settings'
+system prompt included; what a prompt put into the policy's mouth (`answer_prefix`) begins the completion, for there it
+is the assistant's message. Called by the writer stage.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from flowrl.data.chat import as_messages
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from flowrl.data.formats import Text
+    from flowrl.data.prompts import PromptData
+
+
+def asked_and_answered(data: PromptData, columns: Mapping[str, Any], text: str) -> tuple[Text, Text]:
+    """Return prompt and completion of a response to a prompt's columns.
+
+    A prompt "2 + 2?" with the prefix "It is" and the text " 4." gives a user's message and the assistant's "It is 4.".
+    """
+    prompt, prefix = columns["prompt"], columns.get("answer_prefix") or ""
+    if not data.chat_template:
+        return (f"{prompt}\n{prefix}" if prefix else prompt), text
+    messages = as_messages(prompt, where="prompt", system_prompt=data.system_prompt)
+    asked = [dict(message) for message in messages]
+    return asked, [{"role": "assistant", "content": prefix + text}]
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object a line, replacing a file of an earlier attempt."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    with aside.open("wb") as file:
+        file.writelines(msgspec.json.encode(row) + b"\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,229 @@
+"""Agent: plays episodes of several turns with an environment, in place of a generator and a reward function.
+
+The episodes of many groups run at once, each turn a request of its own, so the engine batches whatever turns are open;
+new weights arrive in the middle of episodes as they do in the middle of responses, and every token knows its version.
+Invariants: a group leaves as complete episodes with the environment's score, or is rejected as failed with its task
+kept on disk; all samples of a group begin with the same observation; serving.py and episodes.py have the rest. User
+code runs in worker processes, never in the engine's. Held-out prompts are played alike. Replicas compete for prompts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+
+from flowrl.config import Meta
+from flowrl.data.models import prepare_model
+from flowrl.data.prompts import load_tokenizer
+from flowrl.data.turns import TurnFormat
+from flowrl.engines.base import GenerationEngine, Sampling
+from flowrl.errors import ConfigError, RewardError
+from flowrl.graph.ports import In, Out
+from flowrl.graph.stage import Stage
+from flowrl.messages import Buffer, Prompt, Sample, Scored, Weights, extend
+from flowrl.rewards.isolated import check_loads
+from flowrl.rewards.sessions import IsolatedEnvironments, LocalEnvironments, Lost
+from flowrl.rewards.worker import Playing
+from flowrl.stages.episodes import Limits, Played, play
+from flowrl.stages.reward import give_up
+from flowrl.stages.serving import Generation, check_context, record_generation, serve_each, serving
+from flowrl.telemetry.causes import Cause
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from flowrl.graph.stage import Context, Say
+
+
+class Agent(Stage):
+    """Plays an environment with a generation engine."""
+
+    class Config(Generation):
+        """Settings of the agent node; `sampling.max_tokens` is what one turn may have."""
+
+        environment: str = "flowrl.rewards.hints:HintedNumber"  # module:Class, see flowrl.rewards.environments
+        environment_options: dict[str, Any] = {}  # of its constructor
+        max_turns: Annotated[int, Meta(ge=1)] = 4  # turns of the policy in one episode
+        max_tokens: Annotated[int, Meta(ge=0)] = 0  # of an episode, the environment's included; 0: what fits
+        role: str = "user"  # of the messages that observations become
+        turn_prefix: str = ""  # begins each turn of the policy; what is sampled continues it
+        name: str = ""  # of the score; "" takes the environment's class name
+        timeout_s: Annotated[float, Meta(gt=0)] = 60.0  # for one call of the environment
+        retries: Annotated[int, Meta(ge=0)] = 1  # plays after the first that failed, for each episode
+        on_error: Literal["skip", "stop"] = "skip"  # after the retries: quarantine the group, or end the run
+        # In worker processes, which are killed when they take too long; or in this process, where they are not.
+        isolation: Literal["process", "thread"] = "process"
+        concurrency: Annotated[int, Meta(ge=1)] = 2  # worker processes of one replica, each with many episodes
+        memory_bytes: Annotated[int, Meta(ge=0)] = 0  # address space of each worker process; 0: no limit
+        start_timeout_s: Annotated[float, Meta(gt=0)] = 120.0  # for a worker process to import the environment
+
+        def __post_init__(self) -> None:
+            if self.isolation == "thread" and self.memory_bytes:
+                raise ConfigError("agent.memory_bytes", "limits a process", "set isolation=process, or memory_bytes=0")
+
+    optional = frozenset({"heldout", "heldout_rollouts"})
+    prompts: In[Prompt]
+    rollouts: Out[Scored]
+    heldout: In[Prompt]
+    heldout_rollouts: Out[Scored]
+    weights: In[Weights]
+
+    def __init__(self, config: Config, *, model: str, sampling: Sampling, heldout_sampling: Sampling,
+                 system_prompt: str | None = None) -> None:  # fmt: skip
+        self.config: Agent.Config = config
+        self.model = model
+        self.sampling = sampling
+        self.heldout_sampling = heldout_sampling
+        self.system_prompt = system_prompt
+
+    def check(self, say: Say) -> None:
+        """Prepare the model, try its chat template turn by turn, import the environment where it will run."""
+        check_context(self.config, self.model, say, where="agent")
+        self._turns()
+        if self.config.isolation == "process":
+            check_loads(self._playing("agent.environment"), timeout_s=self.config.start_timeout_s)
+        else:
+            LocalEnvironments(self._playing("agent.environment"))
+
+    async def run(self, context: Context) -> None:
+        """Play until the prompt edges close."""
+        with context.clock.charge(Cause.START):
+            turns = await context.compute(self._turns)
+
+        async def train(prompt: Prompt) -> None:
+            try:
+                scored = await group(prompt, self.sampling, "generate")
+            except RewardError as error:
+                await give_up(self.prompts, context, prompt, error, on_error=self.config.on_error)
+                return
+            await self.rollouts.put(scored)
+            context.done += 1
+
+        async def evaluate(prompt: Prompt) -> None:
+            await self.heldout_rollouts.put(await group(prompt, self.heldout_sampling, "evaluate"))
+
+        async def group(prompt: Prompt, sampling: Sampling, name: str) -> Scored:
+            table = _Table(self.config, context, engine, environments, turns, sampling)
+            return await table.play(prompt, name)
+
+        async with (
+            self._environments(context) as environments,
+            serving(context, self.config, model=self.model, weights=self.weights) as engine,
+        ):
+            await serve_each((self.prompts, train), (self.heldout, evaluate), max_groups=self.config.max_groups)
+
+    def _turns(self) -> TurnFormat:
+        tokenizer = load_tokenizer(prepare_model(self.model))
+        return TurnFormat(
+            tokenizer, role=self.config.role, prefix=self.config.turn_prefix, system_prompt=self.system_prompt
+        )
+
+    def _environments(self, context: Context) -> IsolatedEnvironments | LocalEnvironments:
+        playing = self._playing(context.where)
+        if self.config.isolation == "thread":
+            return LocalEnvironments(playing)
+        return IsolatedEnvironments(
+            playing,
+            num_workers=self.config.concurrency,
+            log=context.run_dir / "logs" / f"{context.where}.environment.log",
+            start_timeout_s=self.config.start_timeout_s,
+        )
+
+    def _playing(self, where: str) -> Playing:
+        config = self.config
+        return Playing(environment=config.environment, where=where, options=config.environment_options,
+                       timeout_s=config.timeout_s, memory_bytes=config.memory_bytes)  # fmt: skip
+
+
+class _Table:
+    """What it takes to play the groups of one kind."""
+
+    def __init__(
+        self,
+        config: Agent.Config,
+        context: Context,
+        engine: GenerationEngine,
+        environments: IsolatedEnvironments | LocalEnvironments,
+        turns: TurnFormat,
+        sampling: Sampling,
+    ) -> None:
+        self._config = config
+        self._context = context
+        self._engine = engine
+        self._environments = environments
+        self._turns = turns
+        self._sampling = sampling
+        self._limits = Limits(max_turns=config.max_turns, turn_tokens=sampling.max_tokens,
+                              total_tokens=config.max_tokens, context_tokens=config.max_model_len)  # fmt: skip
+
+    async def play(self, prompt: Prompt, name: str) -> Scored:
+        """Play the samples of a group at once; once one has failed, none is begun again.
+
+        Raises:
+            RewardError: the environment failed in one of them after all retries, or they begin differently.
+        """
+        context, start_s = self._context, self._context.now()
+        failures: list[RewardError] = []
+        context.running += prompt.num_samples
+        try:
+            with context.clock.charge(Cause.COMPUTE):
+                async with asyncio.TaskGroup() as tasks:
+                    places = range(prompt.num_samples)
+                    playing = [tasks.create_task(self._episode(prompt, place, failures)) for place in places]
+        finally:
+            context.running -= prompt.num_samples
+        if failures:
+            raise failures[0]
+        played = [each for task in playing if (each := task.result()) is not None]
+        return self._scored(prompt, played, start_s, name)
+
+    async def _episode(self, prompt: Prompt, place: int, failures: list[RewardError]) -> Played | None:
+        """Play one sample, or note why it cannot be played."""
+        name = f"group {prompt.group_id}, sample {place}"
+        where = f"{self._context.where} ({self._config.environment}), {name}"
+
+        async def generate(prompt_ids: Sequence[int], *, seed: int, max_tokens: int) -> Sample:
+            (sample,) = await self._engine.generate(
+                request_id=f"{self._context.where}-{prompt.group_id}.{place}",
+                prompt_ids=prompt_ids,
+                num_samples=1,
+                seed=seed,
+                sampling=msgspec.structs.replace(self._sampling, max_tokens=max_tokens),
+            )
+            return sample
+
+        num_failed = 0
+        while not failures:
+            try:
+                async with self._environments.episode(name) as episode:
+                    return await play(prompt, place, episode=episode, turns=self._turns, generate=generate,
+                                      limits=self._limits, where=where)  # fmt: skip
+            except Lost:
+                continue
+            except RewardError as error:
+                num_failed += 1
+                if num_failed > self._config.retries:
+                    failures.append(error)
+        return None
+
+    def _scored(self, prompt: Prompt, played: list[Played], start_s: float, name: str) -> Scored:
+        first = played[0].prompt_ids
+        for place, each in enumerate(played):
+            if each.prompt_ids != first:
+                what = f"samples 0 and {place} of group {prompt.group_id} begin with different observations"
+                remedy = "let reset draw from its seed alone"
+                raise RewardError(f"{self._context.where} ({self._config.environment})", what, remedy)
+        asked = msgspec.structs.replace(prompt, token_ids=Buffer.ints(first))
+        samples = [each.sample for each in played]
+        record_generation(self._context, asked, samples, start_s, name)
+        score = self._config.name or self._config.environment.rpartition(":")[2]
+        return extend(
+            Scored,
+            asked,
+            samples=samples,
+            generator=self._context.where,
+            scores={score: [each.reward for each in played]},
+            placed=[each.placed for each in played],
+        )

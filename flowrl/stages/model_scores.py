@@ -1,0 +1,100 @@
+"""What a reward model's values are worth: a score for each sequence, or for each step of it.
+
+Invariant: a score is finite, or the group is refused. Called by the reward-model stage, with an engine that gives one
+value after every response token (flowrl.engines.torch:SequenceScoringEngine).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from flowrl.errors import ModelError, RewardError
+from flowrl.messages import Buffer
+from flowrl.stages.tokens import mask_of, token_group
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from flowrl.data.steps import StepFinder
+    from flowrl.engines.base import TokenGroup
+    from flowrl.messages import FloatArray, Rollouts
+    from flowrl.stages.reward import RewardModel
+
+
+class SequenceScores(NamedTuple):
+    """Scores by the value at a sequence's last token."""
+
+    config: RewardModel.Config
+    where: str
+    mean: float
+    std: float
+
+    def call(self, engine: Any, group: Rollouts) -> tuple[Callable[..., Any], TokenGroup]:
+        """Return what of the engine is to be called, and with what."""
+        return engine.score_sequences, token_group(group)
+
+    def scores(self, found: list[float], group: Rollouts) -> tuple[list[float], None]:
+        """Return the samples' scores from what the engine found."""
+        clip = self.config.clip
+        normal = [(score - self.mean) / self.std for score in _checked(found, group, self.where)]
+        return [self.config.weight * max(-clip, min(clip, score)) for score in normal], None
+
+
+class StepScores(NamedTuple):
+    """Scores by the values at the last tokens of a sequence's steps."""
+
+    config: RewardModel.Config
+    where: str
+    finder: StepFinder
+
+    def call(self, engine: Any, group: Rollouts) -> tuple[Callable[..., Any], list[TokenGroup]]:
+        """Return what of the engine is to be called, and with what."""
+        return engine.score, [token_group(group)]
+
+    def scores(self, found: list[list[FloatArray]], group: Rollouts) -> tuple[list[float], list[Buffer]]:
+        """Return the samples' scores from what the engine found, and what each token earned of them."""
+        scores, placed = list[float](), list[Buffer]()
+        for row, sample in zip(found[0], group.samples, strict=True):
+            ends = self.finder.ends(sample.token_ids.tolist(), mask_of(sample).tolist())
+            values = _checked([float(row[end]) for end in ends], group, self.where)
+            share = self.config.weight / (len(ends) if self.config.step_total == "mean" else 1)
+            earned = dict(zip(ends, (share * _probability(value) for value in values), strict=True))
+            scores.append(sum(earned.values()))
+            placed.append(Buffer.floats([earned.get(place, 0.0) for place in range(len(row))]))
+        return scores, placed
+
+
+def _probability(value: float) -> float:
+    """Return the logistic function of a value; `_probability(0.0) == 0.5`."""
+    return 1.0 / (1.0 + math.exp(-value)) if value >= 0 else math.exp(value) / (1.0 + math.exp(value))
+
+
+def _checked(scores: list[float], group: Rollouts, where: str) -> list[float]:
+    """Return a model's scores, or refuse them.
+
+    Raises:
+        RewardError: one of them is not finite.
+    """
+    for score in scores:
+        if not math.isfinite(score):
+            what = f"the model scored a sample of group {group.group_id} {score}"
+            raise RewardError(where, what, "check the model and its dtype")
+    return scores
+
+
+def read_normalisation(directory: Path) -> tuple[float, float]:
+    """Return the mean and std of a reward model's scores as its config.json states them, else 0 and 1.
+
+    Raises:
+        ModelError: they are there and not usable.
+    """
+    settings = json.loads((directory / "config.json").read_bytes())
+    mean, std = settings.get("mean", 0.0), settings.get("std", 1.0)
+    usable = all(isinstance(value, int | float) and math.isfinite(value) for value in (mean, std))
+    if not usable or std <= 0:
+        what = f"its config.json has mean={mean!r} and std={std!r}"
+        raise ModelError(f"model {directory}", what, "a reward model's are numbers, std above 0; set normalise=false")
+    return float(mean), float(std)

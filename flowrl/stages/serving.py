@@ -1,0 +1,156 @@
+"""What the stages that sample share: an engine that follows the newest weights, and prompts taken as there is room.
+
+Invariants: nothing is served before the first published version, and a version is acknowledged only after the engine
+has proved it; at most `max_groups` groups of a port are in flight, and the next is taken only when one of them has been
+handed on, so a full edge downstream stops it (backpressure). Called by Generator and Agent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Annotated
+
+from flowrl.config import Meta, widen
+from flowrl.data.models import inspect_model, prepare_model
+from flowrl.engines.base import GenerationConfig, GenerationEngine, Serving, open_engine
+from flowrl.errors import ChannelClosed, ConfigError
+from flowrl.telemetry.causes import Cause
+from flowrl.telemetry.events import Span
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+    from flowrl.graph.ports import In
+    from flowrl.graph.stage import Context, Say
+    from flowrl.messages import Prompt, Sample, Weights
+
+    Serve = Callable[[Prompt], Awaitable[None]]
+
+
+class Generation(Serving):
+    """Settings of a node that samples groups."""
+
+    group_size: Annotated[int, Meta(ge=1)] = 8  # samples of each prompt
+    max_groups: Annotated[int, Meta(ge=1)] = 16  # prompt groups in flight in one replica
+    engine: str = "flowrl.engines.vllm:VllmEngine"
+
+
+def check_context(config: Generation, model: str, say: Say, *, where: str) -> None:
+    """Prepare the model; its context must hold `max_model_len` tokens."""
+    card = inspect_model(prepare_model(model, say=say))
+    if card.max_context and config.max_model_len > card.max_context:
+        what = f"{config.max_model_len} tokens, but {model} has a context of {card.max_context}"
+        raise ConfigError(f"{where}.max_model_len", what, f"lower it to {card.max_context} or less")
+
+
+@asynccontextmanager
+async def serving(
+    context: Context, config: Generation, *, model: str, weights: In[Weights]
+) -> AsyncIterator[GenerationEngine]:
+    """Open an engine and have it serve every version that arrives; entered once it serves the first.
+
+    Where no edge brings weights, it serves the model as it is.
+    """
+    with context.clock.charge(Cause.START):
+        directory = await context.compute(prepare_model, model)
+        engine: GenerationEngine = open_engine(
+            config.engine,
+            config=widen(GenerationConfig, config, model=str(directory)),
+            where=context.where,
+            receiver_index=context.replica,
+            **config.engine_options,
+        )
+        await engine.open()
+    try:
+        if not weights.is_connected:
+            await engine.serve_loaded()
+            context.version = 0
+            yield engine
+            return
+        first = asyncio.Event()
+        async with asyncio.TaskGroup() as tasks:
+            updates = tasks.create_task(_follow_weights(context, engine, weights, first))
+            with context.clock.charge(Cause.START):
+                await first.wait()
+            yield engine
+            updates.cancel()
+    finally:
+        await engine.close()
+
+
+async def _follow_weights(context: Context, engine: GenerationEngine, port: In[Weights], first: asyncio.Event) -> None:
+    async for weights in port:
+        start_s = context.now()
+        report = await engine.update_weights(weights)
+        context.version = weights.version
+        await port.done(weights)
+        first.set()
+        context.recorder.record(
+            Span(
+                node=context.node,
+                replica=context.replica,
+                name=f"weight update v{weights.version}",
+                start_s=start_s,
+                end_s=context.now(),
+                args={
+                    "pause_s": report.pause_s,
+                    "transfer_s": report.transfer_s,
+                    "canary_mean_gap": report.mean_gap,
+                    "canary_max_gap": report.max_gap,
+                },
+            )
+        )
+
+
+async def serve_each(*lanes: tuple[In[Prompt], Serve], max_groups: int) -> None:
+    """Serve the prompts of each connected port, at most `max_groups` of each at a time, until they are closed."""
+    async with asyncio.TaskGroup() as tasks:
+        for port, serve in lanes:
+            if port.is_connected:
+                tasks.create_task(_serve_lane(port, serve, max_groups))
+
+
+async def _serve_lane(port: In[Prompt], serve: Serve, max_groups: int) -> None:
+    slots = asyncio.Semaphore(max_groups)
+    running: set[asyncio.Task[None]] = set()
+
+    async def one(prompt: Prompt) -> None:
+        try:
+            await serve(prompt)
+        finally:
+            slots.release()
+
+    async with asyncio.TaskGroup() as tasks:
+        while True:
+            await slots.acquire()
+            try:
+                prompt = await port.get()
+            except ChannelClosed:
+                break
+            task = tasks.create_task(one(prompt))
+            running.add(task)
+            task.add_done_callback(running.discard)
+        for task in running:  # the edges are closed: nobody waits for what is still in flight
+            task.cancel()
+
+
+def record_generation(context: Context, prompt: Prompt, samples: Sequence[Sample], start_s: float, name: str) -> None:
+    """Record the timeline's span for a group that was sampled from `start_s` until now."""
+    lengths = [sample.num_sampled for sample in samples]
+    context.recorder.record(
+        Span(
+            node=context.node,
+            replica=context.replica,
+            name=name,
+            start_s=start_s,
+            end_s=context.now(),
+            groups=[prompt.group_id] if name == "generate" else [],  # held-out prompts have ids of their own
+            args={
+                "tokens": sum(lengths),
+                "samples": len(samples),
+                "prompt_tokens": len(prompt.token_ids),
+                "lengths": lengths,
+            },
+        )
+    )
