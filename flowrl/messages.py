@@ -5,7 +5,8 @@ the one before it with fields added, so a stage may sit anywhere downstream of t
 
     Prompt -> Rollouts -> Scored -> Referenced -> Samples
 
-An `Example` is what offline training learns from instead: a prompt with given responses.
+An `Example` is what offline training learns from instead: a prompt with given responses. `Texts` are examples of a
+pre-training loss beside the samples.
 
 Invariants: `group_id` is the prompt's place in the run's prompt order and names the group everywhere; the lists in
 `samples`, `scores[...]` and every per-sample list have one entry for each sample of the group, in the same order.
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 
 FIRST_HELDOUT = 1 << 40  # no training group of any run comes so far
+FIRST_TEXTS = 1 << 41  # and no held-out group: the texts of step v are numbered FIRST_TEXTS + v
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -142,6 +144,7 @@ class Scored(Rollouts):
 
     scores: dict[str, list[float]]
     placed: list[Buffer] | None = None  # float32, one value per token; what remains of the reward is the last token's
+    metrics: dict[str, float] = {}  # figures of this group, of the stage that credits it or selects from it
 
     @property
     def rewards(self) -> list[float]:
@@ -161,8 +164,12 @@ class Samples(Referenced):
     advantages: list[Buffer]  # float32; not yet whitened over the step
     returns: list[Buffer] | None = None  # value targets, with a critic
     values: list[Buffer] | None = None  # the critic's values when sampled
-    metrics: dict[str, float] = {}  # the credit stage's own figures for this group
     replays: list[Samples] = []  # groups learned before, to be learned along with this one
+
+
+def replays_of(message: Message) -> list[Samples]:
+    """Return the groups that are learned along with a message, having been learned before."""
+    return message.replays if isinstance(message, Samples) else []
 
 
 class Example(Message):
@@ -184,6 +191,13 @@ class Example(Message):
     def oldest_version(self) -> int:
         """Return -1: no policy version of this run sampled the responses."""
         return -1
+
+
+class Texts(Message):
+    """Texts to learn beside the samples of one step; on the way to their source it holds none and asks for them."""
+
+    group_id: int  # FIRST_TEXTS + the step
+    examples: list[Example] = []
 
 
 class Credit(Message):
@@ -217,6 +231,12 @@ class Checkpoint(Message):
     is_final: bool
 
 
+class End(Message):
+    """The source has admitted its last group."""
+
+    version: int  # how many it has admitted in all
+
+
 class Save(Message):
     """A checkpoint of `version` is being written: add your own state to it and acknowledge."""
 
@@ -224,7 +244,9 @@ class Save(Message):
     directory: str  # of the checkpoint, not yet under its final name
 
 
-AnyMessage = Prompt | Rollouts | Scored | Referenced | Samples | Example | Credit | Weights | Checkpoint | Save
+AnyMessage = (
+    Prompt | Rollouts | Scored | Referenced | Samples | Example | Texts | Credit | Weights | Checkpoint | Save | End
+)
 M = TypeVar("M", bound=Message)
 
 _encoder = msgspec.msgpack.Encoder()

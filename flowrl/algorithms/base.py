@@ -35,6 +35,7 @@ class CreditBatch(NamedTuple):
     behaviour_BT: Tensor  # log-probs of the sampling policy
     reference_BT: Tensor | None = None  # log-probs of the frozen reference
     values_BT: Tensor | None = None
+    placed_BT: Tensor | None = None  # what part of a sample's reward was earned at which token; the rest is the last's
 
 
 class Credited(NamedTuple):
@@ -43,6 +44,13 @@ class Credited(NamedTuple):
     advantages_BT: Tensor
     returns_BT: Tensor | None
     metrics: dict[str, float]
+
+
+class StepFigures(NamedTuple):
+    """What an algorithm may adapt to: one step's samples, in prompt order."""
+
+    rewards_B: Tensor  # before shaping
+    kl: float  # mean over samples of the sum over tokens of log(pi_old / pi_ref); nan without a reference
 
 
 class LossBatch(NamedTuple):
@@ -55,6 +63,7 @@ class LossBatch(NamedTuple):
     entropy_BT: Tensor | None = None
     group_B: Tensor | None = None  # int64: which group a row belongs to, numbered within the engine's call
     sample_B: Tensor | None = None  # int64: which response of its group a row is
+    divergence_BT: Tensor | None = None  # KL between a teacher's and the policy's distribution; carries gradient
 
     def column(self, name: str) -> Tensor:
         """Return a column.
@@ -91,6 +100,21 @@ class Objective(Config):
         return False
 
     @property
+    def temperature(self) -> float | None:
+        """Return what logits are divided by; None: what the samples were drawn with."""
+        return None
+
+    @property
+    def teacher_model(self) -> str:
+        """Return a frozen model whose distribution the loss compares with the policy's; "": none."""
+        return ""
+
+    @property
+    def divergence(self) -> Literal["forward", "reverse"]:
+        """Return which way round the KL to the teacher goes."""
+        return "forward"
+
+    @property
     def needs_whole_groups(self) -> bool:
         """Return whether `loss` compares the responses of a group, so that a micro-batch must hold all of them."""
         return False
@@ -98,6 +122,16 @@ class Objective(Config):
     @property
     def needs_mismatched(self) -> bool:
         """Return whether each example must bring another prompt's response, from which a step's KL is estimated."""
+        return False
+
+    @property
+    def gives_score(self) -> bool:
+        """Return whether a response's score is the value at its last token, whose mean and std a checkpoint states."""
+        return False
+
+    @property
+    def needs_both_labels(self) -> bool:
+        """Return whether it learns from single responses, some of them labelled good and some bad."""
         return False
 
     @property
@@ -130,6 +164,25 @@ class Algorithm(Objective):
     @property
     def whitens(self) -> bool:
         """Return whether advantages are whitened over every token of the step before the loss."""
+        return False
+
+    @property
+    def needs_full_sampling(self) -> bool:
+        """Return whether samples drawn with top-p or top-k would bias the loss, for nothing in it weighs them."""
+        return False
+
+    @property
+    def adapting(self) -> tuple[str, ...]:
+        """Return the settings, by path, that change from step to step."""
+        return ()
+
+    def adapted(self, figures: StepFigures) -> dict[str, float]:
+        """Return the next step's values of the settings in `adapting`, from this step's figures."""
+        return {}
+
+    @property
+    def is_blank(self) -> bool:
+        """Return whether every group is kept and credited with zeros, as in a simulation: then no tensor is made."""
         return False
 
     def keeps(self, rewards_B: Tensor) -> bool:

@@ -40,6 +40,11 @@ class CISPO(PolicyGradient):
         """Return True: the baseline is the group's mean."""
         return True
 
+    @property
+    def needs_full_sampling(self) -> bool:
+        """Return False: its own clipped weight is pi / pi_old."""
+        return False
+
     def credit(self, batch: CreditBatch) -> Credited:
         """Return the standardised reward of each sample on each of its tokens."""
         return self.credit_group(batch, group_standardised)

@@ -1,7 +1,7 @@
 """DAPO: four changes to GRPO (2503.14476, section 3).
 
     asymmetric clip (3.1): low 0.2, high 0.28, so that unlikely tokens can rise
-    dynamic sampling (3.2): groups whose rewards are all equal teach nothing and are filtered; see `keeps`
+    dynamic sampling (3.2): groups whose rewards are all equal teach nothing and are filtered (`filter_groups`)
     token-level loss (3.3): a mean over the step's tokens, not over sequences
     overlong penalty (3.4): `shaping.overlong_buffer` tokens before `shaping.max_tokens`, off unless set
 
@@ -14,12 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from flowrl.algorithms.advantages import group_standardised
 from flowrl.algorithms.policy import PolicyGradient
-from flowrl.algorithms.shaping import has_contrast
 from flowrl.config import Meta
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from flowrl.algorithms.base import CreditBatch, Credited
 
 
@@ -27,16 +24,12 @@ class DAPO(PolicyGradient):
     """Decoupled clip and dynamic sampling policy optimisation."""
 
     clip_high: Annotated[float, Meta(ge=0)] = 0.28  # ratios count up to 1 + this
-    mean_range: tuple[float, float] | None = None  # further, keep groups whose mean reward lies strictly within
+    filter_groups: bool = True  # leave out groups whose rewards are all equal
 
     @property
     def needs_group(self) -> bool:
         """Return True: the baseline is the group's mean."""
         return True
-
-    def keeps(self, rewards_B: Tensor) -> bool:
-        """Return whether a group with these rewards is worth learning."""
-        return has_contrast(rewards_B, self.mean_range)
 
     def credit(self, batch: CreditBatch) -> Credited:
         """Return the standardised reward of each sample on each of its tokens."""

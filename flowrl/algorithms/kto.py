@@ -39,6 +39,11 @@ class KTO(Objective):
         return True
 
     @property
+    def needs_both_labels(self) -> bool:
+        """Return True: without either kind the policy only drifts away from the reference."""
+        return True
+
+    @property
     def score_metric(self) -> str:
         """Return "accuracy": the share of held-out responses on the right side of z."""
         return "accuracy"
@@ -54,8 +59,8 @@ class KTO(Objective):
     def loss(self, batch: LossBatch) -> Loss:
         """Return the loss as a sum over responses and their number.
 
-        Metrics: accuracy, the share of responses whose log ratio is on its label's side of z; reward.desirable and
-        reward.undesirable, beta lr; reference_point, z.
+        Metrics: desirable_frac, the share of responses labelled good; accuracy, the share of responses whose log ratio
+        is on its label's side of z; reward.desirable and reward.undesirable, beta lr; reference_point, z.
         """
         mask_BT = batch.mask_BT
         present_B = has_tokens(mask_BT)
@@ -70,6 +75,7 @@ class KTO(Objective):
         reward_B = self.beta * log_ratio_B.detach()
         good_B, bad_B = present_B * is_good_B, present_B * ~is_good_B
         metrics = {
+            "desirable_frac": (good_B, present_B),
             "accuracy": (present_B * (above_B.detach() > 0), present_B),
             "reward.desirable": (reward_B * good_B, good_B),
             "reward.undesirable": (reward_B * bad_B, bad_B),

@@ -31,6 +31,11 @@ class Pairwise(PairObjective):
         """Return "reward": the score is read after the last token."""
         return "reward"
 
+    @property
+    def gives_score(self) -> bool:
+        """Return True: reward-model nodes score whole responses with it."""
+        return True
+
     def loss(self, batch: LossBatch) -> Loss:
         """Return the loss as a sum over pairs and their number.
 

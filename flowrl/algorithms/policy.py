@@ -9,14 +9,15 @@ sequences, T response tokens.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 
-from flowrl.algorithms.base import Algorithm, CreditBatch, Credited, Loss, LossBatch
+from flowrl.algorithms.base import Algorithm, CreditBatch, Credited, Loss, LossBatch, StepFigures
 from flowrl.algorithms.corrections import Correction, Weights, correction_weights
 from flowrl.algorithms.functional import Estimator, has_tokens, kl_estimate, log_ratio, masked
-from flowrl.algorithms.shaping import Shaping, token_rewards
+from flowrl.algorithms.shaping import Shaping, adapted_coef, has_contrast, token_rewards
 from flowrl.algorithms.surrogate import Normalisation, clipped_surrogate, normalised
 from flowrl.config import Config, Meta
 from flowrl.errors import ConfigError
@@ -33,10 +34,14 @@ class KL(Config):
     coef: Annotated[float, Meta(ge=0)] = 0.0
     placement: Literal["reward", "loss"] = "reward"  # taken off every token's reward, or added to the loss
     estimator: Estimator = "k1"  # in the loss k2 or k3, for there k1 has the wrong gradient
+    target: Annotated[float, Meta(ge=0)] = 0.0  # nats a sample that `coef` is steered towards; 0: coef is fixed
+    horizon: Annotated[int, Meta(ge=1)] = 10_000  # samples in which a coef that is far off changes by a fifth
 
     def __post_init__(self) -> None:
         if self.placement == "loss" and self.estimator == "k1":
             raise ValueError("kl.estimator k1 has no useful gradient in the loss; use k2 or k3, or placement=reward")
+        if self.target and not self.coef:
+            raise ValueError(f"kl.target {self.target} steers a coefficient of 0, which stays 0; give kl.coef, as 0.1")
 
 
 class PolicyGradient(Algorithm):
@@ -52,10 +57,14 @@ class PolicyGradient(Algorithm):
     kl: KL = KL()
     correction: Correction = Correction()
     shaping: Shaping = Shaping()
+    filter_groups: bool = False  # leave out groups whose rewards are all equal (DAPO's dynamic sampling)
+    mean_range: tuple[float, float] | None = None  # of filter_groups: keep those whose mean reward lies strictly within
 
     def __post_init__(self) -> None:
         if 0.0 < self.dual_clip <= 1.0:
             raise ValueError(f"dual_clip {self.dual_clip} must be 0 (off) or above 1, or it would clip ratios of 1")
+        if self.mean_range and not self.filter_groups:
+            raise ValueError(f"mean_range {self.mean_range} has no effect without filter_groups=true")
 
     @property
     def needs_entropy(self) -> bool:
@@ -66,6 +75,48 @@ class PolicyGradient(Algorithm):
     def needs_reference(self) -> bool:
         """Return whether the penalty needs the reference's log-probs."""
         return self.kl.coef > 0
+
+    @property
+    def needs_group(self) -> bool:
+        """Return whether groups are filtered by how their samples differ."""
+        return self.filter_groups
+
+    @property
+    def needs_full_sampling(self) -> bool:
+        """Return whether the correction gives no token the weight pi / pi_old."""
+        return self.correction.kind in ("none", "sequence")
+
+    @property
+    def adapting(self) -> tuple[str, ...]:
+        """Return the settings that follow the run: the KL coefficient, the scores' mean and std."""
+        score = ("shaping.mean", "shaping.std", "shaping.num_scores") if self.shaping.running else ()
+        return (("kl.coef",) if self.kl.target else ()) + score
+
+    def adapted(self, figures: StepFigures) -> dict[str, float]:
+        """Return them for the next step.
+
+        Raises:
+            ConfigError: the coefficient is to follow a KL that nobody measures.
+        """
+        found: dict[str, float] = {}
+        if self.kl.target:
+            if math.isnan(figures.kl):
+                raise _no_reference("target", self.kl.target)
+            found["kl.coef"] = adapted_coef(
+                self.kl.coef,
+                kl=figures.kl,
+                target=self.kl.target,
+                num_samples=len(figures.rewards_B),
+                horizon=self.kl.horizon,
+            )
+        if self.shaping.running:
+            followed = self.shaping.followed(figures.rewards_B)
+            found |= {f"shaping.{name}": value for name, value in followed.items()}
+        return found
+
+    def keeps(self, rewards_B: Tensor) -> bool:
+        """Return whether a group with these rewards is worth learning."""
+        return not self.filter_groups or has_contrast(rewards_B, self.mean_range)
 
     # What an algorithm may do in its own way.
 
@@ -90,8 +141,10 @@ class PolicyGradient(Algorithm):
         """Return the negative weighted surrogate with its terms, normalised as the settings say.
 
         Metrics: policy_loss, kl_ref and entropy; clip_frac_low and clip_frac_high; approx_kl (k3, proximal to new);
-        mismatch_kl (k3, behaviour to proximal); is_weight and is_weight_sq, of exp(lp_prox - lp_old) before any cap,
-        whose mean squared over mean square is the effective sample size; corrected_frac, capped or dropped tokens.
+        behaviour_kl (k3, behaviour to proximal), and mismatch_kl, the same over the fresh_frac of tokens that this very
+        version sampled, so that only the engines differ (column "age", 0 where it is not given); is_weight and
+        is_weight_sq, of exp(lp_prox - lp_old) before any cap, whose mean squared over mean square is the effective
+        sample size; corrected_frac, capped or dropped tokens.
         """
         mask_BT = batch.mask_BT
         lp_BT = masked(batch.logprobs_BT, mask_BT)
@@ -102,7 +155,7 @@ class PolicyGradient(Algorithm):
         ratio_BT = torch.exp(self.log_ratio(lp_BT, anchor_BT, mask_BT))
         weights = correction_weights(self.correction, self.log_ratio(prox_BT, old_BT, mask_BT), mask_BT)
         loss_BT = -weights.weights_BT * self.surrogate(ratio_BT, advantages_BT, lp_BT)
-        metrics = self._policy_metrics(lp_BT, prox_BT, old_BT, mask_BT, weights)
+        metrics = self._policy_metrics(batch, lp_BT, prox_BT, old_BT, weights)
         is_low_BT, is_high_BT = self.clipped(ratio_BT.detach(), advantages_BT)
         metrics["clip_frac_low"] = _mean(is_low_BT.float(), mask_BT)
         metrics["clip_frac_high"] = _mean(is_high_BT.float(), mask_BT)
@@ -128,7 +181,7 @@ class PolicyGradient(Algorithm):
             else:
                 terms.append(("kl_ref", 0.0, kl_estimate(lp_BT.detach(), reference_BT, "k3")))
         elif is_in_loss:
-            raise _no_reference(self.kl.coef)
+            raise _no_reference("coef", self.kl.coef)
         if batch.entropy_BT is not None:
             terms.append(("entropy", -self.entropy_coef, masked(batch.entropy_BT, batch.mask_BT)))
         elif self.needs_entropy:
@@ -139,12 +192,18 @@ class PolicyGradient(Algorithm):
         return terms
 
     def _policy_metrics(
-        self, lp_BT: Tensor, prox_BT: Tensor, old_BT: Tensor, mask_BT: Tensor, weights: Weights
+        self, batch: LossBatch, lp_BT: Tensor, prox_BT: Tensor, old_BT: Tensor, weights: Weights
     ) -> dict[str, tuple[Tensor, Tensor]]:
+        mask_BT = batch.mask_BT
+        age_BT = batch.columns.get("age", torch.zeros_like(mask_BT))
+        fresh_BT = masked((age_BT == 0).to(mask_BT.dtype), mask_BT)
         raw_BT = torch.exp(log_ratio(prox_BT, old_BT))
+        behaviour_kl_BT = kl_estimate(old_BT, prox_BT, "k3")
         return {
             "approx_kl": _mean(kl_estimate(prox_BT, lp_BT.detach(), "k3"), mask_BT),
-            "mismatch_kl": _mean(kl_estimate(old_BT, prox_BT, "k3"), mask_BT),
+            "behaviour_kl": _mean(behaviour_kl_BT, mask_BT),
+            "mismatch_kl": _mean(behaviour_kl_BT, fresh_BT),
+            "fresh_frac": _mean(fresh_BT, mask_BT),
             "is_weight": _mean(raw_BT, mask_BT),
             "is_weight_sq": _mean(raw_BT * raw_BT, mask_BT),
             "corrected_frac": _mean(weights.is_cut_BT, mask_BT),
@@ -167,13 +226,19 @@ class PolicyGradient(Algorithm):
         return scores_B, metrics
 
     def shaped_rewards(self, batch: CreditBatch, scores_B: Tensor) -> Tensor:
-        """Return rewards per token [B, T]: the scores and, with kl.placement=reward, the penalty."""
-        if self.kl.placement == "loss" or self.kl.coef == 0:
-            return token_rewards(scores_B, batch.mask_BT, None, 0.0)
-        if batch.reference_BT is None:
-            raise _no_reference(self.kl.coef)
-        kl_BT = kl_estimate(batch.behaviour_BT, batch.reference_BT, self.kl.estimator)
-        return token_rewards(scores_B, batch.mask_BT, kl_BT, self.kl.coef)
+        """Return rewards per token [B, T]: the scores and, with kl.placement=reward, the penalty.
+
+        What `placed_BT` gives to earlier tokens is taken off the last one's, so a sample's sum is its score either way.
+        """
+        kl_BT = None
+        if self.kl.placement == "reward" and self.kl.coef > 0:
+            if batch.reference_BT is None:
+                raise _no_reference("coef", self.kl.coef)
+            kl_BT = kl_estimate(batch.behaviour_BT, batch.reference_BT, self.kl.estimator)
+        if batch.placed_BT is None:
+            return token_rewards(scores_B, batch.mask_BT, kl_BT, self.kl.coef)
+        placed_BT = masked(batch.placed_BT / self.shaping.std, batch.mask_BT)
+        return placed_BT + token_rewards(scores_B - placed_BT.sum(1), batch.mask_BT, kl_BT, self.kl.coef)
 
     def credit_group(self, batch: CreditBatch, baseline: Callable[[Tensor, Tensor], Tensor]) -> Credited:
         """Give each token of a sample the same advantage: `baseline` of the samples' whole rewards.
@@ -204,6 +269,6 @@ def _mean(values_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
     return masked(values_BT, mask_BT).sum(), mask_BT.sum()
 
 
-def _no_reference(coef: float) -> ConfigError:
-    what = f"{coef} needs the reference's log-probs, which this graph does not give"
-    return ConfigError("algorithm.kl.coef", what, "add a reference node or set it to 0")
+def _no_reference(setting: str, value: float) -> ConfigError:
+    what = f"{value} needs the reference's log-probs, which this graph does not give"
+    return ConfigError(f"algorithm.kl.{setting}", what, "add a reference node or set it to 0")

@@ -2,11 +2,13 @@
 
 Shapes: B samples of one prompt, T response tokens, `mask_BT` 1 on the tokens the policy sampled. Invariant: the score
 is credited on the last sampled token alone, the KL penalty on every sampled token (OpenRLHF, 2405.11143, section 3.3).
-Called by the algorithms' `credit`.
+What follows the run (`Shaping.running`, the adaptive KL coefficient) changes between steps only, by pure functions of
+the step before. Called by the algorithms' `credit` and `adapted`.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated
 
 from flowrl.algorithms.functional import masked
@@ -15,12 +17,17 @@ from flowrl.config import Config, Meta
 if TYPE_CHECKING:
     from torch import Tensor
 
+MIN_STD = 1e-6  # scores that differ less are equal, and there is nothing to divide by
+
 
 class Shaping(Config):
     """What happens to a sample's score before it is credited, in the order of the fields."""
 
-    mean: float = 0.0  # of the score over a stored sample, subtracted from it
+    mean: float = 0.0  # of scores like these, subtracted from each
     std: Annotated[float, Meta(gt=0)] = 1.0  # of the same; the score is divided by it
+    # Mean and std follow the run: a step's scores are normalised by those of all steps before it.
+    running: bool = False
+    num_scores: Annotated[int, Meta(ge=0)] = 0  # scores that mean and std stand for when a running one begins
     clip: Annotated[float, Meta(gt=0)] = 10.0  # scores beyond +- this are clipped
     max_tokens: Annotated[int, Meta(ge=0)] = 0  # as sampling.max_tokens; where the length penalty is complete
     overlong_buffer: Annotated[int, Meta(ge=0)] = 0  # tokens before max_tokens over which it grows; 0: none
@@ -44,6 +51,28 @@ class Shaping(Config):
         return scores_B + overlong_penalty(
             lengths_B, max_tokens=self.max_tokens, buffer=self.overlong_buffer, factor=self.overlong_factor
         )
+
+    def followed(self, rewards_B: Tensor) -> dict[str, float]:
+        """Return mean, std and num_scores once these scores are among them; the population's std."""
+        mean, std, num_scores = merged_moments(self.mean, self.std, self.num_scores, rewards_B)
+        return {"mean": mean, "std": std if std > MIN_STD else 1.0, "num_scores": num_scores}
+
+
+def merged_moments(mean: float, std: float, count: int, values_B: Tensor) -> tuple[float, float, int]:
+    """Return mean, population std and count of `count` earlier values and these together.
+
+    Source: Chan, Golub and LeVeque 1979, equation 1.5.
+
+    >>> merged_moments(1.0, 0.0, 1, torch.tensor([3.0]))
+    (2.0, 1.0, 2)
+    """
+    values_B = values_B.double()
+    num = len(values_B)
+    total = count + num
+    fresh_mean = float(values_B.mean())
+    squares = count * std**2 + float(((values_B - fresh_mean) ** 2).sum())
+    squares += (fresh_mean - mean) ** 2 * count * num / total
+    return mean + (fresh_mean - mean) * num / total, math.sqrt(squares / total), total
 
 
 def overlong_penalty(lengths_B: Tensor, *, max_tokens: int, buffer: int, factor: float) -> Tensor:

@@ -1,18 +1,23 @@
 """Credit without a critic: advantages from the rewards of a group alone (GRPO, RLOO, REINFORCE++ and kin).
 
-Arithmetic on one group at a time; the step-wide whitening, where an algorithm has one, is the learner's. A group that
-the algorithm does not keep (DAPO's dynamic sampling) is rejected as filtered: its credit returns, its place is skipped.
+Arithmetic on one group at a time, in the order in which the learner takes them; the step-wide whitening, where an
+algorithm has one, is the learner's. A group that the algorithm does not keep (dynamic sampling) is rejected as
+filtered: its credit returns, its place is skipped. What an algorithm learns from step to step (an adaptive KL
+coefficient) is this node's state, saved with every checkpoint.
 """
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from flowrl.config import Select
+from flowrl.engines.checkpoint import checkpoint_version
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
-from flowrl.messages import Referenced, Samples, extend
-from flowrl.stages.credit import credit_group, keeps_group, load_algorithm
+from flowrl.messages import Referenced, Samples, Save, extend
+from flowrl.stages.credit import Crediting, keeps_group, load_algorithm
+from flowrl.stages.saving import add_state
 from flowrl.telemetry.events import Span
 
 if TYPE_CHECKING:
@@ -25,13 +30,17 @@ class Advantage(Stage):
     class Config(StageConfig):
         """Settings of the advantage node."""
 
-    referenced: In[Referenced]
+    optional = frozenset({"saves"})
+    is_stateful = True
+    referenced: In[Referenced]  # in the learner's order: window=1
     samples: Out[Samples]
+    saves: In[Save]
 
-    def __init__(self, config: Config, *, algorithm: Select, group_size: int) -> None:
+    def __init__(self, config: Config, *, algorithm: Select, group_size: int, groups_per_step: int) -> None:
         self.config: Advantage.Config = config
         self.algorithm = algorithm
         self.group_size = group_size
+        self.groups_per_step = groups_per_step
 
     def check(self, say: Say) -> None:
         """Load the algorithm and hold its needs against this topology."""
@@ -40,16 +49,34 @@ class Advantage(Stage):
     async def run(self, context: Context) -> None:
         """Credit groups until the edge closes."""
         algorithm = load_algorithm(self.algorithm, group_size=self.group_size, has_critic=False)
+        context.version = 0 if context.resume_from is None else checkpoint_version(context.resume_from)
+        crediting = Crediting(self.algorithm, algorithm, version=context.version)
+        if context.resume_from is not None:
+            await context.compute(crediting.load, context.resume_from / context.node)
+        boundary = asyncio.Condition()
+        async with asyncio.TaskGroup() as tasks:
+            saving = tasks.create_task(add_state(self.saves, context, boundary, crediting.save))
+            await self._credit(context, crediting, boundary)
+            saving.cancel()
+
+    async def _credit(self, context: Context, crediting: Crediting, boundary: asyncio.Condition) -> None:
+        num_credited = 0
         async for group in self.referenced:
             start_s = context.now()
-            if not await context.compute(keeps_group, algorithm, group):
+            if not await context.compute(keeps_group, crediting.algorithm, group):
                 reason = f"{self.algorithm.use} learns nothing from rewards {group.rewards}"
                 await self.referenced.reject(group, kind="filtered", reason=reason)
                 continue
-            credited = await context.compute(credit_group, algorithm, group, None)
+            credited = await context.compute(crediting.credit, group, None)
             context.recorder.record(
                 Span(node=context.node, replica=context.replica, name="credit", start_s=start_s, end_s=context.now(),
                      groups=[group.group_id])
             )  # fmt: skip
             await self.samples.put(extend(Samples, group, **credited))
             context.done += 1
+            num_credited += 1
+            if num_credited % self.groups_per_step == 0:
+                async with boundary:
+                    await context.compute(crediting.end_step)
+                    context.version += 1
+                    boundary.notify_all()

@@ -1,17 +1,30 @@
-"""What the critic and the advantage node share: loading an algorithm and crediting one group with it."""
+"""What the critic and the advantage node share: loading an algorithm and crediting groups with it, step by step.
+
+Invariant: the groups of a step are credited with settings that follow from the groups of the steps before it alone, in
+prompt order. So an adaptive KL coefficient and running score normalisation are the same whatever the timing, and a
+checkpoint of version v needs the settings of step v, which a credit stage that runs ahead still knows.
+"""
 
 from __future__ import annotations
 
+import math
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from flowrl.errors import ConfigError
 from flowrl.messages import Buffer, Referenced
-from flowrl.stages.tokens import padded, unpadded
+from flowrl.stages.tokens import mask_of, padded, unpadded
 
 if TYPE_CHECKING:
-    from flowrl.algorithms.base import Algorithm
+    from pathlib import Path
+
+    from flowrl.algorithms.base import Algorithm, Objective
     from flowrl.config import Select
     from flowrl.messages import FloatArray
+
+STATE = "credit.json"  # beside a credit stage's other state
 
 
 def load_algorithm(choice: Select, *, group_size: int, has_critic: bool) -> Algorithm:
@@ -34,8 +47,89 @@ def load_algorithm(choice: Select, *, group_size: int, has_critic: bool) -> Algo
     return algorithm
 
 
+def advice(objective: Objective) -> list[str]:
+    """Return what a user of these settings ought to know before a run."""
+    is_free = getattr(objective, "needs_critic", False) and not getattr(objective, "needs_reference", True)
+    text = "algorithm.kl.coef is 0: nothing keeps the policy near the reference, and PPO without any KL term tends to "
+    return [f"{text}drift into text that only the reward likes; set algorithm.kl.coef=0.01"] if is_free else []
+
+
+def check_sampling(algorithm: Algorithm, *, is_cut: bool) -> None:
+    """Insist on a correction where tokens were drawn from a part of the distribution only.
+
+    Raises:
+        ConfigError: top-p or top-k is set and no token's loss is weighted with pi / pi_old.
+    """
+    if is_cut and algorithm.needs_full_sampling:
+        what = "top_p or top_k cuts the distribution that is sampled, the learner's is whole, and nothing in the loss "
+        raise ConfigError("sampling", f"{what}makes up for it",
+                          "set top_p=1 and top_k=0, or algorithm.correction.kind=truncated")  # fmt: skip
+
+
+class Crediting:
+    """Credits groups in prompt order, with an algorithm that may change from step to step."""
+
+    def __init__(self, choice: Select, algorithm: Algorithm, *, version: int = 0) -> None:
+        self.algorithm = algorithm
+        self._choice = choice
+        self._version = version
+        # By step, its values of the settings that change.
+        self._changes = {version: {path: float(attrgetter(path)(algorithm)) for path in algorithm.adapting}}
+        self._rewards: list[float] = []  # of this step's samples
+        self._kls: list[float] = []  # mean over each group's samples
+        self.figures: dict[str, float] = {}  # further ones, given to every group of a step
+
+    def credit(self, group: Referenced, values: list[FloatArray] | None) -> dict[str, Any]:
+        """Return the fields that turn a Referenced group into Samples."""
+        fields = credit_group(self.algorithm, group, values)
+        if self.algorithm.adapting:
+            self._rewards += group.rewards
+            self._kls += [fields["metrics"].get("kl", math.nan)] * len(group.samples)
+        fields["metrics"] |= self.figures | self._changes[self._version]
+        return fields
+
+    def end_step(self) -> None:
+        """Begin the next step, with the settings that follow from this one."""
+        changes = self._changes[self._version]
+        if self.algorithm.adapting:
+            import torch
+
+            from flowrl.algorithms.base import StepFigures
+
+            kl = math.fsum(self._kls) / len(self._kls)
+            figures = StepFigures(torch.tensor(self._rewards, dtype=torch.float32), kl)
+            changes = self.algorithm.adapted(figures)
+            self._use(changes)
+        self._version += 1
+        self._changes[self._version] = changes
+        self._rewards, self._kls = [], []
+
+    def save(self, directory: Path, version: int) -> None:
+        """Write what step `version` is credited with; earlier steps are forgotten."""
+        for old in [known for known in self._changes if known < version]:
+            del self._changes[old]
+        directory.mkdir(parents=True, exist_ok=True)
+        state = {"settings": self._changes[version], "figures": self.figures}
+        (directory / STATE).write_bytes(msgspec.json.encode(state))
+
+    def load(self, directory: Path) -> None:
+        """Go on with what `save` wrote; a checkpoint without it is of a run in which nothing changed."""
+        if not (directory / STATE).is_file():
+            return
+        state = msgspec.json.decode((directory / STATE).read_bytes(), type=dict[str, dict[str, float]])
+        known = {name: value for name, value in state["settings"].items() if name in self.algorithm.adapting}
+        self._changes, self.figures = {self._version: known}, state["figures"]
+        self._use(known)
+
+    def _use(self, changes: dict[str, float]) -> None:
+        if changes:
+            self.algorithm = self._choice.changed(changes).load("algorithm")
+
+
 def keeps_group(algorithm: Algorithm, group: Referenced) -> bool:
     """Return whether the algorithm wants to learn this group."""
+    if algorithm.is_blank:
+        return True
     import torch
 
     return algorithm.keeps(torch.tensor(group.rewards, dtype=torch.float32))
@@ -43,11 +137,19 @@ def keeps_group(algorithm: Algorithm, group: Referenced) -> bool:
 
 def credit_group(algorithm: Algorithm, group: Referenced, values: list[FloatArray] | None) -> dict[str, Any]:
     """Return the fields that turn a Referenced group into Samples."""
+    if algorithm.is_blank:
+        zeros = [sample.logprobs for sample in group.samples]
+        return {
+            "advantages": zeros,
+            **({"returns": zeros, "values": zeros} if values is not None else {}),
+            "metrics": {},
+        }
     import torch
 
     from flowrl.algorithms.base import CreditBatch
 
-    behaviour_BT, mask_BT = padded([sample.logprobs for sample in group.samples])
+    behaviour_BT, _ = padded([sample.logprobs for sample in group.samples])
+    mask_BT, _ = padded([mask_of(sample) for sample in group.samples])
     reference_BT, _ = padded(group.ref_logprobs)
     credited = algorithm.credit(
         CreditBatch(
@@ -56,6 +158,7 @@ def credit_group(algorithm: Algorithm, group: Referenced, values: list[FloatArra
             behaviour_BT=behaviour_BT,
             reference_BT=reference_BT,
             values_BT=None if values is None else padded(values)[0],
+            placed_BT=None if group.placed is None else padded(group.placed)[0],
         )
     )
     returns = None if credited.returns_BT is None else unpadded(credited.returns_BT, group)

@@ -2,20 +2,23 @@
 
 Invariant: an evaluation uses one version only, because the learner publishes no newer one before it is acknowledged
 here; the same prompts are drawn with the same seeds each time, so that before and after are paired. The score is the
-task's own reward function, whatever the policy is trained on; it runs in a worker process.
+task's own reward function, whatever the policy is trained on; it runs in a worker process. Where an agent plays the
+held-out prompts, it is what their environment gave.
 """
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated
 
 from flowrl.config import Meta
 from flowrl.data.models import prepare_model
 from flowrl.data.prompts import PromptData, PromptSet, load_prompts, load_tokenizer
+from flowrl.errors import ConfigError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
-from flowrl.messages import FIRST_HELDOUT, Buffer, Checkpoint, Prompt, Rollouts
+from flowrl.messages import FIRST_HELDOUT, Buffer, Checkpoint, Prompt, Rollouts, Scored
 from flowrl.rewards.isolated import IsolatedFunction, check_loads
 from flowrl.rewards.worker import Opening
 from flowrl.telemetry.causes import Cause
@@ -35,7 +38,8 @@ class Evaluator(Stage):
 
         samples: Annotated[int, Meta(ge=1)] = 4  # responses to each held-out prompt
         in_flight: Annotated[int, Meta(ge=1)] = 64  # held-out prompts sent and not yet scored
-        function: str = "flowrl.rewards.verify:reasoning_gym_score"  # module:function, TRL's signature
+        # module:function, TRL's signature; "": the scores that the rollouts bring from their environment
+        function: str = "flowrl.rewards.verify:reasoning_gym_score"
 
     checkpoints: In[Checkpoint]
     prompts: Out[Prompt]
@@ -49,7 +53,8 @@ class Evaluator(Stage):
 
     def check(self, say: Say) -> None:
         """Import the function, where it will run."""
-        check_loads(Opening(function=self.config.function, where="evaluation.function"))
+        if self.config.function:
+            check_loads(Opening(function=self.config.function, where="evaluation.function"))
 
     async def run(self, context: Context) -> None:
         """Evaluate every version the learner names until the edge closes."""
@@ -58,7 +63,7 @@ class Evaluator(Stage):
         opening = Opening(function=self.config.function, where=context.where)
         log = context.run_dir / "logs" / f"{context.where}.function.log"
         num_sent = FIRST_HELDOUT
-        async with IsolatedFunction(opening, log=log) as function:
+        async with IsolatedFunction(opening, log=log) if self.config.function else nullcontext() as function:
             async for checkpoint in self.checkpoints:
                 evaluation = await self._evaluate(context, prompts, function, checkpoint, num_sent)
                 num_sent += len(prompts.heldout)
@@ -72,7 +77,12 @@ class Evaluator(Stage):
         return load_prompts(self.data, load_tokenizer(prepare_model(self.model)))
 
     async def _evaluate(
-        self, context: Context, prompts: PromptSet, function: IsolatedFunction, checkpoint: Checkpoint, first_id: int
+        self,
+        context: Context,
+        prompts: PromptSet,
+        function: IsolatedFunction | None,
+        checkpoint: Checkpoint,
+        first_id: int,
     ) -> Evaluation | None:
         """Return the scores, or nothing where the generators have moved on to another version meanwhile."""
         room = asyncio.Semaphore(self.config.in_flight)
@@ -85,7 +95,7 @@ class Evaluator(Stage):
                 group = await self.rollouts.get()
                 place = group.group_id - first_id
                 versions |= {span.version for sample in group.samples for span in sample.versions}
-                scores[place] = await function(group)
+                scores[place] = _brought(group) if function is None else await function(group)
                 if place < SHOWN:
                     texts[place] = {
                         "prompt": prompts.heldout[place].text,
@@ -117,3 +127,10 @@ class Evaluator(Stage):
                     seed=(self.seed + 1) * 7_919 + place * 4096,
                 )
             )
+
+
+def _brought(group: Rollouts) -> list[float]:
+    if isinstance(group, Scored):
+        return group.rewards
+    what = "is empty, but the held-out rollouts bring no scores"
+    raise ConfigError("evaluation.function", what, "name a function, or take a graph with an agent")

@@ -16,7 +16,7 @@ from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEn
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
 from flowrl.messages import Buffer, Example, extend
-from flowrl.stages.training import opened
+from flowrl.stages.training import check_adapter, opened
 from flowrl.telemetry.events import Span
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class ExampleReference(Stage):
 
     def check(self, say: Say) -> None:
         """Prepare the model."""
+        check_adapter(self.config, "reference")
         prepare_model(self.model, say=say)
 
     def _settings(self) -> TrainingConfig:

@@ -48,6 +48,15 @@ def load_objective(choice: Select) -> Objective:
     return objective
 
 
+def with_teacher(choice: Select, *, say: Say = lambda text: None) -> Select:
+    """Return the choice with its objective's teacher, where it has one, as a prepared local directory."""
+    name = load_objective(choice).teacher_model
+    if not name:
+        return choice
+    options = {**choice.options, "teacher": str(prepare_model(name, say=say))}
+    return msgspec.structs.replace(choice, options=options)
+
+
 class Examples(Stage):
     """Source of training examples."""
 
@@ -167,8 +176,11 @@ def try_rows(objective: Objective, rows: Sequence[ExampleRow], *, has_reference:
     """Ask the objective for its loss on one row of each kind, with log-probs of zero.
 
     Raises:
-        DataError: the objective cannot learn from such a row, or counts nothing in it.
+        DataError: the objective cannot learn from such a row, or counts nothing in it; or it needs both good and bad
+            responses, one to a row, and the rows are not so.
     """
+    if objective.needs_both_labels:
+        _check_labels(objective, rows)
     tried: set[tuple[object, ...]] = set()
     for row in rows:
         kind = (len(row.responses), len(row.labels), row.masks is None, row.step_labels is None)
@@ -190,3 +202,16 @@ def try_rows(objective: Objective, rows: Sequence[ExampleRow], *, has_reference:
         if not float(loss.count):
             what = f"{type(objective).__name__} finds nothing to learn in it"
             raise DataError(row.place, what, "is every token masked out?")
+
+
+def _check_labels(objective: Objective, rows: Sequence[ExampleRow]) -> None:
+    name = type(objective).__name__
+    for row in rows:
+        if len(row.responses) != 1:
+            what = f"has {len(row.responses)} responses, but {name} learns from single ones, labelled good or bad"
+            raise DataError(row.place, what, "give prompt, completion and label, or take DPO for pairs")
+    labels = [row.labels[0] > 0 for row in rows if row.labels]
+    if labels and len(set(labels)) == 1:
+        kind, other = ("good", "bad") if labels[0] else ("bad", "good")
+        what = f"all {len(labels)} responses are labelled {kind}, but {name} needs {other} ones as well"
+        raise DataError("data", what, f"add responses labelled {other}, or take SFT for demonstrations")

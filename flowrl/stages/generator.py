@@ -1,25 +1,19 @@
 """Generator: samples responses, many groups at a time, under the newest weights it has proved.
 
-Invariants: it serves nothing before the first published version; it acknowledges a version only after the engine has
-proved it; every token carries the version that sampled it. At most `max_groups` groups are in flight, and the next is
-taken only when one of them has been handed on, so a full edge downstream stops it (backpressure). Held-out prompts
-take the same path to their own port. Replicas compete for prompts.
+Invariants: every token carries the version that sampled it; what serving.py says of weights and backpressure. Held-out
+prompts take the same path to their own port. Replicas compete for prompts.
 """
 
 from __future__ import annotations
 
-import asyncio
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from flowrl.config import Meta, widen
-from flowrl.data.models import inspect_model, prepare_model
-from flowrl.engines.base import GenerationConfig, GenerationEngine, Sampling, Serving, open_engine
-from flowrl.errors import ChannelClosed, ConfigError
+from flowrl.engines.base import GenerationEngine, Sampling
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
 from flowrl.messages import Prompt, Rollouts, Weights, extend
+from flowrl.stages.serving import Generation, check_context, record_generation, serve_each, serving
 from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.events import Span
 
 if TYPE_CHECKING:
     from flowrl.graph.stage import Context, Say
@@ -28,14 +22,10 @@ if TYPE_CHECKING:
 class Generator(Stage):
     """Samples responses with a generation engine."""
 
-    class Config(Serving):
+    class Config(Generation):
         """Settings of the generator node."""
 
-        group_size: Annotated[int, Meta(ge=1)] = 8  # samples of each prompt
-        max_groups: Annotated[int, Meta(ge=1)] = 16  # prompt groups in flight in one replica
-        engine: str = "flowrl.engines.vllm:VllmEngine"
-
-    optional = frozenset({"heldout", "heldout_rollouts"})
+    optional = frozenset({"heldout", "heldout_rollouts", "weights"})
     prompts: In[Prompt]
     rollouts: Out[Rollouts]
     heldout: In[Prompt]
@@ -50,105 +40,22 @@ class Generator(Stage):
 
     def check(self, say: Say) -> None:
         """Prepare the model; its context must hold `max_model_len` tokens."""
-        card = inspect_model(prepare_model(self.model, say=say))
-        if card.max_context and self.config.max_model_len > card.max_context:
-            what = f"{self.config.max_model_len} tokens, but {self.model} has a context of {card.max_context}"
-            raise ConfigError("generator.max_model_len", what, f"lower it to {card.max_context} or less")
+        check_context(self.config, self.model, say, where="generator")
 
     async def run(self, context: Context) -> None:
         """Serve until the prompt edges close."""
-        with context.clock.charge(Cause.START):
-            directory = await context.compute(prepare_model, self.model)
-            engine: GenerationEngine = open_engine(
-                self.config.engine,
-                config=widen(GenerationConfig, self.config, model=str(directory)),
-                where=context.where,
-                receiver_index=context.replica,
-                **self.config.engine_options,
-            )
-            await engine.open()
-        try:
-            await self._serve(context, engine)
-        finally:
-            await engine.close()
 
-    async def _serve(self, context: Context, engine: GenerationEngine) -> None:
-        first = asyncio.Event()
-        async with asyncio.TaskGroup() as tasks:
-            updates = tasks.create_task(self._follow_weights(context, engine, first))
-            with context.clock.charge(Cause.START):
-                await first.wait()
-            lanes = [tasks.create_task(self._serve_prompts(context, engine, tasks))]
-            if self.heldout.is_connected:
-                lanes.append(tasks.create_task(self._serve_heldout(context, engine)))
-            await asyncio.gather(*lanes)
-            updates.cancel()
+        async def train(prompt: Prompt) -> None:
+            await self.rollouts.put(await self._sample(context, engine, prompt, self.sampling, "generate"))
+            context.done += 1
 
-    async def _follow_weights(self, context: Context, engine: GenerationEngine, first: asyncio.Event) -> None:
-        async for weights in self.weights:
-            start_s = context.now()
-            report = await engine.update_weights(weights)
-            context.version = weights.version
-            await self.weights.done(weights)
-            first.set()
-            context.recorder.record(
-                Span(
-                    node=context.node,
-                    replica=context.replica,
-                    name=f"weight update v{weights.version}",
-                    start_s=start_s,
-                    end_s=context.now(),
-                    args={
-                        "pause_s": report.pause_s,
-                        "transfer_s": report.transfer_s,
-                        "canary_mean_gap": report.mean_gap,
-                        "canary_max_gap": report.max_gap,
-                    },
-                )
-            )
+        async def evaluate(prompt: Prompt) -> None:
+            sampling = self.heldout_sampling
+            await self.heldout_rollouts.put(await self._sample(context, engine, prompt, sampling, "evaluate"))
 
-    async def _serve_prompts(self, context: Context, engine: GenerationEngine, tasks: asyncio.TaskGroup) -> None:
-        slots = asyncio.Semaphore(self.config.max_groups)
-
-        async def one(prompt: Prompt) -> None:
-            try:
-                rollouts = await self._sample(context, engine, prompt, self.sampling, "generate")
-                await self.rollouts.put(rollouts)
-                context.done += 1
-            finally:
-                slots.release()
-
-        running: set[asyncio.Task[None]] = set()
-        while True:
-            await slots.acquire()
-            try:
-                prompt = await self.prompts.get()
-            except ChannelClosed:
-                break
-            task = tasks.create_task(one(prompt))
-            running.add(task)
-            task.add_done_callback(running.discard)
-        for task in running:  # the edges are closed: nobody waits for what is still in flight
-            task.cancel()
-
-    async def _serve_heldout(self, context: Context, engine: GenerationEngine) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            slots = asyncio.Semaphore(self.config.max_groups)
-
-            async def one(prompt: Prompt) -> None:
-                try:
-                    sampling = self.heldout_sampling
-                    await self.heldout_rollouts.put(await self._sample(context, engine, prompt, sampling, "evaluate"))
-                finally:
-                    slots.release()
-
-            while True:
-                await slots.acquire()
-                try:
-                    prompt = await self.heldout.get()
-                except ChannelClosed:
-                    return
-                tasks.create_task(one(prompt))
+        async with serving(context, self.config, model=self.model, weights=self.weights) as engine:
+            lanes = (self.prompts, train), (self.heldout, evaluate)
+            await serve_each(*lanes, max_groups=self.config.max_groups)
 
     async def _sample(
         self, context: Context, engine: GenerationEngine, prompt: Prompt, sampling: Sampling, name: str
@@ -166,21 +73,5 @@ class Generator(Stage):
                 )
         finally:
             context.running -= prompt.num_samples
-        lengths = [len(sample.token_ids) for sample in samples]
-        context.recorder.record(
-            Span(
-                node=context.node,
-                replica=context.replica,
-                name=name,
-                start_s=start_s,
-                end_s=context.now(),
-                groups=[prompt.group_id] if name == "generate" else [],  # held-out prompts have ids of their own
-                args={
-                    "tokens": sum(lengths),
-                    "samples": len(samples),
-                    "prompt_tokens": len(prompt.token_ids),
-                    "lengths": lengths,
-                },
-            )
-        )
+        record_generation(context, prompt, samples, start_s, name)
         return extend(Rollouts, prompt, samples=samples, generator=context.where)

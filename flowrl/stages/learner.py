@@ -1,19 +1,19 @@
 """Learner: trains the policy on samples in prompt order, publishes versions, returns credits.
 
 Invariants: step v learns exactly `groups_per_step` groups while the policy is version v, none staler than
-`max_staleness`, and makes version v + 1; a credit goes back only after every live generator has acknowledged the
-version that its group was learned into (law 2); version v + 1 is on its way to the generators while the next step's
-forward and backward run, and has left before the next optimizer step changes the weights; where an evaluator is
-joined, no version is published while an older one is being evaluated; a checkpoint holds the state of every stateful
-node and the flow's cut between the same two steps. Its return ends the run.
+`max_staleness`, and makes version v + 1 (groups that a replay buffer sent along with them are learned besides and count
+for none of this); a credit goes back only after every live generator has acknowledged the version that its group was
+learned into (law 2); version v + 1 is on its way to the generators while the next step's forward and backward run, and
+has left before the next optimizer step changes the weights; where an evaluator is joined, no version is published while
+an older one is being evaluated; a checkpoint holds the state of every stateful node and the flow's cut between the same
+two steps. Where texts are joined (a pre-training loss), those of step v are
+learned in it, each loss divided by its own count; they are asked for a step ahead. Its return ends the run.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated
-
-import msgspec
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from flowrl.config import Meta, Select, widen
 from flowrl.data.models import prepare_model
@@ -23,19 +23,30 @@ from flowrl.engines.weights.manifest import tensor_digests
 from flowrl.errors import ConfigError, RunError, TransferError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
-from flowrl.messages import Buffer, Checkpoint, Credit, Samples, Save, Weights
-from flowrl.stages.credit import load_algorithm
+from flowrl.messages import FIRST_TEXTS, Buffer, Checkpoint, Credit, Samples, Save, Texts, Weights, replays_of
+from flowrl.stages.credit import advice, check_sampling, load_algorithm
 from flowrl.stages.saving import save_checkpoint
-from flowrl.stages.step import logprob_gap, step_groups, step_metrics
-from flowrl.stages.training import load_state, opened, take_step
+from flowrl.stages.step import (
+    derived,
+    logprob_gap,
+    mean_metrics,
+    replay_metrics,
+    step_choice,
+    step_groups,
+    step_metrics,
+    with_proximal,
+)
+from flowrl.stages.tokens import example_group
+from flowrl.stages.training import check_adapter, load_state, opened, take_step
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.events import Notice, Span, Step
 from flowrl.telemetry.rollouts import forget_steps, step_path, write_rollouts
 from flowrl.telemetry.versions import write_digests
 
 if TYPE_CHECKING:
-    from flowrl.algorithms.base import Algorithm
+    from flowrl.algorithms.base import Objective
     from flowrl.graph.stage import Context, Say
+    from flowrl.messages import FloatArray
 
 CANARY_TOKENS = 32  # long enough that one stale layer shows in the mean, short enough to cost nothing
 
@@ -49,6 +60,9 @@ class Learner(Stage):
         engine: str = "flowrl.engines.deepspeed:DeepSpeedEngine"
         epochs: Annotated[int, Meta(ge=1)] = 1  # passes over a step's groups
         minibatches: Annotated[int, Meta(ge=1)] = 1  # optimizer steps in one pass; must divide groups_per_step
+        # With several optimizer steps: what the ratio is against. The policy at the start of the step, by one forward
+        # more, or the log-probs that were sampled with; then nothing is corrected for older samples.
+        proximal: Literal["recomputed", "behaviour"] = "recomputed"
         freeze_steps: Annotated[int, Meta(ge=0)] = 0  # first steps in which only the critic learns
         save_every: Annotated[int, Meta(ge=0)] = 10  # versions between checkpoints; 0: only at the end
         keep_checkpoints: Annotated[int, Meta(ge=1)] = 2  # newest ones kept, besides the best
@@ -56,16 +70,19 @@ class Learner(Stage):
         save_rollouts: bool = True  # write every learned group to Parquet
         min_ess: Annotated[float, Meta(ge=0, le=1)] = 0.3  # warn when the effective sample size falls below
 
-    optional = frozenset({"checkpoints", "saves"})
+    optional = frozenset({"checkpoints", "saves", "wanted", "texts"})
     is_stateful = True
     samples: In[Samples]
+    wanted: Out[Texts]  # asks for a step's texts
+    texts: In[Texts]
     weights: Out[Weights]
     released: Out[Credit]
     checkpoints: Out[Checkpoint]
     saves: Out[Save]  # acknowledged by every other stateful node when its part of a checkpoint is written
 
     def __init__(self, config: Config, *, model: str, algorithm: Select, steps: int, groups_per_step: int,
-                 group_size: int, max_staleness: int, temperature: float, has_critic: bool) -> None:  # fmt: skip
+                 group_size: int, max_staleness: int, temperature: float, has_critic: bool, is_cut: bool = False,
+                 texts_per_step: int = 0, text_coef: float = 0.05) -> None:  # fmt: skip
         self.config: Learner.Config = config
         self.model = model
         self.algorithm = algorithm
@@ -75,15 +92,31 @@ class Learner(Stage):
         self.max_staleness = max_staleness
         self.temperature = temperature
         self.has_critic = has_critic
+        self.is_cut = is_cut  # whether top-p or top-k cut the distribution that is sampled
+        self.texts_per_step = texts_per_step  # examples in each message of `texts`
+        self.pretraining = Select(use="flowrl.algorithms.pretraining:Pretraining", options={"coef": text_coef})
         self._rewards: list[float] = []  # of the samples learned since the last checkpoint
+        self._ours: dict[tuple[int, int], FloatArray] = {}  # log-probs of the step's samples as they were first learned
 
     def check(self, say: Say) -> None:
         """Prepare the model, load the algorithm, hold the step's division against its size."""
         if self.groups_per_step % self.config.minibatches:
             what = f"{self.config.minibatches} minibatches do not divide {self.groups_per_step} groups_per_step"
             raise ConfigError("learner.minibatches", what, "choose a divisor")
+        if 0 < self.texts_per_step < self.config.minibatches:
+            what = f"{self.texts_per_step} texts a step are too few for {self.config.minibatches} learner.minibatches"
+            raise ConfigError("texts.per_step", what, "give each minibatch one or more")
+        check_adapter(self.config, "learner")
         prepare_model(self.model, say=say)
-        load_algorithm(self.algorithm, group_size=self.group_size, has_critic=self.has_critic)
+        objective = self.load_objective()
+        for line in advice(objective):
+            say(f"warning: {line}")
+
+    def load_objective(self) -> Objective:
+        """Return what is minimised."""
+        algorithm = load_algorithm(self.algorithm, group_size=self.group_size, has_critic=self.has_critic)
+        check_sampling(algorithm, is_cut=self.is_cut)
+        return algorithm
 
     def _settings(self) -> TrainingConfig:
         model = str(prepare_model(self.model))
@@ -101,7 +134,7 @@ class Learner(Stage):
 
     async def run(self, context: Context) -> None:
         """Train until the last version is published, acknowledged and saved, or the user asks to stop."""
-        algorithm = load_algorithm(self.algorithm, group_size=self.group_size, has_critic=self.has_critic)
+        objective = self.load_objective()
         async with opened(context, self.config.engine, self._settings, self.num_optimizer_steps) as engine:
             context.version = 0
             if context.resume_from is not None:
@@ -109,13 +142,14 @@ class Learner(Stage):
             saved = context.version if context.resume_from else -1
             if self.config.save_rollouts:
                 await context.compute(forget_steps, context.run_dir / "rollouts", context.version)
+            await self._ask_for_texts(context.version)
             async with asyncio.TaskGroup() as tasks:
                 push = await self._publish(context, engine, [], tasks)
                 while context.version < self.steps:
                     batch = await take_step(self.samples, context, self.groups_per_step)
                     if batch is None:
                         break
-                    push = await self._step(context, engine, algorithm, batch, push, tasks)
+                    push = await self._step(context, engine, objective, batch, push, tasks)
                     if self.config.save_every and context.version % self.config.save_every == 0:
                         await self._save(context, engine)
                         saved = context.version
@@ -123,7 +157,7 @@ class Learner(Stage):
                 if saved != context.version:
                     await self._save(context, engine)
 
-    async def _step(self, context: Context, engine: TrainingEngine, algorithm: Algorithm, batch: list[Samples],
+    async def _step(self, context: Context, engine: TrainingEngine, objective: Objective, batch: list[Samples],
                     push: asyncio.Task[None], tasks: asyncio.TaskGroup) -> asyncio.Task[None]:  # fmt: skip
         start_s, version = context.now(), context.version
         staleness = [version - group.oldest_version for group in batch]
@@ -131,11 +165,15 @@ class Learner(Stage):
             worst = max(zip(staleness, batch, strict=True), key=lambda pair: pair[0])
             what = f"group {worst[1].group_id} is {worst[0]} versions old, more than max_staleness={self.max_staleness}"
             raise RunError(context.where, what, "this is a defect of the flow: please report the run directory")
-        metrics: dict[str, float] = {}
+        metrics = replay_metrics(batch, version)
         if version == 0:
             metrics |= await context.compute(logprob_gap, engine, batch)
-        groups = await context.compute(step_groups, algorithm, batch)
-        metrics |= await self._train(context, engine, groups, push)
+        learned = [each for group in batch for each in (group, *replays_of(group))]
+        groups = await context.compute(step_groups, objective, learned, version)
+        texts = await self._take_texts(version)
+        choice = step_choice(self.algorithm, objective, batch)
+        self._ours = {}
+        metrics |= await self._train(context, engine, groups, texts, choice, push)
         context.version += 1
         context.done += len(batch)
         await self.samples.done(*batch, learned_in=version)
@@ -148,31 +186,52 @@ class Learner(Stage):
         push = await self._publish(context, engine, batch, tasks)
         if self.config.save_rollouts:
             path = step_path(context.run_dir / "rollouts", version)
-            await context.compute(write_rollouts, path, batch, version)
+            ours = {(learned[place].group_id, sample): row for (place, sample), row in self._ours.items()}
+            await context.compute(write_rollouts, path, batch, version, ours)
         return push
 
-    async def _train(self, context: Context, engine: TrainingEngine, groups: list[TokenGroup],
-                     push: asyncio.Task[None]) -> dict[str, float]:  # fmt: skip
+    async def _ask_for_texts(self, step: int) -> None:
+        if self.wanted.is_connected and step < self.steps:
+            await self.wanted.put(Texts(group_id=FIRST_TEXTS + step))
+
+    async def _take_texts(self, step: int) -> list[TokenGroup]:
+        """Return the texts of a step, which were asked for before, and ask for the next step's."""
+        if not self.texts.is_connected:
+            return []
+        texts = await self.texts.get()
+        await self.texts.done(texts)
+        await self._ask_for_texts(step + 1)
+        return [example_group(example) for example in texts.examples]
+
+    async def _train(self, context: Context, engine: TrainingEngine, groups: list[TokenGroup], texts: list[TokenGroup],
+                     choice: Select, push: asyncio.Task[None]) -> dict[str, float]:  # fmt: skip
         """Run the step's optimizer steps; the weights change only after the last version has left."""
         if context.version < self.config.freeze_steps:
             await asyncio.wait([push])
             return {}
-        if self.config.minibatches * self.config.epochs > 1:
-            proximal = await context.compute(engine.score, groups)
-            groups = [
-                msgspec.structs.replace(group, columns={**group.columns, "proximal": [Buffer.floats(r) for r in rows]})
-                for group, rows in zip(groups, proximal, strict=True)
-            ]
-        metrics: dict[str, float] = {}
-        size = len(groups) // self.config.minibatches
-        for _ in range(self.config.epochs):
-            for first in range(0, len(groups), size):
-                metrics |= await context.compute(engine.accumulate, groups[first : first + size], self.algorithm)
-                if not push.done():
-                    with context.clock.charge(Cause.UPDATE):
-                        await asyncio.wait([push])
-                metrics |= await context.compute(engine.apply)
-        return metrics
+        num_updates = self.config.minibatches * self.config.epochs
+        if num_updates > 1 or self.config.proximal == "behaviour":
+            is_reused = self.config.proximal == "behaviour"
+            groups = with_proximal(groups, None if is_reused else await context.compute(engine.score, groups))
+        updates: list[dict[str, float]] = []
+        bounds = [len(groups) * place // self.config.minibatches for place in range(self.config.minibatches + 1)]
+        for number in range(num_updates):
+            place = number % self.config.minibatches
+            part = groups[bounds[place] : bounds[place + 1]]
+            metrics = await context.compute(engine.accumulate, part, choice)
+            if number < self.config.minibatches:
+                kept = engine.learned().items()
+                self._ours |= {(bounds[place] + group, sample): row for (group, sample), row in kept}
+            if texts:
+                found = await context.compute(
+                    engine.accumulate, texts[place :: self.config.minibatches], self.pretraining
+                )
+                metrics |= {f"texts.{name}": value for name, value in found.items()}
+            if not push.done():
+                with context.clock.charge(Cause.UPDATE):
+                    await asyncio.wait([push])
+            updates.append(metrics | await context.compute(engine.apply))
+        return mean_metrics(updates)
 
     async def _publish(self, context: Context, engine: TrainingEngine, learned: list[Samples],
                        tasks: asyncio.TaskGroup) -> asyncio.Task[None]:  # fmt: skip
@@ -219,9 +278,7 @@ class Learner(Stage):
 
     def _record(self, context: Context, batch: list[Samples], staleness: list[int], metrics: dict[str, float],
                 step_s: float) -> None:  # fmt: skip
-        figures = {**step_metrics(batch, staleness), **metrics, "step_s": step_s}
-        if figures.get("is_weight_sq"):
-            figures["ess"] = figures["is_weight"] ** 2 / figures["is_weight_sq"]
+        figures = derived({**step_metrics(batch, staleness), **metrics, "step_s": step_s})
         context.recorder.record(
             Step(version=context.version, num_steps=self.steps, time_s=context.now(), metrics=figures,
                  staleness=staleness)

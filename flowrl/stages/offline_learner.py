@@ -14,13 +14,14 @@ from flowrl.config import Meta, Select, widen
 from flowrl.data.models import prepare_model
 from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine
 from flowrl.engines.checkpoint import CARD
+from flowrl.errors import ConfigError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
 from flowrl.messages import Credit, Example
-from flowrl.stages.examples import load_objective
+from flowrl.stages.examples import load_objective, with_teacher
 from flowrl.stages.saving import save_checkpoint
-from flowrl.stages.tokens import example_group, group_batch, with_constant
-from flowrl.stages.training import load_state, opened, take_step
+from flowrl.stages.tokens import example_group, group_batch, padded, with_constant
+from flowrl.stages.training import check_adapter, load_state, opened, take_step
 from flowrl.telemetry.events import Evaluation, Span, Step
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from flowrl.algorithms.base import Objective
     from flowrl.graph.stage import Context, Say
+    from flowrl.messages import FloatArray
 
 VALUES_CARD = """---
 library_name: transformers
@@ -66,12 +68,16 @@ class OfflineLearner(Stage):
         self.steps = steps
         self.examples_per_step = examples_per_step
         self.num_heldout = num_heldout  # examples that will arrive at `heldout`
+        self._scale: dict[str, float] = {}  # of a reward model: mean and std of its scores of the held-out responses
         self._score = 0.0  # the mean held-out score of late, or minus the training loss where nothing is held out
 
     def check(self, say: Say) -> None:
         """Prepare the model and load the objective."""
+        check_adapter(self.config, "learner")
         prepare_model(self.model, say=say)
-        load_objective(self.objective)
+        if load_objective(with_teacher(self.objective, say=say)).needs_both_labels and self.examples_per_step < 2:
+            what = "1 never holds both a good and a bad response"
+            raise ConfigError("examples_per_step", what, "set it to 2 or more; 16 is usual")
 
     def _settings(self) -> TrainingConfig:
         head = load_objective(self.objective).head
@@ -84,7 +90,8 @@ class OfflineLearner(Stage):
 
     async def run(self, context: Context) -> None:
         """Train until the last step is done and saved, or the user asks to stop."""
-        objective = await context.compute(load_objective, self.objective)
+        self.objective = await context.compute(with_teacher, self.objective)
+        objective = load_objective(self.objective)
         async with opened(context, self.config.engine, self._settings, self.steps) as engine:
             context.version = 0
             if context.resume_from is not None:
@@ -145,7 +152,13 @@ class OfflineLearner(Stage):
         """Measure the held-out examples and record their scores; returns the figures under "heldout."."""
         start_s = context.now()
         groups = await context.compute(step_groups, engine, objective, heldout)
-        metrics, scores = await context.compute(measure, engine, objective, groups)
+        divergences = None
+        if objective.teacher_model:
+            divergences = await context.compute(engine.compare, groups, self.objective)
+        rows = await context.compute(engine.score, groups)
+        metrics, scores = await context.compute(measure, objective, groups, rows, divergences)
+        if objective.gives_score:
+            self._scale = scale_of(rows)
         self._score = sum(scores) / len(scores)
         context.recorder.record(
             Evaluation(version=context.version, time_s=context.now(), scores=[[s] for s in scores], completions=[])
@@ -161,7 +174,8 @@ class OfflineLearner(Stage):
 
     async def _save(self, context: Context, engine: TrainingEngine, objective: Objective) -> None:
         card = CARD if objective.head == "policy" else VALUES_CARD
-        await save_checkpoint(context, engine, card=card, keep=self.config.keep_checkpoints, score=self._score)
+        keep = self.config.keep_checkpoints
+        await save_checkpoint(context, engine, card=card, keep=keep, score=self._score, notes=self._scale)
 
 
 def step_groups(engine: TrainingEngine, objective: Objective, examples: Sequence[Example]) -> list[TokenGroup]:
@@ -185,16 +199,37 @@ def mismatched_log_ratios(engine: TrainingEngine, examples: Sequence[Example]) -
     ]
 
 
+def scale_of(rows: Sequence[Sequence[FloatArray]]) -> dict[str, float]:
+    """Return mean and std of the scores, the last value of each response; none where they do not differ.
+
+    Scores 1.0 and 3.0 give {"mean": 2.0, "std": 1.0}.
+    """
+    import numpy as np
+
+    scores = np.array([row[-1] for rows_of_group in rows for row in rows_of_group], dtype=np.float64)
+    return {"mean": float(scores.mean()), "std": float(scores.std())} if scores.std() > 0 else {}
+
+
 def measure(
-    engine: TrainingEngine, objective: Objective, groups: Sequence[TokenGroup]
+    objective: Objective,
+    groups: Sequence[TokenGroup],
+    rows: Sequence[Sequence[FloatArray]],
+    divergences: list[list[FloatArray]] | None = None,
 ) -> tuple[dict[str, float], list[float]]:
-    """Return the objective's metrics over all groups together and each group's own score; nothing is trained."""
+    """Return the objective's metrics over all groups together and each group's own score; nothing is trained.
+
+    `rows` are the groups as the engine scored them, `divergences` its comparison with the objective's teacher, where
+    it has one.
+    """
     from flowrl.engines.objective import Sums, add_loss, divide
 
     sums: Sums = {}
     scores: list[float] = []
-    for group, rows in zip(groups, engine.score(groups), strict=True):
-        loss = objective.loss(group_batch(group, rows))
+    for place, (group, rows_of_group) in enumerate(zip(groups, rows, strict=True)):
+        batch = group_batch(group, rows_of_group)
+        if divergences is not None:
+            batch = batch._replace(divergence_BT=padded(divergences[place])[0])
+        loss = objective.loss(batch)
         add_loss(sums, loss)
         own: Sums = {}
         add_loss(own, loss)

@@ -1,7 +1,8 @@
 """Prompts: admits prompt groups, one against each credit, in the order of their group ids.
 
 Invariant: group k of a run is the row at position k of the data set's order, whatever happened before: each credit
-says which k it is for. Ends when the edges close; admits nothing more once the user asks to stop.
+says which k it is for. Ends when the edges close, or after `epochs` passes over the data, which it tells where an edge
+carries that; admits nothing more once the user asks to stop.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from flowrl.data.prompts import PromptData, PromptSet, load_prompts, load_tokeni
 from flowrl.errors import DataError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
-from flowrl.messages import Buffer, Credit, Prompt
+from flowrl.messages import Buffer, Credit, End, Prompt
 from flowrl.telemetry.causes import Cause
 
 if TYPE_CHECKING:
@@ -26,16 +27,20 @@ class Prompts(Stage):
     class Config(StageConfig):
         """Settings of the prompts node."""
 
+    optional = frozenset({"ended"})
     credits: In[Credit]
     prompts: Out[Prompt]
+    ended: Out[End]
 
-    def __init__(self, config: Config, *, model: str, data: PromptData, group_size: int, seed: int, room: int) -> None:
+    def __init__(self, config: Config, *, model: str, data: PromptData, group_size: int, seed: int, room: int,
+                 epochs: int = 0) -> None:  # fmt: skip
         self.config: Prompts.Config = config
         self.model = model
         self.data = data
         self.group_size = group_size
         self.seed = seed
         self.room = room  # tokens a prompt may have, so that a response still fits the generators' max_model_len
+        self.epochs = epochs  # passes over the data; 0: without end
 
     def check(self, say: Say) -> None:
         """Load the model's tokenizer and the data set; its longest prompt must fit the generators."""
@@ -55,9 +60,13 @@ class Prompts(Stage):
         """Admit groups until the edges close."""
         with context.clock.charge(Cause.START):
             rows = await context.compute(self.load)
+        num_groups = self.epochs * len(rows.train) if self.epochs else None
         while True:
             (group_id,) = (await self.credits.get()).groups
             if context.stopping.is_set():
+                return
+            if num_groups is not None and group_id >= num_groups:  # ids are given out in order: all others are admitted
+                await self.ended.put(End(version=num_groups))
                 return
             row = rows.row_at(group_id)
             prompt = Prompt(

@@ -1,4 +1,7 @@
-"""Reference: adds the frozen reference policy's log-probs of the sampled tokens. Replicas compete for groups."""
+"""Reference: adds a frozen model's log-probs of the sampled tokens: the policy as it began, or a teacher's.
+
+Replicas compete for groups.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from flowrl.config import Meta, widen
 from flowrl.data.models import prepare_model
+from flowrl.data.vocabulary import check_same_vocabulary
 from flowrl.engines.base import Training, TrainingConfig
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
 from flowrl.messages import Buffer, Referenced, Scored, extend
 from flowrl.stages.tokens import token_group
-from flowrl.stages.training import opened
+from flowrl.stages.training import check_adapter, opened
 from flowrl.telemetry.events import Span
 
 if TYPE_CHECKING:
@@ -19,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Reference(Stage):
-    """Scores sampled tokens with a frozen copy of the model."""
+    """Scores sampled tokens with a frozen model."""
 
     class Config(Training):
         """Settings of the reference node; nothing is trained, so the learning rate and schedule are not used."""
@@ -32,14 +36,18 @@ class Reference(Stage):
     scored: In[Scored]
     referenced: Out[Referenced]
 
-    def __init__(self, config: Config, *, model: str, temperature: float) -> None:
+    def __init__(self, config: Config, *, model: str, temperature: float, policy: str = "") -> None:
         self.config: Reference.Config = config
         self.model = model
+        self.policy = policy  # the model whose tokens it reads; "": its own
         self.temperature = temperature
 
     def check(self, say: Say) -> None:
-        """Prepare the model."""
-        prepare_model(self.model, say=say)
+        """Prepare the model, which must read the policy's tokens."""
+        check_adapter(self.config, "reference")
+        directory = prepare_model(self.model, say=say)
+        if self.policy:
+            check_same_vocabulary(prepare_model(self.policy, say=say), directory, "reference_model")
 
     def _settings(self) -> TrainingConfig:
         model = str(prepare_model(self.model))

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import math
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from flowrl.config import Meta, widen
 from flowrl.data.models import prepare_model
+from flowrl.data.prompts import load_tokenizer
+from flowrl.data.steps import StepFinder
 from flowrl.engines.base import Training, TrainingConfig, open_engine
-from flowrl.errors import ConfigError, ModelError, RewardError
+from flowrl.errors import ConfigError, RewardError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
-from flowrl.messages import Rollouts, Scored, extend
+from flowrl.messages import Buffer, Prompt, Rollouts, Scored, extend
 from flowrl.rewards.adapters import Adapter
 from flowrl.rewards.function import RewardFunction
 from flowrl.rewards.isolated import IsolatedFunction, check_loads
 from flowrl.rewards.worker import Opening
-from flowrl.stages.tokens import token_group
+from flowrl.stages.model_scores import SequenceScores, StepScores, read_normalisation
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.events import Notice, Span
 from flowrl.telemetry.quarantine import quarantine
@@ -135,9 +135,11 @@ class Reward(Stage):
 
 
 class RewardModel(Stage):
-    """Scores whole sequences with a reward model (Hugging Face sequence classification, one label).
+    """Scores sequences, or their steps, with a reward model (Hugging Face sequence classification, one label).
 
-    A model that was trained on this policy's tokenizer: it reads the sampled token ids as they are.
+    A model that was trained on this policy's tokenizer: it reads the sampled token ids as they are. With level=step it
+    is a process reward model (flowrl.algorithms.process trains one): each step earns the probability that it is right,
+    at its last token, and a sample's score is what its steps earn.
     """
 
     class Config(Training):
@@ -145,8 +147,13 @@ class RewardModel(Stage):
 
         name: str = ""  # of the score; "" takes the node's name
         weight: float = 1.0
-        clip: Annotated[float, Meta(gt=0)] = 10.0  # scores beyond +- clip are clipped (OpenRLHF paper, section 3.3)
-        normalise: bool = True  # by the mean and std in the model's config.json, where it has them
+        level: Literal["sequence", "step"] = "sequence"
+        # level=sequence: scores beyond +- clip are clipped (OpenRLHF paper, section 3.3)
+        clip: Annotated[float, Meta(gt=0)] = 10.0
+        normalise: bool = True  # level=sequence: by the mean and std in the model's config.json, where it has them
+        step_separator: str = "\n"  # level=step: ends a step, as data.step_separator when the model was trained
+        # level=step: of what a sample's steps earn; with their sum more steps earn more
+        step_total: Literal["mean", "sum"] = "mean"
         engine: str = "flowrl.engines.torch:SequenceScoringEngine"
 
     rollouts: In[Rollouts]
@@ -159,14 +166,20 @@ class RewardModel(Stage):
     def check(self, say: Say) -> None:
         """Prepare the model."""
         directory = prepare_model(self.model, say=say)
-        if self.config.normalise:
-            read_normalisation(directory)
+        self._scorer(directory, "reward model")
+
+    def _scorer(self, directory: Path, where: str) -> SequenceScores | StepScores:
+        if self.config.level == "step":
+            finder = StepFinder(load_tokenizer(directory), self.config.step_separator)
+            return StepScores(self.config, where, finder)
+        mean, std = read_normalisation(directory) if self.config.normalise else (0.0, 1.0)
+        return SequenceScores(self.config, where, mean, std)
 
     async def run(self, context: Context) -> None:
         """Score groups until the edge closes."""
         with context.clock.charge(Cause.START):
             directory = await context.compute(prepare_model, self.model)
-            mean, std = read_normalisation(directory) if self.config.normalise else (0.0, 1.0)
+            scorer: Any = await context.compute(self._scorer, directory, context.where)
             settings = widen(TrainingConfig, self.config, model=str(directory), head="value")
             engine = open_engine(self.config.engine, where=context.where, config=settings,
                                  **self.config.engine_options)  # fmt: skip
@@ -175,38 +188,16 @@ class RewardModel(Stage):
         try:
             async for group in self.rollouts:
                 start_s = context.now()
-                raw = await context.compute(engine.score_sequences, token_group(group))
-                scores = [self._weighted((score - mean) / std, context, group) for score in raw]
-                await self.scored.put(add_scores(group, name, scores))
+                found = await context.compute(*scorer.call(engine, group))
+                await self.scored.put(add_scores(group, name, *scorer.scores(found, group)))
                 context.done += 1
                 context.recorder.record(score_span(context, start_s, [group]))
         finally:
             await context.compute(engine.close)
 
-    def _weighted(self, score: float, context: Context, group: Rollouts) -> float:
-        if not math.isfinite(score):
-            remedy = "check the model and its dtype"
-            raise RewardError(context.where, f"{self.model} scored a sample of group {group.group_id} {score}", remedy)
-        return self.config.weight * max(-self.config.clip, min(self.config.clip, score))
 
-
-def read_normalisation(directory: Path) -> tuple[float, float]:
-    """Return the mean and std of a reward model's scores as its config.json states them, else 0 and 1.
-
-    Raises:
-        ModelError: they are there and not usable.
-    """
-    settings = json.loads((directory / "config.json").read_bytes())
-    mean, std = settings.get("mean", 0.0), settings.get("std", 1.0)
-    usable = all(isinstance(value, int | float) and math.isfinite(value) for value in (mean, std))
-    if not usable or std <= 0:
-        what = f"its config.json has mean={mean!r} and std={std!r}"
-        raise ModelError(f"model {directory}", what, "a reward model's are numbers, std above 0; set normalise=false")
-    return float(mean), float(std)
-
-
-def add_scores(group: Rollouts, name: str, scores: list[float]) -> Scored:
-    """Return the group with one more named score per sample.
+def add_scores(group: Rollouts, name: str, scores: list[float], placed: list[Buffer] | None = None) -> Scored:
+    """Return the group with one more named score per sample; `placed` says which part of it which token earned.
 
     Raises:
         ConfigError: it has a score of that name.
@@ -214,22 +205,30 @@ def add_scores(group: Rollouts, name: str, scores: list[float]) -> Scored:
     known = group.scores if isinstance(group, Scored) else {}
     if name in known:
         raise ConfigError(f"score {name!r}", "two nodes in a row give it", "set the name of one of them")
-    return extend(Scored, group, scores={**known, name: scores})
+    if placed is None:
+        return extend(Scored, group, scores={**known, name: scores})
+    if isinstance(group, Scored) and group.placed is not None:
+        both = zip(group.placed, placed, strict=True)
+        placed = [Buffer.floats(before.numpy() + more.numpy()) for before, more in both]
+    return extend(Scored, group, scores={**known, name: scores}, placed=placed)
 
 
 async def give_up(
-    rollouts: In[Rollouts],
+    port: In[Any],
     context: Context,
-    group: Rollouts,
+    group: Prompt,
     error: RewardError,
     *,
     on_error: Literal["skip", "stop"],
 ) -> None:
-    """Keep a group that could not be scored on disk, then reject it, or raise the error where `on_error` is "stop"."""
+    """Keep a group that could not be scored on disk, then reject it, or raise the error where `on_error` is "stop".
+
+    `port` is the one that the group came in at.
+    """
     path = quarantine(context.run_dir, group.group_id, group, where=context.where, error=error)
     if on_error == "stop":
         raise error
-    await rollouts.reject(group, kind="failed", reason=str(error))
+    await port.reject(group, kind="failed", reason=str(error))
     text = f"group {group.group_id} failed ({error}); its input is in {path}"
     context.recorder.record(Notice(level="warning", where=context.where, text=text, time_s=context.now()))
 

@@ -1,14 +1,16 @@
 """Checkpoints as learners write them: the model, their own state, every other node's part, where the flow stood.
 
 Invariants: all parts are of one version, between the same two steps; a checkpoint is whole or not there; while the
-disk is full the run waits for room and says so, unless the user has asked to stop. Called by Learner and
-OfflineLearner.
+disk is full the run waits for room and says so, unless the user has asked to stop. Called by Learner, OfflineLearner
+and Writer; the other stateful nodes answer with `add_state`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowrl.engines.checkpoint import CheckpointWriter
@@ -18,22 +20,41 @@ from flowrl.stages.training import save_state
 from flowrl.telemetry.events import Notice, Span
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
     from flowrl.engines.base import TrainingEngine
-    from flowrl.graph.ports import Out
+    from flowrl.graph.ports import In, Out
     from flowrl.graph.stage import Context
 
 ROOM_RETRY_S = 30.0  # between two looks at a full disk
 
 
 async def save_checkpoint(
-    context: Context, engine: TrainingEngine, *, card: str, keep: int, score: float, saves: Out[Save] | None = None
+    context: Context,
+    engine: TrainingEngine,
+    *,
+    card: str,
+    keep: int,
+    score: float,
+    saves: Out[Save] | None = None,
+    notes: dict[str, float] | None = None,
 ) -> None:
     """Write the checkpoint of `context.version`, with the part of every node that `saves` leads to.
 
-    `card` is the model card's text with {name} and {version} open; `score` is what the best checkpoint goes by. Waits
-    for those nodes, and for room on a full disk.
+    `card` is the model card's text with {name} and {version} open, `notes` go into the model's config.json; for the
+    rest see `save_parts`.
+    """
+    filled = card.format(name=context.run_dir.name, version=context.version)
+    write_own = partial(_write_own, engine, context.node, context.version, filled, notes or {})
+    await save_parts(context, write_own, keep=keep, score=score, saves=saves)
+
+
+async def save_parts(
+    context: Context, write_own: Callable[[Path], None], *, keep: int, score: float, saves: Out[Save] | None = None
+) -> None:
+    """Write the checkpoint of `context.version`: what `write_own` puts into it, and every other node's part.
+
+    `score` is what the best checkpoint goes by. Waits for the nodes that `saves` leads to, and for room on a full disk.
 
     Raises:
         ResourceError: the disk is full and the user asked to stop.
@@ -41,7 +62,7 @@ async def save_checkpoint(
     writer = CheckpointWriter(context.run_dir / "checkpoints", keep=keep)
     while True:
         try:
-            path = await _write(context, engine, writer, card=card, score=score, saves=saves)
+            path = await _write(context, write_own, writer, score=score, saves=saves)
             break
         except ResourceError as error:
             if context.stopping.is_set():
@@ -53,7 +74,7 @@ async def save_checkpoint(
     context.recorder.record(Notice(level="info", where=context.where, text=text, time_s=context.now()))
 
 
-async def _write(context: Context, engine: TrainingEngine, writer: CheckpointWriter, *, card: str, score: float,
+async def _write(context: Context, write_own: Callable[[Path], None], writer: CheckpointWriter, *, score: float,
                  saves: Out[Save] | None) -> Path:  # fmt: skip
     start_s, version = context.now(), context.version
     aside = await context.compute(writer.begin, version)
@@ -61,8 +82,7 @@ async def _write(context: Context, engine: TrainingEngine, writer: CheckpointWri
         async with asyncio.TaskGroup() as parts:
             if saves is not None and saves.is_connected:
                 parts.create_task(saves.put(Save(version=version, directory=str(aside))))
-            filled = card.format(name=context.run_dir.name, version=version)
-            await context.compute(_write_own, engine, aside, context.node, version, filled)
+            await context.compute(write_own, aside)
     except ExceptionGroup as errors:
         failed, others = errors.split((OSError, RuntimeError, RunError))
         if failed is None or others is not None:
@@ -77,6 +97,27 @@ async def _write(context: Context, engine: TrainingEngine, writer: CheckpointWri
     return path
 
 
-def _write_own(engine: TrainingEngine, aside: Path, node: str, version: int, card: str) -> None:
+async def add_state(
+    saves: In[Save], context: Context, boundary: asyncio.Condition, write: Callable[[Path, int], None]
+) -> None:
+    """Add this node's part to every checkpoint until the edge closes, once it has come as far as the learner.
+
+    `boundary` is held while `write(directory, version)` runs, and is notified whenever `context.version` has grown.
+    """
+    if not saves.is_connected:
+        return
+    async for save in saves:
+        async with boundary:
+            await boundary.wait_for(lambda version=save.version: context.version >= version)
+            await context.compute(write, Path(save.directory) / context.node, save.version)
+        await saves.done(save)
+
+
+def _write_own(
+    engine: TrainingEngine, node: str, version: int, card: str, notes: dict[str, float], aside: Path
+) -> None:
     engine.save_model(aside / "model", card=card)
+    settings = aside / "model" / "config.json"
+    if notes and settings.is_file():
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | notes, indent=2) + "\n")
     save_state(engine, aside / node, version)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flowrl.engines.base import TokenGroup
-from flowrl.messages import Buffer, Example, Referenced, Rollouts, Samples
+from flowrl.messages import Buffer, Example, Referenced, Rollouts, Sample, Samples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 def token_group(group: Rollouts, **columns: list[Buffer]) -> TokenGroup:
     """Return a group's tokens with every per-token column it carries, and `columns` besides."""
     known: dict[str, list[Buffer]] = {"behaviour": [sample.logprobs for sample in group.samples]}
+    if any(sample.mask is not None for sample in group.samples):
+        known["mask"] = [mask_of(sample) for sample in group.samples]
     if isinstance(group, Referenced):
         known["reference"] = group.ref_logprobs
     if isinstance(group, Samples):
@@ -32,6 +34,11 @@ def token_group(group: Rollouts, **columns: list[Buffer]) -> TokenGroup:
         responses=[sample.token_ids for sample in group.samples],
         columns={**known, **columns},
     )
+
+
+def mask_of(sample: Sample) -> Buffer:
+    """Return 1 for each token that the policy sampled and 0 for each that an environment wrote."""
+    return _constant(1.0, len(sample.token_ids)) if sample.mask is None else sample.mask
 
 
 def example_group(example: Example, *, mismatched: bool = False) -> TokenGroup:

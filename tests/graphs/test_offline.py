@@ -7,12 +7,14 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from flowrl.engines.torch import SequenceScoringEngine, TorchEngine
 from flowrl.graph.program import load_program
 from flowrl.runtime.local import LocalOptions, run_local
 from flowrl.runtime.supervisor import newest_start
+from flowrl.stages.model_scores import read_normalisation
 from flowrl.telemetry.events import Evaluation, Event, Step
 from tests.support.command import ROOT
 from tests.support.offline import Rows, example_row
@@ -187,7 +189,16 @@ def test_a_reward_model_separates_its_pairs_and_scores_as_a_stage_does(engine: s
         group = TokenGroup(prompt_ids=Buffer.ints(row.prompt_ids), responses=[Buffer.ints(r) for r in row.responses])
         chosen, rejected = scorer.score_sequences(group)
         assert chosen > rejected
+    heldout = [
+        score
+        for row in rows.heldout
+        for score in scorer.score_sequences(
+            TokenGroup(prompt_ids=Buffer.ints(row.prompt_ids), responses=[Buffer.ints(r) for r in row.responses])
+        )
+    ]
     scorer.close()
+    mean, std = read_normalisation(ran.model)
+    assert (mean, std) == (pytest.approx(np.mean(heldout), abs=1e-4), pytest.approx(np.std(heldout), abs=1e-4))
 
 
 def test_a_process_reward_model_judges_steps_as_labelled(runner: Runner):
@@ -212,6 +223,20 @@ def test_distillation_brings_the_student_towards_another_teacher(direction: str,
     )  # fmt: skip
     assert ran.curve("kl")[-1] < 0.5 * ran.curve("kl")[0]
     assert len(set(ran.curve("teacher_nll"))) == 1
+
+
+def test_a_teachers_whole_distribution_is_learned(runner: Runner, tmp_path: Path):
+    teacher = tiny_model(tmp_path / "teacher", seed=7)
+    ran = runner(
+        "sft", random_rows(6, responses=1), steps=15,
+        objective="flowrl.algorithms.full_distillation:FullDistillation",
+        **{"objective.teacher": teacher, "objective.mix": 1.0},
+    )  # fmt: skip
+    assert ran.curve("kl")[-1] < 0.5 * ran.curve("kl")[0]
+    assert ran.curve("kl") == pytest.approx(ran.curve("loss"))
+    before, after = (sum(sum(row) for row in evaluation.scores) for evaluation in ran.evaluations)
+    assert ran.steps[-1].metrics["heldout.kl"] == pytest.approx(-after / 2, rel=0.5)
+    assert before < after < 0.0, "nearer on what it was not trained on, too"
 
 
 @pytest.mark.parametrize(("graph", "responses"), [("sft", 1), ("preference", 2), ("reward_model", 2)])

@@ -154,8 +154,12 @@ def test_kto_by_hand():
     assert same(KTO(beta=1.0, desirable_weight=3.0).loss(good).total, 3.0 / (1.0 + math.exp(0.5)))
     assert same(KTO(beta=1.0).loss(bad).total, 1.0 / (1.0 + math.exp(-0.5)))
     assert float(gradient_of(KTO().loss(good).total, good)) < 0 < float(gradient_of(KTO().loss(bad).total, bad))
-    assert metrics_of(KTO(beta=2.0), good) == {"accuracy": 1.0, "reward.desirable": 2.0, "reference_point": 0.5}
-    assert metrics_of(KTO(beta=2.0), bad) == {"accuracy": 0.0, "reward.undesirable": 2.0, "reference_point": 0.5}
+    assert metrics_of(KTO(beta=2.0), good) == {
+        "desirable_frac": 1.0, "accuracy": 1.0, "reward.desirable": 2.0, "reference_point": 0.5,
+    }  # fmt: skip
+    assert metrics_of(KTO(beta=2.0), bad) == {
+        "desirable_frac": 0.0, "accuracy": 0.0, "reward.undesirable": 2.0, "reference_point": 0.5,
+    }  # fmt: skip
 
 
 def test_the_reference_point_is_the_mean_log_ratio_but_never_below_0():

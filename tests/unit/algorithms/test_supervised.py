@@ -8,10 +8,15 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from flowrl.algorithms.base import LossBatch, Objective
+from flowrl.algorithms.base import CreditBatch, LossBatch, Objective
+from flowrl.algorithms.corrections import Correction
 from flowrl.algorithms.distillation import Distillation
+from flowrl.algorithms.on_policy_distillation import OnPolicyDistillation
+from flowrl.algorithms.pretraining import Pretraining
 from flowrl.algorithms.process import Process
 from flowrl.algorithms.sft import SFT
+from flowrl.config import Select
+from flowrl.errors import ConfigError
 from tests.support import slow_preference as slow
 from tests.support.pair_batches import pair_batch
 from tests.support.slow_algorithms import gradient
@@ -121,3 +126,64 @@ def test_a_student_far_from_the_teacher_still_moves_towards_it(direction: Direct
     assert torch.isfinite(found).all()
     if (direction, drawn_by) != ("reverse", "teacher"):  # there the weight is the student's own probability
         assert float(found) <= -1.0 + 1e-6
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_pretraining_loss_is_the_weighted_likelihood_of_texts(seed: int):
+    batch = pair_batch(seed)
+    masks = mask_rows(batch.mask_BT)
+    assert_equals_slow(Pretraining(coef=0.3), batch, lambda lp: (0.3 * slow.sft(lp, masks)[0], slow.sft(lp, masks)[1]))
+    assert same(Pretraining(coef=0.3).loss(batch).metrics["nll"][0], slow.sft(rows_of(batch.logprobs_BT), masks)[0])
+
+
+def distilled(
+    algorithm: OnPolicyDistillation, student: torch.Tensor, teacher: torch.Tensor, behaviour: torch.Tensor
+) -> torch.Tensor:
+    """The loss of every token of a vocabulary, weighted by its probability under the policy that draws."""
+    total = torch.zeros(())
+    for token in range(len(student)):
+        rows = [each[token].detach().reshape(1, 1) for each in (behaviour, teacher, student)]
+        credited = algorithm.credit(CreditBatch(torch.zeros(1), torch.ones(1, 1), rows[0], rows[1]))
+        columns = {"behaviour": rows[0], "proximal": rows[2], "advantages": credited.advantages_BT}
+        total = (
+            total
+            + behaviour[token].exp()
+            * algorithm.loss(LossBatch(student[token].reshape(1, 1), torch.ones(1, 1), columns)).total
+        )
+    return total
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("is_stale", [False, True])
+def test_on_policy_distillation_has_the_gradient_of_the_reverse_kl_in_the_mean(is_stale: bool, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(5, generator=generator, requires_grad=True)
+    teacher = torch.randn(5, generator=generator).log_softmax(0)
+    student = logits.log_softmax(0)
+    behaviour = (torch.randn(5, generator=generator) if is_stale else logits.detach()).log_softmax(0)
+    # A decoupled correction makes samples of an older policy count as the policy's own; their gap stays the older's.
+    algorithm = OnPolicyDistillation(correction=Correction(kind="decoupled"))
+    (found,) = torch.autograd.grad(distilled(algorithm, student, teacher, behaviour), [logits])
+    target = teacher if not is_stale else (teacher - behaviour + student.detach())
+    expected = slow.divergence_gradient(student.detach().double().tolist(), target.double().tolist(), "reverse")
+    assert same(found, expected, 2e-6)
+
+
+def test_a_policy_that_is_its_teacher_has_nothing_to_distil_and_a_reward_still_counts():
+    flat_BT = torch.full((2, 3), -1.0)
+    group = CreditBatch(torch.tensor([1.0, 0.0]), torch.ones(2, 3), flat_BT, flat_BT)
+    assert not OnPolicyDistillation().credit(group).advantages_BT.any()
+    rewarded = OnPolicyDistillation(reward_coef=0.5)
+    assert rewarded.credit(group).advantages_BT.tolist() == [[0.25] * 3, [-0.25] * 3]
+    assert rewarded.needs_group
+    assert not OnPolicyDistillation().needs_group
+
+
+def test_distillation_without_a_teacher_or_with_a_penalty_beside_it_is_refused():
+    group = CreditBatch(torch.zeros(1), torch.ones(1, 1), torch.zeros(1, 1))
+    with pytest.raises(ConfigError, match="add a reference node with the teacher"):
+        OnPolicyDistillation().credit(group)
+    with pytest.raises(ConfigError, match="the reference is the teacher"):
+        Select(use="flowrl.algorithms.on_policy_distillation:OnPolicyDistillation", options={"kl": {"coef": 0.1}}).load(
+            "algorithm"
+        )

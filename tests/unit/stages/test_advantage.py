@@ -55,7 +55,7 @@ def test_groups_without_contrast_are_filtered_and_never_learned(tmp_path: Path) 
         heldout_sampling=Sampling(),
     )
     rewarder = Rewarder(Rewarder.Config())
-    advantage = Advantage(Advantage.Config(), algorithm=DAPO, group_size=2)
+    advantage = Advantage(Advantage.Config(), algorithm=DAPO, group_size=2, groups_per_step=GROUPS)
     learner = Learner(
         Learner.Config(engine="flowrl.engines.fake:FakeTraining", save_rollouts=False),
         model=stand_in_model(), algorithm=DAPO, steps=STEPS, groups_per_step=GROUPS, group_size=2, max_staleness=1,
@@ -67,7 +67,7 @@ def test_groups_without_contrast_are_filtered_and_never_learned(tmp_path: Path) 
         edges=[
             Queue(prompts.prompts, generator.prompts, depth=4),
             Queue(generator.rollouts, rewarder.rollouts, depth=4),
-            Queue(rewarder.referenced, advantage.referenced, depth=4),
+            Queue(rewarder.referenced, advantage.referenced, depth=4, window=1),
             Queue(advantage.samples, learner.samples, depth=4, window=1, max_staleness=1),
             Latest(learner.weights, generator.weights),
             Credits(learner.released, prompts.credits, initial=4, per_version=GROUPS),

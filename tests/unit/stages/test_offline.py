@@ -135,7 +135,7 @@ def test_the_reference_point_is_one_number_for_the_step_from_mismatched_tokens_u
 
 def test_measuring_adds_up_over_examples_and_scores_each():
     groups = [example_group(example_of(row, 0, None)) for row in NUMBERED.train[:2]]
-    metrics, scores = measure(Scores(), SFT(), groups)  # type: ignore[arg-type]
+    metrics, scores = measure(SFT(), groups, Scores().score(groups))
     lengths = [[len(response) for response in row.responses] for row in NUMBERED.train[:2]]
     assert scores == [pytest.approx(sum(n * n for n in row) / sum(row)) for row in lengths]
     flat = [n for row in lengths for n in row]
@@ -148,6 +148,9 @@ def test_measuring_adds_up_over_examples_and_scores_each():
         (DPO(), example_row([1], [[2]], []), True, "rows:1: DPO compares pairs"),
         (DPO(), example_row([1], [[2], [3]], []), False, "needs the column 'reference'"),
         (KTO(), example_row([1], [[2]], []), True, "needs the column 'label'"),
+        (KTO(), example_row([1], [[2], [3]], [0.0, 0.0]), True, "take DPO for pairs"),
+        (KTO(), example_row([1], [[2]], [1.0]), True, "all 1 responses are labelled good, but KTO needs bad ones"),
+        (KTO(), example_row([1], [[2]], [0.0]), True, "labelled bad, but KTO needs good ones"),
         (Process(), example_row([1], [[2]], []), False, "needs the column 'step_label'"),
         (SFT(), example_row([1], [[2, 3]], [], masks=[[0, 0]]), False, "finds nothing to learn"),
         (SFT(), example_row([1], [[2]], [1.0, 2.0]), False, "has 2 labels for 1 responses"),
@@ -163,7 +166,19 @@ def test_data_that_an_objective_cannot_learn_from_is_refused(
 
 @pytest.mark.parametrize("objective", [SFT(), DPO(), KTO()])
 def test_data_that_fits_is_taken(objective: Objective):
-    try_rows(objective, NUMBERED.train, has_reference=True)
+    rows = NUMBERED.train
+    if isinstance(objective, KTO):
+        rows = [example_row([k], [[2]], [float(k % 2)]) for k in range(4)]
+    try_rows(objective, rows, has_reference=True)
+
+
+def test_a_step_of_one_example_cannot_hold_both_kinds():
+    learner = OfflineLearner(
+        OfflineLearner.Config(), model=stand_in_model(), objective=Select(use="flowrl.algorithms.kto:KTO"), steps=1,
+        examples_per_step=1, num_heldout=0,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="examples_per_step: 1 never holds both"):
+        learner.check(lambda _: None)
 
 
 @pytest.mark.parametrize("use", ["flowrl.algorithms.ppo:PPO", "flowrl.algorithms.policy:KL"])

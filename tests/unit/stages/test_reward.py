@@ -10,7 +10,8 @@ import pytest
 
 from flowrl.errors import ConfigError, ModelError, RewardError
 from flowrl.runtime.timed_graph import stand_in_model
-from flowrl.stages.reward import Reward, RewardModel, read_normalisation
+from flowrl.stages.model_scores import read_normalisation
+from flowrl.stages.reward import Reward, RewardModel
 from flowrl.telemetry.events import Notice, Span
 from tests.support.alone import rollouts, run_alone
 

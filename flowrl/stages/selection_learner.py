@@ -1,0 +1,52 @@
+"""Selection learner: an offline objective on what the policy has just sampled, its versions sent to the generators.
+
+Rejection sampling is SFT on the best of n samples, iterative DPO is DPO on the best and the worst; both repeat with the
+newest policy while the next samples are drawn. Everything else is the learner's: order, staleness, credits, versions,
+checkpoints. As there, log-probs are those of the distribution that is sampled from (`temperature`). The tokens are the
+sampled ones: a response that was cut is not given an end.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flowrl.config import Select
+from flowrl.data.examples import ExampleRow
+from flowrl.graph.ports import In
+from flowrl.messages import Scored
+from flowrl.stages.examples import load_objective, try_rows, with_teacher
+from flowrl.stages.learner import Learner
+
+if TYPE_CHECKING:
+    from flowrl.algorithms.base import Objective
+    from flowrl.graph.stage import Context, Say
+
+
+class SelectionLearner(Learner):
+    """Trains the policy with an offline objective on selected samples."""
+
+    samples: In[Scored]  # pyright: ignore[reportIncompatibleVariableOverride]  # takes every message the learner takes
+
+    def __init__(self, config: Learner.Config, *, model: str, objective: Select, steps: int, groups_per_step: int,
+                 num_samples: int, has_reference: bool, max_staleness: int, temperature: float) -> None:  # fmt: skip
+        super().__init__(config, model=model, algorithm=objective, steps=steps, groups_per_step=groups_per_step,
+                         group_size=num_samples, max_staleness=max_staleness, temperature=temperature,
+                         has_critic=False)  # fmt: skip
+        self.num_samples = num_samples  # of each group that are learned
+        self.has_reference = has_reference  # whether the graph adds a reference's log-probs
+
+    def check(self, say: Say) -> None:
+        """Prepare the model and try the objective on a group as it will come."""
+        super().check(say)
+        with_teacher(self.algorithm, say=say)
+        row = ExampleRow(prompt_ids=[1], responses=[[2 + k] for k in range(self.num_samples)], index=0, place="select")
+        try_rows(self.load_objective(), [row], has_reference=self.has_reference)
+
+    async def run(self, context: Context) -> None:
+        """Train until the last version is published, acknowledged and saved, or the user asks to stop."""
+        self.algorithm = await context.compute(with_teacher, self.algorithm)
+        await super().run(context)
+
+    def load_objective(self) -> Objective:
+        """Return what is minimised."""
+        return load_objective(self.algorithm)

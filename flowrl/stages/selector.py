@@ -1,0 +1,96 @@
+"""Selector: keeps of a group's samples the best one, or the best and the worst as a pair, for the learner behind it.
+
+Best of n is what rejection sampling learns from (RAFT, 2304.06767; Llama 2, 2307.09288, section 3.2.3), the pair what
+iterative DPO does. Invariant: a group leaves with the samples to learn from, the best one first, or is rejected as
+filtered with the reason: the best is not good enough, or the two do not differ. Its credit then returns and its place
+is skipped. What the policy's rewards are without the selection stands in the group's metrics. Replicas compete for
+groups. `choose` is also how the writer of graphs/generate.py selects.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import msgspec
+
+from flowrl.config import Meta
+from flowrl.graph.ports import In, Out
+from flowrl.graph.stage import Stage, StageConfig
+from flowrl.messages import Referenced, Scored
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from flowrl.graph.stage import Context
+
+Take = Literal["best", "pair"]
+
+
+class Selection(StageConfig):
+    """Settings of a node that selects among a group's samples by their rewards."""
+
+    min_reward: float | None = None  # groups whose best sample has less are filtered
+    min_gap: Annotated[float, Meta(ge=0)] = 0.0  # pairs whose rewards differ by no more than this are filtered
+
+
+class Selector(Stage):
+    """Keeps the best sample of a group, or the best and the worst."""
+
+    class Config(Selection):
+        """Settings of the select node."""
+
+    scored: In[Scored]
+    selected: Out[Scored]
+
+    def __init__(self, config: Config, *, take: Take) -> None:
+        self.config: Selector.Config = config
+        self.take: Take = take
+
+    async def run(self, context: Context) -> None:
+        """Select until the edge closes."""
+        async for group in self.scored:
+            places, reason = choose(group, self.take, self.config, range(len(group.samples)))
+            if reason:
+                await self.scored.reject(group, kind="filtered", reason=reason)
+                continue
+            await self.selected.put(narrowed(group, places))
+            context.done += 1
+
+
+def choose(group: Scored, take: Take, rules: Selection, candidates: Sequence[int]) -> tuple[list[int], str]:
+    """Return the places of the samples to take, the best first, or why there is nothing to take.
+
+    Of equal rewards the first counts. Rewards [0.2, 1.0, 0.5] give [1] with take=best and [1, 0] with take=pair.
+    """
+    if not candidates:
+        return [], f"none of {len(group.samples)} samples can be taken"
+    rewards = group.rewards
+    best = max(candidates, key=lambda place: rewards[place])
+    worst = min(candidates, key=lambda place: rewards[place])
+    if rules.min_reward is not None and rewards[best] < rules.min_reward:
+        return [], f"the best of {len(candidates)} rewards is {rewards[best]:g}, below min_reward={rules.min_reward:g}"
+    if take == "best":
+        return [best], ""
+    gap = rewards[best] - rewards[worst]
+    if gap <= rules.min_gap:
+        return [], f"rewards from {rewards[worst]:g} to {rewards[best]:g} differ by no more than {rules.min_gap:g}"
+    if group.samples[best].token_ids == group.samples[worst].token_ids:
+        return [], f"the best and the worst are the same tokens, rewarded {rewards[best]:g} and {rewards[worst]:g}"
+    return [best, worst], ""
+
+
+def narrowed(group: Scored, places: Sequence[int]) -> Scored:
+    """Return the group with the samples at these places only, and the figures of all of them as metrics."""
+    rewards = group.rewards
+    metrics = {"reward.sampled": sum(rewards) / len(rewards), "reward.best": max(rewards)}
+    narrow = msgspec.structs.replace(
+        group,
+        samples=[group.samples[place] for place in places],
+        scores={name: [scores[place] for place in places] for name, scores in group.scores.items()},
+        placed=None if group.placed is None else [group.placed[place] for place in places],
+        metrics={**group.metrics, **metrics},
+    )
+    if isinstance(narrow, Referenced):
+        logprobs = [narrow.ref_logprobs[place] for place in places]
+        narrow = msgspec.structs.replace(narrow, ref_logprobs=logprobs)
+    return narrow

@@ -1,0 +1,207 @@
+"""Writer: puts scored samples into JSONL files, in the order of the prompts, and ends when every prompt has been.
+
+What it takes of a group (`take`) makes the format: every sample, or the best one, as prompt-completion rows; the best
+and the worst as a preference row. Responses that were cut are candidates for neither, for as text they would be given
+an end. Invariants: file k holds the groups that the ledger says were learned in step k, `groups_per_file` of them or
+what is left; it is on the disk before they are settled, and a checkpoint follows it; files of a history that was given
+up are deleted. So each group is written exactly once, or is in the ledger as filtered or failed. Its return ends the
+run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from flowrl.config import Meta
+from flowrl.data.prompts import PromptData
+from flowrl.data.written import asked_and_answered, write_rows
+from flowrl.engines.checkpoint import read_version, write_version
+from flowrl.graph.ports import In, Out
+from flowrl.graph.stage import Stage
+from flowrl.messages import Credit, End, Referenced, Scored
+from flowrl.stages.saving import save_parts
+from flowrl.stages.selector import Selection, choose
+from flowrl.stages.step import step_metrics
+from flowrl.telemetry.causes import Cause
+from flowrl.telemetry.events import Notice, Span, Step
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from flowrl.graph.stage import Context
+
+
+class Writer(Stage):
+    """Writes samples with their rewards."""
+
+    class Config(Selection):
+        """Settings of the writer node."""
+
+        take: Literal["all", "best", "pair"] = "all"  # of each group's samples
+        groups_per_file: Annotated[int, Meta(ge=1)] = 64
+
+    is_stateful = True
+    scored: In[Scored]
+    ended: In[End]
+    released: Out[Credit]
+
+    def __init__(self, config: Config, *, data: PromptData) -> None:
+        self.config: Writer.Config = config
+        self.data = data
+        self._num_groups: int | None = None  # of the whole run, once the source has said so
+        self._num_files = 0  # of the whole run, as far as it is known
+
+    async def run(self, context: Context) -> None:
+        """Write until every group has ended, or the user asks to stop."""
+        with context.clock.charge(Cause.START):
+            context.version = 0
+            if context.resume_from is not None:
+                context.version = await context.compute(read_version, context.resume_from / context.node)
+            await context.compute(forget_files, context.run_dir / "data", context.version)
+        ending = asyncio.Event()
+        async with asyncio.TaskGroup() as tasks:
+            waits = [tasks.create_task(self._await_end(ending)), tasks.create_task(_await_stop(context, ending))]
+            await self._write_files(context, ending)
+            for wait in waits:
+                wait.cancel()
+        text = f"{context.version} files are in {context.run_dir / 'data'}; data.source={context.run_dir} reads them"
+        context.recorder.record(Notice(level="info", where=context.where, text=text, time_s=context.now()))
+
+    async def _await_end(self, ending: asyncio.Event) -> None:
+        end = await self.ended.get()
+        self._num_groups = end.version
+        ending.set()
+        await self.ended.done(end)
+
+    async def _write_files(self, context: Context, ending: asyncio.Event) -> None:
+        is_last = False
+        while not is_last:
+            groups: list[Scored] = []
+            rows: list[dict[str, Any]] = []
+            start_s = context.now()
+            while len(groups) < self.config.groups_per_file and not is_last:
+                group = await self._next(context, ending, num_held=len(groups))
+                if group is None:
+                    is_last = True
+                elif found := await self._rows(group):
+                    groups.append(group)
+                    rows += found
+            if groups:
+                await self._write(context, groups, rows, start_s)
+        if context.version and self._num_groups is not None and self._num_files != context.version:
+            self._record_step(context, {})  # what was to come was filtered or failed
+
+    async def _next(self, context: Context, ending: asyncio.Event, *, num_held: int) -> Scored | None:
+        """Wait for a group; returns None once none is admitted any more and only those held here have not ended."""
+
+        async def drained() -> None:
+            await ending.wait()
+            await context.fewer_out(num_held + 1)
+
+        taking, draining = asyncio.ensure_future(self.scored.get()), asyncio.ensure_future(drained())
+        try:
+            await asyncio.wait([taking, draining], return_when=asyncio.FIRST_COMPLETED)
+            return taking.result() if taking.done() else None
+        finally:
+            for waiting in (taking, draining):
+                waiting.cancel()
+            await asyncio.gather(taking, draining, return_exceptions=True)
+
+    async def _rows(self, group: Scored) -> list[dict[str, Any]]:
+        """Return a group's rows, or none where it is filtered."""
+        if self.config.take == "all":
+            return [self._row(group, place) for place in range(len(group.samples))]
+        places, reason = choose(group, self.config.take, self.config, whole_answers(group))
+        if reason:
+            await self.scored.reject(group, kind="filtered", reason=reason)
+            return []
+        return [self._row(group, places[0]) if self.config.take == "best" else self._pair(group, *places)]
+
+    def _row(self, group: Scored, place: int) -> dict[str, Any]:
+        sample = group.samples[place]
+        prompt, completion = asked_and_answered(self.data, group.columns, sample.text)
+        logprobs = {"logprob": float(sample.logprobs.numpy().sum(dtype="float64"))}
+        if isinstance(group, Referenced):
+            logprobs["ref_logprob"] = float(group.ref_logprobs[place].numpy().sum(dtype="float64"))
+        return {
+            "prompt": prompt,
+            "completion": completion,
+            "reward": group.rewards[place],
+            **{f"score.{name}": scores[place] for name, scores in group.scores.items()},
+            **logprobs,
+            "num_tokens": len(sample.token_ids),
+            "finish": sample.finish,
+            "group_id": group.group_id,
+            "sample": place,
+            "row": group.columns,
+        }
+
+    def _pair(self, group: Scored, best: int, worst: int) -> dict[str, Any]:
+        prompt, chosen = asked_and_answered(self.data, group.columns, group.samples[best].text)
+        _, rejected = asked_and_answered(self.data, group.columns, group.samples[worst].text)
+        return {
+            "prompt": prompt,
+            "chosen": chosen,
+            "rejected": rejected,
+            "score_chosen": group.rewards[best],
+            "score_rejected": group.rewards[worst],
+            "group_id": group.group_id,
+            "row": group.columns,
+        }
+
+    async def _write(self, context: Context, groups: list[Scored], rows: list[dict[str, Any]], start_s: float) -> None:
+        version = context.version
+        await context.compute(write_rows, file_path(context.run_dir / "data", version), rows)
+        context.version += 1
+        context.done += len(groups)
+        ids = [group.group_id for group in groups]
+        await self.scored.done(*groups, learned_in=version)
+        await self.released.put(Credit(groups=ids))
+        context.recorder.record(
+            Span(node=context.node, replica=context.replica, name=f"file {version}", start_s=start_s,
+                 end_s=context.now(), groups=ids)
+        )  # fmt: skip
+        metrics = {**step_metrics(groups, [0] * len(groups)), "rows": float(len(rows))}
+        if ratios := [row["logprob"] - row["ref_logprob"] for row in rows if "ref_logprob" in row]:
+            metrics["kl"] = sum(ratios) / len(ratios)  # of whole responses, nats
+        num_to_come = None if self._num_groups is None else self._num_groups - ids[-1] - 1
+        self._record_step(context, metrics, num_to_come=num_to_come)
+        await save_parts(context, partial(_write_state, context.node, context.version), keep=1, score=0.0)
+
+    def _record_step(self, context: Context, metrics: dict[str, float], *, num_to_come: int | None = 0) -> None:
+        """Record a file as a step; `num_to_come` groups have not arrived, None where that is not known."""
+        num_more = 1 if num_to_come is None else -(-num_to_come // self.config.groups_per_file)
+        self._num_files = context.version + num_more
+        context.recorder.record(
+            Step(version=context.version, num_steps=self._num_files, time_s=context.now(), metrics=metrics)
+        )
+
+
+def whole_answers(group: Scored) -> list[int]:
+    """Return the places of the samples that came to their end and say something."""
+    return [place for place, sample in enumerate(group.samples) if sample.finish == "stop" and sample.text.strip()]
+
+
+async def _await_stop(context: Context, ending: asyncio.Event) -> None:
+    await context.stopping.wait()
+    ending.set()
+
+
+def _write_state(node: str, version: int, aside: Path) -> None:
+    (aside / node).mkdir()
+    write_version(aside / node, version)
+
+
+def file_path(directory: Path, number: int) -> Path:
+    """Return the file of a number; names begin as data.split does by default."""
+    return directory / f"train-{number:06d}.jsonl"
+
+
+def forget_files(directory: Path, first: int) -> None:
+    """Delete file `first` and later ones, of a history that was given up."""
+    number = first
+    while (path := file_path(directory, number)).exists():
+        path.unlink()
+        number += 1
