@@ -31,10 +31,10 @@ pytest_tier() {
 
 printf 'test: check, slow units, contracts, graphs, ray, README: about 14 minutes\n'
 tier check "1 min" bash scripts/check.sh
-tier "slow units" "4 min" python -m pytest tests/unit -m "slow and not gpu" --tb=short
+tier "slow units" "3 min" python -m pytest tests/unit -m "slow and not gpu" --tb=short --numprocesses 2
 pytest_tier contracts "3 min" "not gpu" --numprocesses 2 --dist loadfile
 pytest_tier graphs "2 min" "not gpu" --numprocesses 2 --dist loadfile
-pytest_tier ray "4 min"
+pytest_tier ray "4 min" "not gpu" --numprocesses 2 --dist loadfile
 if nvidia-smi -L >/dev/null 2>&1 && [[ -d tests/gpu ]]; then pytest_tier gpu "3 min" gpu; fi
 tier README "1 min" bash scripts/readme_commands.sh
 

@@ -203,9 +203,10 @@ def test_descent_raises_good_tokens_and_lowers_bad_ones(kind: type[Algorithm]):
 
 
 @every_algorithm
-def test_the_better_sample_is_worth_more(kind: type[Algorithm]):
+def test_the_sample_that_reward_and_reference_prefer_is_worth_more(kind: type[Algorithm]):
     flat_BT = torch.full((2, 3), -1.0)
-    group = CreditBatch(torch.tensor([1.0, 0.0]), torch.ones(2, 3), flat_BT, flat_BT, torch.zeros(2, 3))
+    reference_BT = flat_BT + torch.tensor([[0.5], [-0.5]])
+    group = CreditBatch(torch.tensor([1.0, 0.0]), torch.ones(2, 3), flat_BT, reference_BT, torch.zeros(2, 3))
     advantages_BT = kind().credit(group).advantages_BT
     assert bool((advantages_BT[0] > advantages_BT[1]).all())
 

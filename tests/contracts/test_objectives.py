@@ -52,7 +52,7 @@ def close(actual: Tensor, expected: Tensor) -> bool:
 
 def test_the_walk_finds_the_objectives():
     names = {kind.__name__ for kind in OBJECTIVES}
-    assert {"SFT", "DPO", "IPO", "KTO", "Pairwise", "Process", "Distillation", "ValueLoss"} <= names
+    assert {"SFT", "DPO", "IPO", "KTO", "Pairwise", "Process", "Distillation", "FullDistillation", "ValueLoss"} <= names
     assert not {"PairObjective", "PPO"} & names
 
 

@@ -11,10 +11,10 @@ from flowrl.engines.torch import TorchEngine
 from flowrl.errors import ConfigError, DataError
 from flowrl.graph.program import Program, load_program
 from flowrl.graph.settings import RunSettings
+from flowrl.replay import ReplayRequest, replay
 from flowrl.runtime.comparison import first_difference
 from flowrl.runtime.launch import drive
 from flowrl.runtime.local import LocalOptions, run_local
-from flowrl.runtime.replay import ReplayRequest, replay
 from flowrl.runtime.rundir import create_run_dir, write_plan
 from flowrl.runtime.supervisor import newest_start
 from flowrl.telemetry.events import Event, Step
@@ -66,7 +66,7 @@ def test_a_run_cut_short_and_resumed_equals_one_that_was_not(run_dir: Path, tiny
         has_learned = asyncio.Event()
 
         def consume(events: list[Event]) -> None:
-            if any(isinstance(event, Step) for event in events):
+            if any(isinstance(event, Step) and event.version == 2 for event in events):
                 has_learned.set()
 
         running = asyncio.create_task(run_local(program.graph, LocalOptions(run_dir=directory, consume=consume)))

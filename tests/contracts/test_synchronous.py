@@ -1,7 +1,7 @@
 """Law 1: `max_staleness=0` is exactly synchronous training.
 
-The whole graph, with real models in float32, against a plain loop over the rollouts it recorded: losses, values and
-final weights must be equal bit for bit.
+The whole graph, with real models in float32, an adaptive KL coefficient and a pre-training loss beside the policy's,
+against a plain loop over the rollouts it recorded: losses, values and final weights must be equal bit for bit.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ from flowrl.engines.base import Ranks, Sampling, Schedule, TrainingConfig
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
 from flowrl.messages import Buffer, Referenced, Rollouts, Samples, extend
 from flowrl.runtime.local import LocalOptions, run_local
-from flowrl.stages.credit import credit_group, load_algorithm
-from flowrl.stages.critic import Critic
+from flowrl.stages.credit import Crediting, load_algorithm
+from flowrl.stages.critic import Critic, critic_figures
+from flowrl.stages.examples import example_of
 from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.reference import Reference
 from flowrl.stages.reward import Reward
 from flowrl.stages.step import step_groups
-from flowrl.stages.tokens import token_group
+from flowrl.stages.texts import TextSource
+from flowrl.stages.tokens import example_group, token_group
 from flowrl.telemetry.events import Event, Step
 from tests.support.flows import NumberedPrompts
+from tests.support.offline import Rows, example_row
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +37,10 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 STEPS, GROUPS, SIZE = 6, 4, 2
-PPO = Select(use="flowrl.algorithms.ppo:PPO")
+PPO = Select(use="flowrl.algorithms.ppo:PPO", options={"kl": {"coef": 0.1, "target": 0.5, "horizon": 20}})
+PRETRAINING = Select(use="flowrl.algorithms.pretraining:Pretraining", options={"coef": 0.2})
+TEXTS = Rows([example_row([3, 4], [[5 + k, 6, 7 + k]]) for k in range(5)])
+TEXTS_PER_STEP = 2
 TORCH = "flowrl.engines.torch:TorchEngine"
 recorded: list[Rollouts] = []
 
@@ -42,6 +48,13 @@ recorded: list[Rollouts] = []
 def digits(completion_ids: list[list[int]], **columns: Any) -> list[float]:
     """A reward that depends on every token."""
     return [sum(ids) % 7 / 7.0 for ids in completion_ids]
+
+
+class NumberedTexts(TextSource):
+    """Texts without a tokenizer."""
+
+    def load(self) -> Any:
+        return TEXTS
 
 
 class RecordingReward(Reward):
@@ -73,10 +86,12 @@ def graph(model: Path, *, records: bool = False) -> Graph:
     learner = Learner(
         Learner.Config(engine=TORCH, dtype="float32", lr=1e-3, schedule=constant, save_rollouts=records,
                        save_every=int(records)),
-        model=str(model), max_staleness=0, temperature=1.0, has_critic=True, **common,
+        model=str(model), max_staleness=0, temperature=1.0, has_critic=True, texts_per_step=TEXTS_PER_STEP,
+        text_coef=0.2, **common,
     )  # fmt: skip
+    texts = NumberedTexts(TextSource.Config(per_step=TEXTS_PER_STEP), model=str(model))
     nodes = {"prompts": prompts, "generator": generator, "reward": reward, "reference": reference, "critic": critic,
-             "learner": learner}  # fmt: skip
+             "texts": texts, "learner": learner}  # fmt: skip
     return Graph(
         nodes=nodes,
         edges=[
@@ -88,6 +103,8 @@ def graph(model: Path, *, records: bool = False) -> Graph:
             Latest(learner.weights, generator.weights),
             Latest(learner.saves, critic.saves),
             Credits(learner.released, prompts.credits, initial=GROUPS, per_version=GROUPS),
+            Queue(learner.wanted, texts.wanted, depth=1),
+            Queue(texts.texts, learner.texts, depth=1, most=1),
         ],
         until=learner,
     )
@@ -104,7 +121,7 @@ def plain_loop(model: Path, rollouts: list[Rollouts], name: str) -> tuple[list[d
         return engine
 
     policy, critic, frozen = opened("policy", 1e-3), opened("value", 1e-3), opened("policy", 0.0)
-    algorithm = load_algorithm(PPO, group_size=SIZE, has_critic=True)
+    crediting = Crediting(PPO, load_algorithm(PPO, group_size=SIZE, has_critic=True))
     figures: list[dict[str, float]] = []
     for first in range(0, STEPS * GROUPS, GROUPS):
         batch: list[Samples] = []
@@ -115,10 +132,18 @@ def plain_loop(model: Path, rollouts: list[Rollouts], name: str) -> tuple[list[d
                 Referenced, group, scores={"digits": scores}, ref_logprobs=[Buffer.floats(row) for row in rows]
             )
             values = critic.score([token_group(referenced)])[0]
-            batch.append(extend(Samples, referenced, **credit_group(algorithm, referenced, values)))
-        critic.accumulate([token_group(group) for group in batch], Select(use="flowrl.algorithms.value:ValueLoss"))
-        critic.apply()
-        figures.append(policy.accumulate(step_groups(algorithm, batch), PPO) | policy.apply())
+            batch.append(extend(Samples, referenced, **crediting.credit(referenced, values)))
+        crediting.figures = critic_figures(
+            critic.accumulate([token_group(group) for group in batch], Select(use="flowrl.algorithms.value:ValueLoss"))
+            | critic.apply()
+        )
+        step = first // GROUPS
+        found = policy.accumulate(step_groups(crediting.algorithm, batch, step), PPO)
+        places = range(step * TEXTS_PER_STEP, (step + 1) * TEXTS_PER_STEP)
+        texts = [example_group(example_of(TEXTS.row_at(place), place, None)) for place in places]
+        found |= {f"texts.{name}": value for name, value in policy.accumulate(texts, PRETRAINING).items()}
+        figures.append(found | batch[0].metrics | policy.apply())
+        crediting.end_step()
     weights = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
     for engine in (policy, critic, frozen):
         engine.close()
@@ -138,9 +163,17 @@ def test_synchronous_training_equals_a_plain_loop_bit_for_bit(tiny: Path, tmp_pa
     assert {age for step in steps for age in step.staleness} == {0}
     rollouts = sorted(recorded, key=lambda group: group.group_id)
     figures, weights = plain_loop(tiny, rollouts, tmp_path.name)
+    coefs = [step.metrics["kl.coef"] for step in steps]
+    assert coefs[0] == pytest.approx(0.1)
+    assert len(set(coefs)) == STEPS
     for step, expected in zip(steps, figures, strict=True):
         assert expected["loss"] != 0.0
-        assert {name: step.metrics[name] for name in expected} == expected
+        assert expected["texts.nll"] > 0.0
+        averaged = {"kl", "reward.shaped", "kl.coef"}  # over the groups of the step
+        assert {name: step.metrics[name] for name in expected.keys() - averaged} == {
+            name: expected[name] for name in expected.keys() - averaged
+        }
+    assert all("critic.value_loss" in step.metrics for step in steps[1:])
     saved = load_file(tmp_path / "run" / "checkpoints" / f"step-{STEPS:06d}" / "model" / "model.safetensors")
     for name, tensor in saved.items():
         assert torch.equal(tensor, weights[name]), name

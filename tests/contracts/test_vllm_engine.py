@@ -100,6 +100,13 @@ def test_nothing_is_served_before_the_first_version(model):
         asyncio.run(draw(engine, [5, 6]))
 
 
+def test_the_model_is_served_as_it_is_where_nothing_is_trained(engine, policy, loop):
+    loop.run(engine.serve_loaded())
+    (sample,) = loop.run(draw(engine, PROMPTS[0]))
+    assert [span.version for span in sample.versions] == [0]
+    assert policy.gap(PROMPTS[0], sample) < TOLERANCE
+
+
 def test_a_sample_is_the_same_alone_and_in_a_batch(served, loop):
     batched = loop.run(together(*(draw(served, p, seed=100 * i, num_samples=3) for i, p in enumerate(PROMPTS))))
     for i, prompt in enumerate(PROMPTS):

@@ -80,6 +80,9 @@ def tiny_settings(model: Path, graph: Path = GRAPH, **more: object) -> Sequence[
         "critic.dtype": "float32",
         "reference.dtype": "float32",
         "generator.kv_cache_bytes": 64 << 20,
+        "agent.group_size": 2,
+        "agent.dtype": "float32",
+        "agent.kv_cache_bytes": 64 << 20,
         **more,
     }
     nodes = graph.read_text()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from flowrl.algorithms.base import Algorithm
 from flowrl.config import Select
 from flowrl.engines.base import Sampling
+from flowrl.graph.edges import Edge
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
@@ -23,10 +24,14 @@ from flowrl.runtime.virtual_clock import run_virtual
 from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
+from flowrl.stages.replay_buffer import ReplayBuffer
 from flowrl.telemetry.events import Event, Step
 
 if TYPE_CHECKING:
     from flowrl.graph.stage import Context
+
+
+NO_REPLAY = ReplayBuffer.Config()
 
 
 class NullAlgorithm(Algorithm):
@@ -53,6 +58,7 @@ class NumberedPrompts(Prompts):
         self.config = config
         self.group_size = group_size
         self.seed = seed
+        self.epochs = 0
 
     def load(self) -> Any:
         return NumberedRows()
@@ -80,7 +86,10 @@ class Scorer(Stage):
                 await self.rollouts.reject(group, kind="filtered", reason="every n-th")
                 continue
             zeros = [Buffer.floats([0.0] * len(sample.token_ids)) for sample in group.samples]
-            samples = extend(Samples, group, scores={"zero": [0.0] * len(zeros)}, ref_logprobs=zeros, advantages=zeros)
+            advantages = [Buffer.floats([draw.gauss(0.0, 1.0)] * len(each)) for each in zeros]
+            samples = extend(
+                Samples, group, scores={"zero": [0.0] * len(zeros)}, ref_logprobs=zeros, advantages=advantages
+            )
             await self.samples.put(samples)
 
 
@@ -117,6 +126,7 @@ class FlowSettings:
     initial: int
     save_every: int = 0
     is_finite: bool = True  # no group is admitted that the run would not learn
+    replay: ReplayBuffer.Config = NO_REPLAY
 
 
 def random_settings(seed: int) -> FlowSettings:
@@ -161,12 +171,25 @@ def flow(s: FlowSettings) -> Graph:
         groups_per_step=s.groups_per_step, group_size=2, max_staleness=s.max_staleness, temperature=1.0,
         has_critic=False,
     )  # fmt: skip
+    nodes: dict[str, Stage] = {"prompts": prompts, "generator": generator, "scorer": scorer, "learner": learner}
+    samples, edges = scorer.samples, list[Edge]()
+    if s.replay.ratio:
+        nodes["replay"] = replay = ReplayBuffer(
+            s.replay, algorithm=Select(use="flowrl.algorithms.grpo:GRPO"), proximal="recomputed",
+            groups_per_step=s.groups_per_step, credits=s.initial, seed=s.seed,
+        )  # fmt: skip
+        edges = [
+            Queue(scorer.samples, replay.fresh, depth=s.initial, window=1),
+            Latest(learner.saves, replay.saves),
+        ]
+        samples = replay.samples
     return Graph(
-        nodes={"prompts": prompts, "generator": generator, "scorer": scorer, "learner": learner},
+        nodes=nodes,
         edges=[
+            *edges,
             Queue(prompts.prompts, generator.prompts, depth=s.depth),
             Queue(generator.rollouts, scorer.rollouts, depth=s.depth),
-            Queue(scorer.samples, learner.samples, depth=s.initial, window=s.window, max_staleness=s.max_staleness),
+            Queue(samples, learner.samples, depth=s.initial, window=s.window, max_staleness=s.max_staleness),
             Latest(learner.weights, generator.weights),
             Credits(
                 learner.released,

@@ -41,6 +41,7 @@ def pair_batch(seed: int, *, pairs: int = 3, width: int = 6) -> LossBatch:
         columns=columns,
         group_B=torch.arange(pairs).repeat_interleave(2),
         sample_B=torch.tensor([0, 1]).repeat(pairs),
+        divergence_BT=normal(0.5).abs(),
     )
 
 
@@ -50,6 +51,7 @@ def changed(batch: LossBatch, change: Callable[[Tensor, float], Tensor]) -> Loss
         logprobs_BT=change(batch.logprobs_BT.detach(), NAN).requires_grad_(),
         mask_BT=change(batch.mask_BT, 0.0),
         columns={name: change(column, NAN) for name, column in batch.columns.items()},
+        divergence_BT=None if batch.divergence_BT is None else change(batch.divergence_BT, NAN),
     )
 
 

@@ -183,3 +183,12 @@ def gradient(function: Callable[[Rows], float], at: Rows, step: float = 1e-5) ->
         [(function(moved(i, t, step)) - function(moved(i, t, -step))) / (2 * step) for t in range(len(row))]
         for i, row in enumerate(at)
     ]
+
+
+def adaptive_coefs(coef: float, kls: Row, num_samples: int, target: float, horizon: float) -> Row:
+    """Ziegler's controller: the coefficient of each step, and of the one after the last."""
+    found = [coef]
+    for kl in kls:
+        error = max(-0.2, min(0.2, kl / target - 1))
+        found.append(found[-1] * (1 + error * num_samples / horizon))
+    return found

@@ -18,6 +18,7 @@ from flowrl.messages import (
     Canary,
     Checkpoint,
     Credit,
+    End,
     Example,
     Message,
     Prompt,
@@ -27,6 +28,7 @@ from flowrl.messages import (
     Samples,
     Save,
     Scored,
+    Texts,
     VersionSpan,
     Weights,
     decode,
@@ -53,6 +55,7 @@ samples = st.builds(
     versions=st.lists(spans, min_size=1, max_size=3),
     finish=st.sampled_from(["stop", "length", "abort"]),
     text=letters,
+    mask=st.none() | float_buffers,
 )
 scores = st.dictionaries(letters, st.lists(st.floats(allow_nan=False), max_size=3), max_size=3)
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
@@ -64,11 +67,13 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "samples": st.lists(samples, min_size=1, max_size=3),
     "generator": letters,
     "scores": scores,
+    "placed": st.none() | st.lists(float_buffers, max_size=3),
     "ref_logprobs": st.lists(float_buffers, max_size=3),
     "advantages": st.lists(float_buffers, max_size=3),
     "returns": st.none() | st.lists(float_buffers, max_size=3),
     "values": st.none() | st.lists(float_buffers, max_size=3),
     "metrics": st.dictionaries(letters, st.floats(allow_nan=False), max_size=3),
+    "replays": st.just([]),
     "responses": st.lists(int_buffers, min_size=1, max_size=3),
     "masks": st.none() | st.lists(float_buffers, max_size=3),
     "labels": st.lists(st.floats(allow_nan=False), max_size=3),
@@ -83,12 +88,18 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "is_final": st.booleans(),
     "directory": letters,
 }
-KINDS: list[type[Message]] = [Prompt, Rollouts, Scored, Referenced, Samples, Example, Credit, Weights, Checkpoint, Save]
+KINDS: list[type[Message]] = [
+    Prompt, Rollouts, Scored, Referenced, Samples, Example, Texts, Credit, Weights, Checkpoint, Save, End,
+]  # fmt: skip
 CHAIN: list[type[Prompt]] = [Prompt, Rollouts, Scored, Referenced, Samples]
 
 
 def of_kind(kind: type[Message]) -> st.SearchStrategy[Any]:
     return st.builds(kind, **{name: FIELDS[name] for name in kind.__struct_fields__})
+
+
+FIELDS["replays"] = st.lists(of_kind(Samples), max_size=1)
+FIELDS["examples"] = st.lists(of_kind(Example), max_size=2)
 
 
 def one(kind: type[Message], **changed: Any) -> Any:
@@ -105,6 +116,7 @@ def one(kind: type[Message], **changed: Any) -> Any:
         "group_id": 3, "token_ids": Buffer.ints([1, 2]), "columns": {"answer": "7"}, "num_samples": 2, "seed": 11,
         "samples": [sample, sample], "generator": "generator.0", "scores": {"exact": [1.0, 0.0], "short": [0.25, -0.5]},
         "ref_logprobs": column, "advantages": column, "returns": column, "values": column, "metrics": {"kl": 0.5},
+        "placed": column, "replays": [],
         "groups": [1], "version": 5, "transport": "shm", "manifest": b"{}", "canary": None, "size_bytes": 9,
         "is_final": True,
     }  # fmt: skip
