@@ -186,7 +186,7 @@ def _run_flowrl(options: argparse.Namespace, work: Workload, system: System, out
     tree = settings(work, system)
     said = {
         node: {name: value for name, value in tree[node].items() if name in PLACEMENT}
-        for node in ("generator", "learner", "critic", "reference", "scorer")
+        for node in ("generator", "learner", "critic", "reference", "reward_model")
     }
     return Measured(
         name=system,

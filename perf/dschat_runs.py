@@ -1,6 +1,6 @@
 """flowrl's own systems in `flowrl bench dschat`: how each is set, and its steps as a run's timeline shows them.
 
-Three systems run perf/dschat_graph.py, the asynchronous PPO graph, and differ in staleness and placement alone:
+Three systems run graphs/ppo_async.py with a reward model, and differ in staleness and placement alone:
 `colocated` is synchronous with every core or GPU given to each role in its turn, `disaggregated` is synchronous with
 the devices split between generation and the rest, `asynchronous` has that split and a staleness of 1. Called by
 perf/dschat.py.
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-GRAPH = ROOT / "perf/dschat_graph.py"
+GRAPH = ROOT / "graphs/ppo_async.py"
 System = Literal["colocated", "disaggregated", "asynchronous"]
 SYSTEMS: tuple[System, ...] = ("colocated", "disaggregated", "asynchronous")
 TRAINED = ("learner", "critic")
-SCORING = ("reference", "scorer")
+SCORING = ("reference", "reward_model")
 MAX_STALENESS: dict[System, int] = {"colocated": 0, "disaggregated": 0, "asynchronous": 1}
 ROOM = 8  # tokens that max_model_len leaves besides the longest prompt and response
 
@@ -43,7 +43,8 @@ def settings(work: Workload, system: System) -> Tree:
     room = work.data.max_prompt_tokens + work.max_tokens + ROOM
     tree: Tree = {
         "model": work.model,
-        "reward_model": work.reward_model,
+        "reward": {"function": ""},
+        "reward_models": [work.reward_model],
         "seed": work.seed,
         "data": to_tree(work.data),
         "steps": work.warmup + work.steps + staleness,  # the last ones have no generation beside them: not measured

@@ -134,7 +134,7 @@ def test_each_system_s_settings_make_a_graph(system: System, tmp_path: Path):
     assert made.max_staleness == (1 if system == "asynchronous" else 0)
     assert made.generator.threads == (2 if system == "colocated" else 1)
     assert (made.algorithm.options["kl"], made.learner.schedule.kind) == ({"coef": 0.1}, "constant")
-    assert type(program.graph.nodes["reward"]).__name__ == "RewardModel"
+    assert type(program.graph.nodes["reward_model_0"]).__name__ == "RewardModel"
 
 
 def test_overrides_are_for_every_system_or_for_one():
