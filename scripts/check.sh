@@ -20,7 +20,7 @@ step format ruff format --check --quiet .
 step lint ruff check --quiet .
 step layers lint-imports --no-logo
 step types pyright
-step "unit tests" python -m pytest tests/unit -m "not slow" --quiet --tb=short "$@"
+step "unit tests" python -m pytest tests/unit -m "not slow" --numprocesses 2 --quiet --tb=short "$@"
 
 if ((${#failed[@]})); then
     printf '\ncheck: failed: %s\n' "$(IFS=,; echo "${failed[*]}")"

@@ -54,7 +54,7 @@ def first_difference(run_dir: Path, replay_dir: Path, steps: Iterable[int]) -> D
 def _fields(run: Any, replay: Any) -> Iterator[tuple[str, Any, Any]]:
     """Yield each number of two groups that is not of the replay's own making, with its place."""
     for name in run.__struct_fields__:
-        if name != "group_id":
+        if name not in ("group_id", "generator"):  # which of two replicas sampled it is no matter
             yield from _leaves(name, getattr(run, name), getattr(replay, name, None))
 
 

@@ -118,8 +118,9 @@ class Crediting:
             return
         state = msgspec.json.decode((directory / STATE).read_bytes(), type=dict[str, dict[str, float]])
         known = {name: value for name, value in state["settings"].items() if name in self.algorithm.adapting}
-        self._changes, self.figures = {self._version: known}, state["figures"]
-        self._use(known)
+        self._changes[self._version] |= known
+        self.figures = state["figures"]
+        self._use(self._changes[self._version])
 
     def _use(self, changes: dict[str, float]) -> None:
         if changes:

@@ -94,6 +94,14 @@ def test_a_setting_that_does_not_adapt_any_more_is_as_configured_after_a_resume(
     assert "kl.coef" not in run_steps(resumed, 2, 3)[0]
 
 
+def test_a_setting_that_adapts_from_a_resume_on_begins_as_configured(tmp_path: Path):
+    fixed = Select(use=ADAPTIVE.use)
+    Crediting(fixed, load_algorithm(fixed, group_size=2, has_critic=False)).save(tmp_path, 0)
+    resumed = adaptive()
+    resumed.load(tmp_path)
+    assert run_steps(resumed, 0, 2) == run_steps(adaptive(), 0, 2)
+
+
 def test_a_checkpoint_without_a_credit_stages_state_changes_nothing(tmp_path: Path):
     crediting = adaptive()
     crediting.load(tmp_path)
