@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from flowrl.engines.base import Lora, Ranks
 from flowrl.errors import ConfigError
@@ -22,6 +21,7 @@ from tests.contracts.test_training_engines import (
     engine_of,
     two_steps,
 )
+from tests.support.ranks import start_ranks
 from tests.support.tiny import tiny_model
 from tests.unit.engines.test_trainer import WeightedTokens, choose
 
@@ -122,7 +122,7 @@ def rank_main(rank: int, port: int, path: str, zero_stage: int, model: str, dire
 def test_two_ranks_take_the_adapter_steps_of_one_and_resume_bit_for_bit(model, measure, tmp_path, path, zero_stage):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    spawn(rank_main, (port, path, zero_stage, str(model), str(tmp_path)), nprocs=2)
+    start_ranks(rank_main, (port, path, zero_stage, str(model), str(tmp_path)))
     steps, (straight, again) = pickle.loads((tmp_path / "found").read_bytes())
     assert_same(steps, measure)
     assert straight == again

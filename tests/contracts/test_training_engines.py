@@ -18,12 +18,12 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from flowrl.config import Select, load_class
 from flowrl.engines.base import Ranks, Schedule, TrainingConfig
 from flowrl.errors import ConfigError, StageError
 from flowrl.messages import Buffer
+from tests.support.ranks import start_ranks
 from tests.support.scarcity import make_scarce
 from tests.support.tiny import tiny_model, tiny_tokenizer
 from tests.unit.engines.test_packing import random_groups
@@ -261,7 +261,7 @@ def on_two_ranks(task: str, path: str, model: Path, directory: Path, **settings:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = (port, task, path, str(model), str(directory), settings)
-    spawn(rank_main, arguments, nprocs=2)
+    start_ranks(rank_main, arguments)
     return pickle.loads((directory / "result").read_bytes())
 
 
