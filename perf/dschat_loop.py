@@ -211,7 +211,7 @@ class Baseline:
         if self.work.temperature != 1.0:
             logits_BTV = logits_BTV / self.work.temperature
         targets_BT = ids_BL[:, -num_tokens:]
-        return logits_BTV.gather(-1, targets_BT[:, :, None]).squeeze(-1) - logits_BTV.logsumexp(-1)
+        return -torch.nn.functional.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, reduction="none")
 
     def values(self, ids_BL: Tensor, attended_BL: Tensor, num_tokens: int) -> Tensor:
         """Return the critic's value before each of the last `num_tokens` tokens, [B, T] float32."""

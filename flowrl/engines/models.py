@@ -263,10 +263,10 @@ class TokenReader(nn.Module):
         logits_NV = self.logits(states_NH)
         if temperature != 1.0:
             logits_NV = logits_NV / temperature
+        if further is False:  # one pass over the logits fewer, forward and backward, than the normaliser on its own
+            return -nn.functional.cross_entropy(logits_NV, targets_N, reduction="none"), None
         normaliser_N = logits_NV.logsumexp(-1)
         logprobs_N = logits_NV.gather(-1, targets_N[:, None]).squeeze(-1) - normaliser_N
-        if further is False:
-            return logprobs_N, None
         if further is not True:
             return logprobs_N, further.divergence(logits_NV - normaliser_N[:, None])
         probs_NV = (logits_NV - normaliser_N[:, None]).exp()
