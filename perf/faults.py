@@ -32,6 +32,7 @@ from flowrl.runtime.ledger import read_entries
 from flowrl.runtime.ray import run_ray, running_ray
 from flowrl.runtime.supervisor import Options
 from flowrl.runtime.verify import judge
+from flowrl.stages.learner import Learner
 from flowrl.telemetry.events import Event, Recovery, Step
 from perf.machine import machine
 from tests.support.flows import FlowSettings, flow
@@ -170,7 +171,7 @@ async def run_seed(seed: int, run_dir: Path, options: argparse.Namespace) -> tup
     told = Options(run_dir=run_dir, consume=story.consume, stopping=stopping, max_restarts=UNLIMITED,
                    heartbeat_timeout_s=options.heartbeat, grace_s=3.0)  # fmt: skip
     try:
-        await run_ray(flow(SETTINGS), told)
+        await run_ray(flow(SETTINGS, Learner), told)
     finally:
         striking.cancel()
         watching.cancel()
@@ -207,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(machine())
     stories: list[Story] = []
     for seed in options.seeds:
-        with tempfile.TemporaryDirectory() as directory, running_ray(flow(SETTINGS), None):
+        with tempfile.TemporaryDirectory() as directory, running_ray(flow(SETTINGS, Learner), None):
             start_s = time.time()
             story, verdict = uvloop.run(run_seed(seed, Path(directory), options))
         stories.append(story)

@@ -223,6 +223,8 @@ class Flow:
             await self._drains.wait(count)
 
     def _note_end(self) -> None:
+        for queue in set(self._queues.values()):
+            queue.ended_below(self.ledger.oldest_open)
         for future, count in self._drains:
             if self.ledger.num_open < count:
                 self._drains.grant(future)

@@ -101,6 +101,11 @@ class Ledger:
         return group_id < self._low or group_id in self._ended_ahead
 
     @property
+    def oldest_open(self) -> int:
+        """Return the group below which every group has its ending."""
+        return self._low
+
+    @property
     def num_open(self) -> int:
         """Return how many groups were admitted and have not ended."""
         return len(self._open)

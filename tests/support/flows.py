@@ -155,7 +155,7 @@ def random_settings(seed: int) -> FlowSettings:
     )
 
 
-def flow(s: FlowSettings) -> Graph:
+def flow(s: FlowSettings, learner_class: type[Learner] = ObservedLearner) -> Graph:
     times = {"token_s": s.token_s, "sigma": s.sigma, "update_s": s.update_s, "train_s": s.train_s}
     prompts = NumberedPrompts(Prompts.Config(), group_size=2, seed=s.seed)
     generator = Generator(
@@ -164,7 +164,7 @@ def flow(s: FlowSettings) -> Graph:
         model=stand_in_model(), sampling=Sampling(max_tokens=8), heldout_sampling=Sampling(max_tokens=8),
     )  # fmt: skip
     scorer = Scorer(Scorer.Config(replicas=s.scorers, mean_s=s.score_s, filter_every=s.filter_every, seed=s.seed))
-    learner = ObservedLearner(
+    learner = learner_class(
         Learner.Config(engine="flowrl.engines.fake:FakeTraining", engine_options={"times": times}, save_rollouts=False,
                        save_every=s.save_every),
         model=stand_in_model(), algorithm=Select(use="tests.support.flows:NullAlgorithm"), steps=s.steps,

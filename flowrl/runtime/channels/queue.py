@@ -61,7 +61,8 @@ class QueueChannel:
         self._held: dict[int, tuple[str, Item]] = {}
         self._skipped = set(settled)  # ordered: delivered or settled keys ahead of the head
         self._suspects: set[int] = set()
-        self._accepted: set[int] = set()
+        self._accepted: set[int] = set()  # those from `_low` on; every key below has been
+        self._low = first_key
         self._senders: Waiters[Item] = Waiters()
         self._receivers: Waiters[Want] = Waiters()
         self._closed = False
@@ -96,7 +97,7 @@ class QueueChannel:
         """
         if self._closed:
             raise ChannelClosed(self.name, "is closed")
-        if key in self._accepted:
+        if key < self._low or key in self._accepted:
             return False
         self._accepted.add(key)
         item = Item(key, body, on_accept)
@@ -178,6 +179,12 @@ class QueueChannel:
         self._drop(key)
         self._accepted.discard(key)
         self._serve()
+
+    def ended_below(self, key: int) -> None:
+        """Count every key below this one as accepted, without remembering each."""
+        for ended in range(self._low, key):
+            self._accepted.discard(ended)
+        self._low = max(self._low, key)
 
     def close(self) -> None:
         """Refuse new messages; receivers get what is left and then ChannelClosed."""

@@ -418,6 +418,22 @@ def test_whoever_holds_something_is_not_given_a_suspect() -> None:
     check(body())
 
 
+def test_keys_that_have_ended_are_refused_without_being_remembered() -> None:
+    async def body() -> None:
+        q = queue()
+        for key in range(3):
+            await q.put(key, b"x")
+            await q.get("a", 1)
+            q.settle(key)
+        q.ended_below(2)
+        assert q._accepted == {2}
+        assert [await q.put(key, b"x") for key in range(4)] == [False, False, False, True]
+        q.ended_below(1)
+        assert not await q.put(1, b"x")
+
+    check(body())
+
+
 def test_a_forgotten_key_may_be_sent_again() -> None:
     async def body() -> None:
         q = queue()
