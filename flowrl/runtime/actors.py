@@ -1,8 +1,8 @@
 """The Ray actors of a run: the hub, which holds the flow behind its door, and one for each replica or rank.
 
-Invariants: what crosses an actor call is bytes and plain values, never a pickled object of ours; an actor's failure is
-answered as data with its class, place and remedy, and what it prints lies in the run's logs; every process shows twice
-a second that it lives. Started by the crew of runtime/ray.py.
+Invariants: messages travel over the wire (wire.py) and what crosses an actor call is bytes and plain values, never a
+pickled object of ours; an actor's failure is answered as data with its class, place and remedy, and what it prints lies
+in the run's logs; every process shows twice a second that it lives. Started by the crew of runtime/ray.py.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import ray as _ray
 from ray.exceptions import RayActorError
 
 from flowrl import errors
-from flowrl.errors import ChannelClosed, FlowrlError, RunError
+from flowrl.errors import FlowrlError
 from flowrl.graph.plan import GraphPlan, graph_of
 from flowrl.graph.stage import Context, Ranks, Specification, from_specification
-from flowrl.runtime.door import Call, Door, Knocking
+from flowrl.runtime.door import Door, Knocking
 from flowrl.runtime.flow import Flow
 from flowrl.runtime.ledger import Cut, Ledger
 from flowrl.runtime.placement import Place
 from flowrl.runtime.replica import Threads, run_replica
 from flowrl.runtime.rundir import hold
+from flowrl.runtime.wire import Address, Connection, Listener
 from flowrl.telemetry.causes import CauseClock
 from flowrl.telemetry.events import Event, Recorder, decode_events, encode_events
 
@@ -47,6 +48,7 @@ class ReplicaPlan(msgspec.Struct, frozen=True, kw_only=True):
     stage: Specification
     world_size: int
     kinds: dict[str, str]
+    hub: Address
     run_dir: str
     num_readers: int
     resume_from: str | None
@@ -71,20 +73,16 @@ class HubActor:
         graph = graph_of(msgspec.json.decode(plan, type=GraphPlan))
         self._flow = Flow(graph, self._ledger, cut=start)
         self._door = Door(self._flow)
+        self._listener = Listener(self._door)
         self._events: list[Event] = []
         self._arrived = asyncio.Event()
         self._ticks = 0  # seconds in which this process ran; one that was stopped must not take the others for silent
         self._heard: dict[str, int] = {}
 
-    async def call(
-        self, replica: str, incarnation: int, number: int, answered: int, method: str, arguments: tuple[Any, ...]
-    ) -> Any:
-        """Carry out a call to the flow; a closed edge is answered as such, not raised through Ray."""
-        try:
-            answer = await self._door.call(Call(replica, incarnation, number, answered, method, arguments))
-        except ChannelClosed as closed:
-            return {"closed": closed.where, "what": closed.what}  # raised, it would arrive wrapped in Ray's own error
-        return msgspec.json.encode(answer) if isinstance(answer, Cut) else answer
+    async def listen(self) -> tuple[str, int, str]:
+        """Take calls to the flow from now on; returns where."""
+        host, port, secret = await self._listener.open(ray.util.get_node_ip_address())
+        return host, port, secret
 
     async def kinds(self, addresses: list[str]) -> dict[str, str]:
         """Return the kind of edge at each address."""
@@ -148,28 +146,6 @@ class HubActor:
         return encode_events(events)
 
 
-async def carry(hub: Handle, call: Call) -> Any:
-    """Carry a replica's call to the hub.
-
-    Raises:
-        ChannelClosed: the hub says so.
-        RunError: the hub is gone.
-    """
-    head = (call.replica, call.incarnation, call.number, call.answered, call.method)
-    reference = hub.call.remote(*head, call.arguments)
-    try:
-        answer = await reference
-    except asyncio.CancelledError:
-        ray.cancel(reference)
-        raise
-    except RayActorError as error:
-        raise RunError(call.replica, "the flow's host is gone") from error
-    if isinstance(answer, dict):
-        said = cast("dict[str, str]", answer)
-        raise ChannelClosed(said["closed"], said["what"])
-    return answer
-
-
 class ReplicaActor:
     """One rank of one replica of a node."""
 
@@ -198,9 +174,11 @@ class ReplicaActor:
         flushing = asyncio.ensure_future(self._flush())
         clock = CauseClock(asyncio.get_running_loop().time)
         threads = Threads(clock, self._name)
+        wire: Connection | None = None
         try:
+            wire = await Connection.open(self._plan.hub)
             stage = from_specification(self._plan.stage, self._plan.place.node)
-            flow = Knocking(lambda call: carry(self._hub, call), self._replica, self._plan.incarnation)
+            flow = Knocking(wire.carry, self._replica, self._plan.incarnation)
             context = self._context(flow, clock, threads, address, port)
             await run_replica(stage, context, flow, kinds=self._plan.kinds, status_interval_s=1.0)
         except FlowrlError as error:
@@ -209,6 +187,8 @@ class ReplicaActor:
             return msgspec.json.encode(Failure(kind=kind, where=error.where, what=error.what, remedy=error.remedy))
         finally:
             flushing.cancel()
+            if wire is not None:
+                await wire.close()
             with contextlib.suppress(RayActorError):  # the hub is gone: so is whoever would read them
                 await self._send()
             threads.close()

@@ -78,6 +78,14 @@ class Door:
             answer.cancel()
             raise
 
+    def undo(self, call: Call) -> None:
+        """End a call whose caller no longer waits for it; what it was given goes back."""
+        desk = self._desks.get(call.replica)
+        answer = None if desk is None or desk.incarnation != call.incarnation else desk.answers.pop(call.number, None)
+        if answer is None or answer.cancel() or answer.cancelled() or answer.exception() is not None:
+            return
+        self.flow.undo(call.replica, call.method, call.arguments[0], answer.result())
+
     async def release(self, replica: str, successor: int) -> Released:
         """Refuse the replica's calls from now on, end those that wait, and give back what it held."""
         desk = self._desks.setdefault(replica, Desk())

@@ -16,7 +16,7 @@ import asyncio
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flowrl.errors import ChannelClosed, GraphError, StallError
 from flowrl.graph.edges import Credits, Latest, Queue
@@ -180,6 +180,15 @@ class Flow:
                 self.ledger.end(key, kind, reason=reason)
                 credits.give_back([key], are_learned=False)
         self._note_end()
+
+    def undo(self, replica: str, method: str, address: str, found: Any) -> None:
+        """Take back what `get` or `acquire` has given to a replica that did not wait for it."""
+        if method == "get":
+            bodies = {id(body) for body in found}
+            queue = self._queues[address]
+            queue.give_back([item.key for item in queue.holds(replica) if id(item.body) in bodies])
+        elif method == "acquire":
+            self._credits[address].take_back(found)
 
     async def publish(self, replica: str, address: str, version: int, body: bytes) -> None:
         """Set a register and wait until every live reader has confirmed the version or a newer one."""

@@ -29,6 +29,7 @@ from flowrl.runtime.flow import Released, node_name
 from flowrl.runtime.local import num_readers
 from flowrl.runtime.placement import Place, check_resources, environment, num_cores, places
 from flowrl.runtime.supervisor import HostLost, Options, Outcome, Silence, Start, Supervisor
+from flowrl.runtime.wire import Address
 from flowrl.telemetry.events import decode_events
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class Attempt:
     kinds: dict[str, str]
     group: PlacementGroup | None
     bundles: dict[tuple[str, int, int], int]
+    wire: Address | None = None  # where the hub takes calls to the flow
     processes: dict[str, list[Process]] = field(default_factory=dict[str, "list[Process]"])  # by replica
     beside: list[asyncio.Task[None]] = field(default_factory=list["asyncio.Task[None]"])
 
@@ -137,6 +139,7 @@ class RayCrew:
         bundles = {(p.node, p.replica, p.rank): index for index, p in enumerate(own)}
         self._attempt = Attempt(hub=hub, kinds={}, group=group, bundles=bundles)
         self._now.kinds = await hub.kinds.remote(addresses)
+        self._now.wire = Address(*await hub.listen.remote())
         self._now.beside = [asyncio.create_task(self._carry_events()), asyncio.create_task(self._pass_on_stop())]
 
     async def run(self, replica: str, incarnation: int, start: Start) -> None:
@@ -169,12 +172,14 @@ class RayCrew:
 
     def _start(self, place: Place, incarnation: int, start: Start) -> Handle:
         stage, attempt = self._graph.nodes[place.node], self._now
+        assert attempt.wire is not None, "open waits for it"
         plan = ReplicaPlan(
             place=place,
             incarnation=incarnation,
             stage=self._plan.nodes[place.node],
             world_size=stage.config.ranks,
             kinds={address: kind for address, kind in attempt.kinds.items() if node_name(address) == place.node},
+            hub=attempt.wire,
             run_dir=str(self._run_dir),
             num_readers=num_readers(self._graph, place.node),
             resume_from=str(start.checkpoint) if start.checkpoint else None,

@@ -1,6 +1,6 @@
 """What a stage may rely on at its ports, on both runtimes: order, fairness, bound, closing, cancellation.
 
-The local client is the flow itself; the Ray client calls it in the hub's actor.
+The local client is the flow itself; the Ray client calls it in the hub's actor, over the wire.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from flowrl.messages import Credit, encode
 from flowrl.runtime.door import Door, Knocking
 from flowrl.runtime.flow import Flow
 from flowrl.runtime.ledger import Ledger
+from flowrl.runtime.wire import Address, Connection
 from tests.support.flows import FlowSettings, flow
 
 if TYPE_CHECKING:
@@ -69,14 +70,15 @@ def on_runtime(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Body
         await body(Clients(Door(f).call), close)
 
     async def on_ray(body: Body) -> None:
-        from flowrl.runtime.actors import HubActor, carry, ray
+        from flowrl.runtime.actors import HubActor, ray
 
         actor: Any = ray.remote(num_cpus=0, max_concurrency=1000)(HubActor)
         hub = actor.remote(msgspec.json.encode(plan_of(flow(SETTINGS))), str(tmp_path), b"null")
-        await hub.totals.remote()  # calls made while an actor still starts may begin in any order
+        wire = await Connection.open(Address(*await hub.listen.remote()))
         try:
-            await body(Clients(lambda call: carry(hub, call)), lambda: hub.close.remote())
+            await body(Clients(wire.carry), lambda: hub.close.remote())
         finally:
+            await wire.close()
             ray.kill(hub)
 
     def run(body: Body) -> None:

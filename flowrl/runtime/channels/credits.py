@@ -68,7 +68,7 @@ class CreditsChannel:
         if self._has_right and not len(self._takers):
             self._grant(request)
         else:
-            await self._takers.wait(request, undo=lambda: self._take_back(request.group_id))
+            await self._takers.wait(request, undo=lambda: self.take_back(request.group_id))
         return request.group_id
 
     def admit(self, group_id: int) -> None:
@@ -98,7 +98,14 @@ class CreditsChannel:
     def release(self, taker: str) -> None:
         """Take back the rights that a dead taker had not used."""
         for group_id in [known for known, holder in self.granted.items() if holder == taker]:
-            self._take_back(group_id)
+            self.take_back(group_id)
+
+    def take_back(self, group_id: int) -> None:
+        """Take back a right that was given out and not used."""
+        if self.granted.pop(group_id, None) is not None:
+            heapq.heappush(self._again, group_id)
+            self.available += 1
+            self._serve()
 
     def close(self) -> None:
         """Wake every waiter."""
@@ -121,12 +128,6 @@ class CreditsChannel:
             taker.group_id = self._next_group
             self._next_group += 1
         self.granted[taker.group_id] = taker.name
-
-    def _take_back(self, group_id: int) -> None:
-        if self.granted.pop(group_id, None) is not None:
-            heapq.heappush(self._again, group_id)
-            self.available += 1
-            self._serve()
 
     def _serve(self) -> None:
         for future, taker in self._takers:
