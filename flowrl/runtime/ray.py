@@ -51,6 +51,7 @@ def running_ray(graph: Graph, address: str | None) -> Generator[None]:
     """
     if address is None:
         check_resources(graph)
+        _stay_on_loopback()
     logging.getLogger("ray").setLevel(logging.ERROR)  # before it starts; `logging_level` holds only from then on
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let everything else on the machine go first
@@ -74,6 +75,16 @@ def running_ray(graph: Graph, address: str | None) -> Generator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _stay_on_loopback() -> None:
+    """Let a Ray of this machine alone listen on the loopback interface only.
+
+    `_node_ip_address` is not enough: Ray replaces a loopback address by the machine's own unless it takes the platform
+    for one without clusters, which it decides by this variable when it is imported.
+    """
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # for the processes that it starts
+    ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 async def run_ray(graph: Graph, options: Options) -> Outcome:

@@ -87,6 +87,18 @@ def on_runtime(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Body
     return run
 
 
+def test_a_ray_of_this_machine_alone_listens_on_the_loopback_interface_only(started_ray: None) -> None:
+    import psutil
+
+    listening: dict[str, set[str]] = {}
+    for process in psutil.Process().children(recursive=True):
+        for connection in process.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                listening.setdefault(connection.laddr.ip, set()).add(process.name())
+    assert any("raylet" in names for names in listening.values()), listening
+    assert set(listening) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, listening
+
+
 async def admit(client: Clients, *keys: int) -> None:
     for key in keys:
         await client.prompts.acquire("prompts.credits")
