@@ -51,7 +51,7 @@ def build(s: Settings) -> Graph:
     advantage = Advantage(s.advantage, algorithm=s.algorithm, group_size=group, groups_per_step=s.groups_per_step)
     learner = Learner(s.learner, model=s.model, algorithm=s.algorithm, steps=s.steps, groups_per_step=s.groups_per_step,
                       group_size=group, max_staleness=s.max_staleness, temperature=s.sampling.temperature,
-                      has_critic=False)  # fmt: skip
+                      is_cut=s.sampling.is_cut, has_critic=False)  # fmt: skip
     evaluation = Evaluator(s.evaluation, model=s.model, data=s.data, seed=s.seed)
     return Graph(
         nodes=dict(

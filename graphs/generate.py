@@ -48,7 +48,8 @@ def build(s: Settings) -> Graph:
     generator = Generator(s.generator, model=s.model, sampling=s.sampling, heldout_sampling=s.sampling)
     writer = Writer(s.writer, data=s.data)
     scorers: dict[str, Any] = {"reward": Reward(s.reward)} if s.reward.function else {}
-    scorers |= {f"reward_model_{k}": RewardModel(s.reward_model, model=m) for k, m in enumerate(s.reward_models)}
+    for k, name in enumerate(s.reward_models):
+        scorers[f"reward_model_{k}"] = RewardModel(s.reward_model, model=name, policy=s.model)
     in_a_row = [generator.rollouts, *(scorer.scored for scorer in scorers.values())]
     nodes: dict[str, Any] = dict(prompts=prompts, generator=generator, **scorers, writer=writer)
     edges: list[Any] = [

@@ -52,6 +52,8 @@ class Settings(RunSettings):
         if self.reward_weights and len(self.reward_weights) != len(self.reward_models):
             num = len(self.reward_models)
             raise ValueError(f"reward_weights has {len(self.reward_weights)} for {num} reward_models; give one each")
+        if not (self.reward.function or self.reward_models):
+            raise ValueError("nothing scores the samples; give reward.function or reward_models")
 
 
 def build(s: Settings) -> Graph:
@@ -67,7 +69,7 @@ def build(s: Settings) -> Graph:
     weights = s.reward_weights or [s.reward_model.weight] * len(s.reward_models)
     for k, (name, weight) in enumerate(zip(s.reward_models, weights, strict=True)):
         weighted = msgspec.structs.replace(s.reward_model, weight=weight)
-        scorers[f"reward_model_{k}"] = RewardModel(weighted, model=name)
+        scorers[f"reward_model_{k}"] = RewardModel(weighted, model=name, policy=s.model)
     in_a_row = [generator.rollouts, *(scorer.scored for scorer in scorers.values())]
     reference = Reference(s.reference, model=s.reference_model or s.model, policy=s.model,
                           temperature=s.sampling.temperature)  # fmt: skip

@@ -61,9 +61,9 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def tiny_counter(directory: Path, seed: int, *, share_shown: float = SHARE_SHOWN) -> Path:
-    """Write a model that counts right two times in five, as a fine-tuned one would begin, and return its directory.
+    """Write a model that says digits and, with the default, hardly counts yet (22 % right); return its directory.
 
-    `share_shown` of the digits it was trained on are right on purpose; with 0.9 it is a teacher.
+    `share_shown` of the digits it was trained on are right on purpose; with 0.95 it is a teacher.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -42,8 +42,8 @@ class CISPO(PolicyGradient):
 
     @property
     def needs_full_sampling(self) -> bool:
-        """Return False: its own clipped weight is pi / pi_old."""
-        return False
+        """Return whether sequences are kept or left out only; else its own weight or a correction is pi / pi_old."""
+        return self.correction.kind == "sequence"
 
     def credit(self, batch: CreditBatch) -> Credited:
         """Return the standardised reward of each sample on each of its tokens."""

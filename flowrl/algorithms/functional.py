@@ -1,4 +1,4 @@
-"""Masked arithmetic that the algorithms share: sums and means, whitening, KL estimators, effective sample size.
+"""Masked arithmetic that the algorithms share: sums and means, whitening, KL estimators.
 
 Shapes: B sequences, T response tokens, `mask_BT` 1 on the tokens the policy sampled and 0 elsewhere. Invariant: what
 stands under mask 0, nan and inf included, never changes a result or a gradient (values are selected, never multiplied
@@ -29,15 +29,6 @@ def masked(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
     [1.0, 0.0]
     """
     return torch.where(mask_BT > 0, values_BT, torch.zeros_like(values_BT))
-
-
-def masked_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return the mean over masked tokens; 0 where there are none.
-
-    >>> float(masked_mean(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[1.0, 1.0, 0.0]])))
-    2.0
-    """
-    return masked(values_BT, mask_BT).sum() / mask_BT.sum().clamp_min(1.0)
 
 
 def sequence_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -118,16 +109,3 @@ def kl_estimate(logprobs_BT: Tensor, reference_BT: Tensor, estimator: Estimator)
     if estimator == "k2":
         return 0.5 * d_BT * d_BT
     return torch.expm1(-d_BT) + d_BT
-
-
-def effective_sample_size(weights_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return (sum w)^2 / (n sum w^2) over masked tokens: 1 for equal weights, 1/n where one token has them all.
-
-    Source: Kong 1992. Over a step it is mean(is_weight)^2 / mean(is_weight_sq) of the loss metrics.
-
-    >>> round(float(effective_sample_size(torch.tensor([1.0, 3.0]), torch.ones(2))), 6)
-    0.8
-    """
-    weights_BT = masked(weights_BT, mask_BT)
-    square = (weights_BT * weights_BT).sum()
-    return weights_BT.sum() ** 2 / (mask_BT.sum() * square).clamp_min(torch.finfo(weights_BT.dtype).tiny)

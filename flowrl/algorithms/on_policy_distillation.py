@@ -1,25 +1,39 @@
 """On-policy distillation: the policy's own samples, each token worth how much likelier a teacher finds it.
 
-    A_t = coef * clip(log pi_teacher - log pi_old, -max_gap, max_gap)
-    maximise E_t min(rho A, clip(rho, 1 - low, 1 + high) A)
+    g_t = clip(log pi_teacher - log pi, -max_gap, max_gap), pi being the policy as it is learned, without gradient
+    A_t = coef (g_t - b), b the mean of g over the tokens of the prompt's other samples
+    maximise E_t w min(rho A, clip(rho, 1 - low, 1 + high) A)
 
-Its gradient is, in the mean over tokens that the policy draws, that of the reverse KL(student || teacher) of each
-position: GKD (2306.13649) with lambda = 1 and the reverse KL, one sampled token for the whole vocabulary, and no credit
-for how a token changes the positions after it (gamma = 0; Agarwal 2023, section 3.1). The teacher is the graph's
+This is gradient descent on the reverse KL of each position. For pi over a vocabulary, and D = KL(pi || teacher),
+
+    grad D = E_pi[(log pi - log pi_teacher) grad log pi] + E_pi[grad log pi]; the second mean is 0, that of b likewise
+           = -E_old[(pi / pi_old) (g - b) grad log pi]
+
+so b takes off variance and nothing else: without it nearly every token is worth less than nothing, and mass flees to
+tokens that were not drawn. The gap must be that of the policy being learned. With log pi_old in its place the gradient
+has E_pi[(log pi - log pi_old) grad log pi] = grad KL(pi || pi_old) more, and descent runs away from the policy that
+sampled: harmless in the first update on fresh samples, where that is 0, and divergent with samples one version old.
+
+It is GKD (Agarwal 2023, 2306.13649, section 3.1) with lambda = 1 and the reverse KL, one sampled token for the whole
+vocabulary, and no credit for how a token changes the positions after it (gamma = 0). The teacher is the graph's
 reference node with another model, which shares the policy's vocabulary. Samples of older policies are corrected for
 like those of any algorithm here. With `reward_coef` a sample's reward less its group's mean is added to each token.
+`credit` sees the policy that sampled only; `loss` makes up the difference.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from flowrl.algorithms.advantages import group_centred
-from flowrl.algorithms.base import CreditBatch, Credited
+from flowrl.algorithms.base import CreditBatch, Credited, Loss, LossBatch
 from flowrl.algorithms.functional import has_tokens, masked
 from flowrl.algorithms.policy import PolicyGradient
 from flowrl.config import Meta
 from flowrl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class OnPolicyDistillation(PolicyGradient):
@@ -44,16 +58,42 @@ class OnPolicyDistillation(PolicyGradient):
         """Return whether rewards are compared within a group, or groups filtered by them."""
         return self.reward_coef > 0 or self.filter_groups
 
+    def gap(self, logprobs_BT: Tensor, teacher_BT: Tensor) -> Tensor:
+        """Return how much likelier the teacher finds each token, within max_gap."""
+        return (teacher_BT - logprobs_BT).clamp(-self.max_gap, self.max_gap)
+
     def credit(self, batch: CreditBatch) -> Credited:
-        """Return each token's log-ratio to the teacher; metric: kl, the estimate per sample that is made smaller."""
+        """Return each token's gap under the policy that sampled it, less the mean of the group's other samples.
+
+        A group of one sample has no such mean and keeps its variance. Metric: kl, the estimate per sample that is made
+        smaller.
+        """
         if batch.reference_BT is None:
             remedy = "add a reference node with the teacher"
             raise ConfigError("algorithm", "needs the log-probs of a teacher, which this graph does not give", remedy)
         scores_B, metrics = self.shaped_scores(batch)
-        gap_BT = masked(batch.reference_BT - batch.behaviour_BT, batch.mask_BT).clamp(-self.max_gap, self.max_gap)
-        advantages_BT = self.coef * gap_BT
+        gap_BT = masked(self.gap(batch.behaviour_BT, batch.reference_BT), batch.mask_BT)
+        advantages_BT = self.coef * (gap_BT - others_mean(gap_BT, batch.mask_BT)[:, None])
         if self.reward_coef:
             self.require_group(batch)
             centred_B = group_centred(scores_B, has_tokens(batch.mask_BT))
             advantages_BT = advantages_BT + self.reward_coef * centred_B[:, None]
         return Credited(masked(advantages_BT, batch.mask_BT), None, metrics)
+
+    def loss(self, batch: LossBatch) -> Loss:
+        """Return the policy's loss with each token's gap as it is now in place of the gap when it was sampled."""
+        mask_BT, teacher_BT = batch.mask_BT, batch.column("reference")
+        now_BT = masked(self.gap(batch.logprobs_BT.detach(), teacher_BT), mask_BT)
+        then_BT = masked(self.gap(batch.columns["behaviour"], teacher_BT), mask_BT)
+        advantages_BT = batch.columns["advantages"] + self.coef * (now_BT - then_BT)
+        return super().loss(batch._replace(columns={**batch.columns, "advantages": advantages_BT}))
+
+
+def others_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return for each sample the mean over the masked tokens of all the others, [B]; 0 where there are none.
+
+    >>> others_mean(torch.tensor([[1.0, 3.0], [5.0, 9.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]])).tolist()
+    [5.0, 2.0]
+    """
+    sums_B, counts_B = masked(values_BT, mask_BT).double().sum(1), mask_BT.double().sum(1)
+    return ((sums_B.sum() - sums_B) / (counts_B.sum() - counts_B).clamp_min(1.0)).to(values_BT.dtype)

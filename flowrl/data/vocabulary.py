@@ -1,4 +1,4 @@
-"""Whether two models read the same tokens: critics, references and teachers take the policy's token ids as they are.
+"""Whether two models read the same tokens: critics, references, teachers and reward models take the policy's token ids.
 
 Called by the stages that hold such a model, when a run is checked.
 """

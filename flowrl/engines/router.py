@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Routing:
         return torch.einsum("ate,ae,t->", probs_ATE, self.shares_AE, copies_T) * (num_experts / num_layers)
 
 
-def check_router(model: PreTrainedModel, where: str) -> None:
-    """Insist that a model's experts are balanced by this loss.
+def check_router(config: PreTrainedConfig, where: str) -> None:
+    """Insist that the experts of a model, of which this is the configuration, are balanced by this loss.
 
     Raises:
         ConfigError: it has no experts, or balances them otherwise.
     """
-    if not hasattr(model.config.get_text_config(), "router_aux_loss_coef"):
-        what = f"{type(model).__name__} has no experts that this loss balances"
+    if not hasattr(config.get_text_config(), "router_aux_loss_coef"):
+        what = f"{(config.architectures or [config.model_type])[0]} has no experts that this loss balances"
         raise ConfigError(f"{where}.router_aux_loss", what, "leave it 0")

@@ -145,7 +145,7 @@ class Trainer(Passes):
             self._adapter = Adapter(self.model, self.config, where=self.where) if self.config.lora.rank else None
             self.model.config.use_cache = False
             if self.config.router_aux_loss:
-                check_router(self.model, self.where)
+                check_router(self.model.config, self.where)
             if self.config.gradient_checkpointing:
                 recompute(self.model, every=self.config.checkpoint_every, where=self.where)
             if self.config.freeze:

@@ -41,9 +41,12 @@ def load_algorithm(choice: Select, *, group_size: int, has_critic: bool) -> Algo
     if algorithm.needs_critic and not has_critic:
         raise ConfigError("algorithm", f"{choice.use} needs a critic, which this graph does not have",
                           "use graphs/ppo_async.py")  # fmt: skip
+    if has_critic and not algorithm.needs_critic and not algorithm.is_blank:
+        what = f"{choice.use} gives the critic of this graph nothing to learn"
+        raise ConfigError("algorithm", what, "use graphs/group_async.py")
     if algorithm.needs_group and group_size < 2:
         what = f"{choice.use} compares the samples of a group, but group_size is {group_size}"
-        raise ConfigError("generator.group_size", what, "set it to 2 or more")
+        raise ConfigError("group_size", what, "set generator.group_size (or agent.group_size) to 2 or more")
     return algorithm
 
 
@@ -54,16 +57,24 @@ def advice(objective: Objective) -> list[str]:
     return [f"{text}drift into text that only the reward likes; set algorithm.kl.coef=0.01"] if is_free else []
 
 
-def check_sampling(algorithm: Algorithm, *, is_cut: bool) -> None:
+def check_sampling(algorithm: Algorithm, *, is_cut: bool, proximal: str = "recomputed") -> None:
     """Insist on a correction where tokens were drawn from a part of the distribution only.
+
+    With proximal=behaviour every correction's weight is 1, as if there were none.
 
     Raises:
         ConfigError: top-p or top-k is set and no token's loss is weighted with pi / pi_old.
     """
+    from flowrl.algorithms.corrections import Correction
+    from flowrl.algorithms.policy import PolicyGradient
+
+    remedy = "set top_p=1 and top_k=0, or algorithm.correction.kind=truncated"
+    if proximal == "behaviour" and isinstance(algorithm, PolicyGradient):
+        algorithm = msgspec.structs.replace(algorithm, correction=Correction(kind="none"))
+        remedy += " and learner.proximal=recomputed"
     if is_cut and algorithm.needs_full_sampling:
         what = "top_p or top_k cuts the distribution that is sampled, the learner's is whole, and nothing in the loss "
-        raise ConfigError("sampling", f"{what}makes up for it",
-                          "set top_p=1 and top_k=0, or algorithm.correction.kind=truncated")  # fmt: skip
+        raise ConfigError("sampling", f"{what}makes up for it", remedy)
 
 
 class Crediting:

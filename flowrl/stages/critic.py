@@ -27,7 +27,7 @@ from flowrl.messages import Referenced, Samples, Save, extend
 from flowrl.stages.credit import Crediting, keeps_group, load_algorithm
 from flowrl.stages.saving import add_state
 from flowrl.stages.tokens import token_group
-from flowrl.stages.training import check_adapter, load_state, opened, save_state
+from flowrl.stages.training import check_adapter, check_experts, load_state, opened, save_state
 from flowrl.telemetry.events import Span
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ class Critic(Stage):
         """Prepare the model, which must read the policy's tokens, and load the algorithm."""
         check_adapter(self.config, "critic")
         directory = prepare_model(self.model, say=say)
+        check_experts(self.config, directory, "critic")
         if self.policy:
             check_same_vocabulary(prepare_model(self.policy, say=say), directory, "critic_model")
         load_algorithm(self.algorithm, group_size=self.group_size, has_critic=True)

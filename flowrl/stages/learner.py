@@ -37,7 +37,7 @@ from flowrl.stages.step import (
     with_proximal,
 )
 from flowrl.stages.tokens import example_group
-from flowrl.stages.training import check_adapter, load_state, opened, take_step
+from flowrl.stages.training import check_adapter, check_experts, load_state, opened, take_step
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.events import Notice, Span, Step
 from flowrl.telemetry.rollouts import forget_steps, step_path, write_rollouts
@@ -107,7 +107,7 @@ class Learner(Stage):
             what = f"{self.texts_per_step} texts a step are too few for {self.config.minibatches} learner.minibatches"
             raise ConfigError("texts.per_step", what, "give each minibatch one or more")
         check_adapter(self.config, "learner")
-        prepare_model(self.model, say=say)
+        check_experts(self.config, prepare_model(self.model, say=say), "learner")
         objective = self.load_objective()
         for line in advice(objective):
             say(f"warning: {line}")
@@ -115,7 +115,7 @@ class Learner(Stage):
     def load_objective(self) -> Objective:
         """Return what is minimised."""
         algorithm = load_algorithm(self.algorithm, group_size=self.group_size, has_critic=self.has_critic)
-        check_sampling(algorithm, is_cut=self.is_cut)
+        check_sampling(algorithm, is_cut=self.is_cut, proximal=self.config.proximal)
         return algorithm
 
     def _settings(self) -> TrainingConfig:

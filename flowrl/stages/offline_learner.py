@@ -21,7 +21,7 @@ from flowrl.messages import Credit, Example
 from flowrl.stages.examples import load_objective, with_teacher
 from flowrl.stages.saving import save_checkpoint
 from flowrl.stages.tokens import example_group, group_batch, padded, with_constant
-from flowrl.stages.training import check_adapter, load_state, opened, take_step
+from flowrl.stages.training import check_adapter, check_experts, load_state, opened, take_step
 from flowrl.telemetry.events import Evaluation, Span, Step
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class OfflineLearner(Stage):
     def check(self, say: Say) -> None:
         """Prepare the model and load the objective."""
         check_adapter(self.config, "learner")
-        prepare_model(self.model, say=say)
+        check_experts(self.config, prepare_model(self.model, say=say), "learner")
         if load_objective(with_teacher(self.objective, say=say)).needs_both_labels and self.examples_per_step < 2:
             what = "1 never holds both a good and a bad response"
             raise ConfigError("examples_per_step", what, "set it to 2 or more; 16 is usual")

@@ -16,6 +16,7 @@ from flowrl.config import Meta, widen
 from flowrl.data.models import prepare_model
 from flowrl.data.prompts import load_tokenizer
 from flowrl.data.steps import StepFinder
+from flowrl.data.vocabulary import check_same_vocabulary
 from flowrl.engines.base import Training, TrainingConfig, open_engine
 from flowrl.errors import ConfigError, RewardError
 from flowrl.graph.ports import In, Out
@@ -159,13 +160,16 @@ class RewardModel(Stage):
     rollouts: In[Rollouts]
     scored: Out[Scored]
 
-    def __init__(self, config: Config, *, model: str) -> None:
+    def __init__(self, config: Config, *, model: str, policy: str = "") -> None:
         self.config: RewardModel.Config = config
         self.model = model
+        self.policy = policy  # the model whose tokens it reads; "": its own
 
     def check(self, say: Say) -> None:
-        """Prepare the model."""
+        """Prepare the model, which must read the policy's tokens."""
         directory = prepare_model(self.model, say=say)
+        if self.policy:
+            check_same_vocabulary(prepare_model(self.policy, say=say), directory, "reward_models")
         self._scorer(directory, "reward model")
 
     def _scorer(self, directory: Path, where: str) -> SequenceScores | StepScores:

@@ -43,6 +43,20 @@ def check_adapter(settings: Training, where: str) -> None:
         check_quantization(lora, where, has_gpu=has_gpu)
 
 
+def check_experts(settings: Training, model: Path, where: str) -> None:
+    """Insist that a node's model has the experts that it is to use evenly.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if settings.router_aux_loss:
+        from transformers import AutoConfig
+
+        from flowrl.engines.router import check_router
+
+        check_router(AutoConfig.from_pretrained(model, trust_remote_code=settings.trust_remote_code), where)
+
+
 @asynccontextmanager
 async def opened(
     context: Context, engine_path: str, settings: Callable[[], TrainingConfig], steps: int

@@ -11,6 +11,7 @@ import pkgutil
 from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,8 @@ import flowrl.algorithms
 from flowrl.algorithms.base import Algorithm, CreditBatch, LossBatch
 from flowrl.config import Select, to_tree
 from flowrl.errors import ConfigError
+from flowrl.messages import Buffer
+from tests.contracts.test_objectives import found_objectives
 from tests.unit.algorithms.cases import (
     credit_batch,
     credited_loss_batch,
@@ -26,9 +29,16 @@ from tests.unit.algorithms.cases import (
     mapped_loss,
     widened,
 )
+from tests.unit.engines.test_packing import random_groups
+from tests.unit.engines.test_trainer import gradients, opened
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
+
+    from flowrl.engines.base import TokenGroup
+    from flowrl.engines.torch import TorchEngine
 
 
 def found_algorithms() -> list[type[Algorithm]]:
@@ -48,6 +58,7 @@ def found_algorithms() -> list[type[Algorithm]]:
 
 
 ALGORITHMS = found_algorithms()
+PARTS = {"advantages", "corrections", "functional", "shaping", "surrogate"}  # pure functions
 every_algorithm = pytest.mark.parametrize("kind", ALGORITHMS, ids=lambda kind: kind.__name__)
 every_seed = pytest.mark.parametrize("seed", range(3))
 garbage = pytest.mark.parametrize("filler", [float("nan"), float("inf"), -float("inf"), 1e30])
@@ -65,7 +76,14 @@ def close(actual: Tensor, expected: Tensor) -> bool:
 def test_the_walk_finds_the_algorithms():
     names = {kind.__name__ for kind in ALGORITHMS}
     assert {"PPO", "GRPO", "DrGRPO", "RLOO", "ReinforcePP", "ReinforcePPBaseline", "GSPO", "CISPO", "DAPO"} <= names
+    assert "OnPolicyDistillation" in names
     assert "PolicyGradient" not in names
+
+
+def test_every_file_is_an_algorithm_or_an_objective_that_is_found_or_a_part_of_them():
+    files = {module.name for module in pkgutil.iter_modules(flowrl.algorithms.__path__)}
+    found = {kind.__module__.rpartition(".")[2] for kind in (*ALGORITHMS, *found_objectives())}
+    assert files - found == {"base", *PARTS, "pairs", "policy"}
 
 
 @every_algorithm
@@ -225,3 +243,53 @@ def test_needs_are_stated_exactly(kind: type[Algorithm]):
     _, _, batch = prepared(kind, 0)
     if not algorithm.needs_entropy:
         assert torch.isfinite(algorithm.loss(batch._replace(entropy_BT=None)).total)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Path) -> TorchEngine:
+    """Return an engine that learns nothing: a step of learning rate 0 only clears its gradients."""
+    return opened(tiny, lr=0.0)
+
+
+@pytest.fixture(scope="module")
+def sampled_groups(engine: TorchEngine) -> list[TokenGroup]:
+    """Return groups with every column, drawn by policies near the engine's; some tokens are an environment's."""
+    rng = np.random.default_rng(3)
+    groups = random_groups(seed=52, count=5)
+
+    def near(rows: list[np.ndarray]) -> list[Buffer]:
+        return [Buffer.floats((row + 0.2 * rng.normal(size=len(row))).astype(np.float32)) for row in rows]
+
+    found: list[TokenGroup] = []
+    for group, rows in zip(groups, engine.score(groups), strict=True):
+        columns = {name: near(rows) for name in ("behaviour", "proximal", "reference")}
+        masks = [Buffer.floats((np.arange(len(row)) % 4 != 2).astype(np.float32)) for row in rows]
+        found.append(msgspec.structs.replace(group, columns={**group.columns, **columns, "mask": masks}))
+    return found
+
+
+@every_algorithm
+def test_neither_packing_nor_order_nor_micro_batches_change_loss_figures_and_gradient(
+    kind: type[Algorithm], engine: TorchEngine, tiny: Path, sampled_groups: list[TokenGroup],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    choice = Select(use=f"{kind.__module__}:{kind.__name__}")
+
+    def learned(groups: list[TokenGroup]) -> tuple[dict[str, float], dict[str, Tensor]]:
+        figures = engine.accumulate(groups, choice)
+        found = gradients(engine)
+        engine.apply()
+        return figures, found
+
+    figures, whole = learned(sampled_groups)
+    assert any(gradient.abs().max() > 1e-3 for gradient in whole.values())
+    others = [learned(sampled_groups[::-1])]
+    monkeypatch.setattr(engine, "_layout", lambda longest: "padded")
+    others.append(learned(sampled_groups))
+    monkeypatch.undo()
+    monkeypatch.setattr(engine._learning, "num_tokens", 30)
+    others.append(learned(sampled_groups))
+    for found, cut in others:
+        assert found == pytest.approx(figures, rel=1e-5, abs=1e-6)
+        for name, gradient in whole.items():
+            torch.testing.assert_close(cut[name], gradient, atol=2e-6, rtol=1e-4)

@@ -1,22 +1,64 @@
-"""The staleness benchmark on a small scale: torch samples, virtual time, real gradients."""
+"""The flow learns: a student its teacher, counters in the staleness benchmark; torch samples and real gradients."""
 
 from __future__ import annotations
 
 import json
+from statistics import fmean
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 import msgspec
 import pytest
 
+from flowrl.graph.graph import Graph, Queue
+from flowrl.runtime.local import LocalOptions, run_local
+from flowrl.runtime.virtual_clock import run_virtual
+from flowrl.stages.reference import Reference
+from flowrl.telemetry.events import Event, Step
 from perf import staleness
 from perf.staleness_chart import smoothed
-from perf.staleness_task import Setting, spans_of
+from perf.staleness_task import CountingReward, Setting, counting_graph, spans_of, tiny_counter
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = pytest.mark.slow
+
+
+def distilling(student: Path, teacher: Path) -> Graph:
+    """group_async's flow with a teacher in the reference's place; the reward is only shown."""
+    algorithm = "flowrl.algorithms.on_policy_distillation:OnPolicyDistillation"
+    setting = Setting(seed=0, staleness=1, correction="truncated", steps=70, groups_per_step=5, group_size=8, lr=3e-3,
+                      minibatches=1, algorithm=algorithm, entropy=0.0)  # fmt: skip
+    graph = counting_graph(setting, student)
+    reward, advantage = graph.nodes["reward"], graph.nodes["advantage"]
+    assert isinstance(reward, CountingReward)
+    reference = Reference(
+        Reference.Config(engine="flowrl.engines.torch:TorchEngine", dtype="float32"), model=str(teacher),
+        policy=str(student), temperature=1.0,
+    )  # fmt: skip
+    edges = [edge for edge in graph.edges if edge.source is not reward.referenced]
+    edges += [
+        Queue(reward.referenced, reference.scored, depth=10),
+        Queue(reference.referenced, advantage.ports["referenced"], depth=10, window=1),  # type: ignore[arg-type]
+    ]
+    return Graph(nodes={**graph.nodes, "reference": reference}, edges=edges, until=graph.until)
+
+
+def test_a_student_learns_its_teacher_from_its_own_samples_though_they_are_a_version_old(tmp_path: Path) -> None:
+    teacher = tiny_counter(tmp_path / "teacher", 1, share_shown=0.95)
+    student = tiny_counter(tmp_path / "student", 0)  # it says any digit: to count it must learn to look
+    CountingReward.seen.clear()
+    events: list[Event] = []
+    told = LocalOptions(run_dir=tmp_path / "run", is_virtual=True, consume=events.extend, status_interval_s=1e6)
+    run_virtual(run_local(distilling(student, teacher), told))
+    steps = [event for event in events if isinstance(event, Step)]
+    kls = [step.metrics["kl"] for step in steps]
+    assert fmean(kls[-5:]) < 0.3 * fmean(kls[:3])
+    assert max(kls) < 2.0 * kls[0]
+    rewards = [fmean(CountingReward.seen[version]) for version in sorted(CountingReward.seen)]
+    assert fmean(rewards[-5:]) > fmean(rewards[:3]) + 0.3, "the teacher counts, and nobody paid for counting"
+    assert {age for step in steps[1:] for age in step.staleness} == {1}
 
 
 def test_the_staleness_benchmark_writes_its_figures_and_curves(

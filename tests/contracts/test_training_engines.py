@@ -23,6 +23,7 @@ from flowrl.config import Select, load_class
 from flowrl.engines.base import Ranks, Schedule, TrainingConfig
 from flowrl.errors import ConfigError, StageError
 from flowrl.messages import Buffer
+from tests.support.families import FAMILIES, write_family
 from tests.support.ranks import start_ranks
 from tests.support.scarcity import make_scarce
 from tests.support.tiny import tiny_model, tiny_tokenizer
@@ -360,42 +361,6 @@ def test_two_deepspeed_engines_share_a_process(model, tmp_path):
     critic.close()
 
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "LlamaForCausalLM": {},
-    "MistralForCausalLM": {"sliding_window": 16},
-    "Qwen2ForCausalLM": {},
-    "Qwen3ForCausalLM": {"head_dim": 32},
-    "FalconForCausalLM": {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
-    "GPT2LMHeadModel": {"n_embd": 64, "n_layer": 2, "n_head": 2},
-    "GraniteForCausalLM": {"logits_scaling": 3.0},
-    "CohereForCausalLM": {"logit_scale": 0.3},
-    "Gemma2ForCausalLM": {"head_dim": 32, "final_logit_softcapping": 5.0},
-    "MixtralForCausalLM": {"num_local_experts": 4},
-    "Qwen3MoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 32},
-    "OlmoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2},
-    "MambaForCausalLM": {"state_size": 8},
-    "Mamba2ForCausalLM": {"num_heads": 4, "head_dim": 32, "state_size": 8, "n_groups": 1, "chunk_size": 16},
-    "JambaForCausalLM": {
-        "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2,
-        "use_mamba_kernels": False,
-    },
-}  # fmt: skip
-
-
-def write_family(family: str, directory: Path) -> Any:
-    """Write a tiny model of a family with random weights; returns it."""
-    import transformers
-
-    torch.manual_seed(1)
-    kind = getattr(transformers, family)
-    size = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "initializer_range": 0.2}
-    instance = kind(kind.config_class(**{**size, **heads, **FAMILIES[family]})).eval()
-    instance.save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
-    return instance
-
-
 @pytest.mark.parametrize("family", ["MixtralForCausalLM", "JambaForCausalLM"])
 def test_mixtures_of_experts_learn_preferences_by_dpo(tmp_path, family):
     write_family(family, tmp_path)
@@ -417,6 +382,48 @@ def test_mixtures_of_experts_learn_preferences_by_dpo(tmp_path, family):
     assert figures[-1]["accuracy"] == 1.0
     assert figures[0]["router_loss"] > 0
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("mixtral")
+    write_family("MixtralForCausalLM", directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def balanced(experts, tmp_path_factory) -> Outcome:
+    """Return what plain torch does on one rank with the loss that uses experts evenly."""
+    engine = engine_of(TORCH, experts, router_aux_loss=0.5)
+    engine.open(Ranks())
+    outcome = two_steps(engine, tmp_path_factory.mktemp("balanced"))
+    engine.close()
+    assert all(figures["router_loss"] > 2.0 for figures in outcome.figures)  # what two experts of four cost used evenly
+    return outcome
+
+
+def assert_balanced_alike(found: Outcome, expected: Outcome) -> None:
+    """As assert_same, but an expert has few tokens: in more places a gradient is near nothing, and Adam's step not."""
+    for mine, theirs in zip(found.scores, expected.scores, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+    for mine, theirs in zip(found.figures, expected.figures, strict=True):
+        assert mine == pytest.approx(theirs, abs=3e-5, rel=3e-5)
+    for name, tensor in expected.saved.items():
+        assert float((found.saved[name] - tensor).abs().mean()) < 2e-7, name
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_deepspeed_balances_experts_as_plain_torch_does(experts, balanced, tmp_path, zero_stage):
+    engine = engine_of(DEEPSPEED, experts, router_aux_loss=0.5, zero_stage=zero_stage)
+    engine.open(Ranks())
+    assert_balanced_alike(two_steps(engine, tmp_path), balanced)
+    engine.close()
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_two_ranks_balance_experts_over_the_whole_step(experts, balanced, tmp_path, zero_stage):
+    found = on_two_ranks("steps", DEEPSPEED, experts, tmp_path, zero_stage=zero_stage, router_aux_loss=0.5)
+    assert_balanced_alike(found, balanced)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

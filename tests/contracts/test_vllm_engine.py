@@ -19,6 +19,7 @@ import pytest
 from flowrl.engines.base import Sampling
 from flowrl.engines.vllm import VllmEngine
 from flowrl.errors import ConfigError, ModelError, ProofError, StageError, TransferError
+from tests.support.families import write_family
 from tests.support.policy import Policy, engine_of, opened
 from tests.support.tiny import tiny_model
 
@@ -379,6 +380,39 @@ def test_an_untied_model_takes_updates_too(tmp_path, loop):
             policy.sender.close()
 
     assert loop.run(scenario()).max_gap < TOLERANCE
+
+
+@pytest.fixture
+def expert_group(engine, monkeypatch):
+    """Make what vLLM makes in a process whose first model has experts; here the first was the shared engine's."""
+    from torch.distributed import get_backend
+    from vllm.distributed import parallel_state
+
+    world = parallel_state.get_world_group()
+    backend = get_backend(world.device_group)
+    group = parallel_state.init_model_parallel_group([[0]], world.local_rank, backend, group_name="ep")
+    monkeypatch.setattr(parallel_state, "_EP", group)
+    yield
+    group.destroy()
+
+
+@pytest.mark.usefixtures("expert_group")
+def test_a_mixture_of_experts_serves_its_new_experts_after_an_update(tmp_path, loop):
+    write_family("MixtralForCausalLM", tmp_path)
+    policy = Policy(tmp_path)
+
+    async def scenario():
+        engine = await opened(tmp_path)
+        try:
+            reports = [await engine.update_weights(policy.publish(seed=seed)) for seed in (None, 14, 15)]
+            return reports, await draw(engine, PROMPTS[2], num_samples=3)
+        finally:
+            await engine.close()
+            policy.sender.close()
+
+    reports, samples = loop.run(scenario())
+    assert max(report.max_gap for report in reports) < TOLERANCE
+    assert max(policy.gap(PROMPTS[2], sample) for sample in samples) < TOLERANCE
 
 
 def test_closing_leaves_no_thread_and_no_socket(model, policy, loop):

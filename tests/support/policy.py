@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from flowrl.engines.base import GenerationConfig
+from flowrl.engines.publishing import as_saved
 from flowrl.engines.vllm import VllmEngine
 from flowrl.engines.weights import open_sender
 from flowrl.messages import Buffer, Canary, Sample, Weights
@@ -23,7 +24,7 @@ class Policy:
     """The learner's side: a model at some version, and its sender."""
 
     def __init__(self, model: Path, *, transport: str = "shm", num_receivers: int = 1, timeout_s: float = 30.0) -> None:
-        self.hf: Any = LlamaForCausalLM.from_pretrained(model)
+        self.hf: Any = AutoModelForCausalLM.from_pretrained(model)
         self.version = -1
         self.transport = transport
         self.sender = open_sender(
@@ -38,7 +39,7 @@ class Policy:
                 for parameter in self.hf.parameters():
                     parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
         self.version += 1
-        manifest, size_bytes = self.sender.publish(self.version, self.hf.named_parameters())
+        manifest, size_bytes = self.sender.publish(self.version, as_saved(self.hf, self.hf.named_parameters()))
         canary = Canary(
             token_ids=Buffer.ints(CANARY_IDS),
             logprobs=Buffer.floats(self.logprobs(CANARY_IDS[:1], CANARY_IDS[1:])),

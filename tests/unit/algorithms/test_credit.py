@@ -23,6 +23,7 @@ from tests.unit.algorithms.cases import credit_batch, mask_rows, rows_of, same
 
 if TYPE_CHECKING:
     from flowrl.algorithms.base import CreditBatch
+    from flowrl.algorithms.functional import Estimator
 
 SEEDS = range(3)
 GROUPS = [
@@ -35,10 +36,12 @@ GROUPS = [
 ]
 
 
-def slow_rewards(batch: CreditBatch, coef: float, scores: list[float] | None = None) -> list[list[float]]:
+def slow_rewards(
+    batch: CreditBatch, coef: float, scores: list[float] | None = None, estimator: Estimator = "k1"
+) -> list[list[float]]:
     assert batch.reference_BT is not None
     kls = [
-        [slow.kl(old, ref, "k1") for old, ref in zip(row, other, strict=True)]
+        [slow.kl(old, ref, estimator) for old, ref in zip(row, other, strict=True)]
         for row, other in zip(rows_of(batch.behaviour_BT), rows_of(batch.reference_BT), strict=True)
     ]
     rows = zip(scores or batch.rewards_B.double().tolist(), kls, mask_rows(batch.mask_BT), strict=True)
@@ -46,11 +49,13 @@ def slow_rewards(batch: CreditBatch, coef: float, scores: list[float] | None = N
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_ppo_credits_penalised_rewards_by_gae(seed: int):
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_ppo_credits_penalised_rewards_by_gae(estimator: Estimator, seed: int):
     batch = credit_batch(seed)
     assert batch.values_BT is not None
-    credited = PPO(gamma=0.9, lam=0.8, kl=KL(coef=0.2)).credit(batch)
-    rows = zip(slow_rewards(batch, 0.2), rows_of(batch.values_BT), mask_rows(batch.mask_BT), strict=True)
+    credited = PPO(gamma=0.9, lam=0.8, kl=KL(coef=0.2, estimator=estimator)).credit(batch)
+    rewards = slow_rewards(batch, 0.2, estimator=estimator)
+    rows = zip(rewards, rows_of(batch.values_BT), mask_rows(batch.mask_BT), strict=True)
     expected = [slow.gae(rewards, values, mask, 0.9, 0.8) for rewards, values, mask in rows]
     assert credited.returns_BT is not None
     assert same(credited.advantages_BT, [advantages for advantages, _ in expected])

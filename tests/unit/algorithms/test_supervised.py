@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, Literal
 
@@ -19,8 +20,8 @@ from flowrl.config import Select
 from flowrl.errors import ConfigError
 from tests.support import slow_preference as slow
 from tests.support.pair_batches import pair_batch
-from tests.support.slow_algorithms import gradient
-from tests.unit.algorithms.cases import gradient_of, mask_rows, rows_of, same
+from tests.support.slow_algorithms import gradient, sampled
+from tests.unit.algorithms.cases import credit_batch, gradient_of, mask_rows, rows_of, same
 
 SEEDS = range(3)
 Direction = Literal["forward", "reverse"]
@@ -100,6 +101,26 @@ def test_distillation_has_the_gradient_of_the_divergence_in_the_mean(direction: 
     assert kl == pytest.approx(slow.divergence(student, teacher.double().tolist(), direction), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("direction", "drawn_by", "teacher", "expected"),
+    [
+        ("forward", "teacher", -1.0, math.exp(-1) - 1 + 1),  # d = -1
+        ("forward", "student", -1.0, math.e * math.exp(-1)),
+        ("forward", "student", -0.01, 5.0 * (math.expm1(-1.99) + 1.99)),  # the weight would be 7.3
+        ("reverse", "student", -1.0, 0.5),
+        ("reverse", "teacher", -1.0, 0.5 * math.exp(-1)),
+        ("reverse", "teacher", -5.0, 0.5 * 9.0 * 5.0),  # d = 3: the weight would be 20
+    ],
+)
+def test_distillation_of_one_token_by_hand_with_its_weight_cut(
+    direction: Direction, drawn_by: Who, teacher: float, expected: float
+):
+    batch = LossBatch(torch.full((1, 1), -2.0), torch.ones(1, 1), {"reference": torch.full((1, 1), teacher)})
+    loss = Distillation(direction=direction, drawn_by=drawn_by, mix=0.5, max_weight=5.0).loss(batch)
+    assert same(loss.total, 0.5 * expected + 0.5 * 2.0)
+    assert same(loss.metrics["teacher_nll"][0], -teacher)
+
+
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_a_student_that_is_the_teacher_has_nothing_to_learn_from_the_divergence(direction: Direction):
     batch = LossBatch(torch.full((1, 2), -1.0, requires_grad=True), torch.ones(1, 2),
@@ -139,34 +160,56 @@ def test_the_pretraining_loss_is_the_weighted_likelihood_of_texts(seed: int):
 def distilled(
     algorithm: OnPolicyDistillation, student: torch.Tensor, teacher: torch.Tensor, behaviour: torch.Tensor
 ) -> torch.Tensor:
-    """The loss of every token of a vocabulary, weighted by its probability under the policy that draws."""
+    """The mean loss of every pair of tokens of a vocabulary, weighted by its probability under the policy that drew."""
     total = torch.zeros(())
-    for token in range(len(student)):
-        rows = [each[token].detach().reshape(1, 1) for each in (behaviour, teacher, student)]
-        credited = algorithm.credit(CreditBatch(torch.zeros(1), torch.ones(1, 1), rows[0], rows[1]))
-        columns = {"behaviour": rows[0], "proximal": rows[2], "advantages": credited.advantages_BT}
-        total = (
-            total
-            + behaviour[token].exp()
-            * algorithm.loss(LossBatch(student[token].reshape(1, 1), torch.ones(1, 1), columns)).total
-        )
+    for pair in itertools.product(range(len(student)), repeat=2):
+        old, ref, now = (each[list(pair)].detach()[:, None] for each in (behaviour, teacher, student))
+        credited = algorithm.credit(CreditBatch(torch.zeros(2), torch.ones(2, 1), old, ref))
+        columns = {"behaviour": old, "proximal": now, "reference": ref, "advantages": credited.advantages_BT}
+        loss = algorithm.loss(LossBatch(student[list(pair)][:, None], torch.ones(2, 1), columns))
+        total = total + behaviour[list(pair)].sum().exp() * loss.total / loss.count
     return total
+
+
+def reverse_kl(logits: list[float], teacher: list[float]) -> float:
+    norm = math.log(sum(math.exp(x) for x in logits))
+    return slow.divergence([x - norm for x in logits], teacher, "reverse")
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("is_stale", [False, True])
 def test_on_policy_distillation_has_the_gradient_of_the_reverse_kl_in_the_mean(is_stale: bool, seed: int):
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(5, generator=generator, requires_grad=True)
-    teacher = torch.randn(5, generator=generator).log_softmax(0)
-    student = logits.log_softmax(0)
-    behaviour = (torch.randn(5, generator=generator) if is_stale else logits.detach()).log_softmax(0)
-    # A decoupled correction makes samples of an older policy count as the policy's own; their gap stays the older's.
+    logits = torch.randn(3, generator=generator, requires_grad=True)
+    teacher = torch.randn(3, generator=generator).log_softmax(0)
+    behaviour = (torch.randn(3, generator=generator) if is_stale else logits.detach()).log_softmax(0)
+    # A decoupled correction makes samples of an older policy count as the policy's own.
     algorithm = OnPolicyDistillation(correction=Correction(kind="decoupled"))
-    (found,) = torch.autograd.grad(distilled(algorithm, student, teacher, behaviour), [logits])
-    target = teacher if not is_stale else (teacher - behaviour + student.detach())
-    expected = slow.divergence_gradient(student.detach().double().tolist(), target.double().tolist(), "reverse")
+    (found,) = torch.autograd.grad(distilled(algorithm, logits.log_softmax(0), teacher, behaviour), [logits])
+    at = rows_of(logits[None])
+    (expected,) = gradient(lambda moved: reverse_kl(moved[0], rows_of(teacher[None])[0]), at)
     assert same(found, expected, 2e-6)
+
+
+def test_a_teacher_equally_far_from_every_sample_says_nothing_of_any_but_a_sample_alone():
+    group = CreditBatch(torch.zeros(3), torch.ones(3, 2), torch.full((3, 2), -1.0), torch.full((3, 2), -3.0))
+    assert not OnPolicyDistillation().credit(group).advantages_BT.any()
+    alone = CreditBatch(*(part[:1] for part in group[:4] if part is not None))
+    assert OnPolicyDistillation().credit(alone).advantages_BT.tolist() == [[-2.0, -2.0]]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_token_is_worth_its_gap_less_that_of_the_other_samples_tokens(seed: int):
+    group = credit_batch(seed)
+    assert group.reference_BT is not None
+    ref, old, masks = rows_of(group.reference_BT), rows_of(group.behaviour_BT), mask_rows(group.mask_BT)
+    expected: list[list[float]] = []
+    for i, mask in enumerate(masks):
+        others = [max(-0.3, min(0.3, ref[j][t] - old[j][t])) for j in range(len(masks)) if j != i
+                  for t in sampled(masks[j])]  # fmt: skip
+        worth = [max(-0.3, min(0.3, r - o)) - sum(others) / len(others) for r, o in zip(ref[i], old[i], strict=True)]
+        expected.append([0.5 * each if sampled_here else 0.0 for each, sampled_here in zip(worth, mask, strict=True)])
+    assert same(OnPolicyDistillation(coef=0.5, max_gap=0.3).credit(group).advantages_BT, expected)
 
 
 def test_a_policy_that_is_its_teacher_has_nothing_to_distil_and_a_reward_still_counts():

@@ -140,6 +140,7 @@ def test_ppo_without_any_kl_is_warned_of_and_group_algorithms_are_not():
         (PPO(), False),
         (PPO(correction=Correction(kind="decoupled")), False),
         (CISPO(), False),
+        (CISPO(correction=Correction(kind="sequence")), True),
     ],
 )
 def test_a_cut_distribution_needs_a_correction_that_weighs_tokens(algorithm: Algorithm, is_refused: bool):
@@ -151,7 +152,22 @@ def test_a_cut_distribution_needs_a_correction_that_weighs_tokens(algorithm: Alg
         check_sampling(algorithm, is_cut=True)
 
 
+@pytest.mark.parametrize(("algorithm", "is_refused"), [(PPO(), True), (CISPO(correction=Correction()), False)])
+def test_sampled_logprobs_in_the_proximal_ones_place_take_a_correction_away(algorithm: Algorithm, is_refused: bool):
+    check_sampling(algorithm, is_cut=False, proximal="behaviour")
+    if not is_refused:
+        check_sampling(algorithm, is_cut=True, proximal="behaviour")
+        return
+    with pytest.raises(ConfigError, match=r"kind=truncated and learner\.proximal=recomputed"):
+        check_sampling(algorithm, is_cut=True, proximal="behaviour")
+
+
+def test_an_algorithm_without_values_is_refused_where_there_is_a_critic():
+    with pytest.raises(ConfigError, match=r"GRPO gives the critic of this graph nothing to learn; use graphs/group"):
+        load_algorithm(Select(use="flowrl.algorithms.grpo:GRPO"), group_size=2, has_critic=True)
+
+
 def test_filtered_groups_need_more_than_one_sample():
     choice = Select(use="flowrl.algorithms.ppo:PPO", options={"filter_groups": True})
-    with pytest.raises(ConfigError, match=r"generator\.group_size: .* but group_size is 1; set it to 2 or more"):
+    with pytest.raises(ConfigError, match=r"group_size: .* but group_size is 1; set generator\.group_size"):
         load_algorithm(choice, group_size=1, has_critic=True)

@@ -57,6 +57,7 @@ def test_a_steps_metrics_are_the_mean_of_its_updates_and_the_last_learning_rate(
 
 def test_the_effective_sample_size_follows_from_the_weights():
     assert derived({"is_weight": 2.0, "is_weight_sq": 5.0})["ess"] == pytest.approx(0.8)
+    assert derived({"is_weight": 3.0, "is_weight_sq": 27.0})["ess"] == pytest.approx(1 / 3)  # one token of three
 
 
 def test_a_mismatch_that_was_measured_on_no_token_is_not_told():

@@ -35,7 +35,7 @@ def group(placed: list[list[float]] | None, scores: list[float]) -> Referenced:
 
 def credited(use: str, given: Referenced, values: Any = None, **options: Any) -> dict[str, Any]:
     choice = Select(use=f"flowrl.algorithms.{use}", options=options)
-    algorithm = load_algorithm(choice, group_size=2, has_critic=True)
+    algorithm = load_algorithm(choice, group_size=2, has_critic=values is not None)
     return credit_group(algorithm, given, values)
 
 

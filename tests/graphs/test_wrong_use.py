@@ -1,0 +1,131 @@
+"""What the shipped graphs refuse of an algorithm, or warn of, before anything starts, and what they tell to do instead.
+
+The checks of `flowrl check`, less those that read data or start a process.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from flowrl.errors import ConfigError, FlowrlError
+from flowrl.graph.program import load_program
+from flowrl.stages.advantage import Advantage
+from flowrl.stages.critic import Critic
+from flowrl.stages.learner import Learner
+from flowrl.stages.reference import Reference
+from flowrl.stages.replay_buffer import ReplayBuffer
+from flowrl.stages.reward import RewardModel
+from tests.support.command import ROOT, tiny_settings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.slow
+
+CHECKED = (Advantage, Critic, Learner, Reference, ReplayBuffer, RewardModel)
+ALGORITHM = {name: f"flowrl.algorithms.{path}" for name, path in {
+    "GRPO": "grpo:GRPO", "RLOO": "rloo:RLOO", "GSPO": "gspo:GSPO", "CISPO": "cispo:CISPO", "PPO": "ppo:PPO",
+    "REINFORCE++": "reinforce_pp:ReinforcePP", "baseline": "reinforce_pp:ReinforcePPBaseline",
+    "teacher": "on_policy_distillation:OnPolicyDistillation",
+}.items()}  # fmt: skip
+
+
+def checked(graph: str, model: Path, settings: dict[str, Any]) -> list[str]:
+    """Load a graph and check its stages; returns what they say."""
+    path = ROOT / "graphs" / f"{graph}.py"
+    given = [*tiny_settings(model, path)[1::2], *(f"{name}={value}" for name, value in settings.items())]
+    said: list[str] = []
+    for stage in load_program(path, overrides=given).graph.nodes.values():
+        if isinstance(stage, CHECKED):
+            stage.check(said.append)
+    return said
+
+
+ONE = {"generator.group_size": 1}
+SMALL_GROUP = r"compares the samples of a group, but group_size is 1; set generator\.group_size .* to 2 or more"
+CUT = r"top_p or top_k cuts the distribution .*; set top_p=1 and top_k=0, or algorithm\.correction\.kind=truncated"
+
+
+@pytest.mark.parametrize(
+    ("graph", "settings", "said"),
+    [
+        ("group_async", ONE, SMALL_GROUP),
+        ("group_async", {**ONE, "algorithm": ALGORITHM["RLOO"]}, SMALL_GROUP),
+        ("group_async", {**ONE, "algorithm": ALGORITHM["baseline"]}, SMALL_GROUP),
+        ("group_async", {**ONE, "algorithm": ALGORITHM["REINFORCE++"], "algorithm.filter_groups": True}, SMALL_GROUP),
+        ("agent_async", {"agent.group_size": 1}, SMALL_GROUP),
+        (
+            "group_async",
+            {"algorithm": ALGORITHM["GSPO"], "algorithm.normalisation": "token"},
+            "GSPO's ratio is a sequence's; use sequence, or GRPO",
+        ),
+        (
+            "group_async",
+            {"replay.ratio": 0.5, "algorithm.correction.kind": "none"},
+            "samples need a correction, and algorithm.correction.kind is none; choose truncated",
+        ),
+        (
+            "group_async",
+            {"replay.ratio": 0.5, "learner.proximal": "behaviour"},
+            "samples need a correction, and learner.proximal=behaviour takes it away; set learner.proximal",
+        ),
+        ("ppo_async", {"sampling.top_p": 0.9, "algorithm.correction.kind": "none"}, CUT),
+        ("group_async", {"sampling.top_k": 5, "algorithm.correction.kind": "sequence"}, CUT),
+        ("agent_async", {"sampling.top_p": 0.9, "algorithm.correction.kind": "none"}, CUT),
+        ("group_async", {"sampling.top_p": 0.9, "learner.proximal": "behaviour"}, CUT),
+        ("group_async", {"algorithm": ALGORITHM["PPO"]}, "needs a critic.*; use graphs/ppo_async"),
+        ("ppo_async", {"algorithm": ALGORITHM["GRPO"]}, "the critic of this graph nothing to learn; use graphs/group"),
+        (
+            "group_async",
+            {"algorithm": ALGORITHM["teacher"], "algorithm.kl.coef": 0.1},
+            "the reference is the teacher, whose KL is the whole loss; set 0",
+        ),
+        ("ppo_async", {"learner.router_aux_loss": 0.01}, "learner.router_aux_loss: .* no experts .*; leave it 0"),
+        ("ppo_async", {"critic.router_aux_loss": 0.01}, "critic.router_aux_loss: .* no experts .*; leave it 0"),
+        ("ppo_async", {"reward.function": ""}, r"nothing scores the samples; give reward\.function or reward_models"),
+    ],
+)
+def test_wrong_use_is_refused_with_a_remedy(graph: str, settings: dict[str, Any], said: str, tiny: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        checked(graph, tiny, settings)
+
+
+@pytest.mark.parametrize(
+    ("graph", "settings"),
+    [
+        ("group_async", {"algorithm": ALGORITHM["REINFORCE++"], "generator.group_size": 1}),
+        ("group_async", {"algorithm": ALGORITHM["CISPO"], "sampling.top_p": 0.9}),
+        ("group_async", {"algorithm": ALGORITHM["teacher"], "generator.group_size": 1}),
+        ("group_async", {"replay.ratio": 0.5}),
+        ("ppo_async", {"sampling.top_p": 0.9}),
+    ],
+)
+def test_what_is_near_to_wrong_use_but_right_is_taken_in_silence(
+    graph: str, settings: dict[str, Any], tiny: Path
+) -> None:
+    assert checked(graph, tiny, settings) == []
+
+
+@pytest.mark.parametrize("setting", ["critic_model", "reference_model", "reward_models"])
+def test_a_model_that_reads_other_tokens_than_the_policys_is_refused(setting: str, tiny: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"]
+    first, second = list(ids)[10:12]
+    ids[first], ids[second] = ids[second], ids[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    given = f"[{other}]" if setting == "reward_models" else other
+    with pytest.raises(
+        FlowrlError, match=rf"{setting}: .* gives 2 of the policy's .* choose a model with the policy's"
+    ):
+        checked("ppo_async", tiny, {setting: given})
+
+
+def test_ppo_without_any_kl_is_warned_of(tiny: Path) -> None:
+    (said,) = checked("ppo_async", tiny, {"algorithm.kl.coef": 0})
+    assert said.startswith("warning: algorithm.kl.coef is 0: nothing keeps the policy near the reference")
+    assert said.endswith("set algorithm.kl.coef=0.01")
