@@ -307,8 +307,10 @@ def _tune(options: argparse.Namespace) -> int:
     if options.picture is not None:
         options.picture.write_text(picture(tuning))
     if options.verify:
-        trials = chosen(tuning, options.verify)
-        verify(request, trials, steps=options.verify_steps, runs_dir=options.runs_dir, say=_say)
+        settings = [trial.setting for trial in chosen(tuning, options.verify)]
+        say = _say_aside if options.json else _say
+        for _ in verify(request, settings, steps=options.verify_steps, runs_dir=options.runs_dir, say=say):
+            pass  # it says what it finds
     return 0
 
 
@@ -341,6 +343,10 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+def _say_aside(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from flowrl.config import Config, to_tree
 from flowrl.data.prompts import PromptData
 from perf.dschat_gains import causes, ceilings, mean
 from perf.dschat_workload import StepTimes, Workload
+from perf.markdown import markdown_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -132,7 +133,7 @@ def _rates(setting: Setting) -> str:
             f"{sum(step.tokens for step in system.steps) / sum(step.samples for step in system.steps):.1f}",
             *(f"{system.samples_per_s / baseline.samples_per_s:.2f}" for baseline in baselines),
         ])  # fmt: skip
-    return _table(heads, rows)
+    return markdown_table(heads, rows)
 
 
 def _median(whole: float, each: Sequence[float]) -> str:
@@ -145,7 +146,7 @@ def _stages(systems: Sequence[Measured]) -> str:
         step = mean(system.steps)
         cells = [f"{getattr(step, name):.2f} ({getattr(step, name) / step.wall_s:.0%})" for name in STAGES]
         rows.append([system.name, *cells, f"{step.wall_s:.2f}"])
-    return "Seconds of a step, mean (and part of the step):\n\n" + _table(["system", *HEADS, "step"], rows)
+    return "Seconds of a step, mean (and part of the step):\n\n" + markdown_table(["system", *HEADS, "step"], rows)
 
 
 def _gains(setting: Setting) -> str:
@@ -169,7 +170,7 @@ def _gains(setting: Setting) -> str:
         "the faster engine, logits + reward and training are prompts computed once and no padding. `long tail` is the "
         "part of a closed batch's decoding in which its slots stood empty."
     )
-    return f"{intro}\n\n{_table(['cause', *(title for title, _, _ in columns)], rows)}"
+    return f"{intro}\n\n{markdown_table(['cause', *(title for title, _, _ in columns)], rows)}"
 
 
 def _formula(setting: Setting) -> str:
@@ -182,11 +183,6 @@ def _formula(setting: Setting) -> str:
     said = ceilings(means["asynchronous"], means["disaggregated"], means["colocated"], share)
     lines = [f"What overlap could give at this setting (e = {share:.2f}, the busy share of a closed batch's slots):"]
     return "\n".join([lines[0], "", *(f"- {ceiling.verdict()}" for ceiling in said)])
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def read_results(data: bytes) -> Results:

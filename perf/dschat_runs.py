@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flowrl.config import to_tree
 from flowrl.telemetry.events import Event, Span, Step
+from flowrl.telemetry.history import read_history
 from perf.dschat_workload import StepTimes, Workload
-from perf.prediction import events_of
 from perf.runs import ROOT, run_graph
 
 if TYPE_CHECKING:
@@ -187,4 +187,4 @@ def total_s(intervals: Iterable[Interval]) -> float:
 
 def measured(run_dir: Path, work: Workload) -> list[StepTimes]:
     """Return the measured steps of a run that has ended."""
-    return step_times(events_of(run_dir), work)
+    return step_times((happened.event for happened in read_history(run_dir)), work)

@@ -1,133 +1,142 @@
 """How far `flowrl simulate` is from runs that it has not seen.
 
-    python -m perf.prediction [--set PATH=VALUE ...] --try "max_staleness=0" --try "groups_per_step=8" ...
+    python -m perf.prediction [--set PATH=VALUE ...] [--try "max_staleness=0" --try "generator.replicas=2" ...]
     python -m perf.prediction --profile RUN --against RUN RUN ...
 
 The first form runs the graph for real with the common settings, takes its profile, runs each `--try` for real as well
-and holds it against what the profile predicts for that setting; the second does so for runs that exist. Compared are
-learned samples per second and every node's shares between the first and the last step, as a run's report gives them;
-a prediction is of a whole run of as many steps, so filling and draining the pipeline is in both.
+(by default `TRIES`, settings of depth, staleness and replicas) and holds it against what the profile predicts for that
+setting; the second does so for runs that exist. The comparison is that of flowrl/runtime/accuracy.py: learned samples
+per second and every node's shares between the first and the last step, of a whole run of as many steps. The table ends
+with the medians of the relative error of throughput and of the difference of idle shares (the part of its time in which
+a node waits for input or for room), over the settings and over their nodes.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
-import time
-from collections import defaultdict
+import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import msgspec
-
+from flowrl.errors import FlowrlError
 from flowrl.graph.program import load_program
-from flowrl.runtime.simulate import simulate
-from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.events import Event, Span, Status, Step
-from flowrl.telemetry.profile import Profile, load_profile
-from flowrl.telemetry.view import RunView, shares, words
+from flowrl.runtime.accuracy import Accuracy, accuracy, describe
+from flowrl.runtime.trials import Request
+from flowrl.runtime.tune_verify import verify
+from flowrl.telemetry.profile import load_profile
 from perf.machine import machine
+from perf.runs import ROOT, run_graph
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-ROOT = Path(__file__).resolve().parents[1]
-CAUSES = {words(cause): cause for cause in Cause}
+    from flowrl.runtime.knobs import Setting
 
-
-def run_for_real(options: argparse.Namespace, name: str, settings: list[str]) -> Path:
-    """Run the graph and return its directory."""
-    command = [sys.executable, "-m", "flowrl.cli", "run", str(options.graph), "--name", name, "--runs-dir",
-               str(options.runs_dir)]  # fmt: skip
-    for setting in settings:
-        command += ["--set", setting]
-    options.runs_dir.mkdir(parents=True, exist_ok=True)
-    with (options.runs_dir / f"{name}.out").open("w") as out:
-        subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, check=True)
-    return options.runs_dir / name
-
-
-def events_of(run_dir: Path) -> Iterator[Event]:
-    """Return the spans, statuses and steps of a run in order of time, from its timeline and its metrics."""
-    timeline = msgspec.json.decode((run_dir / "timeline.json").read_bytes())
-    places = {r["tid"]: r["args"]["name"].split()[0] for r in timeline if r["name"] == "thread_name"}
-    found: list[tuple[float, Event]] = []
-    seconds: defaultdict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(Cause, 0.0))
-    last_s: dict[str, float] = {}
-    for record in timeline:
-        at_s = record.get("ts", 0) / 1e6
-        if record["ph"] == "X":
-            args = dict(record["args"])
-            replica = int(places[record["tid"]].rpartition(".")[2]) if record["tid"] in places else 0
-            span = Span(node=record["cat"], replica=replica, name=record["name"], start_s=at_s,
-                        end_s=at_s + record["dur"] / 1e6, groups=args.pop("groups", []), args=args)  # fmt: skip
-            found.append((span.end_s, span))
-        elif record["ph"] == "C" and record["name"].endswith(" %"):
-            name = record["name"].removesuffix(" %")
-            for cause, share in record["args"].items():
-                seconds[name][CAUSES[cause]] += share / 100 * (at_s - last_s.get(name, at_s))
-            last_s[name] = at_s
-            node, _, replica = name.rpartition(".")
-            status = Status(node=node, replica=int(replica), time_s=at_s, cause="", seconds=dict(seconds[name]), done=0)
-            found.append((at_s, status))
-    for line in (run_dir / "metrics.jsonl").read_bytes().splitlines():
-        row: dict[str, Any] = msgspec.json.decode(line)
-        if row["kind"] == "step":
-            stale = [int(s) for s, count in row["staleness"].items() for _ in range(count)]
-            found.append((row["time_s"], Step(version=row["version"], num_steps=row["num_steps"], time_s=row["time_s"],
-                                              metrics=row["metrics"], staleness=stale)))  # fmt: skip
-    yield from (event for _, event in sorted(found, key=lambda pair: pair[0]))
+PROFILED_STEPS = 20  # enough of every kind of call for its cost to be known
+TRIED_STEPS = 12
+TRIES = (
+    "max_staleness=0",
+    "max_staleness=2",
+    "max_staleness=4",
+    "generator.max_groups=2",
+    "generator.max_groups=2 max_staleness=0",
+    "depths.generator.prompts=1 depths.reward.rollouts=1 depths.reference.scored=1",
+    "generator.replicas=2 generator.cpus=0.5",  # the same cores for both
+    "generator.replicas=2 generator.cpus=0.5 max_staleness=0",
+    "reward.replicas=2 max_staleness=2",
+    "reference.replicas=2",
+)
 
 
-def hold_against(profile: Profile, run_dir: Path, options: argparse.Namespace, label: str) -> float:
-    """Print a run beside its prediction and return the throughput's relative error."""
-    view = RunView()
-    view.fold(events_of(run_dir))
-    program = load_program(options.graph, config=run_dir / "settings.yaml")
-    began = time.perf_counter()
-    predicted = simulate(program.graph, profile, steps=program.settings.steps, is_whole=True)
-    cost_s = time.perf_counter() - began
-    measured = view.steady_per_s("samples") or 0.0
-    error = predicted.samples_per_s / measured - 1
-    total = sum(view.staleness.values())
-    mean = sum(stale * count for stale, count in view.staleness.items()) / total
-    print(f"{label}: {measured:.2f} samples/s measured, {predicted.samples_per_s:.2f} predicted ({error:+.1%}); "
-          f"staleness {mean:.2f}, {predicted.mean_staleness:.2f} predicted; simulated in {cost_s:.2f} s")  # fmt: skip
-    worst = 0.0
-    for node, guess in predicted.shares.items():
-        real = shares(view.steady_seconds(node))
-        pairs = [(cause, real.get(cause, 0.0), guess.get(cause, 0.0)) for cause in Cause]
-        worst = max([worst, *(abs(r - g) for _, r, g in pairs)])
-        shown = ", ".join(f"{words(c)} {r:.0%} ({g:.0%})" for c, r, g in pairs if max(r, g) > 0.02)
-        print(f"    {node:<10} {shown}")
-    print(f"    greatest difference of a share: {worst:.0%} of the time", flush=True)
-    return error
+def setting_of(text: str) -> Setting:
+    """Return `max_staleness=0 learner.lr=1e-6` as paths with their values."""
+    pairs = [part.partition("=") for part in text.split()]
+    return {path: value for path, _, value in pairs}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def table(found: Sequence[tuple[str, Accuracy]]) -> str:
+    """Return one row for each setting, and the medians over them."""
+    width = max(len(label) for label, _ in found)
+    lines = [f"{'setting':<{width}}  measured  predicted   error  staleness  (said)  idle off by: median  greatest"]
+    for label, each in found:
+        rate, stale, off = each.samples_per_s, each.staleness, idle_errors(each)
+        lines.append(
+            f"{label:<{width}}  {rate.measured:8.2f}  {rate.predicted:9.2f}  {each.error:+6.1%}  "
+            f"{stale.measured:9.2f}  {stale.predicted:6.2f}  {statistics.median(off):19.1%}  {max(off):8.1%}"
+        )
+    errors = [abs(each.error) for _, each in found]
+    idle = [off for _, each in found for off in idle_errors(each)]
+    lines.append(
+        f"{len(found)} settings not used for the profile: throughput off by {statistics.median(errors):.1%} in the "
+        f"median, {max(errors):.1%} at most; idle shares of {len(idle)} nodes by {100 * statistics.median(idle):.1f} "
+        f"points, {100 * max(idle):.1f} at most"
+    )
+    return "\n".join(lines)
+
+
+def idle_errors(found: Accuracy) -> list[float]:
+    """Return by how much each node's idle share was missed, as a part of the time."""
+    return [abs(pair.predicted - pair.measured) for pair in found.idle.values()]
+
+
+def against(runs: Sequence[Path], options: argparse.Namespace, profile_run: Path) -> list[tuple[str, Accuracy]]:
+    """Hold runs that exist against what a profile predicts for their settings."""
+    profile = load_profile(profile_run)
+    found: list[tuple[str, Accuracy]] = []
+    for run_dir in runs:
+        graph = load_program(options.graph, config=run_dir / "settings.yaml").graph
+        found.append((run_dir.name, accuracy(run_dir, graph, profile)))
+        print(describe(found[-1][1], run_dir.name), flush=True)
+    return found
+
+
+def tried(options: argparse.Namespace, profile_run: Path) -> tuple[list[tuple[str, Accuracy]], int]:
+    """Run settings for real; returns what was found, and how many of the runs failed."""
+    request = Request(graph=options.graph, profile=profile_run, overrides=options.settings)
+    found: list[tuple[str, Accuracy]] = []
+    num_failed = 0
+    for text in options.tries:
+        try:
+            (one,) = verify(request, [setting_of(text)], steps=options.steps, runs_dir=options.runs_dir, say=_say)
+        except FlowrlError as error:  # hours of other runs are worth more than this one
+            num_failed += 1
+            _say(f"{text}: {error}")
+        else:
+            found.append((text, one.found))
+    return found, num_failed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--graph", type=Path, default=ROOT / "graphs/ppo_async.py")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="PATH=VALUE")
     parser.add_argument("--try", action="append", default=[], dest="tries", metavar='"PATH=VALUE ..."')
-    parser.add_argument("--profile", type=Path, help="of a run that exists, instead of running one")
+    parser.add_argument("--steps", type=int, default=TRIED_STEPS, help=f"of each try (default: {TRIED_STEPS})")
+    parser.add_argument("--profile-steps", type=int, default=PROFILED_STEPS, help="of the run that is profiled")
+    parser.add_argument("--profile", type=Path, metavar="RUN", help="a run that exists, instead of running one")
     parser.add_argument("--against", type=Path, nargs="*", default=[], metavar="RUN", help="runs that exist")
     parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs")
     options = parser.parse_args(argv)
-    print(machine())
-    stamp = int(time.time())
-    first = options.profile or run_for_real(options, f"prediction-{stamp}-profile", options.settings)
-    profile = load_profile(first)
+    if not options.tries and not options.against:
+        options.tries = list(TRIES)
+    print(machine(), flush=True)
+    profile_run: Path = options.profile or run_graph(
+        options.graph, {}, label="prediction-profile", runs_dir=options.runs_dir,
+        overrides=[*options.settings, f"steps={options.profile_steps}"],
+    )  # fmt: skip
     if not options.profile:
-        hold_against(profile, first, options, "the profile's own run")
-    errors = [hold_against(profile, run_dir, options, run_dir.name) for run_dir in options.against]
-    for place, text in enumerate(options.tries):
-        run_dir = run_for_real(options, f"prediction-{stamp}-{place}", [*options.settings, *text.split()])
-        errors.append(hold_against(profile, run_dir, options, text))
-    if errors:
-        print(f"throughput of {len(errors)} settings not used for the profile: mean error "
-              f"{sum(map(abs, errors)) / len(errors):.1%}, greatest {max(map(abs, errors)):.1%}")  # fmt: skip
+        print("the profile's own run, which it was fitted to and which counts for nothing below")
+        against([profile_run], options, profile_run)
+    found = against(options.against, options, profile_run)
+    more, num_failed = tried(options, profile_run)
+    if found + more:
+        print("\n" + table(found + more))
+    return 1 if num_failed else 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

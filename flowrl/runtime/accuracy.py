@@ -7,6 +7,7 @@ both. Used by `flowrl tune --verify` and perf/prediction.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from flowrl.telemetry.profile import Profile
 
 SHOWN = 0.02  # a share of the time below which it is not told
+IDLE = (Cause.WAIT_INPUT, Cause.WAIT_ROOM)
 
 
 class Pair(msgspec.Struct, frozen=True):
@@ -46,6 +48,15 @@ class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
         return self.samples_per_s.predicted / self.samples_per_s.measured - 1
 
     @property
+    def idle(self) -> dict[str, Pair]:
+        """Return the part of its time that each node waits for input or room; of nodes that only wait, nothing."""
+        return {
+            node: Pair(sum(pairs[cause].measured for cause in IDLE), sum(pairs[cause].predicted for cause in IDLE))
+            for node, pairs in self.shares.items()
+            if pairs[Cause.COMPUTE].measured > SHOWN or pairs[Cause.COMPUTE].predicted > SHOWN
+        }
+
+    @property
     def worst_share(self) -> float:
         """Return the greatest difference of any share, as a part of the time."""
         return max(abs(pair.predicted - pair.measured) for node in self.shares.values() for pair in node.values())
@@ -60,11 +71,11 @@ def accuracy(run_dir: Path, graph: Graph, profile: Profile) -> Accuracy:
     view = RunView()
     view.fold(happened.event for happened in read_history(run_dir))
     measured = view.steady_per_s("samples")
-    if measured is None or view.last_step is None:
+    if measured is None or view.first_step is None:
         raise DataError(str(run_dir), "learned fewer than two steps", "give it more")
     found = simulate(graph, profile, steps=view.num_steps_done, is_whole=True, has_queues=False)
-    learned = sum(view.staleness.values())
-    mean = sum(stale * count for stale, count in view.staleness.items()) / learned
+    learned = view.staleness - Counter(view.first_step.staleness)  # as samples are counted: after the first step
+    mean = sum(stale * count for stale, count in learned.items()) / max(1, learned.total())
     return Accuracy(
         samples_per_s=Pair(measured, found.samples_per_s),
         staleness=Pair(mean, found.mean_staleness),

@@ -3,22 +3,25 @@
 They are found in the graph, not listed by name: staleness and batch, replicas and ranks, requests in flight, batches of
 scoring, where a scorer sits, and the depth of every queue whose depth is free. Invariants: the first option of a knob
 is what stands in the settings now; options that need more devices than there are, with everything else at its
-smallest, are left out. Used by tune.py and trials.py.
+smallest, are left out. Used by trials.py, tune.py, hints.py and forecast.py.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from flowrl.engines.base import Serving
+from flowrl.engines.base import Serving, Training
 from flowrl.graph.edges import Queue
+from flowrl.graph.program import build_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from flowrl.graph.graph import Graph
+    from flowrl.graph.program import Program
 
 Value = int | float | str
 Setting = dict[str, Value]  # path -> value
@@ -70,6 +73,21 @@ def knobs_of(settings: Any, graph: Graph, *, is_affordable: Callable[[Setting], 
     return kept
 
 
+def graph_with(program: Program, changes: Setting) -> Graph:
+    """Return the checked graph of a program with some of its settings changed.
+
+    Raises:
+        FlowrlError: the graph refuses them.
+    """
+    settings: Any = program.settings
+    module = sys.modules[type(settings).__module__]
+    for path, value in changes.items():
+        settings = with_setting(settings, path, value)
+    graph = build_graph(module, settings)
+    graph.check()
+    return graph
+
+
 def get_setting(settings: Any, path: str) -> Any:
     """Return the value at a path, or None where there is none."""
     for name in path.split("."):
@@ -93,25 +111,24 @@ def _all_knobs(settings: Any, graph: Graph) -> Iterable[Knob]:
         yield _numbers("max_staleness", now, STALENESS)
     if isinstance(now := get_setting(settings, "groups_per_step"), int):
         yield _numbers("groups_per_step", now, _scaled(now, (0.5, 2.0)))
-    for node, stage in graph.nodes.items():
+    for path, node in _paths(settings, graph).items():
+        stage = graph.nodes[node]
         config: Any = stage.config
-        if type(get_setting(settings, node)) is not type(config):
-            continue  # its settings stand elsewhere, or nowhere
-        if not stage.is_stateful and (isinstance(config, Serving) or hasattr(config, "batch_groups")):
+        if not stage.is_stateful and (isinstance(config, Serving | Training) or hasattr(config, "batch_groups")):
             counts = COUNTS if config.cpus or config.gpus else FEW
-            yield _numbers(f"{node}.replicas", config.replicas, counts, is_minor=not isinstance(config, Serving))
+            yield _numbers(f"{path}.replicas", config.replicas, counts, is_minor=not isinstance(config, Serving))
         if stage.is_stateful and config.gpus > 0:
-            yield _numbers(f"{node}.ranks", config.ranks, [2**power for power in range(9)])
+            yield _numbers(f"{path}.ranks", config.ranks, [2**power for power in range(9)])
         for name in ("max_groups", "max_running"):
             if hasattr(config, name):
                 now = getattr(config, name)
-                yield _numbers(f"{node}.{name}", now, _scaled(now, FACTORS))
+                yield _numbers(f"{path}.{name}", now, _scaled(now, FACTORS))
         if now := getattr(config, "group_size", 0):
-            yield _numbers(f"{node}.group_size", now, _scaled(now, (0.5, 2.0)))
+            yield _numbers(f"{path}.group_size", now, _scaled(now, (0.5, 2.0)))
         for name in ("batch_groups", "concurrency"):
             if hasattr(config, name):
-                yield _numbers(f"{node}.{name}", getattr(config, name), (1, 2, 4, 8), is_minor=True)
-        if (place := _placement(node, graph)) is not None:
+                yield _numbers(f"{path}.{name}", getattr(config, name), (1, 2, 4, 8), is_minor=True)
+        if (place := _placement(node, graph, path)) is not None:
             yield place
     for edge in graph.edges:
         if isinstance(edge, Queue) and edge.window is None and edge.most is None:
@@ -119,16 +136,30 @@ def _all_knobs(settings: Any, graph: Graph) -> Iterable[Knob]:
             yield _numbers(path, edge.depth, _scaled(edge.depth, FACTORS), is_minor=True)
 
 
-def _placement(node: str, graph: Graph) -> Knob | None:
+def _paths(settings: Any, graph: Graph) -> dict[str, str]:
+    """Return path -> a node whose settings stand there: its name, or that of several with a number behind it.
+
+    `reward_model` are the settings of `reward_model_0` and `reward_model_1`.
+    """
+    found: dict[str, str] = {}
+    for node, stage in graph.nodes.items():
+        for path in (node, node.rstrip("0123456789").removesuffix("_")):
+            if type(get_setting(settings, path)) is type(stage.config):
+                found.setdefault(path, node)
+                break
+    return found
+
+
+def _placement(node: str, graph: Graph, path: str) -> Knob | None:
     """Return the knob of a node that computes on GPUs and may sit on another's or have its own."""
     config = graph.nodes[node].config
     host = config.share or graph.until_node
     devices = graph.nodes[host].config
     if node == host or not hasattr(config, "engine") or isinstance(config, Serving) or devices.gpus == 0:
         return None
-    own = Option("its own GPUs", {f"{node}.share": "", f"{node}.gpus": devices.gpus, f"{node}.cpus": devices.cpus})
-    shared = Option(f"on {host}", {f"{node}.share": host, f"{node}.gpus": 0.0, f"{node}.cpus": 0.0})
-    return Knob(f"{node}.share", [shared, own] if config.share else [own, shared])
+    own = Option("its own GPUs", {f"{path}.share": "", f"{path}.gpus": devices.gpus, f"{path}.cpus": devices.cpus})
+    shared = Option(f"on {host}", {f"{path}.share": host, f"{path}.gpus": 0.0, f"{path}.cpus": 0.0})
+    return Knob(f"{path}.share", [shared, own] if config.share else [own, shared])
 
 
 def _numbers(path: str, now: int, values: Iterable[int], *, is_minor: bool = False) -> Knob:

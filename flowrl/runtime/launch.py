@@ -1,6 +1,7 @@
 """Launch a run: check everything, prepare its directory, start a runtime, show it, report how it ended.
 
-Order matters: everything the user could have got wrong is found before a directory is written or a process starts.
+Order matters: everything the user could have got wrong is found before a directory is written or a process starts, and
+what the run will be like is said before it begins.
 Ctrl-C once asks for a controlled stop (what is under way is learned and saved, and the report says how to go on); twice
 aborts. Called by the CLI; the sinks that show and record a run are put together here.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import time
@@ -22,9 +24,13 @@ from flowrl.engines.checkpoint import complete_checkpoints
 from flowrl.errors import ConfigError, FlowrlError
 from flowrl.graph.program import Program, load_program
 from flowrl.graph.show import edge_table, node_table, staleness_line
+from flowrl.runtime.forecast import forecast
+from flowrl.runtime.hints import Hints
 from flowrl.runtime.placement import check_resources
 from flowrl.runtime.rundir import claim, create_run_dir, existing_run, write_plan
+from flowrl.runtime.simulate import can_simulate
 from flowrl.runtime.supervisor import Options, newest_start
+from flowrl.telemetry.events import HINT
 from flowrl.telemetry.report import Ending, report, write_ending, write_report
 from flowrl.telemetry.sinks import Sinks, open_sinks
 from flowrl.telemetry.trackers import check_trackers
@@ -95,6 +101,8 @@ def launch(request: RunRequest, *, say: Say) -> int:
         write_plan(run_dir, program)
     else:
         run_dir = request.resume.resolve()
+    for line in forecast(program, run_dir.parent):
+        say(line)
     again = f"flowrl run {request.graph} --resume {os.path.relpath(run_dir)}"
     drive(program, run_dir, resume=resume, address=request.address, again=again, say=say)
     return 0
@@ -110,6 +118,9 @@ def drive(
     """
     say(f"run directory {run_dir}")
     with open_sinks(run_dir, program.settings, title=run_dir.name, nodes=list(program.graph.nodes)) as sinks:
+        if program.settings.hints and can_simulate(program.graph):
+            tell = functools.partial(sinks.note, HINT)
+            sinks.add("hints", lambda: Hints(run_dir, program, tell=tell))
         try:
             outcome = _run_on_loop(program, address, run_dir, resume, sinks)
         except (FlowrlError, KeyboardInterrupt) as error:

@@ -175,7 +175,7 @@ def table(prediction: Prediction, *, steps: int) -> str:
         "",
         *_aligned([("% of the time", *map(words, SHOWN)), *(_shares(node, p.shares[node]) for node in p.shares)]),
         "",
-        f"bottleneck: {p.bottleneck}, computing {p.shares[p.bottleneck][Cause.COMPUTE]:.0%} of the time",
+        bottleneck_line(p),
         *(f"  {name} {used:.0%} in use" for name, used in sorted(p.devices.items())),
         "",
         f"staleness: mean {p.mean_staleness:.2f}, "
@@ -190,6 +190,12 @@ def table(prediction: Prediction, *, steps: int) -> str:
         lines += ["", *_aligned(rows)]
     lines += ["", f"measured over {p.num_steps} simulated steps after {p.num_warmup}"]
     return "\n".join([*lines, *(f"note: {note}" for note in p.notes)])
+
+
+def bottleneck_line(prediction: Prediction) -> str:
+    """Return `bottleneck: generator, computing 93% of the time`."""
+    computing = prediction.shares[prediction.bottleneck][Cause.COMPUTE]
+    return f"bottleneck: {prediction.bottleneck}, computing {computing:.0%} of the time"
 
 
 def _shares(node: str, shares: dict[str, float]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import fcntl
 import os
 import shutil
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -53,10 +53,15 @@ def create_run_dir(directory: Path) -> Path:
 
 def write_plan(directory: Path, program: Program) -> None:
     """Write the resolved settings and the graph as plain data."""
+    (directory / "settings.yaml").write_text(as_yaml(program.settings))
+    (directory / "graph.json").write_bytes(msgspec.json.format(msgspec.json.encode(plan_of(program.graph))))
+
+
+def as_yaml(settings: Any) -> str:
+    """Return resolved settings as a file that `--config` takes."""
     import yaml
 
-    (directory / "settings.yaml").write_text(yaml.safe_dump(to_tree(program.settings), sort_keys=False))
-    (directory / "graph.json").write_bytes(msgspec.json.format(msgspec.json.encode(plan_of(program.graph))))
+    return yaml.safe_dump(to_tree(settings), sort_keys=False)
 
 
 def read_plan(run_dir: Path) -> GraphPlan:

@@ -18,12 +18,15 @@ from flowrl.graph.plan import graph_of
 from flowrl.graph.staleness import staleness_bound
 from flowrl.runtime.prediction import Prediction, Watch
 from flowrl.runtime.timed_graph import optional_nodes, timed_plan
-from flowrl.runtime.timed_run import run_timed
+from flowrl.runtime.timed_run import Straight, run_timed
 from flowrl.runtime.virtual_clock import run_virtual
 from flowrl.telemetry.profile import CallCost, NodeProfile, Profile
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from flowrl.graph.graph import Graph
+    from flowrl.runtime.flow import Flow
 
 MEASURED_STEPS = 12  # enough that one slow group is a few percent of them
 LOOKS_A_STEP = 8  # at every queue's fill
@@ -38,6 +41,7 @@ def simulate(
     precision: float = 0.0,
     is_whole: bool = False,
     has_queues: bool = True,
+    connect: Callable[[Flow, str, float], Straight] = Straight,
 ) -> Prediction:
     """Predict how a graph runs under a profile's costs.
 
@@ -45,7 +49,7 @@ def simulate(
     where `precision` is given and the half-width of the mean step time's 95 % interval is down to that part of it.
     With `is_whole` the run has `steps` steps in all and is measured between the first and the last, as a run's report
     does: then the start and the end, when nothing more is admitted, are in it. Without `has_queues` nobody looks at
-    the queues, which is quicker.
+    the queues, which is quicker. `connect` makes what stands between a replica and the flow.
 
     Raises:
         ConfigError: the profile lacks a node, or the graph has nothing to simulate.
@@ -60,10 +64,16 @@ def simulate(
     look_s = _look_s(graph, profile) if has_queues else None
     token = SCENE.set(scene)
     try:
-        run_virtual(run_timed(graph_of(plan), plan, watch, message_s=profile.message_s, look_s=look_s))
+        run_virtual(run_timed(graph_of(plan), plan, watch, message_s=profile.message_s, look_s=look_s, connect=connect))
     finally:
         SCENE.reset(token)
     return watch.prediction(notes=_notes(graph, profile, scene))
+
+
+def can_simulate(graph: Graph) -> bool:
+    """Return whether prompts are admitted and something generates, without which there is nothing to simulate."""
+    generates = any(isinstance(stage.config, Serving) for stage in graph.nodes.values())
+    return generates and any(isinstance(edge, Credits) for edge in graph.edges)
 
 
 def _warmup(graph: Graph) -> int:
@@ -73,7 +83,7 @@ def _warmup(graph: Graph) -> int:
         ConfigError: no prompts are admitted, or nothing generates.
     """
     credits = [edge for edge in graph.edges if isinstance(edge, Credits)]
-    if not credits or not any(isinstance(stage.config, Serving) for stage in graph.nodes.values()):
+    if not can_simulate(graph):
         what = "has no Credits edge" if not credits else "has no node that generates"
         remedy = "name a graph that admits prompts and generates, such as graphs/ppo_async.py"
         raise ConfigError("graph", f"{what}, so there is nothing to simulate", remedy)

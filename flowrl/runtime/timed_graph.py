@@ -26,13 +26,13 @@ from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Specification, Stage, StageConfig, port_types
 from flowrl.messages import Buffer, Credit, Prompt, Rollouts, Scored, extend
 from flowrl.telemetry.causes import Cause
+from flowrl.telemetry.events import Span
 from flowrl.telemetry.profile import CallCost, NodeProfile, Profile, Spread
 
 if TYPE_CHECKING:
     from flowrl.engines.base import Training
     from flowrl.graph.graph import Graph
     from flowrl.graph.stage import Context
-    from flowrl.telemetry.causes import CauseClock
 
 # The graph with its engines exchanged.
 
@@ -208,13 +208,17 @@ class TimedReward(Stage):
         cost = SCENE.get().profile.nodes[self.node].calls["score"]
         async with asyncio.TaskGroup() as tasks:
             for _ in range(self.lanes):
-                tasks.create_task(self._lane(context.clock, cost))
+                tasks.create_task(self._lane(context, cost))
 
-    async def _lane(self, clock: CauseClock, cost: CallCost) -> None:
+    async def _lane(self, context: Context, cost: CallCost) -> None:
         async for group in self.rollouts:
             tokens = sum(len(sample.token_ids) + len(group.token_ids) for sample in group.samples)
-            with clock.charge(Cause.COMPUTE):
+            start_s = context.now()
+            with context.clock.charge(Cause.COMPUTE):
                 await asyncio.sleep(cost.seconds(tokens))
+            span = Span(node=self.node, replica=context.replica, name="score", start_s=start_s, end_s=context.now(),
+                        groups=[group.group_id])  # fmt: skip
+            context.recorder.record(span)
             scores = group.scores if isinstance(group, Scored) else {}
             zeros = [0.0] * len(group.samples)
             await self.scored.put(extend(Scored, group, scores={**scores, self.node: zeros}))

@@ -116,10 +116,12 @@ async def run_timed(
     message_s: float = 0.0,
     look_s: float | None = None,
     status_s: float = NEVER_S,
+    connect: Callable[[Flow, str, float], Straight] = Straight,
 ) -> None:
     """Run until the watch has seen enough; it looks at the queues every `look_s` seconds.
 
-    `graph` is what `plan` builds; a replica records its status every `status_s`. Raises what a stage raises.
+    `graph` is what `plan` builds; a replica records its status every `status_s`, and reaches the flow by what `connect`
+    makes of the flow, its name and `message_s`. Raises what a stage raises.
     """
     flow = Flow(graph, Ledger(None))
     stopping = asyncio.Event()
@@ -131,7 +133,7 @@ async def run_timed(
         readers = num_readers(graph, node)
         for index in range(stage.config.replicas):
             own = stage if index == 0 else from_specification(plan.nodes[node], node)
-            client = Straight(flow, replica_name(node, index), message_s)
+            client = connect(flow, replica_name(node, index), message_s)
             context = _context(node, index, client, watch, stopping, readers)
             body = run_replica(
                 own, context, cast("FlowClient", client), kinds=kinds, status_interval_s=status_s, wire=PARCELS

@@ -11,18 +11,17 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from flowrl.errors import FlowrlError
-from flowrl.graph.program import build_graph, load_program
-from flowrl.runtime.knobs import Knob, Setting, knobs_of, with_setting
+from flowrl.graph.program import load_program
+from flowrl.runtime.knobs import Knob, Setting, graph_with, knobs_of
 from flowrl.runtime.simulate import simulate
 from flowrl.telemetry.profile import load_profile
 
@@ -61,6 +60,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     budget: int = 200  # settings simulated at most
     cores: float = 0.0  # that may be reserved; 0: the profile's, or what the graph reserves already
     gpus: float = 0.0  # that may be reserved; 0: what the graph reserves already
+    only: list[str] = []  # the ends of the names of knobs to turn, such as ".replicas"; []: all
 
 
 class Searcher:
@@ -70,14 +70,15 @@ class Searcher:
         """Load; the profile that is given counts for the one that the request names."""
         self.profile: Profile = profile or load_profile(request.profile)
         self.program: Program = load_program(request.graph, config=request.config, overrides=request.overrides)
-        self._module = sys.modules[type(self.program.settings).__module__]
         cores, gpus = reserved(self.program.graph)
         self._cores = request.cores or max(self.profile.cores, cores)
         self._gpus = request.gpus or gpus
+        self._only = tuple(request.only)
 
     def knobs(self) -> list[Knob]:
         """Return the knobs that the graph has."""
-        return knobs_of(self.program.settings, self.program.graph, is_affordable=self.is_affordable)
+        found = knobs_of(self.program.settings, self.program.graph, is_affordable=self.is_affordable)
+        return [knob for knob in found if not self._only or knob.name.endswith(self._only)]
 
     def build(self, setting: Setting) -> Graph:
         """Return the checked graph of a setting.
@@ -85,12 +86,7 @@ class Searcher:
         Raises:
             FlowrlError: the graph refuses it.
         """
-        settings: Any = self.program.settings
-        for path, value in setting.items():
-            settings = with_setting(settings, path, value)
-        graph = build_graph(self._module, settings)
-        graph.check()
-        return graph
+        return graph_with(self.program, setting)
 
     def is_affordable(self, setting: Setting) -> bool:
         """Return whether the graph takes the setting and it stays within the devices there are."""

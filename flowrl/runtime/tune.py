@@ -134,7 +134,7 @@ class _Search:
         if size <= DRAWN * self._left:
             places: Iterable[Sequence[int]] = itertools.product(*(range(len(knob.options)) for knob in major))
         else:
-            places = _evenly([len(knob.options) for knob in major], max(0, round(DRAWN * self._left)))
+            places = evenly([len(knob.options) for knob in major], max(0, round(DRAWN * self._left)))
         self._look([_merged(major, place) for place in places])
 
     def climb(self) -> None:
@@ -160,7 +160,7 @@ class _Search:
         self.found += seen
 
 
-def _evenly(sizes: Sequence[int], count: int) -> Iterable[Sequence[int]]:
+def evenly(sizes: Sequence[int], count: int) -> Iterable[Sequence[int]]:
     """Yield `count` combinations in which each position of each knob comes up about as often as any other."""
     draw = random.Random(0)
     columns: list[list[int]] = []

@@ -21,7 +21,7 @@ from flowrl.runtime.knobs import Setting
 from flowrl.telemetry.profile import load_profile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from flowrl.runtime.trials import Request, Trial
@@ -45,26 +45,29 @@ def chosen(tuning: Tuning, num: int) -> list[Trial]:
 
 
 def verify(
-    request: Request, trials: list[Trial], *, steps: int, runs_dir: Path, say: Callable[[str], None]
-) -> list[Verified]:
-    """Run settings for so many steps each and compare.
+    request: Request, settings: Iterable[Setting], *, steps: int, runs_dir: Path, say: Callable[[str], None]
+) -> Iterator[Verified]:
+    """Run settings for so many steps each, one after the other, and yield how near each prediction came.
 
     Raises:
         RunError: a run failed; the end of its output is in the message.
     """
     profile = load_profile(request.profile)
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    verified: list[Verified] = []
-    for place, trial in enumerate(trials):
-        words = " ".join(f"{path}={value}" for path, value in trial.setting.items()) or "as it is"
+    for place, setting in enumerate(settings):
+        words = in_words(setting)
         say(f"running {words} for {steps} steps")
         run_dir = runs_dir / f"tune-{stamp}-{place}"
-        _run(request, trial.setting, steps, run_dir)
+        _run(request, setting, steps, run_dir)
         graph = load_program(request.graph, config=run_dir / "settings.yaml").graph
         found = accuracy(run_dir, graph, profile)
         say(describe(found, words))
-        verified.append(Verified(setting=trial.setting, run_dir=str(run_dir), found=found))
-    return verified
+        yield Verified(setting=setting, run_dir=str(run_dir), found=found)
+
+
+def in_words(setting: Setting) -> str:
+    """Return a setting as it would be given, without `--set`."""
+    return " ".join(f"{path}={value}" for path, value in setting.items()) or "as it is"
 
 
 def _run(request: Request, setting: Setting, steps: int, run_dir: Path) -> None:
@@ -73,7 +76,7 @@ def _run(request: Request, setting: Setting, steps: int, run_dir: Path) -> None:
                "--runs-dir", str(run_dir.parent)]  # fmt: skip
     if request.config is not None:
         command += ["--config", str(request.config)]
-    for override in [*request.overrides, *changes, f"steps={steps}"]:
+    for override in [*request.overrides, *changes, f"steps={steps}", "hints=false"]:
         command += ["--set", override]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:

@@ -76,6 +76,9 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     time_s: float
 
 
+HINT = "hint"  # where a notice comes from that says which setting would help
+
+
 class Recovery(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The supervisor brought something back."""
 

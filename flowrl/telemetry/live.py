@@ -2,10 +2,10 @@
 
 On top the step, the learner's figures, elapsed time and the estimate of the end; then a row for each replica with what
 it does now, the shares of its time so far (busy computing, waiting for input, waiting for room, weight update, start or
-recovery), groups done and their rate, requests in flight and policy version; then how full each queue is. Notices
-scroll by above it. `frame` draws a view, a pure function; `LiveView` puts frames on the terminal. A frame is drawn on
-the event loop when events arrive, and only the clock line by rich's refreshing thread, so the view is never read while
-it changes.
+recovery), groups done and their rate, requests in flight and policy version; then how full each queue is, and the
+newest hint. Other notices scroll by above it. `frame` draws a view, a pure function; `LiveView` puts frames on the
+terminal. A frame is drawn on the event loop when events arrive, and only the clock line by rich's refreshing thread, so
+the view is never read while it changes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING
 
 from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.events import Evaluation, Notice
+from flowrl.telemetry.events import HINT, Evaluation, Notice
 from flowrl.telemetry.plain import evaluation_line, notice_line
 from flowrl.telemetry.view import format_duration, shares, words
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from flowrl.telemetry.view import ReplicaView, RunView
 
 MAX_ROWS = 16  # replicas shown one by one; beyond, the replicas of a node share a row
+HINT_LINES = 4  # that the longest hint takes in 80 columns
 FULL = 0.9  # a queue at this part of its depth is drawn as full
 STYLES: dict[str, str] = {
     Cause.COMPUTE: "green",
@@ -55,19 +56,19 @@ class LiveView:
         self._now = now
         self._opened_s = now() if since_s is None else since_s
         self.console = console or Console()
-        self._body = frame(view, now_s=now(), max_rows=self._max_rows())
+        self._body = frame(view, now_s=now(), max_rows=self.max_rows())
         self._live = Live(console=self.console, get_renderable=self._screen, refresh_per_second=2)
         self._live.start()
 
     def consume(self, events: list[Event]) -> None:
         """Print notices and evaluations above the frame and draw the frame anew."""
         for event in events:
-            if isinstance(event, Notice):
+            if isinstance(event, Notice) and event.where != HINT:
                 style = {"error": "red", "warning": "yellow"}.get(event.level)
                 self.console.print(notice_line(event), style=style, markup=False, highlight=False)
             elif isinstance(event, Evaluation):
                 self.console.print(evaluation_line(event), markup=False, highlight=False)
-        self._body = frame(self._view, now_s=self._now(), max_rows=self._max_rows())
+        self._body = frame(self._view, now_s=self._now(), max_rows=self.max_rows())
 
     def say(self, line: str) -> None:
         """Print a line above the frame."""
@@ -82,8 +83,10 @@ class LiveView:
 
         return Group(clock_line(self._title, self._now() - self._opened_s), self._body)
 
-    def _max_rows(self) -> int:
-        return max(4, min(MAX_ROWS, self.console.height - len(self._view.edges) - 9))
+    def max_rows(self) -> int:
+        """Return how many rows of replicas the terminal has room for."""
+        hint = 1 + HINT_LINES if self._view.hint else 0
+        return max(4, min(MAX_ROWS, self.console.height - len(self._view.edges) - 9 - hint))
 
 
 def clock_line(title: str, elapsed_s: float) -> Text:
@@ -105,6 +108,8 @@ def frame(view: RunView, *, now_s: float, max_rows: int = MAX_ROWS) -> Renderabl
         parts += ["", _replica_table(view.replicas, max_rows)]
     if view.edges:
         parts += ["", _edge_table(view)]
+    if view.hint:
+        parts += ["", Text(f"hint: {view.hint}", style="cyan")]
     return Group(*parts)
 
 

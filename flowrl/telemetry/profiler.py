@@ -121,7 +121,7 @@ class Profiler:
         generated = [s for spans in self._spans.values() for s in spans if s.name == "generate"]
         return Profile(
             format=FORMAT,
-            machine=_machine_name(total),
+            machine=machine_name(total),
             cores=total,
             message_s=self._message_s(generated),
             prompt_tokens=_spread([[s.args.get("prompt_tokens", 1)] for s in generated]),
@@ -386,7 +386,7 @@ def _mean(seconds: list[float]) -> CallCost:
     return CallCost(call_s=sum(seconds) / len(seconds), num_calls=len(seconds))
 
 
-def _machine_name(cores: float) -> str:
+def machine_name(cores: float) -> str:
     """Return what a profile calls this machine: "AMD EPYC 7763, 2 cores"."""
     return f"{_processor()}, {cores:g} cores"
 

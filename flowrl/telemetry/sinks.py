@@ -73,8 +73,12 @@ class Sinks:
             self._lose(name, error)
 
     def warn(self, where: str, text: str) -> None:
+        """Make a warning that reaches every sink with the next events."""
+        self.note(where, text, level="warning")
+
+    def note(self, where: str, text: str, *, level: str = "info") -> None:
         """Make a notice that reaches every sink with the next events."""
-        self._notices.append(Notice(level="warning", where=where, text=text, time_s=self._now()))
+        self._notices.append(Notice(level=level, where=where, text=text, time_s=self._now()))
 
     def consume(self, events: list[Event]) -> None:
         """Fold events, and the notices made since the last call, into the view and pass them to every sink."""

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from typing import TYPE_CHECKING
 
 from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.events import EdgeStatus, Evaluation, Notice, Span, Status, Step
+from flowrl.telemetry.events import HINT, EdgeStatus, Evaluation, Notice, Span, Status, Step
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -130,6 +130,7 @@ class RunView:
         self.path_nodes: set[str] = set()  # nodes that handle prompt groups
         self.generator_nodes: set[str] = set()
         self.num_warnings = 0
+        self.hint = ""  # the newest: which setting would help
         self._replicas: dict[tuple[str, int], ReplicaView] = {}
         self._recent: deque[Step] = deque(maxlen=RECENT_STEPS + 1)
         self._totals: Counter[str] = Counter()  # tokens and samples of the steps
@@ -161,6 +162,7 @@ class RunView:
                 case Notice():
                     self._see(event.time_s)
                     self.num_warnings += event.level != "info"
+                    self.hint = event.text if event.where == HINT else self.hint
 
     def recall(self, evaluations: Iterable[Evaluation]) -> None:
         """Take in evaluations of the part of a resumed run that came before; they are no part of its time."""

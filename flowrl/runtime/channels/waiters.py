@@ -19,7 +19,13 @@ class Waiters(Generic[T]):
         self._waiting: OrderedDict[asyncio.Future[None], T] = OrderedDict()
 
     def __iter__(self) -> Iterator[tuple[asyncio.Future[None], T]]:
-        return iter(list(self._waiting.items()))
+        """Yield them oldest first; each may be granted as it comes. Copies nothing until one was passed over."""
+        while self._waiting:
+            first = next(iter(self._waiting.items()))
+            yield first
+            if first[0] in self._waiting:
+                yield from list(self._waiting.items())[1:]
+                return
 
     def __len__(self) -> int:
         return len(self._waiting)

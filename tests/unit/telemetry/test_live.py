@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from flowrl.telemetry.causes import Cause
+from flowrl.telemetry.events import HINT, Notice
 from flowrl.telemetry.live import LiveView, frame
 from flowrl.telemetry.plain import PlainLines
 from flowrl.telemetry.view import RunView
@@ -26,6 +27,10 @@ RUN: list[Event] = [
     notice("group 7 failed [quarantined]"),
     step(3, at=30.0, staleness=(0, 1), reward__mean=0.312, kl=0.0121, staleness__mean=0.5, tokens=6200),
 ]
+
+
+def hinted(text: str) -> Notice:
+    return Notice(level="info", where=HINT, text=text, time_s=1.0)
 
 
 def drawn(view: RunView, *, now_s: float, width: int = 80, max_rows: int = 16) -> list[str]:
@@ -96,6 +101,43 @@ def test_live_view_prints_notices_and_leaves_the_last_frame() -> None:
     assert "stopping: [the] learner finishes its step" in text
     assert "ppo-1  0 s elapsed" in text
     assert "step 3/40" in text[text.rindex("ppo-1") :]
+
+
+def test_the_newest_hint_stands_in_the_frame_and_does_not_scroll_by() -> None:
+    view, out = RunView(), io.StringIO()
+    console = Console(file=out, force_terminal=True, width=100, height=40)
+    live = LiveView(view, title="ppo-1", console=console, now=lambda: 7.0)
+    try:
+        for text in ("learner starved 40%: wait", "learner starved 38%: a second generator is worth +31%"):
+            events: list[Event] = [hinted(text)]
+            view.fold(events)
+            live.consume(events)
+        assert drawn(view, now_s=7.0)[-1] == "hint: learner starved 38%: a second generator is worth +31%"
+        assert "hint: " not in out.getvalue().partition("ppo-1")[0]
+    finally:
+        live.close()
+    assert "wait" not in out.getvalue()[out.getvalue().rindex("ppo-1") :]
+    assert view.num_warnings == 0
+
+
+def test_replicas_make_room_for_a_hint() -> None:
+    view = RunView()
+    view.fold([status(replica=i, at=1.0, computing=1.0) for i in range(12)])
+    live = LiveView(view, title="ppo-1", console=Console(file=io.StringIO(), width=80, height=22))
+    try:
+        view.fold([edge(1, at=1.0)])
+        assert live.max_rows() == 12
+        view.fold([hinted("a second generator is worth +31%")])
+        assert live.max_rows() == 7
+    finally:
+        live.close()
+
+
+def test_plain_lines_say_a_hint() -> None:
+    view = RunView()
+    said: list[str] = []
+    PlainLines(view, say=said.append).consume([hinted("learner starved 38%: a second generator is worth +31%")])
+    assert said == ["hint: learner starved 38%: a second generator is worth +31%"]
 
 
 def test_plain_lines_say_steps_evaluations_and_notices() -> None:

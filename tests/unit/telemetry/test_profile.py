@@ -5,30 +5,29 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 import pytest
 
 from flowrl.engines.devices import Decoder, Device
-from flowrl.engines.timed import SCENE, Scene
 from flowrl.errors import ConfigError
-from flowrl.graph.plan import graph_of, plan_of
-from flowrl.runtime.prediction import Watch
-from flowrl.runtime.timed_graph import timed_plan
-from flowrl.runtime.timed_run import run_timed
+from flowrl.graph.plan import plan_of
 from flowrl.runtime.virtual_clock import run_virtual
 from flowrl.telemetry.decoding import Arrival, replay
-from flowrl.telemetry.events import Event, Span
+from flowrl.telemetry.events import Span
 from flowrl.telemetry.profile import CallCost, DecodeCost, NodeProfile, Profile, Spread, load_profile
 from flowrl.telemetry.profiler import Contention, Place, ProfileFile, Profiler, nonnegative, places
 from tests.support.flows import flow, random_settings
+from tests.support.timed_past import events_of
 from tests.unit.telemetry.streams import random_run, span
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from flowrl.telemetry.events import Event
 
 CORES = {name: Place("cores", 1.0, {}) for name in ("generator", "learner", "critic", "reference")}
 
@@ -130,31 +129,10 @@ TRUTH = {
 LENGTHS = Spread(quantiles=(1.0, 3.0, 4.0, 8.0), shared=0.4)
 
 
-class Keeping(Watch):
-    """A watch that keeps everything the replicas tell."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.events: list[Event] = []
-
-    def record(self, event: Event) -> None:
-        super().record(event)
-        self.events.append(event)
-
-
-def events_of(truth: Profile, *, steps: int) -> Sequence[Event]:
+def told(truth: Profile, *, steps: int) -> Sequence[Event]:
     settings = replace(random_settings(0), groups_per_step=3, window=1, generators=1, scorers=1, depth=8, score_s=0.0,
                        filter_every=0, max_staleness=1, initial=6)  # fmt: skip
-    graph = flow(settings)
-    scene = Scene(truth, cores=truth.cores)
-    watch = Keeping(1, steps, scene)
-    plan = timed_plan(graph, truth, steps=steps, is_whole=True)
-    token = SCENE.set(scene)
-    try:
-        run_virtual(run_timed(graph_of(plan), plan, watch, status_s=0.5))
-    finally:
-        SCENE.reset(token)
-    return watch.events
+    return events_of(flow(settings), truth, steps=steps)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -183,7 +161,7 @@ def test_a_replay_ends_where_the_simulated_engine_does(seed: int) -> None:
 def test_what_a_run_cost_is_found_in_its_events(cores: float) -> None:
     truth = Profile(format=1, cores=cores, nodes=TRUTH, response_tokens=LENGTHS, prompt_tokens=Spread(quantiles=(5.0,)))
     profiler = Profiler()
-    profiler.consume(events_of(truth, steps=20))
+    profiler.consume(told(truth, steps=20))
     found = profiler.profile(CORES, cores=cores)
     train, publish = found.nodes["learner"].calls["train"], found.nodes["learner"].calls["publish"]
     for tokens in (50, 80):  # of a step

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from flowrl.telemetry.events import HINT
 from flowrl.telemetry.sinks import Sinks, open_sinks
 from flowrl.telemetry.trackers import WandbConfig
 from flowrl.telemetry.view import RunView
@@ -77,6 +78,15 @@ def test_a_sink_that_cannot_be_opened_is_a_notice() -> None:
     sinks.consume([])
     sinks.consume([status(at=1.0)])
     assert memory.texts == ["failed (RuntimeError: no network); the run goes on without it"]
+
+
+def test_a_note_reaches_every_sink_and_warns_of_nothing() -> None:
+    sinks, memory = Sinks(RunView()), Memory()
+    sinks.add("memory", lambda: memory)
+    sinks.note(HINT, "a second generator is worth +31%")
+    sinks.consume([])
+    assert memory.texts == [sinks.view.hint] == ["a second generator is worth +31%"]
+    assert sinks.view.num_warnings == 0
 
 
 def test_what_a_sink_says_at_its_close_reaches_those_still_open() -> None:

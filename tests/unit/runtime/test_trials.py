@@ -1,0 +1,84 @@
+"""Trials: within the checks and the devices, and the same in whichever process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+
+from flowrl.errors import FlowrlError
+from flowrl.runtime.simulate import simulate
+from flowrl.runtime.trials import Crew, Request, Searcher, crew, reserved
+from tests.support.command import GRAPH
+from tests.support.timed_past import SMALL, ppo, ppo_costs
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from flowrl.runtime.knobs import Setting
+
+
+@pytest.fixture
+def request_of(tmp_path: Path) -> Any:
+    path = tmp_path / "profile.json"
+    path.write_bytes(msgspec.json.encode(ppo_costs()))
+
+    def request(*overrides: str, **rest: Any) -> Request:
+        return Request(graph=GRAPH, profile=path, overrides=[*SMALL, *overrides], **{"cores": 3.0, **rest})
+
+    return request
+
+
+def test_a_trial_is_what_the_simulator_says_of_the_setting(request_of: Any) -> None:
+    searcher = Searcher(request_of())
+    trial = searcher.measure({"max_staleness": 2}, steps=6)
+    found = simulate(ppo("max_staleness=2").graph, ppo_costs(), steps=6, precision=0.02, has_queues=False)
+    assert (trial.samples_per_s, trial.mean_staleness) == (found.samples_per_s, found.mean_staleness)
+    assert (trial.max_staleness, trial.bottleneck, trial.devices) == (2, "generator", 2.0)
+    assert trial.is_measured
+
+
+def test_a_look_is_shorter_and_says_so(request_of: Any) -> None:
+    looked = Searcher(request_of()).look({"max_staleness": 2})
+    assert looked is not None
+    assert not looked.is_measured
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"generator.replicas": 3}, {"depths.nothing.here": 1}],
+    ids=["four cores of three", "refused by the graph"],
+)
+def test_there_is_no_trial_of_a_setting_that_could_not_be_run(setting: dict[str, Any], request_of: Any) -> None:
+    searcher = Searcher(request_of())
+    assert searcher.look(setting) is None
+    assert searcher.try_measuring(setting) is None
+    assert not searcher.is_affordable(setting)
+    assert Crew(searcher, None).look([setting, {"generator.replicas": 2}])[0].setting == {"generator.replicas": 2}
+
+
+def test_a_setting_may_need_as_much_as_the_machine_has_whatever_the_graph_reserves(request_of: Any) -> None:
+    searcher = Searcher(request_of(cores=0.0))  # the profile's cores, or those that the graph reserves already
+    assert searcher.is_affordable({})
+    assert not searcher.is_affordable({"generator.replicas": 256})
+
+
+def test_what_the_graph_refuses_is_raised_where_it_is_asked_for_alone(request_of: Any) -> None:
+    with pytest.raises(FlowrlError):
+        Searcher(request_of()).measure({"depths.nothing.here": 1})
+
+
+def test_reserved_counts_replicas_and_ranks_and_nothing_that_shares() -> None:
+    assert reserved(ppo("generator.replicas=3").graph) == (4.0, 0.0)
+    assert reserved(ppo("learner.gpus=2", "learner.ranks=4", "learner.cpus=1").graph) == (5.0, 8.0)
+
+
+@pytest.mark.slow
+def test_the_same_setting_gives_the_same_trial_in_whichever_process(request_of: Any) -> None:
+    request = request_of(budget=1000)
+    searcher = Searcher(request)
+    settings: list[Setting] = [{"max_staleness": stale, "generator.replicas": n} for stale in (0, 2) for n in (1, 2, 3)]
+    with crew(request, searcher) as many:
+        assert many.look(settings) == Crew(searcher, None).look(settings)
+        assert many.measure(settings[:2]) == Crew(searcher, None).measure(settings[:2])
