@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import ray as _ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -222,6 +222,9 @@ class RayCrew:
             raise kind(failure.where, failure.what, failure.remedy or f"see {self._log(replica)}")
 
     def _death(self, replica: str, error: RayError) -> StageError:
+        if isinstance(error, OutOfMemoryError):
+            remedy = "lower generator.kv_cache_bytes or micro_batch_tokens, or run fewer replicas"
+            return StageError(replica, "Ray ended its process because the machine's memory was full", remedy)
         if isinstance(error, RayActorError):
             return StageError(replica, "its process died", f"its last words are in {self._log(replica)}")
         return StageError(replica, str(error).strip().splitlines()[-1], f"see {self._log(replica)}")
