@@ -168,6 +168,7 @@ def test_default_prompts_are_different_jsonable_and_end_as_asked(tokenizer):
         assert json.loads(msgspec.json.encode(row.columns)) == row.columns
 
 
+@pytest.mark.slow
 def test_generated_prompts_depend_on_the_seed_alone(tokenizer):
     def texts(seed: int) -> list[str]:
         data = PromptData(tasks=[Task(name="gcd")], num_train=20, num_heldout=4, seed=seed)

@@ -32,6 +32,7 @@ def sampled(text: str) -> list[int]:
     return [*TOKENIZER.encode(text, add_special_tokens=False), end]
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(
     first=texts, turns=st.lists(st.tuples(texts, texts), min_size=1, max_size=4), prefix=st.sampled_from(["", "It is"])

@@ -85,6 +85,7 @@ def test_a_kill_at_any_file_operation_leaves_a_sound_checkpoint(memory_path: Pat
     assert kills >= 200
 
 
+@pytest.mark.slow
 def test_a_changed_or_truncated_file_is_named_and_its_checkpoint_passed_over(tmp_path: Path) -> None:
     save(tmp_path, 1)
     newest = save(tmp_path, 2)

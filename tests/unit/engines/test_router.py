@@ -61,6 +61,7 @@ def slow_loss(engine: TorchEngine) -> torch.Tensor:
     return torch.stack(losses).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [1, 50, 5000])
 def test_the_loss_and_its_gradient_are_those_of_the_definition_over_the_whole_step(tiny_mixtral, budget):
     plain = opened(tiny_mixtral, micro_batch_tokens=budget)

@@ -50,6 +50,7 @@ def test_a_comparison_says_what_was_measured_first() -> None:
     assert lines[-1].endswith("20% of the time")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stale", [0, 1])
 def test_of_a_run_that_went_at_a_profile_s_costs_the_prediction_is_right(stale: int, tmp_path: Path) -> None:
     setting, costs = f"max_staleness={stale}", ppo_costs(train_s=0.5)

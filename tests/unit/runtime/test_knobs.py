@@ -85,7 +85,8 @@ def test_a_setting_is_replaced_at_its_path_alone() -> None:
     changed = with_setting(with_setting(settings, "generator.replicas", 3), "depths.reward.rollouts", 5)
     assert get_setting(changed, "generator.replicas") == 3
     assert get_setting(changed, "depths.reward.rollouts") == 5
-    assert with_setting(with_setting(changed, "generator.replicas", 1), "depths", {}) == settings
+    empty: Any = {}
+    assert with_setting(with_setting(changed, "generator.replicas", 1), "depths", empty) == settings
     assert get_setting(settings, "generator.nothing.here") is None
 
 

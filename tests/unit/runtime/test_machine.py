@@ -205,4 +205,5 @@ class FlowMachine(RuleBasedStateMachine):
 
 
 TestFlowMachine = FlowMachine.TestCase
+TestFlowMachine.pytestmark = [pytest.mark.slow]  # a second of drawing schedules
 TestFlowMachine.settings = settings(max_examples=40, stateful_step_count=60, deadline=None, database=None)

@@ -71,6 +71,7 @@ def check_replays(s: FlowSettings, entries: list[Entry]) -> int:
     return sum(map(len, replayed.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, 16, 4))
 def test_replays_break_no_law_in_random_schedules(first: int, tmp_path: Path) -> None:
     num_replayed = 0
@@ -89,6 +90,7 @@ def test_replays_break_no_law_in_random_schedules(first: int, tmp_path: Path) ->
     assert num_replayed > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [0, 3, pytest.param(10, marks=pytest.mark.slow)])
 def test_replays_break_no_law_under_crashes(first: int, tmp_path: Path) -> None:
     for seed in range(first, first + (40 if first == 10 else 3)):

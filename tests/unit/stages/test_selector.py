@@ -142,6 +142,7 @@ def graph(*, steps: int, per_step: int, max_staleness: int) -> Graph:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_staleness", [0, 1])
 def test_pairs_are_learned_in_order_and_ties_are_filtered(max_staleness: int, tmp_path: Path):
     ran = run(graph(steps=4, per_step=3, max_staleness=max_staleness), tmp_path)
