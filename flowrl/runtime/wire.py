@@ -92,7 +92,7 @@ class Listener:
                 task = asyncio.ensure_future(self._carry_out(request.number, request.call, writer))
                 waiting[request.number] = task
                 task.add_done_callback(lambda _, number=request.number: waiting.pop(number, None))
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, OSError):
             pass  # the process is gone
         finally:
             for task in waiting.values():
@@ -181,7 +181,7 @@ class Connection:
                 waiting = self._waiting.get(answer.number)  # none: the wait was cancelled
                 if waiting is not None and not waiting.done():
                     waiting.set_result(answer)
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, OSError, msgspec.MsgspecError):
             for waiting in self._waiting.values():
                 if not waiting.done():
                     waiting.set_exception(ConnectionError("the other side is gone"))

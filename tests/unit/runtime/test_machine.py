@@ -204,6 +204,5 @@ class FlowMachine(RuleBasedStateMachine):
             self.loop.close()
 
 
-TestFlowMachine = FlowMachine.TestCase
-TestFlowMachine.pytestmark = [pytest.mark.slow]  # a second of drawing schedules
+TestFlowMachine = pytest.mark.slow(FlowMachine.TestCase)  # a second of drawing schedules
 TestFlowMachine.settings = settings(max_examples=40, stateful_step_count=60, deadline=None, database=None)
