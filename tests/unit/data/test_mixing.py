@@ -17,6 +17,7 @@ MIXES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "weights"), MIXES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_source_has_exactly_its_share_of_a_long_run(sizes, weights, seed):

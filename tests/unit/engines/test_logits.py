@@ -27,6 +27,7 @@ class Widest(TorchDispatchMode):
         return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entropy", [0.0, 0.1])
 def test_logits_of_more_tokens_than_the_bound_never_exist_and_gradients_are_those_of_the_whole(tiny_llama, entropy):
     num_tokens = sum(len(response) for item in GROUPS for response in item.responses)

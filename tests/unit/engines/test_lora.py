@@ -113,6 +113,7 @@ def test_gradients_and_a_step_are_those_of_plain_weights_plus_a_product(tiny_lla
         torch.testing.assert_close(parameter.detach().double(), expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_only_the_adapter_is_trained_and_the_base_stays_bit_for_bit(tiny_llama):
     engine = opened(tiny_llama, draw=False)
     before, first = base_of(engine), published(engine)
@@ -173,6 +174,7 @@ def test_merged_weights_give_the_log_probs_of_the_adapter(tmp_path, family):
     assert max(abs(a - b).max() for a, b in zip(with_adapter[0], without[0], strict=True)) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["policy", "value"])
 def test_peft_loads_the_adapter_and_transformers_the_merged_model(tiny_llama, tmp_path, head):
     import transformers

@@ -74,6 +74,7 @@ def gradients(engine: TorchEngine) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in engine.model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [1, 30, 77])
 @pytest.mark.parametrize("entropy", [0.0, 0.1])
 def test_loss_and_gradient_do_not_depend_on_micro_batches(tiny_llama, budget, entropy):

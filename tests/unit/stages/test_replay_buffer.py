@@ -116,6 +116,7 @@ async def _lose(crew: LocalCrew) -> None:
     crew.lose_host()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["uniform", "newest", "priority"])
 def test_a_resumed_run_replays_what_it_would_have_replayed(policy: Any, tmp_path: Path) -> None:
     settings = replaying(3, faulty_settings(3), ratio=1.0, capacity=5, max_age=1000, policy=policy)

@@ -141,6 +141,7 @@ def test_a_run_ends_though_its_last_groups_fail_or_are_filtered(fail_every: int,
         assert ran.steps[-1].version == ran.steps[-1].num_steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_files_agree_with_the_ledger_after_crashes(seed: int, tmp_path: Path):
     draw = random.Random(seed)

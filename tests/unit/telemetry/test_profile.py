@@ -157,6 +157,7 @@ def test_a_replay_ends_where_the_simulated_engine_does(seed: int) -> None:
     assert replayed.ends_s == pytest.approx(run_virtual(ends_s()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cores", [1.0, 2.0])
 def test_what_a_run_cost_is_found_in_its_events(cores: float) -> None:
     truth = Profile(format=1, cores=cores, nodes=TRUTH, response_tokens=LENGTHS, prompt_tokens=Spread(quantiles=(5.0,)))
