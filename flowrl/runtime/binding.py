@@ -1,4 +1,4 @@
-"""Bind a stage's ports to a flow, whether it is in this process or behind a Ray actor.
+"""Bind a stage's ports to a flow, whether it is in this process or at the other end of a wire.
 
 Each end translates between messages and (key, bytes), and charges every wait to the replica's clock: waiting for a
 message or a newer value is waiting for input; waiting for room, or for a credit to admit a group, is waiting for room.

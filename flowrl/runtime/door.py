@@ -6,7 +6,7 @@ that nothing is accepted from or granted to the dead. Links between a replica an
 and delay calls as long as the caller repeats what has not been answered.
 
 `Knocking` is the caller's side, with the methods that ports use (binding.FlowClient); what carries a call is the
-runtime's: a direct call, a Ray actor, or a test's lossy link.
+runtime's: a direct call, a connection (wire.py), or a test's lossy link.
 """
 
 from __future__ import annotations

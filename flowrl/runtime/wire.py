@@ -5,7 +5,7 @@ then requests; each is answered once, in any order. Invariants: nothing but byte
 ever unpickled; who does not know the secret is not heard; when either side is gone, the other's waits end. That a call
 is carried out once, however often it arrives, is the door's business (door.py).
 
-Ray's actor calls could carry them too, at about ten times the processor time a call; Ray starts, places and watches the
+Ray's actor calls could carry them too, at about ten times the cost (decision 0001); Ray starts, places and watches the
 processes (ray.py) and carries what is said twice a second. The hub opens a `Listener`, a replica a `Connection`.
 """
 
