@@ -21,7 +21,7 @@ from flowrl.graph.settings import RunSettings
 from flowrl.stages.generator import Generator
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.reference import Reference
-from flowrl.stages.reward import Reward, RewardModel
+from flowrl.stages.reward import Reward, RewardModel, scorers_of
 from flowrl.stages.writer import Writer
 
 
@@ -47,9 +47,7 @@ def build(s: Settings) -> Graph:
                       epochs=s.epochs)  # fmt: skip
     generator = Generator(s.generator, model=s.model, sampling=s.sampling, heldout_sampling=s.sampling)
     writer = Writer(s.writer, data=s.data)
-    scorers: dict[str, Any] = {"reward": Reward(s.reward)} if s.reward.function else {}
-    for k, name in enumerate(s.reward_models):
-        scorers[f"reward_model_{k}"] = RewardModel(s.reward_model, model=name, policy=s.model)
+    scorers = scorers_of(s.reward, s.reward_model, s.reward_models, policy=s.model)
     in_a_row = [generator.rollouts, *(scorer.scored for scorer in scorers.values())]
     nodes: dict[str, Any] = dict(prompts=prompts, generator=generator, **scorers, writer=writer)
     edges: list[Any] = [

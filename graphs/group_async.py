@@ -23,7 +23,7 @@ from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.reference import Reference
 from flowrl.stages.replay_buffer import ReplayBuffer
-from flowrl.stages.reward import Reward, RewardModel
+from flowrl.stages.reward import Reward, RewardModel, check_scorers, scorers_of
 from flowrl.stages.texts import TextSource
 
 
@@ -50,11 +50,7 @@ class Settings(RunSettings):
     texts: TextSource.Config = TextSource.Config()  # a pre-training loss beside the policy's; per_step=0: none
 
     def __post_init__(self) -> None:
-        if self.reward_weights and len(self.reward_weights) != len(self.reward_models):
-            num = len(self.reward_models)
-            raise ValueError(f"reward_weights has {len(self.reward_weights)} for {num} reward_models; give one each")
-        if not (self.reward.function or self.reward_models):
-            raise ValueError("nothing scores the samples; give reward.function or reward_models")
+        check_scorers(self.reward.function, self.reward_models, self.reward_weights)
 
 
 def build(s: Settings) -> Graph:
@@ -64,11 +60,7 @@ def build(s: Settings) -> Graph:
     room = s.generator.max_model_len - s.sampling.max_tokens
     prompts = Prompts(s.prompts, model=s.model, data=s.data, group_size=group, seed=s.seed, room=room)
     generator = Generator(s.generator, model=s.model, sampling=s.sampling, heldout_sampling=s.sampling)
-    scorers: dict[str, Reward | RewardModel] = {"reward": Reward(s.reward)} if s.reward.function else {}
-    weights = s.reward_weights or [s.reward_model.weight] * len(s.reward_models)
-    for k, (name, weight) in enumerate(zip(s.reward_models, weights, strict=True)):
-        weighted = msgspec.structs.replace(s.reward_model, weight=weight)
-        scorers[f"reward_model_{k}"] = RewardModel(weighted, model=name, policy=s.model)
+    scorers = scorers_of(s.reward, s.reward_model, s.reward_models, policy=s.model, weights=s.reward_weights)
     in_a_row = [generator.rollouts, *(scorer.scored for scorer in scorers.values())]
     reference = Reference(s.reference, model=s.reference_model or s.model, policy=s.model,
                           temperature=s.sampling.temperature)  # fmt: skip

@@ -12,6 +12,8 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import msgspec
+
 from flowrl.config import Meta, widen
 from flowrl.data.models import prepare_model
 from flowrl.data.prompts import load_tokenizer
@@ -32,6 +34,7 @@ from flowrl.telemetry.events import Notice, Span
 from flowrl.telemetry.quarantine import quarantine
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from flowrl.graph.stage import Context, Say
@@ -247,3 +250,30 @@ def score_span(context: Context, start_s: float, groups: list[Rollouts]) -> Span
         end_s=context.now(),
         groups=[group.group_id for group in groups],
     )
+
+
+def check_scorers(function: str, models: Sequence[str], weights: Sequence[float]) -> None:
+    """Insist that something scores a graph's samples, and that weights are none or one for each reward model.
+
+    Raises:
+        ValueError: for a graph's settings, whose `__post_init__` calls this.
+    """
+    if weights and len(weights) != len(models):
+        raise ValueError(f"reward_weights has {len(weights)} for {len(models)} reward_models; give one each")
+    if not (function or models):
+        raise ValueError("nothing scores the samples; give reward.function or reward_models")
+
+
+def scorers_of(
+    reward: Reward.Config, reward_model: RewardModel.Config, models: Sequence[str], *, policy: str,
+    weights: Sequence[float] = (),
+) -> dict[str, Reward | RewardModel]:  # fmt: skip
+    """Return the nodes that score a policy's samples, by name, in the order in which samples pass them.
+
+    The function's comes first where there is one; a model without a weight of its own has `reward_model.weight`.
+    """
+    found: dict[str, Reward | RewardModel] = {"reward": Reward(reward)} if reward.function else {}
+    for k, (name, weight) in enumerate(zip(models, weights or [reward_model.weight] * len(models), strict=True)):
+        weighted = msgspec.structs.replace(reward_model, weight=weight)
+        found[f"reward_model_{k}"] = RewardModel(weighted, model=name, policy=policy)
+    return found
