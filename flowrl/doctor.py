@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from flowrl.data.models import DEFAULT_MODEL
+from flowrl.runtime.rundir import LEAST_FREE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ GIB = 1 << 30
 MIN_MEMORY = 6 * GIB  # Ray, one vLLM engine and one learner with SmolLM2-135M
 GOOD_MEMORY = 12 * GIB  # the same with critic and reference
 MIN_SHM = GIB  # one policy version in shared memory (0.3 GB for the default model) and Ray's objects
-MIN_DISK = 5 * GIB  # checkpoints with optimizer state: 1.8 GB each for the default model
+GOOD_DISK = 5 * GIB  # checkpoints with optimizer state: 1.8 GB each for the default model
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -246,13 +247,20 @@ def _disk() -> Iterator[Finding]:
     for name, wanted in (("disk here", Path.cwd()), ("disk cache", cache)):
         present = next(folder for folder in (wanted, *wanted.parents) if folder.exists())
         free = shutil.disk_usage(present).free
-        text = f"{free / GIB:.0f} GiB free in {wanted}"
         if not os.access(present, os.W_OK):
             yield Finding("FIX", name, f"{wanted} cannot be written", "go to another directory, or set XDG_CACHE_HOME")
-        elif free < MIN_DISK:
-            yield Finding("FIX", name, text, f"{MIN_DISK // GIB} GiB are needed for models and checkpoints")
         else:
-            yield Finding("ok", name, text)
+            yield disk_finding(name, wanted, free)
+
+
+def disk_finding(name: str, wanted: Path, free: int) -> Finding:
+    """Hold the free space against what a run is refused below and what the default run's checkpoints take."""
+    text = f"{free / GIB:.1f} GiB free in {wanted}"
+    if free < LEAST_FREE_BYTES:
+        return Finding("FIX", name, text, f"a run needs {LEAST_FREE_BYTES / GIB:.0f} GiB for models and checkpoints")
+    if free < GOOD_DISK:
+        return Finding("note", name, text, f"the default run's checkpoints take up to {GOOD_DISK // GIB} GiB")
+    return Finding("ok", name, text)
 
 
 def _port() -> Iterator[Finding]:

@@ -6,7 +6,6 @@ sign; a count the engine can know before the forward; refusals that agree with w
 
 from __future__ import annotations
 
-import importlib
 import pkgutil
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ from flowrl.config import Select, to_tree
 from flowrl.errors import ConfigError
 from flowrl.messages import Buffer
 from tests.contracts.test_objectives import found_objectives
+from tests.support.defined import defined
 from tests.unit.algorithms.cases import (
     credit_batch,
     credited_loss_batch,
@@ -43,18 +43,7 @@ if TYPE_CHECKING:
 
 def found_algorithms() -> list[type[Algorithm]]:
     """Return every class in flowrl.algorithms that says how to credit."""
-    found: list[type[Algorithm]] = []
-    for module_info in pkgutil.walk_packages(flowrl.algorithms.__path__, "flowrl.algorithms."):
-        module = importlib.import_module(module_info.name)
-        found += [
-            kind
-            for kind in vars(module).values()
-            if isinstance(kind, type)
-            and issubclass(kind, Algorithm)
-            and kind.__module__ == module.__name__
-            and kind.credit is not Algorithm.credit
-        ]
-    return found
+    return [kind for kind in defined(Algorithm) if kind.credit is not Algorithm.credit]
 
 
 ALGORITHMS = found_algorithms()

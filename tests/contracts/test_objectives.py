@@ -6,17 +6,15 @@ whatever stands under mask 0; a count the engine can know before the forward.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
 import torch
 
-import flowrl.algorithms
 from flowrl.algorithms.base import Algorithm, Objective
 from flowrl.config import Select, to_tree
+from tests.support.defined import defined
 from tests.support.pair_batches import changed, pair_batch, rows_taken
 from tests.unit.algorithms.cases import gradient_of, widened
 
@@ -26,19 +24,8 @@ if TYPE_CHECKING:
 
 def found_objectives() -> list[type[Objective]]:
     """Return every class in flowrl.algorithms that has a loss and is no online algorithm."""
-    found: list[type[Objective]] = []
-    for module_info in pkgutil.walk_packages(flowrl.algorithms.__path__, "flowrl.algorithms."):
-        module = importlib.import_module(module_info.name)
-        found += [
-            kind
-            for kind in vars(module).values()
-            if isinstance(kind, type)
-            and issubclass(kind, Objective)
-            and not issubclass(kind, Algorithm)
-            and kind.__module__ == module.__name__
-            and kind.loss is not Objective.loss
-        ]
-    return found
+    kinds = defined(Objective)
+    return [kind for kind in kinds if not issubclass(kind, Algorithm) and kind.loss is not Objective.loss]
 
 
 OBJECTIVES = found_objectives()

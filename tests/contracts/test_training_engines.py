@@ -9,7 +9,6 @@ import contextlib
 import os
 import pickle
 import shutil
-import socket
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -258,11 +257,7 @@ TASKS = {
 
 
 def on_two_ranks(task: str, path: str, model: Path, directory: Path, **settings: Any) -> Any:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = (port, task, path, str(model), str(directory), settings)
-    start_ranks(rank_main, arguments)
+    start_ranks(rank_main, (task, path, str(model), str(directory), settings))
     return pickle.loads((directory / "result").read_bytes())
 
 

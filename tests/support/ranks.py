@@ -7,6 +7,7 @@ for a whole test process. Nothing is initialised before the fork: no engine, no 
 from __future__ import annotations
 
 import multiprocessing
+import socket
 from typing import TYPE_CHECKING, Any
 
 from torch.multiprocessing.spawn import start_processes
@@ -25,6 +26,8 @@ multiprocessing.set_forkserver_preload(
 )
 
 
-def start_ranks(main: Callable[..., None], arguments: tuple[Any, ...], count: int = 2) -> None:
-    """Run main(rank, *arguments) in `count` processes and wait for them; raises what the first of them raised."""
-    start_processes(main, arguments, nprocs=count, start_method="forkserver")
+def start_ranks(main: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """Run main(rank, port, *arguments) in both processes and wait; raises what the first of them raised."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    start_processes(main, (port, *arguments), nprocs=2, start_method="forkserver")

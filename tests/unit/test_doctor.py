@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from flowrl import doctor
-from flowrl.doctor import GIB, Finding, companions, cpu_quota, diagnose, memory_finding, memory_limit, package_finding
+from flowrl.doctor import (
+    GIB,
+    Finding,
+    companions,
+    cpu_quota,
+    diagnose,
+    disk_finding,
+    memory_finding,
+    memory_limit,
+    package_finding,
+)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +80,11 @@ def test_a_container_s_share_of_cores_is_read(tmp_path: Path, text, cores):
 def test_a_container_s_memory_is_read(tmp_path: Path, text, limit):
     (tmp_path / "memory.max").write_text(f"{text}\n")
     assert memory_limit(tmp_path) == limit
+
+
+@pytest.mark.parametrize(("free", "level"), [(2 * GIB - 1, "FIX"), (2 * GIB, "note"), (5 * GIB, "ok")])
+def test_only_a_disk_on_which_no_run_would_start_must_be_mended(tmp_path: Path, free, level):
+    assert disk_finding("disk", tmp_path, free).level == level
 
 
 def test_a_machine_without_control_groups_has_no_limits(tmp_path: Path):
