@@ -36,7 +36,7 @@ GIB = 1 << 30
 MIN_MEMORY = 6 * GIB  # Ray, one vLLM engine and one learner with SmolLM2-135M
 GOOD_MEMORY = 12 * GIB  # the same with critic and reference
 MIN_SHM = GIB  # one policy version in shared memory (0.3 GB for the default model) and Ray's objects
-GOOD_DISK = 5 * GIB  # checkpoints with optimizer state: 1.8 GB each for the default model
+GOOD_DISK = 12 * GIB  # three checkpoints of the default run, with the optimizer states of policy and critic
 CGROUPS = Path("/sys/fs/cgroup")
 
 

@@ -41,6 +41,15 @@ def run_seed(seed: int, options: argparse.Namespace) -> tuple[float, Path]:
     return time.perf_counter() - start_s, options.runs_dir / name
 
 
+def held_out(run: Path) -> tuple[float, float, str]:
+    """Return a run's first and last held-out mean, and the paired change with its interval over prompts as text."""
+    scored = sorted(read_evaluations(run / "metrics.jsonl"), key=lambda evaluation: evaluation.version)
+    first, last = scored[0].scores, scored[-1].scores
+    before, after = (sum(map(sum, scores)) / sum(map(len, scores)) for scores in (first, last))
+    change = paired_interval(first, last)
+    return before, after, "" if change is None else f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--graph", type=Path, default=Path("graphs/ppo_async.py"))
@@ -54,14 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("seed  minutes  before   after  change [95 % interval]     busy")
     for seed in options.seeds:
         seconds, directory = run_seed(seed, options)
-        scored = sorted(read_evaluations(directory / "metrics.jsonl"), key=lambda evaluation: evaluation.version)
-        first, last = scored[0].scores, scored[-1].scores
-        change = paired_interval(first, last)
-        means = [sum(map(sum, scores)) / sum(map(len, scores)) for scores in (first, last)]
+        before, after, interval = held_out(directory)
         report = (directory / "report.txt").read_text().splitlines()
         busy = next((line.partition(": ")[2] for line in report if line.startswith("generator busy")), "")
-        interval = "" if change is None else f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
-        print(f"{seed:4d}  {seconds / 60:7.1f}  {means[0]:6.3f}  {means[1]:6.3f}  {interval:24s}  {busy}", flush=True)
+        print(f"{seed:4d}  {seconds / 60:7.1f}  {before:6.3f}  {after:6.3f}  {interval:24s}  {busy}", flush=True)
 
 
 if __name__ == "__main__":

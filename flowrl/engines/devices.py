@@ -248,14 +248,22 @@ class Decoder:
 
     def _finish(self, entry: tuple[float, int, float, int, int, _Request]) -> None:
         _, _, start, place, length, request = entry
+        since, version = self._marks[-1]
+        if since <= start:
+            request.spans[place] = [VersionSpan(version, 0, length)]
+        else:
+            request.spans[place] = self._spans(start, length)
+        request.num_left -= 1
+        if request.num_left == 0 and not request.done.done():
+            request.done.set_result(None)
+
+    def _spans(self, start: float, length: int) -> list[VersionSpan]:
+        """Return which version sampled which tokens of a response that was begun at step `start`."""
         first = max(0, bisect.bisect(self._marks, (start, math.inf)) - 1)
         begins = [max(0, min(length, round(at - start))) for at, _ in self._marks[first:]]
         ends = [*begins[1:], length]
-        request.spans[place] = [
+        return [
             VersionSpan(version, begin, end)
             for (_, version), begin, end in zip(self._marks[first:], begins, ends, strict=True)
             if end > begin
         ]
-        request.num_left -= 1
-        if request.num_left == 0 and not request.done.done():
-            request.done.set_result(None)

@@ -61,6 +61,7 @@ class Flow:
 
     def __init__(self, graph: Graph, ledger: Ledger, *, cut: Cut | None = None) -> None:
         self.ledger = ledger
+        self._all_queues: list[QueueChannel] = []
         self._queues: dict[str, QueueChannel] = {}  # by the address of either end
         self._registers: dict[str, RegisterChannel] = {}
         self._credits: dict[str, CreditsChannel] = {}
@@ -80,6 +81,7 @@ class Flow:
                 queue = QueueChannel(name, depth=edge.depth, max_bytes=edge.max_bytes, window=edge.window,
                                      first_key=begin.next_group, settled=begin.ended_ahead)  # fmt: skip
                 self._queues[source] = self._queues[target] = queue
+                self._all_queues.append(queue)
                 self._queues_into.setdefault(into, []).append(queue)
             elif isinstance(edge, Latest):
                 readers = [replica_name(into, i) for i in range(graph.nodes[into].config.replicas)]
@@ -172,7 +174,7 @@ class Flow:
         self._moves += 1
 
     def _end(self, key: int, kind: str, reason: str) -> None:
-        for queue in set(self._queues.values()):
+        for queue in self._all_queues:
             if queue.window is not None:
                 queue.skip(key)
         for credits in self._admitting.values():
@@ -232,7 +234,7 @@ class Flow:
             await self._drains.wait(count)
 
     def _note_end(self) -> None:
-        for queue in set(self._queues.values()):
+        for queue in self._all_queues:
             queue.ended_below(self.ledger.oldest_open)
         for future, count in self._drains:
             if self.ledger.num_open < count:
@@ -248,7 +250,7 @@ class Flow:
         for key in [known for known, sender in self._sent_by.items() if sender == replica]:
             del self._sent_by[key]
             self._forget(key)
-        for queue in set(self._queues.values()):
+        for queue in self._all_queues:
             for item in queue.holds(replica):
                 self._deaths[item.key] += 1
                 if self._deaths[item.key] >= MAX_DEATHS:
@@ -266,7 +268,7 @@ class Flow:
         return released
 
     def _forget(self, key: int) -> None:
-        for queue in set(self._queues.values()):
+        for queue in self._all_queues:
             queue.forget(key)
 
     def close(self, address: str | None = None) -> None:
@@ -282,14 +284,14 @@ class Flow:
         """Say who waits for what, oldest first within each edge."""
         channels = [*self._queues.values(), *self._registers.values(), *self._credits.values()]
         lines = [line for channel in dict.fromkeys(channels) for line in channel.waits()]
-        held = {k: c for queue in self._queues.values() for k, c in queue.held.items()}
+        held = {k: c for queue in self._all_queues for k, c in queue.held.items()}
         return lines + [f"{consumer} holds group {key}" for key, consumer in sorted(held.items())]
 
     def edge_status(self, now_s: float) -> list[EdgeStatus]:
         """Return every queue's fill."""
-        queues = dict.fromkeys(self._queues.values())
         return [
-            EdgeStatus(edge=q.name, time_s=now_s, items=len(q), depth=q.depth, size_bytes=q.size_bytes) for q in queues
+            EdgeStatus(edge=q.name, time_s=now_s, items=len(q), depth=q.depth, size_bytes=q.size_bytes)
+            for q in self._all_queues
         ]
 
     async def watch(self, timeout_s: float) -> None:

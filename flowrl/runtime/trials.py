@@ -15,11 +15,14 @@ import threading
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from flowrl.engines.base import Serving
 from flowrl.errors import FlowrlError
+from flowrl.graph.edges import Credits
+from flowrl.graph.plan import plan_of
 from flowrl.graph.program import load_program
 from flowrl.runtime.knobs import Knob, Setting, graph_with, knobs_of
 from flowrl.runtime.simulate import simulate
@@ -30,12 +33,26 @@ if TYPE_CHECKING:
 
     from flowrl.graph.graph import Graph
     from flowrl.graph.program import Program
+    from flowrl.runtime.prediction import Prediction
     from flowrl.telemetry.profile import Profile
 
 LOOK_STEPS = 2  # after the first: throughput is settled by then, staleness is not
 MEASURED_STEPS = 24  # at most
 PRECISION = 0.02  # 95 % half-width of the step time at which a measurement ends
 WORTH_PROCESSES = 64  # trials; fewer are done before the processes have started
+_encoder = msgspec.json.Encoder()
+
+
+@contextmanager
+def _collected_after() -> Generator[None]:
+    """Leave cyclic garbage until the block has ended: looking for it all along takes a third of a simulation."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +87,8 @@ class Searcher:
         """Load; the profile that is given counts for the one that the request names."""
         self.profile: Profile = profile or load_profile(request.profile)
         self.program: Program = load_program(request.graph, config=request.config, overrides=request.overrides)
+        self._at_once = msgspec.structs.replace(self.profile, message_s=0.0)
+        self._looked: dict[bytes, Prediction] = {}
         cores, gpus = reserved(self.program.graph)
         self._cores = request.cores or max(self.profile.cores, cores)
         self._gpus = request.gpus or gpus
@@ -98,7 +117,8 @@ class Searcher:
     def measure(self, setting: Setting, *, steps: int = MEASURED_STEPS) -> Trial:
         """Simulate a setting until its throughput is known, or for so many steps."""
         graph = self.build(setting)
-        found = simulate(graph, self.profile, steps=steps, precision=PRECISION, has_queues=False)
+        with _collected_after():
+            found = simulate(graph, self.profile, steps=steps, precision=PRECISION, has_queues=False)
         return Trial(
             setting=setting,
             samples_per_s=found.samples_per_s,
@@ -109,12 +129,19 @@ class Searcher:
         )
 
     def look(self, setting: Setting) -> Trial | None:
-        """Simulate a setting for a moment; None where it is refused or needs too much."""
+        """Simulate a setting for a moment, with messages that arrive at once; None where it is refused or too large.
+
+        Of settings that differ in limits which no run of theirs can reach, one is simulated.
+        """
         try:
             graph = self.build(setting)
             if not self._fits(graph):
                 return None
-            found = simulate(graph, self.profile, steps=LOOK_STEPS, warmup=1, has_queues=False)
+            key = effective(graph)
+            if (found := self._looked.get(key)) is None:
+                with _collected_after():
+                    found = simulate(graph, self._at_once, steps=LOOK_STEPS, warmup=1, has_queues=False)
+                self._looked[key] = found
         except FlowrlError:
             return None
         return Trial(
@@ -205,6 +232,26 @@ def _look(setting: Setting) -> Trial | None:
 def _measure(setting: Setting) -> Trial | None:
     assert _searcher is not None, "a worker opens first"
     return _searcher.try_measuring(setting)
+
+
+def effective(graph: Graph) -> bytes:
+    """Return a graph as data, with each limit that is beyond what can be under way at once put down to that."""
+    plan = plan_of(graph)
+    num_groups = sum(edge.initial for edge in graph.edges if isinstance(edge, Credits))
+    edges = [
+        msgspec.structs.replace(edge, bounds={**edge.bounds, "depth": min(edge.bounds["depth"], num_groups)})
+        if edge.kind == "queue"
+        else edge
+        for edge in plan.edges
+    ]
+    nodes = {name: spec.arguments for name, spec in plan.nodes.items()}
+    for name, stage in graph.nodes.items():
+        config: Any = stage.config
+        if isinstance(stage.config, Serving) and hasattr(config, "max_groups"):
+            most = min(config.max_groups, num_groups + 1)  # one place is taken while the next prompt is waited for
+            limits = {"max_groups": most, "max_running": min(config.max_running, most * config.group_size)}
+            nodes[name] = {**nodes[name], "config": {**nodes[name]["config"], **limits}}
+    return _encoder.encode((nodes, edges))
 
 
 def reserved(graph: Graph) -> tuple[float, float]:

@@ -68,6 +68,8 @@ class CauseClock:
         """Set or take back one mark."""
         self._settle()
         self._marks[cause] += change
+        if change < 0 and cause is not self._cause:
+            return  # another comes before it
         for first in PRIORITY:
             if self._marks[first]:
                 self._cause = first
@@ -76,9 +78,11 @@ class CauseClock:
 
     def _settle(self) -> None:
         now = self._now()
-        self._seconds[self._cause] += now - self._since
+        if (spent_s := now - self._since) == 0:
+            return
+        self._seconds[self._cause] += spent_s
         if self._marks[Cause.COMPUTE]:
-            self._occupied_s += now - self._since
+            self._occupied_s += spent_s
         self._since = now
 
     @property

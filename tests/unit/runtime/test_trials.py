@@ -9,7 +9,7 @@ import pytest
 
 from flowrl.errors import FlowrlError
 from flowrl.runtime.simulate import simulate
-from flowrl.runtime.trials import Crew, Request, Searcher, crew, reserved
+from flowrl.runtime.trials import Crew, Request, Searcher, crew, effective, reserved
 from tests.support.command import GRAPH
 from tests.support.timed_past import SMALL, ppo, ppo_costs
 
@@ -62,6 +62,40 @@ def test_a_setting_may_need_as_much_as_the_machine_has_whatever_the_graph_reserv
     searcher = Searcher(request_of(cores=0.0))  # the profile's cores, or those that the graph reserves already
     assert searcher.is_affordable({})
     assert not searcher.is_affordable({"generator.replicas": 256})
+
+
+@pytest.mark.parametrize(
+    ("setting", "larger"),
+    [
+        ({"depths.reward.rollouts": 64}, {"depths.reward.rollouts": 256}),
+        ({"generator.max_groups": 64}, {"generator.max_groups": 128}),
+        ({"generator.max_groups": 1, "generator.max_running": 2}, {"generator.max_running": 4}),
+    ],
+)
+def test_limits_beyond_what_can_be_under_way_make_no_difference(
+    setting: Setting, larger: Setting, request_of: Any
+) -> None:
+    searcher = Searcher(request_of())
+    graphs = [searcher.build(each) for each in (setting, {**setting, **larger})]
+    assert effective(graphs[0]) == effective(graphs[1])
+    one, other = (simulate(graph, ppo_costs(), steps=6, has_queues=False) for graph in graphs)
+    assert one == msgspec.structs.replace(other, notes=one.notes)
+
+
+@pytest.mark.parametrize(
+    ("setting", "other"),
+    [
+        ({"depths.reward.rollouts": 1}, {"depths.reward.rollouts": 2}),
+        ({"generator.max_groups": 1}, {"generator.max_groups": 2}),
+        ({"generator.max_groups": 1, "generator.max_running": 1}, {"generator.max_running": 2}),
+        ({"max_staleness": 1}, {"max_staleness": 2}),
+    ],
+)
+def test_limits_that_a_run_may_reach_are_settings_of_their_own(
+    setting: Setting, other: Setting, request_of: Any
+) -> None:
+    searcher = Searcher(request_of())
+    assert effective(searcher.build(setting)) != effective(searcher.build({**setting, **other}))
 
 
 def test_what_the_graph_refuses_is_raised_where_it_is_asked_for_alone(request_of: Any) -> None:
