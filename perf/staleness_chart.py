@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     Curves = Mapping[str, Sequence[Sequence[float]]]  # label -> one curve for each seed
 
 COLOURS = ("#1f3a5f", "#2a7f9e", "#4fae8c", "#d98b2b", "#b5352b", "#7a4b9a", "#555555")
-WIDTH, HEIGHT, MARGIN = 430, 300, 46  # of a panel, pixels
+WIDTH, HEIGHT, MARGIN = 430, 300, 58  # of a panel, pixels
+LETTER = 8  # pixels
 POINTS = 60  # of a curve: each is the mean of as many versions as it takes
 
 
@@ -31,7 +32,8 @@ def smoothed(curve: Sequence[float], points: int = POINTS) -> list[tuple[float, 
 
 def chart(panels: Mapping[str, Curves], *, title: str, x_name: str, y_name: str, top: float = 1.0) -> str:
     """Return the SVG; `top` is the greatest value of the y axis."""
-    width = WIDTH * len(panels) + 90
+    labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
+    width = WIDTH * len(panels) + 40 + LETTER * max(map(len, labels))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT + 40}" font-family="sans-serif" '
         f'font-size="12">',
@@ -40,7 +42,6 @@ def chart(panels: Mapping[str, Curves], *, title: str, x_name: str, y_name: str,
     ]
     for number, (name, curves) in enumerate(panels.items()):
         parts.append(f'<g transform="translate({number * WIDTH} 30)">{_panel(name, curves, x_name, y_name, top)}</g>')
-    labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
     for place, label in enumerate(labels):
         x, y = WIDTH * len(panels) + 5, 60 + 20 * place
         parts.append(f'<line x1="{x}" y1="{y}" x2="{x + 18}" y2="{y}" stroke="{_colour(place)}" stroke-width="3"/>')

@@ -1,7 +1,7 @@
 """Edges: how a message gets from one stage to another. There are three.
 
-`Queue`: bounded in items and bytes; each message reaches exactly one replica; full means the sender waits; nothing
-is ever dropped. With `window=W` it is ordered: messages leave in the order of their group ids, at most W - 1 places
+`Queue`: bounded in items and bytes; each message reaches exactly one replica, the oldest group's first; full means the
+sender waits; nothing is ever dropped. With `window=W` it is ordered: messages leave in the order of their group ids, at most W - 1 places
 ahead of the oldest group still out. `Latest`: a register, the newest value wins, a late reader gets the newest; those
 that start at one port are one register.
 `Credits`: rights to admit a group, which flow back; `initial` of them exist from the start.
@@ -38,7 +38,7 @@ class Queue(Edge):
 
     depth: int
     max_bytes: int
-    window: int | None  # groups; None: first in, first out
+    window: int | None  # groups; None: whichever is oldest of those that are here
     max_staleness: int | None  # policy versions; the bound that `check` proves for what leaves this queue
     most: int | None  # messages that can be on their way to it at once; with that much depth it never fills
 

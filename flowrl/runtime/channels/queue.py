@@ -1,5 +1,6 @@
-"""A bounded queue with leases; ordered by key where it has a window.
+"""A bounded queue with leases; it gives out the oldest key it has, and where it has a window no other than in order.
 
+Whoever waits further down in order waits for the oldest group, so a younger one never goes before it here.
 Invariants: an accepted key is accepted once; it is waiting, held by exactly one consumer, or settled; waiting items
 never exceed `depth` or `max_bytes` (one item larger than `max_bytes` passes alone); an ordered queue delivers keys in
 order within its window and always has room for a key it could deliver now; a suspect key is held by a consumer that
@@ -8,7 +9,7 @@ holds nothing else.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import heapq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,8 @@ class QueueChannel:
         self.window = window
         self.head = first_key  # ordered: the oldest key still out
         self.size_bytes = 0
-        self._waiting: OrderedDict[int, Item] = OrderedDict()
+        self._waiting: dict[int, Item] = {}
+        self._oldest: list[int] = []  # without a window: a heap of the waiting keys, and some that wait no more
         self._held: dict[int, tuple[str, Item]] = {}
         self._skipped = set(settled)  # ordered: delivered or settled keys ahead of the head
         self._suspects: set[int] = set()
@@ -149,9 +151,7 @@ class QueueChannel:
             if key not in self._held:
                 continue
             _, item = self._held.pop(key)
-            self._waiting[key] = item
-            self._waiting.move_to_end(key, last=False)
-            self.size_bytes += len(item.body)
+            self._wait(item)
             if self.window is not None:
                 self._skipped.discard(key)
                 self.head = min(self.head, key)
@@ -204,10 +204,15 @@ class QueueChannel:
 
     def _accept(self, item: Item) -> None:
         item.is_accepted = True
-        self._waiting[item.key] = item
-        self.size_bytes += len(item.body)
+        self._wait(item)
         if item.on_accept is not None:
             item.on_accept()
+
+    def _wait(self, item: Item) -> None:
+        self._waiting[item.key] = item
+        self.size_bytes += len(item.body)
+        if self.window is None:
+            heapq.heappush(self._oldest, item.key)
 
     def _drop(self, key: int) -> None:
         """Take a key out of everybody's hands."""
@@ -230,13 +235,15 @@ class QueueChannel:
 
     def _next(self, want: Want) -> Item | None:
         if self.window is None and not self._suspects:
-            return next(iter(self._waiting.values()), None)
+            while self._oldest and self._oldest[0] not in self._waiting:
+                heapq.heappop(self._oldest)
+            return self._waiting[self._oldest[0]] if self._oldest else None
         if self.window is None:
             in_hand = [item.key for item in self.holds(want.consumer)]
             if self._suspects.intersection(in_hand):
                 return None
-            allowed = (item for item in self._waiting.values() if not in_hand or item.key not in self._suspects)
-            return next(allowed, None)
+            allowed = (key for key in sorted(self._waiting) if not in_hand or key not in self._suspects)
+            return self._waiting.get(next(allowed, -1))
         ready = (key for key in range(self.head, self.head + self.window) if key in self._waiting)
         return self._waiting.get(next(ready, -1))
 

@@ -33,12 +33,16 @@ def check(body: Coroutine[Any, Any, None]) -> None:
     run_virtual(body)
 
 
-def test_items_leave_in_the_order_they_came() -> None:
+def test_the_oldest_group_leaves_first_whatever_the_order_of_arrival() -> None:
     async def body() -> None:
         q = queue()
         for key in (5, 3, 9):
             await q.put(key, b"x")
-        assert [item.key for item in await q.get("a", 10)] == [5, 3, 9]
+        assert [item.key for item in await q.get("a", 2)] == [3, 5]
+        await q.put(4, b"x")
+        q.release("a")
+        assert [item.key for item in await q.get("b", 10)] == [3, 4, 5, 9]
+        assert q.size_bytes == 0
 
     check(body())
 

@@ -85,10 +85,11 @@ class FlowMachine(RuleBasedStateMachine):
         takable = [group for group in self.prompts if not holding or not self.suspect(group)]
         if not takable:
             return
+        oldest = min(takable)
         (body,) = self.do("get", replica, "generator.prompts", 1)
-        assert body == b"p%d" % takable[0]
-        self.prompts.remove(takable[0])
-        self.generating[takable[0]] = replica
+        assert body == b"p%d" % oldest
+        self.prompts.remove(oldest)
+        self.generating[oldest] = replica
 
     @precondition(lambda self: bool(self.generating) and len(self.rollouts) < DEPTH)
     @rule(pick=st.integers(0, 100))
@@ -117,10 +118,11 @@ class FlowMachine(RuleBasedStateMachine):
         takable = [group for group in self.rollouts if not holding or not self.suspect(group)]
         if not takable:
             return
+        oldest = min(takable)
         (body,) = self.do("get", "scorer.0", "scorer.rollouts", 1)
-        assert body == b"r%d" % takable[0]
-        self.rollouts.remove(takable[0])
-        self.scoring.add(takable[0])
+        assert body == b"r%d" % oldest
+        self.rollouts.remove(oldest)
+        self.scoring.add(oldest)
 
     @precondition(lambda self: bool(self.scoring))
     @rule(pick=st.integers(0, 100), is_kept=st.booleans())
