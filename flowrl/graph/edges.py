@@ -1,9 +1,9 @@
 """Edges: how a message gets from one stage to another. There are three.
 
 `Queue`: bounded in items and bytes; each message reaches exactly one replica, the oldest group's first; full means the
-sender waits; nothing is ever dropped. With `window=W` it is ordered: messages leave in the order of their group ids, at most W - 1 places
-ahead of the oldest group still out. `Latest`: a register, the newest value wins, a late reader gets the newest; those
-that start at one port are one register.
+sender waits; nothing is ever dropped. With `window=W` it is ordered: messages leave in the order of their group ids, at
+most W - 1 places ahead of the oldest group still out. `Latest`: a register, the newest value wins, a late reader gets
+the newest; those that start at one port are one register.
 `Credits`: rights to admit a group, which flow back; `initial` of them exist from the start.
 """
 

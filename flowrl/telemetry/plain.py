@@ -1,15 +1,18 @@
 """The run in plain lines, where standard output is not a terminal: one line a step, and every notice and evaluation.
 
-While replicas are starting it says so every `WAIT_LINE_S` seconds. Fed by `Sinks` after the view.
+While replicas are starting it says so every `WAIT_LINE_S` seconds, and where nothing else was to say for `QUIET_LINE_S`
+what every node is at: a graph that trains nothing has no steps, and a large model's are long. Fed by `Sinks` after the
+view.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from flowrl.telemetry.events import Evaluation, Notice, Step
 from flowrl.telemetry.intervals import mean_interval, prompt_means
-from flowrl.telemetry.view import format_duration
+from flowrl.telemetry.view import format_duration, words
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from flowrl.telemetry.view import RunView
 
 WAIT_LINE_S = 10.0  # rare enough not to fill a log, often enough to show that the run is alive
+QUIET_LINE_S = 60.0
 
 
 class PlainLines:
@@ -25,8 +29,8 @@ class PlainLines:
 
     def __init__(self, view: RunView, *, say: Callable[[str], None]) -> None:
         self._view = view
-        self._say = say
-        self._said_waiting_s: float | None = None
+        self._write = say
+        self._said_s: float | None = None  # the last line, by the view's clock
 
     def consume(self, events: list[Event]) -> None:
         """Say a line for each step, evaluation and notice."""
@@ -40,24 +44,39 @@ class PlainLines:
                     self._say(notice_line(event))
                 case _:
                     pass
-        self._say_waiting()
+        self._say_state()
 
     def close(self) -> None:
         """Nothing to release."""
 
-    def _say_waiting(self) -> None:
+    def _say(self, line: str) -> None:
+        self._said_s = self._view.now_s
+        self._write(line)
+
+    def _say_state(self) -> None:
         now_s = self._view.now_s
-        if self._said_waiting_s is not None and now_s - self._said_waiting_s < WAIT_LINE_S:
-            return
         starting = self._view.starting(now_s)
-        if starting:
-            self._said_waiting_s = now_s
-            self._say(starting)
+        if self._said_s is None and not starting:
+            self._said_s = now_s
+        elif self._said_s is None or now_s - self._said_s >= (WAIT_LINE_S if starting else QUIET_LINE_S):
+            self._say(starting or state_line(self._view))
+
+
+def state_line(view: RunView) -> str:
+    """Return `generator: 88 done, 128 running; writer: 0 done, waiting for input`, in groups and samples."""
+    parts: list[str] = []
+    for node in view.nodes:
+        replicas = [replica for replica in view.replicas if replica.node == node]
+        running = sum(replica.running for replica in replicas)
+        causes = Counter(replica.cause for replica in replicas)
+        doing = f"{running} running" if running else words(causes.most_common(1)[0][0])
+        parts.append(f"{node}: {sum(replica.done for replica in replicas)} done, {doing}")
+    return "; ".join(parts)
 
 
 def step_line(step: Step, view: RunView) -> str:
     """Return `step 12/40 reward 0.31 kl 0.012 staleness 0.8 tok/s 310 eta 3m10s`, without what is not known."""
-    words = [f"step {step.version}/{step.num_steps}"]
+    parts = [f"step {step.version}/{step.num_steps}"]
     for name, metric, form in (
         ("reward", "reward.mean", ".3f"),
         ("kl", "kl", ".4f"),
@@ -65,13 +84,13 @@ def step_line(step: Step, view: RunView) -> str:
         ("staleness", "staleness.mean", ".1f"),
     ):
         if metric in step.metrics:
-            words.append(f"{name} {step.metrics[metric]:{form}}")
+            parts.append(f"{name} {step.metrics[metric]:{form}}")
     tokens_per_s = view.recent_per_s("tokens")
     if tokens_per_s is not None:
-        words.append(f"tok/s {tokens_per_s:,.0f}")
+        parts.append(f"tok/s {tokens_per_s:,.0f}")
     if view.remaining_s and view.last_step is not None and step.version == view.last_step.version:
-        words.append(f"eta {format_duration(view.remaining_s)}")
-    return " ".join(words)
+        parts.append(f"eta {format_duration(view.remaining_s)}")
+    return " ".join(parts)
 
 
 def evaluation_line(evaluation: Evaluation) -> str:

@@ -164,3 +164,20 @@ def test_plain_lines_say_now_and_then_who_is_starting() -> None:
         view.fold(events)
         lines.consume(events)
     assert said == [f"generator.0 starting {at} s" for at in (0, 10, 20)]
+
+
+def test_plain_lines_say_what_every_node_is_at_where_nothing_else_is_said_for_a_minute() -> None:
+    view = RunView()
+    said: list[str] = []
+    lines = PlainLines(view, say=said.append)
+    for at in range(150):
+        events: list[Event] = [
+            status(at=float(at), computing=float(at), done=at // 2, running=16),
+            status(node="writer", at=float(at), cause=Cause.WAIT_INPUT, waiting_for_input=float(at)),
+        ]
+        view.fold(events)
+        lines.consume(events)
+    assert said == [
+        "generator: 30 done, 16 running; writer: 0 done, waiting for input",
+        "generator: 60 done, 16 running; writer: 0 done, waiting for input",
+    ]
