@@ -79,7 +79,7 @@ def step_s(tables: Tables, row: Row, system: System, *, max_staleness: int) -> f
         config = write_settings(Path(directory), settings(tables, row, system, max_staleness=max_staleness))
         graph = load_program(GRAPH, config=config).graph
     steps = STEPS if max_staleness else SERIAL_STEPS
-    return 1 / simulate(graph, profile(tables, row, system), steps=steps, has_queues=False).steps_per_s
+    return 1 / simulate(graph, profile(tables, row, system), steps=steps, detail="causes").steps_per_s
 
 
 def _tree(tables: Tables, row: Row) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def simulated(gpus: int, group_size: int, call_s: float) -> Point:
         graph = load_program(GRAPH, config=write_settings(Path(directory), tree)).graph
     host = QueueHost(call_s, rollouts / tree["groups_per_step"] / group_size)
     costs = profile(tables, row, "openrlhf")
-    found = simulate(graph, costs, steps=STEPS, has_queues=False, connect=host.connect)
+    found = simulate(graph, costs, steps=STEPS, detail="causes", connect=host.connect)
     return Point(gpus=gpus, group_size=group_size, rollouts_per_s=rollouts * found.steps_per_s,
                  calls_per_s=host.calls_per_s, processes=_processes(tree),
                  generators=tree["generator"]["replicas"])  # fmt: skip

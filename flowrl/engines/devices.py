@@ -43,6 +43,7 @@ class Device:
         self._alarms: list[tuple[float, int, list[Callable[[], None]]]] = []
         self._count = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._timed: tuple[float, float] | None = None  # the progress at which the timer rings, and the rate it assumes
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def progress(self) -> float:
@@ -99,18 +100,21 @@ class Device:
                 alarm.clear()
 
     def _arm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         while self._alarms and not self._alarms[0][2]:
             heapq.heappop(self._alarms)
-        if self._alarms:
-            wait_s = max(0.0, self._alarms[0][0] - self._progress) / self._rate
+        timed = (self._alarms[0][0], self._rate) if self._alarms else None
+        if timed == self._timed:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timed, self._timer = timed, None
+        if timed is not None:
+            wait_s = max(0.0, timed[0] - self._progress) / timed[1]
             self._timer = asyncio.get_running_loop().call_later(wait_s, self._ring)
 
     def _ring(self) -> None:
         due = self.progress() + ROUNDING
-        self._timer = None
+        self._timed = self._timer = None
         while self._alarms and self._alarms[0][0] <= due:
             for callback in heapq.heappop(self._alarms)[2]:
                 callback()

@@ -73,7 +73,7 @@ def accuracy(run_dir: Path, graph: Graph, profile: Profile) -> Accuracy:
     measured = view.steady_per_s("samples")
     if measured is None or view.first_step is None:
         raise DataError(str(run_dir), "learned fewer than two steps", "give it more")
-    found = simulate(graph, profile, steps=view.num_steps_done, is_whole=True, has_queues=False)
+    found = simulate(graph, profile, steps=view.num_steps_done, is_whole=True, detail="causes")
     learned = view.staleness - Counter(view.first_step.staleness)  # as samples are counted: after the first step
     mean = sum(stale * count for stale, count in learned.items()) / max(1, learned.total())
     return Accuracy(

@@ -51,13 +51,13 @@ def advice(run_dir: Path, plan: GraphPlan, graph_file: Path | None) -> list[str]
 
 def _one_more_each(plan: GraphPlan, profile: Profile) -> Iterator[str]:
     """Yield what one more replica of each node is worth, the best first."""
-    now = simulate(graph_of(plan), profile, steps=STEPS, has_queues=False).samples_per_s
+    now = simulate(graph_of(plan), profile, steps=STEPS, detail="causes").samples_per_s
     yield f"simulated from this run's profile: {now:,.3g} samples/s as it is"
     gains: dict[str, float] = {}
     for node in plan.nodes:
         graph = _with_one_more(plan, node)
         if graph is not None:
-            gains[node] = simulate(graph, profile, steps=STEPS, has_queues=False).samples_per_s / now - 1
+            gains[node] = simulate(graph, profile, steps=STEPS, detail="causes").samples_per_s / now - 1
     worth = sorted((node for node, gain in gains.items() if gain >= WORTH_SAYING), key=lambda node: -gains[node])
     for node in worth:
         config = plan.nodes[node].arguments["config"]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from flowrl.errors import ChannelClosed, GraphError, StallError
@@ -43,6 +43,7 @@ def replica_name(node: str, replica: int) -> str:
     return f"{node}.{replica}"
 
 
+@lru_cache(maxsize=1 << 16)
 def node_name(replica: str) -> str:
     """Return the node of a replica's name."""
     return replica.rpartition(".")[0]

@@ -118,4 +118,4 @@ def _simulated(graph: Graph, profile: Profile) -> Prediction:
     sizes = [getattr(stage.config, "group_size", 1) for stage in graph.nodes.values()]
     per_step = max(sizes) * max(getattr(stage, "groups_per_step", 1) for stage in graph.nodes.values())
     steps = max(2, min(MOST_STEPS, MOST_SAMPLES // per_step))
-    return simulate(graph, profile, steps=steps, has_queues=False)
+    return simulate(graph, profile, steps=steps, detail="causes")

@@ -50,11 +50,11 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     first_step_s: float  # from the first prompt; starting the processes is not in it
     num_steps: int  # measured, after `num_warmup` that were dropped
     num_warmup: int
-    shares: dict[str, dict[str, float]]  # node -> cause -> part of its replicas' time
+    shares: dict[str, dict[str, float]]  # node -> cause -> part of its replicas' time; {}: only the speed
     devices: dict[str, float]  # part of its capacity that was used
     staleness: dict[int, int]  # learned groups by policy versions
     queues: dict[str, Fill]
-    bottleneck: str  # the node that computes most
+    bottleneck: str  # the node that computes most; "" where only the speed was looked at
     notes: list[str]
 
     @property
@@ -150,7 +150,7 @@ class Watch(Recorder):
             devices={name: (busy - busy_before.get(name, 0.0)) / window_s for name, busy in busy_after.items()},
             staleness=dict(sorted(Counter(stale for step in steps for stale in step.staleness).items())),
             queues={edge: _fill(looks) for edge, looks in self._fills.items()},
-            bottleneck=max(shares, key=lambda node: shares[node].get(Cause.COMPUTE, 0.0)),
+            bottleneck=max(shares, key=lambda node: shares[node].get(Cause.COMPUTE, 0.0), default=""),
             notes=notes,
         )
 

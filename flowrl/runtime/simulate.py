@@ -8,7 +8,7 @@ searches with many.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from flowrl.engines.base import Serving
 from flowrl.engines.timed import SCENE, Scene
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from flowrl.graph.graph import Graph
     from flowrl.runtime.flow import Flow
 
+Detail = Literal["speed", "causes", "queues"]
+
 MEASURED_STEPS = 12  # enough that one slow group is a few percent of them
 LOOKS_A_STEP = 8  # at every queue's fill
 
@@ -40,7 +42,7 @@ def simulate(
     warmup: int | None = None,
     precision: float = 0.0,
     is_whole: bool = False,
-    has_queues: bool = True,
+    detail: Detail = "queues",
     connect: Callable[[Flow, str, float], Straight] = Straight,
 ) -> Prediction:
     """Predict how a graph runs under a profile's costs.
@@ -48,8 +50,9 @@ def simulate(
     Of a run without end, `steps` steps are measured after `warmup`, by default until the pipeline has filled; fewer
     where `precision` is given and the half-width of the mean step time's 95 % interval is down to that part of it.
     With `is_whole` the run has `steps` steps in all and is measured between the first and the last, as a run's report
-    does: then the start and the end, when nothing more is admitted, are in it. Without `has_queues` nobody looks at
-    the queues, which is quicker. `connect` makes what stands between a replica and the flow.
+    does: then the start and the end, when nothing more is admitted, are in it. `detail` says what is looked at, and
+    less of it is quicker: the "speed" and the staleness alone, the "causes" of each node's time with them, or the
+    "queues" and their bytes besides. `connect` makes what stands between a replica and the flow.
 
     Raises:
         ConfigError: the profile lacks a node, or the graph has nothing to simulate.
@@ -61,10 +64,13 @@ def simulate(
     plan = timed_plan(graph, profile, steps=total, is_whole=is_whole)
     scene = Scene(profile, cores=max(profile.cores, _reserved(graph)))
     watch = Watch(before, total, scene, precision=precision)
-    look_s = _look_s(graph, profile) if has_queues else None
+    look_s = _look_s(graph, profile) if detail == "queues" else None
     token = SCENE.set(scene)
     try:
-        run_virtual(run_timed(graph_of(plan), plan, watch, message_s=profile.message_s, look_s=look_s, connect=connect))
+        run_virtual(
+            run_timed(graph_of(plan), plan, watch, message_s=profile.message_s, look_s=look_s, connect=connect,
+                      is_bare=detail == "speed")
+        )  # fmt: skip
     finally:
         SCENE.reset(token)
     return watch.prediction(notes=_notes(graph, profile, scene))

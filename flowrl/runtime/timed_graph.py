@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowrl.engines.base import Serving
-from flowrl.engines.timed import SCENE
+from flowrl.engines.timed import SCENE, TOKEN_BYTES
 from flowrl.errors import ConfigError
 from flowrl.graph.plan import EdgePlan, GraphPlan, plan_of
 from flowrl.graph.ports import In, Out
@@ -212,7 +212,8 @@ class TimedReward(Stage):
 
     async def _lane(self, context: Context, cost: CallCost) -> None:
         async for group in self.rollouts:
-            tokens = sum(len(sample.token_ids) + len(group.token_ids) for sample in group.samples)
+            prompt_bytes = len(group.samples) * len(group.token_ids.data)
+            tokens = (prompt_bytes + sum([len(sample.token_ids.data) for sample in group.samples])) / TOKEN_BYTES
             start_s = context.now()
             with context.clock.charge(Cause.COMPUTE):
                 await asyncio.sleep(cost.seconds(tokens))

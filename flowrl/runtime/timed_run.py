@@ -1,8 +1,8 @@
 """Runs a timed graph on the virtual clock: the real stages, channels and credits, with as little around them as can be.
 
 Every replica is a task bound straight to the flow; no door stands between, since nothing is lost or dies in a
-simulation. Messages are handed over as they are, and only weighed: `Parcel` knows how many bytes its message would be.
-Invariant: the order of events follows from the graph, the profile and the seeds alone. Used by simulate.py.
+simulation. Messages are handed over as they are, and at most weighed: `Parcel` knows how many bytes its message would
+be. Invariant: the order of events follows from the graph, the profile and the seeds alone. Used by simulate.py.
 """
 
 from __future__ import annotations
@@ -46,15 +46,24 @@ class Parcel:
 
     __slots__ = ("message", "size_bytes")
 
-    def __init__(self, message: Message) -> None:
+    def __init__(self, message: Message, size_bytes: int) -> None:
         self.message = message
-        self.size_bytes = weight_of(message)
+        self.size_bytes = size_bytes
 
     def __len__(self) -> int:
         return self.size_bytes
 
 
-PARCELS = Wire(encode=Parcel, decode=attrgetter("message"))
+def _weighed(message: Message) -> Parcel:
+    return Parcel(message, weight_of(message))
+
+
+def _unweighed(message: Message) -> Parcel:
+    return Parcel(message, MESSAGE_BYTES)
+
+
+WEIGHED = Wire(encode=_weighed, decode=attrgetter("message"))
+UNWEIGHED = Wire(encode=_unweighed, decode=attrgetter("message"))
 
 
 def weight_of(message: Any) -> int:
@@ -70,6 +79,13 @@ def weight_of(message: Any) -> int:
     response_bytes = sum([len(sample.token_ids.data) for sample in samples])
     each = SAMPLE_BYTES + COLUMN_BYTES * columns
     return MESSAGE_BYTES + len(message.token_ids.data) + len(samples) * each + (2 + columns) * response_bytes
+
+
+class Unasked(CauseClock):
+    """A clock that nobody will ask for the causes of a replica's time."""
+
+    def mark(self, cause: Cause, change: int) -> None:
+        """Note nothing."""
 
 
 class Straight:
@@ -117,9 +133,11 @@ async def run_timed(
     look_s: float | None = None,
     status_s: float = NEVER_S,
     connect: Callable[[Flow, str, float], Straight] = Straight,
+    is_bare: bool = False,
 ) -> None:
     """Run until the watch has seen enough; it looks at the queues every `look_s` seconds.
 
+    With `is_bare` messages are not weighed and no causes of time are noted.
     `graph` is what `plan` builds; a replica records its status every `status_s`, and reaches the flow by what `connect`
     makes of the flow, its name and `message_s`. Raises what a stage raises.
     """
@@ -134,10 +152,14 @@ async def run_timed(
         for index in range(stage.config.replicas):
             own = stage if index == 0 else from_specification(plan.nodes[node], node)
             client = connect(flow, replica_name(node, index), message_s)
-            context = _context(node, index, client, watch, stopping, readers)
+            clock = (Unasked if is_bare else CauseClock)(asyncio.get_running_loop().time)
+            if not is_bare:
+                watch.clocks[node, index] = clock
+            context = _context(node, index, client, watch, stopping, readers, clock)
             body = run_replica(
-                own, context, cast("FlowClient", client), kinds=kinds, status_interval_s=status_s, wire=PARCELS
-            )
+                own, context, cast("FlowClient", client), kinds=kinds, status_interval_s=status_s,
+                wire=UNWEIGHED if is_bare else WEIGHED,
+            )  # fmt: skip
             tasks.append(asyncio.ensure_future(_watched(body, watch)))
     try:
         await watch.ended
@@ -162,9 +184,9 @@ async def _look(flow: Flow, watch: Watch, interval_s: float) -> None:
         watch.look(flow.edge_status(loop.time()))
 
 
-def _context(node: str, replica: int, client: Straight, watch: Watch, stopping: asyncio.Event, readers: int) -> Context:
+def _context(node: str, replica: int, client: Straight, watch: Watch, stopping: asyncio.Event, readers: int,
+             clock: CauseClock) -> Context:  # fmt: skip
     now = asyncio.get_running_loop().time
-    clock = watch.clocks[node, replica] = CauseClock(now)
 
     async def compute(function: Callable[..., T], *arguments: Any) -> T:
         """Run in place and let the engine's work be done, which takes longer where the device is shared."""

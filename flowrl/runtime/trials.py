@@ -61,7 +61,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     setting: Setting  # what differs from the settings as they are
     samples_per_s: float
     mean_staleness: float
-    bottleneck: str
+    bottleneck: str  # "": only looked at
     max_staleness: int = 0  # of any learned group
     devices: float = 0.0  # cores and GPUs that are reserved
     is_measured: bool = True  # not only looked at
@@ -118,7 +118,7 @@ class Searcher:
         """Simulate a setting until its throughput is known, or for so many steps."""
         graph = self.build(setting)
         with _collected_after():
-            found = simulate(graph, self.profile, steps=steps, precision=PRECISION, has_queues=False)
+            found = simulate(graph, self.profile, steps=steps, precision=PRECISION, detail="causes")
         return Trial(
             setting=setting,
             samples_per_s=found.samples_per_s,
@@ -140,7 +140,7 @@ class Searcher:
             key = effective(graph)
             if (found := self._looked.get(key)) is None:
                 with _collected_after():
-                    found = simulate(graph, self._at_once, steps=LOOK_STEPS, warmup=1, has_queues=False)
+                    found = simulate(graph, self._at_once, steps=LOOK_STEPS, warmup=1, detail="speed")
                 self._looked[key] = found
         except FlowrlError:
             return None

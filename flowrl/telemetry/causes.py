@@ -54,6 +54,7 @@ class CauseClock:
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
+        self._charges = {cause: Charge(self, cause) for cause in Cause}
         self._marks = dict.fromkeys(Cause, 0)
         self._seconds = dict.fromkeys(Cause, 0.0)
         self._occupied_s = 0.0
@@ -62,7 +63,7 @@ class CauseClock:
 
     def charge(self, cause: Cause) -> Charge:
         """Mark `cause` for the duration of the block; marks nest and overlap."""
-        return Charge(self, cause)
+        return self._charges[cause]
 
     def mark(self, cause: Cause, change: int) -> None:
         """Set or take back one mark."""

@@ -258,7 +258,7 @@ class QueueChannel:
 
     def _serve(self) -> None:
         """Match waiting senders and receivers until nothing more fits."""
-        moved = True
+        moved = len(self._receivers) > 0 or len(self._senders) > 0
         while moved:
             moved = False
             for future, want in self._receivers:

@@ -28,7 +28,7 @@ PLAIN = replace(random_settings(0), groups_per_step=4, window=1, generators=1, s
 TAIL = Spread(quantiles=(1.0, 2.0, 3.0, 4.0, 8.0))
 
 
-quick = functools.partial(simulate, has_queues=False)
+quick = functools.partial(simulate, detail="causes")
 
 
 def graph(max_staleness: int, settings: FlowSettings = PLAIN) -> Graph:

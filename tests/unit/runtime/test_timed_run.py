@@ -13,7 +13,7 @@ from flowrl.errors import ConfigError, FlowrlError
 from flowrl.graph.plan import graph_of, plan_of
 from flowrl.messages import Buffer, Credit, Prompt, Referenced, Rollouts, Sample, Samples, Scored, VersionSpan, encode
 from flowrl.runtime.simulate import simulate
-from flowrl.runtime.timed_run import Parcel, weight_of
+from flowrl.runtime.timed_run import WEIGHED, weight_of
 from flowrl.telemetry.events import Status
 from tests.support.flows import Scorer
 from tests.support.timed_past import events_of
@@ -43,7 +43,9 @@ def test_a_parcel_weighs_about_what_its_message_takes_on_the_wire(
 ) -> None:
     message = group(kind, samples=samples, prompt=prompt, response=response)
     assert weight_of(message) == pytest.approx(len(encode(message)), rel=0.1)
-    assert len(Parcel(message)) == Parcel(message).size_bytes == weight_of(message)
+    parcel = WEIGHED.encode(message)
+    assert len(parcel) == parcel.size_bytes == weight_of(message)
+    assert WEIGHED.decode(parcel) is message
 
 
 def test_a_small_message_weighs_little() -> None:
@@ -82,7 +84,7 @@ def test_a_flow_that_moves_no_more_says_so_instead_of_going_on_for_ever() -> Non
     idle = msgspec.structs.replace(plan.nodes["scorer"], stage=f"{__name__}:Idle")
     with pytest.raises(FlowrlError, match="scorer"):
         simulate(
-            graph_of(msgspec.structs.replace(plan, nodes={**plan.nodes, "scorer": idle})), profile(), has_queues=False
+            graph_of(msgspec.structs.replace(plan, nodes={**plan.nodes, "scorer": idle})), profile(), detail="causes"
         )
 
 

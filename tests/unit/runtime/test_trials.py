@@ -33,7 +33,7 @@ def request_of(tmp_path: Path) -> Any:
 def test_a_trial_is_what_the_simulator_says_of_the_setting(request_of: Any) -> None:
     searcher = Searcher(request_of())
     trial = searcher.measure({"max_staleness": 2}, steps=6)
-    found = simulate(ppo("max_staleness=2").graph, ppo_costs(), steps=6, precision=0.02, has_queues=False)
+    found = simulate(ppo("max_staleness=2").graph, ppo_costs(), steps=6, precision=0.02, detail="causes")
     assert (trial.samples_per_s, trial.mean_staleness) == (found.samples_per_s, found.mean_staleness)
     assert (trial.max_staleness, trial.bottleneck, trial.devices) == (2, "generator", 2.0)
     assert trial.is_measured
@@ -43,6 +43,18 @@ def test_a_look_is_shorter_and_says_so(request_of: Any) -> None:
     looked = Searcher(request_of()).look({"max_staleness": 2})
     assert looked is not None
     assert not looked.is_measured
+    assert looked.bottleneck == ""
+
+
+def test_less_detail_is_the_same_simulation() -> None:
+    graph, costs = ppo("max_staleness=2").graph, ppo_costs()
+    full, causes, speed = (simulate(graph, costs, steps=4, detail=each) for each in ("queues", "causes", "speed"))
+    assert full.queues
+    assert full.bottleneck == causes.bottleneck
+    assert (causes.queues, speed.bottleneck, speed.shares, speed.queues) == ({}, "", {}, {})
+    for less in (causes, speed):
+        assert less.steps_per_s == pytest.approx(full.steps_per_s, rel=1e-9)
+        assert (less.staleness, less.num_steps) == (full.staleness, full.num_steps)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +90,7 @@ def test_limits_beyond_what_can_be_under_way_make_no_difference(
     searcher = Searcher(request_of())
     graphs = [searcher.build(each) for each in (setting, {**setting, **larger})]
     assert effective(graphs[0]) == effective(graphs[1])
-    one, other = (simulate(graph, ppo_costs(), steps=6, has_queues=False) for graph in graphs)
+    one, other = (simulate(graph, ppo_costs(), steps=6, detail="causes") for graph in graphs)
     assert one == msgspec.structs.replace(other, notes=one.notes)
 
 
