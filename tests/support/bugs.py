@@ -63,7 +63,7 @@ def drop_oldest_on_full(patch: Patch) -> None:
 
     def has_room(self: QueueChannel, item: Any) -> bool:
         if self.window is None and len(self._waiting) >= self.depth:
-            self._waiting.popitem(last=False)
+            del self._waiting[min(self._waiting)]
         return True
 
     patch(QueueChannel, "_has_room", has_room)
