@@ -66,6 +66,12 @@ def read_policy(directory: Path, name: str) -> Policy:
     )
 
 
+def read_policies(runs: Path) -> list[Policy]:
+    """Read every policy that was judged, the SFT model first."""
+    names = [path.name.removeprefix("eval-") for path in runs.glob("eval-*") if path.is_dir()]
+    return [read_policy(runs / f"eval-{name}", name) for name in sorted(names, key=lambda name: (name != "sft", name))]
+
+
 def table(sft: Sequence[Any], reward: Sequence[Any], policies: Sequence[Policy]) -> str:
     """Return the table as text; `sft` and `reward` are those runs' evaluations, the first policy is the SFT model."""
     before, after = ([[-score for score in row] for row in each.scores] for each in (sft[0], sft[-1]))
@@ -129,10 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     runs = parser.parse_args(argv).directory
-    names = sorted(path.name.removeprefix("eval-") for path in runs.glob("eval-*"))
-    policies = [
-        read_policy(runs / f"eval-{name}", name) for name in sorted(names, key=lambda name: (name != "sft", name))
-    ]
+    policies = read_policies(runs)
     sft, reward = (read_evaluations(runs / name / "metrics.jsonl") for name in ("sft", "reward"))
     curves = curve_rows(policies)
     text = f"{table(sft, reward, policies)}\n\nreward against KL, by checkpoint\n{aligned(curves)}\n"

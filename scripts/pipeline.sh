@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole pipeline on SmolLM2-135M: SFT, preference pairs sampled from it, a reward model, PPO against that model, DPO
-# beside it, every checkpoint judged on held-out problems, and one table. About 35 minutes on 2 cores.
+# beside it, every checkpoint judged on held-out problems, and one table. About 22 minutes on 2 cores.
 #   bash scripts/pipeline.sh [DIRECTORY]       (default: runs/pipeline; what is finished there is not done again)
 # Every step's directory is the next one's input. Set QUICK=1 for a few steps of each: it proves that all fits together.
 set -euo pipefail

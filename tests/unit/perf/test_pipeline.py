@@ -11,7 +11,7 @@ import pytest
 from flowrl.errors import DataError
 from flowrl.telemetry.events import Evaluation
 from perf.pipeline_data import split
-from perf.pipeline_table import curve_rows, read_policy, step_rows, table
+from perf.pipeline_table import curve_rows, read_policies, read_policy, step_rows, table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,11 +47,11 @@ def evaluation(version: int, scores: list[float]) -> Evaluation:
 
 
 def test_the_table_compares_each_method_s_last_checkpoint_with_the_sft_model(tmp_path: Path):
-    write_samples(tmp_path / "a", [[1.0, 1.0], [2.0, 2.0]], kl=0.0)
-    write_samples(tmp_path / "b", [[9.0, 9.0], [9.0, 9.0]], kl=0.5)
-    write_samples(tmp_path / "c", [[2.0, 2.0], [3.0, 3.0]], kl=1.5)
-    names = [("a", "sft"), ("b", "ppo-000004"), ("c", "ppo-000008")]
-    policies = [read_policy(tmp_path / directory, name) for directory, name in names]
+    write_samples(tmp_path / "eval-sft", [[1.0, 1.0], [2.0, 2.0]], kl=0.0)
+    write_samples(tmp_path / "eval-ppo-000004", [[9.0, 9.0], [9.0, 9.0]], kl=0.5)
+    write_samples(tmp_path / "eval-ppo-000008", [[2.0, 2.0], [3.0, 3.0]], kl=1.5)
+    (tmp_path / "eval-sft.out").write_text("what the run printed")
+    policies = read_policies(tmp_path)
     text = table([evaluation(0, [-3.0, -2.0]), evaluation(9, [-1.0, -1.0])], [evaluation(9, [1.0, 1.0, 0.0])], policies)
     lines = [line.split() for line in text.splitlines()]
     assert lines[1][-3:] == ["2.500", "[-3.853,", "8.853]"], "two examples: t = 12.706, s / sqrt(2) = 0.5"
