@@ -63,7 +63,7 @@ def stand_ins(recipe: Path, tiny: Path, tmp_path: Path) -> dict[str, Any]:
         found["critic_model"] = model(given["critic_model"])
     if "reward_models" in given:
         found["reward_models"] = [model(name) for name in given["reward_models"]]
-    if "source" in given.get("data", {}):
+    if "prompt_column" in given.get("data", {}):  # of a data set that is not here
         rows = [json.dumps({given["data"]["prompt_column"]: f"What is {k}?", "answer": str(k)}) for k in range(600)]
         (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
         found |= {"data.source": str(tmp_path / "prompts.jsonl"), "data.subset": ""}
