@@ -52,7 +52,8 @@ def simulate(
     With `is_whole` the run has `steps` steps in all and is measured between the first and the last, as a run's report
     does: then the start and the end, when nothing more is admitted, are in it. `detail` says what is looked at, and
     less of it is quicker: the "speed" and the staleness alone, the "causes" of each node's time with them, or the
-    "queues" and their bytes besides. `connect` makes what stands between a replica and the flow.
+    "queues" and their bytes besides. For the speed alone messages are not weighed, so no queue is full by its bytes.
+    `connect` makes what stands between a replica and the flow.
 
     Raises:
         ConfigError: the profile lacks a node, or the graph has nothing to simulate.

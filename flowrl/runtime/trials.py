@@ -74,7 +74,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     profile: Path
     config: Path | None = None
     overrides: list[str] = []
-    budget: int = 200  # settings simulated at most
+    budget: int = 200  # settings searched at most; those that must run alike are simulated once
     cores: float = 0.0  # that may be reserved; 0: the profile's, or what the graph reserves already
     gpus: float = 0.0  # that may be reserved; 0: what the graph reserves already
     only: list[str] = []  # the ends of the names of knobs to turn, such as ".replicas"; []: all

@@ -45,7 +45,7 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True):
     recommended: Trial
     sensitivity: dict[str, dict[str, float]]  # knob -> position -> throughput against the present one
     looked: list[tuple[float, float]]  # samples/s and staleness of all that were simulated at the present batch
-    num_trials: int
+    num_trials: int  # settings searched; those that must run alike were simulated once
 
     @property
     def command(self) -> str:
@@ -229,7 +229,7 @@ def _key(setting: Setting) -> object:
 
 def describe(tuning: Tuning) -> str:
     """Return what was found, for people."""
-    lines = [f"{tuning.num_trials:,} settings simulated", "", "samples/s  staleness  bottleneck  changes"]
+    lines = [f"{tuning.num_trials:,} settings searched", "", "samples/s  staleness  bottleneck  changes"]
     marks = {id(tuning.recommended): "  <- recommended"}
     lines += [_line(trial) + marks.get(id(trial), "") for trial in tuning.front]
     lines += ["at present", _line(tuning.present), "", "what each knob alone is worth, against the present:"]

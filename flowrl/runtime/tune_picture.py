@@ -40,7 +40,7 @@ def picture(tuning: Tuning) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}">',
         f"<style>{STYLE}</style>",
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        f'<text x="{LEFT}" y="28">{tuning.num_trials:,} settings simulated: learned samples/s over staleness</text>',
+        f'<text x="{LEFT}" y="28">{tuning.num_trials:,} settings searched: learned samples/s over staleness</text>',
     ]
     for value in ticks(0.0, fastest, most=6):
         (x, y), end = at(0.0, value), WIDTH - RIGHT

@@ -242,8 +242,8 @@ class QueueChannel:
             in_hand = [item.key for item in self.holds(want.consumer)]
             if self._suspects.intersection(in_hand):
                 return None
-            allowed = (key for key in sorted(self._waiting) if not in_hand or key not in self._suspects)
-            return self._waiting.get(next(allowed, -1))
+            allowed = (key for key in self._waiting if not in_hand or key not in self._suspects)
+            return self._waiting.get(min(allowed, default=-1))
         ready = (key for key in range(self.head, self.head + self.window) if key in self._waiting)
         return self._waiting.get(next(ready, -1))
 
