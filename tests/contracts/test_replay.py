@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -17,16 +17,20 @@ from flowrl.runtime.launch import drive
 from flowrl.runtime.local import LocalOptions, run_local
 from flowrl.runtime.rundir import create_run_dir, write_plan
 from flowrl.runtime.supervisor import newest_start
+from flowrl.stages.reward import Reward
 from flowrl.telemetry.events import Event, Step
-from tests.contracts.test_synchronous import STEPS, graph
+from tests.contracts.test_synchronous import GROUPS, STEPS, graph
 from tests.support.command import ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from flowrl.messages import Rollouts
+
 pytestmark = pytest.mark.slow
 
 FAULTY = "model.layers.1.mlp.up_proj.weight"
+CUT = 3  # the version at which the run cut short ends
 
 
 class FaultyEngine(TorchEngine):
@@ -38,6 +42,15 @@ class FaultyEngine(TorchEngine):
             weight = self.model.get_parameter(FAULTY).data.view(-1)
             weight[7] = weight[7].nextafter(weight[7] + 1)
         return norm
+
+
+class HaltingReward(Reward):
+    """Scores what the first steps learn from and holds the rest for ever, so that a run cannot pass version `CUT`."""
+
+    async def _call(self, function: Any, group: Rollouts) -> list[float]:
+        if group.group_id >= CUT * GROUPS:
+            await asyncio.Event().wait()
+        return await super()._call(function, group)
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +79,11 @@ def test_a_run_cut_short_and_resumed_equals_one_that_was_not(run_dir: Path, tiny
         has_learned = asyncio.Event()
 
         def consume(events: list[Event]) -> None:
-            if any(isinstance(event, Step) and event.version == 2 for event in events):
+            if any(isinstance(event, Step) and event.version == CUT for event in events):
                 has_learned.set()
 
-        running = asyncio.create_task(run_local(program.graph, LocalOptions(run_dir=directory, consume=consume)))
+        halting = graph(tiny, records=True, reward_type=HaltingReward)
+        running = asyncio.create_task(run_local(halting, LocalOptions(run_dir=directory, consume=consume)))
         await has_learned.wait()
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -78,7 +92,7 @@ def test_a_run_cut_short_and_resumed_equals_one_that_was_not(run_dir: Path, tiny
     start = newest_start(directory, lambda *said: None)
     drive(program, directory, resume=start, address=None, again="", say=lambda line: None)
     first = start.cut.version if start.cut else 0
-    assert 0 < first < STEPS
+    assert 0 < first <= CUT
     assert first_difference(run_dir, directory, range(first, STEPS)) is None
     model = f"checkpoints/step-{STEPS:06d}/model/model.safetensors"
     assert (run_dir / model).read_bytes() == (directory / model).read_bytes()

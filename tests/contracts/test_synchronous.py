@@ -69,7 +69,7 @@ def settings(model: Path, head: str, lr: float) -> dict[str, Any]:
     return {"model": str(model), "head": head, "lr": lr, "dtype": "float32", "schedule": Schedule(kind="constant")}
 
 
-def graph(model: Path, *, records: bool = False) -> Graph:
+def graph(model: Path, *, records: bool = False, reward_type: type[Reward] = RecordingReward) -> Graph:
     group_size, common = SIZE, {"algorithm": PPO, "groups_per_step": GROUPS, "group_size": SIZE, "steps": STEPS}
     constant = Schedule(kind="constant")
     prompts = NumberedPrompts(Prompts.Config(), group_size=group_size, seed=1)
@@ -78,7 +78,7 @@ def graph(model: Path, *, records: bool = False) -> Graph:
                          engine_options={"times": {"token_s": 0.001}}),
         model=str(model), sampling=Sampling(max_tokens=6), heldout_sampling=Sampling(),
     )  # fmt: skip
-    reward = RecordingReward(Reward.Config(function=f"{__name__}:digits"))
+    reward = reward_type(Reward.Config(function=f"{__name__}:digits"))
     reference = Reference(Reference.Config(engine=TORCH, dtype="float32"), model=str(model), temperature=1.0)
     critic = Critic(
         Critic.Config(engine=TORCH, dtype="float32", lr=1e-3, schedule=constant), model=str(model), **common
