@@ -75,8 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flowrl bench dschat", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--mode", nargs="+", choices=["eos", "fixed"], default=["eos", "fixed"])
-    parser.add_argument("--padding", nargs="+", type=_padding, default=[256, 0], metavar="P|longest",
-                        help="width of the baseline's prompts (default: 256 longest)")  # fmt: skip
+    parser.add_argument("--padding", nargs="*", type=_padding, default=[256, 0], metavar="P|longest",
+                        help="of the baseline's prompts (default: 256 longest); none: no baseline")  # fmt: skip
     parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=SYSTEMS, help="of flowrl (default: all)")
     parser.add_argument("--rounds", type=int, default=1, help="times every system is run, in turns")
     for name in ("groups", "group-size", "warmup", "steps", "seed", "gpus"):
