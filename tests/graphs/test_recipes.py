@@ -61,6 +61,8 @@ def stand_ins(recipe: Path, tiny: Path, tmp_path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"model": model(given["model"])}
     if given.get("critic_model"):
         found["critic_model"] = model(given["critic_model"])
+    if "teacher" in given.get("objective", {}):  # a run to be made before
+        found["objective.teacher"] = str(tiny)
     if "reward_models" in given:
         found["reward_models"] = [model(name) for name in given["reward_models"]]
     if "prompt_column" in given.get("data", {}):  # of a data set that is not here
