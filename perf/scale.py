@@ -53,8 +53,6 @@ EACH_GROUP = frozenset({"put", "get", "acquire", "reject"})  # calls about one g
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Simulate every size and print how it goes."""
-    from flowrl.runtime.actors import FLUSH_S
-
     options = _parser().parse_args(argv)
     if wrong := [gpus for gpus in options.gpus if gpus < UNIT or gpus % UNIT]:
         _parser().error(f"--gpus: {wrong} are not multiples of {UNIT}, which every role's share needs")
@@ -68,9 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             points.append(simulated(gpus, group_size, 1 / limit))
             said = f"{gpus:,} GPUs, {group_size} rollouts in a group: {points[-1].rollouts_per_s:,.1f} rollouts/s"
             print(f"{said} ({time.perf_counter() - began:.0f} s)", file=sys.stderr, flush=True)
-    report = Scaling(size=SIZE, limit_per_s=limit, ms_per_rollout=options.ms_per_rollout, signs_per_s=1 / FLUSH_S,
-                     bases=tuple(bases), points=tuple(points), machine=machine(),
-                     took_s=time.perf_counter() - began)  # fmt: skip
+    report = Scaling(size=SIZE, limit_per_s=limit, ms_per_rollout=options.ms_per_rollout, bases=tuple(bases),
+                     points=tuple(points), machine=machine(), took_s=time.perf_counter() - began)  # fmt: skip
     print(markdown(report))
     if options.json:
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(report)))

@@ -6,10 +6,15 @@ A pure function of `Scaling`, which is also what its JSON holds. Called by perf/
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from flowrl.config import Config
+from flowrl.runtime.supervisor import REPORT_S, Options, report_interval_s
 from perf.markdown import markdown_table
 from perf.paper_rows import SOURCE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 BROKEN = 0.95  # of the linear rate; below it one queue host is taken to be too few
 DESIGN = """\
@@ -39,7 +44,6 @@ class Scaling(Config):
     size: str
     limit_per_s: float  # calls
     ms_per_rollout: float
-    signs_per_s: float  # of life, of each process
     bases: tuple[Point, ...]  # of each group size: the fewest GPUs with a host that takes no time
     points: tuple[Point, ...]
     machine: str
@@ -53,7 +57,8 @@ def markdown(report: Scaling) -> str:
         "GPUs, and training is taken to scale linearly with its ranks, which on thousands of GPUs it does not: this is "
         f"about the flow alone. One queue host answers {report.limit_per_s:,.0f} calls/s: what "
         f"{report.ms_per_rollout:g} ms for each rollout make in `python -m perf.channels`. Every process shows that it "
-        f"lives {report.signs_per_s:g} times a second; the simulated host does not carry that, the last two columns do."
+        f"lives, {1 / REPORT_S:g} times a second where there are few and less often where there are many; the "
+        "simulated host does not carry that, the last two columns do."
     )
     parts = ["# The flow from 8 to 10,000 GPUs, simulated", intro]
     for base in report.bases:
@@ -69,7 +74,7 @@ def _table(report: Scaling, base: Point) -> str:
     for point in report.points:
         if point.group_size != base.group_size:
             continue
-        calls, signs = _offered(point, base), point.processes * report.signs_per_s
+        calls, signs = _offered(point, base), signs_per_s(point.processes)
         rows.append([
             f"{point.gpus:,}", f"{point.generators:,}", f"{_linear(point, base):,.1f}", f"{point.rollouts_per_s:,.1f}",
             f"{point.rollouts_per_s / _linear(point, base):.0%}", f"{calls:,.1f}", f"{point.calls_per_s:,.1f}",
@@ -87,15 +92,39 @@ def _offered(point: Point, base: Point) -> float:
     return base.calls_per_s * point.gpus / base.gpus
 
 
-def full_at(report: Scaling, base: Point) -> tuple[float, float, float]:
+def signs_per_s(num_processes: float) -> float:
+    """Return the signs of life that reach the host each second from so many processes, under the usual settings."""
+    return num_processes / report_interval_s(round(num_processes), Options().heartbeat_timeout_s)
+
+
+def full_at(limit_per_s: float, base: Point) -> tuple[float, float, float]:
     """Return the GPUs at which one host is full: by the flow's calls, by the signs of life, by both."""
-    calls = base.calls_per_s / base.gpus
-    signs = report.signs_per_s * (base.processes - 1) / base.gpus  # the prompts' process is one, however many GPUs
-    return report.limit_per_s / calls, report.limit_per_s / signs, report.limit_per_s / (calls + signs)
+
+    def calls(gpus: float) -> float:
+        return base.calls_per_s * gpus / base.gpus
+
+    def signs(gpus: float) -> float:
+        return signs_per_s(1 + (base.processes - 1) * gpus / base.gpus)  # the prompts' process is one for all
+
+    def both(gpus: float) -> float:
+        return calls(gpus) + signs(gpus)
+
+    return _reaching(calls, limit_per_s), _reaching(signs, limit_per_s), _reaching(both, limit_per_s)
+
+
+def _reaching(load: Callable[[float], float], limit: float) -> float:
+    """Return the GPUs from which a load that never falls is above a limit, to a thousandth."""
+    least, most = 0.0, 1.0
+    while load(most) < limit:
+        least, most = most, 2 * most
+    while most - least > most / 1000:
+        middle = (least + most) / 2
+        least, most = (middle, most) if load(middle) < limit else (least, middle)
+    return most
 
 
 def _broken(report: Scaling, base: Point) -> str:
-    by_calls, by_signs, by_both = full_at(report, base)
+    by_calls, by_signs, by_both = full_at(report.limit_per_s, base)
     calls_per_rollout = base.calls_per_s / base.rollouts_per_s
     slow = [p.gpus for p in report.points
             if p.group_size == base.group_size and p.rollouts_per_s < BROKEN * _linear(p, base)]  # fmt: skip

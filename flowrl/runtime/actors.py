@@ -2,7 +2,7 @@
 
 Invariants: messages travel over the wire (wire.py) and what crosses an actor call is bytes and plain values, never a
 pickled object of ours; an actor's failure is answered as data with its class, place and remedy, and what it prints lies
-in the run's logs; every process shows twice a second that it lives. Started by the crew of runtime/ray.py.
+in the run's logs; every process shows again and again that it lives. Started by the crew of runtime/ray.py.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from flowrl.telemetry.events import Event, Recorder, decode_events, encode_event
 
 ray: Any = _ray  # its own types are partial
 Handle = Any  # a Ray actor handle; Ray gives it no usable type
-FLUSH_S = 0.5  # a replica's events travel to the hub in batches this far apart; each batch is a sign of life
 
 
 class ReplicaPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +50,7 @@ class ReplicaPlan(msgspec.Struct, frozen=True, kw_only=True):
     hub: Address
     run_dir: str
     num_readers: int
+    report_interval_s: float  # its events travel to the hub in batches this far apart; each is a sign of life
     resume_from: str | None
 
 
@@ -219,7 +219,7 @@ class ReplicaActor:
     async def _flush(self) -> None:
         while True:
             await self._send()
-            await asyncio.sleep(FLUSH_S)
+            await asyncio.sleep(self._plan.report_interval_s)
 
     async def _send(self) -> None:
         events = self._recorder.drain() if self._plan.place.rank == 0 else []

@@ -28,7 +28,7 @@ from flowrl.runtime.actors import Failure, HubActor, ReplicaActor, ReplicaPlan, 
 from flowrl.runtime.flow import Released, node_name
 from flowrl.runtime.local import num_readers
 from flowrl.runtime.placement import Place, check_resources, environment, num_cores, places
-from flowrl.runtime.supervisor import HostLost, Options, Outcome, Silence, Start, Supervisor
+from flowrl.runtime.supervisor import HostLost, Options, Outcome, Silence, Start, Supervisor, report_interval_s
 from flowrl.runtime.wire import Address
 from flowrl.telemetry.events import decode_events
 
@@ -142,9 +142,7 @@ class RayCrew:
         if own:
             group = placement_group([_bundle(p, self._graph) for p in own], strategy="PACK")
             await cast("Any", group).ready()
-        hub_type = ray.remote(num_cpus=0, max_concurrency=10_000, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})(
-            HubActor
-        )
+        hub_type = ray.remote(num_cpus=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})(HubActor)
         hub = hub_type.remote(msgspec.json.encode(self._plan), str(self._run_dir), msgspec.json.encode(start.cut))
         addresses = [f"{node}.{port}" for node, stage in self._graph.nodes.items() for port in stage.ports]
         bundles = {(p.node, p.replica, p.rank): index for index, p in enumerate(own)}
@@ -193,6 +191,7 @@ class RayCrew:
             hub=attempt.wire,
             run_dir=str(self._run_dir),
             num_readers=num_readers(self._graph, place.node),
+            report_interval_s=report_interval_s(len(places(self._graph)), self._options.heartbeat_timeout_s),
             resume_from=str(start.checkpoint) if start.checkpoint else None,
         )
         choice: dict[str, Any] = {

@@ -32,6 +32,18 @@ if TYPE_CHECKING:
     from flowrl.graph.graph import Graph
 
 
+REPORT_S = 0.5  # between a process's reports to the flow's host: its events, and the sign that it lives
+REPORTS_PER_S = 250.0  # that the host is to take in from all processes; where there are more, each reports less often
+
+
+def report_interval_s(num_processes: int, heartbeat_timeout_s: float) -> float:
+    """Return how far apart a process's reports are.
+
+    100 processes report every half second, 1,000 every 4 s, and none less than four times within the heartbeat's limit.
+    """
+    return min(max(REPORT_S, num_processes / REPORTS_PER_S), heartbeat_timeout_s / 4)
+
+
 class Silence(RunError):
     """A replica has not been heard from for too long."""
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from flowrl.runtime.supervisor import report_interval_s
 from perf.paper_rows import read_tables
 from perf.scale import calls_per_s, simulated
-from perf.scale_report import Scaling, full_at, markdown
+from perf.scale_report import Scaling, full_at, markdown, signs_per_s
 
 GROUP = 8
 
@@ -44,11 +45,22 @@ def test_a_full_host_holds_the_flow_at_its_own_rate(base) -> None:
     assert full.rollouts_per_s == pytest.approx(0.8 * base.rollouts_per_s, rel=0.03)
 
 
-def test_the_report_says_where_one_host_is_full(base) -> None:
-    limit = 4 * base.calls_per_s  # full at 32 GPUs by the flow
-    signs = limit / 128  # and at 128 by the signs of life, of one process for each
-    report = Scaling(size="7B", limit_per_s=limit, ms_per_rollout=1.0, signs_per_s=signs, bases=(base,),
-                     points=(base,), machine="m", took_s=1.0)  # fmt: skip
-    assert full_at(report, base) == pytest.approx((32.0, 128.0, 25.6))
+def test_one_host_is_full_where_calls_and_signs_of_life_reach_its_rate(base) -> None:
+    limit = 4 * base.calls_per_s  # of 32 GPUs
+    by_calls, by_signs, by_both = full_at(limit, base)
+    # nine processes on eight GPUs, the prompts' own among them, show twice a second that they live
+    assert (by_calls, by_signs) == pytest.approx((32.0, limit / 2 - 1), rel=2e-3)
+    assert by_both == pytest.approx((limit - 2) / (base.calls_per_s / 8 + 2), rel=2e-3)
+
+
+def test_many_processes_show_less_often_that_they_live(base) -> None:
+    assert signs_per_s(100) == pytest.approx(200)
+    assert signs_per_s(1000) == pytest.approx(250)
+    assert signs_per_s(10_000) == pytest.approx(10_000 / 15), "four times within the minute after which one is dead"
+    assert report_interval_s(1, 1.0) == 0.25, "likewise where it is a second"
+    report = Scaling(size="7B", limit_per_s=773.4, ms_per_rollout=1.0, bases=(base,), points=(base,), machine="m",
+                     took_s=1.0)  # fmt: skip
+    by_calls, by_signs, _ = full_at(report.limit_per_s, base)
+    assert by_calls < by_signs == pytest.approx(15 * 773.4, rel=2e-3)
     assert "What breaks first: the flow's calls." in markdown(report)
     assert "nothing shards it" in markdown(report)
