@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -37,9 +36,7 @@ def test_second_call_takes_what_is_there(converted):
     directory, _ = converted
     again: list[str] = []
     before = (directory / "model.safetensors").stat().st_mtime_ns
-    start = time.perf_counter()
     assert prepare_model(DEFAULT_MODEL, cache=directory.parent, say=again.append) == directory
-    assert time.perf_counter() - start < 0.5
     assert again == []
     assert (directory / "model.safetensors").stat().st_mtime_ns == before
 
