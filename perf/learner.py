@@ -4,6 +4,8 @@ A random model of SmolLM2-135M's shape in bfloat16 trains on groups of one promp
 policy and as value model, with the plain torch engine: forward and backward of `accumulate`, no optimizer step. The
 two layouts alternate within each repeat, so that other load on the machine meets both. Run
 `python -m perf.learner --threads 1`; figures to compare with are in the table it prints: median (least to most).
+The floor is the arithmetic over the rate of large products of the model's shapes on the same threads: 6 operations for
+each parameter and token, a prompt counted once, the policy's head for response tokens only.
 """
 
 from __future__ import annotations
@@ -25,11 +27,15 @@ from flowrl.config import Select
 from flowrl.engines.base import Ranks, Schedule, TokenGroup, TrainingConfig
 from flowrl.engines.torch import TorchEngine
 from flowrl.messages import Buffer
+from perf.peers_floor import OPERATIONS, matrix_rate, num_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from flowrl.engines.packing import Layout
+
+
+VOCABULARY, WIDTH = 49152, 576
 
 
 class TokenMean(Objective):
@@ -52,8 +58,8 @@ def write_model(directory: Path, layers: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
         intermediate_size=1536,
         num_hidden_layers=layers,
         num_attention_heads=9,
@@ -72,9 +78,9 @@ def make_groups(arguments: argparse.Namespace) -> list[TokenGroup]:
     rng = np.random.default_rng(0)
     return [
         TokenGroup(
-            prompt_ids=Buffer.ints(rng.integers(0, 49152, arguments.prompt, dtype=np.int32)),
+            prompt_ids=Buffer.ints(rng.integers(0, VOCABULARY, arguments.prompt, dtype=np.int32)),
             responses=[
-                Buffer.ints(rng.integers(0, 49152, arguments.response, dtype=np.int32))
+                Buffer.ints(rng.integers(0, VOCABULARY, arguments.response, dtype=np.int32))
                 for _ in range(arguments.samples)
             ],
             columns={"advantages": [Buffer.floats(np.ones(arguments.response, dtype=np.float32))] * arguments.samples},
@@ -114,6 +120,15 @@ def measure(model: Path, head: str, arguments: argparse.Namespace) -> dict[str, 
     return rates
 
 
+def most_per_s(model: str, head: str, rate: float, arguments: argparse.Namespace) -> float:
+    """Return the trained tokens per second that the arithmetic alone allows at `rate` operations per second."""
+    of_head = VOCABULARY * WIDTH
+    of_body = num_parameters(model) - of_head
+    trained = arguments.samples * arguments.response
+    multiplied = of_body * (arguments.prompt + trained) + (of_head * trained if head == "policy" else 0)
+    return trained * rate / (OPERATIONS["sft"] * multiplied)
+
+
 def describe_machine(threads: int) -> str:
     """Return processor, cores, threads, load and torch version in one line."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -138,11 +153,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{describe_machine(arguments.threads)}\n{arguments.layers} layers, bfloat16, {shape}")
     with tempfile.TemporaryDirectory() as scratch:
         write_model(Path(scratch), arguments.layers)
+        rate = matrix_rate(Path(scratch), cores=arguments.threads)
+        print(f"{rate / 1e9:.0f} GFLOP/s in products of the model's shapes")
         for head in ("policy", "value"):
             rates = measure(Path(scratch), head, arguments)
+            most = most_per_s(scratch, head, rate, arguments)
             for name, values in rates.items():
-                spread = f"({min(values):.0f} to {max(values):.0f})"
-                print(f"{head:7} {name:7} {statistics.median(values):6.0f} trained tokens/s {spread}")
+                median = statistics.median(values)
+                said = f"({min(values):.0f} to {max(values):.0f}), {median / most:.0%} of the floor's speed"
+                print(f"{head:7} {name:7} {median:6.0f} trained tokens/s {said}")
             ratios = [a / b for a, b in zip(rates["packed"], rates["padded"], strict=True)]
             print(f"{head:7} packed is {statistics.median(ratios):.2f} times padded", flush=True)
 
