@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(machine(), flush=True)
     profile_run: Path = options.profile or run_graph(
         options.graph, {}, label="prediction-profile", runs_dir=options.runs_dir,
-        overrides=[*options.settings, f"steps={options.profile_steps}"],
+        overrides=[*options.settings, f"steps={options.profile_steps}", "hints=false"],
     )  # fmt: skip
     if not options.profile:
         print("the profile's own run, which it was fitted to and which counts for nothing below")
