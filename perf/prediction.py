@@ -5,10 +5,11 @@
 
 The first form runs the graph for real with the common settings, takes its profile, runs each `--try` for real as well
 (by default `TRIES`, settings of depth, staleness and replicas) and holds it against what the profile predicts for that
-setting; the second does so for runs that exist. The comparison is that of flowrl/runtime/accuracy.py: learned samples
-per second and every node's shares between the first and the last step, of a whole run of as many steps. The table ends
-with the medians of the relative error of throughput and of the difference of idle shares (the part of its time in which
-a node waits for input or for room), over the settings and over their nodes.
+setting; the profile is renewed before every `--renew` of them, since a machine that others share is not equally fast
+for an hour. The second does so for runs that exist. The comparison is that of flowrl/runtime/accuracy.py: learned
+samples per second and every node's shares between the first and the last step, of a whole run of as many steps. The
+table ends with the medians of the relative error of throughput and of the difference of idle shares (the part of its
+time in which a node waits for input or for room), over the settings and over their nodes.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 PROFILED_STEPS = 20  # enough of every kind of call for its cost to be known
 TRIED_STEPS = 12
+RENEW = 4
 TRIES = (
     "max_staleness=0",
     "max_staleness=2",
@@ -90,12 +92,25 @@ def against(runs: Sequence[Path], options: argparse.Namespace, profile_run: Path
     return found
 
 
-def tried(options: argparse.Namespace, profile_run: Path) -> tuple[list[tuple[str, Accuracy]], int]:
+def profiled(options: argparse.Namespace) -> Path:
+    """Run the graph with the common settings, say how its own profile fits it, and return its directory."""
+    run_dir = run_graph(
+        options.graph, {}, label="prediction-profile", runs_dir=options.runs_dir,
+        overrides=[*options.settings, f"steps={options.profile_steps}", "hints=false"],
+    )  # fmt: skip
+    _say("a profile's own run, which it was fitted to and which counts for nothing below")
+    against([run_dir], options, run_dir)
+    return run_dir
+
+
+def tried(options: argparse.Namespace) -> tuple[list[tuple[str, Accuracy]], int]:
     """Run settings for real; returns what was found, and how many of the runs failed."""
-    request = Request(graph=options.graph, profile=profile_run, overrides=options.settings)
     found: list[tuple[str, Accuracy]] = []
-    num_failed = 0
-    for text in options.tries:
+    num_failed, profile_run = 0, options.profile
+    for place, text in enumerate(options.tries):
+        if options.profile is None and place % options.renew == 0:
+            profile_run = profiled(options)
+        request = Request(graph=options.graph, profile=profile_run, overrides=options.settings)
         try:
             (one,) = verify(request, [setting_of(text)], steps=options.steps, runs_dir=options.runs_dir, say=_say)
         except FlowrlError as error:  # hours of other runs are worth more than this one
@@ -114,21 +129,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=TRIED_STEPS, help=f"of each try (default: {TRIED_STEPS})")
     parser.add_argument("--profile-steps", type=int, default=PROFILED_STEPS, help="of the run that is profiled")
     parser.add_argument("--profile", type=Path, metavar="RUN", help="a run that exists, instead of running one")
+    parser.add_argument("--renew", type=int, default=RENEW, help=f"tries that a profile is for (default: {RENEW})")
     parser.add_argument("--against", type=Path, nargs="*", default=[], metavar="RUN", help="runs that exist")
     parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs")
     options = parser.parse_args(argv)
     if not options.tries and not options.against:
         options.tries = list(TRIES)
+    if options.against and not options.profile:
+        parser.error("--against needs the --profile that predicts its runs")
+    if options.renew < 1:
+        parser.error(f"--renew {options.renew}: a profile is for one try at least")
     print(machine(), flush=True)
-    profile_run: Path = options.profile or run_graph(
-        options.graph, {}, label="prediction-profile", runs_dir=options.runs_dir,
-        overrides=[*options.settings, f"steps={options.profile_steps}", "hints=false"],
-    )  # fmt: skip
-    if not options.profile:
-        print("the profile's own run, which it was fitted to and which counts for nothing below")
-        against([profile_run], options, profile_run)
-    found = against(options.against, options, profile_run)
-    more, num_failed = tried(options, profile_run)
+    found = against(options.against, options, options.profile) if options.against else []
+    more, num_failed = tried(options)
     if found + more:
         print("\n" + table(found + more))
     return 1 if num_failed else 0
