@@ -182,8 +182,12 @@ class Algorithm(Objective):
 
     @property
     def is_blank(self) -> bool:
-        """Return whether every group is kept and credited with zeros, as in a simulation: then no tensor is made."""
+        """Return whether every group is credited with zeros, as in a simulation: then no tensor is made."""
         return False
+
+    def keeps_unseen(self, group_id: int) -> bool:
+        """Return whether a group is worth learning, asked of a blank algorithm, for which no rewards are read."""
+        return True
 
     def keeps(self, rewards_B: Tensor) -> bool:
         """Return whether a group with these rewards is worth learning; the others are filtered."""

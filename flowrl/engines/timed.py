@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
-from flowrl.algorithms.base import Algorithm
+from flowrl.algorithms.base import Algorithm, Objective
 from flowrl.engines.base import GenerationConfig, Ranks, Sampling, TokenGroup, TrainingConfig, UpdateReport
 from flowrl.engines.devices import Decoder, Device
 from flowrl.messages import Buffer, Sample, Weights
@@ -218,13 +218,28 @@ class TimedTraining:
         self.last_work_s = cost.seconds(size_bytes / TOKEN_BYTES) * factor / self._speed
 
 
+class TimedObjective(Objective):
+    """Minimises nothing."""
+
+
 class TimedAlgorithm(Algorithm):
     """Credits nothing and minimises nothing: a simulation learns no weights."""
+
+    learned: float = 1.0  # part of the groups that it wants to learn
 
     @property
     def is_blank(self) -> bool:
         """Return True: no credit is anything but zero."""
         return True
+
+    def keeps_unseen(self, group_id: int) -> bool:
+        """Return whether a group is among those that are learned."""
+        return is_learned(group_id, self.learned)
+
+
+def is_learned(group_id: int, learned: float) -> bool:
+    """Return whether a group is among the part of all groups that is learned, the same groups every time."""
+    return learned >= 1.0 or random.Random(f"learned {group_id}").random() < learned
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -78,22 +78,29 @@ def simulate(
 
 
 def can_simulate(graph: Graph) -> bool:
-    """Return whether prompts are admitted and something generates, without which there is nothing to simulate."""
-    generates = any(isinstance(stage.config, Serving) for stage in graph.nodes.values())
-    return generates and any(isinstance(edge, Credits) for edge in graph.edges)
+    """Return whether prompts are admitted, something generates and something learns, which is what is simulated."""
+    return not _lacking(graph)
+
+
+def _lacking(graph: Graph) -> str:
+    """Return what a graph has not that can be simulated; "" where it has all."""
+    if not any(isinstance(edge, Credits) for edge in graph.edges):
+        return "has no Credits edge"
+    if not any(isinstance(stage.config, Serving) for stage in graph.nodes.values()):
+        return "has no node that generates"
+    return "" if hasattr(graph.nodes[graph.until_node].config, "engine") else "trains nothing"
 
 
 def _warmup(graph: Graph) -> int:
     """Return the steps until the pipeline is full: as many as a sample may be old, and one.
 
     Raises:
-        ConfigError: no prompts are admitted, or nothing generates.
+        ConfigError: no prompts are admitted, or nothing generates, or nothing learns.
     """
+    if lacking := _lacking(graph):
+        remedy = "name a graph that admits prompts, generates and learns, such as graphs/ppo_async.py"
+        raise ConfigError("graph", f"{lacking}, so there is nothing to simulate", remedy)
     credits = [edge for edge in graph.edges if isinstance(edge, Credits)]
-    if not can_simulate(graph):
-        what = "has no Credits edge" if not credits else "has no node that generates"
-        remedy = "name a graph that admits prompts and generates, such as graphs/ppo_async.py"
-        raise ConfigError("graph", f"{what}, so there is nothing to simulate", remedy)
     return 1 + max(staleness_bound(edge.initial, edge.per_version, 1) for edge in credits)
 
 

@@ -1,8 +1,9 @@
 """A graph whose nodes only take time: its plan with engines, algorithm and data exchanged for stand-ins.
 
-Stages with an engine stay what they are, on a timed engine; what admits prompts and what calls a reward function are
-replaced, for they would need data and user code. Optional nodes, such as the evaluation, are left out. Nothing is
-written to disk; a checkpoint's cost is spread over its versions. Used by simulate.py; timed_run.py runs the plan.
+Stages with an engine stay what they are, on a timed engine; what admits prompts, what calls a reward function and what
+selects by rewards are replaced, for they would need data, user code and its rewards. Optional nodes, such as the
+evaluation, are left out. Nothing is written to disk; a checkpoint's cost is spread over its versions. Used by
+simulate.py; timed_run.py runs the plan.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowrl.engines.base import Serving
-from flowrl.engines.timed import SCENE, TOKEN_BYTES
+from flowrl.engines.timed import SCENE, TOKEN_BYTES, is_learned
 from flowrl.errors import ConfigError
 from flowrl.graph.plan import EdgePlan, GraphPlan, plan_of
 from flowrl.graph.ports import In, Out
@@ -92,12 +93,18 @@ def _timed_node(name: str, graph: Graph, spec: Specification, profile: Profile, 
             lanes = int(getattr(stage.config, "concurrency", 1))
             _costs(profile, name, "score")
             return _specification("TimedReward", placement=_placement(stage.config), node=name, lanes=lanes)
+        if messages == {(In, Scored), (Out, Scored)} and "take" in spec.arguments:
+            num = {"best": 1, "pair": 2}[spec.arguments["take"]]
+            return _specification("TimedSelector", placement=_placement(stage.config), num_samples=num)
     if hasattr(stage.config, "environment"):
         what = "plays an environment, and how long that takes is in no profile"
         raise ConfigError(f"node {name!r}", what, "simulate the graph with a generator in its place")
     arguments = dict(spec.arguments)
     if "algorithm" in arguments:
-        arguments["algorithm"] = {"use": "flowrl.engines.timed:TimedAlgorithm", "options": {}}
+        options = {"learned": profile.learned}
+        arguments["algorithm"] = {"use": "flowrl.engines.timed:TimedAlgorithm", "options": options}
+    if "objective" in arguments:
+        arguments["objective"] = {"use": "flowrl.engines.timed:TimedObjective", "options": {}}
     if "model" in arguments:
         arguments["model"] = stand_in_model()
     if name == graph.until_node and "steps" in arguments:
@@ -223,3 +230,26 @@ class TimedReward(Stage):
             scores = group.scores if isinstance(group, Scored) else {}
             zeros = [0.0] * len(group.samples)
             await self.scored.put(extend(Scored, group, scores={**scores, self.node: zeros}))
+
+
+class TimedSelector(Stage):
+    """Takes a group's first samples, and filters as large a part of the groups as the profile's run did."""
+
+    Config = StageConfig
+    scored: In[Scored]
+    selected: Out[Scored]
+
+    def __init__(self, *, placement: dict[str, Any], num_samples: int) -> None:
+        self.config = StageConfig(**placement)
+        self.num_samples = num_samples
+
+    async def run(self, context: Context) -> None:
+        """Select until the edge closes."""
+        learned = SCENE.get().profile.learned
+        async for group in self.scored:
+            if not is_learned(group.group_id, learned):
+                await self.scored.reject(group, kind="filtered", reason="as often as in the profile")
+                continue
+            scores = {name: rewards[: self.num_samples] for name, rewards in group.scores.items()}
+            samples = group.samples[: self.num_samples]
+            await self.selected.put(msgspec.structs.replace(group, samples=samples, scores=scores))

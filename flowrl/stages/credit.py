@@ -141,7 +141,7 @@ class Crediting:
 def keeps_group(algorithm: Algorithm, group: Referenced) -> bool:
     """Return whether the algorithm wants to learn this group."""
     if algorithm.is_blank:
-        return True
+        return algorithm.keeps_unseen(group.group_id)
     import torch
 
     return algorithm.keeps(torch.tensor(group.rewards, dtype=torch.float32))

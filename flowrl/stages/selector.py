@@ -3,8 +3,9 @@
 Best of n is what rejection sampling learns from (RAFT, 2304.06767; Llama 2, 2307.09288, section 3.2.3), the pair what
 iterative DPO does. Invariant: a group leaves with the samples to learn from, the best one first, or is rejected as
 filtered with the reason: the best is not good enough, or the two do not differ. Its credit then returns and its place
-is skipped. What the policy's rewards are without the selection stands in the group's metrics. Replicas compete for
-groups. `choose` is also how the writer of graphs/generate.py selects.
+is skipped. What the policy's rewards are without the selection stands in the group's metrics; what is left of the group
+is told as a span, from which a profile knows the tokens of the nodes behind. Replicas compete for groups. `choose` is
+also how the writer of graphs/generate.py selects.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from flowrl.config import Meta
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Referenced, Scored
+from flowrl.telemetry.events import Span
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,7 +55,13 @@ class Selector(Stage):
             if reason:
                 await self.scored.reject(group, kind="filtered", reason=reason)
                 continue
-            await self.selected.put(narrowed(group, places))
+            narrow = narrowed(group, places)
+            now_s = context.now()
+            left = {"prompt_tokens": len(narrow.token_ids), "samples": len(places),
+                    "tokens": sum(len(sample.token_ids) for sample in narrow.samples)}  # fmt: skip
+            context.recorder.record(Span(node=context.node, replica=context.replica, name="select", start_s=now_s,
+                                         end_s=now_s, groups=[group.group_id], args=left))  # fmt: skip
+            await self.selected.put(narrow)
             context.done += 1
 
 

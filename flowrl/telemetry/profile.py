@@ -86,6 +86,7 @@ class Profile(Config):
     message_s: NonNegative = 0.0  # for a message to reach a queue or to come out of it
     prompt_tokens: Spread = Spread()
     response_tokens: Spread = Spread()
+    learned: Annotated[float, Meta(gt=0, le=1)] = 1.0  # part of the groups that is; the rest is filtered on the way
     nodes: dict[str, NodeProfile]
 
 

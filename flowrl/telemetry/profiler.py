@@ -14,10 +14,11 @@ import os
 import platform
 import statistics
 from collections import defaultdict, deque
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 
+from flowrl.messages import FIRST_HELDOUT
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.decoding import Arrival, fit_decoding
 from flowrl.telemetry.events import Span, Status, Step
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from flowrl.telemetry.events import Event
+
+T = TypeVar("T")
 
 MAX_SPANS = 20_000  # newest ones kept of each node
 MAX_DECODING = 400  # newest requests that decoding is fitted to: the fit takes a few seconds
@@ -84,6 +87,7 @@ class Profiler:
     def __init__(self) -> None:
         self._spans: defaultdict[str, deque[Span]] = defaultdict(lambda: deque(maxlen=MAX_SPANS))
         self._tokens: dict[int, int] = {}  # of a group's prompts and responses
+        self._selected: dict[int, tuple[float, int]] = {}  # when samples of a group were selected, and their tokens
         self._steps_s: list[float] = []
         self._charged: defaultdict[str, list[tuple[float, float, float]]] = defaultdict(list)  # time, compute, update
 
@@ -97,11 +101,13 @@ class Profiler:
         for event in events:
             if isinstance(event, Span):
                 self._spans[event.node].append(event)
-                if event.name == "generate" and event.groups:
+                if event.name in ("generate", "select") and event.groups:
                     prompt = event.args.get("prompt_tokens", 0) * event.args.get("samples", 1)
-                    self._tokens[event.groups[0]] = event.args.get("tokens", 0) + prompt
-                    if len(self._tokens) > MAX_GROUPS:
-                        del self._tokens[next(iter(self._tokens))]
+                    num_tokens = event.args.get("tokens", 0) + prompt
+                    if event.name == "generate":
+                        _keep(self._tokens, event.groups[0], num_tokens)
+                    else:
+                        _keep(self._selected, event.groups[0], (event.end_s, num_tokens))
             elif isinstance(event, Step):
                 self._steps_s.append(event.time_s)
             elif isinstance(event, Status) and event.replica == 0:
@@ -126,6 +132,7 @@ class Profiler:
             message_s=self._message_s(generated),
             prompt_tokens=_spread([[s.args.get("prompt_tokens", 1)] for s in generated]),
             response_tokens=_spread([_lengths(s) for s in generated]),
+            learned=self._learned(),
             nodes=nodes,
         )
 
@@ -153,7 +160,7 @@ class Profiler:
 
     def _scoring(self, node: str, spans: list[Span]) -> CallCost:
         """Fit calls that score groups; an engine's cost is all its tokens' where every call had as many."""
-        rows = [[1.0, self._sum(s.groups)] for s in spans]
+        rows = [[1.0, self._sum(s.groups, s.start_s)] for s in spans]
         if _is_even(rows) and "engine" in (self._places[node].config if node in self._places else {}):
             rows = [[0.0, tokens] for _, tokens in rows]
         return self._fit(spans, rows)
@@ -169,7 +176,7 @@ class Profiler:
             until = bisect.bisect(ends, span.start_s + 1e-3)
             own = span.groups or [g for s in scored[since:until] for g in s.groups]
             since = until
-            rows.append([float(num), passes * self._sum(own)])
+            rows.append([float(num), passes * self._sum(own, span.start_s)])
         if _is_even(rows):
             return self._fit(spans, rows, token_s=self._forward_s(node) / SCORING_SHARE)
         return self._fit(spans, rows)
@@ -266,8 +273,19 @@ class Profiler:
         waits = sorted(firsts[g] - end_s for g, end_s in ends.items() if g in firsts)
         return max(0.0, waits[len(waits) // 4] / 2) if waits else 0.0
 
-    def _sum(self, groups: Sequence[int]) -> float:
-        return float(sum(self._tokens.get(group, 0) for group in groups))
+    def _learned(self) -> float:
+        """Return the part of the groups that was learned: the learner takes them in the order of their numbers."""
+        trained = (s for spans in self._spans.values() for s in spans if _kind(s.name) == "train")
+        learned = {group for s in trained for group in s.groups if group < FIRST_HELDOUT}
+        return len(learned) / (max(learned) - min(learned) + 1) if learned else 1.0
+
+    def _sum(self, groups: Sequence[int], at_s: float) -> float:
+        """Return the tokens that groups had at a time, before or after the selection among their samples."""
+        return float(sum(self._size(group, at_s) for group in groups))
+
+    def _size(self, group: int, at_s: float) -> int:
+        selected_s, num_tokens = self._selected.get(group, (math.inf, 0))
+        return num_tokens if selected_s <= at_s else self._tokens.get(group, 0)
 
 
 class Contention:
@@ -307,6 +325,13 @@ class Contention:
         asked = np.asarray(times, dtype=float)
         outside = np.maximum(0.0, asked - known[-1]) - np.maximum(0.0, known[0] - asked)  # alone there
         return (np.interp(asked, known, done) + outside).tolist()
+
+
+def _keep(sizes: dict[int, T], group: int, size: T) -> None:
+    """Note a group's size, and forget the one noted longest ago where there are many."""
+    sizes[group] = size
+    if len(sizes) > MAX_GROUPS:
+        del sizes[next(iter(sizes))]
 
 
 def _kind(name: str) -> str:

@@ -25,7 +25,7 @@ from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.replay_buffer import ReplayBuffer
-from flowrl.telemetry.events import Event, Step
+from flowrl.telemetry.events import Event, Span, Step
 
 if TYPE_CHECKING:
     from flowrl.graph.stage import Context
@@ -207,6 +207,7 @@ def flow(s: FlowSettings, learner_class: type[Learner] = ObservedLearner) -> Gra
 class Ran:
     outcome: Outcome
     steps: list[Step]
+    spans: list[Span]
 
 
 def run(graph: Graph, run_dir: Any, **options: Any) -> Ran:
@@ -217,4 +218,5 @@ def run(graph: Graph, run_dir: Any, **options: Any) -> Ran:
         **options,
     )  # fmt: skip
     outcome = run_virtual(run_local(graph, settings))
-    return Ran(outcome=outcome, steps=[event for event in events if isinstance(event, Step)])
+    steps = [event for event in events if isinstance(event, Step)]
+    return Ran(outcome=outcome, steps=steps, spans=[event for event in events if isinstance(event, Span)])

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flowrl.cli import main
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, RunError
 from flowrl.graph.graph import Graph
-from flowrl.runtime.simulate import simulate
+from flowrl.graph.program import load_program
+from flowrl.runtime import prediction
+from flowrl.runtime.simulate import can_simulate, simulate
 from flowrl.runtime.tune import Trial, pareto
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.profile import CallCost, DecodeCost, NodeProfile, Profile, Spread
@@ -149,6 +151,40 @@ def test_a_graph_that_admits_nothing_is_refused() -> None:
     whole = graph(1)
     with pytest.raises(ConfigError, match="Credits"):
         simulate(Graph(nodes=whole.nodes, edges=whole.edges[:-1], until=whole.until), profile())
+
+
+def test_a_graph_that_trains_nothing_is_refused() -> None:
+    generating = load_program(GRAPH.with_name("generate.py")).graph
+    assert not can_simulate(generating)
+    with pytest.raises(ConfigError, match="trains nothing"):
+        simulate(generating, profile())
+
+
+def selecting(name: str, learned: float) -> Prediction:
+    """Eight groups of four a step, decoded four samples at a time, which takes as long as all the rest together."""
+    settings = ["groups_per_step=8", "generator.group_size=4", "generator.max_running=4", "sampling.max_tokens=8"]
+    nodes = {
+        "generator": NodeProfile(decode=DecodeCost(step_s=0.1)),
+        **{node: NodeProfile(calls={"score": CallCost(call_s=1e-3)}) for node in ("reward", "reference")},
+        "learner": NodeProfile(calls={"train": CallCost(call_s=1e-3)}),
+    }
+    costs = Profile(format=1, cores=8, response_tokens=Spread(quantiles=(8.0,)), nodes=nodes, learned=learned)
+    return quick(load_program(GRAPH.with_name(f"{name}.py"), overrides=settings).graph, costs)
+
+
+@pytest.mark.parametrize(("name", "num_samples"), [("rejection", 1), ("iterative_dpo", 2), ("group_async", 4)])
+def test_as_many_groups_are_filtered_as_in_the_profile(name: str, num_samples: int) -> None:
+    whole, half = selecting(name, 1.0), selecting(name, 0.5)
+    for found in (whole, half):
+        assert found.samples_per_s / found.steps_per_s == pytest.approx(8 * num_samples)
+    assert whole.steps_per_s == pytest.approx(1 / 6.4, rel=0.01)  # eight groups of 8 tokens, 0.1 s each
+    assert half.steps_per_s == pytest.approx(0.5 / 6.4, rel=0.15)
+
+
+def test_a_simulation_that_learns_nothing_ends_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prediction, "MOST_EVENTS", 200)
+    with pytest.raises(RunError, match="200 calls were made after step 0 and nothing was learned"):
+        selecting("rejection", 1e-9)
 
 
 def trial(samples_per_s: float, mean_staleness: float) -> Trial:

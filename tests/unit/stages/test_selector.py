@@ -155,6 +155,10 @@ def test_pairs_are_learned_in_order_and_ties_are_filtered(max_staleness: int, tm
     assert ran.steps[-1].metrics["samples"] == 6
     recorded = read_samples(step_path(tmp_path / "rollouts", 0))
     assert [group.rewards for group in recorded] == [[3.0, 0.0]] * 3
+    told = {span.groups[0]: span.args for span in ran.spans if span.name == "select"}
+    for group in recorded:
+        lengths = [len(sample.token_ids) for sample in group.samples]
+        assert told[group.group_id] == {"prompt_tokens": len(group.token_ids), "samples": 2, "tokens": sum(lengths)}
 
 
 @pytest.mark.parametrize(

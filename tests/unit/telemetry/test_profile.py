@@ -14,6 +14,7 @@ import pytest
 from flowrl.engines.devices import Decoder, Device
 from flowrl.errors import ConfigError
 from flowrl.graph.plan import plan_of
+from flowrl.messages import FIRST_HELDOUT
 from flowrl.runtime.virtual_clock import run_virtual
 from flowrl.telemetry.decoding import Arrival, replay
 from flowrl.telemetry.events import Span
@@ -210,6 +211,31 @@ def test_steps_of_several_passes_are_told_by_optimizer_step() -> None:
     train = profiler.profile(where, cores=8).nodes["learner"].calls["train"]
     assert train.call_s == pytest.approx(1.0)  # every step took 6 s whatever its tokens: six optimizer steps
     assert train.token_s == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_part_of_the_groups_that_is_learned_is_told_from_their_numbers() -> None:
+    profiler = Profiler()
+    profiler.consume([span("learner", f"step {v}", v, v + 0.5, 5 + 4 * v, 7 + 4 * v) for v in range(4)])
+    profiler.consume([span("learner", "step 4", 4.0, 4.5, FIRST_HELDOUT)])
+    assert profiler.profile(CORES, cores=8).learned == pytest.approx(8 / 15)  # 5, 7, 9 to 19
+    assert Profiler().profile(CORES, cores=8).learned == 1.0
+
+
+def test_what_is_selected_costs_the_tokens_that_are_left_from_then_on() -> None:
+    profiler = Profiler()
+    for v in range(8):
+        sampled, left = 100 * (1 + v), 10 * (1 + v % 3)
+        profiler.consume([
+            Span(node="generator", replica=0, name="generate", start_s=10.0 * v, end_s=10.0 * v + 1, groups=[v],
+                 args={"tokens": sampled, "samples": 4, "prompt_tokens": 0, "lengths": [sampled // 4] * 4}),
+            span("judge", "score", 10.0 * v + 1, 10.0 * v + 1 + 0.01 * sampled, v),
+            Span(node="select", replica=0, name="select", start_s=10.0 * v + 9, end_s=10.0 * v + 9, groups=[v],
+                 args={"tokens": left - 4, "samples": 2, "prompt_tokens": 2}),
+            span("learner", f"step {v}", 10.0 * v + 9, 10.0 * v + 9 + 0.02 * left, v),
+        ])  # fmt: skip
+    found = profiler.profile(CORES, cores=8).nodes
+    assert found["judge"].calls["score"].token_s == pytest.approx(0.01)
+    assert found["learner"].calls["train"].token_s == pytest.approx(0.02)
 
 
 def test_the_sink_writes_a_profile_that_can_be_read(tmp_path: Path) -> None:
