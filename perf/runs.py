@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_graph(graph: Path, tree: dict[str, Any], *, label: str, overrides: Sequence[str], runs_dir: Path) -> Path:
-    """Run a graph and return its run's directory; what it printed lies beside that.
+    """Run a graph and return its run's directory, without the gigabytes of its checkpoints.
+
+    What it printed lies beside that.
 
     Raises:
         RunError: the run failed.
@@ -36,4 +39,5 @@ def run_graph(graph: Path, tree: dict[str, Any], *, label: str, overrides: Seque
         code = subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
     if code:
         raise RunError(label, f"its run ended with {code}", f"see {out.name}")
+    shutil.rmtree(runs_dir / name / "checkpoints", ignore_errors=True)
     return runs_dir / name

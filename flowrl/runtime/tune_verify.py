@@ -1,12 +1,14 @@
 """Runs the best settings of a tuning for real, for a few steps, and holds what was predicted against them.
 
 Each is a run of its own process, with its own directory under `runs_dir`, so that whatever a run leaves in a process is
-gone before the next. Invariant: settings are run in the order of the tuning, one after the other, with nothing beside
-them. Used by `flowrl tune --verify`.
+gone before the next. Invariants: settings are run in the order of the tuning, one after the other, with nothing beside
+them; what a run learned is deleted when it has ended, since each would keep gigabytes that nobody asked for. Used by
+`flowrl tune --verify`.
 """
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -82,3 +84,4 @@ def _run(request: Request, setting: Setting, steps: int, run_dir: Path) -> None:
     if ended.returncode:
         said = "\n".join((ended.stdout + ended.stderr).splitlines()[-SHOWN_LINES:])
         raise RunError(str(run_dir), f"the run ended with {ended.returncode}", said)
+    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
