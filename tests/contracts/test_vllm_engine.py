@@ -275,7 +275,8 @@ def test_a_sender_that_never_sends_is_a_transfer_error_within_the_deadline(model
         engine = await opened(model, transfer_timeout_s=1.0)
         try:
             async with asyncio.timeout(15.0):
-                with pytest.raises(TransferError, match="could not be pulled"):
+                # The receiver's own word, or the engine's where the receiver has taken three times its time to give up.
+                with pytest.raises(TransferError, match="could not be pulled|0 of 1 workers had version"):
                     await engine.update_weights(weights)
         finally:
             await engine.close()
