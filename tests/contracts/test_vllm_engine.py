@@ -276,7 +276,7 @@ def test_a_sender_that_never_sends_is_a_transfer_error_within_the_deadline(model
         try:
             async with asyncio.timeout(15.0):
                 # The receiver's own word, or the engine's where the receiver has taken three times its time to give up.
-                with pytest.raises(TransferError, match="could not be pulled|0 of 1 workers had version"):
+                with pytest.raises(TransferError, match=r"could not be pulled|0 of 1 workers had version"):
                     await engine.update_weights(weights)
         finally:
             await engine.close()
