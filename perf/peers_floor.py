@@ -3,8 +3,9 @@
 With P parameters a token costs 2 P operations forward and 4 P backward, so training on it costs 6 P; the frozen
 reference of DPO and GRPO reads it for 2 P, and sampling it costs 2 P. A prompt that several sequences begin with is
 counted once, for once is enough; padding is not counted. Attention, norms, softmax and the optimizer are left out, and
-the rate is that of large matrix products of the model's own shapes on every core, so the floor cannot be reached.
-Called by perf/peers.py.
+the rate is that of large matrix products of the model's own shapes on every core. All of P is counted for prompts too,
+though nobody needs their logits: at SmolLM2's shape a fifth of what a prompt token is counted for. Called by
+perf/peers.py.
 """
 
 from __future__ import annotations

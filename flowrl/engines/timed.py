@@ -225,8 +225,6 @@ class TimedObjective(Objective):
 class TimedAlgorithm(Algorithm):
     """Credits nothing and minimises nothing: a simulation learns no weights."""
 
-    learned: float = 1.0  # part of the groups that it wants to learn
-
     @property
     def is_blank(self) -> bool:
         """Return True: no credit is anything but zero."""
@@ -234,11 +232,12 @@ class TimedAlgorithm(Algorithm):
 
     def keeps_unseen(self, group_id: int) -> bool:
         """Return whether a group is among those that are learned."""
-        return is_learned(group_id, self.learned)
+        return is_learned(group_id)
 
 
-def is_learned(group_id: int, learned: float) -> bool:
-    """Return whether a group is among the part of all groups that is learned, the same groups every time."""
+def is_learned(group_id: int) -> bool:
+    """Return whether a group is among the part of all groups that the profile says is learned, the same every time."""
+    learned = SCENE.get().profile.learned
     return learned >= 1.0 or random.Random(f"learned {group_id}").random() < learned
 
 

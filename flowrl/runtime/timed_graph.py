@@ -101,8 +101,7 @@ def _timed_node(name: str, graph: Graph, spec: Specification, profile: Profile, 
         raise ConfigError(f"node {name!r}", what, "simulate the graph with a generator in its place")
     arguments = dict(spec.arguments)
     if "algorithm" in arguments:
-        options = {"learned": profile.learned}
-        arguments["algorithm"] = {"use": "flowrl.engines.timed:TimedAlgorithm", "options": options}
+        arguments["algorithm"] = {"use": "flowrl.engines.timed:TimedAlgorithm", "options": {}}
     if "objective" in arguments:
         arguments["objective"] = {"use": "flowrl.engines.timed:TimedObjective", "options": {}}
     if "model" in arguments:
@@ -245,9 +244,8 @@ class TimedSelector(Stage):
 
     async def run(self, context: Context) -> None:
         """Select until the edge closes."""
-        learned = SCENE.get().profile.learned
         async for group in self.scored:
-            if not is_learned(group.group_id, learned):
+            if not is_learned(group.group_id):
                 await self.scored.reject(group, kind="filtered", reason="as often as in the profile")
                 continue
             scores = {name: rewards[: self.num_samples] for name, rewards in group.scores.items()}

@@ -100,14 +100,12 @@ class Profiler:
         """Take in events in order of arrival."""
         for event in events:
             if isinstance(event, Span):
+                if event.name == "select":  # takes no time, so it is no call with a cost
+                    _keep(self._selected, event.groups[0], (event.end_s, _num_tokens(event)))
+                    continue
                 self._spans[event.node].append(event)
-                if event.name in ("generate", "select") and event.groups:
-                    prompt = event.args.get("prompt_tokens", 0) * event.args.get("samples", 1)
-                    num_tokens = event.args.get("tokens", 0) + prompt
-                    if event.name == "generate":
-                        _keep(self._tokens, event.groups[0], num_tokens)
-                    else:
-                        _keep(self._selected, event.groups[0], (event.end_s, num_tokens))
+                if event.name == "generate" and event.groups:
+                    _keep(self._tokens, event.groups[0], _num_tokens(event))
             elif isinstance(event, Step):
                 self._steps_s.append(event.time_s)
             elif isinstance(event, Status) and event.replica == 0:
@@ -325,6 +323,11 @@ class Contention:
         asked = np.asarray(times, dtype=float)
         outside = np.maximum(0.0, asked - known[-1]) - np.maximum(0.0, known[0] - asked)  # alone there
         return (np.interp(asked, known, done) + outside).tolist()
+
+
+def _num_tokens(span: Span) -> int:
+    """Return the tokens of a span's group, the prompt counted with each sample."""
+    return span.args.get("tokens", 0) + span.args.get("prompt_tokens", 0) * span.args.get("samples", 1)
 
 
 def _keep(sizes: dict[int, T], group: int, size: T) -> None:

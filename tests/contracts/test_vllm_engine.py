@@ -272,11 +272,10 @@ def test_a_sender_that_never_sends_is_a_transfer_error_within_the_deadline(model
     policy.sender.close()
 
     async def scenario():
-        engine = await opened(model, transfer_timeout_s=1.0)
+        engine = await opened(model, transfer_timeout_s=3.0)  # the receiver gives up after it, the engine after three
         try:
             async with asyncio.timeout(15.0):
-                # The receiver's own word, or the engine's where the receiver has taken three times its time to give up.
-                with pytest.raises(TransferError, match=r"could not be pulled|0 of 1 workers had version"):
+                with pytest.raises(TransferError, match="could not be pulled"):
                     await engine.update_weights(weights)
         finally:
             await engine.close()

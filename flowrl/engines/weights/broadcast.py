@@ -269,7 +269,8 @@ class BroadcastFetcher:
         sender = (manifest.host, manifest.port, manifest.token)
         if self._store is None or sender != self._sender:  # a restarted learner has another store
             self._leave()
-            self._store = _connect(manifest.host, manifest.port, self._timeout_s)
+            # Half of the time: torch waits, tries once more for as long, and the pull that follows wants its own.
+            self._store = _connect(manifest.host, manifest.port, self._timeout_s / 2)
             self._sender = sender
         return self._store
 

@@ -236,6 +236,7 @@ def test_what_is_selected_costs_the_tokens_that_are_left_from_then_on() -> None:
     found = profiler.profile(CORES, cores=8).nodes
     assert found["judge"].calls["score"].token_s == pytest.approx(0.01)
     assert found["learner"].calls["train"].token_s == pytest.approx(0.02)
+    assert "select" not in found
 
 
 def test_the_sink_writes_a_profile_that_can_be_read(tmp_path: Path) -> None:
