@@ -188,6 +188,7 @@ def _check(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from flowrl.runtime.launch import RunRequest, launch
+    from flowrl.tuning.companion import Advised
 
     request = RunRequest(
         graph=options.graph,
@@ -198,11 +199,11 @@ def _run(options: argparse.Namespace) -> int:
         resume=options.resume,
         address=options.address,
     )
-    return launch(request, say=_say)
+    return launch(request, say=_say, companion=Advised())
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from flowrl.runtime.verify import describe, verify_run
+    from flowrl.runs.verify import describe, verify_run
 
     verdict = verify_run(options.run)
     print(describe(verdict, options.run))
@@ -210,7 +211,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from flowrl.runtime.review import write_review
+    from flowrl.runs.review import write_review
 
     path = write_review(options.run, options.out, options.graph, say=_say)
     print(f"written: {path} ({path.stat().st_size / 1024:,.0f} KiB)")
@@ -218,7 +219,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from flowrl.runtime.review import inspect_group, inspect_rollouts
+    from flowrl.runs.review import inspect_group, inspect_rollouts
 
     if options.group is not None:
         lines = inspect_group(options.run, options.group)
@@ -233,8 +234,8 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _watch(options: argparse.Namespace) -> int:
+    from flowrl.runs.watch import watch
     from flowrl.runtime.rundir import existing_run, is_held
-    from flowrl.telemetry.watch import watch
 
     run_dir = existing_run(options.run)
     return 1 if watch(run_dir, is_held=lambda: is_held(run_dir), say=_say) == "killed" else 0
@@ -249,15 +250,15 @@ def _steps(text: str) -> tuple[int, int | None]:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from flowrl.replay import ReplayRequest, replay
+    from flowrl.runs.retrain import RetrainRequest, replay
 
     first, last = options.steps
-    request = ReplayRequest(run=options.run, first=first, last=last, name=options.name, compares=options.diff)
+    request = RetrainRequest(run=options.run, first=first, last=last, name=options.name, compares=options.diff)
     return replay(request, say=_say)
 
 
 def _export(options: argparse.Namespace) -> int:
-    from flowrl.runtime.export import ExportRequest, export
+    from flowrl.runs.export import ExportRequest, export
 
     request = ExportRequest(
         source=options.source,
@@ -275,9 +276,9 @@ def _simulate(options: argparse.Namespace) -> int:
     import msgspec
 
     from flowrl.errors import ConfigError
-    from flowrl.runtime.prediction import table
-    from flowrl.runtime.simulate import simulate
-    from flowrl.telemetry.profile import load_profile
+    from flowrl.simulation.costs import load_profile
+    from flowrl.simulation.prediction import table
+    from flowrl.simulation.run import simulate
 
     if options.steps < 1:
         raise ConfigError("--steps", f"{options.steps} steps cannot be measured", "give 1 or more")
@@ -291,9 +292,9 @@ def _simulate(options: argparse.Namespace) -> int:
 def _tune(options: argparse.Namespace) -> int:
     import msgspec
 
-    from flowrl.runtime.tune import describe, parse_budget, tune
-    from flowrl.runtime.tune_picture import picture
-    from flowrl.runtime.tune_verify import chosen, verify
+    from flowrl.tuning.picture import picture
+    from flowrl.tuning.tune import describe, parse_budget, tune
+    from flowrl.tuning.verification import chosen, verify
 
     request = parse_budget(
         options.budget,

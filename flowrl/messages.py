@@ -224,7 +224,7 @@ class Weights(Message):
     size_bytes: int
 
 
-class Checkpoint(Message):
+class EvaluationRequest(Message):
     """A policy version to be evaluated before the learner publishes the next one."""
 
     version: int
@@ -245,7 +245,18 @@ class Save(Message):
 
 
 AnyMessage = (
-    Prompt | Rollouts | Scored | Referenced | Samples | Example | Texts | Credit | Weights | Checkpoint | Save | End
+    Prompt
+    | Rollouts
+    | Scored
+    | Referenced
+    | Samples
+    | Example
+    | Texts
+    | Credit
+    | Weights
+    | EvaluationRequest
+    | Save
+    | End
 )
 M = TypeVar("M", bound=Message)
 

@@ -29,7 +29,7 @@ from flowrl.config import resolve, to_tree
 from flowrl.data.models import prepare_model
 from flowrl.data.prompts import PromptData
 from flowrl.runtime.placement import num_cores
-from flowrl.telemetry.profile import DecodeCost, load_profile
+from flowrl.simulation.costs import DecodeCost, load_profile
 from perf.dschat_baseline import Order, run_baseline, try_step
 from perf.dschat_gains import SLOTS, busy_share
 from perf.dschat_report import Measured, Results, Setting, markdown, read_results

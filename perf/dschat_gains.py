@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from flowrl.telemetry.profile import DecodeCost
+from flowrl.simulation.costs import DecodeCost
 from perf.dschat_workload import StepTimes
 
 if TYPE_CHECKING:

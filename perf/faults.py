@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING
 
 import uvloop
 
+from flowrl.runs.verify import judge
 from flowrl.runtime.ledger import read_entries
 from flowrl.runtime.ray import run_ray, running_ray
 from flowrl.runtime.supervisor import Options
-from flowrl.runtime.verify import judge
 from flowrl.stages.learner import Learner
 from flowrl.telemetry.events import Event, Recovery, Step
 from perf.machine import machine
@@ -40,7 +40,7 @@ from tests.support.flows import FlowSettings, flow
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from flowrl.runtime.verify import Verdict
+    from flowrl.runs.verify import Verdict
 
 UNLIMITED = 1_000_000
 SETTINGS = FlowSettings(

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowrl.graph.program import load_program
-from flowrl.runtime.simulate import simulate
-from flowrl.runtime.tune import Request, tune
+from flowrl.simulation.run import simulate
+from flowrl.tuning.tune import TuneRequest, tune
 from perf.paper_report import Found, Placed, Report, markdown
 from perf.paper_rows import System, Tables, num_messages, profile, read_tables, settings
 from perf.runs import ROOT
@@ -93,7 +93,7 @@ def _best(tables: Tables, row: Row, num_settings: int) -> Placed:
         costs = Path(directory) / "profile.json"
         costs.write_bytes(msgspec.json.encode(profile(tables, row, "openrlhf")))
         config = write_settings(Path(directory), tree)
-        request = Request(graph=GRAPH, profile=costs, config=config, budget=num_settings, gpus=row.gpus, only=KNOBS)
+        request = TuneRequest(graph=GRAPH, profile=costs, config=config, budget=num_settings, gpus=row.gpus, only=KNOBS)
         tuning = tune(request)
     best = max(tuning.front, key=lambda trial: trial.samples_per_s)
     for path, value in best.setting.items():

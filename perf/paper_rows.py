@@ -23,7 +23,7 @@ from typing import Any, Literal
 import msgspec
 
 from flowrl.config import Config
-from flowrl.telemetry.profile import CallCost, DecodeCost, NodeProfile, Profile, Spread
+from flowrl.simulation.costs import CallCost, DecodeCost, NodeProfile, Profile, Spread
 
 TABLES = Path(__file__).with_name("paper_tables.json")
 SOURCE = "arXiv 2405.11143"

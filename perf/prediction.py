@@ -6,7 +6,7 @@
 The first form runs the graph for real with the common settings, takes its profile, runs each `--try` for real as well
 (by default `TRIES`, settings of depth, staleness and replicas) and holds it against what the profile predicts for that
 setting; the profile is renewed before every `--renew` of them, since a machine that others share is not equally fast
-for an hour. The second does so for runs that exist. The comparison is that of flowrl/runtime/accuracy.py: learned
+for an hour. The second does so for runs that exist. The comparison is that of flowrl/simulation/accuracy.py: learned
 samples per second and every node's shares between the first and the last step, of a whole run of as many steps. The
 table ends with the medians of the relative error of throughput and of the difference of idle shares (the part of its
 time in which a node waits for input or for room), over the settings and over their nodes.
@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING
 
 from flowrl.errors import FlowrlError
 from flowrl.graph.program import load_program
-from flowrl.runtime.accuracy import Accuracy, accuracy, describe
-from flowrl.runtime.trials import Request
-from flowrl.runtime.tune_verify import verify
-from flowrl.telemetry.profile import load_profile
+from flowrl.simulation.accuracy import Accuracy, accuracy, describe
+from flowrl.simulation.costs import load_profile
+from flowrl.tuning.trials import TuneRequest
+from flowrl.tuning.verification import verify
 from perf.machine import machine
 from perf.runs import ROOT, run_graph
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from flowrl.runtime.knobs import Setting
+    from flowrl.tuning.knobs import Setting
 
 PROFILED_STEPS = 20  # enough of every kind of call for its cost to be known
 TRIED_STEPS = 12
@@ -110,7 +110,7 @@ def tried(options: argparse.Namespace) -> tuple[list[tuple[str, Accuracy]], int]
     for place, text in enumerate(options.tries):
         if options.profile is None and place % options.renew == 0:
             profile_run = profiled(options)
-        request = Request(graph=options.graph, profile=profile_run, overrides=options.settings)
+        request = TuneRequest(graph=options.graph, profile=profile_run, overrides=options.settings)
         try:
             (one,) = verify(request, [setting_of(text)], steps=options.steps, runs_dir=options.runs_dir, say=_say)
         except FlowrlError as error:  # hours of other runs are worth more than this one

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowrl.graph.program import load_program
-from flowrl.runtime.simulate import simulate
-from flowrl.runtime.timed_run import Straight
+from flowrl.simulation.run import simulate
+from flowrl.simulation.timed_run import DirectFlow
 from perf.machine import machine
 from perf.paper import GRAPH, write_settings
 from perf.paper_report import ROLES
@@ -103,7 +103,7 @@ class QueueHost:
         self._calls = 0.0
         self._free_s = 0.0  # when the last call will have been answered
 
-    def connect(self, flow: Flow, replica: str, message_s: float) -> Straight:
+    def connect(self, flow: Flow, replica: str, message_s: float) -> DirectFlow:
         """Return the flow as a replica reaches it through this host."""
         return Through(self, flow, replica, message_s)
 
@@ -125,7 +125,7 @@ class QueueHost:
         return (after - before) / (end_s - start_s)
 
 
-class Through(Straight):
+class Through(DirectFlow):
     """The flow behind a queue host."""
 
     def __init__(self, host: QueueHost, flow: Flow, replica: str, message_s: float) -> None:

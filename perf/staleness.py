@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from flowrl.runtime.local import LocalOptions, run_local
-from flowrl.runtime.virtual_clock import run_virtual
+from flowrl.simulation.clock import run_virtual
 from flowrl.telemetry.events import Step
 from flowrl.telemetry.intervals import Interval, mean_interval
 from perf.machine import machine

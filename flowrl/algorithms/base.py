@@ -27,7 +27,7 @@ REMEDIES = {  # for a column that is not there
 }
 
 
-class CreditBatch(NamedTuple):
+class AdvantageBatch(NamedTuple):
     """One group: B samples of one prompt, all float32."""
 
     rewards_B: Tensor
@@ -38,7 +38,7 @@ class CreditBatch(NamedTuple):
     placed_BT: Tensor | None = None  # what part of a sample's reward was earned at which token; the rest is the last's
 
 
-class Credited(NamedTuple):
+class Advantages(NamedTuple):
     """What each token is worth; advantages are not yet whitened over the step."""
 
     advantages_BT: Tensor
@@ -193,6 +193,6 @@ class Algorithm(Objective):
         """Return whether a group with these rewards is worth learning; the others are filtered."""
         return True
 
-    def credit(self, batch: CreditBatch) -> Credited:
+    def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return what each token of one group is worth."""
         raise NotImplementedError

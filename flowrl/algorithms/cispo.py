@@ -20,7 +20,7 @@ from flowrl.config import Meta
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flowrl.algorithms.base import CreditBatch, Credited
+    from flowrl.algorithms.base import AdvantageBatch, Advantages
 
 
 class CISPO(PolicyGradient):
@@ -45,7 +45,7 @@ class CISPO(PolicyGradient):
         """Return whether sequences are kept or left out only; else its own weight or a correction is pi / pi_old."""
         return self.correction.kind == "sequence"
 
-    def credit(self, batch: CreditBatch) -> Credited:
+    def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return the standardised reward of each sample on each of its tokens."""
         return self.credit_group(batch, group_standardised)
 

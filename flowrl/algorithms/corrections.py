@@ -33,14 +33,14 @@ class Correction(Config):
     max_drift: Annotated[float, Meta(gt=0)] = 0.1  # nats a token; sequence: greatest mean of log ratios kept
 
 
-class Weights(NamedTuple):
+class TokenWeights(NamedTuple):
     """A weight for each token, and 1 where the correction capped or dropped it."""
 
     weights_BT: Tensor
     is_cut_BT: Tensor
 
 
-def correction_weights(correction: Correction, log_ratio_BT: Tensor, mask_BT: Tensor) -> Weights:
+def correction_weights(correction: Correction, log_ratio_BT: Tensor, mask_BT: Tensor) -> TokenWeights:
     """Return each token's weight from log(pi_prox / pi_old).
 
     >>> correction_weights(Correction(), torch.tensor([[0.0, 3.0]]), torch.ones(1, 2)).weights_BT.tolist()
@@ -50,9 +50,9 @@ def correction_weights(correction: Correction, log_ratio_BT: Tensor, mask_BT: Te
     ratio_BT = torch.exp(log_ratio_BT)
     match correction.kind:
         case "none":
-            return Weights(torch.ones_like(ratio_BT), torch.zeros_like(ratio_BT))
+            return TokenWeights(torch.ones_like(ratio_BT), torch.zeros_like(ratio_BT))
         case "decoupled":
-            return Weights(ratio_BT, torch.zeros_like(ratio_BT))
+            return TokenWeights(ratio_BT, torch.zeros_like(ratio_BT))
         case "truncated":
             weights_BT = truncated_weight(ratio_BT, correction.cap)
         case "icepop":
@@ -60,7 +60,7 @@ def correction_weights(correction: Correction, log_ratio_BT: Tensor, mask_BT: Te
         case "sequence":
             weights_BT = sequence_keep(log_ratio_BT, mask_BT, correction.max_drift)[:, None].expand_as(ratio_BT)
             ratio_BT = torch.ones_like(ratio_BT)
-    return Weights(weights_BT, masked((weights_BT < ratio_BT).to(ratio_BT.dtype), mask_BT))
+    return TokenWeights(weights_BT, masked((weights_BT < ratio_BT).to(ratio_BT.dtype), mask_BT))
 
 
 def truncated_weight(ratio_BT: Tensor, cap: float) -> Tensor:

@@ -17,7 +17,7 @@ from flowrl.algorithms.policy import PolicyGradient
 from flowrl.config import Meta
 
 if TYPE_CHECKING:
-    from flowrl.algorithms.base import CreditBatch, Credited
+    from flowrl.algorithms.base import AdvantageBatch, Advantages
 
 
 class DAPO(PolicyGradient):
@@ -31,6 +31,6 @@ class DAPO(PolicyGradient):
         """Return True: the baseline is the group's mean."""
         return True
 
-    def credit(self, batch: CreditBatch) -> Credited:
+    def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return the standardised reward of each sample on each of its tokens."""
         return self.credit_group(batch, group_standardised)

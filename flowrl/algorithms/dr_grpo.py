@@ -16,7 +16,7 @@ from flowrl.algorithms.policy import PolicyGradient
 from flowrl.algorithms.surrogate import Normalisation  # noqa: TC001  (msgspec reads the annotation)
 
 if TYPE_CHECKING:
-    from flowrl.algorithms.base import CreditBatch, Credited
+    from flowrl.algorithms.base import AdvantageBatch, Advantages
 
 
 class DrGRPO(PolicyGradient):
@@ -29,6 +29,6 @@ class DrGRPO(PolicyGradient):
         """Return True: the baseline is the group's mean."""
         return True
 
-    def credit(self, batch: CreditBatch) -> Credited:
+    def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return the reward of each sample less the group's mean, on each of its tokens."""
         return self.credit_group(batch, group_centred)

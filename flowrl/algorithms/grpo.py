@@ -15,7 +15,7 @@ from flowrl.algorithms.policy import KL, PolicyGradient
 from flowrl.algorithms.surrogate import Normalisation  # noqa: TC001  (msgspec reads the annotation)
 
 if TYPE_CHECKING:
-    from flowrl.algorithms.base import CreditBatch, Credited
+    from flowrl.algorithms.base import AdvantageBatch, Advantages
 
 
 class GRPO(PolicyGradient):
@@ -29,6 +29,6 @@ class GRPO(PolicyGradient):
         """Return True: the baseline is the group's mean."""
         return True
 
-    def credit(self, batch: CreditBatch) -> Credited:
+    def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return the standardised reward of each sample on each of its tokens."""
         return self.credit_group(batch, group_standardised)

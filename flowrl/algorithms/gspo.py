@@ -20,7 +20,7 @@ from flowrl.config import Meta
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flowrl.algorithms.base import CreditBatch, Credited
+    from flowrl.algorithms.base import AdvantageBatch, Advantages
 
 
 class GSPO(PolicyGradient):
@@ -40,7 +40,7 @@ class GSPO(PolicyGradient):
         """Return True: the baseline is the group's mean."""
         return True
 
-    def credit(self, batch: CreditBatch) -> Credited:
+    def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return the standardised reward of each sample on each of its tokens."""
         return self.credit_group(batch, group_standardised)
 

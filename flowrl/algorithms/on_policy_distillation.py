@@ -26,7 +26,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from flowrl.algorithms.advantages import group_centred
-from flowrl.algorithms.base import CreditBatch, Credited, Loss, LossBatch
+from flowrl.algorithms.base import AdvantageBatch, Advantages, Loss, LossBatch
 from flowrl.algorithms.functional import has_tokens, masked
 from flowrl.algorithms.policy import PolicyGradient
 from flowrl.config import Meta
@@ -62,7 +62,7 @@ class OnPolicyDistillation(PolicyGradient):
         """Return how much likelier the teacher finds each token, within max_gap."""
         return (teacher_BT - logprobs_BT).clamp(-self.max_gap, self.max_gap)
 
-    def credit(self, batch: CreditBatch) -> Credited:
+    def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return each token's gap under the policy that sampled it, less the mean of the group's other samples.
 
         A group of one sample has no such mean and keeps its variance. Metric: kl, the estimate per sample that is made
@@ -78,7 +78,7 @@ class OnPolicyDistillation(PolicyGradient):
             self.require_group(batch)
             centred_B = group_centred(scores_B, has_tokens(batch.mask_BT))
             advantages_BT = advantages_BT + self.reward_coef * centred_B[:, None]
-        return Credited(masked(advantages_BT, batch.mask_BT), None, metrics)
+        return Advantages(masked(advantages_BT, batch.mask_BT), None, metrics)
 
     def loss(self, batch: LossBatch) -> Loss:
         """Return the policy's loss with each token's gap as it is now in place of the gap when it was sampled."""

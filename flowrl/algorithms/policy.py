@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 
-from flowrl.algorithms.base import Algorithm, CreditBatch, Credited, Loss, LossBatch, StepFigures
-from flowrl.algorithms.corrections import Correction, Weights, correction_weights
+from flowrl.algorithms.base import AdvantageBatch, Advantages, Algorithm, Loss, LossBatch, StepFigures
+from flowrl.algorithms.corrections import Correction, TokenWeights, correction_weights
 from flowrl.algorithms.functional import Estimator, has_tokens, kl_estimate, log_ratio, masked
 from flowrl.algorithms.shaping import Shaping, adapted_coef, has_contrast, token_rewards
 from flowrl.algorithms.surrogate import Normalisation, clipped_surrogate, normalised
@@ -192,7 +192,7 @@ class PolicyGradient(Algorithm):
         return terms
 
     def _policy_metrics(
-        self, batch: LossBatch, lp_BT: Tensor, prox_BT: Tensor, old_BT: Tensor, weights: Weights
+        self, batch: LossBatch, lp_BT: Tensor, prox_BT: Tensor, old_BT: Tensor, weights: TokenWeights
     ) -> dict[str, tuple[Tensor, Tensor]]:
         mask_BT = batch.mask_BT
         age_BT = batch.columns.get("age", torch.zeros_like(mask_BT))
@@ -211,7 +211,7 @@ class PolicyGradient(Algorithm):
 
     # The credit.
 
-    def shaped_scores(self, batch: CreditBatch) -> tuple[Tensor, dict[str, float]]:
+    def shaped_scores(self, batch: AdvantageBatch) -> tuple[Tensor, dict[str, float]]:
         """Return each sample's shaped score [B], 0 for samples without sampled tokens, and the group's figures.
 
         Figures are means over the samples: "reward.shaped", and "kl", the sum of log(pi_old / pi_ref) over tokens.
@@ -225,7 +225,7 @@ class PolicyGradient(Algorithm):
             metrics["kl"] = float(kl_BT.sum() / num_present)
         return scores_B, metrics
 
-    def shaped_rewards(self, batch: CreditBatch, scores_B: Tensor) -> Tensor:
+    def shaped_rewards(self, batch: AdvantageBatch, scores_B: Tensor) -> Tensor:
         """Return rewards per token [B, T]: the scores and, with kl.placement=reward, the penalty.
 
         What `placed_BT` gives to earlier tokens is taken off the last one's, so a sample's sum is its score either way.
@@ -240,7 +240,7 @@ class PolicyGradient(Algorithm):
         placed_BT = masked(batch.placed_BT / self.shaping.std, batch.mask_BT)
         return placed_BT + token_rewards(scores_B - placed_BT.sum(1), batch.mask_BT, kl_BT, self.kl.coef)
 
-    def credit_group(self, batch: CreditBatch, baseline: Callable[[Tensor, Tensor], Tensor]) -> Credited:
+    def credit_group(self, batch: AdvantageBatch, baseline: Callable[[Tensor, Tensor], Tensor]) -> Advantages:
         """Give each token of a sample the same advantage: `baseline` of the samples' whole rewards.
 
         A sample's whole reward is its shaped score less, with kl.placement=reward, its tokens' penalties.
@@ -250,9 +250,9 @@ class PolicyGradient(Algorithm):
         rewards_B = self.shaped_rewards(batch, scores_B).double().sum(1)
         advantages_B = baseline(rewards_B, has_tokens(batch.mask_BT)).to(batch.rewards_B.dtype)
         advantages_BT = masked(advantages_B[:, None].expand_as(batch.mask_BT), batch.mask_BT)
-        return Credited(advantages_BT, None, metrics)
+        return Advantages(advantages_BT, None, metrics)
 
-    def require_group(self, batch: CreditBatch) -> None:
+    def require_group(self, batch: AdvantageBatch) -> None:
         """Refuse a group too small to be compared within.
 
         Raises:

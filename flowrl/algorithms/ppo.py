@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from flowrl.algorithms.advantages import gae
-from flowrl.algorithms.base import CreditBatch, Credited
+from flowrl.algorithms.base import AdvantageBatch, Advantages
 from flowrl.algorithms.policy import KL, PolicyGradient
 from flowrl.config import Meta
 from flowrl.errors import ConfigError
@@ -36,11 +36,11 @@ class PPO(PolicyGradient):
         """Return whether advantages are whitened over the step."""
         return self.whiten_advantages
 
-    def credit(self, batch: CreditBatch) -> Credited:
+    def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return generalised advantage estimates and value targets."""
         if batch.values_BT is None:
             raise ConfigError("algorithm", "PPO needs values, which this graph does not give", "add a critic node")
         scores_B, metrics = self.shaped_scores(batch)
         rewards_BT = self.shaped_rewards(batch, scores_B)
         advantages_BT, returns_BT = gae(rewards_BT, batch.values_BT, batch.mask_BT, gamma=self.gamma, lam=self.lam)
-        return Credited(advantages_BT, returns_BT, metrics)
+        return Advantages(advantages_BT, returns_BT, metrics)

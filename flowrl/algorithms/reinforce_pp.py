@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from flowrl.algorithms.advantages import discounted_returns, group_centred
-from flowrl.algorithms.base import CreditBatch, Credited
+from flowrl.algorithms.base import AdvantageBatch, Advantages
 from flowrl.algorithms.functional import has_tokens
 from flowrl.algorithms.policy import KL, PolicyGradient
 from flowrl.config import Meta
@@ -32,15 +32,15 @@ class ReinforcePP(PolicyGradient):
         """Return True: the step's mean is the baseline."""
         return True
 
-    def baseline(self, scores_B: Tensor, batch: CreditBatch) -> Tensor:
+    def baseline(self, scores_B: Tensor, batch: AdvantageBatch) -> Tensor:
         """Return the scores to be credited."""
         return scores_B
 
-    def credit(self, batch: CreditBatch) -> Credited:
+    def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return each token's discounted return."""
         scores_B, metrics = self.shaped_scores(batch)
         rewards_BT = self.shaped_rewards(batch, self.baseline(scores_B, batch))
-        return Credited(discounted_returns(rewards_BT, batch.mask_BT, gamma=self.gamma), None, metrics)
+        return Advantages(discounted_returns(rewards_BT, batch.mask_BT, gamma=self.gamma), None, metrics)
 
 
 class ReinforcePPBaseline(ReinforcePP):
@@ -56,7 +56,7 @@ class ReinforcePPBaseline(ReinforcePP):
         """Return True: the baseline is the group's mean."""
         return True
 
-    def baseline(self, scores_B: Tensor, batch: CreditBatch) -> Tensor:
+    def baseline(self, scores_B: Tensor, batch: AdvantageBatch) -> Tensor:
         """Return the scores less their group's mean."""
         self.require_group(batch)
         return group_centred(scores_B, has_tokens(batch.mask_BT))

@@ -15,7 +15,7 @@ from flowrl.algorithms.advantages import leave_one_out
 from flowrl.algorithms.policy import KL, PolicyGradient
 
 if TYPE_CHECKING:
-    from flowrl.algorithms.base import CreditBatch, Credited
+    from flowrl.algorithms.base import AdvantageBatch, Advantages
 
 
 class RLOO(PolicyGradient):
@@ -28,6 +28,6 @@ class RLOO(PolicyGradient):
         """Return True: the baseline is the mean of the group's other samples."""
         return True
 
-    def credit(self, batch: CreditBatch) -> Credited:
+    def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return the reward of each sample less the mean of the others', on each of its tokens."""
         return self.credit_group(batch, leave_one_out)

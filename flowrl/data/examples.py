@@ -38,7 +38,7 @@ Reason = Literal["bad", "too long", "truncated", "duplicate", "prompt held out",
 MAX_LEVELS = 100  # finer ones would be told apart by a digit that means little
 
 
-class Source(Config):
+class ExampleSource(Config):
     """One of several sources."""
 
     source: str  # as data.source
@@ -71,20 +71,21 @@ class ExampleData(Config):
     columns: dict[str, str] = {}  # the names of the columns in the source, as completion: answer
     split: str = "train"  # of a hub data set; of a directory, the files whose names begin so
     subset: str = ""  # of a hub data set, where it has several
-    mix: list[Source] = []  # several sources in place of the one above
+    mix: list[ExampleSource] = []  # several sources in place of the one above
 
     def __post_init__(self) -> None:
-        alone = Source(source=self.source, format=self.format, split=self.split, subset=self.subset)
-        if self.mix and (alone != Source(source=REASONING_GYM) or self.columns):
+        alone = ExampleSource(source=self.source, format=self.format, split=self.split, subset=self.subset)
+        if self.mix and (alone != ExampleSource(source=REASONING_GYM) or self.columns):
             what = "is set, and so is one of source, format, split, subset and columns"
             raise ConfigError("data.mix", what, "set these in each source of the mix")
 
     @property
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[ExampleSource]:
         """Return the sources, of which there is at least one."""
-        return self.mix or [
-            Source(source=self.source, format=self.format, split=self.split, subset=self.subset, columns=self.columns)
-        ]
+        alone = ExampleSource(
+            source=self.source, format=self.format, split=self.split, subset=self.subset, columns=self.columns
+        )
+        return self.mix or [alone]
 
 
 class ExampleRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -188,7 +189,7 @@ def load_examples(data: ExampleData, tokenizer: PreTrainedTokenizerBase) -> Exam
     return ExampleSet(parts=parts, heldout=[row for _, _, row in heldout], data=data, report=report)
 
 
-def read_source(data: ExampleData, source: Source, bad: Bad) -> Iterable[RawRow]:
+def read_source(data: ExampleData, source: ExampleSource, bad: Bad) -> Iterable[RawRow]:
     """Yield a source's rows, with its columns under the names that formats know."""
     if is_made(source.source):
         num_rows = (data.num_train or GENERATED) + data.num_heldout

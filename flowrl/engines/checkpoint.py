@@ -42,7 +42,7 @@ class FileDigest(msgspec.Struct, frozen=True, array_like=True):
     blake3: str
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+class CheckpointManifest(msgspec.Struct, frozen=True, kw_only=True):
     """What a checkpoint consists of."""
 
     version: int  # policy versions published
@@ -53,7 +53,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 class Sealed(msgspec.Struct, frozen=True, kw_only=True):
     """A manifest and the digest of its own JSON."""
 
-    manifest: Manifest
+    manifest: CheckpointManifest
     blake3: str
 
 
@@ -90,7 +90,7 @@ class CheckpointWriter:
         try:
             (aside / "cut.json").write_bytes(cut)
             files = {str(path.relative_to(aside)): _sealed(path) for path in _files(aside)}
-            manifest = Manifest(version=version, score=score, files=files)
+            manifest = CheckpointManifest(version=version, score=score, files=files)
             sealed = Sealed(manifest=manifest, blake3=_digest_of(manifest))
             (aside / "manifest.json").write_bytes(msgspec.json.encode(sealed))
             _sync(aside / "manifest.json")
@@ -188,7 +188,7 @@ def read_version(directory: Path) -> int:
     return msgspec.json.decode((directory / "version.json").read_bytes(), type=dict[str, int])["version"]
 
 
-def _manifest(checkpoint: Path) -> Manifest:
+def _manifest(checkpoint: Path) -> CheckpointManifest:
     """Read a manifest; raises ValueError where it is not as it was written."""
     sealed = msgspec.json.decode((checkpoint / "manifest.json").read_bytes(), type=Sealed)
     if sealed.blake3 != _digest_of(sealed.manifest):
@@ -196,7 +196,7 @@ def _manifest(checkpoint: Path) -> Manifest:
     return sealed.manifest
 
 
-def _digest_of(manifest: Manifest) -> str:
+def _digest_of(manifest: CheckpointManifest) -> str:
     from blake3 import blake3
 
     return blake3(msgspec.json.encode(manifest)).hexdigest()

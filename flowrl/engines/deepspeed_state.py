@@ -21,7 +21,7 @@ from flowrl.errors import StageError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from flowrl.engines.ranks import Line
+    from flowrl.engines.ranks import RankLink
 
 TAG = "deepspeed"  # DeepSpeed's own directory within a state
 
@@ -34,7 +34,7 @@ class StateNote(msgspec.Struct, frozen=True, kw_only=True):
     zero_stage: int
 
 
-def write_state(engine: Any, directory: Path, note: StateNote, *, line: Line, leave_out_frozen: bool) -> None:
+def write_state(engine: Any, directory: Path, note: StateNote, *, line: RankLink, leave_out_frozen: bool) -> None:
     """Write every rank's shard, and the note."""
     directory.mkdir(parents=True, exist_ok=True)
     engine.save_checkpoint(str(directory), tag=TAG, client_state={}, exclude_frozen_parameters=leave_out_frozen)
@@ -43,7 +43,7 @@ def write_state(engine: Any, directory: Path, note: StateNote, *, line: Line, le
 
 
 def read_state(
-    engine: Any, directory: Path, *, zero_stage: int, line: Line, where: str, leave_out_frozen: bool
+    engine: Any, directory: Path, *, zero_stage: int, line: RankLink, where: str, leave_out_frozen: bool
 ) -> StateNote:
     """Load a state into the engine; returns its note.
 
@@ -71,7 +71,7 @@ def read_state(
     return note
 
 
-def _resharded(directory: Path, line: Line) -> Path:
+def _resharded(directory: Path, line: RankLink) -> Path:
     """Have rank 0 write a state in the form that any number of ranks can load; returns where."""
     checkpoint = directory.parent
     target = checkpoint.with_name(f".{checkpoint.name}.{directory.name}.universal")

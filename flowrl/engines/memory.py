@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from flowrl.engines.objective import Sums
     from flowrl.engines.parts import Part
-    from flowrl.engines.ranks import Line
+    from flowrl.engines.ranks import RankLink
 
 FITS = 0  # a vote; above it: the budget in tokens to go on with; below it: minus the tokens of what cannot be split
 # What allocators say where they do not raise torch.OutOfMemoryError: the CPU's, and cuBLAS's for its workspace.
@@ -57,10 +57,10 @@ class NoRoom(Exception):
         self.votes = votes
 
 
-class Room:
+class FitVote:
     """The vote of this rank on whether a pass fits; with one rank there is nobody to ask."""
 
-    def __init__(self, line: Line, *, where: str, ranks_meet: bool) -> None:
+    def __init__(self, line: RankLink, *, where: str, ranks_meet: bool) -> None:
         """`ranks_meet` says whether there are collectives within a pass."""
         self._line = line
         self._where = where

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 import torch
 
-from flowrl.engines.memory import Budget, NoRoom, Room
+from flowrl.engines.memory import Budget, FitVote, NoRoom
 from flowrl.engines.models import choose_layout, reads_of
 from flowrl.engines.objective import Sums, add_loss, check_count, count_ahead, loss_batch
 from flowrl.engines.packing import PackedBatch, unpack
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from flowrl.engines.base import TokenGroup, TrainingConfig
     from flowrl.engines.models import TokenReader
     from flowrl.engines.packing import Layout
-    from flowrl.engines.ranks import Line
+    from flowrl.engines.ranks import RankLink
     from flowrl.engines.teacher import Reading
     from flowrl.graph.stage import Say
     from flowrl.messages import FloatArray
@@ -49,7 +49,7 @@ A = TypeVar("A")
 T = TypeVar("T")
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class RankValues(msgspec.Struct, frozen=True, kw_only=True):
     """What a rank found for each of its responses."""
 
     rows: list[tuple[int, int, Buffer]]  # group, sample, values
@@ -63,13 +63,13 @@ class Passes:
     model: PreTrainedModel
     reader: TokenReader
     _module: nn.Module  # what forward goes through: the reader, or the backend's wrapper of it
-    _room: Room
+    _room: FitVote
 
     def __init__(self, config: TrainingConfig, *, where: str, say: Say) -> None:
         self.config = config
         self.where = where
         self._say = say
-        self._line: Line | None = None
+        self._line: RankLink | None = None
         self._is_training = False  # whether the optimizer exists: engines that only score never make one
         self._scoring = Budget(config.micro_batch_tokens, where=where)
         self._learning = Budget(config.micro_batch_tokens, where=where)
@@ -97,7 +97,7 @@ class Passes:
     # What it gives.
 
     @property
-    def line(self) -> Line:
+    def line(self) -> RankLink:
         """Return this rank's connection."""
         if self._line is None:
             raise StageError(self.where, "the engine is not open", "call open first")
@@ -108,13 +108,13 @@ class Passes:
             self._start_training()
             self._is_training = True
 
-    def _score_here(self, groups: Sequence[TokenGroup], chosen: Select | None = None) -> Answer:
+    def _score_here(self, groups: Sequence[TokenGroup], chosen: Select | None = None) -> RankValues:
         """Score the groups, or with a chosen objective compare them with its teacher."""
         objective: Objective | None = None if chosen is None else chosen.load(f"{self.where}.objective")
         found = None
         while found is None:
             found = self._attempt(self._scoring, partial(self._score_parts, objective), groups)
-        return Answer(rows=[(group, sample, Buffer.floats(values)) for (group, sample), values in found.items()])
+        return RankValues(rows=[(group, sample, Buffer.floats(values)) for (group, sample), values in found.items()])
 
     def _score_parts(
         self, objective: Objective | None, groups: Sequence[TokenGroup]

@@ -28,7 +28,7 @@ COLLECTIVE_TIMEOUT_S = 300  # a peer that says nothing for this long is dead; ma
 FOLLOWER_TIMEOUT_S = 7 * 86400  # how long a follower may wait for rank 0's next command
 
 
-class Line:
+class RankLink:
     """One rank's connection to the others."""
 
     def __init__(self, ranks: Ranks, *, where: str, backend: str, needs_group: bool = False) -> None:

@@ -22,12 +22,12 @@ from flowrl.config import Select
 from flowrl.engines.average import Average, is_saved
 from flowrl.engines.base import TokenGroup
 from flowrl.engines.lora import Adapter
-from flowrl.engines.memory import Room
+from flowrl.engines.memory import FitVote
 from flowrl.engines.models import TokenReader, choose_dtype, load_model
 from flowrl.engines.objective import Sums, divide
-from flowrl.engines.passes import Answer, Passes
+from flowrl.engines.passes import Passes, RankValues
 from flowrl.engines.publishing import Publisher, as_saved, score_canary, write_model
-from flowrl.engines.ranks import Line
+from flowrl.engines.ranks import RankLink
 from flowrl.engines.router import check_router
 from flowrl.engines.savings import check_offload, freeze, recompute
 from flowrl.errors import ConfigError, StageError
@@ -138,8 +138,8 @@ class Trainer(Passes):
             host=ranks.address,
             device=self.device,
         )
-        self._line = Line(ranks, where=self.where, backend=backend, needs_group=self.backend_of_one)
-        self._room = Room(self._line, where=self.where, ranks_meet=self._ranks_meet_in_passes)
+        self._line = RankLink(ranks, where=self.where, backend=backend, needs_group=self.backend_of_one)
+        self._room = FitVote(self._line, where=self.where, ranks_meet=self._ranks_meet_in_passes)
         with self._line.guard("open"):
             self.model = self._load()
             self._adapter = Adapter(self.model, self.config, where=self.where) if self.config.lora.rank else None
@@ -248,7 +248,7 @@ class Trainer(Passes):
         answers = self._lead(command)
         rows: dict[tuple[int, int], FloatArray] = {}
         for answer in answers:
-            for group, sample, values in msgspec.msgpack.decode(answer, type=Answer).rows:
+            for group, sample, values in msgspec.msgpack.decode(answer, type=RankValues).rows:
                 rows[group, sample] = values.numpy()
         return [[rows[g, s] for s in range(len(group.responses))] for g, group in enumerate(command.groups)]
 

@@ -279,7 +279,7 @@ class VllmEngine:
 
     async def _fetch(self, weights: Weights) -> float:
         """Have every worker receive and verify the version; return how long the slowest took."""
-        from flowrl.engines.weights.receiver import Outcome
+        from flowrl.engines.weights.receiver import Prefetched
 
         while not self._outcomes.empty():  # of an update that was cancelled or timed out
             self._outcomes.get_nowait()
@@ -289,7 +289,7 @@ class VllmEngine:
             # A receiver has deadlines of its own and says more; this one is for a worker that died.
             async with asyncio.timeout(3 * self.config.transfer_timeout_s):
                 while len(seconds) <= self.config.tensor_parallel:
-                    outcome = msgspec.json.decode(await self._outcomes.get(), type=Outcome)
+                    outcome = msgspec.json.decode(await self._outcomes.get(), type=Prefetched)
                     if outcome.version != weights.version:
                         continue
                     if outcome.kind != "ok":

@@ -46,7 +46,7 @@ class Reset(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     seed: int
 
 
-class Step(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class StepRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Act in an episode."""
 
     episode: int
@@ -59,7 +59,7 @@ class Close(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     episode: int
 
 
-Request = Reset | Step | Close
+Request = Reset | StepRequest | Close
 
 
 class Observed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -120,7 +120,7 @@ class Environments:
             first = await self._call(environment.reset, request.task, request.seed)
             return _first(first, where)
         environment, _ = self._playing[request.episode]
-        if isinstance(request, Step):
+        if isinstance(request, StepRequest):
             observed = _checked(await self._call(environment.step, request.action), where)
             if not observed.done:
                 return observed

@@ -60,7 +60,7 @@ class Remote(Config):
     ca_file: str = ""  # certificates in PEM to trust instead of the system's; "": the system's
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class ServerReply(msgspec.Struct, frozen=True, kw_only=True):
     """What a server answered."""
 
     status: int
@@ -68,7 +68,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     body: bytes
 
 
-Post = Callable[[bytes], Awaitable[Answer]]  # raises OSError where the connection fails
+Post = Callable[[bytes], Awaitable[ServerReply]]  # raises OSError where the connection fails
 
 
 class Unreachable(RewardError):
@@ -270,7 +270,7 @@ async def connected(remote: Remote, where: str, *, num_connections: int) -> Asyn
     no_timeout = aiohttp.ClientTimeout(total=None, sock_connect=None)  # the scorer has one for the whole request
     async with aiohttp.ClientSession(connector=connector, timeout=no_timeout, headers=headers) as session:
 
-        async def post(request: bytes) -> Answer:
+        async def post(request: bytes) -> ServerReply:
             try:
                 async with session.post(remote.url, data=request, allow_redirects=False) as response:
                     body = b""
@@ -279,7 +279,9 @@ async def connected(remote: Remote, where: str, *, num_connections: int) -> Asyn
                         if len(body) > MAX_ANSWER_BYTES:
                             what = f"answered more than {MAX_ANSWER_BYTES >> 20} MiB"
                             raise RewardError(f"{where} ({shown_url(remote.url)})", what, "answer the scores alone")
-                    return Answer(status=response.status, retry_after=response.headers.get("Retry-After"), body=body)
+                    return ServerReply(
+                        status=response.status, retry_after=response.headers.get("Retry-After"), body=body
+                    )
             except aiohttp.ClientSSLError as error:  # trying again would not help
                 what, remedy = f"TLS: {str(error)[:SHOWN_CHARS]}", "set ca_file to the authority that signed for it"
                 raise RewardError(f"{where} ({shown_url(remote.url)})", what, remedy) from error

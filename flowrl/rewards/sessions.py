@@ -20,7 +20,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, Self
 
 from flowrl.errors import RewardError
-from flowrl.rewards.environments import Close, Environments, Observed, Request, Reset, Step
+from flowrl.rewards.environments import Close, Environments, Observed, Request, Reset, StepRequest
 from flowrl.rewards.function import in_thread, overdue
 from flowrl.rewards.isolated import Worker
 
@@ -62,7 +62,7 @@ class Episode:
             RewardError: as for `reset`.
             Lost: the process has ended since the last call.
         """
-        return await self._tell(Step(episode=self._number, action=action))
+        return await self._tell(StepRequest(episode=self._number, action=action))
 
     async def close(self) -> None:
         """End the episode if it has not ended; what the environment says to that no longer matters."""

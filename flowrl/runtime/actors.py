@@ -1,4 +1,4 @@
-"""The Ray actors of a run: the hub, which holds the flow behind its door, and one for each replica or rank.
+"""The Ray actors of a run: the hub, which holds the flow behind its gate, and one for each replica or rank.
 
 Invariants: messages travel over the wire (wire.py) and what crosses an actor call is bytes and plain values, never a
 pickled object of ours; an actor's failure is answered as data with its class, place and remedy, and what it prints lies
@@ -25,7 +25,7 @@ from flowrl import errors
 from flowrl.errors import FlowrlError
 from flowrl.graph.plan import GraphPlan, graph_of
 from flowrl.graph.stage import Context, Ranks, Specification, from_specification
-from flowrl.runtime.door import Door, Knocking
+from flowrl.runtime.calls import CallClient, CallGate
 from flowrl.runtime.flow import Flow
 from flowrl.runtime.ledger import Cut, Ledger
 from flowrl.runtime.placement import Place
@@ -72,8 +72,8 @@ class HubActor:
         self._ledger = Ledger(Path(run_dir) / "ledger.jsonl", cut=start)
         graph = graph_of(msgspec.json.decode(plan, type=GraphPlan))
         self._flow = Flow(graph, self._ledger, cut=start)
-        self._door = Door(self._flow)
-        self._listener = Listener(self._door)
+        self._gate = CallGate(self._flow)
+        self._listener = Listener(self._gate)
         self._events: list[Event] = []
         self._arrived = asyncio.Event()
         self._ticks = 0  # seconds in which this process ran; one that was stopped must not take the others for silent
@@ -129,7 +129,7 @@ class HubActor:
 
     async def release(self, replica: str, successor: int) -> tuple[list[int], list[tuple[int, bytes]]]:
         """Fence a dead replica off and give back what it held."""
-        released = await self._door.release(replica, successor)
+        released = await self._gate.release(replica, successor)
         return released.reissued, released.poisonous
 
     async def close(self) -> None:
@@ -178,7 +178,7 @@ class ReplicaActor:
         try:
             wire = await Connection.open(self._plan.hub)
             stage = from_specification(self._plan.stage, self._plan.place.node)
-            flow = Knocking(wire.carry, self._replica, self._plan.incarnation)
+            flow = CallClient(wire.carry, self._replica, self._plan.incarnation)
             context = self._context(flow, clock, threads, address, port)
             await run_replica(stage, context, flow, kinds=self._plan.kinds, status_interval_s=1.0)
         except FlowrlError as error:
@@ -198,7 +198,7 @@ class ReplicaActor:
     def _replica(self) -> str:
         return f"{self._plan.place.node}.{self._plan.place.replica}"
 
-    def _context(self, flow: Knocking, clock: CauseClock, threads: Threads, address: str, port: int) -> Context:
+    def _context(self, flow: CallClient, clock: CauseClock, threads: Threads, address: str, port: int) -> Context:
         plan, place = self._plan, self._plan.place
         return Context(
             node=place.node,

@@ -53,7 +53,7 @@ class Wire(NamedTuple):
 WIRE = Wire(encode, decode)
 
 
-class End:
+class EdgeEnd:
     """One end of an edge, as one replica sees it."""
 
     def __init__(self, flow: FlowClient, address: str, clock: CauseClock, wire: Wire = WIRE) -> None:
@@ -63,14 +63,14 @@ class End:
         self.wire = wire
 
 
-class QueueSend(End):
+class QueueSend(EdgeEnd):
     async def put(self, message: Any) -> None:
         body = self.wire.encode(message)
         with self.clock.charge(Cause.WAIT_ROOM):
             await self.flow.put(self.address, message.group_id, body)
 
 
-class QueueReceive(End):
+class QueueReceive(EdgeEnd):
     async def get(self, limit: int) -> list[Message]:
         with self.clock.charge(Cause.WAIT_INPUT):
             bodies = await self.flow.get(self.address, limit)
@@ -89,12 +89,12 @@ class QueueReceive(End):
         await self.flow.reject(self.address, message.group_id, kind, reason)
 
 
-class RegisterSend(End):
+class RegisterSend(EdgeEnd):
     async def put(self, message: Any) -> None:
         await self.flow.publish(self.address, message.version, self.wire.encode(message))
 
 
-class RegisterReceive(End):
+class RegisterReceive(EdgeEnd):
     """Reads a register; `done` acknowledges the version to the writer."""
 
     newest = -1
@@ -112,12 +112,12 @@ class RegisterReceive(End):
         raise NotImplementedError("a register's value cannot be rejected")
 
 
-class CreditsSend(End):
+class CreditsSend(EdgeEnd):
     async def put(self, message: Any) -> None:
         await self.flow.give_back(self.address, encode(message))
 
 
-class CreditsReceive(End):
+class CreditsReceive(EdgeEnd):
     async def get(self, limit: int) -> list[Message]:
         with self.clock.charge(Cause.WAIT_ROOM):
             group_id = await self.flow.acquire(self.address)

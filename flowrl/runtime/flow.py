@@ -1,6 +1,6 @@
 """The flow: the live state of a graph's edges, and the only place where messages, credits and the ledger meet.
 
-One flow serves one run from one cut on. Every runtime reaches it through its door (door.py), which says who is
+One flow serves one run from one cut on. Every runtime reaches it through its gate (calls.py), which says who is
 calling; there is no other implementation. Invariants: a replica hands on, settles or rejects only what it holds; its
 hold on a group ends in the same step in which the group is accepted downstream, so a group is in one place; a group
 enters only against a credit and is in the ledger from then on; a rejected group leaves a tombstone in every ordered

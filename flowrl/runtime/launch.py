@@ -1,20 +1,20 @@
 """Launch a run: check everything, prepare its directory, start a runtime, show it, report how it ended.
 
 Order matters: everything the user could have got wrong is found before a directory is written or a process starts, and
-what the run will be like is said before it begins.
+what the caller knows of the run beforehand (`RunCompanion.foretell`) is said before it begins.
+Invariant: nothing here knows of a simulator; the caller hands over the lines to say and the sinks to add.
 Ctrl-C once asks for a controlled stop (what is under way is learned and saved, and the report says how to go on); twice
-aborts. Called by the CLI; the sinks that show and record a run are put together here.
+aborts. Called by the command line and by runs/retrain.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import os
 import signal
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,9 @@ from flowrl.engines.checkpoint import complete_checkpoints
 from flowrl.errors import ConfigError, FlowrlError
 from flowrl.graph.program import Program, load_program
 from flowrl.graph.show import edge_table, node_table, staleness_line
-from flowrl.runtime.forecast import forecast
-from flowrl.runtime.hints import Hints
 from flowrl.runtime.placement import check_resources
 from flowrl.runtime.rundir import claim, create_run_dir, existing_run, write_plan
-from flowrl.runtime.simulate import can_simulate
 from flowrl.runtime.supervisor import Options, newest_start
-from flowrl.telemetry.events import HINT
 from flowrl.telemetry.report import Ending, report, write_ending, write_report
 from flowrl.telemetry.sinks import Sinks, open_sinks
 from flowrl.telemetry.trackers import check_trackers
@@ -55,6 +51,17 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     address: str | None = None
 
 
+class RunCompanion:
+    """What the caller adds to a run: lines said before it starts, and sinks beside those that every run has."""
+
+    def foretell(self, program: Program, runs_dir: Path) -> Iterable[str]:
+        """Yield what can be said of a run before it starts; `runs_dir` holds the runs made before."""
+        return ()
+
+    def add_sinks(self, program: Program, run_dir: Path, sinks: Sinks) -> None:
+        """Add sinks to a run that is about to start."""
+
+
 def describe(program: Program) -> str:
     """Return the plan of a run as text: nodes, edges, the staleness bound."""
     graph = program.graph
@@ -76,7 +83,7 @@ def check_program(program: Program, *, say: Say, address: str | None) -> None:
         stage.check(say)
 
 
-def launch(request: RunRequest, *, say: Say) -> int:
+def launch(request: RunRequest, *, say: Say, companion: RunCompanion) -> int:
     """Run a graph from request to report; returns the exit code.
 
     Raises:
@@ -101,15 +108,22 @@ def launch(request: RunRequest, *, say: Say) -> int:
         write_plan(run_dir, program)
     else:
         run_dir = request.resume.resolve()
-    for line in forecast(program, run_dir.parent):
+    for line in companion.foretell(program, run_dir.parent):
         say(line)
     again = f"flowrl run {request.graph} --resume {os.path.relpath(run_dir)}"
-    drive(program, run_dir, resume=resume, address=request.address, again=again, say=say)
+    drive(program, run_dir, resume=resume, address=request.address, again=again, say=say, companion=companion)
     return 0
 
 
 def drive(
-    program: Program, run_dir: Path, *, resume: Start | None, address: str | None, again: str, say: Say
+    program: Program,
+    run_dir: Path,
+    *,
+    resume: Start | None,
+    address: str | None,
+    again: str,
+    say: Say,
+    companion: RunCompanion | None = None,
 ) -> Outcome:
     """Run a checked graph in its directory to its end, show it and report; `again` is the command that goes on.
 
@@ -118,9 +132,8 @@ def drive(
     """
     say(f"run directory {run_dir}")
     with open_sinks(run_dir, program.settings, title=run_dir.name, nodes=list(program.graph.nodes)) as sinks:
-        if program.settings.hints and can_simulate(program.graph):
-            tell = functools.partial(sinks.note, HINT)
-            sinks.add("hints", lambda: Hints(run_dir, program, tell=tell))
+        if companion is not None:
+            companion.add_sinks(program, run_dir, sinks)
         try:
             outcome = _run_on_loop(program, address, run_dir, resume, sinks)
         except (FlowrlError, KeyboardInterrupt) as error:

@@ -2,10 +2,10 @@
 
 With the virtual clock (`is_virtual`) hours pass in milliseconds and every schedule is reproducible: so the laws are
 tested, and so `flowrl simulate` predicts. A stage is rebuilt from its specification in each replica, as it would
-be in another process, and reaches the flow through the same door. Invariant: when `run_local` returns or raises, no
+be in another process, and reaches the flow through the same gate. Invariant: when `run_local` returns or raises, no
 task of the run is left. Nodes with several ranks need processes and so the Ray runtime.
 
-Tests reach in at two places: `link` stands between a replica's calls and the door, `chaos` runs beside an attempt and
+Tests reach in at two places: `link` stands between a replica's calls and the gate, `chaos` runs beside an attempt and
 may end replicas (`LocalCrew.kill`) or the flow's host (`lose_host`).
 """
 
@@ -24,7 +24,7 @@ from flowrl.graph.edges import Latest
 from flowrl.graph.plan import plan_of
 from flowrl.graph.stage import Context, Ranks, from_specification
 from flowrl.messages import Weights
-from flowrl.runtime.door import Call, Door, Knocking
+from flowrl.runtime.calls import Call, CallClient, CallGate
 from flowrl.runtime.flow import Flow, Released, node_name
 from flowrl.runtime.ledger import Ledger
 from flowrl.runtime.replica import Threads, VirtualThreads, run_replica
@@ -79,7 +79,7 @@ class LocalCrew:
         self._beside: list[asyncio.Task[None]] = []
         self._recorder = Recorder()
         self._ledger = Ledger(None)
-        self._door = Door(Flow(graph, self._ledger))
+        self._gate = CallGate(Flow(graph, self._ledger))
         self._host_lost: asyncio.Future[None] | None = None
 
     @property
@@ -91,7 +91,7 @@ class LocalCrew:
         """Make a fresh flow at the start's cut."""
         path = self._options.run_dir / "ledger.jsonl" if self._options.run_dir else None
         self._ledger = Ledger(path, cut=start.cut)
-        self._door = Door(Flow(self._graph, self._ledger, cut=start.cut))
+        self._gate = CallGate(Flow(self._graph, self._ledger, cut=start.cut))
         self._host_lost = asyncio.get_running_loop().create_future()
         self._beside = [asyncio.create_task(self._pump())]
         if self._options.chaos is not None:
@@ -115,7 +115,7 @@ class LocalCrew:
         stage = from_specification(self._plan.nodes[node], node)
         clock = CauseClock(asyncio.get_running_loop().time)
         threads = VirtualThreads(clock) if self._options.is_virtual else Threads(clock, replica)
-        flow = Knocking(self._options.link(self._door.call), replica, incarnation)
+        flow = CallClient(self._options.link(self._gate.call), replica, incarnation)
 
         async def cut(version: int) -> bytes:
             return msgspec.json.encode(await flow.cut(version))
@@ -136,7 +136,7 @@ class LocalCrew:
             resume_from=start.checkpoint,
             now=self._options.now,
         )
-        kinds = {f"{node}.{name}": self._door.flow.kind(f"{node}.{name}") for name in stage.ports}
+        kinds = {f"{node}.{name}": self._gate.flow.kind(f"{node}.{name}") for name in stage.ports}
         try:
             await run_replica(stage, context, flow, kinds=kinds, status_interval_s=self._options.status_interval_s)
         finally:
@@ -145,7 +145,7 @@ class LocalCrew:
     async def watch(self) -> None:
         """Wait for a stall, or for the flow to be lost."""
         assert self._host_lost is not None, "open comes first"
-        stalling = asyncio.ensure_future(self._door.flow.watch(self._options.stall_timeout_s))
+        stalling = asyncio.ensure_future(self._gate.flow.watch(self._options.stall_timeout_s))
         try:
             finished, _ = await asyncio.wait([stalling, self._host_lost], return_when=asyncio.FIRST_COMPLETED)
             for future in finished:
@@ -156,7 +156,7 @@ class LocalCrew:
 
     async def release(self, replica: str, successor: int) -> Released:
         """Fence a dead replica off and give back what it held."""
-        return await self._door.release(replica, successor)
+        return await self._gate.release(replica, successor)
 
     async def kill(self, replica: str) -> None:
         """End a replica's task, wherever it waits."""
@@ -176,7 +176,7 @@ class LocalCrew:
 
     async def close_edges(self) -> None:
         """Close every edge."""
-        self._door.flow.close()
+        self._gate.flow.close()
 
     async def close(self) -> None:
         """End every task of the attempt."""
@@ -184,7 +184,7 @@ class LocalCrew:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._door.close()
+        await self._gate.close()
         if self._host_lost is not None:
             self._host_lost.cancel()
         self._tasks.clear()
@@ -196,7 +196,7 @@ class LocalCrew:
         while True:
             await asyncio.sleep(self._options.status_interval_s)
             now_s = self._options.now() if self._options.is_virtual else time.time()
-            self._options.consume([*self._recorder.drain(), *self._door.flow.edge_status(now_s)])
+            self._options.consume([*self._recorder.drain(), *self._gate.flow.edge_status(now_s)])
 
 
 def num_readers(graph: Graph, node: str) -> int:

@@ -97,7 +97,7 @@ async def run_ray(graph: Graph, options: Options) -> Outcome:
 
 
 @dataclass
-class Process:
+class RankProcess:
     """A rank's actor and where it runs."""
 
     place: Place
@@ -115,7 +115,7 @@ class Attempt:
     group: PlacementGroup | None
     bundles: dict[tuple[str, int, int], int]
     wire: Address | None = None  # where the hub takes calls to the flow
-    processes: dict[str, list[Process]] = field(default_factory=dict[str, "list[Process]"])  # by replica
+    processes: dict[str, list[RankProcess]] = field(default_factory=dict[str, "list[RankProcess]"])  # by replica
     beside: list[asyncio.Task[None]] = field(default_factory=list["asyncio.Task[None]"])
 
 
@@ -153,7 +153,9 @@ class RayCrew:
 
     async def run(self, replica: str, incarnation: int, start: Start) -> None:
         """Start a replica's ranks and wait for their end; one that fails takes the others with it."""
-        ranks = [Process(p, self._start(p, incarnation, start)) for p in places(self._graph) if _belongs(p, replica)]
+        ranks = [
+            RankProcess(p, self._start(p, incarnation, start)) for p in places(self._graph) if _belongs(p, replica)
+        ]
         self._now.processes[replica] = ranks
         if self._options.stopping.is_set():
             for process in ranks:
@@ -208,7 +210,7 @@ class RayCrew:
         actor_type: Any = ray.remote(ReplicaActor)
         return actor_type.options(**choice).remote(msgspec.json.encode(plan), attempt.hub)
 
-    def _check(self, process: Process, ended: asyncio.Future[Any]) -> None:
+    def _check(self, process: RankProcess, ended: asyncio.Future[Any]) -> None:
         replica = f"{process.place.node}.{process.place.replica}"
         try:
             answer = ended.result()
@@ -318,7 +320,7 @@ class RayCrew:
             process.actor.request_stop.remote()
 
 
-async def _kill(process: Process) -> None:
+async def _kill(process: RankProcess) -> None:
     if process.pid and process.address == ray.util.get_node_ip_address():
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGCONT)  # one that was stopped must wake up to be killed

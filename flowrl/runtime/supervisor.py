@@ -2,7 +2,7 @@
 
 A replica of a stateless stage that ends by accident is replaced: what it held is issued again, and the next
 incarnation starts. A stateful one, or the flow's host, costs the attempt: everything is ended and started again from
-the newest sound checkpoint. Invariants: the supervisor alone decides, `Crew` carries out; a node is replaced at most
+the newest sound checkpoint. Invariants: the supervisor alone decides, `Workers` carries out; a node is replaced at most
 `max_restarts` times without a learned step between; what the user has to mend (UserError) is never retried; every
 recovery is told, with the node, the replica and the reason. The local and the Ray runtime each are a crew.
 """
@@ -84,7 +84,7 @@ class Options:
     now: Callable[[], float] = time.time
 
 
-class Crew(Protocol):
+class Workers(Protocol):
     """What a runtime does for the supervisor; one attempt at a time."""
 
     async def open(self, start: Start) -> None:
@@ -142,7 +142,7 @@ class _Rollback(Exception):
 class Supervisor:
     """One run of a graph on one crew."""
 
-    def __init__(self, graph: Graph, crew: Crew, options: Options) -> None:
+    def __init__(self, graph: Graph, crew: Workers, options: Options) -> None:
         self._graph = graph
         self._crew = crew
         self._options = options

@@ -1,9 +1,9 @@
-"""The wire: what carries the calls of replicas to the door of the flow, a TCP connection for each process.
+"""The wire: what carries the calls of replicas to the gate of the flow, a TCP connection for each process.
 
 Frames go both ways: four bytes of length, then msgpack. A process first sends the secret that it was started with,
 then requests; each is answered once, in any order. Invariants: nothing but bytes and plain values crosses, no object is
 ever unpickled; who does not know the secret is not heard; when either side is gone, the other's waits end. That a call
-is carried out once, however often it arrives, is the door's business (door.py).
+is carried out once, however often it arrives, is the gate's business (calls.py).
 
 Ray's actor calls could carry them too, at about ten times the cost (decision 0001); Ray starts, places and watches the
 processes (ray.py) and carries what is said twice a second. The hub opens a `Listener`, a replica a `Connection`.
@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import msgspec
 
 from flowrl.errors import ChannelClosed, FlowrlError, RunError
-from flowrl.runtime.door import Call
+from flowrl.runtime.calls import Call
 from flowrl.runtime.ledger import Cut
 
 if TYPE_CHECKING:
     from asyncio import StreamReader, StreamWriter
 
-    from flowrl.runtime.door import Door
+    from flowrl.runtime.calls import CallGate
 
 READ_AHEAD_BYTES = 1 << 20
 LENGTH_BYTES = 4
@@ -41,7 +41,7 @@ class Address(NamedTuple):
     secret: str  # hexadecimal
 
 
-class Request(msgspec.Struct, frozen=True, array_like=True):
+class WireRequest(msgspec.Struct, frozen=True, array_like=True):
     """A call, or that nobody waits for it any more."""
 
     number: int  # counts this connection's calls
@@ -49,7 +49,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     is_cancelled: bool = False
 
 
-class Answer(msgspec.Struct, frozen=True, array_like=True):
+class WireAnswer(msgspec.Struct, frozen=True, array_like=True):
     """What became of a request: what the call returned, or where and what went wrong."""
 
     number: int
@@ -57,16 +57,16 @@ class Answer(msgspec.Struct, frozen=True, array_like=True):
     value: Any
 
 
-_requests = msgspec.msgpack.Decoder(Request)
-_answers = msgspec.msgpack.Decoder(Answer)
+_requests = msgspec.msgpack.Decoder(WireRequest)
+_answers = msgspec.msgpack.Decoder(WireAnswer)
 _encoder = msgspec.msgpack.Encoder()
 
 
 class Listener:
     """The flow's side."""
 
-    def __init__(self, door: Door) -> None:
-        self._door = door
+    def __init__(self, gate: CallGate) -> None:
+        self._gate = gate
         self._secret = secrets.token_bytes(SECRET_BYTES)
         self._server: asyncio.Server | None = None
 
@@ -85,7 +85,7 @@ class Listener:
             while True:
                 request = _requests.decode(await _read(reader))
                 if request.is_cancelled:
-                    self._door.undo(request.call)
+                    self._gate.undo(request.call)
                     if (task := waiting.get(request.number)) is not None:
                         task.cancel()
                     continue
@@ -101,14 +101,14 @@ class Listener:
 
     async def _carry_out(self, number: int, call: Call, writer: StreamWriter) -> None:
         try:
-            found = await self._door.call(call)
-            answer = Answer(number, "done", msgspec.json.encode(found) if isinstance(found, Cut) else found)
+            found = await self._gate.call(call)
+            answer = WireAnswer(number, "done", msgspec.json.encode(found) if isinstance(found, Cut) else found)
         except ChannelClosed as closed:
-            answer = Answer(number, "closed", (closed.where, closed.what))
+            answer = WireAnswer(number, "closed", (closed.where, closed.what))
         except FlowrlError as error:
-            answer = Answer(number, "failed", (error.where, error.what))
+            answer = WireAnswer(number, "failed", (error.where, error.what))
         except Exception as error:  # a defect of the flow; the replica that met it says so
-            answer = Answer(number, "failed", ("flow", f"{type(error).__name__}: {error}"))
+            answer = WireAnswer(number, "failed", ("flow", f"{type(error).__name__}: {error}"))
         if not writer.is_closing():
             writer.write(_frame(answer))
 
@@ -120,7 +120,7 @@ class Connection:
         self._reader = reader
         self._writer = writer
         self._number = 0
-        self._waiting: dict[int, asyncio.Future[Answer]] = {}
+        self._waiting: dict[int, asyncio.Future[WireAnswer]] = {}
         self._listening = asyncio.ensure_future(self._listen())
 
     @classmethod
@@ -149,14 +149,14 @@ class Connection:
         number = self._number
         self._number += 1
         answered = self._waiting[number] = asyncio.get_running_loop().create_future()
-        self._writer.write(_frame(Request(number, call)))
+        self._writer.write(_frame(WireRequest(number, call)))
         try:
             answer = await answered
         except asyncio.CancelledError:
             if self._listening.done():
                 raise
             head = msgspec.structs.replace(call, arguments=call.arguments[:1])
-            self._writer.write(_frame(Request(number, head, is_cancelled=True)))
+            self._writer.write(_frame(WireRequest(number, head, is_cancelled=True)))
             raise
         except ConnectionError as error:
             raise _gone(call.replica) from error
@@ -192,7 +192,7 @@ def _gone(replica: str) -> RunError:
     return RunError(replica, "the flow's host is gone")
 
 
-def _frame(message: Request | Answer) -> bytes:
+def _frame(message: WireRequest | WireAnswer) -> bytes:
     body = _encoder.encode(message)
     return len(body).to_bytes(LENGTH_BYTES, "little") + body
 

@@ -67,10 +67,10 @@ class Advantage(Stage):
                 reason = f"{self.algorithm.use} learns nothing from rewards {group.rewards}"
                 await self.referenced.reject(group, kind="filtered", reason=reason)
                 continue
-            credited = await context.compute(crediting.credit, group, None)
+            credited = await context.compute(crediting.advantages, group, None)
             context.recorder.record(
-                Span(node=context.node, replica=context.replica, name="credit", start_s=start_s, end_s=context.now(),
-                     groups=[group.group_id])
+                Span(node=context.node, replica=context.replica, name="advantages", start_s=start_s,
+                     end_s=context.now(), groups=[group.group_id])
             )  # fmt: skip
             await self.samples.put(extend(Samples, group, **credited))
             context.done += 1

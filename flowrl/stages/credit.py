@@ -90,7 +90,7 @@ class Crediting:
         self._kls: list[float] = []  # mean over each group's samples
         self.figures: dict[str, float] = {}  # further ones, given to every group of a step
 
-    def credit(self, group: Referenced, values: list[FloatArray] | None) -> dict[str, Any]:
+    def advantages(self, group: Referenced, values: list[FloatArray] | None) -> dict[str, Any]:
         """Return the fields that turn a Referenced group into Samples."""
         fields = credit_group(self.algorithm, group, values)
         if self.algorithm.adapting:
@@ -158,13 +158,13 @@ def credit_group(algorithm: Algorithm, group: Referenced, values: list[FloatArra
         }
     import torch
 
-    from flowrl.algorithms.base import CreditBatch
+    from flowrl.algorithms.base import AdvantageBatch
 
     behaviour_BT, _ = padded([sample.logprobs for sample in group.samples])
     mask_BT, _ = padded([mask_of(sample) for sample in group.samples])
     reference_BT, _ = padded(group.ref_logprobs)
-    credited = algorithm.credit(
-        CreditBatch(
+    credited = algorithm.advantages(
+        AdvantageBatch(
             rewards_B=torch.tensor(group.rewards, dtype=torch.float32),
             mask_BT=mask_BT,
             behaviour_BT=behaviour_BT,

@@ -145,7 +145,7 @@ class Critic(Stage):
                 continue
             values = await context.compute(engine.score, [token_group(group) for group in groups])
             for group, rows in zip(groups, values, strict=True):
-                samples = extend(Samples, group, **crediting.credit(group, rows))
+                samples = extend(Samples, group, **crediting.advantages(group, rows))
                 step.append(token_group(samples))
                 await self.samples.put(samples)
                 context.done += 1

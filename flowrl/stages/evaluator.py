@@ -18,7 +18,7 @@ from flowrl.data.prompts import PromptData, PromptSet, load_prompts, load_tokeni
 from flowrl.errors import ConfigError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
-from flowrl.messages import FIRST_HELDOUT, Buffer, Checkpoint, Prompt, Rollouts, Scored
+from flowrl.messages import FIRST_HELDOUT, Buffer, EvaluationRequest, Prompt, Rollouts, Scored
 from flowrl.rewards.isolated import IsolatedFunction, check_loads
 from flowrl.rewards.worker import Opening
 from flowrl.telemetry.causes import Cause
@@ -41,7 +41,7 @@ class Evaluator(Stage):
         # module:function, TRL's signature; "": the scores that the rollouts bring from their environment
         function: str = "flowrl.rewards.verify:reasoning_gym_score"
 
-    checkpoints: In[Checkpoint]
+    checkpoints: In[EvaluationRequest]
     prompts: Out[Prompt]
     rollouts: In[Rollouts]  # at most `in_flight` are on their way here
 
@@ -81,7 +81,7 @@ class Evaluator(Stage):
         context: Context,
         prompts: PromptSet,
         function: IsolatedFunction | None,
-        checkpoint: Checkpoint,
+        checkpoint: EvaluationRequest,
         first_id: int,
     ) -> Evaluation | None:
         """Return the scores, or nothing where the generators have moved on to another version meanwhile."""

@@ -23,7 +23,7 @@ from flowrl.engines.weights.manifest import tensor_digests
 from flowrl.errors import ConfigError, RunError, TransferError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
-from flowrl.messages import FIRST_TEXTS, Buffer, Checkpoint, Credit, Samples, Save, Texts, Weights, replays_of
+from flowrl.messages import FIRST_TEXTS, Buffer, Credit, EvaluationRequest, Samples, Save, Texts, Weights, replays_of
 from flowrl.stages.credit import advice, check_sampling, load_algorithm
 from flowrl.stages.saving import save_checkpoint
 from flowrl.stages.step import (
@@ -77,7 +77,7 @@ class Learner(Stage):
     texts: In[Texts]
     weights: Out[Weights]
     released: Out[Credit]
-    checkpoints: Out[Checkpoint]
+    checkpoints: Out[EvaluationRequest]
     saves: Out[Save]  # acknowledged by every other stateful node when its part of a checkpoint is written
 
     def __init__(self, config: Config, *, model: str, algorithm: Select, steps: int, groups_per_step: int,
@@ -254,7 +254,9 @@ class Learner(Stage):
                  end_s=context.now(), args={"bytes": weights.size_bytes})
         )  # fmt: skip
         if self.checkpoints.is_connected and self._is_evaluated(weights.version):
-            await self.checkpoints.put(Checkpoint(version=weights.version, is_final=weights.version == self.steps))
+            await self.checkpoints.put(
+                EvaluationRequest(version=weights.version, is_final=weights.version == self.steps)
+            )
         await context.background(engine.retire, weights.version)
 
     async def _transfer(self, context: Context, engine: TrainingEngine, version: int) -> None:

@@ -1,4 +1,4 @@
-"""Recorded: the groups that a run has learned, taken from its files, for `flowrl replay`. And who takes the weights.
+"""Recorded: the groups that a run has learned, taken from its files, for `flowrl retrain`. And who takes the weights.
 
 Invariant: the groups come in the order in which they were learned, exactly as the learner got them but for their ids:
 group k of a replay is the k-th group of the steps that it replays, so that what was filtered or failed leaves no gap.
@@ -48,7 +48,7 @@ class Recorded(Stage):
                 context.done = sent
 
 
-class Witness(Stage):
+class WeightsReader(Stage):
     """Takes every published version in a generator's place; nothing is sampled from it."""
 
     class Config(StageConfig):
@@ -57,7 +57,7 @@ class Witness(Stage):
     weights: In[Weights]
 
     def __init__(self, config: Config) -> None:
-        self.config: Witness.Config = config
+        self.config: WeightsReader.Config = config
 
     async def run(self, context: Context) -> None:
         """Acknowledge versions until the edge closes."""

@@ -16,7 +16,6 @@ from flowrl.telemetry.events import Notice
 from flowrl.telemetry.live import LiveView
 from flowrl.telemetry.metrics import MetricsFile, read_evaluations
 from flowrl.telemetry.plain import PlainLines
-from flowrl.telemetry.profiler import ProfileFile
 from flowrl.telemetry.state import StateFile
 from flowrl.telemetry.timeline import Timeline
 from flowrl.telemetry.trackers import TensorBoardSink, WandbConfig, WandbSink
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from flowrl.telemetry.events import Event
 
 
-class Sink(Protocol):
+class EventSink(Protocol):
     """Takes in a run's events; lives on the driver's event loop and must not block it."""
 
     def consume(self, events: list[Event]) -> None:
@@ -62,10 +61,10 @@ class Sinks:
         self.view = view
         self.say = say
         self._now = now
-        self._sinks: dict[str, Sink] = {}
+        self._sinks: dict[str, EventSink] = {}
         self._notices: list[Notice] = []
 
-    def add(self, name: str, open_sink: Callable[[], Sink]) -> None:
+    def add(self, name: str, open_sink: Callable[[], EventSink]) -> None:
         """Open a sink and add it; events go to the sinks in the order they were added, and they close in it."""
         try:
             self._sinks[name] = open_sink()
@@ -103,7 +102,7 @@ class Sinks:
         for notice in self._take_notices():
             self.say(f"{notice.where}: {notice.text}")
 
-    def _close(self, name: str, sink: Sink) -> None:
+    def _close(self, name: str, sink: EventSink) -> None:
         try:
             sink.close()
         except Exception as error:  # see `add`
@@ -141,7 +140,6 @@ def open_sinks(
         sinks.add("tensorboard", lambda: TensorBoardSink(run_dir / "tensorboard"))
     sinks.add("timeline", lambda: Timeline(timeline_path(run_dir), say=lambda line: sinks.warn("timeline", line)))
     sinks.add("metrics", lambda: MetricsFile(metrics))
-    sinks.add("profile", lambda: ProfileFile(run_dir))
     sinks.add("state", lambda: StateFile(run_dir, sinks.view))
     if console is not None or sys.stdout.isatty():
         live = LiveView(sinks.view, title=title, console=console)

@@ -2,7 +2,7 @@
 
 Two runs that agree in them have published the same weights, bit for bit; where they do not, the first tensor that
 differs is known by name. A version that was published again after a rollback has a line for each time; the last one
-counts. Written by the learner, read by `flowrl replay`.
+counts. Written by the learner, read by `flowrl retrain`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import flowrl.algorithms
-from flowrl.algorithms.base import Algorithm, CreditBatch, LossBatch
+from flowrl.algorithms.base import AdvantageBatch, Algorithm, LossBatch
 from flowrl.config import Select, to_tree
 from flowrl.errors import ConfigError
 from flowrl.messages import Buffer
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 
 def found_algorithms() -> list[type[Algorithm]]:
-    """Return every class in flowrl.algorithms that says how to credit."""
-    return [kind for kind in defined(Algorithm) if kind.credit is not Algorithm.credit]
+    """Return every class in flowrl.algorithms that says what tokens are worth."""
+    return [kind for kind in defined(Algorithm) if kind.advantages is not Algorithm.advantages]
 
 
 ALGORITHMS = found_algorithms()
@@ -53,9 +53,9 @@ every_seed = pytest.mark.parametrize("seed", range(3))
 garbage = pytest.mark.parametrize("filler", [float("nan"), float("inf"), -float("inf"), 1e30])
 
 
-def prepared(kind: type[Algorithm], seed: int) -> tuple[Algorithm, CreditBatch, LossBatch]:
+def prepared(kind: type[Algorithm], seed: int) -> tuple[Algorithm, AdvantageBatch, LossBatch]:
     algorithm, group = kind(), credit_batch(seed)
-    return algorithm, group, credited_loss_batch(algorithm, group, algorithm.credit(group), seed)
+    return algorithm, group, credited_loss_batch(algorithm, group, algorithm.advantages(group), seed)
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:
@@ -87,7 +87,7 @@ def test_the_class_loads_by_its_path_and_its_settings_survive_the_wire(kind: typ
 @every_seed
 def test_credit_loss_gradient_and_metrics_are_finite(kind: type[Algorithm], seed: int):
     algorithm, group, batch = prepared(kind, seed)
-    credited = algorithm.credit(group)
+    credited = algorithm.advantages(group)
     loss = algorithm.loss(batch)
     tensors = [credited.advantages_BT, loss.total, loss.count, gradient_of(loss.total, batch)]
     tensors += [part for pair in loss.metrics.values() for part in pair]
@@ -108,7 +108,7 @@ def test_what_stands_under_the_mask_changes_nothing_bit_for_bit(kind: type[Algor
             return tensor
         return torch.where(group.mask_BT > 0, tensor.detach(), torch.full_like(tensor, filler))
 
-    before, after = algorithm.credit(group), algorithm.credit(mapped_credit(group, dirtied))
+    before, after = algorithm.advantages(group), algorithm.advantages(mapped_credit(group, dirtied))
     assert torch.equal(before.advantages_BT, after.advantages_BT)
     assert before.metrics == after.metrics
     dirty = mapped_loss(batch, dirtied)
@@ -128,7 +128,7 @@ def test_padding_changes_nothing(kind: type[Algorithm], seed: int, left: int, ri
     def padded(tensor: Tensor, filler: float) -> Tensor:
         return widened(tensor, left=left, right=right, filler=filler)
 
-    before, after = algorithm.credit(group), algorithm.credit(mapped_credit(group, padded))
+    before, after = algorithm.advantages(group), algorithm.advantages(mapped_credit(group, padded))
     assert close(after.advantages_BT[:, left : left + width], before.advantages_BT)
     wide = mapped_loss(batch, padded)
     loss, wide_loss = algorithm.loss(batch), algorithm.loss(wide)
@@ -146,7 +146,7 @@ def test_a_sample_without_sampled_tokens_changes_nothing(kind: type[Algorithm], 
         return torch.cat([tensor.detach(), torch.full_like(tensor[:1], filler)])
 
     grown = mapped_credit(group, with_empty_row)._replace(rewards_B=torch.cat([group.rewards_B, torch.tensor([7.0])]))
-    before, after = algorithm.credit(group), algorithm.credit(grown)
+    before, after = algorithm.advantages(group), algorithm.advantages(grown)
     assert close(after.advantages_BT[:-1], before.advantages_BT)
     assert not after.advantages_BT[-1].any()
     assert after.metrics == pytest.approx(before.metrics, abs=1e-6)
@@ -165,7 +165,7 @@ def test_the_order_of_samples_only_orders_the_results(kind: type[Algorithm], see
         return tensor.detach()[order]
 
     shuffled = mapped_credit(group, reordered)._replace(rewards_B=group.rewards_B[order])
-    assert close(algorithm.credit(shuffled).advantages_BT, algorithm.credit(group).advantages_BT[order])
+    assert close(algorithm.advantages(shuffled).advantages_BT, algorithm.advantages(group).advantages_BT[order])
     assert close(algorithm.loss(mapped_loss(batch, reordered)).total, algorithm.loss(batch).total)
 
 
@@ -213,8 +213,8 @@ def test_descent_raises_good_tokens_and_lowers_bad_ones(kind: type[Algorithm]):
 def test_the_sample_that_reward_and_reference_prefer_is_worth_more(kind: type[Algorithm]):
     flat_BT = torch.full((2, 3), -1.0)
     reference_BT = flat_BT + torch.tensor([[0.5], [-0.5]])
-    group = CreditBatch(torch.tensor([1.0, 0.0]), torch.ones(2, 3), flat_BT, reference_BT, torch.zeros(2, 3))
-    advantages_BT = kind().credit(group).advantages_BT
+    group = AdvantageBatch(torch.tensor([1.0, 0.0]), torch.ones(2, 3), flat_BT, reference_BT, torch.zeros(2, 3))
+    advantages_BT = kind().advantages(group).advantages_BT
     assert bool((advantages_BT[0] > advantages_BT[1]).all())
 
 
@@ -226,9 +226,9 @@ def test_needs_are_stated_exactly(kind: type[Algorithm]):
     for is_needed, lacking in ((algorithm.needs_group, alone), (algorithm.needs_critic, without_values)):
         if is_needed:
             with pytest.raises(ConfigError):
-                algorithm.credit(lacking)
+                algorithm.advantages(lacking)
         else:
-            assert torch.isfinite(algorithm.credit(lacking).advantages_BT).all()
+            assert torch.isfinite(algorithm.advantages(lacking).advantages_BT).all()
     _, _, batch = prepared(kind, 0)
     if not algorithm.needs_entropy:
         assert torch.isfinite(algorithm.loss(batch._replace(entropy_BT=None)).total)

@@ -14,7 +14,7 @@ import pytest
 from flowrl.errors import ChannelClosed
 from flowrl.graph.plan import plan_of
 from flowrl.messages import Credit, encode
-from flowrl.runtime.door import Door, Knocking
+from flowrl.runtime.calls import CallClient, CallGate
 from flowrl.runtime.flow import Flow
 from flowrl.runtime.ledger import Ledger
 from flowrl.runtime.wire import Address, Connection
@@ -38,9 +38,9 @@ class Clients:
     """The flow as each replica of the test sees it."""
 
     def __init__(self, carry: Carry) -> None:
-        self.prompts = Knocking(carry, "prompts.0", 0)
-        self.generators = [Knocking(carry, f"generator.{i}", 0) for i in range(2)]
-        self.learner = Knocking(carry, "learner.0", 0)
+        self.prompts = CallClient(carry, "prompts.0", 0)
+        self.generators = [CallClient(carry, f"generator.{i}", 0) for i in range(2)]
+        self.learner = CallClient(carry, "learner.0", 0)
 
 
 SOON_S = 5.0  # far above a call's time; nothing waits for it unless the contract is broken
@@ -67,7 +67,7 @@ def on_runtime(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Body
         async def close() -> None:
             f.close()
 
-        await body(Clients(Door(f).call), close)
+        await body(Clients(CallGate(f).call), close)
 
     async def on_ray(body: Body) -> None:
         from flowrl.runtime.actors import HubActor, ray

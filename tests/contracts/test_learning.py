@@ -12,7 +12,7 @@ import pytest
 
 from flowrl.graph.graph import Graph, Queue
 from flowrl.runtime.local import LocalOptions, run_local
-from flowrl.runtime.virtual_clock import run_virtual
+from flowrl.simulation.clock import run_virtual
 from flowrl.stages.reference import Reference
 from flowrl.telemetry.events import Event, Step
 from perf import staleness

@@ -74,7 +74,7 @@ def graph(model: Path, *, records: bool = False, reward_type: type[Reward] = Rec
     constant = Schedule(kind="constant")
     prompts = NumberedPrompts(Prompts.Config(), group_size=group_size, seed=1)
     generator = Generator(
-        Generator.Config(replicas=2, engine="flowrl.engines.fake:FakeGeneration",
+        Generator.Config(replicas=2, engine="flowrl.simulation.fake:FakeGeneration",
                          engine_options={"times": {"token_s": 0.001}}),
         model=str(model), sampling=Sampling(max_tokens=6), heldout_sampling=Sampling(),
     )  # fmt: skip
@@ -132,7 +132,7 @@ def plain_loop(model: Path, rollouts: list[Rollouts], name: str) -> tuple[list[d
                 Referenced, group, scores={"digits": scores}, ref_logprobs=[Buffer.floats(row) for row in rows]
             )
             values = critic.score([token_group(referenced)])[0]
-            batch.append(extend(Samples, referenced, **crediting.credit(referenced, values)))
+            batch.append(extend(Samples, referenced, **crediting.advantages(referenced, values)))
         crediting.figures = critic_figures(
             critic.accumulate([token_group(group) for group in batch], Select(use="flowrl.algorithms.value:ValueLoss"))
             | critic.apply()

@@ -10,7 +10,7 @@ import pytest
 import uvloop
 
 from flowrl.errors import ChannelClosed, RunError
-from flowrl.runtime.door import Door, Knocking
+from flowrl.runtime.calls import CallClient, CallGate
 from flowrl.runtime.flow import Flow
 from flowrl.runtime.ledger import Ledger
 from flowrl.runtime.wire import Address, Connection, Listener
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 @asynccontextmanager
 async def listening() -> AsyncIterator[tuple[Flow, Address]]:
     f = Flow(flow(SETTINGS), Ledger(None))
-    listener = Listener(Door(f))
+    listener = Listener(CallGate(f))
     yield f, await listener.open("127.0.0.1")
     assert listener._server is not None
     listener._server.close()
@@ -52,7 +52,7 @@ def test_a_message_or_credit_given_to_a_caller_that_gave_up_goes_to_the_next() -
         async with listening() as (_, address):
             wire = await Connection.open(address)
             prompts, first, second = (
-                Knocking(wire.carry, name, 0) for name in ("prompts.0", "generator.0", "scorer.0")
+                CallClient(wire.carry, name, 0) for name in ("prompts.0", "generator.0", "scorer.0")
             )
             for key in range(60):
                 later_s = 0.00005 * (key % 20)  # then the answer is not asked for yet, under way, or there
@@ -82,7 +82,7 @@ def test_large_messages_pass_whole_and_small_ones_pass_by_them() -> None:
         large = bytes(range(256)) * (1 << 16)  # 16 MiB
         async with listening() as (_, address):
             wire = await Connection.open(address)
-            prompts, generator = Knocking(wire.carry, "prompts.0", 0), Knocking(wire.carry, "generator.0", 0)
+            prompts, generator = CallClient(wire.carry, "prompts.0", 0), CallClient(wire.carry, "generator.0", 0)
             waiting = asyncio.ensure_future(generator.get("generator.prompts", 2))
             for key, sent in enumerate((large, b"small")):
                 assert await prompts.acquire("prompts.credits") == key
@@ -99,7 +99,7 @@ def test_who_does_not_know_the_secret_is_not_heard() -> None:
         async with listening() as (f, address):
             wire = await Connection.open(address._replace(secret="00" * 32))
             with pytest.raises(RunError, match="host is gone"):
-                await Knocking(wire.carry, "prompts.0", 0).acquire("prompts.credits")
+                await CallClient(wire.carry, "prompts.0", 0).acquire("prompts.credits")
             assert not f.ledger.num_open
             assert "prompts.0" not in " ".join(f.waits())
             await wire.close()
@@ -111,7 +111,7 @@ def test_a_failure_or_closed_edge_arrives_as_what_it_is() -> None:
     async def body() -> None:
         async with listening() as (f, address):
             wire = await Connection.open(address)
-            prompts = Knocking(wire.carry, "prompts.0", 0)
+            prompts = CallClient(wire.carry, "prompts.0", 0)
             with pytest.raises(RunError, match="group 7 was admitted without a credit"):
                 await prompts.put("prompts.prompts", 7, b"")
             with pytest.raises(RunError, match="KeyError"):
@@ -128,8 +128,8 @@ def test_waits_end_when_the_other_side_is_gone() -> None:
     async def body() -> None:
         async with listening() as (f, address):
             wire, other = await Connection.open(address), await Connection.open(address)
-            waiting = asyncio.ensure_future(Knocking(wire.carry, "generator.0", 0).get("generator.prompts", 1))
-            staying = asyncio.ensure_future(Knocking(other.carry, "generator.1", 0).get("generator.prompts", 1))
+            waiting = asyncio.ensure_future(CallClient(wire.carry, "generator.0", 0).get("generator.prompts", 1))
+            staying = asyncio.ensure_future(CallClient(other.carry, "generator.1", 0).get("generator.prompts", 1))
             await only_these_wait(f, "generator.0", "generator.1")
             await wire.close()
             waiting.cancel()
@@ -138,7 +138,7 @@ def test_waits_end_when_the_other_side_is_gone() -> None:
             with pytest.raises(RunError, match="host is gone"):
                 await staying
             with pytest.raises(RunError, match="host is gone"):
-                await Knocking(other.carry, "generator.1", 0).get("generator.prompts", 1)
+                await CallClient(other.carry, "generator.1", 0).get("generator.prompts", 1)
             await only_these_wait(f)
             await other.close()
 

@@ -35,7 +35,7 @@ def digit(completions: list[str]) -> list[float]:
 def test_the_selected_samples_are_learned(graph: str, tiny: Path, tmp_path: Path):
     settings: dict[str, object] = {
         "runtime": "local", "model": tiny, "steps": 2, "groups_per_step": 2, "data.num_train": 40,
-        "data.num_heldout": 2, "generator.engine": "flowrl.engines.fake:FakeGeneration", "generator.group_size": 3,
+        "data.num_heldout": 2, "generator.engine": "flowrl.simulation.fake:FakeGeneration", "generator.group_size": 3,
         "reward.function": f"{__name__}:digit", "reward.isolation": "thread", "learner.engine": TORCH,
         "learner.dtype": "float32", "learner.lr": 1e-3,
     }  # fmt: skip

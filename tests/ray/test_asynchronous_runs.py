@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flowrl.engines.checkpoint import checkpoint_version, newest_sound
-from flowrl.runtime.verify import verify_run
+from flowrl.runs.verify import verify_run
 from tests.support.command import GRAPH, ROOT, descendants_of, flowrl, tiny_settings
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flowrl.cli import main
-from flowrl.runtime.comparison import first_difference
+from flowrl.runs.comparison import first_difference
+from flowrl.runs.verify import verify_run
 from flowrl.runtime.ledger import read_entries
-from flowrl.runtime.verify import verify_run
 from tests.support.command import GRAPH, descendants_of, flowrl, tiny_settings
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flowrl.messages import Rollouts
+from flowrl.runtime.calls import Call, CallGate
 from flowrl.runtime.channels.credits import CreditsChannel
 from flowrl.runtime.channels.queue import QueueChannel
 from flowrl.runtime.channels.register import RegisterChannel
-from flowrl.runtime.door import Call, Door
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,10 +72,10 @@ def drop_oldest_on_full(patch: Patch) -> None:
 def no_fence(patch: Patch) -> None:
     """The door serves every incarnation, and a dead one's calls go on."""
 
-    async def call(self: Door, call: Call) -> Any:
+    async def call(self: CallGate, call: Call) -> Any:
         return await getattr(self.flow, call.method)(call.replica, *call.arguments)
 
-    patch(Door, "call", call)
+    patch(CallGate, "call", call)
 
 
 def double_return_of_a_credit(patch: Patch) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flowrl.errors import ChannelClosed
 
 if TYPE_CHECKING:
-    from flowrl.runtime.door import Call
+    from flowrl.runtime.calls import Call
     from flowrl.runtime.local import Carry, LocalCrew
 
 RETRY_S = 0.5  # after which a caller repeats what has not been answered

@@ -19,8 +19,8 @@ from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Rollouts, Samples, extend
 from flowrl.runtime.local import LocalOptions, Outcome, run_local
-from flowrl.runtime.timed_graph import stand_in_model
-from flowrl.runtime.virtual_clock import run_virtual
+from flowrl.simulation.clock import run_virtual
+from flowrl.simulation.timed_graph import stand_in_model
 from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
@@ -159,14 +159,14 @@ def flow(s: FlowSettings, learner_class: type[Learner] = ObservedLearner) -> Gra
     times = {"token_s": s.token_s, "sigma": s.sigma, "update_s": s.update_s, "train_s": s.train_s}
     prompts = NumberedPrompts(Prompts.Config(), group_size=2, seed=s.seed)
     generator = Generator(
-        Generator.Config(replicas=s.generators, max_groups=2, engine="flowrl.engines.fake:FakeGeneration",
+        Generator.Config(replicas=s.generators, max_groups=2, engine="flowrl.simulation.fake:FakeGeneration",
                          engine_options={"times": times}),
         model=stand_in_model(), sampling=Sampling(max_tokens=8), heldout_sampling=Sampling(max_tokens=8),
     )  # fmt: skip
     scorer = Scorer(Scorer.Config(replicas=s.scorers, mean_s=s.score_s, filter_every=s.filter_every, seed=s.seed))
     learner = learner_class(
-        Learner.Config(engine="flowrl.engines.fake:FakeTraining", engine_options={"times": times}, save_rollouts=False,
-                       save_every=s.save_every),
+        Learner.Config(engine="flowrl.simulation.fake:FakeTraining", engine_options={"times": times},
+                       save_rollouts=False, save_every=s.save_every),
         model=stand_in_model(), algorithm=Select(use="tests.support.flows:NullAlgorithm"), steps=s.steps,
         groups_per_step=s.groups_per_step, group_size=2, max_staleness=s.max_staleness, temperature=1.0,
         has_critic=False,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowrl.config import Select  # noqa: TC001  # a stage is rebuilt by its constructor's annotations
 from flowrl.data.examples import ExampleRow
-from flowrl.engines.fake import FakeTraining
+from flowrl.simulation.fake import FakeTraining
 from flowrl.stages.examples import Examples, HeldoutExamples
 
 if TYPE_CHECKING:

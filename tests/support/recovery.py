@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flowrl.graph.staleness import staleness_bound
+from flowrl.runs.verify import Verdict, judge
 from flowrl.runtime.ledger import ENDINGS, Entry, read_entries, surviving
 from flowrl.runtime.local import LocalOptions, Outcome, run_local
-from flowrl.runtime.verify import Verdict, judge
-from flowrl.runtime.virtual_clock import run_virtual
+from flowrl.simulation.clock import run_virtual
 from tests.support.chaos import Chaos
 from tests.support.flows import FlowSettings, ObservedLearner, flow, random_settings
 

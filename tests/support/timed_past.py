@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from flowrl.engines.timed import SCENE, Scene
 from flowrl.graph.plan import graph_of
 from flowrl.graph.program import load_program
 from flowrl.runtime.placement import num_cores
-from flowrl.runtime.prediction import Watch
 from flowrl.runtime.rundir import create_run_dir, write_plan
-from flowrl.runtime.timed_graph import timed_plan
-from flowrl.runtime.timed_run import run_timed
-from flowrl.runtime.virtual_clock import run_virtual
-from flowrl.telemetry.profile import CallCost, DecodeCost, NodeProfile, Profile, Spread
-from flowrl.telemetry.profiler import machine_name
+from flowrl.simulation.clock import run_virtual
+from flowrl.simulation.costs import CallCost, DecodeCost, NodeProfile, Profile, Spread
+from flowrl.simulation.prediction import Watch
+from flowrl.simulation.profiler import machine_name
+from flowrl.simulation.timed import CURRENT, SimulationState
+from flowrl.simulation.timed_graph import timed_plan
+from flowrl.simulation.timed_run import run_timed
 from flowrl.telemetry.sinks import open_sinks
 from flowrl.telemetry.trackers import WandbConfig
 from tests.support.command import GRAPH
@@ -55,14 +55,14 @@ class Keeping(Watch):
 
 def events_of(graph: Graph, truth: Profile, *, steps: int) -> Sequence[Event]:
     """Run a graph on the virtual clock at the costs of `truth` and return all that its replicas tell."""
-    scene = Scene(truth, cores=truth.cores)
+    scene = SimulationState(truth, cores=truth.cores)
     watch = Keeping(1, steps, scene)
     plan = timed_plan(graph, truth, steps=steps, is_whole=True)
-    token = SCENE.set(scene)
+    token = CURRENT.set(scene)
     try:
         run_virtual(run_timed(graph_of(plan), plan, watch, status_s=0.5))
     finally:
-        SCENE.reset(token)
+        CURRENT.reset(token)
     return watch.events
 
 

@@ -16,9 +16,9 @@ from flowrl.messages import (
     AnyMessage,
     Buffer,
     Canary,
-    Checkpoint,
     Credit,
     End,
+    EvaluationRequest,
     Example,
     Message,
     Prompt,
@@ -89,7 +89,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "directory": letters,
 }
 KINDS: list[type[Message]] = [
-    Prompt, Rollouts, Scored, Referenced, Samples, Example, Texts, Credit, Weights, Checkpoint, Save, End,
+    Prompt, Rollouts, Scored, Referenced, Samples, Example, Texts, Credit, Weights, EvaluationRequest, Save, End,
 ]  # fmt: skip
 CHAIN: list[type[Prompt]] = [Prompt, Rollouts, Scored, Referenced, Samples]
 

@@ -19,7 +19,7 @@ from flowrl.errors import ProofError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from flowrl.engines.weights.manifest import AnyManifest, Manifest
+    from flowrl.engines.weights.manifest import AnyManifest, WeightManifest
 
 ALIGNMENT_BYTES = 64  # a cache line; more than any dtype needs to be viewed in place
 
@@ -116,7 +116,7 @@ def unpack(bucket: Bucket, raw: torch.Tensor) -> Iterator[tuple[str, torch.Tenso
         yield spec.name, _bytes_of(spec, raw).view(getattr(torch, spec.dtype)).view(spec.shape)
 
 
-def verify(manifest: Manifest, buffers: Sequence[torch.Tensor], where: str) -> None:
+def verify(manifest: WeightManifest, buffers: Sequence[torch.Tensor], where: str) -> None:
     """Hold every tensor received against its digest.
 
     Raises:

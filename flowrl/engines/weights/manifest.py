@@ -31,7 +31,7 @@ class Bucket(msgspec.Struct, frozen=True, kw_only=True):
     tensors: list[TensorSpec]
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True, tag_field="transport"):
+class WeightManifest(msgspec.Struct, frozen=True, kw_only=True, tag_field="transport"):
     """What a version consists of; each transport adds how to get it."""
 
     version: int
@@ -43,13 +43,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, tag_field="transport")
         return sum(bucket.size for bucket in self.buckets)
 
 
-class ShmManifest(Manifest, frozen=True, kw_only=True, tag="shm"):
+class ShmManifest(WeightManifest, frozen=True, kw_only=True, tag="shm"):
     """The version is one file in shared memory."""
 
     path: str
 
 
-class BroadcastManifest(Manifest, frozen=True, kw_only=True, tag="broadcast"):
+class BroadcastManifest(WeightManifest, frozen=True, kw_only=True, tag="broadcast"):
     """The version is broadcast from rank 0 of a group formed through the store at host:port."""
 
     host: str

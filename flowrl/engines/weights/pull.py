@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MAX_REQUEST_BYTES = 4096  # a request is a token and a number
 
 
-class Request(msgspec.Struct, frozen=True):
+class PullRequest(msgspec.Struct, frozen=True):
     """What a receiver sends."""
 
     token: str
@@ -50,7 +50,7 @@ class PullServer:
             def handle(self) -> None:
                 # A receiver that went away or talks nonsense costs this thread, never the learner.
                 with contextlib.suppress(OSError, msgspec.DecodeError):
-                    request = msgspec.json.decode(self.rfile.readline(MAX_REQUEST_BYTES), type=Request)
+                    request = msgspec.json.decode(self.rfile.readline(MAX_REQUEST_BYTES), type=PullRequest)
                     if hmac.compare_digest(request.token, token):
                         for raw in held(request.version):
                             self.request.sendall(memory(raw))
@@ -81,7 +81,7 @@ def pull(manifest: BroadcastManifest, buffers: Sequence[torch.Tensor], *, timeou
     Raises:
         TransferError: the sender cannot be reached, is too slow, or no longer holds the version.
     """
-    request = msgspec.json.encode(Request(manifest.token, manifest.version)) + b"\n"
+    request = msgspec.json.encode(PullRequest(manifest.token, manifest.version)) + b"\n"
     try:
         with socket.create_connection((manifest.host, manifest.pull_port), timeout=timeout_s) as connection:
             connection.sendall(request)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 BACKEND = "flowrl"
 
 
-class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+class Prefetched(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker reports of a prefetch."""
 
     version: int
@@ -112,7 +112,7 @@ class FlowrlWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             outcome = {"kind": failure, "what": error.what, "remedy": error.remedy}
         except Exception as error:  # whatever it was, the serving process must hear of it
             outcome = {"kind": "transfer", "what": f"receiving failed: {error!r}"}
-        report = Outcome(version=manifest.version, seconds=time.monotonic() - start_s, **outcome)
+        report = Prefetched(version=manifest.version, seconds=time.monotonic() - start_s, **outcome)
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(self._init.replies)
             connection.sendall(msgspec.json.encode(report) + b"\n")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flowrl.algorithms.base import CreditBatch, LossBatch
+from flowrl.algorithms.base import AdvantageBatch, LossBatch
 from flowrl.algorithms.functional import whiten
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from flowrl.algorithms.base import Algorithm, Credited
+    from flowrl.algorithms.base import Advantages, Algorithm
 
 NAN = float("nan")
 
@@ -29,14 +29,14 @@ def ragged_mask(rows: int, width: int, generator: torch.Generator) -> Tensor:
     return mask_BT
 
 
-def credit_batch(seed: int, *, rows: int = 4, width: int = 7) -> CreditBatch:
+def credit_batch(seed: int, *, rows: int = 4, width: int = 7) -> AdvantageBatch:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(scale: float) -> Tensor:
         return scale * torch.randn(rows, width, generator=generator)
 
     behaviour_BT = -1.5 + normal(0.5)
-    return CreditBatch(
+    return AdvantageBatch(
         rewards_B=torch.randn(rows, generator=generator),
         mask_BT=ragged_mask(rows, width, generator),
         behaviour_BT=behaviour_BT,
@@ -70,7 +70,7 @@ def loss_batch(seed: int, *, rows: int = 4, width: int = 7, drift: float = 0.4) 
     )
 
 
-def credited_loss_batch(algorithm: Algorithm, group: CreditBatch, credited: Credited, seed: int) -> LossBatch:
+def credited_loss_batch(algorithm: Algorithm, group: AdvantageBatch, credited: Advantages, seed: int) -> LossBatch:
     """The micro-batch that a credited group becomes once the learner has whitened it and moved a little."""
     generator = torch.Generator().manual_seed(seed)
     advantages_BT = credited.advantages_BT
@@ -120,9 +120,9 @@ def mapped_loss(batch: LossBatch, change: Callable[[Tensor, float], Tensor]) -> 
     )
 
 
-def mapped_credit(batch: CreditBatch, change: Callable[[Tensor, float], Tensor]) -> CreditBatch:
+def mapped_credit(batch: AdvantageBatch, change: Callable[[Tensor, float], Tensor]) -> AdvantageBatch:
     """The group with `change(tensor, filler)` applied to all of its token tensors."""
-    return CreditBatch(
+    return AdvantageBatch(
         rewards_B=batch.rewards_B,
         mask_BT=change(batch.mask_BT, 0.0),
         behaviour_BT=change(batch.behaviour_BT, NAN),

@@ -123,4 +123,4 @@ def test_the_score_of_a_sample_is_normalised_before_its_penalty_whoever_adapts(p
     fixed = PPO(kl=KL(coef=0.2), shaping=Shaping(mean=1.0, std=4.0))
     batch = credit_batch(1)
     batch = batch._replace(placed_BT=torch.full_like(batch.mask_BT, 0.5) if placed else None)
-    assert torch.equal(algorithm.credit(batch).advantages_BT, fixed.credit(batch).advantages_BT)
+    assert torch.equal(algorithm.advantages(batch).advantages_BT, fixed.advantages(batch).advantages_BT)

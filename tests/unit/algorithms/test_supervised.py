@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from flowrl.algorithms.base import CreditBatch, LossBatch, Objective
+from flowrl.algorithms.base import AdvantageBatch, LossBatch, Objective
 from flowrl.algorithms.corrections import Correction
 from flowrl.algorithms.distillation import Distillation
 from flowrl.algorithms.on_policy_distillation import OnPolicyDistillation
@@ -164,7 +164,7 @@ def distilled(
     total = torch.zeros(())
     for pair in itertools.product(range(len(student)), repeat=2):
         old, ref, now = (each[list(pair)].detach()[:, None] for each in (behaviour, teacher, student))
-        credited = algorithm.credit(CreditBatch(torch.zeros(2), torch.ones(2, 1), old, ref))
+        credited = algorithm.advantages(AdvantageBatch(torch.zeros(2), torch.ones(2, 1), old, ref))
         columns = {"behaviour": old, "proximal": now, "reference": ref, "advantages": credited.advantages_BT}
         loss = algorithm.loss(LossBatch(student[list(pair)][:, None], torch.ones(2, 1), columns))
         total = total + behaviour[list(pair)].sum().exp() * loss.total / loss.count
@@ -192,10 +192,10 @@ def test_on_policy_distillation_has_the_gradient_of_the_reverse_kl_in_the_mean(i
 
 
 def test_a_teacher_equally_far_from_every_sample_says_nothing_of_any_but_a_sample_alone():
-    group = CreditBatch(torch.zeros(3), torch.ones(3, 2), torch.full((3, 2), -1.0), torch.full((3, 2), -3.0))
-    assert not OnPolicyDistillation().credit(group).advantages_BT.any()
-    alone = CreditBatch(*(part[:1] for part in group[:4] if part is not None))
-    assert OnPolicyDistillation().credit(alone).advantages_BT.tolist() == [[-2.0, -2.0]]
+    group = AdvantageBatch(torch.zeros(3), torch.ones(3, 2), torch.full((3, 2), -1.0), torch.full((3, 2), -3.0))
+    assert not OnPolicyDistillation().advantages(group).advantages_BT.any()
+    alone = AdvantageBatch(*(part[:1] for part in group[:4] if part is not None))
+    assert OnPolicyDistillation().advantages(alone).advantages_BT.tolist() == [[-2.0, -2.0]]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -209,23 +209,23 @@ def test_a_token_is_worth_its_gap_less_that_of_the_other_samples_tokens(seed: in
                   for t in sampled(masks[j])]  # fmt: skip
         worth = [max(-0.3, min(0.3, r - o)) - sum(others) / len(others) for r, o in zip(ref[i], old[i], strict=True)]
         expected.append([0.5 * each if sampled_here else 0.0 for each, sampled_here in zip(worth, mask, strict=True)])
-    assert same(OnPolicyDistillation(coef=0.5, max_gap=0.3).credit(group).advantages_BT, expected)
+    assert same(OnPolicyDistillation(coef=0.5, max_gap=0.3).advantages(group).advantages_BT, expected)
 
 
 def test_a_policy_that_is_its_teacher_has_nothing_to_distil_and_a_reward_still_counts():
     flat_BT = torch.full((2, 3), -1.0)
-    group = CreditBatch(torch.tensor([1.0, 0.0]), torch.ones(2, 3), flat_BT, flat_BT)
-    assert not OnPolicyDistillation().credit(group).advantages_BT.any()
+    group = AdvantageBatch(torch.tensor([1.0, 0.0]), torch.ones(2, 3), flat_BT, flat_BT)
+    assert not OnPolicyDistillation().advantages(group).advantages_BT.any()
     rewarded = OnPolicyDistillation(reward_coef=0.5)
-    assert rewarded.credit(group).advantages_BT.tolist() == [[0.25] * 3, [-0.25] * 3]
+    assert rewarded.advantages(group).advantages_BT.tolist() == [[0.25] * 3, [-0.25] * 3]
     assert rewarded.needs_group
     assert not OnPolicyDistillation().needs_group
 
 
 def test_distillation_without_a_teacher_or_with_a_penalty_beside_it_is_refused():
-    group = CreditBatch(torch.zeros(1), torch.ones(1, 1), torch.zeros(1, 1))
+    group = AdvantageBatch(torch.zeros(1), torch.ones(1, 1), torch.zeros(1, 1))
     with pytest.raises(ConfigError, match="add a reference node with the teacher"):
-        OnPolicyDistillation().credit(group)
+        OnPolicyDistillation().advantages(group)
     with pytest.raises(ConfigError, match="the reference is the teacher"):
         Select(use="flowrl.algorithms.on_policy_distillation:OnPolicyDistillation", options={"kl": {"coef": 0.1}}).load(
             "algorithm"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from flowrl.config import resolve
-from flowrl.data.examples import ExampleData, ExampleSet, Source, load_examples
+from flowrl.data.examples import ExampleData, ExampleSet, ExampleSource, load_examples
 from flowrl.errors import ConfigError, DataError
 from tests.support.tiny import CHAT_TEMPLATE
 
@@ -296,8 +296,8 @@ def test_condition_that_cannot_be_written_is_refused(load, rows, said):
 
 def test_sources_are_mixed_by_weight_and_split_together(jsonl, tokenizer):
     mix = [
-        Source(source=jsonl(pairs(40), "a.jsonl"), weight=3),
-        Source(
+        ExampleSource(source=jsonl(pairs(40), "a.jsonl"), weight=3),
+        ExampleSource(
             source=jsonl([{"messages": [said("user", str(i)), said("assistant", "b")]} for i in range(20)], "b.jsonl")
         ),
     ]
@@ -309,7 +309,7 @@ def test_sources_are_mixed_by_weight_and_split_together(jsonl, tokenizer):
 
 
 def test_row_of_two_sources_is_learned_once(jsonl, tokenizer):
-    mix = [Source(source=jsonl(pairs(10), "a.jsonl")), Source(source=jsonl(pairs(12), "b.jsonl"))]
+    mix = [ExampleSource(source=jsonl(pairs(10), "a.jsonl")), ExampleSource(source=jsonl(pairs(12), "b.jsonl"))]
     examples = load_examples(ExampleData(mix=mix, num_heldout=0), tokenizer)
     assert (len(examples), examples.num_duplicates) == (12, 10)
     with pytest.raises(DataError, match=r"data\.mix\[1\]: has no rows left"):
@@ -318,7 +318,7 @@ def test_row_of_two_sources_is_learned_once(jsonl, tokenizer):
 
 def test_mix_and_a_source_of_its_own_are_refused():
     with pytest.raises(ConfigError, match=r"data\.mix"):
-        ExampleData(source="a.jsonl", mix=[Source(source="b.jsonl")])
+        ExampleData(source="a.jsonl", mix=[ExampleSource(source="b.jsonl")])
 
 
 # Made on the spot

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flowrl.engines.base import Ranks, Schedule, TrainingConfig
-from flowrl.engines.memory import Budget, NoRoom, Room, Size, is_out_of_memory
+from flowrl.engines.memory import Budget, FitVote, NoRoom, Size, is_out_of_memory
 from flowrl.engines.packing import halved, plan
 from flowrl.engines.parts import Part
 from flowrl.engines.torch import TorchEngine
@@ -154,7 +154,7 @@ def part_of(num_tokens: int) -> Part:
                 size=Size(num_tokens, num_tokens**2, 1))  # fmt: skip
 
 
-def passed(room: Room, budget: Budget, num_tokens: int, error: Exception | None = None) -> None:
+def passed(room: FitVote, budget: Budget, num_tokens: int, error: Exception | None = None) -> None:
     """Run a pass with two collectives and perhaps an error between them."""
     collective = room.guarded(lambda: None)
     with room.one_pass(part_of(num_tokens), budget):
@@ -166,7 +166,7 @@ def passed(room: Room, budget: Budget, num_tokens: int, error: Exception | None 
 
 def test_ranks_vote_before_each_collective_and_at_the_end_of_passes_larger_than_any_that_fitted():
     line, budget = ThreeRanks(), Budget(100, where="learner")
-    room = Room(line, where="learner", ranks_meet=True)  # pyright: ignore[reportArgumentType]
+    room = FitVote(line, where="learner", ranks_meet=True)  # pyright: ignore[reportArgumentType]
     votes = []
     for num_tokens in (50, 50, 40, 60, 50):
         passed(room, budget, num_tokens)
@@ -179,7 +179,7 @@ def test_ranks_vote_before_each_collective_and_at_the_end_of_passes_larger_than_
 
 def test_a_rank_that_ran_out_votes_at_once_and_one_that_did_not_hears_it_at_its_next_collective():
     line, budget = ThreeRanks(), Budget(100, where="learner")
-    room = Room(line, where="learner", ranks_meet=True)  # pyright: ignore[reportArgumentType]
+    room = FitVote(line, where="learner", ranks_meet=True)  # pyright: ignore[reportArgumentType]
     with pytest.raises(NoRoom) as own:
         passed(room, budget, 60, torch.OutOfMemoryError("planted"))
     assert (own.value.votes, line.num_votes) == ([0, 0, 30], 2)
@@ -198,7 +198,7 @@ def test_a_rank_that_ran_out_votes_at_once_and_one_that_did_not_hears_it_at_its_
 
 def test_memory_that_is_gone_where_ranks_did_not_vote_breaks_them_with_the_reason():
     budget = Budget(100, where="learner")
-    room = Room(ThreeRanks(), where="learner", ranks_meet=True)  # pyright: ignore[reportArgumentType]
+    room = FitVote(ThreeRanks(), where="learner", ranks_meet=True)  # pyright: ignore[reportArgumentType]
     passed(room, budget, 60)
     with pytest.raises(StageError, match="in a pass of 60 tokens, although one as large fitted before"):
         passed(room, budget, 60, torch.OutOfMemoryError("planted"))

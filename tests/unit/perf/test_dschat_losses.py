@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowrl.algorithms.base import CreditBatch, LossBatch
+from flowrl.algorithms.base import AdvantageBatch, LossBatch
 from flowrl.algorithms.corrections import Correction
 from flowrl.algorithms.policy import KL
 from flowrl.algorithms.ppo import PPO
@@ -33,7 +33,7 @@ def test_rewards_and_advantages_are_those_of_ppo_credit(seed: int):
     scores = torch.tensor([0.5, 9.0, -7.0, 1.5])  # two beyond the clip
     rewards = step_rewards(scores, given["old"], given["reference"], mask)
     advantages, returns = advantages_and_returns(rewards, given["values"], mask)
-    credited = ALGORITHM.credit(CreditBatch(scores, mask, given["old"], given["reference"], given["values"]))
+    credited = ALGORITHM.advantages(AdvantageBatch(scores, mask, given["old"], given["reference"], given["values"]))
     assert credited.returns_BT is not None
     torch.testing.assert_close(advantages, credited.advantages_BT, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(returns, credited.returns_BT, atol=1e-6, rtol=1e-6)

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from flowrl.graph.program import load_program
+from flowrl.simulation.costs import DecodeCost
 from flowrl.telemetry.events import Event, Span, Step
-from flowrl.telemetry.profile import DecodeCost
 from perf.dschat import _overrides_of
 from perf.dschat_gains import busy_share, causes, ceilings, mean
 from perf.dschat_report import Measured, Results, Setting, markdown, read_results

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, get_args
 import msgspec
 import pytest
 
-from flowrl.runtime.trials import Request, Searcher
+from flowrl.tuning.trials import Searcher, TuneRequest
 from perf.paper import GRAPH, KNOBS, compare, step_s, write_settings
 from perf.paper_report import Found, Placed, Report, markdown
 from perf.paper_rows import Row, System, profile, read_tables, settings
@@ -16,7 +16,7 @@ from perf.paper_rows import Row, System, profile, read_tables, settings
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from flowrl.runtime.knobs import Setting
+    from flowrl.tuning.knobs import Setting
 
 TABLES = read_tables()
 ROWS = {row.size: row for row in TABLES.rows}
@@ -73,7 +73,7 @@ def test_the_search_turns_only_the_gpus_of_each_role(tmp_path: Path) -> None:
     costs = tmp_path / "profile.json"
     costs.write_bytes(msgspec.json.encode(profile(TABLES, row, "openrlhf")))
     config = write_settings(tmp_path, settings(TABLES, row, "openrlhf", max_staleness=1))
-    searcher = Searcher(Request(graph=GRAPH, profile=costs, config=config, gpus=row.gpus, only=KNOBS))
+    searcher = Searcher(TuneRequest(graph=GRAPH, profile=costs, config=config, gpus=row.gpus, only=KNOBS))
     assert {knob.name for knob in searcher.knobs()} == {
         "generator.replicas", "reward_model.replicas", "reference.replicas", "critic.ranks", "learner.ranks",
     }  # fmt: skip

@@ -10,16 +10,16 @@ import pytest
 
 from flowrl.errors import ConfigError, RewardError
 from flowrl.rewards.http import (
-    Answer,
     Remote,
     RemoteScorer,
+    ServerReply,
     Unreachable,
     check_remote,
     read_token,
     request_body,
     seconds_asked,
 )
-from flowrl.runtime.virtual_clock import run_virtual
+from flowrl.simulation.clock import run_virtual
 from tests.support.alone import rollouts
 
 if TYPE_CHECKING:
@@ -30,25 +30,25 @@ GROUPS = [rollouts("one", "three"), rollouts("five", group_id=8, prompt="more", 
 GOOD = b'{"scores": [1, null, 0.5]}'
 
 
-def answer(status: int = 200, body: bytes = GOOD, retry_after: str | None = None) -> Answer:
-    return Answer(status=status, retry_after=retry_after, body=body)
+def answer(status: int = 200, body: bytes = GOOD, retry_after: str | None = None) -> ServerReply:
+    return ServerReply(status=status, retry_after=retry_after, body=body)
 
 
 class Server:
     """Answers in turn, the last one for ever; an exception is raised, None never comes."""
 
-    def __init__(self, *answers: Answer | Exception | None) -> None:
+    def __init__(self, *answers: ServerReply | Exception | None) -> None:
         self.answers = list(answers)
         self.times_s: list[float] = []
 
-    async def post(self, request: bytes) -> Answer:
+    async def post(self, request: bytes) -> ServerReply:
         self.times_s.append(asyncio.get_running_loop().time())
         turn = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if turn is None:
             await asyncio.Event().wait()
         if isinstance(turn, Exception):
             raise turn
-        assert isinstance(turn, Answer)
+        assert isinstance(turn, ServerReply)
         return turn
 
 
@@ -115,7 +115,7 @@ def test_a_refusal_is_not_tried_again(status: int):
 
 
 @pytest.mark.parametrize("trouble", [answer(500), answer(503), answer(429), answer(408), ConnectionError("no"), None])
-def test_a_server_that_is_away_or_busy_is_asked_again(trouble: Answer | Exception | None):
+def test_a_server_that_is_away_or_busy_is_asked_again(trouble: ServerReply | Exception | None):
     server = Server(trouble, trouble, answer())
     assert ask(server, timeout_s=5.0) == [[1.0, 0.0], [0.5]]
     assert len(server.times_s) == 3

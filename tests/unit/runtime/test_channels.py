@@ -12,7 +12,7 @@ from flowrl.errors import ChannelClosed, RunError
 from flowrl.runtime.channels.credits import CreditsChannel
 from flowrl.runtime.channels.queue import QueueChannel
 from flowrl.runtime.channels.register import RegisterChannel
-from flowrl.runtime.virtual_clock import run_virtual
+from flowrl.simulation.clock import run_virtual
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine

@@ -11,7 +11,7 @@ from flowrl.errors import ChannelClosed, RunError, StallError
 from flowrl.messages import Credit, encode
 from flowrl.runtime.flow import Flow
 from flowrl.runtime.ledger import Ledger
-from flowrl.runtime.virtual_clock import run_virtual
+from flowrl.simulation.clock import run_virtual
 from flowrl.telemetry.events import Status
 from tests.support.flows import FlowSettings, flow, random_settings, run
 
@@ -123,8 +123,8 @@ def test_every_replicas_causes_add_up_to_its_age(tmp_path: Path) -> None:
 
 
 def test_a_stages_error_ends_the_run_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flowrl.engines.fake import FakeTraining
     from flowrl.errors import StageError
+    from flowrl.simulation.fake import FakeTraining
 
     def broken(self: FakeTraining) -> dict[str, float]:
         raise ArithmeticError("out of numbers")

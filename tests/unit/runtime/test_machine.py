@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from flowrl.messages import Credit, encode
 from flowrl.runtime.flow import MAX_DEATHS, Flow
 from flowrl.runtime.ledger import Ledger
-from flowrl.runtime.virtual_clock import VirtualClockLoop
+from flowrl.simulation.clock import VirtualClockLoop
 from tests.support.flows import flow
 from tests.support.recovery import faulty_settings
 
@@ -126,7 +126,7 @@ class FlowMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: bool(self.scoring))
     @rule(pick=st.integers(0, 100), is_kept=st.booleans())
-    def credit(self, pick: int, is_kept: bool) -> None:
+    def advantages(self, pick: int, is_kept: bool) -> None:
         group = sorted(self.scoring)[pick % len(self.scoring)]
         self.scoring.discard(group)
         if is_kept:

@@ -17,7 +17,7 @@ import pytest
 from flowrl.errors import FlowrlError
 from flowrl.runtime.flow import MAX_DEATHS
 from flowrl.runtime.local import LocalOptions, run_local
-from flowrl.runtime.virtual_clock import run_virtual
+from flowrl.simulation.clock import run_virtual
 from flowrl.telemetry.events import Notice
 from tests.support.bugs import BUGS, planted
 from tests.support.chaos import Chaos
@@ -25,7 +25,7 @@ from tests.support.flows import flow
 from tests.support.recovery import UNLIMITED, faulty_settings, run_faulty
 
 if TYPE_CHECKING:
-    from flowrl.runtime.door import Call
+    from flowrl.runtime.calls import Call
     from flowrl.runtime.local import Carry, LocalCrew
 
 MEMORY = Path("/dev/shm")

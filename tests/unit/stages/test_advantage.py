@@ -11,7 +11,7 @@ from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Referenced, Rollouts, extend
 from flowrl.runtime.ledger import read_entries
-from flowrl.runtime.timed_graph import stand_in_model
+from flowrl.simulation.timed_graph import stand_in_model
 from flowrl.stages.advantage import Advantage
 from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
@@ -49,7 +49,7 @@ class Rewarder(Stage):
 def test_groups_without_contrast_are_filtered_and_never_learned(tmp_path: Path) -> None:
     prompts = NumberedPrompts(Prompts.Config(), group_size=2, seed=0)
     generator = Generator(
-        Generator.Config(engine="flowrl.engines.fake:FakeGeneration"),
+        Generator.Config(engine="flowrl.simulation.fake:FakeGeneration"),
         model=stand_in_model(),
         sampling=Sampling(max_tokens=4),
         heldout_sampling=Sampling(),
@@ -57,7 +57,7 @@ def test_groups_without_contrast_are_filtered_and_never_learned(tmp_path: Path) 
     rewarder = Rewarder(Rewarder.Config())
     advantage = Advantage(Advantage.Config(), algorithm=DAPO, group_size=2, groups_per_step=GROUPS)
     learner = Learner(
-        Learner.Config(engine="flowrl.engines.fake:FakeTraining", save_rollouts=False),
+        Learner.Config(engine="flowrl.simulation.fake:FakeTraining", save_rollouts=False),
         model=stand_in_model(), algorithm=DAPO, steps=STEPS, groups_per_step=GROUPS, group_size=2, max_staleness=1,
         temperature=1.0, has_critic=False,
     )  # fmt: skip

@@ -19,15 +19,15 @@ from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Samples, Scored, extend
 from flowrl.runtime.ledger import read_entries
 from flowrl.runtime.local import LocalOptions, run_local
-from flowrl.runtime.simulate import simulate
-from flowrl.runtime.timed_graph import stand_in_model
-from flowrl.runtime.virtual_clock import run_virtual
+from flowrl.simulation.clock import run_virtual
+from flowrl.simulation.costs import Profile
+from flowrl.simulation.run import simulate
+from flowrl.simulation.timed_graph import stand_in_model
 from flowrl.stages.agent import Agent
 from flowrl.stages.evaluator import Evaluator
 from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
 from flowrl.telemetry.events import Evaluation
-from flowrl.telemetry.profile import Profile
 from tests.support import games
 from tests.support.flows import NumberedPrompts, ObservedLearner, run
 from tests.support.tiny import tiny_tokenizer
@@ -89,13 +89,13 @@ def flow(model: str, environment: str, *, steps: int = 2, per_version: int = 2, 
     sampling = sampling or Sampling(max_tokens=6)
     playing = Agent(
         Agent.Config(environment=f"{GAMES}:{environment}", isolation="thread", replicas=replicas, timeout_s=1e6,
-                     engine="flowrl.engines.fake:FakeGeneration", engine_options={"times": times}, **agent),
+                     engine="flowrl.simulation.fake:FakeGeneration", engine_options={"times": times}, **agent),
         model=model, sampling=sampling, heldout_sampling=sampling,
     )  # fmt: skip
     recorder = Recorder(Recorder.Config())
     learner = ObservedLearner(
-        Learner.Config(engine="flowrl.engines.fake:FakeTraining", engine_options={"times": times}, save_rollouts=False,
-                       save_every=0),
+        Learner.Config(engine="flowrl.simulation.fake:FakeTraining", engine_options={"times": times},
+                       save_rollouts=False, save_every=0),
         model=model, algorithm=Select(use="tests.support.flows:NullAlgorithm"), steps=steps,
         groups_per_step=per_version, group_size=2, max_staleness=max_staleness, temperature=1.0, has_critic=False,
     )  # fmt: skip

@@ -51,7 +51,7 @@ def run_steps(crediting: Crediting, first: int, last: int) -> list[dict[str, flo
     found: list[dict[str, float]] = []
     for step in range(first, last):
         for place in range(STEP):
-            fields = crediting.credit(group(step * STEP + place, gap=0.5 * step), None)
+            fields = crediting.advantages(group(step * STEP + place, gap=0.5 * step), None)
         found.append(fields["metrics"])
         crediting.end_step()
     return found

@@ -15,8 +15,8 @@ from flowrl.config import Select
 from flowrl.errors import ConfigError, DataError
 from flowrl.graph.graph import Credits, Graph, Queue
 from flowrl.runtime.local import LocalOptions, run_local
-from flowrl.runtime.timed_graph import stand_in_model
-from flowrl.runtime.virtual_clock import run_virtual
+from flowrl.simulation.clock import run_virtual
+from flowrl.simulation.timed_graph import stand_in_model
 from flowrl.stages.example_reference import ExampleReference
 from flowrl.stages.examples import Examples, HeldoutExamples, example_of, load_objective, mismatched_of, try_rows
 from flowrl.stages.offline_learner import OfflineLearner, counted, measure, step_groups
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from flowrl.algorithms.base import Objective
     from flowrl.data.examples import ExampleRow
 
-FAKE = "flowrl.engines.fake:FakeTraining"
+FAKE = "flowrl.simulation.fake:FakeTraining"
 STEPS, PER_STEP = 3, 4
 
 

@@ -20,8 +20,8 @@ from flowrl.errors import ConfigError
 from flowrl.graph.program import load_program
 from flowrl.graph.staleness import staleness_bound
 from flowrl.messages import Buffer, Sample, Samples, VersionSpan
+from flowrl.runs.verify import judge
 from flowrl.runtime.ledger import Entry, read_entries, surviving
-from flowrl.runtime.verify import judge
 from flowrl.stages.learner import Learner
 from flowrl.stages.replay_buffer import Kept, ReplayBuffer, priority, weighted_sample
 from tests.support.chaos import Chaos
@@ -211,7 +211,7 @@ def test_verify_sees_replays_that_are_wrong(replays: list[tuple[int, int, int]],
 
 def test_replays_are_trained_on_in_every_minibatch_s_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four fresh groups and six replayed ones in two minibatches: five each, every group once."""
-    from flowrl.engines.fake import FakeTraining
+    from flowrl.simulation.fake import FakeTraining
 
     seen: list[list[bytes]] = []
     original = FakeTraining.accumulate

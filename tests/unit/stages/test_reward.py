@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flowrl.errors import ConfigError, ModelError, RewardError
-from flowrl.runtime.timed_graph import stand_in_model
+from flowrl.simulation.timed_graph import stand_in_model
 from flowrl.stages.model_scores import read_normalisation
 from flowrl.stages.reward import Reward, RewardModel
 from flowrl.telemetry.events import Notice, Span

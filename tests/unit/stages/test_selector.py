@@ -14,7 +14,7 @@ from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Referenced, Rollouts, Sample, Scored, VersionSpan, extend
 from flowrl.runtime.ledger import read_entries
-from flowrl.runtime.timed_graph import stand_in_model
+from flowrl.simulation.timed_graph import stand_in_model
 from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from flowrl.graph.stage import Context
     from flowrl.stages.selector import Take
 
-FAKE = "flowrl.engines.fake:FakeTraining"
+FAKE = "flowrl.simulation.fake:FakeTraining"
 DPO, SFT = "flowrl.algorithms.dpo:DPO", "flowrl.algorithms.sft:SFT"
 
 
@@ -116,7 +116,7 @@ def graph(*, steps: int, per_step: int, max_staleness: int) -> Graph:
     times = {"times": {"token_s": 0.05, "train_s": 0.2}}
     prompts = NumberedPrompts(Prompts.Config(), group_size=4, seed=0)
     generator = Generator(
-        Generator.Config(engine="flowrl.engines.fake:FakeGeneration", engine_options=times, replicas=2),
+        Generator.Config(engine="flowrl.simulation.fake:FakeGeneration", engine_options=times, replicas=2),
         model=model, sampling=Sampling(max_tokens=4), heldout_sampling=Sampling(),
     )  # fmt: skip
     reward = Judge(Judge.Config())

@@ -36,9 +36,9 @@ def test_the_proximal_policy_is_recomputed_or_the_one_that_sampled():
 
 def test_the_loss_takes_the_settings_that_its_groups_were_credited_with():
     crediting = adaptive()
-    crediting.credit(group(1, gap=4.0), None)
+    crediting.advantages(group(1, gap=4.0), None)
     crediting.end_step()
-    fields = crediting.credit(group(2, gap=0.0), None)
+    fields = crediting.advantages(group(2, gap=0.0), None)
     learned = group(2, gap=0.0)
     batch = [learned.__class__(**{**{n: getattr(learned, n) for n in learned.__struct_fields__}, **{
         "metrics": fields["metrics"]}})]  # fmt: skip

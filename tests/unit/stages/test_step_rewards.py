@@ -13,7 +13,7 @@ from flowrl.config import Select
 from flowrl.data.steps import StepFinder
 from flowrl.errors import RewardError
 from flowrl.messages import Buffer, Referenced, Rollouts, Sample, VersionSpan, extend
-from flowrl.runtime.timed_graph import stand_in_model
+from flowrl.simulation.timed_graph import stand_in_model
 from flowrl.stages.credit import credit_group, load_algorithm
 from flowrl.stages.reward import RewardModel
 from tests.support.alone import rollouts, run_alone

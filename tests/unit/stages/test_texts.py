@@ -9,11 +9,11 @@ import pytest
 
 from flowrl.config import Select
 from flowrl.engines.base import Sampling
-from flowrl.engines.fake import FakeTraining
 from flowrl.errors import ConfigError, DataError
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
 from flowrl.runtime.supervisor import newest_start
-from flowrl.runtime.timed_graph import stand_in_model
+from flowrl.simulation.fake import FakeTraining
+from flowrl.simulation.timed_graph import stand_in_model
 from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
@@ -54,7 +54,7 @@ class Noting(FakeTraining):
 def graph(*, steps: int = STEPS, minibatches: int = 1, save_every: int = 0) -> Graph:
     prompts = NumberedPrompts(Prompts.Config(), group_size=1, seed=0)
     generator = Generator(
-        Generator.Config(engine="flowrl.engines.fake:FakeGeneration"), model=stand_in_model(),
+        Generator.Config(engine="flowrl.simulation.fake:FakeGeneration"), model=stand_in_model(),
         sampling=Sampling(max_tokens=4), heldout_sampling=Sampling(),
     )  # fmt: skip
     scorer = Scorer(Scorer.Config())

@@ -16,10 +16,10 @@ from flowrl.graph.graph import Credits, Graph, Latest, Queue
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Rollouts, Sample, Scored, extend
+from flowrl.runs.verify import judge
 from flowrl.runtime.ledger import read_entries
 from flowrl.runtime.supervisor import newest_start
-from flowrl.runtime.timed_graph import stand_in_model
-from flowrl.runtime.verify import judge
+from flowrl.simulation.timed_graph import stand_in_model
 from flowrl.stages.generator import Generator
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.writer import Writer, whole_answers
@@ -82,7 +82,7 @@ def graph(config: Writer.Config, *, count: int, epochs: int = 1, fail_every: int
     credits = 2 * config.groups_per_file
     prompts = ListedPrompts(Prompts.Config(), count=count, epochs=epochs)
     generator = Generator(
-        Generator.Config(replicas=replicas, max_groups=2, engine="flowrl.engines.fake:FakeGeneration"),
+        Generator.Config(replicas=replicas, max_groups=2, engine="flowrl.simulation.fake:FakeGeneration"),
         model=stand_in_model(), sampling=Sampling(max_tokens=4), heldout_sampling=Sampling(),
     )  # fmt: skip
     reward = Judge(Judge.Config(fail_every=fail_every))

@@ -1,0 +1,208 @@
+"""Replay: train again from what a run recorded, without generators, and hold the result against the run.
+
+The graph of a replay is cut out of the run's own plan: the learner, the critic in front of it and what else feeds
+them without being sampled, with a source of recorded groups in place of everything upstream. Invariant: the replayed
+nodes get the same messages in the same order and the same settings as in the run, so where the numerics are
+deterministic (float32 on CPUs) losses and weights are bit-equal; a difference is then a fault of learner or machine,
+and equality says that whatever went wrong came with the data. Called by `flowrl retrain`.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from flowrl.engines.checkpoint import checkpoint_version, complete_checkpoints, damage
+from flowrl.errors import ConfigError, DataError
+from flowrl.graph.plan import EdgePlan, GraphPlan, graph_of
+from flowrl.graph.program import Program
+from flowrl.graph.settings import RunSettings
+from flowrl.graph.stage import Specification, from_specification
+from flowrl.runs.comparison import Difference, first_difference
+from flowrl.runtime.launch import Say, check_program, drive
+from flowrl.runtime.ledger import Cut
+from flowrl.runtime.rundir import claim, create_run_dir, existing_run, read_plan, write_plan
+from flowrl.runtime.supervisor import Start
+from flowrl.stages.critic import Critic
+from flowrl.stages.learner import Learner
+from flowrl.telemetry.rollouts import step_of
+from flowrl.telemetry.trackers import WandbConfig
+
+if TYPE_CHECKING:
+    from flowrl.graph.graph import Graph
+    from flowrl.graph.stage import Stage
+
+SOURCE, WITNESS = "recorded", "witness"  # the nodes that a replay adds
+
+
+class RetrainRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What the user asked for."""
+
+    run: Path
+    first: int = 0  # step to begin with
+    last: int | None = None  # the step after the one to end with; None: all that were recorded
+    name: str | None = None
+    compares: bool = False  # whether to look for the first difference
+
+
+def replay(request: RetrainRequest, *, say: Say) -> int:
+    """Train the recorded steps again; returns 1 where a difference was asked for and found, else 0.
+
+    Raises:
+        UserError: the run has no record of those steps, or is of a kind that cannot be replayed.
+        RunError: the replay failed.
+    """
+    run_dir = existing_run(request.run).resolve()
+    plan = read_plan(run_dir)
+    first, last = recorded_steps(run_dir, request)
+    begin, checkpoint = starting_point(run_dir, first)
+    if begin < first:
+        say(f"no checkpoint of version {first} is left: beginning with step {begin}, from version {begin}")
+    graph = replay_graph(plan, run_dir, begin, last)
+    program = Program(path=run_dir / "graph.json", settings=replay_settings(run_dir), graph=graph)
+    say(f"replaying steps {begin} to {last - 1} of {run_dir}")
+    check_program(program, say=say, address=None)
+    name = request.name or f"{run_dir.name}-replay-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = create_run_dir(run_dir.parent / name).resolve()
+    claim(directory, say)
+    write_plan(directory, program)
+    start = Start(cut=Cut(version=begin), checkpoint=checkpoint)
+    outcome = drive(program, directory, resume=start, address=None, again="", say=say)
+    if not request.compares or outcome.was_stopped:
+        return 0
+    difference = first_difference(run_dir, directory, range(first, last))
+    say(describe(difference, first, last))
+    return 0 if difference is None else 1
+
+
+def describe(difference: Difference | None, first: int, last: int) -> str:
+    """Return the outcome of a comparison as a line."""
+    if difference is None:
+        return f"steps {first} to {last - 1}: samples, figures and every tensor of every version are equal, bit for bit"
+    return f"first difference: step {difference.step}, {difference.what}: {difference.run} in the run, " + (
+        f"{difference.replay} in the replay"
+    )
+
+
+def recorded_steps(run_dir: Path, request: RetrainRequest) -> tuple[int, int]:
+    """Return the first step to replay and the one after the last.
+
+    Raises:
+        DataError: one of them was not recorded.
+        ConfigError: there is none between.
+    """
+    directory = run_dir / "rollouts"
+    recorded = {step_of(path) for path in directory.glob("step-*.parquet")}
+    last = max(recorded, default=-1) + 1 if request.last is None else request.last
+    wanted = range(request.first, last)
+    if missing := [step for step in wanted if step not in recorded]:
+        what = f"has no record of step {missing[0]} ({len(missing)} of {len(wanted)} steps are missing)"
+        raise DataError(str(directory), what, "choose among those there are; learner.save_rollouts=true records them")
+    if not wanted:
+        what = f"steps {request.first}:{last} are none; {len(recorded)} are recorded"
+        raise ConfigError("--steps", what, "give FIRST:END with FIRST below END")
+    return request.first, last
+
+
+def starting_point(run_dir: Path, first: int) -> tuple[int, Path | None]:
+    """Return the newest version up to `first` to start from, and its checkpoint; version 0 needs none."""
+    for checkpoint in reversed(complete_checkpoints(run_dir / "checkpoints")):
+        if 0 < (version := checkpoint_version(checkpoint)) <= first and not damage(checkpoint):
+            return version, checkpoint
+    return 0, None
+
+
+def replay_settings(run_dir: Path) -> RunSettings:
+    """Return the settings of the run that belong to no node, with nothing reported elsewhere and nothing restarted."""
+    import yaml
+
+    tree = yaml.safe_load((run_dir / "settings.yaml").read_text())
+    own = {name: tree[name] for name in RunSettings.__struct_fields__ if name in tree}
+    settings = msgspec.convert(own, RunSettings)
+    return msgspec.structs.replace(settings, wandb=WandbConfig(), tensorboard=False, max_restarts=0)
+
+
+def replay_graph(plan: GraphPlan, run_dir: Path, begin: int, last: int) -> Graph:
+    """Return the part of a plan that trains, fed with the recorded steps from `begin` to `last`.
+
+    Raises:
+        ConfigError: the plan's last node does not learn from samples.
+    """
+    stages = {name: from_specification(spec, name) for name, spec in plan.nodes.items()}
+    if not isinstance(stages[plan.until], Learner):
+        what = f"{plan.until} learns from given examples, which are not recorded"
+        raise ConfigError(str(run_dir), what, "run its graph again: with the same settings the order is the same")
+    entry, trained = _trained(plan, stages)
+    beside = _beside(plan, trained, entry)
+    kept = {*trained, *beside}
+    nodes = {name: _cut_off(plan.nodes[name], stages[name], kept, last) for name in kept}
+    nodes[SOURCE] = Specification(
+        stage="flowrl.stages.recorded:Recorded",
+        arguments={"config": {}, "directory": str(run_dir / "rollouts"), "first": begin, "last": last},
+    )
+    nodes[WITNESS] = Specification(stage="flowrl.stages.recorded:Witness", arguments={"config": {}})
+    edges = [_redirected(edge, kept, entry, last - begin) for edge in plan.edges]
+    graph = graph_of(GraphPlan(nodes=nodes, edges=[edge for edge in edges if edge is not None], until=plan.until))
+    graph.check()
+    return graph
+
+
+def _trained(plan: GraphPlan, stages: dict[str, Stage]) -> tuple[str, list[str]]:
+    """Return the port at which the recorded groups enter and the nodes from there to the learner, which it is last of.
+
+    The critic takes what it made itself: it values, credits and trains on the groups again.
+    """
+    entry, nodes = f"{plan.until}.samples", [plan.until]
+    feeding = next(edge.source for edge in plan.edges if edge.target == entry)
+    node = feeding.partition(".")[0]
+    if isinstance(stages[node], Critic):
+        entry, nodes = f"{node}.referenced", [node, *nodes]
+    return entry, nodes
+
+
+def _beside(plan: GraphPlan, trained: list[str], entry: str) -> list[str]:
+    """Return the sources that feed the trained nodes apart from the samples, texts of a pre-training loss for one."""
+    queues = [edge for edge in plan.edges if edge.kind == "queue"]
+    # A source that the trained nodes ask themselves (texts) is asked again in the replay.
+    fed = {q.target.partition(".")[0] for q in queues if q.source.partition(".")[0] not in trained}
+    found: list[str] = []
+    for edge in queues:
+        source, target = edge.source.partition(".")[0], edge.target.partition(".")[0]
+        if target in trained and source not in trained and edge.target != entry:
+            if source in fed:
+                raise ConfigError(edge.source, "feeds the learner beside the samples and is not recorded")
+            found.append(source)
+    return found
+
+
+def _cut_off(spec: Specification, stage: Stage, kept: set[str], last: int) -> Specification:
+    """Return a node as it stands in the replay: same numbers, ending at `last`, on no device of a node left out."""
+    arguments = {**spec.arguments}
+    config: dict[str, Any] = {**arguments["config"]}
+    if config.get("share") not in kept:
+        config["share"] = ""
+    if isinstance(stage, Learner | Critic):
+        config["schedule"] = {**config["schedule"], "total_steps": stage.num_optimizer_steps}
+        config["transport"] = "shm"  # nobody fetches
+        arguments["steps"] = last
+    if isinstance(stage, Learner):
+        config |= {"save_every": 0, "evaluate_every": 0, "save_rollouts": True}
+    return Specification(stage=spec.stage, arguments={**arguments, "config": config})
+
+
+def _redirected(edge: EdgePlan, kept: set[str], entry: str, num_steps: int) -> EdgePlan | None:
+    """Return an edge of the run as it is in the replay, or None where one of its ends is gone."""
+    source, target = edge.source.partition(".")[0], edge.target.partition(".")[0]
+    if edge.target == entry:
+        return msgspec.structs.replace(edge, source=f"{SOURCE}.samples")
+    if source in kept and target in kept:
+        return edge
+    if source in kept and edge.kind == "credits":
+        bounds = {**edge.bounds, "versions": num_steps}
+        return msgspec.structs.replace(edge, target=f"{SOURCE}.credits", bounds=bounds)
+    if source in kept and edge.source.endswith(".weights"):
+        return msgspec.structs.replace(edge, target=f"{WITNESS}.weights")
+    return None

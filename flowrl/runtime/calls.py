@@ -1,0 +1,169 @@
+"""The calls of replicas on the flow, each known by name, replica, incarnation and number.
+
+Invariants: a call is carried out at most once, however often it arrives, and a repeated one gets the first answer; a
+call of an incarnation that has been replaced is refused; when a replica is released its waiting calls end first, so
+that nothing is accepted from or granted to the dead. Links between a replica and the gate may therefore lose, double
+and delay calls as long as the caller repeats what has not been answered.
+
+`CallClient` is the caller's side, with the methods that ports use (binding.FlowClient); what carries a call is the
+runtime's: a direct call, a connection (wire.py), or a test's lossy link.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from flowrl.errors import ChannelClosed
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from flowrl.runtime.flow import Flow, Released
+
+METHODS = frozenset(
+    {"put", "get", "done", "reject", "publish", "read", "confirm", "acquire", "give_back", "cut", "fewer_out"}
+)
+
+
+class Call(msgspec.Struct, frozen=True, array_like=True):
+    """One call of a replica; the arguments are plain values and bytes."""
+
+    replica: str
+    incarnation: int
+    number: int  # counts this incarnation's calls
+    answered: int  # every call below has its answer: the gate may forget them
+    method: str
+    arguments: tuple[Any, ...]
+
+
+@dataclass
+class ReplicaCalls:
+    """What the gate knows of one replica."""
+
+    incarnation: int = 0
+    answers: dict[int, asyncio.Task[Any]] = field(default_factory=dict[int, "asyncio.Task[Any]"])
+
+
+class CallGate:
+    """Carries calls out on the flow."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
+        self._replicas: dict[str, ReplicaCalls] = {}
+
+    async def call(self, call: Call) -> Any:
+        """Carry out a call, or give the answer it had before. Cancelling the wait cancels the call.
+
+        Raises:
+            ChannelClosed: the replica has been replaced, or the flow says so.
+        """
+        known = self._replicas.setdefault(call.replica, ReplicaCalls(incarnation=call.incarnation))
+        if call.incarnation != known.incarnation:
+            raise ChannelClosed(call.replica, f"incarnation {call.incarnation} was replaced by {known.incarnation}")
+        for number in [number for number in known.answers if number < call.answered]:
+            del known.answers[number]
+        answer = known.answers.get(call.number)
+        if answer is None:
+            if call.method not in METHODS:
+                raise ValueError(f"{call.method!r} is not a call")
+            body = getattr(self.flow, call.method)(call.replica, *call.arguments)
+            answer = known.answers[call.number] = asyncio.ensure_future(body)
+        try:
+            return await asyncio.shield(answer)
+        except asyncio.CancelledError:
+            answer.cancel()
+            raise
+
+    def undo(self, call: Call) -> None:
+        """End a call whose caller no longer waits for it; what it was given goes back."""
+        known = self._replicas.get(call.replica)
+        if known is None or known.incarnation != call.incarnation:
+            return
+        answer = known.answers.pop(call.number, None)
+        if answer is None or answer.cancel() or answer.cancelled() or answer.exception() is not None:
+            return
+        self.flow.undo(call.replica, call.method, call.arguments[0], answer.result())
+
+    async def release(self, replica: str, successor: int) -> Released:
+        """Refuse the replica's calls from now on, end those that wait, and give back what it held."""
+        known = self._replicas.setdefault(replica, ReplicaCalls())
+        known.incarnation = successor
+        waiting = [answer for answer in known.answers.values() if not answer.done()]
+        known.answers.clear()
+        for answer in waiting:
+            answer.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        return self.flow.release(replica)
+
+    async def close(self) -> None:
+        """End every call that waits."""
+        waiting = [answer for known in self._replicas.values() for answer in known.answers.values()]
+        self._replicas.clear()
+        for answer in waiting:
+            answer.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+class CallClient:
+    """The flow as one incarnation of a replica sees it; see runtime.flow for what each call does."""
+
+    def __init__(self, carry: Callable[[Call], Awaitable[Any]], replica: str, incarnation: int) -> None:
+        self._carry = carry
+        self._replica = replica
+        self._incarnation = incarnation
+        self._number = 0
+        self._unanswered: set[int] = set()
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        number = self._number
+        self._number += 1
+        self._unanswered.add(number)
+        call = Call(self._replica, self._incarnation, number, min(self._unanswered), method, arguments)
+        try:
+            return await self._carry(call)
+        finally:
+            self._unanswered.discard(number)
+
+    async def put(self, address: str, key: int, body: bytes) -> None:
+        await self._call("put", address, key, body)
+
+    async def get(self, address: str, limit: int) -> list[bytes]:
+        return await self._call("get", address, limit)
+
+    async def done(
+        self,
+        address: str,
+        keys: list[int],
+        learned_in: int | None,
+        oldest: list[int],
+        replays: Sequence[Sequence[tuple[int, int]]],
+    ) -> None:
+        await self._call("done", address, keys, learned_in, oldest, replays)
+
+    async def reject(self, address: str, key: int, kind: str, reason: str) -> None:
+        await self._call("reject", address, key, kind, reason)
+
+    async def publish(self, address: str, version: int, body: bytes) -> None:
+        await self._call("publish", address, version, body)
+
+    async def read(self, address: str, newer_than: int) -> tuple[int, bytes]:
+        return await self._call("read", address, newer_than)
+
+    async def confirm(self, address: str, version: int) -> None:
+        await self._call("confirm", address, version)
+
+    async def acquire(self, address: str) -> int:
+        return await self._call("acquire", address)
+
+    async def give_back(self, address: str, body: bytes) -> None:
+        await self._call("give_back", address, body)
+
+    async def cut(self, version: int) -> Any:
+        return await self._call("cut", version)
+
+    async def fewer_out(self, count: int) -> None:
+        await self._call("fewer_out", count)

@@ -1,0 +1,117 @@
+"""Profiles: how long each part of a graph takes, so that other settings can be simulated before they are run.
+
+A profile holds costs, not the speeds of a run: seconds of a device that a call would have to itself. A call costs
+`call_s + token_s * tokens`, a decoding step `step_s + sample_s * running`. Every run measures one (profiler.py) and
+leaves it as profile.json; one may also be typed in by hand, as YAML or JSON. `flowrl simulate` and `tune` read them,
+and the engines of simulation/timed.py take the time they say.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+
+from flowrl.config import Config, Meta
+from flowrl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FORMAT = 1
+
+NonNegative = Annotated[float, Meta(ge=0)]
+
+
+class CallCost(Config):
+    """Seconds of a device for one call, `call_s + token_s * tokens`, times a log-normal factor of mean 1."""
+
+    call_s: NonNegative = 0.0
+    token_s: NonNegative = 0.0  # for each token, prompts included
+    log_sigma: NonNegative = 0.0
+    num_calls: int = 0  # measured; 0: typed in
+
+    def seconds(self, tokens: float) -> float:
+        """Return the mean cost of a call on so many tokens; call_s=1 and token_s=0.01 give 3 s for 200."""
+        return self.call_s + self.token_s * tokens
+
+
+class DecodeCost(Config):
+    """Seconds of a device for one decoding step, in which every running sample gets one token."""
+
+    step_s: NonNegative = 0.0  # however many samples run
+    sample_s: NonNegative = 0.0  # more for each running sample
+    prompt_token_s: NonNegative = 0.0  # reading one token of a new prompt, while decoding stands still
+    running: tuple[float, float] = (0.0, 0.0)  # samples that ran in 90 % of the time it was measured in
+
+    def tokens_per_s(self, running: float) -> float:
+        """Return the speed of all samples together; step_s=0.01 and sample_s=0.001 give 500 tokens/s with 10."""
+        step_s = self.step_s + self.sample_s * running
+        return running / step_s if step_s > 0 else math.inf
+
+
+class NodeProfile(Config):
+    """What one replica's work costs, by kind of call.
+
+    Kinds: score (a group or a batch of them), train (one optimizer step), publish and checkpoint (a version of the
+    learner), transfer (until a version's bytes have left), update_transfer and update_pause (of a generator).
+    """
+
+    decode: DecodeCost | None = None
+    calls: dict[str, CallCost] = {}
+    ranks: Annotated[int, Meta(ge=1)] = 1  # that marched together when it was measured
+
+
+class Spread(Config):
+    """A distribution by evenly spaced quantiles; one value is a constant."""
+
+    quantiles: Annotated[tuple[float, ...], Meta(min_length=1)] = (1.0,)
+    shared: Annotated[float, Meta(ge=0, le=1)] = 0.0  # correlation between the samples of a group
+
+    def at(self, share: float) -> float:
+        """Return the value below which `share` of the distribution lies; [0, 10, 40] at 0.75 gives 25."""
+        place = share * (len(self.quantiles) - 1)
+        low = min(int(place), len(self.quantiles) - 1)
+        high = min(low + 1, len(self.quantiles) - 1)
+        return self.quantiles[low] + (place - low) * (self.quantiles[high] - self.quantiles[low])
+
+
+class Profile(Config):
+    """What a machine and a model take for each part of a graph."""
+
+    format: int
+    machine: str = ""
+    cores: Annotated[float, Meta(gt=0)] = 1.0  # that nodes without GPUs share
+    message_s: NonNegative = 0.0  # for a message to reach a queue or to come out of it
+    prompt_tokens: Spread = Spread()
+    response_tokens: Spread = Spread()
+    learned: Annotated[float, Meta(gt=0, le=1)] = 1.0  # part of the groups that is; the rest is filtered on the way
+    nodes: dict[str, NodeProfile]
+
+
+def load_profile(path: Path) -> Profile:
+    """Read a profile, or the one of a run's directory.
+
+    Raises:
+        ConfigError: there is none, it is of another format, or a value in it is wrong.
+    """
+    import yaml
+
+    file = path / "profile.json" if path.is_dir() else path
+    where = str(file)
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except OSError as error:
+        what = f"cannot be read ({error.strerror})"
+        raise ConfigError(where, what, "name a run that has ended, or a profile file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(where, "is neither JSON nor YAML") from error
+    found = tree.get("format") if isinstance(tree, dict) else None
+    if found != FORMAT:
+        what = f"is of profile format {found}, this flowrl reads {FORMAT}"
+        raise ConfigError(where, what, "measure it again: every run writes its profile.json at its end")
+    try:
+        return msgspec.convert(tree, Profile, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(where, str(error), "see flowrl/simulation/costs.py for the fields") from error

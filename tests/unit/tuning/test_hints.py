@@ -1,0 +1,211 @@
+"""Hints: what they advise at costs that a reader can add up, and that the process behind them harms nobody."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+
+from flowrl.errors import ConfigError
+from flowrl.simulation.costs import load_profile
+from flowrl.simulation.run import simulate
+from flowrl.tuning import hints
+from flowrl.tuning.hints import FIRST_S, FIRST_STEPS, Hints, adjacent, advice_in, hint
+from flowrl.tuning.knobs import Knob, Option
+from tests.support.command import GRAPH, ROOT
+from tests.support.timed_past import ppo, ppo_costs, timed_past
+from tests.unit.telemetry.streams import status, step
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+WAIT_S = 200.0  # for a process at the lowest priority on a machine that is busy with other tests
+FIGURES = r"learner starved (\d+)%: a second generator is worth \+(\d+)%, for 1 core more \(--set \S+=2\)"
+BLOCKING = """
+import fcntl, os, signal
+held = open({lock!r}, "w")
+fcntl.flock(held, fcntl.LOCK_EX)
+with open({ready!r}, "w") as out:
+    out.write(f"{{os.sched_getscheduler(0)}} {{os.nice(0)}}")
+signal.pause()
+"""
+DRIVER = """
+import signal
+from pathlib import Path
+from tests.unit.runtime.test_hints import begin
+begun = begin(Path({run_dir!r}), Path({graph!r}), print)
+signal.pause()
+"""
+
+
+def begin(run_dir: Path, graph: Path, tell: Callable[[str], None]) -> Hints:
+    """Open the sink and have it start its process."""
+    now_s = 0.0
+    sink = Hints(run_dir, msgspec.structs.replace(ppo(), path=graph), tell=tell, now=lambda: now_s)
+    sink.consume([step(1, at=0.0)])
+    now_s = FIRST_S
+    sink.consume([step(version, at=now_s) for version in range(2, FIRST_STEPS + 1)])
+    assert sink.pid is not None
+    return sink
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the process have a processor: at the lowest priority it gets none while other tests run."""
+    monkeypatch.setattr(hints, "BOOT", hints.BOOT.replace("os.nice(19); ", "").replace("hints.main", "hints.answer"))
+
+
+def hinted(run_dir: Path) -> str:
+    return hint(run_dir, GRAPH, run_dir / "settings.yaml")
+
+
+def ended(child: Hints) -> None:
+    """Wait until the process has ended, without reaping it, and let the sink hear of it."""
+    pid = child.pid
+    assert pid is not None
+    within(lambda: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT))
+    child.consume([status(at=0.0)])
+    assert child.pid is None
+
+
+def within(function: Callable[[], Any]) -> Any:
+    """Return what a blocking function returns, within a time."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(function()), daemon=True)
+    thread.start()
+    thread.join(WAIT_S)
+    assert found, "took too long"
+    return found[0]
+
+
+def blocking_graph(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """Return a graph file that blocks whoever loads it, the lock it holds, and the pipe on which it says so."""
+    path, lock, ready = tmp_path / "graph.py", tmp_path / "lock", tmp_path / "ready"
+    os.mkfifo(ready)
+    path.write_text(BLOCKING.format(lock=str(lock), ready=str(ready)))
+    return path, lock, ready
+
+
+def taken(lock: Path) -> bool:
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return True
+
+
+@pytest.mark.slow
+def test_a_run_that_waits_for_its_generator_is_told_what_a_second_one_is_worth(tmp_path: Path) -> None:
+    run_dir = timed_past(tmp_path / "run", ppo_costs(), is_fitted=True)
+    told, costs = hinted(run_dir), load_profile(run_dir)
+    found = re.fullmatch(FIGURES, told)
+    assert found, told
+    one, two = (simulate(ppo(f"generator.replicas={count}").graph, costs, steps=24) for count in (1, 2))
+    assert float(found[1]) / 100 == pytest.approx(one.shares["learner"]["waiting_for_input"], abs=0.06)
+    assert float(found[2]) / 100 == pytest.approx(two.samples_per_s / one.samples_per_s - 1, abs=0.03)
+
+
+@pytest.mark.slow
+def test_a_run_whose_learner_is_never_idle_is_told_that_nothing_helps(tmp_path: Path) -> None:
+    told = hinted(timed_past(tmp_path / "run", ppo_costs(train_s=10.0)))
+    assert told == "learner busy 100%: no single setting is worth 3% more"
+
+
+def test_of_ordered_positions_the_next_are_tried_of_others_all_and_of_the_batch_none() -> None:
+    def knob(name: str, now: Any, *others: Any) -> Knob:
+        return Knob(name, [Option(str(value), {name: value}) for value in (now, *others)])
+
+    def tried(each: Knob) -> list[Any]:
+        return [option.changes[each.name] for option in adjacent(each)]
+
+    assert tried(knob("generator.replicas", 4, 1, 2, 8, 6)) == [2, 6]
+    assert tried(knob("max_staleness", 0, 1, 2)) == [1]
+    assert tried(knob("critic.share", "", "learner", "reference")) == ["learner", "reference"]
+    assert tried(knob("generator.group_size", 4, 2, 8)) == []
+
+
+def test_a_short_run_starts_no_process(tmp_path: Path) -> None:
+    now_s = 0.0
+    sink = Hints(tmp_path, ppo(), tell=print, now=lambda: now_s)
+    sink.consume([step(version, at=0.0) for version in range(1, 10 * FIRST_STEPS)])
+    assert sink.pid is None, "it is as long in steps but not in seconds"
+    now_s = 2 * FIRST_S
+    sink.consume([step(10 * FIRST_STEPS, at=now_s, of=10 * FIRST_STEPS)])
+    assert sink.pid is None, "that was the last step"
+    sink = Hints(tmp_path, ppo(), tell=print, now=lambda: now_s)
+    sink.consume([step(1, at=now_s)])
+    now_s = 4 * FIRST_S
+    sink.consume([status(at=now_s), step(FIRST_STEPS - 1, at=now_s)])
+    assert sink.pid is None, "it is long enough in seconds but not in steps"
+    sink.close()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("at_once")
+def test_the_sink_tells_what_its_process_found_and_asks_again_later(tmp_path: Path) -> None:
+    told: list[str] = []
+    sink = begin(timed_past(tmp_path / "run", ppo_costs()), GRAPH, told.append)
+    ended(sink)
+    assert len(told) == 1
+    assert "a second generator is worth +" in told[0]
+    sink.consume([step(version, at=FIRST_S) for version in range(FIRST_STEPS + 1, 2 * FIRST_STEPS)])
+    assert sink.pid is None, "not yet twice as many steps"
+    sink.consume([step(2 * FIRST_STEPS, at=FIRST_S)])
+    assert sink.pid is not None
+    sink.close()
+
+
+def test_the_same_advice_with_other_figures_is_no_news() -> None:
+    first = "learner starved 38%: a second generator is worth +31%, for 1 core more; max_staleness 2 is worth +9%"
+    again = "learner starved 41%: max_staleness 2 is worth +12%; a second generator is worth +11%, for 1 core more"
+    assert advice_in(first) == advice_in(again) == {"a second generator", "max_staleness 2"}
+    assert advice_in(first) != advice_in("learner starved 41%: a second generator is worth +11%")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("at_once")
+def test_a_process_that_fails_is_no_hint_and_a_line_in_the_log(tmp_path: Path) -> None:
+    told: list[str] = []
+    run_dir = timed_past(tmp_path / "run", ppo_costs())
+    sink = begin(run_dir, tmp_path / "nowhere.py", told.append)
+    ended(sink)
+    assert told == []
+    assert "no such graph file" in (run_dir / "logs" / "hints.log").read_text()
+
+
+@pytest.mark.slow
+def test_the_process_has_the_lowest_priority_and_ends_with_the_run(tmp_path: Path) -> None:
+    graph, lock, ready = blocking_graph(tmp_path)
+    sink = begin(timed_past(tmp_path / "run", ppo_costs()), graph, print)
+    assert within(ready.read_text) == f"{os.SCHED_IDLE} 19"
+    sink.close()
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where the process still holds it
+    assert sink.pid is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_the_process_ends_with_a_driver_that_is_killed(number: signal.Signals, tmp_path: Path) -> None:
+    graph, lock, ready = blocking_graph(tmp_path)
+    run_dir = timed_past(tmp_path / "run", ppo_costs())
+    code = DRIVER.format(run_dir=str(run_dir), graph=str(graph))
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL) as driver:
+        within(ready.read_text)
+        driver.send_signal(number)
+    assert within(lambda: taken(lock))
+
+
+@pytest.mark.slow
+def test_a_graph_without_costs_is_refused_by_name(tmp_path: Path) -> None:
+    run_dir = timed_past(tmp_path / "run", ppo_costs())
+    (run_dir / "timeline.json").write_text("[\n")
+    with pytest.raises(ConfigError, match="no costs of node"):
+        hinted(run_dir)
