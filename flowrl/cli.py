@@ -89,14 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument("--debug", action="store_true", help="show tracebacks")
     watch.set_defaults(command=_watch)
 
-    replay = commands.add_parser("replay", help="train again from what a run recorded, without generators")
-    replay.add_argument("run", type=Path, help="the run's directory")
-    replay.add_argument("--steps", type=_steps, default=(0, None), metavar="FIRST:END",
-                        help="replay these steps only, beginning from a checkpoint (default: all)")  # fmt: skip
-    replay.add_argument("--diff", action="store_true", help="name the first step and tensor that differ; exit 1 if so")
-    replay.add_argument("--name", help="of the replay; its directory lies beside the run's (default: run and time)")
-    replay.add_argument("--debug", action="store_true", help="show tracebacks")
-    replay.set_defaults(command=_replay)
+    retrain = commands.add_parser("retrain", help="train again from what a run recorded, without generators")
+    retrain.add_argument("run", type=Path, help="the run's directory")
+    retrain.add_argument("--steps", type=_steps, default=(0, None), metavar="FIRST:END",
+                        help="train these steps only, beginning from a checkpoint (default: all)")  # fmt: skip
+    retrain.add_argument("--diff", action="store_true", help="name the first step and tensor that differ; exit 1 if so")
+    retrain.add_argument("--name", help="of the new run; its directory lies beside the run's (default: run and time)")
+    retrain.add_argument("--debug", action="store_true", help="show tracebacks")
+    retrain.set_defaults(command=_retrain)
 
     export = commands.add_parser("export", help="write a run's model as a Hugging Face directory")
     export.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run, a checkpoint, or a peft adapter")
@@ -249,12 +249,12 @@ def _steps(text: str) -> tuple[int, int | None]:
     return int(first or 0), int(end) if end else None
 
 
-def _replay(options: argparse.Namespace) -> int:
-    from flowrl.runs.retrain import RetrainRequest, replay
+def _retrain(options: argparse.Namespace) -> int:
+    from flowrl.runs.retrain import RetrainRequest, retrain
 
     first, last = options.steps
     request = RetrainRequest(run=options.run, first=first, last=last, name=options.name, compares=options.diff)
-    return replay(request, say=_say)
+    return retrain(request, say=_say)
 
 
 def _export(options: argparse.Namespace) -> int:

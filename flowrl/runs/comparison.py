@@ -27,15 +27,15 @@ class Difference(msgspec.Struct, frozen=True):
     step: int
     what: str  # a sample's field, a figure or a tensor
     run: str
-    replay: str
+    again: str
 
 
-def first_difference(run_dir: Path, replay_dir: Path, steps: Iterable[int]) -> Difference | None:
-    """Return where a replay first differs from its run, or None where every step and version is equal."""
-    figures = [read_steps(each / "metrics.jsonl") for each in (run_dir, replay_dir)]
-    digests = [read_digests(each) for each in (run_dir, replay_dir)]
+def first_difference(run_dir: Path, again_dir: Path, steps: Iterable[int]) -> Difference | None:
+    """Return where training again first differs from its run, or None where every step and version is equal."""
+    figures = [read_steps(each / "metrics.jsonl") for each in (run_dir, again_dir)]
+    digests = [read_digests(each) for each in (run_dir, again_dir)]
     for step in steps:
-        pairs = zip_longest(*(read_samples(step_path(each / "rollouts", step)) for each in (run_dir, replay_dir)))
+        pairs = zip_longest(*(read_samples(step_path(each / "rollouts", step)) for each in (run_dir, again_dir)))
         of_samples = (
             (f"group {ours.group_id} {what}", a, b) for ours, theirs in pairs for what, a, b in _fields(ours, theirs)
         )
@@ -51,20 +51,20 @@ def first_difference(run_dir: Path, replay_dir: Path, steps: Iterable[int]) -> D
     return None
 
 
-def _fields(run: Any, replay: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield each number of two groups that is not of the replay's own making, with its place."""
+def _fields(run: Any, again: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield each number of two groups that is not of its own making, with its place."""
     for name in run.__struct_fields__:
         if name not in ("group_id", "generator"):  # which of two replicas sampled it is no matter
-            yield from _leaves(name, getattr(run, name), getattr(replay, name, None))
+            yield from _leaves(name, getattr(run, name), getattr(again, name, None))
 
 
-def _leaves(place: str, run: Any, replay: Any) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(run, Buffer) and isinstance(replay, Buffer) and run != replay:
-        values = zip_longest(run.tolist(), replay.tolist())
+def _leaves(place: str, run: Any, again: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(run, Buffer) and isinstance(again, Buffer) and run != again:
+        values = zip_longest(run.tolist(), again.tolist())
         yield from ((f"{place}[{token}]", *pair) for token, pair in enumerate(values))
-    elif isinstance(run, list) and isinstance(replay, list):
-        lists = cast("list[Any]", run), cast("list[Any]", replay)
+    elif isinstance(run, list) and isinstance(again, list):
+        lists = cast("list[Any]", run), cast("list[Any]", again)
         for index, pair in enumerate(zip_longest(*lists)):
             yield from _leaves(f"{place}[{index}]", *pair)
     else:
-        yield place, run, replay
+        yield place, run, again

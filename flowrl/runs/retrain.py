@@ -1,7 +1,7 @@
 """Replay: train again from what a run recorded, without generators, and hold the result against the run.
 
-The graph of a replay is cut out of the run's own plan: the learner, the critic in front of it and what else feeds
-them without being sampled, with a source of recorded groups in place of everything upstream. Invariant: the replayed
+The graph is cut out of the run's own plan: the learner, the critic in front of it and what else feeds
+them without being sampled, with a source of recorded groups in place of everything upstream. Invariant: the repeated
 nodes get the same messages in the same order and the same settings as in the run, so where the numerics are
 deterministic (float32 on CPUs) losses and weights are bit-equal; a difference is then a fault of learner or machine,
 and equality says that whatever went wrong came with the data. Called by `flowrl retrain`.
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from flowrl.graph.graph import Graph
     from flowrl.graph.stage import Stage
 
-SOURCE, WITNESS = "recorded", "witness"  # the nodes that a replay adds
+SOURCE, READER = "recorded", "weights_reader"  # the nodes that this adds
 
 
 class RetrainRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,12 +48,12 @@ class RetrainRequest(msgspec.Struct, frozen=True, kw_only=True):
     compares: bool = False  # whether to look for the first difference
 
 
-def replay(request: RetrainRequest, *, say: Say) -> int:
+def retrain(request: RetrainRequest, *, say: Say) -> int:
     """Train the recorded steps again; returns 1 where a difference was asked for and found, else 0.
 
     Raises:
-        UserError: the run has no record of those steps, or is of a kind that cannot be replayed.
-        RunError: the replay failed.
+        UserError: the run has no record of those steps, or is of a kind that cannot be repeated.
+        RunError: the training failed.
     """
     run_dir = existing_run(request.run).resolve()
     plan = read_plan(run_dir)
@@ -61,11 +61,11 @@ def replay(request: RetrainRequest, *, say: Say) -> int:
     begin, checkpoint = starting_point(run_dir, first)
     if begin < first:
         say(f"no checkpoint of version {first} is left: beginning with step {begin}, from version {begin}")
-    graph = replay_graph(plan, run_dir, begin, last)
-    program = Program(path=run_dir / "graph.json", settings=replay_settings(run_dir), graph=graph)
-    say(f"replaying steps {begin} to {last - 1} of {run_dir}")
+    graph = retrained_graph(plan, run_dir, begin, last)
+    program = Program(path=run_dir / "graph.json", settings=retrained_settings(run_dir), graph=graph)
+    say(f"training again steps {begin} to {last - 1} of {run_dir}")
     check_program(program, say=say, address=None)
-    name = request.name or f"{run_dir.name}-replay-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = request.name or f"{run_dir.name}-retrained-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = create_run_dir(run_dir.parent / name).resolve()
     claim(directory, say)
     write_plan(directory, program)
@@ -83,12 +83,12 @@ def describe(difference: Difference | None, first: int, last: int) -> str:
     if difference is None:
         return f"steps {first} to {last - 1}: samples, figures and every tensor of every version are equal, bit for bit"
     return f"first difference: step {difference.step}, {difference.what}: {difference.run} in the run, " + (
-        f"{difference.replay} in the replay"
+        f"{difference.again} this time"
     )
 
 
 def recorded_steps(run_dir: Path, request: RetrainRequest) -> tuple[int, int]:
-    """Return the first step to replay and the one after the last.
+    """Return the first step to train and the one after the last.
 
     Raises:
         DataError: one of them was not recorded.
@@ -115,7 +115,7 @@ def starting_point(run_dir: Path, first: int) -> tuple[int, Path | None]:
     return 0, None
 
 
-def replay_settings(run_dir: Path) -> RunSettings:
+def retrained_settings(run_dir: Path) -> RunSettings:
     """Return the settings of the run that belong to no node, with nothing reported elsewhere and nothing restarted."""
     import yaml
 
@@ -125,7 +125,7 @@ def replay_settings(run_dir: Path) -> RunSettings:
     return msgspec.structs.replace(settings, wandb=WandbConfig(), tensorboard=False, max_restarts=0)
 
 
-def replay_graph(plan: GraphPlan, run_dir: Path, begin: int, last: int) -> Graph:
+def retrained_graph(plan: GraphPlan, run_dir: Path, begin: int, last: int) -> Graph:
     """Return the part of a plan that trains, fed with the recorded steps from `begin` to `last`.
 
     Raises:
@@ -143,7 +143,7 @@ def replay_graph(plan: GraphPlan, run_dir: Path, begin: int, last: int) -> Graph
         stage="flowrl.stages.recorded:Recorded",
         arguments={"config": {}, "directory": str(run_dir / "rollouts"), "first": begin, "last": last},
     )
-    nodes[WITNESS] = Specification(stage="flowrl.stages.recorded:Witness", arguments={"config": {}})
+    nodes[READER] = Specification(stage="flowrl.stages.recorded:WeightsReader", arguments={"config": {}})
     edges = [_redirected(edge, kept, entry, last - begin) for edge in plan.edges]
     graph = graph_of(GraphPlan(nodes=nodes, edges=[edge for edge in edges if edge is not None], until=plan.until))
     graph.check()
@@ -166,7 +166,7 @@ def _trained(plan: GraphPlan, stages: dict[str, Stage]) -> tuple[str, list[str]]
 def _beside(plan: GraphPlan, trained: list[str], entry: str) -> list[str]:
     """Return the sources that feed the trained nodes apart from the samples, texts of a pre-training loss for one."""
     queues = [edge for edge in plan.edges if edge.kind == "queue"]
-    # A source that the trained nodes ask themselves (texts) is asked again in the replay.
+    # A source that the trained nodes ask themselves (texts) is asked again.
     fed = {q.target.partition(".")[0] for q in queues if q.source.partition(".")[0] not in trained}
     found: list[str] = []
     for edge in queues:
@@ -179,7 +179,7 @@ def _beside(plan: GraphPlan, trained: list[str], entry: str) -> list[str]:
 
 
 def _cut_off(spec: Specification, stage: Stage, kept: set[str], last: int) -> Specification:
-    """Return a node as it stands in the replay: same numbers, ending at `last`, on no device of a node left out."""
+    """Return a node as it stands this time: same numbers, ending at `last`, on no device of a node left out."""
     arguments = {**spec.arguments}
     config: dict[str, Any] = {**arguments["config"]}
     if config.get("share") not in kept:
@@ -194,7 +194,7 @@ def _cut_off(spec: Specification, stage: Stage, kept: set[str], last: int) -> Sp
 
 
 def _redirected(edge: EdgePlan, kept: set[str], entry: str, num_steps: int) -> EdgePlan | None:
-    """Return an edge of the run as it is in the replay, or None where one of its ends is gone."""
+    """Return an edge of the run as it is this time, or None where one of its ends is gone."""
     source, target = edge.source.partition(".")[0], edge.target.partition(".")[0]
     if edge.target == entry:
         return msgspec.structs.replace(edge, source=f"{SOURCE}.samples")
@@ -204,5 +204,5 @@ def _redirected(edge: EdgePlan, kept: set[str], entry: str, num_steps: int) -> E
         bounds = {**edge.bounds, "versions": num_steps}
         return msgspec.structs.replace(edge, target=f"{SOURCE}.credits", bounds=bounds)
     if source in kept and edge.source.endswith(".weights"):
-        return msgspec.structs.replace(edge, target=f"{WITNESS}.weights")
+        return msgspec.structs.replace(edge, target=f"{READER}.weights")
     return None

@@ -1,7 +1,7 @@
 """Recorded: the groups that a run has learned, taken from its files, for `flowrl retrain`. And who takes the weights.
 
 Invariant: the groups come in the order in which they were learned, exactly as the learner got them but for their ids:
-group k of a replay is the k-th group of the steps that it replays, so that what was filtered or failed leaves no gap.
+group k here is the k-th group of the steps that are trained again, so that what was filtered or failed leaves no gap.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from flowrl.errors import ConfigError, DataError
 from flowrl.graph.program import Program, load_program
 from flowrl.graph.settings import RunSettings
 from flowrl.runs.comparison import first_difference
-from flowrl.runs.retrain import RetrainRequest, replay
+from flowrl.runs.retrain import RetrainRequest, retrain
 from flowrl.runtime.launch import drive
 from flowrl.runtime.local import LocalOptions, run_local
 from flowrl.runtime.rundir import create_run_dir, write_plan
@@ -64,9 +64,9 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
 
 
 @pytest.mark.parametrize(("first", "name"), [(0, "whole"), (STEPS - 1, "from-a-checkpoint")])
-def test_a_replay_is_equal_bit_for_bit(run_dir: Path, first: int, name: str) -> None:
+def test_training_again_is_equal_bit_for_bit(run_dir: Path, first: int, name: str) -> None:
     said: list[str] = []
-    assert replay(RetrainRequest(run=run_dir, first=first, name=name, compares=True), say=said.append) == 0
+    assert retrain(RetrainRequest(run=run_dir, first=first, name=name, compares=True), say=said.append) == 0
     assert said[-1].startswith(f"steps {first} to {STEPS - 1}: ")
     assert not any("no checkpoint" in line for line in said)
 
@@ -98,7 +98,7 @@ def test_a_run_cut_short_and_resumed_equals_one_that_was_not(run_dir: Path, tiny
     assert (run_dir / model).read_bytes() == (directory / model).read_bytes()
 
 
-def test_a_replay_names_the_first_step_and_tensor_that_differ(run_dir: Path) -> None:
+def test_training_again_names_the_first_step_and_tensor_that_differ(run_dir: Path) -> None:
     plan = run_dir / "graph.json"
     whole = plan.read_text()
     at = whole.index('"learner": {')
@@ -106,7 +106,7 @@ def test_a_replay_names_the_first_step_and_tensor_that_differ(run_dir: Path) -> 
     plan.write_text(whole[:at] + whole[at:].replace("flowrl.engines.torch:TorchEngine", engine, 1))
     said: list[str] = []
     try:
-        assert replay(RetrainRequest(run=run_dir, name="faulty", compares=True), say=said.append) == 1
+        assert retrain(RetrainRequest(run=run_dir, name="faulty", compares=True), say=said.append) == 1
     finally:
         plan.write_text(whole)
     assert said[-1].startswith(f"first difference: step 1, tensor {FAULTY} of version 2: ")
@@ -114,7 +114,7 @@ def test_a_replay_names_the_first_step_and_tensor_that_differ(run_dir: Path) -> 
 
 def test_steps_that_were_not_recorded_are_refused(run_dir: Path) -> None:
     with pytest.raises(DataError, match=f"no record of step {STEPS} "):
-        replay(RetrainRequest(run=run_dir, last=STEPS + 2), say=lambda line: None)
+        retrain(RetrainRequest(run=run_dir, last=STEPS + 2), say=lambda line: None)
 
 
 def test_a_run_on_given_examples_is_refused(tmp_path: Path, tiny: Path) -> None:
@@ -123,4 +123,4 @@ def test_a_run_on_given_examples_is_refused(tmp_path: Path, tiny: Path) -> None:
     (tmp_path / "rollouts").mkdir()
     (tmp_path / "rollouts" / "step-000000.parquet").touch()
     with pytest.raises(ConfigError, match="not recorded"):
-        replay(RetrainRequest(run=tmp_path), say=lambda line: None)
+        retrain(RetrainRequest(run=tmp_path), say=lambda line: None)
