@@ -2,68 +2,78 @@
 
     --set reward.function=flowrl.rewards.math:math_answer
 
-"\\frac{1}{2}", "0.5" and "1/2" are the same answer. math-verify hands parts of the completion to sympy's evaluating
-parser and ends what takes too long by a signal: both are reasons why this runs in a worker process and in its main
-thread (`isolation=process`, the default). Invariant: an `answer` in the data that is no mathematical expression is an
-error, never a wrong completion.
+"\\frac{1}{2}", "0.5" and "1/2" are the same answer, and so are "A" and "(A)". math-verify hands parts of the completion
+to sympy's evaluating parser and ends what takes too long by a signal: both are reasons why this runs in a worker
+process and in its main thread (`isolation=process`, the default). Invariants: what is marked as the final answer is
+read as the data's answer is; an `answer` in the data that is none is an error, never a wrong completion.
 """
 
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
+
+from flowrl.rewards.verify import accepted, choice, marked_answer, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    Completion = str | list[dict[str, Any]]  # a message list where the prompt is a conversation
+    from flowrl.rewards.verify import Completion
 
 LIMIT_S = 3  # whole seconds for parsing an answer, and for comparing two; the package's alarm takes no fractions
 
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_MARKED = re.compile(r"####(.*)")
+_SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d+)?[eE][-+]?\d{1,3}")  # math-verify reads the e as Euler's number
 _LATEX = ("$", "\\(", "\\[", "\\boxed", "\\begin")
+_WORD = re.compile(r"[A-Za-z][A-Za-z' -]*[A-Za-z]")  # math-verify takes it for a product: "pairs" would equal "Paris"
+_SENTENCE = re.compile(r"[A-Za-z]{2,}\W+[A-Za-z]{2,}")
+_NAMES = frozenset({"pi", "tau", "phi", "alpha", "beta", "theta", "oo", "infty"})
+_LONG = 3  # letters; two are a product, "ab" or "xy"
 
 
 def math_answer(completions: Sequence[Completion], answer: Sequence[object], **_: object) -> list[float]:
-    """Score 1.0 where the final answer means the same as the column `answer`.
+    """Score 1.0 where the final answer means the same as the column `answer`, or one of several.
 
-    The final answer is looked for in the last <answer>...</answer>, else after the last "####", else in the whole
-    text; there math-verify takes what is boxed, else the last expression.
+    The final answer is the last that is marked (`flowrl.rewards.verify`), else the last expression of the text.
 
     Raises:
         ValueError: the data's answer is no mathematical expression.
     """
-    golds: dict[str, list[Any]] = {}
+    golds: dict[str, list[list[Any]]] = {}
     scores: list[float] = []
     for completion, wanted in zip(completions, answer, strict=True):
-        text = str(wanted)
-        if text not in golds:
-            golds[text] = _parsed_gold(text)
-        scores.append(_is_equal(golds[text], completion))
+        key = repr(wanted)
+        if key not in golds:
+            golds[key] = [_parsed_gold(each) for each in accepted(wanted)]
+        scores.append(_is_equal(golds[key], text_of(completion)))
     return scores
 
 
-def _is_equal(gold: list[Any], completion: Completion) -> float:
+def _is_equal(golds: list[list[Any]], text: str) -> float:
     from math_verify import parse, verify
 
-    text = completion if isinstance(completion, str) else str(completion[-1]["content"])
-    return float(verify(gold, parse(_final(text), parsing_timeout=LIMIT_S), timeout_seconds=LIMIT_S))
+    marked = marked_answer(text)
+    said = text if marked is None else marked
+    found = parse(said, parsing_timeout=LIMIT_S) if marked is None or _SENTENCE.search(marked) else []
+    if not found and (marked is not None or choice(said) or _WORD.fullmatch(said.strip())):
+        found = _parsed(said)
+    return float(any(verify(gold, found, timeout_seconds=LIMIT_S) for gold in golds))
 
 
 def _parsed_gold(text: str) -> list[Any]:
-    from math_verify import parse
-
-    final = _final(text).strip()
-    found = parse(final if any(mark in final for mark in _LATEX) else f"${final}$", parsing_timeout=LIMIT_S)
-    if not any(not isinstance(each, str) for each in found):
+    found = _parsed(text)
+    if all(isinstance(each, str) for each in found):
         raise ValueError(f"the data's answer {text!r} is no mathematical expression")
     return found
 
 
-def _final(text: str) -> str:
-    for pattern in (_TAGGED, _MARKED):
-        marked = pattern.findall(text)
-        if marked:
-            return str(marked[-1])
-    return text
+def _parsed(answer: str) -> list[Any]:
+    """Return what an answer that stands alone means, a choice or a word as a name of its own."""
+    from math_verify import parse
+
+    text = choice(answer) or answer.strip().removesuffix(".")
+    if _SCIENTIFIC.fullmatch(text):
+        text = f"{Decimal(text):f}"
+    elif _WORD.fullmatch(text) and len(text) >= _LONG and text not in _NAMES:
+        text = rf"\text{{{text.casefold()}}}"
+    return parse(text if any(mark in text for mark in _LATEX) else f"${text}$", parsing_timeout=LIMIT_S)

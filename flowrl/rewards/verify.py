@@ -1,35 +1,48 @@
 """Rewards that check an answer by rule: 1.0 for right, 0.0 for wrong, nothing between.
 
-The final answer of a completion is what stands in its last \\boxed{...}, else in its last <answer>...</answer>, else
-after its last "####", else the whole text; so a completion that was asked for only the answer and says more is wrong,
-which is what keeps answers short. Partial credit is deliberately not given: it would reward long or hedging answers.
-Called by `RewardFunction` under their import paths.
+The final answer of a completion is the last thing in it that is marked as such, by \\boxed{...}, <answer>...</answer>
+or ####, else the whole text; so a completion that was asked for only the answer and says more is wrong, which is what
+keeps answers short. Partial credit is deliberately not given: it would reward long or hedging answers. A column
+`answer` holds a text (marked or not), a number, or a list of texts of which each is right; what is no answer is an
+error, never a wrong completion. Called by `RewardFunction` under their import paths.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+from decimal import Decimal
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     Completion = str | list[dict[str, Any]]  # a message list where the prompt is a conversation
 
-_MARKED = (
-    re.compile(r"\\boxed\{([^{}]*)\}"),
-    re.compile(r"<answer>(.*?)</answer>", re.DOTALL),
-    re.compile(r"####(.*)"),
-)
-_NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(\.\d+)?")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_MARKED = (re.compile(r"<answer>(.*?)</answer>", re.DOTALL), re.compile(r"####(.*)"))
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped one is no brace
+_SPACE = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|~|\s")
+_WORDS = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\s*\{([^{}]*)\}")
+_CHOICE = re.compile(r"\(?([a-z])[).:]{0,2}", re.IGNORECASE)
+_WHOLE = r"\d{1,3}(?:,\d{3})+|\d+"  # a comma stands before each three digits, or "1,2" would be 12
+_NUMBER = re.compile(rf"([-+]?)\\?\$?({_WHOLE})?(\.\d*)?(?:e([-+]?\d{{1,3}}))?")
+_RATIO = re.compile(r"([-+]?)(?:\\[dt]?frac\{(\d+)\}\{(\d+)\}|(\d+)/(\d+))")
+_UNIT = re.compile(r"(.*?[\d}.])\s*(?:\\?%|\^?\\circ|\^\{\\circ\}|°|[^\W\d_]+)")  # a number and one word, or a sign
 
 
 def exact_answer(completions: Sequence[Completion], answer: Sequence[object], **_: object) -> list[float]:
-    """Score 1.0 where the final answer equals the column `answer`; letter case and a number's commas do not count."""
-    return [
-        float(_plain(final_answer(c)) == _plain(final_answer(str(a)))) for c, a in zip(completions, answer, strict=True)
-    ]
+    """Score 1.0 where the final answer equals the column `answer`.
+
+    Letter case and how a number or a choice is written do not count: "7.0" is 7, "\\\\frac{1}{2}" is 0.5, "(A)" is A.
+    A marked number may have a unit where the data's answer has none.
+
+    Raises:
+        ValueError: a row has no answer, or an object, or several numbers.
+    """
+    wanted = [[_plain(each) for each in accepted(value)] for value in answer]
+    return [float(_is_right(c, golds)) for c, golds in zip(completions, wanted, strict=True)]
 
 
 def reasoning_gym_score(
@@ -41,19 +54,97 @@ def reasoning_gym_score(
 
 def final_answer(completion: Completion) -> str:
     """Return the final answer; "The sum is \\\\boxed{12}." gives "12", " 12.\\n" gives "12"."""
-    text = completion if isinstance(completion, str) else str(completion[-1]["content"])
-    for pattern in _MARKED:
-        found = pattern.findall(text)
-        if found:
-            return cast("str", found[-1]).strip()
-    return text.strip().removesuffix(".").rstrip()
+    text = text_of(completion)
+    found = marked_answer(text)
+    return text.strip().removesuffix(".").rstrip() if found is None else found
 
 
-def _plain(answer: str) -> str:
-    """Return an answer as it is compared: "$1,200" and "1200" are the same, "Paris" and "paris" too."""
-    if _NUMBER.fullmatch(answer):
-        answer = answer.replace(",", "").replace("$", "").removeprefix("+")
-    return answer.casefold()
+def text_of(completion: Completion) -> str:
+    """Return what a completion says, of a conversation its last message."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def marked_answer(text: str) -> str | None:
+    """Return what is marked as the answer, of several marks the last; "\\\\boxed{x^{2}} is it" has "x^{2}"."""
+    marked = [(found.start(), found[1]) for pattern in _MARKED for found in pattern.finditer(text)]
+    _, answer = max([*marked, *_boxes(text)], default=(0, None))
+    return None if answer is None else answer.strip()
+
+
+def accepted(answer: object) -> list[str]:
+    """Return the texts that the data take for right; 7.0 is ["7"], ["a", "b"] is itself.
+
+    Raises:
+        ValueError: there is none, or it cannot be told what is.
+    """
+    if isinstance(answer, dict):
+        fields = cast("dict[str, object]", answer)
+        named = [name for name in ("ground_truth", "answer") if name in fields]
+        if len(named) != 1:
+            raise ValueError(f"the data's answer is an object with {', '.join(fields) or 'nothing'}: none is its text")
+        return accepted(fields[named[0]])
+    if isinstance(answer, list | tuple):
+        each = cast("Sequence[object]", answer)
+        if len(each) != 1 and not (each and all(isinstance(one, str) for one in each)):
+            raise ValueError(f"the data's answer is {answer!r}: give one, or a list of texts of which each is right")
+        return [text for one in each for text in accepted(one)]
+    if answer is None or answer != answer:  # nan, as tables have what is missing
+        raise ValueError("a row of the data has no answer")
+    if isinstance(answer, float):
+        return [f"{Decimal(repr(answer)).normalize():f}"]
+    text = str(answer)
+    found = marked_answer(text)
+    return [text if found is None else found]
+
+
+def choice(answer: str) -> str:
+    """Return the letter of a choice however it is written, else ""; "(A)", "A." and "\\\\text{A}" are "A"."""
+    found = _CHOICE.fullmatch(_WORDS.sub(r"\1", answer).strip().strip("$"))
+    return found[1] if found else ""
+
+
+def _boxes(text: str) -> Iterator[tuple[int, str]]:
+    """Yield where each closed box begins and what stands in it, braces and all."""
+    for box in _BOX.finditer(text):
+        depth = 1
+        for brace in _BRACE.finditer(text, box.end()):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if not depth:
+                yield box.start(), text[box.end() : brace.start()]
+                break
+
+
+def _is_right(completion: Completion, golds: list[str | Fraction]) -> bool:
+    final = final_answer(completion)
+    if _plain(final) in golds:
+        return True
+    unit = _UNIT.fullmatch(_WORDS.sub(r" \1", final).strip("$ ."))
+    if unit is None or marked_answer(text_of(completion)) is None:
+        return False
+    number = _plain(unit[1])
+    return isinstance(number, Fraction) and number in golds
+
+
+def _plain(answer: str) -> str | Fraction:
+    """Return an answer as it is compared: "$1,200" and "1200.0" are one number, "Paris" and "paris" one text."""
+    text = answer.strip().removesuffix(".").strip()
+    text = text.strip("$") if text.startswith("$") and text.endswith("$") else text
+    number = _number(_SPACE.sub("", text))
+    if number is not None:
+        return number
+    text = choice(text) or _WORDS.sub(r"\1", text)
+    return re.sub(r"\\[dt]frac", r"\\frac", _SPACE.sub(" ", text).strip()).casefold()
+
+
+def _number(text: str) -> Fraction | None:
+    if (found := _RATIO.fullmatch(text)) and int(found[3] or found[5]):
+        value = Fraction(int(found[2] or found[4]), int(found[3] or found[5]))
+    elif (found := _NUMBER.fullmatch(text)) and (found[2] or len(found[3] or "") > 1):
+        digits = (found[2] or "0").replace(",", "") + (found[3] or "")
+        value = Fraction(Decimal(digits).scaleb(int(found[4] or 0)))
+    else:
+        return None
+    return -value if found[1] == "-" else value
 
 
 @functools.lru_cache(maxsize=64)

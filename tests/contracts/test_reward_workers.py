@@ -304,9 +304,20 @@ def test_the_stage_refuses_a_function_that_does_not_load():
         (r"\boxed{12}", "13", 0.0),
         ("", "12", 0.0),
         ("I do not know", "12", 0.0),
+        ("#### A", "A", 1.0),
+        (r"\boxed{(A)}", "A", 1.0),
+        ("A.", "(A)", 1.0),
+        ("#### B", "A", 0.0),
+        ("#### Paris", "Paris", 1.0),
+        ("#### pairs", "Paris", 0.0),
+        (r"first \boxed{3}, then \boxed{4}", "3", 0.0),
+        ("#### 1, 2", "2", 0.0),
+        (r"\boxed{12\text{ km}}", 12.0, 1.0),
+        ("#### 1000000", "1e6", 1.0),
+        ("#### 72", {"ground_truth": "72"}, 1.0),
     ],
 )
-def test_math_answers_are_compared_by_their_meaning(completion: str, answer: str, reward: float):
+def test_math_answers_are_compared_by_their_meaning(completion: str, answer: object, reward: float):
     from flowrl.rewards.math import math_answer
 
     assert math_answer([completion], answer=[answer]) == [reward]

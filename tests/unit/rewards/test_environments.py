@@ -121,3 +121,12 @@ def test_the_last_try_ends_the_episode():
     game = HintedNumber(tries=1)
     game.reset({"prompt": "?", "answer": "-2"}, 0)
     assert game.step("-3") == ("No, the answer is higher than -3. Try again.", 0.0, True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "action", "is_right"), [("1,000", "1000", True), (7.0, "7", True), (7, "7.5", False)]
+)
+def test_a_number_is_right_however_it_is_written(answer, action, is_right):
+    game = HintedNumber(tries=1)
+    game.reset({"prompt": "?", "answer": answer}, 0)
+    assert (game.step(action)[1] == 1.0) == is_right

@@ -30,12 +30,42 @@ def test_final_answer_is_the_marked_one_or_the_whole_text(completion, answer):
         ("paris", "Paris", 1.0),
         ("-5", "5", 0.0),
         ("12", "1", 0.0),
+        (r"so \boxed{\frac{1}{2}}", r"\frac{1}{2}", 1.0),
+        (r"\boxed{x^{2}+1}", "x^{2}+1", 1.0),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}", 1.0),
+        (r"first \boxed{3}, then \boxed{4}", "3", 0.0),
+        (r"\boxed{3} is wrong\n#### 4", "4", 1.0),
+        (r"cut in \boxed{4", "4", 0.0),
+        ("#### 7", 7.0, 1.0),
+        ("#### 7", "7.0", 1.0),
+        ("#### 1,000", "1000", 1.0),
+        ("1,2", "12", 0.0),
+        ("1/2", "0.5", 1.0),
+        (r"\dfrac{2}{4}", "1/2", 1.0),
+        ("0.0000001", 1e-7, 1.0),
+        ("(A)", "A", 1.0),
+        ("A.", "(A)", 1.0),
+        (r"\boxed{\text{A}}", "a", 1.0),
+        ("B", "A", 0.0),
+        (r"\boxed{12\text{ km}}", "12", 1.0),
+        ("#### 12 apples", 12, 1.0),
+        ("#### 12 apples", "12 pears", 0.0),
+        ("12 apples", "12", 0.0),
+        (r"\boxed{90^\circ}", "90", 1.0),
+        ("yes", ["yes", "indeed"], 1.0),
+        ("#### 72", {"ground_truth": "72", "style": "rule"}, 1.0),
         ("The answer is 12.", "12", 0.0),
         ("", "12", 0.0),
     ],
 )
 def test_exact_answer_is_all_or_nothing(completion, answer, reward):
     assert exact_answer([completion], answer=[answer]) == [reward]
+
+
+@pytest.mark.parametrize("answer", [None, float("nan"), {"text": "72"}, [], [1, 2], {"answer": None}])
+def test_what_is_no_answer_in_the_data_is_an_error(answer):
+    with pytest.raises(ValueError, match="answer"):
+        exact_answer(["72"], answer=[answer])
 
 
 def test_reasoning_gym_gives_full_marks_or_none():
