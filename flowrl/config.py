@@ -4,30 +4,42 @@
 YAML file and `--set path=value` overrides to a settings value and returns a new one; paths are field names joined by
 dots (`learner.lr`), the same names that metrics and errors use. Called by the CLI and by tests; never by stages.
 
-A class setting is written `module:Class`. A field of type `Select` holds such a class with its options:
-`--set algorithm=pkg.mod:Class` chooses the class, `--set algorithm.clip_low=0.1` sets an option of it.
+A field of type `Select` holds a class with its options: `--set algorithm=pkg.mod:Class` (or `my_file.py:Class`, or the
+name alone of one that is shipped) chooses the class, `--set algorithm.clip_low=0.1` sets an option of it.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
-import importlib
 import re
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    cast,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import msgspec
 from msgspec import Meta
 
 from flowrl.errors import ConfigError
+from flowrl.imports import load_class, load_object, named_beside, pin, suggest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["Config", "Meta", "Select", "load_class", "load_object", "resolve", "to_tree", "widen"]
+__all__ = ["Config", "ImportPath", "Meta", "Select", "load_class", "load_object", "resolve", "to_tree", "widen"]
 
 C = TypeVar("C", bound="Config")
+# A setting of this type names user code, module:name or file.py:name; `resolve` finds the file (see flowrl.imports).
+ImportPath = Annotated[str, Meta(extra={"is_import_path": True})]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
@@ -71,32 +83,6 @@ class Select(Config):
             raise _readable(error, options, chosen, where) from error
 
 
-def load_object(path: str, where: str) -> Any:
-    """Import `module:name`.
-
-    Raises:
-        ConfigError: `path` is malformed, or the module or the name in it does not exist.
-    """
-    module_name, _, name = path.partition(":")
-    if not module_name or not name:
-        raise ConfigError(where, f"{path!r} is not of the form module:name", "write e.g. my_rewards:exact_match")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(where, f"cannot import {module_name!r} ({error})", "check the name and PYTHONPATH") from error
-    if not hasattr(module, name):
-        raise ConfigError(where, f"module {module_name} has no {name!r}{_suggest(name, vars(module))}")
-    return getattr(module, name)
-
-
-def load_class(path: str, where: str) -> Any:
-    """Import `module:Class` and insist that it is a class."""
-    found = load_object(path, where)
-    if not isinstance(found, type):
-        raise ConfigError(where, f"{path} is not a class", "name a class as module:Class")
-    return found
-
-
 def widen(kind: type[C], settings: Config, **fields: Any) -> C:
     """Return `settings` as `kind`, which has the same fields and more, given in `fields`."""
     known = set(kind.__struct_fields__)
@@ -108,12 +94,16 @@ def to_tree(settings: Config) -> dict[str, Any]:
     return cast("dict[str, Any]", msgspec.to_builtins(settings))
 
 
-def resolve(kind: type[C], *, config: Path | None = None, overrides: Sequence[str] = ()) -> C:
+def resolve(
+    kind: type[C], *, config: Path | None = None, overrides: Sequence[str] = (), places: Sequence[Path] = ()
+) -> C:
     """Build settings of type `kind` from defaults, then a YAML file, then `path=value` overrides.
 
+    User code is looked for in the directories `places`, then among what is installed.
+
     Raises:
-        ConfigError: an unknown path (with the nearest known one), a wrong type, a value out of range, or
-            defaults that are missing.
+        ConfigError: an unknown path (with the nearest known one), a wrong type, a value out of range, defaults that are
+            missing, or user code that is not where it was looked for.
     """
     tree: dict[str, Any] = {}
     if config is not None:
@@ -126,9 +116,38 @@ def resolve(kind: type[C], *, config: Path | None = None, overrides: Sequence[st
         _assign(tree, kind, path.strip(), _parse_scalar(text), where=f"--set {override}", text=text)
     merged = _merge(_default_tree(kind), tree)
     try:
-        return msgspec.convert(merged, kind, strict=False)
+        settings = msgspec.convert(merged, kind, strict=False)
     except (msgspec.ValidationError, ValueError) as error:
         raise _readable(error, merged, kind, "") from error
+    return _pinned(settings, kind(), "", places) if places else settings
+
+
+def _pinned(settings: C, default: Any, at: str, places: Sequence[Path]) -> C:
+    """Return settings whose import paths lead to the same files in every process."""
+    changes: dict[str, Any] = {}
+    for name, annotation in get_type_hints(type(settings), include_extras=True).items():
+        value, here = getattr(settings, name, None), f"{at}.{name}" if at else name
+        if isinstance(value, Select):
+            example = getattr(default, name, value)
+            use = value.use if ":" in value.use else named_beside(value.use, example.use, here)
+            pinned: Any = Select(use=pin(use, here, places), options=value.options)
+        elif isinstance(value, Config):
+            pinned = _pinned(value, getattr(default, name, value), here, places)
+        elif isinstance(value, str) and _is_import_path(annotation):
+            pinned = pin(value, here, places)
+        else:
+            continue
+        if pinned != value:
+            changes[name] = pinned
+    return msgspec.structs.replace(settings, **changes) if changes else settings
+
+
+def _is_import_path(annotation: Any) -> bool:
+    """Say whether an annotation is `ImportPath`, alone or in a union."""
+    parts = (annotation, *get_args(annotation))
+    return any((getattr(each, "extra", None) or {}).get("is_import_path") for each in parts) or any(
+        _is_import_path(each) for each in get_args(annotation) if get_origin(each) is not None
+    )
 
 
 def _depth(override: str) -> int:
@@ -195,7 +214,7 @@ def _assign(
         return
     fields = _fields(kind)
     if part not in fields:
-        raise ConfigError(where, f"{at or 'settings'} has no setting {part!r}{_suggest(part, fields)}")
+        raise ConfigError(where, f"{at or 'settings'} has no setting {part!r}{suggest(part, fields)}")
     here = f"{at}.{part}" if at else part
     annotation, inner = fields[part], _struct_type(fields[part])
     if rest and inner is not None:
@@ -268,15 +287,7 @@ def _reject_unknown(options: dict[str, Any], kind: type, where: str) -> None:
     known = {f.name for f in msgspec.structs.fields(kind)}
     for name in options:
         if name not in known:
-            raise ConfigError(f"{where}.{name}", f"{kind.__name__} has no setting {name!r}{_suggest(name, known)}")
-
-
-def _suggest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    if close:
-        return f", did you mean {close[0]!r}?"
-    public = sorted(k for k in known if not k.startswith("_"))
-    return f" (known: {', '.join(public[:20])})"
+            raise ConfigError(f"{where}.{name}", f"{kind.__name__} has no setting {name!r}{suggest(name, known)}")
 
 
 WORDS = {
@@ -302,7 +313,7 @@ def _readable(error: Exception, tree: Any, kind: type, where: str) -> ConfigErro
         what = f"expected one of {', '.join(map(str, get_args(annotation)))}, got {_shown(value)}"
     elif what.startswith("Object contains unknown field"):
         name, holder = what.split("`")[1], _struct_type(annotation)
-        what = f"has no setting {name!r}{_suggest(name, _fields(holder)) if holder is not None else ''}"
+        what = f"has no setting {name!r}{suggest(name, _fields(holder)) if holder is not None else ''}"
     elif what.startswith("Expected"):
         expected, _, got = what.partition(", got ")
         what = re.sub(r"`([^`]*)`", lambda match: _in_words(match[1]), expected)

@@ -17,6 +17,7 @@ from flowrl.graph.edges import Queue
 from flowrl.graph.graph import Graph
 from flowrl.graph.plan import graph_of, plan_of
 from flowrl.graph.settings import RunSettings
+from flowrl.imports import add_places
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +40,8 @@ def load_program(path: Path, *, config: Path | None = None, overrides: Sequence[
         GraphError: the file is missing, has no Settings or build, or raises.
         ConfigError: a setting is wrong.
     """
+    places = [Path.cwd(), path.resolve().parent]  # where user code stands
+    add_places(places)
     module = _load_module(path)
     for name in ("Settings", "build"):
         if not hasattr(module, name):
@@ -49,7 +52,7 @@ def load_program(path: Path, *, config: Path | None = None, overrides: Sequence[
     if not (isinstance(kind, type) and issubclass(kind, RunSettings)):
         raise GraphError(str(path), "its Settings does not extend RunSettings",
                          "write class Settings(RunSettings) from flowrl.graph.settings")  # fmt: skip
-    settings = resolve(kind, config=config, overrides=overrides)
+    settings = resolve(kind, config=config, overrides=overrides, places=places)
     graph = _guarded(path, "build", build_graph, module, settings)
     graph.check()
     graph_of(plan_of(graph))  # every process will rebuild its stage from the plan

@@ -20,6 +20,7 @@ import msgspec
 from flowrl.config import Config, Meta, load_class
 from flowrl.errors import GraphError
 from flowrl.graph.ports import In, Out, Port
+from flowrl.imports import path_of
 
 if TYPE_CHECKING:
     import asyncio
@@ -173,7 +174,7 @@ def specification(stage: Stage) -> Specification:
     """Return what rebuilds the stage in another process."""
     kind = type(stage)
     return Specification(
-        stage=f"{kind.__module__}:{kind.__qualname__}",
+        stage=path_of(kind),
         arguments={name: msgspec.to_builtins(value) for name, value in stage.arguments.items()},
     )
 

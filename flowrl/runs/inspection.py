@@ -16,9 +16,9 @@ import msgspec
 
 from flowrl.errors import ConfigError, DataError
 from flowrl.runs.query import COUNTED, column, parse, unknown_column
+from flowrl.runs.tokens import ENVIRONMENT, token_ratios
 from flowrl.telemetry.rollouts import step_of
 from flowrl.telemetry.text import printable, shortened
-from flowrl.runs.tokens import ENVIRONMENT, token_ratios
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -14,14 +14,14 @@ import yaml
 
 from flowrl.data.pieces import pieces_of
 from flowrl.errors import ConfigError, DataError, FlowrlError
-from flowrl.tuning.advice import advice
-from flowrl.runtime.ledger import ENDINGS, read_entries, surviving
-from flowrl.runtime.rundir import existing_run, is_held, read_plan
-from flowrl.runs.verify import describe, verify_run
 from flowrl.runs.inspection import RecordedRollouts, as_json, as_table, describe_group
 from flowrl.runs.page.page import Subject, write_page
+from flowrl.runs.verify import describe, verify_run
+from flowrl.runtime.ledger import ENDINGS, read_entries, surviving
+from flowrl.runtime.rundir import existing_run, is_held, read_plan
 from flowrl.telemetry.report import read_ending
 from flowrl.telemetry.state import read_state
+from flowrl.tuning.advice import advice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

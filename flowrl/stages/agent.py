@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
-from flowrl.config import Meta
+from flowrl.config import ImportPath, Meta
 from flowrl.data.models import prepare_model
 from flowrl.data.prompts import load_tokenizer
 from flowrl.data.turns import TurnFormat
@@ -43,7 +43,7 @@ class Agent(Stage):
     class Config(Generation):
         """Settings of the agent node; `sampling.max_tokens` is what one turn may have."""
 
-        environment: str = "flowrl.rewards.hints:HintedNumber"  # module:Class, see flowrl.rewards.environments
+        environment: ImportPath = "flowrl.rewards.hints:HintedNumber"  # module:Class, see flowrl.rewards.environments
         environment_options: dict[str, Any] = {}  # of its constructor
         max_turns: Annotated[int, Meta(ge=1)] = 4  # turns of the policy in one episode
         max_tokens: Annotated[int, Meta(ge=0)] = 0  # of an episode, the environment's included; 0: what fits

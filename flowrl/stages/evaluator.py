@@ -12,7 +12,7 @@ import asyncio
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated
 
-from flowrl.config import Meta
+from flowrl.config import ImportPath, Meta
 from flowrl.data.models import prepare_model
 from flowrl.data.prompts import PromptData, PromptSet, load_prompts, load_tokenizer
 from flowrl.errors import ConfigError
@@ -39,7 +39,7 @@ class Evaluator(Stage):
         samples: Annotated[int, Meta(ge=1)] = 4  # responses to each held-out prompt
         in_flight: Annotated[int, Meta(ge=1)] = 64  # held-out prompts sent and not yet scored
         # module:function, TRL's signature; "": the scores that the rollouts bring from their environment
-        function: str = "flowrl.rewards.verify:reasoning_gym_score"
+        function: ImportPath = "flowrl.rewards.verify:reasoning_gym_score"
 
     checkpoints: In[EvaluationRequest]
     prompts: Out[Prompt]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
-from flowrl.config import Meta, widen
+from flowrl.config import ImportPath, Meta, widen
 from flowrl.data.models import prepare_model
 from flowrl.data.prompts import load_tokenizer
 from flowrl.data.steps import StepFinder
@@ -48,7 +48,7 @@ class Reward(Stage):
     class Config(StageConfig):
         """Settings of a reward-function node."""
 
-        function: str = "flowrl.rewards.verify:reasoning_gym_score"  # module:function
+        function: ImportPath = "flowrl.rewards.verify:reasoning_gym_score"  # module:function
         adapter: Adapter = "trl"  # what it was written for; see flowrl.rewards.adapters
         label_column: str = "answer"  # with adapter=openrlhf: the column that becomes `labels`; "": none
         name: str = ""  # of the score; "" takes the function's own name

@@ -11,7 +11,7 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Annotated
 
-from flowrl.config import Meta, widen
+from flowrl.config import ImportPath, Meta, widen
 from flowrl.data.models import inspect_model, prepare_model
 from flowrl.engines.base import GenerationConfig, GenerationEngine, Serving, open_engine
 from flowrl.errors import ChannelClosed, ConfigError
@@ -33,7 +33,7 @@ class Generation(Serving):
 
     group_size: Annotated[int, Meta(ge=1)] = 8  # samples of each prompt
     max_groups: Annotated[int, Meta(ge=1)] = 16  # prompt groups in flight in one replica
-    engine: str = "flowrl.engines.vllm:VllmEngine"
+    engine: ImportPath = "flowrl.engines.vllm:VllmEngine"
 
 
 def check_context(config: Generation, model: str, say: Say, *, where: str) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from flowrl.telemetry.events import EdgeStatus, Span, Status
 from flowrl.runs.page.bins import Bins
+from flowrl.telemetry.events import EdgeStatus, Span, Status
 
 if TYPE_CHECKING:
     from flowrl.telemetry.events import Event

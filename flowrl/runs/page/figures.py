@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from flowrl.telemetry.intervals import Interval, mean_interval, paired_interval, prompt_means
-from flowrl.telemetry.charts import Chart, line_chart, number
 from flowrl.runs.page.samples import evenly
+from flowrl.telemetry.charts import Chart, line_chart, number
+from flowrl.telemetry.intervals import Interval, mean_interval, paired_interval, prompt_means
 from flowrl.telemetry.report import verdict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from flowrl.telemetry.events import Evaluation, Step
     from flowrl.runs.page.activity import Activity
-    from flowrl.telemetry.charts import Points
     from flowrl.runs.page.record import Record
+    from flowrl.telemetry.charts import Points
+    from flowrl.telemetry.events import Evaluation, Step
 
 MOST_TABLE_ROWS = 60
 MOST_MORE = 24  # charts besides the curated ones

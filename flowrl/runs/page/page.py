@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.events import Span
 from flowrl.runs.page import figures
-from flowrl.telemetry.charts import duration_ticks
 from flowrl.runs.page.record import Record
 from flowrl.runs.page.samples import MOST_TOKENS, RATIO_BOUNDS, has_ratios, shown_groups
 from flowrl.runs.page.strips import MOST_ROWS, node_strips, queue_strips
+from flowrl.telemetry.causes import Cause
+from flowrl.telemetry.charts import duration_ticks
+from flowrl.telemetry.events import Span
 from flowrl.telemetry.report import bottleneck
 from flowrl.telemetry.text import printable
 from flowrl.telemetry.view import format_duration, words

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import Counter, deque
 from typing import TYPE_CHECKING
 
+from flowrl.runs.page.activity import Activity
 from flowrl.telemetry.events import EdgeStatus, Evaluation, Notice, Span, Status, Step
 from flowrl.telemetry.history import read_history, timelines
-from flowrl.runs.page.activity import Activity
 from flowrl.telemetry.view import RunView
 
 if TYPE_CHECKING:

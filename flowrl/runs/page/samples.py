@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from flowrl.runs.tokens import ENVIRONMENT, token_ratios
 from flowrl.telemetry.charts import number
 from flowrl.telemetry.rollouts import step_of
-from flowrl.runs.tokens import ENVIRONMENT, token_ratios
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -10,8 +10,8 @@ import pytest
 
 from flowrl.cli import main
 from flowrl.errors import ConfigError
-from flowrl.runtime.ledger import Entry
 from flowrl.runs.review import fate_of, flattened, inspect_group, write_review
+from flowrl.runtime.ledger import Entry
 from flowrl.runtime.rundir import is_held
 from flowrl.telemetry.report import Ending, write_ending
 from tests.support.past_run import past_run

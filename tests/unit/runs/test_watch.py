@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
+from flowrl.runs.watch import watch
 from flowrl.telemetry.metrics import MetricsFile
 from flowrl.telemetry.state import StateFile
 from flowrl.telemetry.view import RunView
-from flowrl.runs.watch import watch
 from tests.unit.telemetry.streams import edge, evaluation, notice, status, step
 
 if TYPE_CHECKING:
