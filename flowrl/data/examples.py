@@ -52,8 +52,8 @@ class ExampleSource(Config):
 class ExampleData(Config):
     """Where examples come from and how they become tokens."""
 
-    # A .jsonl or .parquet file, a directory of them, a Hugging Face data set id, or examples made on the spot:
-    # reasoning-gym, reasoning-gym:preference, reasoning-gym:unpaired-preference.
+    # A file (.jsonl, .json, .csv, .tsv, each also .gz; .parquet, .arrow), a directory, a Hugging Face data set id, or
+    # examples made on the spot: reasoning-gym, reasoning-gym:preference, reasoning-gym:unpaired-preference.
     source: str = REASONING_GYM
     format: Kind | None = None  # None: found out from the columns
     num_train: Annotated[int, Meta(ge=0)] = 0  # training examples; 0: all there are (reasoning-gym makes 192)
@@ -331,7 +331,7 @@ def read_template(file: str) -> str:
         DataError: the file cannot be read.
     """
     try:
-        return Path(file).expanduser().read_text(encoding="utf-8")
+        return Path(file).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"data.chat_template {file}", f"cannot be read ({reason})", "give a Jinja file") from error

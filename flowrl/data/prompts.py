@@ -47,7 +47,7 @@ DEFAULT_TASKS = (
 class PromptData(Config):
     """Where prompts come from and how they are rendered."""
 
-    source: str = REASONING_GYM  # or a .jsonl or .parquet file, a directory of them, a Hugging Face data set id
+    source: str = REASONING_GYM  # or a file or directory (.jsonl, .json, .csv, .parquet, ...), a Hugging Face id
     num_train: Annotated[int, Meta(ge=0)] = 0  # training prompts; 0: all there are (reasoning-gym makes 192)
     num_heldout: Annotated[int, Meta(ge=0)] = 64  # prompts kept for evaluation
     seed: int = 0  # of the tasks, the split and the order

@@ -1,14 +1,21 @@
 """Rows from files, directories and the Hugging Face hub, each with the place it came from.
 
-`read_rows` yields rows in the order of the source; a row is a mapping of JSON-able columns and its place ("a.jsonl:12")
-goes into every later error. A row that cannot be read is handed to `bad`, which raises or counts. Called by
-`load_prompts`.
+`read_rows` yields rows in the order of the source; a row is a mapping of columns that can be sent as JSON, and its
+place (in a file of lines the line, "a.jsonl:12", else the row counted from 0) goes into every later error. A row that
+cannot be read is handed to `bad`, which raises or counts. Called by `load_prompts` and `load_examples`.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
+import sys
+import zlib
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import msgspec
 
@@ -19,7 +26,11 @@ if TYPE_CHECKING:
 
     Bad = Callable[[DataError], None]
 
-FORMATS = (".jsonl", ".parquet")
+TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # each also with .gz behind
+FORMATS = (*TEXT_FORMATS, ".parquet", ".arrow")
+NO_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})  # about data
+MAX_DEPTH = 64  # of lists and objects in one another: templates and encoders walk them by recursion
+MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8, as Windows writes it
 
 
 class RawRow(msgspec.Struct, frozen=True):
@@ -41,74 +52,186 @@ def read_rows(source: str, *, split: str, subset: str, bad: Bad) -> Iterator[Raw
     if path.is_dir():
         yield from _read_directory(path, split, bad)
     elif path.is_file():
-        yield from _read_file(path, bad)
-    elif path.suffix in (*FORMATS, ".json", ".csv", ".gz") or source.startswith(("/", ".", "~")):
+        yield from _read_file(path, split, bad)
+    elif _format(path) in FORMATS or path.suffix == ".gz" or source.startswith(("/", ".", "~")):
         raise DataError(f"data {source}", "no such file or directory", "check data.source")
     else:
-        yield from _read_hub(source, split, subset)
+        yield from _read_hub(source, split, subset, bad)
 
 
-def _read_file(path: Path, bad: Bad) -> Iterator[RawRow]:
-    if path.suffix == ".jsonl":
-        yield from _read_jsonl(path, bad)
-    elif path.suffix == ".parquet":
-        yield from _read_parquet(path)
+def is_of_split(name: str, split: str) -> bool:
+    """Say whether a file or folder holds rows of a split by its name; "" is every split.
+
+    `train` has train, train.jsonl, train-00000-of-00002.parquet and train_sft.jsonl, but not training_notes.jsonl.
+    """
+    return name.startswith(split) and not (split and name[len(split) : len(split) + 1].isalpha())
+
+
+def _format(path: Path) -> str:
+    """Return a file's format by its name: ".csv" for a.csv and a.csv.gz."""
+    inner = Path(path.stem) if path.suffix == ".gz" else path
+    return inner.suffix if path.suffix != ".gz" or inner.suffix in TEXT_FORMATS else path.suffix
+
+
+def _read_file(path: Path, split: str, bad: Bad) -> Iterator[RawRow]:
+    format = _format(path)
+    if format not in FORMATS:
+        raise DataError(f"data {path}", f"is a {format or 'nameless'} file", f"give one of {', '.join(FORMATS)}")
+    if format == ".parquet":
+        yield from _read_parquet(path, bad)
+    elif format == ".arrow":
+        yield from _read_arrow(path, bad)
     else:
-        raise DataError(f"data {path}", f"is a {path.suffix or 'nameless'} file", "give .jsonl or .parquet")
+        try:
+            with _opened(path) as file:
+                if format in (".csv", ".tsv"):
+                    yield from _read_table(path, file, "," if format == ".csv" else "\t", bad)
+                elif format == ".json":
+                    yield from _read_json(path, file, split, bad)
+                else:
+                    yield from _read_lines(path, file, bad)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"data {path}", f"cannot be read ({error})", "write the file again") from error
 
 
 def _read_directory(path: Path, split: str, bad: Bad) -> Iterator[RawRow]:
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
-        yield from _read_saved(path, split)
+        yield from _read_saved(path, split, bad)
         return
-    files = sorted(p for p in path.iterdir() if p.suffix in FORMATS)
-    if not files:
-        raise DataError(f"data {path}", "holds no .jsonl or .parquet file", "give a directory that does")
-    chosen = [p for p in files if p.name.startswith(split)]
+    names = sorted(each.relative_to(path) for each in path.rglob("*") if each.is_file() and _format(each) in FORMATS)
+    names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    names = [name for name in names if name.name not in NO_DATA]
+    if not names:
+        raise DataError(f"data {path}", f"holds no file of {', '.join(FORMATS)}", "give a directory that does")
+    chosen = [name for name in names if any(is_of_split(part, split) for part in name.parts)]
     if not chosen:
-        names = ", ".join(p.name for p in files[:5])
-        raise DataError(
-            f"data {path}", f"no file begins with {split!r} (found {names})", 'set data.split="" to take all'
-        )
-    for file in chosen:
-        yield from _read_file(file, bad)
+        found = ", ".join(map(str, names[:5]))
+        remedy = 'set data.split to how one begins, or to "" to take all'
+        raise DataError(f"data {path}", f"no file or folder is named {split!r} or {split}-... (found {found})", remedy)
+    for name in chosen:
+        yield from _read_file(path / name, split, bad)
 
 
-def _read_jsonl(path: Path, bad: Bad) -> Iterator[RawRow]:
-    decode = msgspec.json.Decoder().decode
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}:{number}"
+# Text
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a text file, behind its byte order mark if it has one.
+
+    Raises:
+        DataError: it is no UTF-8.
+    """
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as opened:
+        file = cast("BinaryIO", opened)
+        head = file.read(4)
+        if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head:
+            raise DataError(f"data {path}", "is UTF-16 or UTF-32, or no text", "save it as UTF-8")
+        file.seek(len(MARK) if head.startswith(MARK) else 0)
+        yield file
+
+
+def _read_lines(path: Path, file: BinaryIO, bad: Bad) -> Iterator[RawRow]:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            yield from _read_row(line.removeprefix(MARK), f"{path}:{number}", "mend the line", bad)
+
+
+def _read_json(path: Path, file: BinaryIO, split: str, bad: Bad) -> Iterator[RawRow]:
+    """Read an array of rows, an object that holds one under the split's name or as `data`, or rows as lines."""
+    content = file.read()
+    try:
+        if not content.lstrip().startswith(b"["):
             try:
-                row = decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                bad(DataError(place, f"is not JSON ({error})", "mend the line, or set data.on_bad=skip"))
-                continue
-            if isinstance(row, dict):
-                yield RawRow(place, cast("dict[str, Any]", row))
-            else:
-                found = f"holds a {type(row).__name__}, not an object"
-                bad(DataError(place, found, "write one JSON object a line, or set data.on_bad=skip"))
+                held = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
+            except msgspec.DecodeError:  # a second object behind the first
+                yield from _read_lines(path, io.BytesIO(content), bad)
+                return
+            arrays = [name for name in (split, "data", "rows") if bytes(held.get(name, b"")).lstrip().startswith(b"[")]
+            if not arrays:
+                what = f"holds one object, with {', '.join(held) or 'nothing'}"
+                raise DataError(f"data {path}", what, "write a list of rows, or one object a line as .jsonl")
+            content = bytes(held[arrays[0]])
+        rows = msgspec.json.decode(content, type=list[msgspec.Raw])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"data {path}", f"is not JSON ({error})", "write the file again") from error
+    for number, row in enumerate(rows):
+        yield from _read_row(bytes(row), f"{path} row {number}", "mend the row", bad)
 
 
-def _read_parquet(path: Path) -> Iterator[RawRow]:
+def _read_row(line: bytes, place: str, remedy: str, bad: Bad) -> Iterator[RawRow]:
+    try:
+        row = msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        bad(DataError(place, f"is not JSON ({error})", f"{remedy}, or set data.on_bad=skip"))
+    except RecursionError:
+        bad(_too_deep(place))
+    else:
+        if not isinstance(row, dict):
+            found = f"holds a {type(row).__name__}, not an object"
+            bad(DataError(place, found, "write one JSON object for each row, or set data.on_bad=skip"))
+        elif flaw := _flaw(cast("dict[str, Any]", row), place, num_brackets=line.count(b"[") + line.count(b"{")):
+            bad(flaw)
+        else:
+            yield RawRow(place, cast("dict[str, Any]", row))
+
+
+def _read_table(path: Path, file: BinaryIO, delimiter: str, bad: Bad) -> Iterator[RawRow]:
+    """Read a table whose first line names its columns; every cell is a text, an empty one is null."""
+    csv.field_size_limit(sys.maxsize)
+    table = csv.reader((line.decode("utf-8") for line in file), delimiter=delimiter, strict=True)
+    try:
+        names = next(table, [])
+        if doubled := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"{path}:1", f"names the column {doubled[0]!r} twice", "rename one of them")
+        before = table.line_num
+        for cells in table:
+            place, before = f"{path}:{before + 1}", table.line_num
+            if len(cells) == len(names):
+                yield RawRow(place, {name: cell or None for name, cell in zip(names, cells, strict=True)})
+            elif cells:
+                what = f"has {len(cells)} cells, the first line names {len(names)} columns"
+                bad(DataError(place, what, "mend the line, or set data.on_bad=skip"))
+    except csv.Error as error:
+        raise DataError(f"{path}:{table.line_num}", f"is no table ({error})", "mend the line") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"data {path}", f"is not UTF-8 ({error})", "save it as UTF-8") from error
+
+
+# Tables with types
+
+
+def _read_parquet(path: Path, bad: Bad) -> Iterator[RawRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.ParquetFile(path)
-        place = 0
-        for batch in table.iter_batches():
-            for row in batch.to_pylist():
-                yield RawRow(f"{path} row {place}", _jsonable(row, f"{path} row {place}"))
-                place += 1
+        yield from _read_batches(path, pq.ParquetFile(path).iter_batches(), bad)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"data {path}", f"cannot be read as Parquet ({error})", "write the file again") from error
 
 
-def _read_saved(path: Path, split: str) -> Iterator[RawRow]:
+def _read_arrow(path: Path, bad: Bad) -> Iterator[RawRow]:
+    """Read an Arrow file of either kind: with an index at its end, or a stream as `datasets` writes it."""
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as file:
+            try:
+                found = pa.ipc.open_file(file)
+                batches: Any = (found.get_batch(place) for place in range(found.num_record_batches))
+            except pa.ArrowInvalid:
+                batches = pa.ipc.open_stream(file)
+            yield from _read_batches(path, batches, bad)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"data {path}", f"cannot be read as Arrow ({error})", "write the file again") from error
+
+
+def _read_batches(path: Path, batches: Any, bad: Bad) -> Iterator[RawRow]:
+    yield from _number(str(path), chain.from_iterable(batch.to_pylist() for batch in batches), bad)
+
+
+def _read_saved(path: Path, split: str, bad: Bad) -> Iterator[RawRow]:
     """Read what `datasets` wrote with save_to_disk."""
     from datasets import Dataset, load_from_disk
 
@@ -119,10 +242,10 @@ def _read_saved(path: Path, split: str) -> Iterator[RawRow]:
                 f"data {path}", f"no split {split!r} (found {', '.join(map(str, found))})", "set data.split"
             )
         found = found[split]
-    yield from _number(str(path), found)
+    yield from _number(str(path), found, bad)
 
 
-def _read_hub(source: str, split: str, subset: str) -> Iterator[RawRow]:
+def _read_hub(source: str, split: str, subset: str, bad: Bad) -> Iterator[RawRow]:
     from datasets import load_dataset
     from huggingface_hub.errors import HTTPError
 
@@ -131,17 +254,25 @@ def _read_hub(source: str, split: str, subset: str) -> Iterator[RawRow]:
         found = load_dataset(source, subset or None, split=split or "train")
     except (OSError, HTTPError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        remedy = "check the id and the network, or copy the data here as .jsonl or .parquet"
+        remedy = f"check the id and the network, or copy the data here as one of {', '.join(FORMATS)}"
         raise DataError(where, f"cannot be fetched from the hub ({reason})", remedy) from error
     except ValueError as error:  # an unknown split, or a data set with several subsets
         reason = str(error).splitlines()[0]
         raise DataError(where, f"cannot be loaded ({reason})", "set data.split or data.subset") from error
-    yield from _number(source, found)
+    yield from _number(source, found, bad)
 
 
-def _number(source: str, rows: Any) -> Iterator[RawRow]:
-    for place, row in enumerate(rows):
-        yield RawRow(f"{source} row {place}", _jsonable(row, f"{source} row {place}"))
+def _number(source: str, rows: Any, bad: Bad) -> Iterator[RawRow]:
+    for number, row in enumerate(rows):
+        place = f"{source} row {number}"
+        columns = _jsonable(row, place)
+        if flaw := _flaw(columns, place):
+            bad(flaw)
+        else:
+            yield RawRow(place, columns)
+
+
+# What can be sent
 
 
 def _jsonable(row: dict[str, Any], place: str) -> dict[str, Any]:
@@ -150,3 +281,43 @@ def _jsonable(row: dict[str, Any], place: str) -> dict[str, Any]:
         return cast("dict[str, Any]", msgspec.to_builtins(row, str_keys=True))
     except TypeError as error:
         raise DataError(place, f"a column cannot be sent to reward functions ({error})", "drop the column") from error
+
+
+def _flaw(columns: dict[str, Any], place: str, *, num_brackets: int = 0) -> DataError | None:
+    """Return why a row cannot be sent: numbers beyond 64 bits, or a column that is nested too deep.
+
+    `num_brackets` in its text is more than its depth.
+    """
+    if num_brackets > MAX_DEPTH and any(_is_deep(value) for value in columns.values()):
+        return _too_deep(place)
+    try:
+        msgspec.msgpack.encode(columns)
+    except OverflowError:
+        return DataError(place, f"column {_overflowing(columns)!r} holds an integer beyond 64 bits", "write it as text")
+    return None
+
+
+def _too_deep(place: str) -> DataError:
+    what = f"is nested more than {MAX_DEPTH} deep"
+    return DataError(place, what, "write what is inside as text, or set data.on_bad=skip")
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            each
+            for outer in level
+            if isinstance(outer, list | dict)
+            for each in cast("Any", outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
+
+
+def _overflowing(columns: dict[str, Any]) -> str:
+    for name, value in columns.items():
+        try:
+            msgspec.msgpack.encode(value)
+        except OverflowError:
+            return name
+    raise AssertionError("the row has no such column")

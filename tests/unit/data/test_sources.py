@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import datetime
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ def test_directory_gives_the_files_of_the_split_in_order(tmp_path, jsonl):
 
 def test_directory_without_the_split_names_what_is_there(tmp_path, jsonl):
     jsonl([{"prompt": "a"}], "dev.jsonl")
-    with pytest.raises(DataError, match=r"no file begins with 'train' \(found dev\.jsonl\)"):
+    with pytest.raises(DataError, match=r"no file or folder is named 'train' .*\(found dev\.jsonl\)"):
         read(tmp_path)
 
 
@@ -74,10 +76,89 @@ def test_unreachable_hub_data_set_says_what_to_do():
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("gone.jsonl", "no such file"), ("./gone", "no such file"), ("a.csv", "is a .csv file")]
+    ("name", "said"), [("gone.jsonl", "no such file"), ("./gone", "no such file"), ("a.txt", "is a .txt file")]
 )
 def test_source_that_is_not_there_or_of_another_kind_is_refused(tmp_path, monkeypatch, name, said):
     monkeypatch.chdir(tmp_path)
-    Path("a.csv").write_text("prompt\n")
+    Path("a.txt").write_text("prompt\n")
     with pytest.raises(DataError, match=said):
         read(name)
+
+
+ROWS = [{"prompt": "a"}, {"prompt": "ä\nb"}]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.jsonl", LINES),
+        ("x.jsonl", b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n")),
+        ("x.jsonl.gz", gzip.compress(LINES)),
+        ("x.json", json.dumps(ROWS).encode()),
+        ("x.json", b"\xef\xbb\xbf" + json.dumps({"version": 1, "data": ROWS}).encode()),
+        ("x.json", json.dumps({"test": [], "train": ROWS}).encode()),
+        ("x.json", LINES),
+        ("x.csv", 'prompt\na\n"ä\nb"\n'.encode("utf-8-sig")),
+        ("x.tsv.gz", gzip.compress('prompt\r\na\r\n"ä\nb"\r\n'.encode())),
+    ],
+)
+def test_text_files_of_every_format_give_the_same_rows(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert [row.columns for row in read(tmp_path / name)] == ROWS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writer", ["new_file", "new_stream"])
+def test_arrow_files_of_both_kinds_are_read(tmp_path, writer):
+    import pyarrow as pa
+
+    table = pa.Table.from_pylist(ROWS)
+    with getattr(pa.ipc, writer)(str(tmp_path / "x.arrow"), table.schema) as file:
+        file.write_table(table)
+    assert [(row.place, row.columns) for row in read(tmp_path / "x.arrow")] == [
+        (f"{tmp_path / 'x.arrow'} row {number}", row) for number, row in enumerate(ROWS)
+    ]
+
+
+def test_places_are_lines_of_the_file_also_where_a_cell_has_several(tmp_path):
+    (tmp_path / "x.csv").write_text('a,b\n1,"two\nlines"\n\n3,4\n5\n')
+    said: list[str] = []
+    rows = list(read_rows(f"{tmp_path}/x.csv", split="", subset="", bad=lambda error: said.append(str(error))))
+    assert [row.place.rpartition(":")[2] for row in rows] == ["2", "5"]
+    assert len(said) == 1
+    assert "x.csv:6: has 1 cells, the first line names 2 columns" in said[0]
+
+
+def test_the_files_of_a_split_are_told_by_whole_words(tmp_path):
+    names = ["train.jsonl", "train_sft-00000-of-00001.jsonl", "train/a.jsonl", "data/train-1.jsonl"]
+    others = ["training_notes.jsonl", "trainer.jsonl", "test.jsonl", ".hidden/train.jsonl", "dataset_infos.json"]
+    for name in [*names, *others]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"prompt": name}) + "\n")
+    assert sorted(row.columns["prompt"] for row in read(tmp_path)) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("x.jsonl", '{"prompt": "a"}'.encode("utf-16"), "x.jsonl: is UTF-16"),
+        ("x.csv", "prompt\na".encode("utf-16-le"), "x.csv: is UTF-16"),
+        ("x.csv", "prompt\nä".encode("latin-1"), "x.csv: is not UTF-8"),
+        ("x.csv", b'prompt\na\n"open\n', "x.csv:3: is no table"),
+        ("x.csv", b"a,a\n1,2\n", "x.csv:1: names the column 'a' twice"),
+        ("x.jsonl.gz", gzip.compress(LINES)[:-9], "x.jsonl.gz: cannot be read"),
+        ("x.json", b'{"prompt": "a"}', "holds one object, with prompt"),
+        ("x.json", b'[{"prompt": "a"}', "x.json: is not JSON"),
+        ("x.json", b'[{"prompt": "a"}, 3]', "x.json row 1: holds a int"),
+        ("x.jsonl", b'{"a": 1}\n{"n": 18446744073709551616}', "x.jsonl:2: column 'n' holds an integer beyond 64"),
+        ("x.jsonl", b'{"a": ' + 5000 * b"[" + 5000 * b"]" + b"}", "x.jsonl:1: is nested more than 64 deep"),
+        ("x.json", b'[{"a": ' + 100 * b"[" + 100 * b"]" + b"}]", "x.json row 0: is nested more than 64 deep"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_named_with_its_place(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / name)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
