@@ -11,13 +11,16 @@ name alone of one that is shipped) chooses the class, `--set algorithm.clip_low=
 from __future__ import annotations
 
 import copy
+import functools
 import re
+from types import UnionType
 from typing import (
     TYPE_CHECKING,
     Annotated,
     Any,
     Literal,
     TypeVar,
+    Union,
     cast,
     dataclass_transform,
     get_args,
@@ -76,7 +79,7 @@ class Select(Config):
         """
         chosen = load_class(self.use, where)
         _reject_unknown(self.options, chosen, where)
-        options = _merge(_nested_defaults(chosen), self.options)
+        options = _settled(_merge(_nested_defaults(chosen), self.options), chosen)
         try:
             return msgspec.convert(options, chosen, strict=False)
         except (msgspec.ValidationError, ValueError) as error:
@@ -107,14 +110,14 @@ def resolve(
     """
     tree: dict[str, Any] = {}
     if config is not None:
-        for path, value in _read_yaml(config).items():
-            _assign(tree, kind, str(path), value, where=str(config))
+        for path, value in sorted(_read_yaml(config).items(), key=lambda item: _depth(item[0])):
+            _assign(tree, kind, path, value, where=str(config))
     for override in sorted(overrides, key=_depth):
         path, separator, text = override.partition("=")
         if not separator:
             raise ConfigError(f"--set {override}", "no value given", "write --set path=value")
-        _assign(tree, kind, path.strip(), _parse_scalar(text), where=f"--set {override}", text=text)
-    merged = _merge(_default_tree(kind), tree)
+        _assign(tree, kind, path.strip(), _parse_set(text, f"--set {path}"), where=f"--set {override}", text=text)
+    merged = _settled(_merge(_default_tree(kind), tree), kind)
     try:
         settings = msgspec.convert(merged, kind, strict=False)
     except (msgspec.ValidationError, ValueError) as error:
@@ -150,9 +153,9 @@ def _is_import_path(annotation: Any) -> bool:
     )
 
 
-def _depth(override: str) -> int:
+def _depth(path: str) -> int:
     """Order wholes before their parts, so that `algorithm=X` does not undo an `algorithm.clip_low=0.1` before it."""
-    return override.partition("=")[0].count(".")
+    return path.partition("=")[0].count(".")
 
 
 def _default_tree(kind: type[Config]) -> dict[str, Any]:
@@ -168,15 +171,78 @@ def _nested_defaults(kind: type) -> dict[str, Any]:
     return {f.name: to_tree(f.default) for f in fields if isinstance(f.default, Config)}
 
 
+TRUTH = {"yes": True, "on": True, "no": False, "off": False}  # booleans in YAML 1.1, and words all the same
+
+
+class Word(str):
+    """One of the words in TRUTH as YAML has it, until the field that it is for says what it means."""
+
+    __slots__ = ()
+
+
+@functools.cache
+def _loader() -> Any:
+    """Return a loader that keeps words as they are written and knows 1e-6 for a number."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def boolean(loader: Any, node: Any) -> Any:
+        return Word(node.value) if node.value.lower() in TRUTH else loader.construct_yaml_bool(node)
+
+    Loader.add_constructor("tag:yaml.org,2002:bool", boolean)
+    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return Loader
+
+
+def _parse_yaml(content: str | bytes, where: str) -> Any:
+    """Return what YAML holds; keys are texts.
+
+    Raises:
+        ConfigError: a path is given twice.
+        YAMLError: it is none.
+    """
+    loader = _loader()(content)
+    try:
+        node = loader.get_single_node()
+        if node is not None:
+            _check_once(node, "", {}, where)
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _check_once(node: Any, path: str, lines: dict[str, int], where: str) -> None:
+    """Insist that no path is given twice, by nesting or by dots; `lines` has those that were seen."""
+    for place, each in enumerate(() if isinstance(node.value, str) else node.value):
+        if not isinstance(each, tuple):
+            _check_once(each, f"{path}[{place}]", lines, where)
+            continue
+        key, value = cast("tuple[Any, Any]", each)
+        if key.tag == "tag:yaml.org,2002:merge" or not isinstance(key.value, str):
+            continue
+        key.tag = "tag:yaml.org,2002:str"
+        here, line = (f"{path}.{key.value}" if path else key.value), key.start_mark.line + 1
+        if here in lines:
+            raise ConfigError(where, f"gives {here!r} twice, in lines {lines[here]} and {line}", "write it once")
+        lines[here] = line
+        _check_once(value, here, lines, where)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        loaded = yaml.safe_load(path.read_text())
+        loaded = _parse_yaml(path.read_bytes(), str(path))
     except OSError as error:
         raise ConfigError(str(path), f"cannot be read ({error.strerror})", "check --config") from error
     except yaml.YAMLError as error:
-        raise ConfigError(str(path), f"is not valid YAML ({error})") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(where, f"is not valid YAML ({reason})", "mend the line") from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -184,13 +250,64 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", loaded)
 
 
-def _parse_scalar(text: str) -> Any:
+def _parse_set(text: str, where: str) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(text) if text else ""
+        return _parse_yaml(text, where) if text else ""
     except yaml.YAMLError:
         return text
+
+
+def _settled(value: Any, annotation: Any) -> Any:
+    """Return a tree with each word as its field takes it: `off` is a text, a choice, or false."""
+    if isinstance(value, str):
+        return _meant(value, annotation)
+    if isinstance(value, dict):
+        tree = cast("dict[str, Any]", value)
+        kind = _struct_type(annotation)
+        if kind is not None and issubclass(kind, Select):  # its options are settled when the class is loaded
+            return {name: _as_texts(each) for name, each in tree.items()}
+        fields = _fields(kind) if kind is not None else {}
+        inner = _arguments(annotation, dict)[-1]
+        return {name: _settled(each, fields.get(name, inner)) for name, each in tree.items()}
+    if isinstance(value, list):
+        inner = _arguments(annotation, list, tuple)[0]
+        return [_settled(each, inner) for each in cast("list[Any]", value)]
+    return value
+
+
+def _as_texts(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _as_texts(each) for name, each in cast("dict[str, Any]", value).items()}
+    return (
+        [_as_texts(each) for each in cast("list[Any]", value)]
+        if isinstance(value, list)
+        else (str(value) if isinstance(value, Word) else value)
+    )
+
+
+def _meant(text: str, annotation: Any) -> str | bool:
+    if text.lower() not in TRUTH:
+        return text
+    kinds = _members(annotation)
+    chosen = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    is_text = text in chosen or str in kinds
+    if not is_text and (bool in kinds or (isinstance(text, Word) and Any in kinds)):
+        return TRUTH[text.lower()]
+    return str(text)
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """Return the types of a union, or the one there is."""
+    is_union = get_origin(annotation) in (Union, UnionType)
+    return get_args(annotation) if is_union else (annotation,)
+
+
+def _arguments(annotation: Any, *origins: type) -> tuple[Any, ...]:
+    """Return what a container's type says of its contents; (Any,) where it says nothing."""
+    found = (get_args(each) for each in _members(annotation) if get_origin(each) in origins)
+    return next(found, ()) or (Any,)
 
 
 def _assign(
@@ -229,7 +346,7 @@ def _assign(
     elif inner is not None and issubclass(inner, Select) and isinstance(value, str):
         tree[part] = {"use": value, "options": {}}
     else:
-        tree[part] = text if text is not None and _takes_text(annotation, value) else value
+        tree[part] = text if text is not None and _takes_text(annotation, value, text) else value
 
 
 def _inside(tree: dict[str, Any], name: str) -> dict[str, Any]:
@@ -247,14 +364,15 @@ def _put(tree: dict[str, Any], path: str, value: Any) -> None:
     tree[last] = value
 
 
+@functools.cache
 def _fields(kind: type[Config]) -> dict[str, Any]:
     hints = get_type_hints(kind)
     return {f.name: hints[f.name] for f in msgspec.structs.fields(kind)}
 
 
-def _takes_text(annotation: Any, value: Any) -> bool:
-    """Say whether a field of this type wants the text itself and not the number or boolean that YAML read from it."""
-    if isinstance(value, str):
+def _takes_text(annotation: Any, value: Any, text: str) -> bool:
+    """Say whether a field of this type wants the text itself and not what YAML read from it, unless it is quoted."""
+    if isinstance(value, str) and text.lstrip()[:1] in ("'", '"'):
         return False
     return annotation is str or (value is not None and set(get_args(annotation)) == {str, type(None)})
 

@@ -23,6 +23,8 @@ class Clip(Config):
 
 class Other(Config):
     beta: float = 0.1
+    whitens: bool = True
+    clip: Literal["on", "off"] = "on"
 
 
 class Item(Config):
@@ -33,7 +35,7 @@ class Item(Config):
 class Optimizer(Config):
     lr: Annotated[float, Meta(ge=0)] = 1e-6
     betas: tuple[float, float] = (0.9, 0.95)
-    kind: Literal["cosine", "constant"] = "cosine"
+    kind: Literal["cosine", "constant", "off"] = "cosine"
 
 
 class Node(Config):
@@ -54,6 +56,7 @@ class Settings(Config):
     algorithm: Select = Select(use=f"{__name__}:Clip", options={"epochs": 2})
     learner: Node = Node()
     critic: Node | None = None
+    names: dict[str, str] = {}
     items: list[Item] = msgspec.field(default_factory=lambda: [Item()])
 
 
@@ -103,9 +106,58 @@ def test_an_override_is_read_as_the_type_of_its_field(override, read):
     assert read(set_to(override))
 
 
-@pytest.mark.parametrize("text", ["no", "007", "1e3", "null", "2026-01-02", "[1", "a: b", "{x}"])
+@pytest.mark.parametrize("text", ["no", "007", "1e3", "null", "2026-01-02", "[1", "a: b", "{x}", " ", "say # it"])
 def test_a_text_setting_keeps_what_was_typed(text):
     assert set_to(f"model={text}").model == text
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "read"),
+    [
+        ("learner.optimizer.kind", "off", lambda s: s.learner.optimizer.kind == "off"),
+        ("learner.share", "no", lambda s: s.learner.share == "no"),
+        ("model", "On", lambda s: s.model == "On"),
+        ("keep", "off", lambda s: s.keep is False),
+        ("keep", "yes", lambda s: s.keep is True),
+        ("names", "{no: off, on: x}", lambda s: s.names == {"no": "off", "on": "x"}),
+        ("learner.engine_options", "{compile: off, rate: 1e-6}",
+         lambda s: s.learner.engine_options == {"compile": False, "rate": 1e-6}),
+        ("algorithm", "{use: tests.unit.test_config:Other, options: {whitens: no, clip: off}}",
+         lambda s: s.algorithm.load("algorithm") == Other(whitens=False, clip="off")),
+    ],
+)  # fmt: skip
+def test_words_mean_what_their_field_takes(tmp_path: Path, path, text, read):
+    assert read(set_to(f"{path}={text}"))
+    (tmp_path / "run.yaml").write_bytes(f"\ufeff{path}: {text}\n".encode())
+    assert read(resolve(Settings, config=tmp_path / "run.yaml"))
+
+
+def test_a_quoted_text_loses_its_quotes_and_no_other_part():
+    assert set_to("model='a # b'").model == "a # b"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("learner:\n  replicas: 2\nsteps: 3\nlearner:\n  share: x\n", "gives 'learner' twice, in lines 1 and 4"),
+        ("steps: 3\nsteps: 3\n", "gives 'steps' twice, in lines 1 and 2"),
+        ("learner:\n  replicas: 2\nlearner.replicas: 3\n", "gives 'learner.replicas' twice, in lines 2 and 3"),
+        ("items:\n- name: a\n- name: b\n  name: c\n", "gives 'items[1].name' twice, in lines 3 and 4"),
+        ("learner: {engine_options: {a: 1, a: 2}}", "gives 'learner.engine_options.a' twice, in lines 1 and 1"),
+        ("steps: 3\nmodel: [\n", "run.yaml:3: is not valid YAML"),
+    ],
+)
+def test_what_a_file_says_twice_or_wrongly_is_refused_with_its_lines(tmp_path: Path, text, said):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        resolve(Settings, config=tmp_path / "run.yaml")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_whole_in_a_file_does_not_undo_its_parts(tmp_path: Path):
+    (tmp_path / "run.yaml").write_text(f"algorithm.beta: 0.5\nalgorithm: {__name__}:Other\n")
+    assert resolve(Settings, config=tmp_path / "run.yaml").algorithm.load("algorithm") == Other(beta=0.5)
 
 
 def test_an_optional_setting_is_cleared_by_null():
@@ -145,7 +197,7 @@ def test_what_to_tree_writes_resolves_to_the_same_settings(tmp_path: Path):
         ("learner.replica=1", "learner has no setting 'replica', did you mean 'replicas'?"),
         ("learner.optimizer.lrr=1", "learner.optimizer has no setting 'lrr', did you mean 'lr'?"),
         ("learner.optimizer={lrr: 1}", "learner.optimizer has no setting 'lrr', did you mean 'lr'?"),
-        ("zzz=1", "(known: algorithm, critic, items, keep, learner, model, steps)"),
+        ("zzz=1", "(known: algorithm, critic, items, keep, learner, model, names, steps)"),
         ("steps.more=1", "steps is a single value and has no 'more'"),
         ("steps", "--set steps: no value given; write --set path=value"),
         ("steps=0", "steps: expected an integer >= 1, got 0"),
@@ -158,7 +210,10 @@ def test_what_to_tree_writes_resolves_to_the_same_settings(tmp_path: Path):
         ("learner.optimizer.lr=fast", "learner.optimizer.lr: expected a number, got 'fast'"),
         ("learner.optimizer.lr=-1", "learner.optimizer.lr: expected a number >= 0.0, got -1"),
         ("learner.optimizer.betas=[1]", "learner.optimizer.betas: expected a list of length 2, got [1]"),
-        ("learner.optimizer.kind=linear", "learner.optimizer.kind: expected one of cosine, constant, got 'linear'"),
+        (
+            "learner.optimizer.kind=linear",
+            "learner.optimizer.kind: expected one of cosine, constant, off, got 'linear'",
+        ),
         ("critic.replicas=0", "critic.replicas: expected an integer >= 1, got 0"),
         ("items=[{weight: x}]", "items[0].weight: expected a number, got 'x'"),
         ("items=[{wait: 1}]", "items[0]: has no setting 'wait', did you mean 'weight'?"),
