@@ -1,23 +1,35 @@
-"""Reward functions written for other libraries, made into functions with TRL's signature.
+"""How reward functions are called: the common signatures, told apart by the names of their parameters.
 
-    openrlhf    reward_func(queries, prompts, labels, **kwargs) -> list | tensor | {"rewards": list | tensor, ...}
-                (OpenRLHF examples/python/reward_func.py). A query is the prompt followed by the response; a prompt that
-                is a conversation is given as its messages' contents, one per line. Labels are the column
-                `label_column`, or "" where that setting is "". Besides "rewards" nothing of a dict is used.
+    trl         def score(prompts, completions, completion_ids, **columns) -> list[float | None]
+                Lists with one entry for each sample; completions are texts, or one assistant message each where the
+                prompt is a conversation. None means "does not apply" and counts 0.
+    sample      def score(completion, prompt, **columns) -> float | None
+                One sample at a time: the completion's text, the prompt as it stood in the data, the row's columns.
+    verl        def compute_score(data_source, solution_str, ground_truth, extra_info) -> float | {"score": float, ...}
+                One sample at a time; lists where the names are plural (data_sources, solution_strs, ...). The ground
+                truth is `reward_model["ground_truth"]` of the row, else its column ground_truth, else `label_column`.
+    openrlhf    def reward_func(queries, prompts, labels) -> list | tensor | {"rewards": list | tensor, ...}
+                A query is the prompt followed by the response; a prompt that is a conversation is given as its
+                messages' contents, one per line. Labels are the column `label_column`; "" where that setting is "".
     verifiers   a Rubric (verifiers/rubrics/rubric.py): any object with `funcs` and `weights`, an object with such a
                 `rubric`, or a group of `rubrics`; or a function without arguments that returns one, such as
                 `load_environment`. A function takes those it names of prompt, completion, answer, state, info, task,
                 the other columns and the rubric's `class_objects`, and returns a number for one sample; with plural
-                names (prompts, completions, ...) it takes lists and returns one number for each sample.
+                names (prompts, completions, ...) it takes lists and returns one number for each sample. Only by
+                adapter=verifiers, since a rubric has no signature.
 
-Two differences from verifiers: a function that raises is an error and not a score of 0, and a function of weight 0 is
-not called. Invariant: what comes back is not yet checked; `RewardFunction`, which calls `adapted`, does that.
+All but the last may be `async`; a function is given those it names, or all with **kwargs. Two differences from
+verifiers: a function that raises is an error and not a score of 0, and a function of weight 0 is not called. Sources:
+TRL GRPOTrainer "custom reward function"; verl/utils/reward_score; OpenRLHF examples/python/reward_func.py. Invariant:
+what comes back is not yet checked; `RewardFunction`, which calls `style_of`, does that.
 """
 
 from __future__ import annotations
 
 import asyncio
+import difflib
 import inspect
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from flowrl.errors import ConfigError, RewardError
@@ -26,67 +38,137 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     Function = Callable[..., Any]
+    Columns = dict[str, list[Any]]  # by name, one entry for each sample
 
-Adapter = Literal["trl", "openrlhf", "verifiers"]
+Adapter = Literal["auto", "trl", "sample", "verl", "openrlhf", "verifiers"]
 
+TO_COPY = (
+    "take lists, `def score(completions, answer, **columns): return [float(a in c) for c, a in zip(completions, "
+    "answer)]`, or one sample, `def score(completion, answer, **columns): return float(answer in completion)`"
+)
 PLURAL = frozenset({"prompts", "completions", "answers", "states", "infos", "tasks"})  # arguments of a group function
+VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
 
 
-def adapted(found: Any, adapter: Adapter, *, label_column: str, path: str, where: str) -> Function:
-    """Return a function with TRL's signature that calls what was found at `path`.
+@dataclass(frozen=True)
+class Style:
+    """How a function wants to be called."""
+
+    adapter: Adapter
+    is_one_by_one: bool = False  # a call for each sample
+    is_plural: bool = False  # verl's names are
+
+
+def style_of(found: Any, adapter: Adapter, *, path: str, where: str) -> Style:
+    """Return how the function found at `path` is called.
 
     Raises:
-        ConfigError: it is not what the adapter takes.
+        ConfigError: it is no function, or its parameters are none that the adapter, or any, gives.
     """
     if adapter == "verifiers":
-        return verifiers_reward(_weighted(_rubric_of(found, path, where), path, where))
+        return Style("verifiers")
     if isinstance(found, type) or not callable(found):
-        raise ConfigError(where, f"{path} is a {type(found).__name__}, not a function", "name a function")
-    if adapter == "openrlhf":
-        return openrlhf_reward(found, label_column)
-    return cast("Function", found)
+        remedy = "set adapter=verifiers" if _is_rubric(found) else f"name a function: {TO_COPY}"
+        raise ConfigError(where, f"{path} is a {type(found).__name__}, not a function", remedy)
+    try:
+        parameters = inspect.signature(found).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(where, f"{path} has no signature that can be read ({error})", TO_COPY) from error
+    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    by_place = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+    found_style = None if by_place else _style(names, takes_all, adapter)
+    if found_style is None:
+        wanted = "no signature that is known" if adapter == "auto" else f"not the signature of adapter={adapter}"
+        raise ConfigError(where, f"{path}{inspect.signature(found)} has {wanted}", TO_COPY)
+    return found_style
 
 
-def openrlhf_reward(function: Function, label_column: str) -> Function:
-    """Return an OpenRLHF `reward_func` as a function with TRL's signature."""
-    call = function if inspect.isroutine(function) else function.__call__  # type: ignore[operator]
+def _style(names: set[str], takes_all: bool, adapter: Adapter) -> Style | None:
+    if adapter == "auto":
+        known = ("verl", "openrlhf", "trl", "sample")
+        tried = (_style(names, False, each) for each in known)
+        found = next((style for style in tried if style is not None), None)
+        return found or (Style("trl") if takes_all else None)
+    if adapter == "verl" and (names & {f"{name}s" for name in VERL[:3]}):
+        return Style("verl", is_plural=True)
+    says = {
+        "verl": {"solution_str", "data_source"},
+        "openrlhf": {"queries"},
+        "trl": {"completions", "prompts", "completion_ids"},
+        "sample": {"completion"},
+    }[adapter]
+    if not (names & says or takes_all):
+        return None
+    return Style(adapter, is_one_by_one=adapter in ("verl", "sample"))
 
-    async def waited(prompts: list[Any], completions: list[Any], **columns: list[Any]) -> Any:
-        return rewards_of(await function(**openrlhf_columns(prompts, completions, columns, label_column)))
 
-    def called(prompts: list[Any], completions: list[Any], **columns: list[Any]) -> Any:
-        return rewards_of(function(**openrlhf_columns(prompts, completions, columns, label_column)))
+def columns_for(style: Style, texts: Columns, *, label_column: str, where: str) -> tuple[Columns, set[str] | None]:
+    """Return what a function may ask for by name, and what **kwargs are given, None: all of it.
 
-    return waited if inspect.iscoroutinefunction(call) else called
-
-
-def openrlhf_columns(
-    prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, list[Any]], label_column: str
-) -> dict[str, list[Any]]:
-    """Return queries, prompts and labels as OpenRLHF gives them.
+    `texts` are prompts, completions, completion_ids and the data's columns.
 
     Raises:
-        RewardError: the data has no column `label_column`.
+        RewardError: the data has no labels.
     """
-    columns = {name: column for name, column in columns.items() if name != "completion_ids"}
-    texts = [_text(prompt) for prompt in prompts]
-    if label_column and label_column not in columns:
+    columns = dict(texts)
+    prompts, completions, ids = (columns.pop(name, []) for name in ("prompts", "completions", "completion_ids"))
+    said = [_text(completion) for completion in completions]
+    match style.adapter:
+        case "sample":
+            return {**columns, "prompt": prompts, "completion": said, "completion_ids": ids}, None
+        case "openrlhf":
+            labels = _labels(columns, label_column, where) if label_column else [""] * len(said)
+            asked = [_text(prompt) for prompt in prompts]
+            queries = [before + behind for before, behind in zip(asked, said, strict=True)]
+            given = {"queries": queries, "prompts": asked, "labels": labels}
+        case "verl":
+            empty: list[Any] = [None] * len(said)
+            truths = _ground_truths(columns, label_column, where)
+            found = (columns.get("data_source", [""] * len(said)), said, truths, columns.get("extra_info", empty))
+            given = {f"{name}s" if style.is_plural else name: each for name, each in zip(VERL, found, strict=True)}
+        case _:
+            return texts, None
+    return {**columns, **given}, set(given)
+
+
+def rewards_of(result: Any, style: Style) -> Any:
+    """Return the scores among what a call returned, a tensor of shape [n, 1] as n numbers.
+
+    Raises:
+        ValueError: a dict lacks them.
+    """
+    key = {"openrlhf": "rewards", "verl": "score"}.get(style.adapter)
+    if key is not None and isinstance(result, dict):
+        if key not in result:
+            raise ValueError(f"returned a dict without {key!r} (keys: {', '.join(map(str, result))})")
+        result = cast("dict[str, Any]", result)[key]
+    if style.adapter == "openrlhf":
+        return result.reshape(-1) if hasattr(result, "reshape") else result
+    if style.is_plural:
+        return [rewards_of(each, Style("verl")) for each in result]
+    return result
+
+
+def missing_column(name: str, known: Columns, where: str) -> RewardError:
+    """Return the error for a column that is asked for and that the data lacks."""
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"the data has {', '.join(sorted(known))}"
+    return RewardError(where, f"needs a column {name!r} that the data lacks", hint)
+
+
+def _labels(columns: Columns, label_column: str, where: str) -> list[Any]:
+    if label_column not in columns:
         what = f"the data has no column {label_column!r} (columns: {', '.join(sorted(columns)) or 'none'})"
-        raise RewardError("label_column", what, "set label_column to one of them, or to '' for no labels")
-    return {
-        "queries": [text + _text(completion) for text, completion in zip(texts, completions, strict=True)],
-        "prompts": texts,
-        "labels": columns[label_column] if label_column else [""] * len(texts),
-    }
+        raise RewardError(where, what, "set label_column to one of them, or to '' for no labels")
+    return columns[label_column]
 
 
-def rewards_of(result: Any) -> Any:
-    """Return the rewards among an OpenRLHF function's result, a tensor of shape [n, 1] as n numbers."""
-    if isinstance(result, dict):
-        if "rewards" not in result:
-            raise ValueError(f"returned a dict without 'rewards' (keys: {', '.join(map(str, result))})")
-        result = cast("dict[str, Any]", result)["rewards"]
-    return result.reshape(-1) if hasattr(result, "reshape") else result
+def _ground_truths(columns: Columns, label_column: str, where: str) -> list[Any]:
+    rows = columns.get("reward_model", [])
+    if rows and all(isinstance(row, dict) and "ground_truth" in row for row in rows):
+        return [row["ground_truth"] for row in rows]
+    return columns["ground_truth"] if "ground_truth" in columns else _labels(columns, label_column, where)
 
 
 def _text(prompt: Any) -> str:
@@ -95,8 +177,13 @@ def _text(prompt: Any) -> str:
     return "\n".join(str(message["content"]) for message in prompt)
 
 
-def verifiers_reward(weighted: Sequence[tuple[Function, float, dict[str, Any]]]) -> Function:
-    """Return (function, weight, class objects) triples as one async function: the weighted sum of their scores."""
+def rubric_reward(found: Any, *, path: str, where: str) -> Function:
+    """Return what is found at `path`, a rubric or what has or makes one, as one async function with TRL's signature.
+
+    Raises:
+        ConfigError: there is no rubric.
+    """
+    weighted = _weighted(_rubric_of(found, path, where), path, where)
 
     async def reward(prompts: list[Any], completions: list[Any], **columns: list[Any]) -> list[float]:
         states = [

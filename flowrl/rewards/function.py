@@ -1,31 +1,23 @@
-"""Reward functions by import path, with TRL's signature.
+"""Reward functions by import path, called as their parameters say (flowrl.rewards.adapters has the signatures).
 
-    def reward(prompts, completions, completion_ids, **columns) -> list[float | None]
-
-Every argument is a list with one entry for each sample: `prompts` as they stood in the data, `completions` as strings
-(as one assistant message each where the prompt is a conversation), `completion_ids` as lists of token ids, and every
-column of the data. A function takes those it names, or all with **kwargs; it may be `async`. None in the result means
-"does not apply" and counts as 0, because a group's rewards are the sum of all named scores. Functions written for
-OpenRLHF or verifiers are called through flowrl.rewards.adapters.
-
-Invariant: a call returns one finite number for each sample or raises RewardError; it never invents one. Called by the
-reward worker process, and in the stage's own process where `isolation` is "thread".
+A function takes the columns it names, or all with **kwargs; it may be `async`. None in the result means "does not
+apply" and counts as 0, because a group's rewards are the sum of all named scores. Invariant: a call returns one finite
+number for each sample or raises RewardError; it never invents one. Called by the reward worker process, and in the
+stage's own process where `isolation` is "thread".
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import difflib
 import inspect
 import math
 import threading
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flowrl.config import load_object
 from flowrl.errors import RewardError
-from flowrl.rewards.adapters import Adapter, adapted
+from flowrl.rewards.adapters import Adapter, columns_for, missing_column, rewards_of, rubric_reward, style_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,22 +36,25 @@ class RewardFunction:
         path: str,
         where: str,
         *,
-        adapter: Adapter = "trl",
+        adapter: Adapter = "auto",
         label_column: str = "answer",
         timeout_s: float = 60.0,
     ) -> None:
-        """Import `path` ("module:name").
+        """Import `path` ("module:name" or "file.py:name").
 
         Raises:
-            ConfigError: it does not import or is not what the adapter takes.
+            ConfigError: it does not import, or cannot be called as the adapter says.
         """
         self.path = path
         self._where = where
+        self._label_column = label_column
         self._timeout_s = timeout_s
         found = load_object(path, where)
-        self._function = adapted(found, adapter, label_column=label_column, path=path, where=where)
-        is_plain = inspect.isroutine(self._function)
-        self._is_async = inspect.iscoroutinefunction(self._function if is_plain else self._function.__call__)
+        self._style = style_of(found, adapter, path=path, where=where)
+        self._function: Any = found
+        if self._style.adapter == "verifiers":
+            self._function = rubric_reward(found, path=path, where=where)
+        self._is_async = any(map(inspect.iscoroutinefunction, (self._function, self._function.__call__)))
         parameters = inspect.signature(self._function).parameters.values()
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -75,49 +70,75 @@ class RewardFunction:
         Raises:
             RewardError: the function raised, took too long, or returned something else than one number per sample.
         """
-        arguments, where = self._arguments(group), self._place(group)
+        calls, where = self._calls(group), self._place(group)
         try:
             async with asyncio.timeout(self._timeout_s) as deadline:
-                if self._is_async:
-                    result = await self._function(**arguments)
-                else:
-                    result = await in_thread(partial(self._function, **arguments))
+                results = self._begin(calls) if self._is_async else await in_thread(lambda: self._begin(calls))
+                results = await _settled(results)
+            return self._checked(results, len(group.samples), where)
         except RewardError:
             raise
         except Exception as error:
             if deadline.expired():
                 raise overdue(where, self._timeout_s) from error
             raise raised(where, error, MEND) from error
-        return checked(result, len(group.samples), where)
 
     def call_here(self, group: Rollouts, runner: asyncio.Runner) -> list[float]:
-        """Score every sample of the group in this thread, an async function on `runner`; has no time limit.
+        """Score every sample of the group in this thread, what is async on `runner`; has no time limit.
 
         Raises:
             RewardError: the function raised, or returned something else than one number per sample.
         """
-        arguments, where = self._arguments(group), self._place(group)
+        calls, where = self._calls(group), self._place(group)
         try:
-            result = self._function(**arguments)
-            if self._is_async:
-                result = runner.run(result)
-            return checked(result, len(group.samples), where)
+            results = self._begin(calls)
+            if any(map(inspect.isawaitable, results)):
+                results = runner.run(_settled(results))
+            return self._checked(results, len(group.samples), where)
         except RewardError:
             raise
         except (Exception, SystemExit, asyncio.CancelledError) as error:
             raise raised(where, error, MEND) from error
 
+    def _begin(self, calls: list[dict[str, Any]]) -> list[Any]:
+        return [self._function(**arguments) for arguments in calls]
+
     def _place(self, group: Rollouts) -> str:
         return f"{self._where} ({self.path}), group {group.group_id}"
 
-    def _arguments(self, group: Rollouts) -> dict[str, Any]:
-        known = text_columns(group)
+    def _calls(self, group: Rollouts) -> list[dict[str, Any]]:
+        """Return the arguments of each call: one for the group, or one for each sample."""
+        texts = text_columns(group)
         if self._takes_all or "completion_ids" in self._names:
-            known["completion_ids"] = [sample.token_ids.tolist() for sample in group.samples]
+            texts["completion_ids"] = [sample.token_ids.tolist() for sample in group.samples]
+        where = f"{self._where} ({self.path})"
+        known, offered = columns_for(self._style, texts, label_column=self._label_column, where=where)
         for name in self._required:
             if name not in known:
-                raise missing_column(name, known, f"{self._where} ({self.path})")
-        return known if self._takes_all else {name: value for name, value in known.items() if name in self._names}
+                raise missing_column(name, known, where)
+        wanted = self._names | (known.keys() if offered is None else offered) if self._takes_all else self._names
+        given = {name: value for name, value in known.items() if name in wanted}
+        if self._style.is_one_by_one:
+            places = range(len(group.samples))
+            return [{name: value[place] for name, value in given.items()} for place in places]
+        return [given]
+
+    def _checked(self, results: list[Any], num_samples: int, where: str) -> list[float]:
+        if not self._style.is_one_by_one:
+            return checked(rewards_of(results[0], self._style), num_samples, where)
+        scores = [rewards_of(result, self._style) for result in results]
+        return checked(scores, num_samples, where, "return one number for the completion")
+
+
+async def _settled(results: list[Any]) -> list[Any]:
+    """Wait for those of the results that are awaitable, together."""
+
+    async def waited(result: Any) -> Any:
+        return await result if inspect.isawaitable(result) else result
+
+    async with asyncio.TaskGroup() as tasks:
+        waiting = [tasks.create_task(waited(result)) for result in results]
+    return [each.result() for each in waiting]
 
 
 def text_columns(group: Rollouts) -> dict[str, list[Any]]:
@@ -129,13 +150,6 @@ def text_columns(group: Rollouts) -> dict[str, list[Any]]:
     is_conversation = isinstance(prompt, list)
     known["completions"] = [[{"role": "assistant", "content": t}] for t in texts] if is_conversation else texts
     return known
-
-
-def missing_column(name: str, known: dict[str, list[Any]], where: str) -> RewardError:
-    """Return the error for a column that is asked for and that the data lacks."""
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"the data has {', '.join(sorted(known))}"
-    return RewardError(where, f"needs a column {name!r} that the data lacks", hint)
 
 
 def overdue(where: str, timeout_s: float) -> RewardError:
@@ -153,9 +167,9 @@ def raised(where: str, error: BaseException, remedy: str) -> RewardError:
     return RewardError(where, said, remedy)
 
 
-def checked(result: Any, num_samples: int, where: str) -> list[float]:
+def checked(result: Any, num_samples: int, where: str, remedy: str = "") -> list[float]:
     """Return the scores as floats, None as 0, or refuse them."""
-    remedy = f"return a list of {num_samples} numbers, one per completion"
+    remedy = remedy or f"return a list of {num_samples} numbers, one per completion"
     if isinstance(result, str | bytes | dict | set | frozenset):  # iterable, and none of them a list of scores
         raise RewardError(where, f"returned a {type(result).__name__}", remedy)
     try:

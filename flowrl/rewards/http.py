@@ -32,7 +32,7 @@ import msgspec
 
 from flowrl.config import Config, Meta
 from flowrl.errors import ConfigError, RewardError
-from flowrl.rewards.adapters import openrlhf_columns
+from flowrl.rewards.adapters import Style, columns_for
 from flowrl.rewards.function import SHOWN_CHARS, checked, text_columns
 
 if TYPE_CHECKING:
@@ -149,10 +149,10 @@ def request_body(groups: Sequence[Rollouts], remote: Remote) -> bytes:
             values = columns.setdefault(name, [None] * num_samples)
             values.extend(known.get(name) or [None] * len(group.samples))
         num_samples += len(group.samples)
-    prompts, completions = columns.pop("prompts"), columns.pop("completions")
     if remote.protocol == "flowrl":
+        prompts, completions = columns.pop("prompts"), columns.pop("completions")
         return msgspec.json.encode({"prompts": prompts, "completions": completions, "columns": columns})
-    given = openrlhf_columns(prompts, completions, columns, remote.label_column)
+    given, _ = columns_for(Style("openrlhf"), columns, label_column=remote.label_column, where=remote.url)
     return msgspec.json.encode({"query": given["queries"], "prompts": given["prompts"], "labels": given["labels"]})
 
 

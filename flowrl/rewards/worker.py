@@ -47,7 +47,7 @@ class Opening(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     function: str  # module:name
     where: str  # named in errors
-    adapter: Adapter = "trl"
+    adapter: Adapter = "auto"
     label_column: str = "answer"
     timeout_s: float = 60.0  # for one group
     memory_bytes: int = 0  # of address space; 0: no limit

@@ -49,8 +49,9 @@ class Reward(Stage):
         """Settings of a reward-function node."""
 
         function: ImportPath = "flowrl.rewards.verify:reasoning_gym_score"  # module:function
-        adapter: Adapter = "trl"  # what it was written for; see flowrl.rewards.adapters
-        label_column: str = "answer"  # with adapter=openrlhf: the column that becomes `labels`; "": none
+        # How it is called; auto: as its parameters say. flowrl.rewards.adapters has the signatures
+        adapter: Adapter = "auto"
+        label_column: str = "answer"  # for openrlhf's `labels` and verl's `ground_truth`; "": no labels
         name: str = ""  # of the score; "" takes the function's own name
         weight: float = 1.0
         timeout_s: Annotated[float, Meta(gt=0)] = 60.0  # for one group

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from flowrl.errors import ConfigError, RewardError
-from flowrl.rewards.adapters import Adapter, adapted
+from flowrl.rewards.adapters import TO_COPY, Adapter, style_of
 from flowrl.rewards.function import RewardFunction
 from tests.support.alone import rollouts
 
@@ -177,6 +179,155 @@ def test_what_is_no_rubric_is_refused(name: str, said: str):
         RewardFunction(f"{HERE}:{name}", "reward.function", adapter="verifiers")
 
 
-def test_a_rubric_is_no_function_for_trl():
-    with pytest.raises(ConfigError, match="is a SimpleNamespace, not a function"):
-        adapted(weighted, "trl", label_column="", path="x:weighted", where="reward.function")
+@pytest.mark.parametrize("adapter", ["trl", "auto"])
+def test_a_rubric_is_no_function_for_the_others(adapter: Adapter):
+    with pytest.raises(ConfigError, match="is a SimpleNamespace, not a function; set adapter=verifiers"):
+        RewardFunction(f"{HERE}:weighted", "reward.function", adapter=adapter)
+
+
+# --- which signature it is
+
+
+def trl(completions: list[Any], answer: list[str]) -> list[float | None]:
+    asked.append((completions, answer))
+    return [None, 2.0]
+
+
+def one(completion: str, answer: str, **columns: Any) -> float | None:
+    asked.append((completion, answer, columns))
+    return len(completion) if completion == answer else None
+
+
+async def one_later(completion: str) -> float:
+    await asyncio.sleep(0)
+    return float(len(completion))
+
+
+def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> Any:
+    asked.append((data_source, solution_str, ground_truth, extra_info))
+    return {"score": solution_str == ground_truth, "acc": 1.0}
+
+
+def compute_score_plainly(data_source: str, solution_str: str, ground_truth: str, extra_info: Any) -> bool:
+    return solution_str == ground_truth
+
+
+def compute_scores(data_sources: Any, solution_strs: Any, ground_truths: Any, extra_infos: Any) -> Any:
+    return [{"score": len(solution)} for solution in solution_strs]
+
+
+def without_labels(queries: list[str], prompts: list[str]) -> list[int]:
+    return [len(query) for query in queries]
+
+
+def only_kwargs(**kwargs: Any) -> list[int]:
+    return [len(kwargs["completions"])] * 2
+
+
+def undecorated(*args: Any, **kwargs: Any) -> Any:
+    return only_kwargs(*args, **kwargs)
+
+
+def gives_a_coroutine(completion: str) -> Any:
+    return one_later(completion)
+
+
+partly = functools.partial(one_later)
+
+
+@pytest.mark.parametrize(
+    ("name", "scores"),
+    [
+        ("trl", [0.0, 2.0]),
+        ("one", [3.0, 0.0]),
+        ("one_later", [3.0, 5.0]),
+        ("partly", [3.0, 5.0]),
+        ("gives_a_coroutine", [3.0, 5.0]),
+        ("compute_score", [1.0, 0.0]),
+        ("compute_score_plainly", [1.0, 0.0]),
+        ("compute_scores", [3.0, 5.0]),
+        ("a_list", [1.0, 0.0]),
+        ("without_labels", [8.0, 10.0]),
+        ("only_kwargs", [2.0, 2.0]),
+        ("undecorated", [2.0, 2.0]),
+    ],
+)
+def test_a_signature_is_known_by_its_parameters(name: str, scores: list[float]):
+    assert score(name, "auto") == scores
+    with asyncio.Runner() as runner:
+        assert RewardFunction(f"{HERE}:{name}", "worker").call_here(rollouts("one", "three"), runner) == scores
+
+
+def test_one_sample_is_given_its_text_and_its_rows_columns():
+    asked.clear()
+    score("one", "auto", rollouts("one", prompt=CONVERSATION, level=3))
+    assert asked == [("one", "one", {"level": 3, "prompt": CONVERSATION, "completion_ids": [5, 0]})]
+
+
+@pytest.mark.parametrize(
+    ("columns", "truth"),
+    [
+        ({"reward_model": {"ground_truth": "7", "style": "rule"}, "data_source": "gsm8k", "extra_info": {"k": 1}}, "7"),
+        ({"ground_truth": "8"}, "8"),
+        ({}, "one"),
+    ],
+)
+def test_verls_functions_are_given_the_ground_truth_wherever_the_row_has_it(columns: dict[str, Any], truth: str):
+    asked.clear()
+    score("compute_score", "auto", rollouts("one", **columns))
+    assert asked == [(columns.get("data_source", ""), "one", truth, columns.get("extra_info"))]
+
+
+def textual(text: str, gold: str) -> float:
+    return 0.0
+
+
+def by_place(completions: list[str], /) -> list[float]:
+    return []
+
+
+def nothing() -> float:
+    return 0.0
+
+
+@pytest.mark.parametrize("name", ["textual", "by_place", "nothing"])
+def test_another_signature_is_refused_with_what_was_found_and_a_function_to_copy(name: str):
+    with pytest.raises(ConfigError) as caught:
+        RewardFunction(f"{HERE}:{name}", "reward.function")
+    said = str(caught.value)
+    assert f":{name}(" in said
+    assert "has no signature that is known; take lists, `def score(completions, answer, **columns): return [" in said
+    assert "\n" not in said
+
+
+def test_the_functions_to_copy_score():
+    for text in re.findall("`(.*?)`", TO_COPY):
+        namespace: dict[str, Any] = {}
+        exec(text, namespace)
+        style = style_of(namespace["score"], "auto", path="x:score", where="f")
+        if style.adapter == "trl":
+            assert namespace["score"](completions=["a 7", "b"], answer=["7", "7"]) == [1.0, 0.0]
+        else:
+            assert namespace["score"](completion="a 7", answer="7") == 1.0
+
+
+def test_a_signature_is_held_against_the_adapter_that_is_set():
+    with pytest.raises(ConfigError, match="not the signature of adapter=verl; take lists"):
+        RewardFunction(f"{HERE}:trl", "reward.function", adapter="verl")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("one_list", r"score 0 of 2 is \[1.0\], a list; return one number"), ("one_nan", "score 0 of 2 is nan")],
+)
+def test_one_sample_earns_one_number(name: str, said: str):
+    with pytest.raises(RewardError, match=said):
+        score(name, "auto")
+
+
+def one_list(completion: str) -> Any:
+    return [1.0]
+
+
+def one_nan(completion: str) -> float:
+    return float("nan")
