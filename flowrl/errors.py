@@ -5,7 +5,7 @@ before anything has started (exit code 2); `RunError` happened while a run was u
 
     FlowrlError
     ├── UserError          ConfigError  GraphError  DataError  ModelError  ResourceError
-    ├── RunError           StageError  RewardError  ProofError  TransferError  StallError
+    ├── RunError           StageError  RewardError  LastingError  ProofError  TransferError  StallError
     └── ChannelClosed      the far side of an edge has ended; a stage normally lets it end its loop
 """
 
@@ -62,6 +62,10 @@ class StageError(RunError):
 
 class RewardError(RunError):
     """A reward function raised, returned NaN, or returned the wrong number of scores."""
+
+
+class LastingError(RunError):
+    """It will be back however often it is tried: the run ends, and nothing is started again."""
 
 
 class ProofError(RunError):

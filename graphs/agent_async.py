@@ -46,7 +46,7 @@ def build(s: Settings) -> Graph:
     room = s.agent.max_model_len - s.sampling.max_tokens
     prompts = Prompts(s.prompts, model=s.model, data=s.data, group_size=group, seed=s.seed, room=room)
     agent = Agent(s.agent, model=s.model, sampling=s.sampling, heldout_sampling=s.sampling,
-                  system_prompt=s.data.system_prompt)  # fmt: skip
+                  system_prompt=s.data.system_prompt, data=s.data)  # fmt: skip
     reference = Reference(s.reference, model=s.model, temperature=s.sampling.temperature)
     advantage = Advantage(s.advantage, algorithm=s.algorithm, group_size=group, groups_per_step=s.groups_per_step)
     learner = Learner(s.learner, model=s.model, algorithm=s.algorithm, steps=s.steps, groups_per_step=s.groups_per_step,

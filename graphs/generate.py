@@ -47,7 +47,7 @@ def build(s: Settings) -> Graph:
                       epochs=s.epochs)  # fmt: skip
     generator = Generator(s.generator, model=s.model, sampling=s.sampling, heldout_sampling=s.sampling)
     writer = Writer(s.writer, data=s.data)
-    scorers = scorers_of(s.reward, s.reward_model, s.reward_models, policy=s.model)
+    scorers = scorers_of(s.reward, s.reward_model, s.reward_models, policy=s.model, data=s.data)
     in_a_row = [generator.rollouts, *(scorer.scored for scorer in scorers.values())]
     nodes: dict[str, Any] = dict(prompts=prompts, generator=generator, **scorers, writer=writer)
     edges: list[Any] = [

@@ -60,7 +60,9 @@ def build(s: Settings) -> Graph:
     room = s.generator.max_model_len - s.sampling.max_tokens
     prompts = Prompts(s.prompts, model=s.model, data=s.data, group_size=group, seed=s.seed, room=room)
     generator = Generator(s.generator, model=s.model, sampling=s.sampling, heldout_sampling=s.sampling)
-    scorers = scorers_of(s.reward, s.reward_model, s.reward_models, policy=s.model, weights=s.reward_weights)
+    scorers = scorers_of(
+        s.reward, s.reward_model, s.reward_models, policy=s.model, data=s.data, weights=s.reward_weights
+    )
     in_a_row = [generator.rollouts, *(scorer.scored for scorer in scorers.values())]
     reference = Reference(s.reference, model=s.reference_model or s.model, policy=s.model,
                           temperature=s.sampling.temperature)  # fmt: skip
@@ -69,7 +71,7 @@ def build(s: Settings) -> Graph:
                       group_size=group, max_staleness=s.max_staleness, temperature=s.sampling.temperature,
                       is_cut=s.sampling.is_cut, has_critic=False, texts_per_step=s.texts.per_step,
                       text_coef=s.texts.coef)  # fmt: skip
-    evaluation = Evaluator(s.evaluation, model=s.model, data=s.data, seed=s.seed)
+    evaluation = Evaluator(s.evaluation, model=s.model, data=s.data, seed=s.seed, reward=s.reward)
     nodes: dict[str, Any] = dict(
         prompts=prompts,
         generator=generator,

@@ -49,13 +49,13 @@ def build(s: Settings) -> Graph:
     room = s.generator.max_model_len - s.sampling.max_tokens
     prompts = Prompts(s.prompts, model=s.model, data=s.data, group_size=group, seed=s.seed, room=room)
     generator = Generator(s.generator, model=s.model, sampling=s.sampling, heldout_sampling=s.sampling)
-    reward = Reward(s.reward)
+    reward = Reward(s.reward, data=s.data)
     select = Selector(s.select, take="pair")
     reference = Reference(s.reference, model=s.model, temperature=s.sampling.temperature)
     learner = SelectionLearner(s.learner, model=s.model, objective=s.objective, steps=s.steps,
                                groups_per_step=s.groups_per_step, num_samples=2, has_reference=True,
                                max_staleness=s.max_staleness, temperature=s.sampling.temperature)  # fmt: skip
-    evaluation = Evaluator(s.evaluation, model=s.model, data=s.data, seed=s.seed)
+    evaluation = Evaluator(s.evaluation, model=s.model, data=s.data, seed=s.seed, reward=s.reward)
     return Graph(
         nodes=dict(
             prompts=prompts,

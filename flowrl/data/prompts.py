@@ -7,6 +7,7 @@ counted in `skipped`, as the settings say. Called by the prompts and evaluator s
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import json
@@ -157,6 +158,18 @@ def load_prompts(data: PromptData, tokenizer: PreTrainedTokenizerBase) -> Prompt
     train = list(islice(usable, data.num_train or None))
     _check_enough(data, len(heldout), len(train), skipped)
     return PromptSet(train=train, heldout=heldout, seed=data.seed, num_duplicates=num_duplicates, skipped=skipped)
+
+
+def first_columns(data: PromptData) -> dict[str, Any]:
+    """Return the columns of the first row with a prompt, as reward functions are given them; reads no further.
+
+    Raises:
+        DataError: the source cannot be read, or no row has a prompt.
+    """
+    for row in _raw_rows(data, lambda error: None):
+        with contextlib.suppress(DataError):
+            return {**row.columns, "prompt": _prompt_of(data, row)}
+    raise DataError(f"data {data.source}", "no row has a prompt", "check data.source and data.prompt_column")
 
 
 def _distinct_texts(

@@ -153,7 +153,7 @@ def rewards_of(result: Any, style: Style) -> Any:
 def missing_column(name: str, known: Columns, where: str) -> RewardError:
     """Return the error for a column that is asked for and that the data lacks."""
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"the data has {', '.join(sorted(known))}"
+    hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(sorted(known))}; take another function"
     return RewardError(where, f"needs a column {name!r} that the data lacks", hint)
 
 

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from flowrl.config import load_object
 from flowrl.errors import RewardError
+from flowrl.messages import Buffer, Rollouts, Sample, VersionSpan
 from flowrl.rewards.adapters import Adapter, columns_for, missing_column, rewards_of, rubric_reward, style_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from flowrl.messages import Rollouts
-
 SHOWN_CHARS = 500  # of what user code says or returns: an error is one line
 MEND = "mend the reward function"
+MADE = ("The answer is 42.", "42")  # completions to try a function on: two, so that one score for both shows
 
 
 class RewardFunction:
@@ -150,6 +150,17 @@ def text_columns(group: Rollouts) -> dict[str, list[Any]]:
     is_conversation = isinstance(prompt, list)
     known["completions"] = [[{"role": "assistant", "content": t}] for t in texts] if is_conversation else texts
     return known
+
+
+def made_group(columns: dict[str, Any]) -> Rollouts:
+    """Return a row of the data with completions made up, to try user code on before a run."""
+    samples = [
+        Sample(token_ids=Buffer.ints([1]), logprobs=Buffer.floats([0.0]), versions=[VersionSpan(0, 0, 1)],
+               finish="stop", text=text)
+        for text in MADE
+    ]  # fmt: skip
+    return Rollouts(group_id=0, token_ids=Buffer.ints([1]), columns=columns, num_samples=len(MADE), seed=0,
+                    samples=samples, generator="check")  # fmt: skip
 
 
 def overdue(where: str, timeout_s: float) -> RewardError:

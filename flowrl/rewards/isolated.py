@@ -28,6 +28,7 @@ from flowrl.rewards.function import overdue
 from flowrl.rewards.worker import MAX_FRAME_BYTES, Opening, Playing, Refused, Reply, Scores, frame, read_frame, reply_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -95,33 +96,51 @@ class IsolatedFunction:
         return sum(worker.is_running for worker in self._workers)
 
 
-def check_loads(opening: Opening | Playing, *, timeout_s: float = 120.0) -> None:
-    """Load the user code in a worker and end it; blocks.
+def check_loads(
+    opening: Opening | Playing, requests: Sequence[bytes | Request] = (), *, tries: int = 1, timeout_s: float = 120.0
+) -> None:
+    """Load the user code in a worker, try requests on it, each at most `tries` times, and end it; blocks.
 
     Raises:
-        ConfigError: it does not load.
+        ConfigError: it does not load, or has no answer to a request.
     """
     process, channel = _spawn(subprocess.DEVNULL)
+    doing, limit_s, remedy = f"importing {opening.path}", timeout_s, "mend the module, or raise start_timeout_s"
+    body = b""
     try:
-        with channel:
-            channel.settimeout(timeout_s)
-            channel.sendall(frame(opening))
-            with channel.makefile("rb") as stream:
-                body = read_frame(stream.read)
+        with channel, channel.makefile("rb") as stream:
+            for number, request in enumerate((opening, *requests)):
+                for attempt in range(tries if number else 1):
+                    channel.settimeout(limit_s)
+                    channel.sendall(frame(request))
+                    body = read_frame(stream.read)
+                    if not body or not isinstance(reply := reply_of(body), Refused):
+                        break
+                    if attempt + 1 == tries or not number:
+                        raise _untaken(reply, opening, is_request=number > 0)
+                doing, limit_s = f"{opening.path}, tried on a row of the data,", opening.timeout_s
+                remedy = "make it faster, or raise timeout_s"
     except TimeoutError as error:
-        what = f"importing {opening.path} took longer than {timeout_s:g} s"
-        raise ConfigError(opening.where, what, "mend the module, or raise start_timeout_s") from error
+        raise ConfigError(opening.where, f"{doing} took longer than {limit_s:g} s", remedy) from error
     except (OSError, EOFError):
         body = b""
     finally:
         _kill(process)  # changes nothing about how one that is dead has ended
         code = process.wait()
     if not body:
-        what = f"importing {opening.path} ended its process ({_ending(code)})"
+        what = f"{doing} ended its process ({_ending(code)})"
         raise ConfigError(opening.where, what, "mend the module, or raise memory_bytes")
-    reply = reply_of(body)
-    if isinstance(reply, Refused):
-        raise ConfigError(reply.where, reply.what, reply.remedy)
+
+
+def _untaken(reply: Refused, opening: Opening | Playing, *, is_request: bool) -> ConfigError:
+    if not is_request:
+        return ConfigError(reply.where, reply.what, reply.remedy)
+    return untaken(opening.path, opening.where, reply.what, reply.remedy)
+
+
+def untaken(path: str, where: str, what: str, remedy: str) -> ConfigError:
+    """Return the error for user code that cannot do with the data what a run would ask of it."""
+    return ConfigError(where, f"{path} was tried on a row of the data and {what}", remedy)
 
 
 class Worker:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from flowrl.errors import GraphError, StageError
+from flowrl.errors import GraphError
 from flowrl.graph.edges import Latest
 from flowrl.graph.plan import plan_of
 from flowrl.graph.stage import Context, Ranks, from_specification
@@ -28,7 +28,7 @@ from flowrl.runtime.calls import Call, CallClient, CallGate
 from flowrl.runtime.flow import Flow, Released, node_name
 from flowrl.runtime.ledger import Ledger
 from flowrl.runtime.replica import Threads, VirtualThreads, run_replica
-from flowrl.runtime.supervisor import HostLost, Options, Outcome, Start, Supervisor
+from flowrl.runtime.supervisor import Death, HostLost, Options, Outcome, Start, Supervisor
 from flowrl.telemetry.causes import CauseClock
 from flowrl.telemetry.events import Recorder
 
@@ -107,7 +107,7 @@ class LocalCrew:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
         if task.cancelled():
-            raise StageError(replica, "was killed")
+            raise Death(replica, "was killed")
         task.result()
 
     async def _body(self, replica: str, incarnation: int, start: Start) -> None:

@@ -28,7 +28,7 @@ from flowrl.runtime.actors import Failure, HubActor, ReplicaActor, ReplicaPlan, 
 from flowrl.runtime.flow import Released, node_name
 from flowrl.runtime.local import num_readers
 from flowrl.runtime.placement import Place, check_resources, environment, num_cores, places
-from flowrl.runtime.supervisor import HostLost, Options, Outcome, Silence, Start, Supervisor, report_interval_s
+from flowrl.runtime.supervisor import Death, HostLost, Options, Outcome, Silence, Start, Supervisor, report_interval_s
 from flowrl.runtime.wire import Address
 from flowrl.telemetry.events import decode_events
 
@@ -225,9 +225,9 @@ class RayCrew:
     def _death(self, replica: str, error: RayError) -> StageError:
         if isinstance(error, OutOfMemoryError):
             remedy = "lower generator.kv_cache_bytes or micro_batch_tokens, or run fewer replicas"
-            return StageError(replica, "Ray ended its process because the machine's memory was full", remedy)
+            return Death(replica, "Ray ended its process because the machine's memory was full", remedy)
         if isinstance(error, RayActorError):
-            return StageError(replica, "its process died", f"its last words are in {self._log(replica)}")
+            return Death(replica, "its process died", f"its last words are in {self._log(replica)}")
         return StageError(replica, str(error).strip().splitlines()[-1], f"see {self._log(replica)}")
 
     def _log(self, replica: str) -> Path:

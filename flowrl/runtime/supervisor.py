@@ -3,7 +3,8 @@
 A replica of a stateless stage that ends by accident is replaced: what it held is issued again, and the next
 incarnation starts. A stateful one, or the flow's host, costs the attempt: everything is ended and started again from
 the newest sound checkpoint. Invariants: the supervisor alone decides, `Workers` carries out; a node is replaced at most
-`max_restarts` times without a learned step between; what the user has to mend (UserError) is never retried; every
+`max_restarts` times without a learned step between, and not after an error that its code raised a second time; what the
+user has to mend (UserError) is never retried; every
 recovery is told, with the node, the replica and the reason. The local and the Ray runtime each are a crew.
 """
 
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from flowrl.engines.checkpoint import newest_sound, read_cut
-from flowrl.errors import FlowrlError, RunError, StallError, UserError
+from flowrl.errors import FlowrlError, LastingError, RewardError, RunError, StageError, StallError, UserError
 from flowrl.messages import decode
 from flowrl.runtime.flow import Released, node_name, replica_name
 from flowrl.runtime.ledger import Cut
@@ -46,6 +47,10 @@ def report_interval_s(num_processes: int, heartbeat_timeout_s: float) -> float:
 
 class Silence(RunError):
     """A replica has not been heard from for too long."""
+
+
+class Death(StageError):
+    """A replica's process ended without a word; the next one may fare better."""
 
 
 class HostLost(RunError):
@@ -149,6 +154,7 @@ class Supervisor:
         self._incarnations: Counter[str] = Counter()
         self._spent: Counter[str] = Counter()  # recoveries by node since its last learned step
         self._learned_at: dict[str, int] = {}  # groups learned when a node was last recovered
+        self._said: dict[str, str] = {}  # by the error that it was recovered from
         self._recoveries: Counter[str] = Counter()
 
     async def run(self) -> Outcome:
@@ -224,7 +230,7 @@ class Supervisor:
         error = None if ended.cancelled() else ended.exception()
         if error is None:
             return
-        if not isinstance(error, FlowrlError) or isinstance(error, UserError | StallError):
+        if not isinstance(error, FlowrlError) or isinstance(error, UserError | StallError | LastingError):
             raise error
         if self._graph.nodes[node_name(name)].is_stateful:
             raise _Rollback(name, error)
@@ -243,10 +249,16 @@ class Supervisor:
         """Count a recovery against the node's budget, which is whole again once more groups are learned.
 
         Raises:
-            FlowrlError: it is spent; the error is of `error`'s own class.
+            FlowrlError: it is spent, or the code raised what it raised before; the error is of `error`'s own class.
         """
         if self._learned_at.get(node) != learned:
             self._spent[node] = 0
+            self._said.pop(node, None)
+        said, self._said[node] = self._said.get(node), str(error)
+        if said == str(error) and isinstance(error, StageError | RewardError) and not isinstance(error, Death):
+            raise type(error)(
+                error.where, f"{error.what} (and the same again after a restart)", error.remedy
+            ) from error
         self._learned_at[node] = learned
         self._spent[node] += 1
         self._recoveries[node] += 1

@@ -16,18 +16,20 @@ import msgspec
 
 from flowrl.config import ImportPath, Meta
 from flowrl.data.models import prepare_model
-from flowrl.data.prompts import load_tokenizer
+from flowrl.data.prompts import PromptData, first_columns, load_tokenizer
 from flowrl.data.turns import TurnFormat
 from flowrl.engines.base import GenerationEngine, Sampling
 from flowrl.errors import ConfigError, RewardError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
 from flowrl.messages import Buffer, Prompt, Sample, Scored, Weights, extend
-from flowrl.rewards.isolated import check_loads
+from flowrl.rewards.environments import Reset, StepRequest
+from flowrl.rewards.function import MADE
+from flowrl.rewards.isolated import check_loads, untaken
 from flowrl.rewards.sessions import IsolatedEnvironments, LocalEnvironments, Lost
 from flowrl.rewards.worker import Playing
 from flowrl.stages.episodes import Limits, Played, play
-from flowrl.stages.reward import give_up
+from flowrl.stages.reward import Failures
 from flowrl.stages.serving import Generation, check_context, record_generation, serve_each, serving
 from flowrl.telemetry.causes import Cause
 
@@ -71,33 +73,54 @@ class Agent(Stage):
     weights: In[Weights]
 
     def __init__(self, config: Config, *, model: str, sampling: Sampling, heldout_sampling: Sampling,
-                 system_prompt: str | None = None) -> None:  # fmt: skip
+                 system_prompt: str | None = None, data: PromptData | None = None) -> None:  # fmt: skip
         self.config: Agent.Config = config
         self.model = model
         self.sampling = sampling
         self.heldout_sampling = heldout_sampling
         self.system_prompt = system_prompt
+        self.data = data  # the tasks; None: not known, and the environment is not tried on one
 
     def check(self, say: Say) -> None:
-        """Prepare the model, try its chat template turn by turn, import the environment where it will run."""
+        """Prepare the model, try its chat template turn by turn, and the environment where it will run."""
         check_context(self.config, self.model, say, where="agent")
         self._turns()
+        self._try(self._playing("agent.environment"))
+
+    def _try(self, playing: Playing) -> None:
+        """Load the environment, and begin an episode on a row of the data and act in it once."""
+        task = None if self.data is None else first_columns(self.data)
         if self.config.isolation == "process":
-            check_loads(self._playing("agent.environment"), timeout_s=self.config.start_timeout_s)
-        else:
-            LocalEnvironments(self._playing("agent.environment"))
+            first = [] if task is None else [Reset(episode=0, name="check", task=task, seed=0)]
+            then = [StepRequest(episode=0, action=MADE[0])] if first else []
+            check_loads(playing, [*first, *then], timeout_s=self.config.start_timeout_s)
+            return
+        environments = LocalEnvironments(playing)
+
+        async def played(task: dict[str, Any]) -> None:
+            async with environments.episode("check") as episode:
+                await episode.reset(task, 0)
+                await episode.step(MADE[0])
+
+        if task is not None:
+            try:
+                asyncio.run(played(task))
+            except RewardError as error:
+                raise untaken(playing.path, playing.where, error.what, error.remedy) from error
 
     async def run(self, context: Context) -> None:
         """Play until the prompt edges close."""
         with context.clock.charge(Cause.START):
             turns = await context.compute(self._turns)
+        failures = Failures(context, on_error=self.config.on_error)
 
         async def train(prompt: Prompt) -> None:
             try:
                 scored = await group(prompt, self.sampling, "generate")
             except RewardError as error:
-                await give_up(self.prompts, context, prompt, error, on_error=self.config.on_error)
+                await failures.give_up(self.prompts, prompt, error)
                 return
+            failures.forget()
             await self.rollouts.put(scored)
             context.done += 1
 

@@ -1,9 +1,9 @@
 """Evaluator: scores the policy on the held-out set at the versions the learner names.
 
 Invariant: an evaluation uses one version only, because the learner publishes no newer one before it is acknowledged
-here; the same prompts are drawn with the same seeds each time, so that before and after are paired. The score is the
-task's own reward function, whatever the policy is trained on; it runs in a worker process. Where an agent plays the
-held-out prompts, it is what their environment gave.
+here; the same prompts are drawn with the same seeds each time, so that before and after are paired. The score is that
+of the reward function the policy is trained on, or of one of its own; it runs in a worker process. Where an agent plays
+the held-out prompts, it is what their environment gave.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import asyncio
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated
 
+import msgspec
+
 from flowrl.config import ImportPath, Meta
 from flowrl.data.models import prepare_model
 from flowrl.data.prompts import PromptData, PromptSet, load_prompts, load_tokenizer
@@ -19,8 +21,8 @@ from flowrl.errors import ConfigError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import FIRST_HELDOUT, Buffer, EvaluationRequest, Prompt, Rollouts, Scored
-from flowrl.rewards.isolated import IsolatedFunction, check_loads
-from flowrl.rewards.worker import Opening
+from flowrl.rewards.isolated import IsolatedFunction
+from flowrl.stages.reward import Reward, call, opening_of, try_function
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.events import Evaluation, Notice
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from flowrl.graph.stage import Context, Say
 
 SHOWN = 3  # completions kept for the report
+RETRIES = 1  # calls after the first that failed
 
 
 class Evaluator(Stage):
@@ -38,32 +41,46 @@ class Evaluator(Stage):
 
         samples: Annotated[int, Meta(ge=1)] = 4  # responses to each held-out prompt
         in_flight: Annotated[int, Meta(ge=1)] = 64  # held-out prompts sent and not yet scored
-        # module:function, TRL's signature; "": the scores that the rollouts bring from their environment
-        function: ImportPath = "flowrl.rewards.verify:reasoning_gym_score"
+        # As reward.function; null: the reward's own; "": the scores that the rollouts bring from their environment
+        function: ImportPath | None = None
 
     checkpoints: In[EvaluationRequest]
     prompts: Out[Prompt]
     rollouts: In[Rollouts]  # at most `in_flight` are on their way here
 
-    def __init__(self, config: Config, *, model: str, data: PromptData, seed: int) -> None:
+    def __init__(
+        self, config: Config, *, model: str, data: PromptData, seed: int, reward: Reward.Config | None = None
+    ) -> None:
         self.config: Evaluator.Config = config
         self.model = model
         self.data = data
         self.seed = seed
+        self.reward = reward  # what the policy is trained on; None: the scores that the rollouts bring
 
     def check(self, say: Say) -> None:
-        """Import the function, where it will run."""
-        if self.config.function:
-            check_loads(Opening(function=self.config.function, where="evaluation.function"))
+        """Load the function where it will run, and try it on a row of the data."""
+        scoring = self._scoring()
+        if scoring is not None and self.config.function:
+            try_function(scoring, self.data, where="evaluation.function")
+        if scoring is None and self.reward is not None and self.data.num_heldout:
+            what = f"is not set, nor is reward.function: nothing scores the {self.data.num_heldout} held-out prompts"
+            raise ConfigError("evaluation.function", what, "name a function, or set data.num_heldout=0")
+
+    def _scoring(self) -> Reward.Config | None:
+        """Return how held-out samples are scored; None: by what they bring."""
+        reward = self.reward or Reward.Config(function="")
+        function = reward.function if self.config.function is None else self.config.function
+        return msgspec.structs.replace(reward, function=function, isolation="process") if function else None
 
     async def run(self, context: Context) -> None:
         """Evaluate every version the learner names until the edge closes."""
         with context.clock.charge(Cause.START):
             prompts = await context.compute(self._load)
-        opening = Opening(function=self.config.function, where=context.where)
+        scoring = self._scoring()
         log = context.run_dir / "logs" / f"{context.where}.function.log"
         num_sent = FIRST_HELDOUT
-        async with IsolatedFunction(opening, log=log) if self.config.function else nullcontext() as function:
+        isolated = IsolatedFunction(opening_of(scoring, context.where), log=log) if scoring else nullcontext()
+        async with isolated as function:
             async for checkpoint in self.checkpoints:
                 evaluation = await self._evaluate(context, prompts, function, checkpoint, num_sent)
                 num_sent += len(prompts.heldout)
@@ -95,7 +112,7 @@ class Evaluator(Stage):
                 group = await self.rollouts.get()
                 place = group.group_id - first_id
                 versions |= {span.version for sample in group.samples for span in sample.versions}
-                scores[place] = _brought(group) if function is None else await function(group)
+                scores[place] = _brought(group) if function is None else await call(function, group, retries=RETRIES)
                 if place < SHOWN:
                     texts[place] = {
                         "prompt": prompts.heldout[place].text,

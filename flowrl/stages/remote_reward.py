@@ -17,7 +17,7 @@ from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Rollouts, Scored
 from flowrl.rewards.http import Remote, RemoteScorer, Unreachable, check_remote, connected
-from flowrl.stages.reward import add_scores, give_up, score_span
+from flowrl.stages.reward import Failures, add_scores, score_span
 from flowrl.telemetry.causes import Cause
 
 if TYPE_CHECKING:
@@ -65,19 +65,20 @@ class RemoteReward(Stage):
                     connected(remote, context.where, num_connections=self.config.concurrency)
                 )
             scorer = RemoteScorer(remote, post, context.where, seed=context.replica)
+            failures = Failures(context, on_error=self.config.on_error)
             async with asyncio.TaskGroup() as tasks:
                 for _ in range(self.config.concurrency):
-                    tasks.create_task(self._lane(context, scorer))
+                    tasks.create_task(self._lane(context, scorer, failures))
 
-    async def _lane(self, context: Context, scorer: RemoteScorer) -> None:
+    async def _lane(self, context: Context, scorer: RemoteScorer, failures: Failures) -> None:
         while True:
             try:
                 groups = await self.rollouts.get_some(self.config.batch_groups)
             except ChannelClosed:  # raised further, it would cut off the other lanes' requests
                 return
-            await self._settle(context, scorer, groups)
+            await self._settle(context, scorer, groups, failures)
 
-    async def _settle(self, context: Context, scorer: RemoteScorer, groups: list[Rollouts]) -> None:
+    async def _settle(self, context: Context, scorer: RemoteScorer, groups: list[Rollouts], failures: Failures) -> None:
         """Score a batch and send its groups on, or each that fails to quarantine."""
         start_s = context.now()
         try:
@@ -86,11 +87,12 @@ class RemoteReward(Stage):
         except RewardError as error:
             if len(groups) > 1 and not isinstance(error, Unreachable):
                 for group in groups:
-                    await self._settle(context, scorer, [group])
+                    await self._settle(context, scorer, [group], failures)
                 return
             for group in groups:
-                await give_up(self.rollouts, context, group, error, on_error=self.config.on_error)
+                await failures.give_up(self.rollouts, group, error)
             return
+        failures.forget()
         name = self.config.name or context.node
         context.recorder.record(score_span(context, start_s, groups))
         for group, values in zip(groups, scores, strict=True):

@@ -1,8 +1,9 @@
 """Reward: adds a named score to every sample, by a function (`Reward`) or a reward model (`RewardModel`).
 
 Invariant: a group leaves with exactly one more named score per sample, or is rejected as failed with its input kept on
-disk; a reward function's failure never loses a group silently. Several reward nodes in a row each add their own name.
-User code runs in worker processes of this node, never in an engine's. Replicas compete for groups.
+disk; a reward function's failure never loses a group silently, and one that fails group after group ends the run.
+Several reward nodes in a row each add their own name. User code runs in worker processes of this node, never in an
+engine's. Replicas compete for groups.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ import msgspec
 
 from flowrl.config import ImportPath, Meta, widen
 from flowrl.data.models import prepare_model
-from flowrl.data.prompts import load_tokenizer
+from flowrl.data.prompts import PromptData, first_columns, load_tokenizer
 from flowrl.data.steps import StepFinder
 from flowrl.data.vocabulary import check_same_vocabulary
 from flowrl.engines.base import Training, TrainingConfig, open_engine
-from flowrl.errors import ConfigError, RewardError
+from flowrl.errors import ConfigError, LastingError, RewardError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
-from flowrl.messages import Buffer, Prompt, Rollouts, Scored, extend
+from flowrl.messages import Buffer, Prompt, Rollouts, Scored, encode, extend
 from flowrl.rewards.adapters import Adapter
-from flowrl.rewards.function import RewardFunction
-from flowrl.rewards.isolated import IsolatedFunction, check_loads
+from flowrl.rewards.function import RewardFunction, made_group
+from flowrl.rewards.isolated import IsolatedFunction, check_loads, untaken
 from flowrl.rewards.worker import Opening
 from flowrl.stages.model_scores import SequenceScores, StepScores, read_normalisation
 from flowrl.telemetry.causes import Cause
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from flowrl.graph.stage import Context, Say
 
 Score = Callable[[Rollouts], Awaitable[list[float]]]
+MOST_IN_A_ROW = 8  # groups that fail one after the other: by then it is the function, and not the groups
 
 
 class Reward(Stage):
@@ -73,25 +75,23 @@ class Reward(Stage):
     rollouts: In[Rollouts]
     scored: Out[Scored]
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, data: PromptData | None = None) -> None:
         self.config: Reward.Config = config
+        self.data = data  # what the prompts are made of; None: not known, and the function is not tried on it
 
     def check(self, say: Say) -> None:
-        """Import the function, where it will run."""
-        if self.config.isolation == "process":
-            check_loads(self._opening("reward.function"), timeout_s=self.config.start_timeout_s)
-        else:
-            self._load("reward.function")
+        """Load the function where it will run, and call it once on a row of the data with completions made up."""
+        try_function(self.config, self.data, where="reward.function")
 
     async def run(self, context: Context) -> None:
         """Score groups until the edge closes."""
         if self.config.isolation == "thread":
             with context.clock.charge(Cause.START):
-                function = await context.compute(self._load, context.where)
+                function = await context.compute(loaded, self.config, context.where)
             await self._score(context, function)
             return
         isolated = IsolatedFunction(
-            self._opening(context.where),
+            opening_of(self.config, context.where),
             num_workers=self.config.concurrency,
             start_timeout_s=self.config.start_timeout_s,
             log=context.run_dir / "logs" / f"{context.where}.function.log",
@@ -101,42 +101,71 @@ class Reward(Stage):
                 await stack.enter_async_context(isolated)
             await self._score(context, isolated)
 
-    def _load(self, where: str) -> RewardFunction:
-        config = self.config
-        return RewardFunction(config.function, where, adapter=config.adapter, label_column=config.label_column,
-                              timeout_s=config.timeout_s)  # fmt: skip
-
-    def _opening(self, where: str) -> Opening:
-        config = self.config
-        return Opening(function=config.function, adapter=config.adapter, label_column=config.label_column, where=where,
-                       timeout_s=config.timeout_s, memory_bytes=config.memory_bytes)  # fmt: skip
-
     async def _score(self, context: Context, function: Score) -> None:
+        failures = Failures(context, on_error=self.config.on_error)
         async with asyncio.TaskGroup() as tasks:
             for _ in range(self.config.concurrency):
-                tasks.create_task(self._lane(context, function))
+                tasks.create_task(self._lane(context, function, failures))
 
-    async def _lane(self, context: Context, function: Score) -> None:
+    async def _lane(self, context: Context, function: Score, failures: Failures) -> None:
         name = self.config.name or self.config.function.rpartition(":")[2]
         async for group in self.rollouts:
             start_s = context.now()
             try:
                 with context.clock.charge(Cause.COMPUTE):
-                    scores = await self._call(function, group)
+                    scores = await call(function, group, retries=self.config.retries)
             except RewardError as error:
-                await give_up(self.rollouts, context, group, error, on_error=self.config.on_error)
+                await failures.give_up(self.rollouts, group, error)
                 continue
+            failures.forget()
             await self.scored.put(add_scores(group, name, [self.config.weight * score for score in scores]))
             context.done += 1
             context.recorder.record(score_span(context, start_s, [group]))
 
-    async def _call(self, function: Score, group: Rollouts) -> list[float]:
-        for _ in range(self.config.retries):
-            try:
-                return await function(group)
-            except RewardError:
-                continue
-        return await function(group)
+
+def opening_of(config: Reward.Config, where: str) -> Opening:
+    """Return what a worker process runs."""
+    return Opening(function=config.function, adapter=config.adapter, label_column=config.label_column, where=where,
+                   timeout_s=config.timeout_s, memory_bytes=config.memory_bytes)  # fmt: skip
+
+
+def loaded(config: Reward.Config, where: str) -> RewardFunction:
+    """Load the function into this process."""
+    return RewardFunction(config.function, where, adapter=config.adapter, label_column=config.label_column,
+                          timeout_s=config.timeout_s)  # fmt: skip
+
+
+async def call(function: Score, group: Rollouts, *, retries: int) -> list[float]:
+    """Score a group, calling again where that fails.
+
+    Raises:
+        RewardError: the last call failed too.
+    """
+    for _ in range(retries):
+        try:
+            return await function(group)
+        except RewardError:
+            continue
+    return await function(group)
+
+
+def try_function(config: Reward.Config, data: PromptData | None, *, where: str) -> None:
+    """Load a reward function where it will run, and call it once on a row of the data with completions made up.
+
+    Raises:
+        UserError: it does not load, or cannot score such a row.
+    """
+    groups = [] if data is None else [made_group(first_columns(data))]
+    if config.isolation == "process":
+        check_loads(opening_of(config, where), [encode(group) for group in groups], tries=1 + config.retries,
+                    timeout_s=config.start_timeout_s)  # fmt: skip
+        return
+    function = loaded(config, where)
+    for group in groups:
+        try:
+            asyncio.run(call(function, group, retries=config.retries))
+        except RewardError as error:
+            raise untaken(config.function, where, error.what, error.remedy) from error
 
 
 class RewardModel(Stage):
@@ -221,24 +250,38 @@ def add_scores(group: Rollouts, name: str, scores: list[float], placed: list[Buf
     return extend(Scored, group, scores={**known, name: scores}, placed=placed)
 
 
-async def give_up(
-    port: In[Any],
-    context: Context,
-    group: Prompt,
-    error: RewardError,
-    *,
-    on_error: Literal["skip", "stop"],
-) -> None:
-    """Keep a group that could not be scored on disk, then reject it, or raise the error where `on_error` is "stop".
+class Failures:
+    """What a replica could not score: kept on disk and rejected, until so many failed in a row that none will not."""
 
-    `port` is the one that the group came in at.
-    """
-    path = quarantine(context.run_dir, group.group_id, group, where=context.where, error=error)
-    if on_error == "stop":
-        raise error
-    await port.reject(group, kind="failed", reason=str(error))
-    text = f"group {group.group_id} failed ({error}); its input is in {path}"
-    context.recorder.record(Notice(level="warning", where=context.where, text=text, time_s=context.now()))
+    def __init__(self, context: Context, *, on_error: Literal["skip", "stop"]) -> None:
+        self._context = context
+        self._on_error = on_error
+        self._in_a_row = 0
+
+    def forget(self) -> None:
+        """Take note of a group that was scored."""
+        self._in_a_row = 0
+
+    async def give_up(self, port: In[Any], group: Prompt, error: RewardError) -> None:
+        """Keep a group that could not be scored on disk, then reject it.
+
+        `port` is the one that the group came in at.
+
+        Raises:
+            RewardError: `error` itself, where `on_error` is "stop".
+            LastingError: one group after the other has failed; the run ends.
+        """
+        context = self._context
+        path = quarantine(context.run_dir, group.group_id, group, where=context.where, error=error)
+        if self._on_error == "stop":
+            raise error
+        await port.reject(group, kind="failed", reason=str(error))
+        text = f"group {group.group_id} failed ({error}); its input is in {path}"
+        context.recorder.record(Notice(level="warning", where=context.where, text=text, time_s=context.now()))
+        self._in_a_row += 1
+        if self._in_a_row >= MOST_IN_A_ROW:
+            what = f"{self._in_a_row} groups have failed one after the other, the last with: {error.what}"
+            raise LastingError(error.where, what, f"{error.remedy}; what failed is in {path.parent}")
 
 
 def score_span(context: Context, start_s: float, groups: list[Rollouts]) -> Span:
@@ -267,13 +310,13 @@ def check_scorers(function: str, models: Sequence[str], weights: Sequence[float]
 
 def scorers_of(
     reward: Reward.Config, reward_model: RewardModel.Config, models: Sequence[str], *, policy: str,
-    weights: Sequence[float] = (),
+    data: PromptData | None = None, weights: Sequence[float] = (),
 ) -> dict[str, Reward | RewardModel]:  # fmt: skip
     """Return the nodes that score a policy's samples, by name, in the order in which samples pass them.
 
     The function's comes first where there is one; a model without a weight of its own has `reward_model.weight`.
     """
-    found: dict[str, Reward | RewardModel] = {"reward": Reward(reward)} if reward.function else {}
+    found: dict[str, Reward | RewardModel] = {"reward": Reward(reward, data=data)} if reward.function else {}
     for k, (name, weight) in enumerate(zip(models, weights or [reward_model.weight] * len(models), strict=True)):
         weighted = msgspec.structs.replace(reward_model, weight=weight)
         found[f"reward_model_{k}"] = RewardModel(weighted, model=name, policy=policy)

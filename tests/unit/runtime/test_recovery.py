@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from flowrl.errors import FlowrlError
+from flowrl.errors import FlowrlError, LastingError, RewardError, StageError
 from flowrl.runtime.flow import MAX_DEATHS
 from flowrl.runtime.local import LocalOptions, run_local
 from flowrl.simulation.clock import run_virtual
-from flowrl.telemetry.events import Notice
+from flowrl.telemetry.events import Notice, Recovery
 from tests.support.bugs import BUGS, planted
 from tests.support.chaos import Chaos
 from tests.support.flows import flow
 from tests.support.recovery import UNLIMITED, faulty_settings, run_faulty
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from flowrl.runtime.calls import Call
     from flowrl.runtime.local import Carry, LocalCrew
 
@@ -153,3 +155,35 @@ def test_a_spent_budget_ends_the_run_with_the_reason(tmp_path: Path) -> None:
     options = LocalOptions(run_dir=tmp_path, is_virtual=True, chaos=doom.strike, max_restarts=2, stall_timeout_s=1e6)
     with pytest.raises(FlowrlError, match="and 2 times before, with nothing learned between"):
         run_virtual(run_local(flow(settings), options))
+
+
+@pytest.mark.parametrize(
+    ("raised", "said", "num_restarts"),
+    [
+        (lambda count: StageError("generator.0", "KeyError: 'gone'"), "'gone' .and the same again after a restart", 1),
+        (lambda count: RewardError("reward.0", "raised OSError"), "raised OSError .and the same again after", 1),
+        (lambda count: LastingError("reward.0", "8 groups have failed"), "8 groups have failed", 0),
+        (lambda count: StageError("generator.0", f"request {count} failed"), "failed .and 3 times before", 3),
+    ],
+)
+def test_a_fault_that_comes_back_as_it_was_is_not_tried_again_and_again(
+    raised: Callable[[int], FlowrlError], said: str, num_restarts: int, tmp_path: Path
+) -> None:
+    count = 0
+    events: list[Any] = []
+
+    def link(carry: Carry) -> Carry:
+        async def through(call: Call) -> Any:
+            nonlocal count
+            if call.method == "put" and call.replica.startswith("generator"):
+                count += 1
+                raise raised(count)
+            return await carry(call)
+
+        return through
+
+    options = LocalOptions(run_dir=tmp_path, is_virtual=True, consume=events.extend, link=link, stall_timeout_s=1e6)
+    settings = replace(faulty_settings(2), generators=1)
+    with pytest.raises(type(raised(0)), match=said):
+        run_virtual(run_local(flow(settings), options))
+    assert sum(isinstance(event, Recovery) for event in events) == num_restarts

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from flowrl.errors import ConfigError, ModelError, RewardError
+from flowrl.data.prompts import PromptData
+from flowrl.errors import ConfigError, LastingError, ModelError, RewardError
 from flowrl.simulation.timed_graph import stand_in_model
+from flowrl.stages.evaluator import Evaluator
 from flowrl.stages.model_scores import read_normalisation
 from flowrl.stages.reward import Reward, RewardModel
 from flowrl.telemetry.events import Notice, Span
@@ -45,6 +47,18 @@ async def fails_on_bad(completions: list[str]) -> list[float]:
     if "bad" in completions:
         raise ValueError("a bad one")
     return [1.0] * len(completions)
+
+
+async def fails_on_made(completions: list[str]) -> list[float]:
+    raise ValueError("a made one")
+
+
+async def one_too_few(completions: list[str]) -> list[float]:
+    return [0.0]
+
+
+async def needs_gold(completions: list[str], gold: list[str]) -> list[float]:
+    return [0.0] * len(completions)
 
 
 def reward(function: str, **settings: Any) -> Reward:
@@ -103,6 +117,75 @@ def test_a_failure_ends_the_run_where_that_is_set(tmp_path: Path):
         run_alone(reward("fails_on_bad", on_error="stop"), [rollouts("bad")], tmp_path)
     assert caught.group_contains(RewardError, match="a bad one")
     assert (tmp_path / "quarantine" / "group-7.json").is_file()
+
+
+def test_a_function_that_fails_group_after_group_ends_the_run_with_the_reason(tmp_path: Path):
+    groups = [rollouts("bad", group_id=k) for k in range(40)]
+    with pytest.raises(ExceptionGroup) as caught:
+        run_alone(reward("fails_on_bad", retries=0, concurrency=1), groups, tmp_path)
+    said = "8 groups have failed one after the other, the last with: raised ValueError: a bad one; mend the reward"
+    assert caught.group_contains(LastingError, match=said)
+    assert len(list((tmp_path / "quarantine").iterdir())) == 8
+
+
+def test_a_function_that_fails_often_but_not_always_is_gone_on_with(tmp_path: Path):
+    groups = [rollouts("good" if k % 8 == 7 else "bad", group_id=k) for k in range(40)]
+    alone = run_alone(reward("fails_on_bad", retries=0, concurrency=1), groups, tmp_path)
+    assert (len(alone.put), len(alone.rejected)) == (5, 35)
+
+
+DATA = PromptData(source="rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("fails_on_made", "was tried on a row of the data and raised ValueError: a made one; mend the reward function"),
+        ("one_too_few", "was tried on a row of the data and returned 1 scores for 2 completions; return a list of 2"),
+        (
+            "needs_gold",
+            "was tried on a row of the data and needs a column 'gold' that the data lacks; it has answer, completions, p",
+        ),
+    ],
+)
+def test_a_function_is_tried_on_a_row_of_the_data_before_a_run(
+    function: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "count", "answer": "1"}\n' * 3)
+    config = Reward.Config(function=f"{HERE}:{function}", isolation="thread")
+    with pytest.raises(ConfigError, match=f"^reward.function: {HERE}:{function} {said}"):
+        Reward(config, data=DATA).check(lambda line: None)
+    Reward(config).check(lambda line: None)  # where the data are not known, it is loaded only
+
+
+def test_a_function_that_fails_once_passes_with_its_retries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "count"}\n')
+    Reward(reward("second_time", retries=1).config, data=DATA).check(lambda line: None)
+    with pytest.raises(ConfigError, match="raised OSError: busy"):
+        Reward(reward("second_time", retries=0).config, data=DATA).check(lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("function", "reward_function", "found"),
+    [(None, "mine:score", "mine:score"), ("its:own", "mine:score", "its:own"), ("", "mine:score", None),
+     ("its:own", "", "its:own"), (None, "", None)],
+)  # fmt: skip
+def test_held_out_samples_are_scored_as_the_policys_are_unless_it_is_said_otherwise(
+    function: str | None, reward_function: str, found: str | None
+):
+    reward = Reward.Config(function=reward_function, label_column="gold")
+    config = Evaluator.Config(function=function)
+    scoring = Evaluator(config, model="m", data=DATA, seed=0, reward=reward)._scoring()
+    assert (scoring.function, scoring.label_column) == (found, "gold") if scoring else found is None
+
+
+def test_held_out_prompts_that_nothing_scores_are_refused():
+    evaluator = Evaluator(Evaluator.Config(), model="m", data=DATA, seed=0, reward=Reward.Config(function=""))
+    with pytest.raises(ConfigError, match="nothing scores the 64 held-out prompts; name a function, or set data"):
+        evaluator.check(lambda line: None)
+    Evaluator(Evaluator.Config(), model="m", data=DATA, seed=0).check(lambda line: None)  # an agent's bring theirs
 
 
 @pytest.mark.parametrize(("adapter", "memory_bytes"), [("verifiers", 0), ("trl", 1 << 30)])
