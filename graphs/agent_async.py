@@ -48,10 +48,12 @@ def build(s: Settings) -> Graph:
     agent = Agent(s.agent, model=s.model, sampling=s.sampling, heldout_sampling=s.sampling,
                   system_prompt=s.data.system_prompt, data=s.data)  # fmt: skip
     reference = Reference(s.reference, model=s.model, temperature=s.sampling.temperature)
-    advantage = Advantage(s.advantage, algorithm=s.algorithm, group_size=group, groups_per_step=s.groups_per_step)
+    longest = s.agent.max_turns * s.sampling.max_tokens
+    advantage = Advantage(s.advantage, algorithm=s.algorithm, group_size=group, groups_per_step=s.groups_per_step,
+                          max_tokens=longest)  # fmt: skip
     learner = Learner(s.learner, model=s.model, algorithm=s.algorithm, steps=s.steps, groups_per_step=s.groups_per_step,
                       group_size=group, max_staleness=s.max_staleness, temperature=s.sampling.temperature,
-                      is_cut=s.sampling.is_cut, has_critic=False)  # fmt: skip
+                      is_cut=s.sampling.is_cut, has_critic=False, max_tokens=longest)  # fmt: skip
     evaluation = Evaluator(s.evaluation, model=s.model, data=s.data, seed=s.seed)
     return Graph(
         nodes=dict(

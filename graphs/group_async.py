@@ -66,11 +66,12 @@ def build(s: Settings) -> Graph:
     in_a_row = [generator.rollouts, *(scorer.scored for scorer in scorers.values())]
     reference = Reference(s.reference, model=s.reference_model or s.model, policy=s.model,
                           temperature=s.sampling.temperature)  # fmt: skip
-    advantage = Advantage(s.advantage, algorithm=s.algorithm, group_size=group, groups_per_step=s.groups_per_step)
+    advantage = Advantage(s.advantage, algorithm=s.algorithm, group_size=group, groups_per_step=s.groups_per_step,
+                          max_tokens=s.sampling.max_tokens)  # fmt: skip
     learner = Learner(s.learner, model=s.model, algorithm=s.algorithm, steps=s.steps, groups_per_step=s.groups_per_step,
                       group_size=group, max_staleness=s.max_staleness, temperature=s.sampling.temperature,
                       is_cut=s.sampling.is_cut, has_critic=False, texts_per_step=s.texts.per_step,
-                      text_coef=s.texts.coef)  # fmt: skip
+                      text_coef=s.texts.coef, max_tokens=s.sampling.max_tokens)  # fmt: skip
     evaluation = Evaluator(s.evaluation, model=s.model, data=s.data, seed=s.seed, reward=s.reward)
     nodes: dict[str, Any] = dict(
         prompts=prompts,
@@ -96,8 +97,7 @@ def build(s: Settings) -> Graph:
     credited = advantage.samples
     if s.replay.ratio:
         nodes["replay"] = replay = ReplayBuffer(
-            s.replay, algorithm=s.algorithm, proximal=s.learner.proximal, groups_per_step=s.groups_per_step,
-            credits=credits, seed=s.seed,
+            s.replay, algorithm=s.algorithm, groups_per_step=s.groups_per_step, credits=credits, seed=s.seed
         )  # fmt: skip
         edges += [Queue(credited, replay.fresh, depth=credits, window=1), Latest(learner.saves, replay.saves)]
         credited = replay.samples

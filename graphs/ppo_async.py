@@ -43,7 +43,7 @@ class Settings(RunSettings):
     reward: Reward.Config = Reward.Config()  # function="": none
     reward_model: RewardModel.Config = RewardModel.Config(share="learner")  # of every reward model
     reference: Reference.Config = Reference.Config(share="learner")
-    critic: Critic.Config = Critic.Config(share="learner", lr=2e-5)
+    critic: Critic.Config = Critic.Config(share="learner", lr=2e-5, minibatches=8)
     learner: Learner.Config = Learner.Config(cpus=1, lr=1e-5)
     evaluation: Evaluator.Config = Evaluator.Config()
     texts: TextSource.Config = TextSource.Config()  # a pre-training loss beside the policy's; per_step=0: none
@@ -57,7 +57,7 @@ def build(s: Settings) -> Graph:
     credits = most_credits(s.max_staleness, s.groups_per_step, window=1)
     group = s.generator.group_size
     common: dict[str, Any] = dict(algorithm=s.algorithm, groups_per_step=s.groups_per_step, group_size=group,
-                                  steps=s.steps)  # fmt: skip
+                                  steps=s.steps, max_tokens=s.sampling.max_tokens)  # fmt: skip
     room = s.generator.max_model_len - s.sampling.max_tokens
     prompts = Prompts(s.prompts, model=s.model, data=s.data, group_size=group, seed=s.seed, room=room)
     generator = Generator(s.generator, model=s.model, sampling=s.sampling, heldout_sampling=s.sampling)
@@ -67,7 +67,8 @@ def build(s: Settings) -> Graph:
     in_a_row = [generator.rollouts, *(scorer.scored for scorer in scorers.values())]
     reference = Reference(s.reference, model=s.reference_model or s.model, policy=s.model,
                           temperature=s.sampling.temperature)  # fmt: skip
-    critic = Critic(s.critic, model=s.critic_model or s.model, policy=s.model, **common)
+    critic = Critic(s.critic, model=s.critic_model or s.model, policy=s.model, minibatches=s.learner.minibatches,
+                    epochs=s.learner.epochs, **common)  # fmt: skip
     learner = Learner(s.learner, model=s.model, max_staleness=s.max_staleness, temperature=s.sampling.temperature,
                       is_cut=s.sampling.is_cut, has_critic=True, texts_per_step=s.texts.per_step,
                       text_coef=s.texts.coef, **common)  # fmt: skip

@@ -1,8 +1,9 @@
 """What staleness costs and what a correction saves: learning curves of a tiny model at several bounds and seeds.
 
-    python -m perf.staleness [--seeds 5] [--staleness 0 1 2 4 8] [--corrections truncated none] [--steps 300]
+    python -m perf.staleness [--seeds 5] [--staleness 0 1 2 4 8] [--methods behaviour truncated ...] [--steps 300]
 
-Runs the flow once for each seed, bound and kind of correction (perf/staleness_task.py says what of it is real), prints
+A method is a kind of correction, with GRPO, or an algorithm's path (flowrl.algorithms.sapo:SAPO). Runs the flow once
+for each seed, bound and method (perf/staleness_task.py says what of it is real), prints
 the final scores with their intervals over seeds and the change against synchronous training, paired by seed, and
 writes `staleness.json` and `staleness.svg`. The score of a version is the mean reward of the groups it sampled, so it
 is on-policy at every bound; the final one is the mean over the last tenth of the versions.
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
     from flowrl.telemetry.events import Event
 
-NO_MATTER = "-"  # the correction of a synchronous run: every ratio is 1
+NO_MATTER = "-"  # the method of a synchronous run: every ratio is 1
+METHODS = ["behaviour", "truncated", "divergence", "second_moment", "interpolated"]
 
 
 class Ran(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,10 +55,10 @@ class Ran(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One bound and correction over all seeds."""
+    """One bound and method over all seeds."""
 
     staleness: int
-    correction: str
+    method: str
     final: Interval
     change: Interval | None  # of the final score against the synchronous run of the same seed
     whole: Interval  # mean score of all versions: how soon it learns
@@ -66,11 +68,11 @@ def settings(options: argparse.Namespace) -> Iterator[Setting]:
     """Yield the settings of all runs; synchronous ones once, for there is nothing to correct."""
     for seed in range(options.seeds):
         for staleness in options.staleness:
-            for correction in options.corrections if staleness else ["none"]:
+            for method in options.methods if staleness else ["behaviour"]:
                 yield Setting(
-                    seed=seed, staleness=staleness, correction=correction, steps=options.steps,
+                    seed=seed, staleness=staleness, method=method, steps=options.steps,
                     groups_per_step=options.groups, group_size=options.group_size, lr=options.lr,
-                    minibatches=options.minibatches, algorithm=options.algorithm, entropy=options.entropy,
+                    minibatches=options.minibatches, entropy=options.entropy,
                 )  # fmt: skip
 
 
@@ -80,7 +82,7 @@ def run_once(setting: Setting, directory: Path) -> Ran:
     CountingReward.seen.clear()
     start_s = time.process_time()
     model = tiny_counter(directory / f"model-{setting.seed}", setting.seed)
-    name = f"run-{setting.seed}-{setting.staleness}-{setting.correction}"
+    name = f"run-{setting.seed}-{setting.staleness}-{setting.method.rpartition(':')[2]}"
     told = LocalOptions(
         run_dir=directory / name, is_virtual=True, consume=events.extend, status_interval_s=1e6, max_restarts=0
     )
@@ -98,34 +100,34 @@ def run_once(setting: Setting, directory: Path) -> Ran:
 
 
 def summary(runs: Sequence[Ran]) -> list[Row]:
-    """Return a row for each bound and correction."""
+    """Return a row for each bound and method."""
     synchronous = {ran.setting.seed: ran.final for ran in runs if ran.setting.staleness == 0}
     rows: list[Row] = []
-    for staleness, correction in dict.fromkeys((ran.setting.staleness, ran.setting.correction) for ran in runs):
-        mine = [r for r in runs if (r.setting.staleness, r.setting.correction) == (staleness, correction)]
+    for staleness, method in dict.fromkeys((ran.setting.staleness, ran.setting.method) for ran in runs):
+        mine = [r for r in runs if (r.setting.staleness, r.setting.method) == (staleness, method)]
         paired = [r.final - synchronous[r.setting.seed] for r in mine if r.setting.seed in synchronous]
         rows.append(
             Row(
                 staleness=staleness,
-                correction=correction if staleness else NO_MATTER,
+                method=method if staleness else NO_MATTER,
                 final=mean_interval([ran.final for ran in mine]),
                 change=mean_interval(paired) if paired and staleness else None,
                 whole=mean_interval([fmean(ran.scores) for ran in mine]),
             )
         )
-    return sorted(rows, key=lambda row: (row.correction, row.staleness))
+    return sorted(rows, key=lambda row: (row.method, row.staleness))
 
 
 def panels(runs: Sequence[Ran]) -> dict[str, dict[str, list[list[float]]]]:
-    """Return the curves by correction and bound; the synchronous ones are in every panel."""
-    kinds = list(dict.fromkeys(ran.setting.correction for ran in runs if ran.setting.staleness)) or ["none"]
+    """Return the curves by method and bound; the synchronous ones are in every panel."""
+    kinds = list(dict.fromkeys(ran.setting.method for ran in runs if ran.setting.staleness)) or [NO_MATTER]
     found: dict[str, dict[str, list[list[float]]]] = {}
     for kind in kinds:
         curves: dict[str, list[list[float]]] = {}
         for ran in sorted(runs, key=lambda ran: ran.setting.staleness):
-            if ran.setting.staleness == 0 or ran.setting.correction == kind:
+            if ran.setting.staleness == 0 or ran.setting.method == kind:
                 curves.setdefault(f"staleness {ran.setting.staleness}", []).append(ran.scores)
-        found[f"correction: {kind}"] = curves
+        found[kind] = curves
     return found
 
 
@@ -142,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: 5)")
     parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 2, 4, 8])
-    parser.add_argument("--corrections", nargs="+", default=["truncated", "none"])
+    parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--steps", type=int, default=300, help="policy versions (default: 300)")
     parser.add_argument("--groups", type=int, default=10, help="groups a step (default: 10)")
     parser.add_argument("--group-size", type=int, default=8, help="samples a group (default: 8)")
@@ -151,7 +153,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--minibatches", type=int, default=1)
     parser.add_argument("--entropy", type=float, default=0.01, help="weight of the entropy bonus (default: 0.01)")
-    parser.add_argument("--algorithm", default="flowrl.algorithms.grpo:GRPO")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(argv)
     print(machine())
@@ -161,21 +162,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             runs.append(ran := run_once(setting, Path(directory)))
             print(
                 f"seed {setting.seed} staleness {setting.staleness} ({ran.mean_staleness:.2f} measured) "
-                f"{setting.correction}: final {ran.final:.3f}, least ESS {ran.min_ess:.2f}, {ran.seconds:.0f} s",
+                f"{setting.method}: final {ran.final:.3f}, least ESS {ran.min_ess:.2f}, {ran.seconds:.0f} s",
                 flush=True,
             )
     rows = summary(runs)
     print(f"\nmean [95 % interval over {options.seeds} seeds]")
-    print(f"{'staleness':>9s}  {'correction':10s}  {'final score':24s}  {'against synchronous':26s}  all versions")
+    print(f"{'staleness':>9s}  {'method':14s}  {'final score':24s}  {'against synchronous':26s}  all versions")
     for row in rows:
         print(
-            f"{row.staleness:9d}  {row.correction:10s}  {shown(row.final, '{:.3f}'):24s}  "
+            f"{row.staleness:9d}  {row.method:14s}  {shown(row.final, '{:.3f}'):24s}  "
             f"{shown(row.change, '{:+.3f}'):26s}  {shown(row.whole, '{:.3f}')}"
         )
     options.out.mkdir(parents=True, exist_ok=True)
     found = {"machine": machine(), "runs": runs, "summary": rows}
     (options.out / "staleness.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1))
-    title = f"Counting, {options.algorithm.rpartition(':')[2]}: score of each policy version, {options.seeds} seeds"
+    title = f"Counting: score of each policy version, {options.seeds} seeds"
     drawn = chart(panels(runs), title=title, x_name="policy version", y_name="share of right digits")
     (options.out / "staleness.svg").write_text(drawn)
     print(f"written: {options.out / 'staleness.json'}, {options.out / 'staleness.svg'}")

@@ -50,13 +50,12 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 
     seed: int
     staleness: int
-    correction: str  # kind
+    method: str  # a kind of correction, with GRPO; or the path of an algorithm
     steps: int  # policy versions that sample
     groups_per_step: int
     group_size: int
     lr: float
     minibatches: int
-    algorithm: str
     entropy: float  # weight of the bonus: without it the policy soon says one number only
 
 
@@ -294,7 +293,11 @@ def counting_graph(setting: Setting, model: Path) -> Graph:
     steps = setting.steps + setting.staleness
     size, per_step = setting.group_size, setting.groups_per_step
     credits = most_credits(setting.staleness, per_step, window=1)
-    algorithm = Select(use=setting.algorithm, options={"kl": {"coef": 0.0}, "correction": {"kind": setting.correction}})
+    is_path = ":" in setting.method
+    algorithm = Select(use=setting.method if is_path else "flowrl.algorithms.grpo:GRPO")
+    algorithm = algorithm.changed({"kl.coef": 0.0, "entropy_coef": setting.entropy})
+    if not is_path:
+        algorithm = algorithm.changed({"correction.kind": setting.method})
     sampling = Sampling(max_tokens=RESPONSE)
     prompts = DigitPrompts(Prompts.Config(), model=str(model), data=PromptData(), group_size=size, seed=setting.seed,
                            room=8)  # fmt: skip

@@ -3,7 +3,8 @@
 Shapes: B sequences (for baselines, the samples of one prompt), T response tokens, `mask_BT` 1 on the tokens the policy
 sampled. Invariants: tokens under mask 0 inside a sequence (an environment's) are skipped, not treated as steps, so the
 next step is the next sampled token; a sequence without sampled tokens has no part in a group's baseline. Arithmetic
-is in float64 and the result has the dtype of its input: equal rewards give advantages of exactly 0. Called by `credit`.
+is in float64 and the result has the dtype of its input: equal rewards give advantages of exactly 0. Called by the
+algorithms' `advantages`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ GROUP_EPSILON = 1e-6  # keeps the division finite where all rewards of a group a
 def discounted_returns(rewards_BT: Tensor, mask_BT: Tensor, *, gamma: float) -> Tensor:
     """Return G_t = sum over k >= t of gamma^(k-t) r_k, [B, T], counting sampled tokens only.
 
-    Source: Sutton and Barto, equation 3.8; the credit of REINFORCE++ (2501.03262).
+    Source: Sutton and Barto, equation 3.8; the returns of REINFORCE++ (2501.03262).
 
     >>> discounted_returns(torch.tensor([[1.0, 0.0, 4.0]]), torch.ones(1, 3), gamma=0.5).tolist()
     [[2.0, 2.0, 4.0]]
@@ -33,11 +34,13 @@ def discounted_returns(rewards_BT: Tensor, mask_BT: Tensor, *, gamma: float) -> 
     return _unpacked(_discounted(packed_BT, gamma), order_BT, mask_BT, rewards_BT.dtype)
 
 
-def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float, lam: float, after_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return advantages and returns, both [B, T].
 
     delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, returns = A + V, where t + 1 is the next
-    sampled token and V is 0 after the last one. Source: Schulman 2015, 1506.02438, equations 11 to 16.
+    sampled token and V is 0 after the last one, or `after_B`. Source: Schulman 2015, 1506.02438, equations 11 to 16.
 
     >>> gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.25]]), torch.ones(1, 2), gamma=1.0, lam=0.5)[0].tolist()
     [[0.125, 0.75]]
@@ -46,10 +49,42 @@ def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float,
     rewards_packed_BT = masked(rewards_BT, mask_BT).double().gather(1, order_BT)
     values_packed_BT = masked(values_BT, mask_BT).double().gather(1, order_BT)
     next_values_BT = torch.nn.functional.pad(values_packed_BT[:, 1:], (0, 1))
+    if after_B is not None:
+        num_sampled_B1 = (mask_BT > 0).sum(1, keepdim=True)
+        is_last_BT = torch.arange(1, mask_BT.shape[1] + 1, device=mask_BT.device) == num_sampled_B1
+        next_values_BT = torch.where(is_last_BT, after_B.double()[:, None], next_values_BT)
     deltas_BT = rewards_packed_BT + gamma * next_values_BT - values_packed_BT
     packed_BT = _discounted(deltas_BT, gamma * lam)
     advantages_BT = _unpacked(packed_BT, order_BT, mask_BT, rewards_BT.dtype)
     return advantages_BT, _unpacked(packed_BT + values_packed_BT, order_BT, mask_BT, rewards_BT.dtype)
+
+
+def segments(mask_BT: Tensor, placed_BT: Tensor) -> Tensor:
+    """Return which part of its sample each token is in, from 0 on: parts end where a reward is placed or a turn ends.
+
+    >>> segments(torch.tensor([[1.0, 1.0, 0.0, 1.0]]), torch.tensor([[2.0, 0.0, 0.0, 0.0]])).tolist()
+    [[0, 1, 2, 2]]
+    """
+    is_sampled_BT = mask_BT > 0
+    is_next_sampled_BT = torch.nn.functional.pad(is_sampled_BT[:, 1:], (0, 1))
+    ends_BT = is_sampled_BT & (~is_next_sampled_BT | (masked(placed_BT, mask_BT) != 0))
+    return ends_BT.cumsum(1) - ends_BT.long()
+
+
+def segment_means(values_BT: Tensor, segments_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return at each token the mean, over the samples that come so far, of the value where its segment begins.
+
+    >>> segment_means(torch.tensor([[4.0, 1.0], [2.0, 2.0]]), torch.tensor([[0, 1], [0, 0]]), torch.ones(2, 2)).tolist()
+    [[3.0, 1.0], [3.0, 3.0]]
+    """
+    is_sampled_BT = mask_BT > 0
+    means_BT = torch.zeros_like(values_BT)
+    for segment in range(int(segments_BT.max()) + 1):
+        inside_BT = is_sampled_BT & (segments_BT == segment)
+        is_first_BT = inside_BT & (inside_BT.cumsum(1) == 1)
+        mean = values_BT[is_first_BT].sum() / is_first_BT.sum().clamp_min(1)
+        means_BT = torch.where(inside_BT, mean, means_BT)
+    return means_BT
 
 
 def group_centred(rewards_B: Tensor, present_B: Tensor) -> Tensor:
@@ -75,6 +110,21 @@ def group_standardised(rewards_B: Tensor, present_B: Tensor) -> Tensor:
     centred_B = _centred(rewards_B, present_B)
     variance = (centred_B * centred_B).sum() / (present_B.double().sum() - 1.0).clamp_min(1.0)
     return (centred_B / (variance.sqrt() + GROUP_EPSILON)).to(rewards_B.dtype)
+
+
+def length_weighted(rewards_B: Tensor, lengths_B: Tensor) -> Tensor:
+    """Return R_i - sum_j l_j R_j / sum_j l_j, 0 for samples of no length.
+
+    Source: OPO (2505.23585), section 3: the baseline of least variance where a gradient grows with its length.
+
+    >>> length_weighted(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 3.0])).tolist()
+    [0.75, -0.25]
+    """
+    lengths_B = lengths_B.double()
+    rewards_B64 = masked(rewards_B.double(), lengths_B)
+    first = rewards_B64[0]  # taken off before, so that equal rewards give exactly 0
+    mean = (lengths_B * (rewards_B64 - first)).sum() / lengths_B.sum().clamp_min(1.0) + first
+    return masked(rewards_B64 - mean, lengths_B).to(rewards_B.dtype)
 
 
 def leave_one_out(rewards_B: Tensor, present_B: Tensor) -> Tensor:

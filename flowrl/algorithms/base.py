@@ -1,9 +1,10 @@
-"""What an algorithm is: pure functions of tensors, `credit` and `loss`, held in a frozen Config.
+"""What an algorithm is: pure functions of tensors, `advantages` and `loss`, held in a frozen Config.
 
 Shapes: B sequences of one batch, T response tokens (right-padded); `mask_BT` is 1 on the tokens the policy sampled.
 Invariants: nothing here reads a clock, a file, a random generator or a message; what stands under mask 0 never
 changes a result; a loss returns a sum and a count so that packing, padding, micro-batches and ranks cannot change
-what the engine divides once (law 7). Credit stages call `credit`, training engines call `loss`.
+what the engine divides once (law 7). The critic and the advantage stage call
+`advantages`, training engines `loss`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 Head = Literal["policy", "value", "reward"]  # log-probs; values read before each token; values read after it
 REMEDIES = {  # for a column that is not there
+    "drift_limit": "the learner gives it; a loss of your own asks for it with needs_drift",
     "reference": "use a graph with a reference node, such as graphs/preference.py",
     "label": "give every response a label in the data",
     "step_label": "give step labels in the data",
@@ -36,6 +38,10 @@ class AdvantageBatch(NamedTuple):
     reference_BT: Tensor | None = None  # log-probs of the frozen reference
     values_BT: Tensor | None = None
     placed_BT: Tensor | None = None  # what part of a sample's reward was earned at which token; the rest is the last's
+    cut_B: Tensor | None = (
+        None  # 1 where an answer was cut before its end, by a limit of tokens or turns; None: nowhere
+    )
+    after_B: Tensor | None = None  # of cut answers the value behind their last token, 0 for others; None: not measured
 
 
 class Advantages(NamedTuple):
@@ -58,7 +64,8 @@ class LossBatch(NamedTuple):
 
     logprobs_BT: Tensor  # the policy's log-probs; for a value objective, the values
     mask_BT: Tensor
-    # name -> [B, T]: behaviour, proximal, reference, advantages, values, returns; label, step_label, reference_point
+    # name -> [B, T]: behaviour, reference, advantages, age, drift_limit, values, returns; label, step_label,
+    # reference_point; proximal, the policy at the start of the step, where that is not the one of `logprobs_BT`
     columns: dict[str, Tensor]
     entropy_BT: Tensor | None = None
     group_B: Tensor | None = None  # int64: which group a row belongs to, numbered within the engine's call
@@ -139,6 +146,29 @@ class Objective(Config):
         """Return the metric that is a held-out example's score, greater being better; "": the negative loss."""
         return ""
 
+    @property
+    def needs_proximal(self) -> bool:
+        """Return whether, in a step of several updates, the loss needs the policy at the start of the step."""
+        return False
+
+    @property
+    def needs_drift(self) -> bool:
+        """Return whether each update needs the column "drift_limit", from log-probs of the whole of it."""
+        return False
+
+    def drift_limit(self, log_ratios_N: Tensor, advantages_N: Tensor) -> float:
+        """Return the column "drift_limit" from log(pi / pi_old) and the advantages of an update's sampled tokens."""
+        raise NotImplementedError
+
+    @property
+    def leaves_out_cut(self) -> bool:
+        """Return whether answers that were cut before their end are not learned from."""
+        return False
+
+    def idle_settings(self, num_updates: int) -> list[str]:
+        """Return which settings have no effect, and why, where a version takes so many optimizer steps."""
+        return []
+
     def reference_point(self, log_ratios: Sequence[float]) -> float:
         """Return the column "reference_point" from the summed log ratios of a step's mismatched pairs."""
         raise NotImplementedError
@@ -149,16 +179,16 @@ class Objective(Config):
 
 
 class Algorithm(Objective):
-    """An online algorithm: how tokens are credited and what the policy minimises."""
+    """An online algorithm: what each token is worth and what the policy minimises."""
 
     @property
     def needs_critic(self) -> bool:
-        """Return whether `credit` needs values."""
+        """Return whether `advantages` needs values."""
         return False
 
     @property
     def needs_group(self) -> bool:
-        """Return whether `credit` compares the samples of a group, so that one sample is not enough."""
+        """Return whether `advantages` compares the samples of a group, so that one sample is not enough."""
         return False
 
     @property
@@ -172,6 +202,11 @@ class Algorithm(Objective):
         return False
 
     @property
+    def needs_after(self) -> bool:
+        """Return whether `advantages` needs the value behind an answer that was cut."""
+        return False
+
+    @property
     def adapting(self) -> tuple[str, ...]:
         """Return the settings, by path, that change from step to step."""
         return ()
@@ -182,15 +217,15 @@ class Algorithm(Objective):
 
     @property
     def is_blank(self) -> bool:
-        """Return whether every group is credited with zeros, as in a simulation: then no tensor is made."""
+        """Return whether every advantage is zero, as in a simulation: then no tensor is made."""
         return False
 
     def keeps_unseen(self, group_id: int) -> bool:
         """Return whether a group is worth learning, asked of a blank algorithm, for which no rewards are read."""
         return True
 
-    def keeps(self, rewards_B: Tensor) -> bool:
-        """Return whether a group with these rewards is worth learning; the others are filtered."""
+    def keeps(self, batch: AdvantageBatch) -> bool:
+        """Return whether a group is worth learning; the others are filtered. There are no values yet."""
         return True
 
     def advantages(self, batch: AdvantageBatch) -> Advantages:

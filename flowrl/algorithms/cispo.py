@@ -2,9 +2,9 @@
 
     maximise sum_i sum_t sg(clip(rho, 1 - low, 1 + high)) A_i log pi / sum_i |o_i|, with GRPO's advantages
 
-rho is against the policy that sampled, as in the paper: its clipped weight is the correction for older samples, so
-`correction` is none unless set. The paper sets no lower bound (low = 1) and tunes the upper one without stating it;
-a weight of at most 5 follows ScaleRL (2510.13786). No KL term.
+rho is against the policy that sampled, as in the paper: its clipped weight is the correction for older samples. The
+paper sets no lower bound (low = 1) and tunes the upper one without stating it; a weight of at most 5 follows ScaleRL
+(2510.13786). No KL term.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from flowrl.algorithms.advantages import group_standardised
-from flowrl.algorithms.corrections import Correction
 from flowrl.algorithms.policy import PolicyGradient
 from flowrl.algorithms.surrogate import weighted_logprob
 from flowrl.config import Meta
@@ -28,12 +27,16 @@ class CISPO(PolicyGradient):
 
     clip_low: Annotated[float, Meta(ge=0, le=1)] = 1.0  # weights are at least 1 - this
     clip_high: Annotated[float, Meta(ge=0)] = 4.0  # weights are at most 1 + this
-    correction: Correction = Correction(kind="none")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dual_clip:
             raise ValueError(f"dual_clip {self.dual_clip}: CISPO clips weights, not the surrogate; set it to 0")
+
+    @property
+    def has_own_region(self) -> bool:
+        """Return True: weights are clipped."""
+        return True
 
     @property
     def needs_group(self) -> bool:
@@ -47,7 +50,7 @@ class CISPO(PolicyGradient):
 
     def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return the standardised reward of each sample on each of its tokens."""
-        return self.credit_group(batch, group_standardised)
+        return self.group_advantages(batch, group_standardised)
 
     def surrogate(self, ratio_BT: Tensor, advantages_BT: Tensor, logprobs_BT: Tensor) -> Tensor:
         """Return the log-prob times its advantage and clipped weight."""

@@ -3,7 +3,8 @@
     asymmetric clip (3.1): low 0.2, high 0.28, so that unlikely tokens can rise
     dynamic sampling (3.2): groups whose rewards are all equal teach nothing and are filtered (`filter_groups`)
     token-level loss (3.3): a mean over the step's tokens, not over sequences
-    overlong penalty (3.4): `shaping.overlong_buffer` tokens before `shaping.max_tokens`, off unless set
+    overlong filtering (3.4): answers that were cut are left out of the loss (`mask_cut`), off unless set
+    overlong penalty (3.4): `shaping.overlong_buffer` tokens before the longest answer, off unless set
 
 Advantages are GRPO's; there is no KL term.
 """
@@ -33,4 +34,4 @@ class DAPO(PolicyGradient):
 
     def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return the standardised reward of each sample on each of its tokens."""
-        return self.credit_group(batch, group_standardised)
+        return self.group_advantages(batch, group_standardised)

@@ -31,4 +31,4 @@ class DrGRPO(PolicyGradient):
 
     def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return the reward of each sample less the group's mean, on each of its tokens."""
-        return self.credit_group(batch, group_centred)
+        return self.group_advantages(batch, group_centred)

@@ -31,4 +31,4 @@ class GRPO(PolicyGradient):
 
     def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return the standardised reward of each sample on each of its tokens."""
-        return self.credit_group(batch, group_standardised)
+        return self.group_advantages(batch, group_standardised)

@@ -1,10 +1,11 @@
 """GSPO: group sequence policy optimisation (Qwen, 2507.18071, equations 5 to 7).
 
-    s_i = (pi(y_i) / pi_prox(y_i))^(1 / |y_i|)
+    s_i = (pi(y_i) / pi_old(y_i))^(1 / |y_i|)
     maximise mean_i min(s_i A_i, clip(s_i, 1 - low, 1 + high) A_i), with GRPO's advantages
 
-Ratio, clip and correction weight belong to the whole sequence, so the loss is a mean over sequences. The clip range
-is that of the paper: a mean over tokens moves far less than one token's ratio.
+pi_old is the policy that sampled. Ratio, clip and correction weight belong to the whole sequence, so the loss is a mean
+over sequences. The clip range is that of the paper, for long answers: a mean over tokens moves far less than one
+token's ratio. Short answers, and samples some versions old, leave so narrow a range at once: watch the clipped shares.
 """
 
 from __future__ import annotations
@@ -36,13 +37,18 @@ class GSPO(PolicyGradient):
             raise ValueError(f"normalisation {self.normalisation}: GSPO's ratio is a sequence's; use sequence, or GRPO")
 
     @property
+    def has_own_region(self) -> bool:
+        """Return True: whole sequences are clipped."""
+        return True
+
+    @property
     def needs_group(self) -> bool:
         """Return True: the baseline is the group's mean."""
         return True
 
     def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return the standardised reward of each sample on each of its tokens."""
-        return self.credit_group(batch, group_standardised)
+        return self.group_advantages(batch, group_standardised)
 
     def log_ratio(self, logprobs_BT: Tensor, anchor_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Return the sequence's mean log ratio on each of its tokens."""

@@ -15,10 +15,10 @@ has E_pi[(log pi - log pi_old) grad log pi] = grad KL(pi || pi_old) more, and de
 sampled: harmless in the first update on fresh samples, where that is 0, and divergent with samples one version old.
 
 It is GKD (Agarwal 2023, 2306.13649, section 3.1) with lambda = 1 and the reverse KL, one sampled token for the whole
-vocabulary, and no credit for how a token changes the positions after it (gamma = 0). The teacher is the graph's
+vocabulary, and no account of how a token changes the positions after it (gamma = 0). The teacher is the graph's
 reference node with another model, which shares the policy's vocabulary. Samples of older policies are corrected for
 like those of any algorithm here. With `reward_coef` a sample's reward less its group's mean is added to each token.
-`credit` sees the policy that sampled only; `loss` makes up the difference.
+`advantages` sees the policy that sampled only; `loss` makes up the difference.
 """
 
 from __future__ import annotations

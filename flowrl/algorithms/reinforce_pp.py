@@ -4,21 +4,22 @@
     A_t = sum over k >= t of gamma^(k-t) r_k, whitened over every sampled token of the step
 
 No critic. The variant takes the group's mean off the score first and has gamma = 1; its penalty stays in the reward
-unless kl.placement=loss (with k2, as later versions of the paper have it).
+unless kl.placement=loss (with k2, as later versions of the paper have it). Where rewards are placed on turns or steps,
+what comes off a token's return to go is the mean of the group's returns to go from the beginning of the same turn or
+step: the mean of whole returns would punish every late turn, from which less is left to earn.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-from flowrl.algorithms.advantages import discounted_returns, group_centred
+import msgspec
+
+from flowrl.algorithms.advantages import discounted_returns, group_centred, segment_means, segments
 from flowrl.algorithms.base import AdvantageBatch, Advantages
-from flowrl.algorithms.functional import has_tokens
+from flowrl.algorithms.functional import has_tokens, masked
 from flowrl.algorithms.policy import KL, PolicyGradient
 from flowrl.config import Meta
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class ReinforcePP(PolicyGradient):
@@ -32,14 +33,10 @@ class ReinforcePP(PolicyGradient):
         """Return True: the step's mean is the baseline."""
         return True
 
-    def baseline(self, scores_B: Tensor, batch: AdvantageBatch) -> Tensor:
-        """Return the scores to be credited."""
-        return scores_B
-
     def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return each token's discounted return."""
         scores_B, metrics = self.shaped_scores(batch)
-        rewards_BT = self.shaped_rewards(batch, self.baseline(scores_B, batch))
+        rewards_BT = self.shaped_rewards(batch, scores_B)
         return Advantages(discounted_returns(rewards_BT, batch.mask_BT, gamma=self.gamma), None, metrics)
 
 
@@ -56,7 +53,16 @@ class ReinforcePPBaseline(ReinforcePP):
         """Return True: the baseline is the group's mean."""
         return True
 
-    def baseline(self, scores_B: Tensor, batch: AdvantageBatch) -> Tensor:
-        """Return the scores less their group's mean."""
+    def advantages(self, batch: AdvantageBatch) -> Advantages:
+        """Return each token's return less the group's mean, of whole scores or of returns to go by turn."""
         self.require_group(batch)
-        return group_centred(scores_B, has_tokens(batch.mask_BT))
+        scores_B, metrics = self.shaped_scores(batch)
+        mask_BT = batch.mask_BT
+        if batch.placed_BT is None:
+            rewards_BT = self.shaped_rewards(batch, group_centred(scores_B, has_tokens(mask_BT)))
+            return Advantages(discounted_returns(rewards_BT, mask_BT, gamma=1.0), None, metrics)
+        unpenalised = msgspec.structs.replace(self, kl=KL())
+        to_go_BT = discounted_returns(unpenalised.shaped_rewards(batch, scores_B), mask_BT, gamma=1.0)
+        baseline_BT = segment_means(to_go_BT, segments(mask_BT, batch.placed_BT), mask_BT)
+        returns_BT = discounted_returns(self.shaped_rewards(batch, scores_B), mask_BT, gamma=1.0)
+        return Advantages(masked(returns_BT - baseline_BT, mask_BT), None, metrics)

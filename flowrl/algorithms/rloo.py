@@ -30,4 +30,4 @@ class RLOO(PolicyGradient):
 
     def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return the reward of each sample less the mean of the others', on each of its tokens."""
-        return self.credit_group(batch, leave_one_out)
+        return self.group_advantages(batch, leave_one_out)

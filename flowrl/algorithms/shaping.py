@@ -1,9 +1,10 @@
 """From a sample's score to rewards per token: normalisation, clip, length penalty, KL penalty; and group filtering.
 
-Shapes: B samples of one prompt, T response tokens, `mask_BT` 1 on the tokens the policy sampled. Invariant: the score
-is credited on the last sampled token alone, the KL penalty on every sampled token (OpenRLHF, 2405.11143, section 3.3).
-What follows the run (`Shaping.running`, the adaptive KL coefficient) changes between steps only, by pure functions of
-the step before. Called by the algorithms' `credit` and `adapted`.
+Shapes: B samples of one prompt, T response tokens, `mask_BT` 1 on the tokens the policy sampled. Invariants: a score
+that no environment placed lies on the last sampled token alone, the KL penalty on every sampled token (OpenRLHF,
+2405.11143, section 3.3); nothing is clipped unless asked for. What follows the run (`Shaping.running`, the adaptive KL
+coefficient) changes between steps only, by pure functions of the step before. Called by the algorithms' `advantages`,
+`keeps` and `adapted`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from flowrl.algorithms.functional import masked
 from flowrl.config import Config, Meta
+from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,34 +23,43 @@ MIN_STD = 1e-6  # scores that differ less are equal, and there is nothing to div
 
 
 class Shaping(Config):
-    """What happens to a sample's score before it is credited, in the order of the fields."""
+    """What happens to a sample's score before it is learned, in the order of the fields."""
 
     mean: float = 0.0  # of scores like these, subtracted from each
     std: Annotated[float, Meta(gt=0)] = 1.0  # of the same; the score is divided by it
     # Mean and std follow the run: a step's scores are normalised by those of all steps before it.
     running: bool = False
     num_scores: Annotated[int, Meta(ge=0)] = 0  # scores that mean and std stand for when a running one begins
-    clip: Annotated[float, Meta(gt=0)] = 10.0  # scores beyond +- this are clipped
-    max_tokens: Annotated[int, Meta(ge=0)] = 0  # as sampling.max_tokens; where the length penalty is complete
+    clip: Annotated[float, Meta(ge=0)] = 0.0  # scores beyond +- this are clipped, to go with mean and std; 0: none
+    # of an answer that was cut before its end: its score is multiplied by the factor (OpenRLHF), less the penalty (TRL)
+    cut_factor: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    cut_penalty: Annotated[float, Meta(ge=0)] = 0.0
+    max_tokens: Annotated[int, Meta(ge=0)] = 0  # where the length penalty is complete; 0: sampling.max_tokens
     overlong_buffer: Annotated[int, Meta(ge=0)] = 0  # tokens before max_tokens over which it grows; 0: none
     overlong_factor: Annotated[float, Meta(ge=0)] = 1.0  # the complete length penalty
 
     def __post_init__(self) -> None:
-        if self.overlong_buffer > self.max_tokens:
-            raise ValueError(
-                f"shaping.overlong_buffer {self.overlong_buffer} is longer than shaping.max_tokens {self.max_tokens}; "
-                "set max_tokens to sampling.max_tokens"
-            )
+        if 0 < self.max_tokens < self.overlong_buffer:
+            what = f"shaping.overlong_buffer {self.overlong_buffer} is longer than max_tokens {self.max_tokens}"
+            raise ValueError(f"{what}; lower it")
 
-    def shaped(self, rewards_B: Tensor, lengths_B: Tensor) -> Tensor:
-        """Return clip((R - mean) / std) minus the length penalty; lengths are in sampled tokens.
+    def normalised(self, rewards_B: Tensor) -> Tensor:
+        """Return (R - mean) / std; Shaping(mean=1.0, std=2.0) makes 0.5 of a score of 2.0."""
+        return (rewards_B - self.mean) / self.std
 
-        Shaping(mean=1.0, std=2.0) makes 0.5 of a score of 2.0.
-        """
-        scores_B = ((rewards_B - self.mean) / self.std).clamp(-self.clip, self.clip)
+    def clipped(self, scores_B: Tensor) -> Tensor:
+        """Return the scores within +-clip, or as they are."""
+        return scores_B.clamp(-self.clip, self.clip) if self.clip else scores_B
+
+    def penalties(self, lengths_B: Tensor, cut_B: Tensor) -> Tensor:
+        """Return what is added to each score for its answer's length, in sampled tokens, and for a missing end."""
+        penalties_B = -self.cut_penalty * cut_B
         if not self.overlong_buffer:
-            return scores_B
-        return scores_B + overlong_penalty(
+            return penalties_B
+        if not self.max_tokens:
+            what = f"is {self.overlong_buffer}, but max_tokens is 0 and nothing has filled it in"
+            raise ConfigError("algorithm.shaping.overlong_buffer", what, "set shaping.max_tokens")
+        return penalties_B + overlong_penalty(
             lengths_B, max_tokens=self.max_tokens, buffer=self.overlong_buffer, factor=self.overlong_factor
         )
 
@@ -118,7 +129,7 @@ def has_contrast(rewards_B: Tensor, mean_range: tuple[float, float] | None = Non
     >>> has_contrast(torch.tensor([1.0, 1.0])), has_contrast(torch.tensor([1.0, 0.0]), (0.0, 1.0))
     (False, True)
     """
-    if bool((rewards_B == rewards_B[0]).all()):
+    if len(rewards_B) == 0 or bool((rewards_B == rewards_B[0]).all()):
         return False
     return mean_range is None or mean_range[0] < float(rewards_B.mean()) < mean_range[1]
 

@@ -2,9 +2,9 @@
 
     0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2), mean over the step's sampled tokens
 
-The batch's `logprobs_BT` are the values V; its columns "values" (V_old) and "returns" (R) come from the credit.
-Metrics: value_loss; value_clip_frac; value_error and value_error_sq, of R - V; returns and returns_sq. The explained
-variance is 1 - (value_error_sq - value_error^2) / (returns_sq - returns^2).
+The batch's `logprobs_BT` are the values V; its columns "values" (V_old) and "returns" (R) come from `advantages`.
+V_old is the value when the group was sampled, so the clip acts from a step's second update on. Metrics: value_loss;
+value_clip_frac.
 """
 
 from __future__ import annotations
@@ -35,14 +35,9 @@ class ValueLoss(Objective):
         returns_BT = masked(batch.columns["returns"], mask_BT)
         loss_BT = clipped_value_error(values_BT, old_BT, returns_BT, self.clip)
         total, count = loss_BT.sum(), mask_BT.sum()
-        error_BT = (returns_BT - values_BT).detach()
         is_clipped_BT = (values_BT - old_BT).detach().abs() > (self.clip or float("inf"))
         sums = {
             "value_loss": total.detach(),
             "value_clip_frac": is_clipped_BT.to(total.dtype).sum(),
-            "value_error": error_BT.sum(),
-            "value_error_sq": (error_BT * error_BT).sum(),
-            "returns": returns_BT.sum(),
-            "returns_sq": (returns_BT * returns_BT).sum(),
         }
         return Loss(total, count, {name: (value, count) for name, value in sums.items()})

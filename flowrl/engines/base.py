@@ -182,6 +182,7 @@ class Training(StageConfig):
     router_aux_loss: Annotated[float, Meta(ge=0)] = 0.0  # weight of the loss that uses experts evenly; 0: none
     trust_remote_code: bool = False
     threads: Annotated[int, Meta(ge=1)] = 1
+    seed: int = 0  # of a new adapter, and of the order in which a step's groups come into minibatches
     transport: Literal["auto", "shm", "broadcast"] = "auto"  # auto: shared memory on CPUs, NCCL broadcast on GPUs
     transfer_timeout_s: Annotated[float, Meta(gt=0)] = 120.0  # for one weight transfer
 
@@ -193,7 +194,6 @@ class TrainingConfig(Training):
     # log-probs of tokens; or one value per token, read before it (V of PPO) or after it (reward models)
     head: Literal["policy", "value", "reward"] = "policy"
     temperature: Annotated[float, Meta(gt=0)] = 1.0  # logits are divided by it, as in sampling
-    seed: int = 0
 
 
 class TokenGroup(msgspec.Struct, frozen=True, kw_only=True):

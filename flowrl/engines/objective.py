@@ -31,7 +31,6 @@ def loss_batch(
     """Return what an objective takes; a column "mask" narrows the mask (multi-turn: the policy's own turns)."""
     columns = pack_columns(groups, batch)
     mask_BT = columns.pop("mask", batch.mask_BT)
-    columns.setdefault("proximal", values_BT.detach())
     group_B, sample_B = torch.tensor(batch.samples, device=mask_BT.device).unbind(1)
     return LossBatch(
         logprobs_BT=values_BT,

@@ -1,18 +1,17 @@
-"""Critic: values every sampled token, credits the group with them, and trains on the returns it computed.
+"""Critic: values every sampled token, finds advantages with them, and trains on the returns it computed.
 
 Invariant: every group is valued by the critic as it stood before any group of its own step was trained on; the
-critic takes one optimizer step for each `groups_per_step` groups, in the order in which they leave its input queue,
-the order the learner sees. Running ahead of the learner, it adds its state to a checkpoint of version v at its first
-step boundary c >= v; after a resume it trains on none of the steps up to c again. It has a model of its own, which may
-differ from the policy in size and architecture but not in vocabulary. Uses PPO's generalised advantage estimation
-(Schulman 2015) through the algorithm's `credit`. The figures of its own step v reach the learner with the groups of
-step v + 1, which that step's critic has valued.
+critic learns each `groups_per_step` groups together, in the order in which they leave its input queue, the order the
+learner sees, in as many minibatches and epochs as the policy unless told otherwise. Running ahead of the learner, it
+adds its state to a checkpoint of version v at its first step boundary c >= v; after a resume it trains on none of the
+steps up to c again. It has a model of its own, which may differ from the policy in size and architecture but not in
+vocabulary. Uses generalised advantage estimation (Schulman 2015) through the algorithm's `advantages`. The figures
+of its own step v reach the learner with the groups of step v + 1, which that step's critic has valued.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 from typing import TYPE_CHECKING, Annotated
 
 from flowrl.config import Meta, Select, widen
@@ -23,38 +22,70 @@ from flowrl.engines.checkpoint import checkpoint_version
 from flowrl.errors import ChannelClosed
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
-from flowrl.messages import Referenced, Samples, Save, extend
-from flowrl.stages.credit import Crediting, keeps_group, load_algorithm
+from flowrl.messages import Buffer, Referenced, Samples, Save, extend
+from flowrl.stages.estimation import Estimation, is_cut, keeps_group, load_algorithm, settled
 from flowrl.stages.saving import add_state
+from flowrl.stages.step import check_divides, learned_group, mean_metrics, minibatches
 from flowrl.stages.tokens import token_group
 from flowrl.stages.training import check_adapter, check_experts, load_state, opened, save_state
 from flowrl.telemetry.events import Span
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
+    from flowrl.algorithms.base import Algorithm
     from flowrl.graph.stage import Context, Say
+    from flowrl.messages import FloatArray
 
 CARD = "Value model of version {version}, trained with flowrl. The value before a token is read at the one before it.\n"
-MOMENTS = ("value_error", "value_error_sq", "returns", "returns_sq")  # metrics from which variances are made
 
 
-def critic_figures(metrics: dict[str, float]) -> dict[str, float]:
-    """Return a value step's metrics under "critic.", with the explained variance in place of the sums behind it.
+def explained_variance(groups: Sequence[TokenGroup]) -> dict[str, float]:
+    """Return 1 - Var(R - V) / Var(R) over a step's sampled tokens, V as they were valued before the step learned them.
 
-    Var(R - V) = 1 where Var(R) = 4: critic.explained_variance is 0.75.
+    Nothing where all returns are equal. Var(R - V) = 1 where Var(R) = 4: critic.explained_variance is 0.75.
     """
-    moments = {name: metrics.get(name, math.nan) for name in MOMENTS}
-    figures = {f"critic.{name}": value for name, value in metrics.items() if name not in moments}
-    variance = moments["returns_sq"] - moments["returns"] ** 2
-    if variance > 0:
-        unexplained = moments["value_error_sq"] - moments["value_error"] ** 2
-        figures["critic.explained_variance"] = 1.0 - unexplained / variance
-    return figures
+    import numpy as np
+
+    def sampled(name: str) -> NDArray[np.float64]:
+        rows = [column for group in groups for column in group.columns[name]]
+        masks = [mask for group in groups for mask in group.columns.get("mask") or [None] * len(group.responses)]
+        kept = [
+            row.numpy() if mask is None else row.numpy()[mask.numpy() > 0]
+            for row, mask in zip(rows, masks, strict=True)
+        ]
+        return np.concatenate(kept).astype(np.float64)
+
+    returns, values = sampled("returns"), sampled("values")
+    if not returns.size or returns.var() == 0.0:
+        return {}
+    return {"critic.explained_variance": float(1.0 - (returns - values).var() / returns.var())}
+
+
+def longer(group: Referenced) -> TokenGroup:
+    """Return a group's tokens with one more behind each cut answer, before which the value behind the answer is read.
+
+    What it is does not matter: it is the answer's last token again.
+    """
+    responses = [
+        Buffer.ints([*(tokens := sample.token_ids.tolist()), tokens[-1]]) if is_cut(sample) else sample.token_ids
+        for sample in group.samples
+    ]
+    return TokenGroup(prompt_ids=group.token_ids, responses=responses)
+
+
+def split_after(group: Referenced, rows: list[FloatArray]) -> tuple[list[FloatArray], list[float]]:
+    """Return the values of each response's own tokens, and those behind cut answers, 0 behind the others."""
+    cut = [is_cut(sample) for sample in group.samples]
+    after = [float(row[-1]) if was_cut else 0.0 for row, was_cut in zip(rows, cut, strict=True)]
+    return [row[:-1] if was_cut else row for row, was_cut in zip(rows, cut, strict=True)], after
 
 
 class Critic(Stage):
-    """Values, credits and trains."""
+    """Values, estimates advantages and trains."""
 
     class Config(Training):
         """Settings of the critic node."""
@@ -62,6 +93,8 @@ class Critic(Stage):
         lr: float = 9e-6  # OpenRLHF paper, section 3.3: larger than the policy's
         engine: str = "flowrl.engines.deepspeed:DeepSpeedEngine"
         objective: Select = Select(use="flowrl.algorithms.value:ValueLoss")
+        minibatches: Annotated[int, Meta(ge=0)] = 0  # optimizer steps in one pass over a step's groups; 0: the policy's
+        epochs: Annotated[int, Meta(ge=0)] = 0  # passes; 0: the policy's
         batch_groups: Annotated[int, Meta(ge=1)] = (
             1  # valued together when ready; above 1 the last bits depend on timing
         )
@@ -74,7 +107,8 @@ class Critic(Stage):
     saves: In[Save]
 
     def __init__(self, config: Config, *, model: str, algorithm: Select, groups_per_step: int, group_size: int,
-                 steps: int, policy: str = "") -> None:  # fmt: skip
+                 steps: int, policy: str = "", minibatches: int = 1, epochs: int = 1,
+                 max_tokens: int = 0) -> None:  # fmt: skip
         self.config: Critic.Config = config
         self.model = model
         self.policy = policy  # the model whose tokens it reads; "": its own
@@ -82,6 +116,9 @@ class Critic(Stage):
         self.groups_per_step = groups_per_step
         self.group_size = group_size
         self.steps = steps
+        self.minibatches = config.minibatches or minibatches  # or the policy's
+        self.epochs = config.epochs or epochs
+        self.max_tokens = max_tokens  # of the longest response
 
     def check(self, say: Say) -> None:
         """Prepare the model, which must read the policy's tokens, and load the algorithm."""
@@ -90,8 +127,16 @@ class Critic(Stage):
         check_experts(self.config, directory, "critic")
         if self.policy:
             check_same_vocabulary(prepare_model(self.policy, say=say), directory, "critic_model")
-        load_algorithm(self.algorithm, group_size=self.group_size, has_critic=True)
-        self.config.objective.load("critic.objective")
+        self._load()
+        objective = self.config.objective.load("critic.objective")
+        check_divides(self.minibatches, self.groups_per_step, "critic.minibatches")
+        if self.minibatches * self.epochs == 1 and getattr(objective, "clip", 0.0):
+            what = "with one optimizer step a version no value has moved yet when it is clipped"
+            say(f"critic.objective.clip: no effect, for {what}; set critic.minibatches or critic.epochs to 2 or more")
+
+    def _load(self) -> Algorithm:
+        self.algorithm = settled(self.algorithm, self.max_tokens)
+        return load_algorithm(self.algorithm, group_size=self.group_size, has_critic=True)
 
     def _settings(self) -> TrainingConfig:
         return widen(TrainingConfig, self.config, model=str(prepare_model(self.model)), head="value")
@@ -99,7 +144,7 @@ class Critic(Stage):
     @property
     def num_optimizer_steps(self) -> int:
         """Return how many optimizer steps the whole run takes, the length of its schedule."""
-        return self.steps
+        return self.steps * self.epochs * self.minibatches
 
     async def follow(self, context: Context) -> None:
         """Serve as a rank other than 0."""
@@ -107,32 +152,32 @@ class Critic(Stage):
             await context.compute(engine.follow)
 
     async def run(self, context: Context) -> None:
-        """Value, credit and train until the edge closes."""
+        """Value, estimate and train until the edge closes."""
         async with opened(context, self.config.engine, self._settings, self.num_optimizer_steps) as engine:
             context.version = trained = 0
             if context.resume_from is not None:
                 trained = await context.compute(load_state, engine, context.resume_from / context.node)
                 context.version = checkpoint_version(context.resume_from)
-            algorithm = load_algorithm(self.algorithm, group_size=self.group_size, has_critic=True)
-            crediting = Crediting(self.algorithm, algorithm, version=context.version)
+            algorithm = self._load()
+            estimation = Estimation(self.algorithm, algorithm, version=context.version)
             if context.resume_from is not None:
-                await context.compute(crediting.load, context.resume_from / context.node)
+                await context.compute(estimation.load, context.resume_from / context.node)
 
             def write(directory: Path, version: int) -> None:
                 save_state(engine, directory, context.version)
                 if self.config.save_model:
                     engine.save_model(directory / "model", card=CARD.format(version=version))
-                crediting.save(directory, version)
+                estimation.save(directory, version)
 
             boundary = asyncio.Condition()
             async with asyncio.TaskGroup() as tasks:
                 saving = tasks.create_task(add_state(self.saves, context, boundary, write))
-                await self._value(context, engine, crediting, boundary, trained)
+                await self._value(context, engine, estimation, boundary, trained)
                 saving.cancel()
 
-    async def _value(self, context: Context, engine: TrainingEngine, crediting: Crediting, boundary: asyncio.Condition,
-                     trained: int) -> None:  # fmt: skip
-        """Value and credit until the edge closes; train at the end of each step after the first `trained`."""
+    async def _value(self, context: Context, engine: TrainingEngine, estimation: Estimation,
+                     boundary: asyncio.Condition, trained: int) -> None:  # fmt: skip
+        """Value and estimate until the edge closes; train at the end of each step after the first `trained`."""
         step: list[TokenGroup] = []
         while True:
             try:
@@ -140,40 +185,51 @@ class Critic(Stage):
             except ChannelClosed:
                 return
             start_s = context.now()
-            groups = [group for group in groups if await self._keeps(crediting, group)]
+            groups = [group for group in groups if await self._keeps(estimation, group)]
             if not groups:
                 continue
-            values = await context.compute(engine.score, [token_group(group) for group in groups])
+            looks_behind = estimation.algorithm.needs_after
+            values = await context.compute(
+                engine.score, [longer(group) if looks_behind else token_group(group) for group in groups]
+            )
             for group, rows in zip(groups, values, strict=True):
-                samples = extend(Samples, group, **crediting.advantages(group, rows))
-                step.append(token_group(samples))
+                after = None
+                if looks_behind:
+                    rows, after = split_after(group, rows)
+                samples = extend(Samples, group, **estimation.advantages(group, rows, after))
+                step.append(learned_group(estimation.algorithm, samples))
                 await self.samples.put(samples)
                 context.done += 1
             context.recorder.record(self._span(context, "value", start_s, [group.group_id for group in groups]))
             if len(step) == self.groups_per_step:
                 async with boundary:
                     if context.version >= trained:
-                        crediting.figures = await self._train(context, engine, step)
-                    crediting.end_step()
+                        estimation.figures = await self._train(context, engine, step)
+                    estimation.end_step()
                     context.version += 1
                     boundary.notify_all()
                 step = []
 
-    async def _keeps(self, crediting: Crediting, group: Referenced) -> bool:
+    async def _keeps(self, estimation: Estimation, group: Referenced) -> bool:
         """Return whether the algorithm wants to learn a group; one that it does not is rejected as filtered."""
-        if keeps_group(crediting.algorithm, group):
+        if keeps_group(estimation.algorithm, group):
             return True
         reason = f"{self.algorithm.use} learns nothing from rewards {group.rewards}"
         await self.referenced.reject(group, kind="filtered", reason=reason)
         return False
 
     async def _train(self, context: Context, engine: TrainingEngine, step: list[TokenGroup]) -> dict[str, float]:
-        """Take a step and return its figures."""
+        """Take a step's optimizer steps and return its figures."""
         start_s = context.now()
-        metrics = await context.compute(engine.accumulate, step, self.config.objective)
-        metrics |= await context.compute(engine.apply)
+        updates: list[dict[str, float]] = []
+        for places in minibatches(len(step), self.minibatches, self.epochs, seed=(self.config.seed, context.version)):
+            metrics = await context.compute(engine.accumulate, [step[place] for place in places], self.config.objective)
+            updates.append(metrics | await context.compute(engine.apply))
         context.recorder.record(self._span(context, f"critic step {context.version + 1}", start_s, []))
-        return critic_figures(metrics)
+        figures = {f"critic.{name}": value for name, value in mean_metrics(updates).items()}
+        if self.minibatches * self.epochs == 1:
+            figures.pop("critic.value_clip_frac", None)  # before the only update no value has moved
+        return figures | explained_variance(step)
 
     def _span(self, context: Context, name: str, start_s: float, groups: list[int]) -> Span:
         return Span(

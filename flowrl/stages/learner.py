@@ -13,7 +13,7 @@ learned in it, each loss divided by its own count; they are asked for a step ahe
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from flowrl.config import Meta, Select, widen
 from flowrl.data.models import prepare_model
@@ -24,16 +24,19 @@ from flowrl.errors import ConfigError, RunError, TransferError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
 from flowrl.messages import FIRST_TEXTS, Buffer, Credit, EvaluationRequest, Samples, Save, Texts, Weights, replays_of
-from flowrl.stages.credit import advice, check_sampling, load_algorithm
+from flowrl.stages.estimation import advice, check_sampling, load_algorithm, settled
 from flowrl.stages.saving import save_checkpoint
 from flowrl.stages.step import (
+    check_divides,
     derived,
     logprob_gap,
     mean_metrics,
+    minibatches,
     replay_metrics,
     step_choice,
     step_groups,
     step_metrics,
+    with_drift_limit,
     with_proximal,
 )
 from flowrl.stages.tokens import example_group
@@ -60,9 +63,6 @@ class Learner(Stage):
         engine: str = "flowrl.engines.deepspeed:DeepSpeedEngine"
         epochs: Annotated[int, Meta(ge=1)] = 1  # passes over a step's groups
         minibatches: Annotated[int, Meta(ge=1)] = 1  # optimizer steps in one pass; must divide groups_per_step
-        # With several optimizer steps: what the ratio is against. The policy at the start of the step, by one forward
-        # more, or the log-probs that were sampled with; then nothing is corrected for older samples.
-        proximal: Literal["recomputed", "behaviour"] = "recomputed"
         freeze_steps: Annotated[int, Meta(ge=0)] = 0  # first steps in which only the critic learns
         save_every: Annotated[int, Meta(ge=0)] = 10  # versions between checkpoints; 0: only at the end
         keep_checkpoints: Annotated[int, Meta(ge=1)] = 2  # newest ones kept, besides the best
@@ -82,7 +82,7 @@ class Learner(Stage):
 
     def __init__(self, config: Config, *, model: str, algorithm: Select, steps: int, groups_per_step: int,
                  group_size: int, max_staleness: int, temperature: float, has_critic: bool, is_cut: bool = False,
-                 texts_per_step: int = 0, text_coef: float = 0.05) -> None:  # fmt: skip
+                 texts_per_step: int = 0, text_coef: float = 0.05, max_tokens: int = 0) -> None:  # fmt: skip
         self.config: Learner.Config = config
         self.model = model
         self.algorithm = algorithm
@@ -93,6 +93,7 @@ class Learner(Stage):
         self.temperature = temperature
         self.has_critic = has_critic
         self.is_cut = is_cut  # whether top-p or top-k cut the distribution that is sampled
+        self.max_tokens = max_tokens  # of the longest response
         self.texts_per_step = texts_per_step  # examples in each message of `texts`
         self.pretraining = Select(use="flowrl.algorithms.pretraining:Pretraining", options={"coef": text_coef})
         self._rewards: list[float] = []  # of the samples learned since the last checkpoint
@@ -100,9 +101,7 @@ class Learner(Stage):
 
     def check(self, say: Say) -> None:
         """Prepare the model, load the algorithm, hold the step's division against its size."""
-        if self.groups_per_step % self.config.minibatches:
-            what = f"{self.config.minibatches} minibatches do not divide {self.groups_per_step} groups_per_step"
-            raise ConfigError("learner.minibatches", what, "choose a divisor")
+        check_divides(self.config.minibatches, self.groups_per_step, "learner.minibatches")
         if 0 < self.texts_per_step < self.config.minibatches:
             what = f"{self.texts_per_step} texts a step are too few for {self.config.minibatches} learner.minibatches"
             raise ConfigError("texts.per_step", what, "give each minibatch one or more")
@@ -111,11 +110,14 @@ class Learner(Stage):
         objective = self.load_objective()
         for line in advice(objective):
             say(f"warning: {line}")
+        for line in objective.idle_settings(self.config.minibatches * self.config.epochs):
+            say(line)
 
     def load_objective(self) -> Objective:
         """Return what is minimised."""
+        self.algorithm = settled(self.algorithm, self.max_tokens)
         algorithm = load_algorithm(self.algorithm, group_size=self.group_size, has_critic=self.has_critic)
-        check_sampling(algorithm, is_cut=self.is_cut, proximal=self.config.proximal)
+        check_sampling(algorithm, is_cut=self.is_cut)
         return algorithm
 
     def _settings(self) -> TrainingConfig:
@@ -125,7 +127,7 @@ class Learner(Stage):
     @property
     def num_optimizer_steps(self) -> int:
         """Return how many optimizer steps the whole run takes, the length of its schedule."""
-        return self.steps * self.config.epochs * self.config.minibatches
+        return max(1, self.steps - self.config.freeze_steps) * self.config.epochs * self.config.minibatches
 
     async def follow(self, context: Context) -> None:
         """Serve as a rank other than 0."""
@@ -173,7 +175,7 @@ class Learner(Stage):
         texts = await self._take_texts(version)
         choice = step_choice(self.algorithm, objective, batch)
         self._ours = {}
-        metrics |= await self._train(context, engine, groups, texts, choice, push)
+        metrics |= await self._train(context, engine, objective, groups, texts, choice, push)
         context.version += 1
         context.done += len(batch)
         await self.samples.done(*batch, learned_in=version)
@@ -203,28 +205,29 @@ class Learner(Stage):
         await self._ask_for_texts(step + 1)
         return [example_group(example) for example in texts.examples]
 
-    async def _train(self, context: Context, engine: TrainingEngine, groups: list[TokenGroup], texts: list[TokenGroup],
-                     choice: Select, push: asyncio.Task[None]) -> dict[str, float]:  # fmt: skip
+    async def _train(
+        self, context: Context, engine: TrainingEngine, objective: Objective, groups: list[TokenGroup],
+        texts: list[TokenGroup], choice: Select, push: asyncio.Task[None],
+    ) -> dict[str, float]:  # fmt: skip
         """Run the step's optimizer steps; the weights change only after the last version has left."""
         if context.version < self.config.freeze_steps:
             await asyncio.wait([push])
             return {}
-        num_updates = self.config.minibatches * self.config.epochs
-        if num_updates > 1 or self.config.proximal == "behaviour":
-            is_reused = self.config.proximal == "behaviour"
-            groups = with_proximal(groups, None if is_reused else await context.compute(engine.score, groups))
+        num_parts, epochs = self.config.minibatches, self.config.epochs
+        if num_parts * epochs > 1 and objective.needs_proximal:
+            groups = with_proximal(groups, await context.compute(engine.score, groups))
         updates: list[dict[str, float]] = []
-        bounds = [len(groups) * place // self.config.minibatches for place in range(self.config.minibatches + 1)]
-        for number in range(num_updates):
-            place = number % self.config.minibatches
-            part = groups[bounds[place] : bounds[place + 1]]
+        dealt = minibatches(len(groups), num_parts, epochs, seed=(self.config.seed, context.version))
+        for number, places in enumerate(dealt):
+            part = [groups[place] for place in places]
+            if objective.needs_drift:
+                part = with_drift_limit(objective, part, await context.compute(engine.score, part))
             metrics = await context.compute(engine.accumulate, part, choice)
-            if number < self.config.minibatches:
-                kept = engine.learned().items()
-                self._ours |= {(bounds[place] + group, sample): row for (group, sample), row in kept}
+            if number < num_parts:
+                self._ours |= {(places[group], sample): row for (group, sample), row in engine.learned().items()}
             if texts:
                 found = await context.compute(
-                    engine.accumulate, texts[place :: self.config.minibatches], self.pretraining
+                    engine.accumulate, texts[number % num_parts :: num_parts], self.pretraining
                 )
                 metrics |= {f"texts.{name}": value for name, value in found.items()}
             if not push.done():

@@ -62,11 +62,10 @@ class ReplayBuffer(Stage):
     samples: Out[Samples]
     saves: In[Save]
 
-    def __init__(self, config: Config, *, algorithm: Select, proximal: str, groups_per_step: int, credits: int,
+    def __init__(self, config: Config, *, algorithm: Select, groups_per_step: int, credits: int,
                  seed: int) -> None:  # fmt: skip
         self.config: ReplayBuffer.Config = config
         self.algorithm = algorithm
-        self.proximal = proximal  # the learner's: what its correction is taken against
         self.groups_per_step = groups_per_step
         self.credits = credits  # groups that may be ahead of the learner
         self.seed = seed
@@ -77,18 +76,13 @@ class ReplayBuffer(Stage):
         return round(self.config.ratio * self.groups_per_step)
 
     def check(self, say: Say) -> None:
-        """Insist on a correction: what is replayed was drawn by older policies."""
+        """Insist on an algorithm that makes up for older policies, which drew what is replayed."""
         if self.num_replayed < 1:
             what = f"{self.config.ratio:g} of {self.groups_per_step} groups_per_step is none"
             raise ConfigError("replay.ratio", what, f"give {1 / self.groups_per_step:g} or more, or 0 for no replay")
-        correction = getattr(self.algorithm.load("algorithm"), "correction", None)
-        remedy = "choose truncated, icepop, sequence or decoupled, or set replay.ratio=0"
-        if correction is None or correction.kind == "none":
-            found = f"{self.algorithm.use} has none" if correction is None else "algorithm.correction.kind is none"
-            raise ConfigError("replay", f"older policies' samples need a correction, and {found}", remedy)
-        if self.proximal == "behaviour":
-            what = "older policies' samples need a correction, and learner.proximal=behaviour takes it away"
-            raise ConfigError("replay", what, "set learner.proximal to another, or replay.ratio=0")
+        if not hasattr(self.algorithm.load("algorithm"), "correction"):
+            what = f"older policies' samples need a correction, and {self.algorithm.use} has none"
+            raise ConfigError("replay", what, "choose another algorithm, or set replay.ratio=0")
 
     async def run(self, context: Context) -> None:
         """Send groups on, with others, until the edge closes."""

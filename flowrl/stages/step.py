@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from flowrl.messages import Buffer, replays_of
-from flowrl.stages.tokens import mask_of, token_group
+from flowrl.errors import ConfigError
+from flowrl.messages import Buffer, Samples, replays_of
+from flowrl.stages.estimation import is_cut
+from flowrl.stages.tokens import mask_of, token_group, with_constant
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from flowrl.algorithms.base import Objective
     from flowrl.config import Select
@@ -24,11 +26,13 @@ if TYPE_CHECKING:
 def step_groups(objective: Objective, batch: Sequence[Scored], version: int) -> list[TokenGroup]:
     """Return the token groups of the step that policy `version` takes, with each token's age in versions.
 
-    Advantages are whitened over all tokens of the step where an algorithm says so.
+    Advantages are whitened over all learned tokens of the step where an algorithm says so.
     """
     from flowrl.algorithms.base import Algorithm
 
-    groups = [token_group(group, age=[ages(sample, version) for sample in group.samples]) for group in batch]
+    groups = [
+        learned_group(objective, group, age=[ages(sample, version) for sample in group.samples]) for group in batch
+    ]
     if not isinstance(objective, Algorithm) or not objective.whitens:
         return groups
     import torch
@@ -36,7 +40,11 @@ def step_groups(objective: Objective, batch: Sequence[Scored], version: int) -> 
     from flowrl.algorithms.functional import whiten
 
     rows = [torch.from_numpy(row.numpy().copy()) for group in groups for row in group.columns["advantages"]]
-    masks = [torch.from_numpy(mask_of(sample).numpy().copy()) for group in batch for sample in group.samples]
+    masks = [
+        torch.from_numpy(mask.numpy().copy())
+        for group, learned in zip(batch, groups, strict=True)
+        for mask in learned.columns.get("mask") or [mask_of(sample) for sample in group.samples]
+    ]
     whitened = iter(whiten(rows, masks))
     return [
         msgspec.structs.replace(
@@ -50,6 +58,62 @@ def step_groups(objective: Objective, batch: Sequence[Scored], version: int) -> 
     ]
 
 
+def learned_group(objective: Objective, group: Rollouts, **columns: list[Buffer]) -> TokenGroup:
+    """Return a group's tokens and columns, with nothing to learn in answers that the objective leaves out."""
+    if objective.leaves_out_cut:
+        columns["mask"] = [
+            Buffer.floats([0.0] * len(sample.token_ids)) if is_cut(sample) else mask_of(sample)
+            for sample in group.samples
+        ]
+    return token_group(group, **columns)
+
+
+def check_divides(num_parts: int, num_groups: int, where: str) -> None:
+    """Insist on minibatches of equal size.
+
+    Raises:
+        ConfigError: there are more minibatches than groups, or they are not of one size.
+    """
+    if num_groups % num_parts:
+        what = f"{num_parts} minibatches do not divide {num_groups} groups_per_step"
+        raise ConfigError(where, what, "choose a divisor")
+
+
+def minibatches(num_groups: int, num_parts: int, epochs: int, *, seed: tuple[int, int]) -> Iterator[list[int]]:
+    """Yield the places of the groups of each update, in every epoch each group once, dealt anew from the seed.
+
+    `seed` is the node's and the version. A step of one minibatch keeps the prompts' order.
+    """
+    import numpy as np
+
+    for epoch in range(epochs):
+        order = [*range(num_groups)]
+        if num_parts > 1:
+            order = np.random.default_rng([*seed, epoch]).permutation(num_groups).tolist()
+        for part in range(num_parts):
+            yield sorted(order[num_groups * part // num_parts : num_groups * (part + 1) // num_parts])
+
+
+def with_drift_limit(
+    objective: Objective, groups: Sequence[TokenGroup], rows: Sequence[Sequence[FloatArray]]
+) -> list[TokenGroup]:
+    """Return an update's groups with the limit that their drift sets, from their log-probs before the update."""
+    import numpy as np
+    import torch
+
+    drifts: list[FloatArray] = []
+    worths: list[FloatArray] = []
+    for group, rows_of_group in zip(groups, rows, strict=True):
+        for place, row in enumerate(rows_of_group):
+            kept = (
+                group.columns["mask"][place].numpy() > 0 if "mask" in group.columns else np.ones(len(row), dtype=bool)
+            )
+            drifts.append((row - group.columns["behaviour"][place].numpy())[kept])
+            worths.append(group.columns["advantages"][place].numpy()[kept])
+    limit = objective.drift_limit(torch.from_numpy(np.concatenate(drifts)), torch.from_numpy(np.concatenate(worths)))
+    return [with_constant(group, "drift_limit", limit) for group in groups]
+
+
 def ages(sample: Sample, version: int) -> Buffer:
     """Return how many versions ago each token was sampled; 0 for an environment's tokens."""
     import numpy as np
@@ -60,23 +124,19 @@ def ages(sample: Sample, version: int) -> Buffer:
     return Buffer.floats(ages_T)
 
 
-def with_proximal(groups: Sequence[TokenGroup], rows: Sequence[Sequence[FloatArray]] | None) -> list[TokenGroup]:
-    """Return the groups with the log-probs of the policy at the start of the step; None: those they were sampled with.
+def with_proximal(groups: Sequence[TokenGroup], rows: Sequence[Sequence[FloatArray]]) -> list[TokenGroup]:
+    """Return the groups with the log-probs of the policy at the start of the step.
 
-    Without this column an engine takes the log-probs of its own forward, which are the same in a step's first update.
+    Without this column a loss takes the log-probs that it is given, which are the same in a step's only update.
     """
-    columns = [
-        group.columns["behaviour"] if rows is None else [Buffer.floats(row) for row in rows[place]]
-        for place, group in enumerate(groups)
-    ]
     return [
-        msgspec.structs.replace(group, columns={**group.columns, "proximal": column})
-        for group, column in zip(groups, columns, strict=True)
+        msgspec.structs.replace(group, columns={**group.columns, "proximal": [Buffer.floats(row) for row in found]})
+        for group, found in zip(groups, rows, strict=True)
     ]
 
 
 def step_choice(choice: Select, objective: Objective, batch: Sequence[Scored]) -> Select:
-    """Return the objective as the step's groups were credited with it, where its settings change from step to step."""
+    """Return the objective as the step's advantages were found with it, where its settings change from step to step."""
     from flowrl.algorithms.base import Algorithm
 
     if not isinstance(objective, Algorithm) or not objective.adapting:
@@ -104,23 +164,33 @@ def derived(figures: dict[str, float]) -> dict[str, float]:
 
 
 def step_metrics(batch: Sequence[Scored], staleness: Sequence[int]) -> dict[str, float]:
-    """Return a step's figures that do not need the engine."""
+    """Return a step's figures that do not need the engine.
+
+    reward.* are as the scorers gave them; reward.shaped and groups.mixed, where an algorithm gives them, are of the
+    scores that are learned. groups.idle is the share of groups in which every advantage is 0, before any whitening.
+    sampled_entropy estimates the entropy of the policies that sampled, from their own log-probs, nats a token.
+    """
     import numpy as np
 
     rewards = np.array([reward for group in batch for reward in group.rewards])
     lengths = np.array([sample.num_sampled for group in batch for sample in group.samples])
-    cut = np.array([sample.finish == "length" for group in batch for sample in group.samples])
+    cut = np.array([is_cut(sample) for group in batch for sample in group.samples])
+    surprise = -sum(float(sample.logprobs.numpy().sum(dtype=np.float64)) for group in batch for sample in group.samples)
     figures = {
         "reward.mean": float(rewards.mean()),
         "reward.std": float(rewards.std()),
         "groups.mixed": float(np.mean([len(set(group.rewards)) > 1 for group in batch])),
         "response_tokens.mean": float(lengths.mean()),
         "response_tokens.cut": float(cut.mean()),
+        "sampled_entropy": surprise / max(1.0, float(lengths.sum())),
         "tokens": float(lengths.sum()),
         "samples": float(len(rewards)),
         "staleness.mean": float(np.mean(staleness)),
         "staleness.max": float(max(staleness)),
     }
+    worths = [group.advantages for group in batch if isinstance(group, Samples)]
+    if worths:
+        figures["groups.idle"] = float(np.mean([not any(row.numpy().any() for row in rows) for rows in worths]))
     for name in batch[0].scores:
         figures[f"score.{name}"] = float(np.mean([score for group in batch for score in group.scores[name]]))
     for name in batch[0].metrics:

@@ -77,7 +77,6 @@ def group_batch(group: TokenGroup, rows: Sequence[FloatArray]) -> LossBatch:
     values_BT, mask_BT = padded(rows)
     columns = {name: padded(buffers)[0] for name, buffers in group.columns.items()}
     mask_BT = columns.pop("mask", mask_BT)
-    columns.setdefault("proximal", values_BT)
     sample_B = torch.arange(len(rows))
     return LossBatch(values_BT, mask_BT, columns, group_B=torch.zeros_like(sample_B), sample_B=sample_B)
 

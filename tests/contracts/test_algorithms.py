@@ -19,13 +19,14 @@ from flowrl.algorithms.base import AdvantageBatch, Algorithm, LossBatch
 from flowrl.config import Select, to_tree
 from flowrl.errors import ConfigError
 from flowrl.messages import Buffer
+from flowrl.stages.estimation import settled
 from tests.contracts.test_objectives import found_objectives
 from tests.support.defined import defined
 from tests.unit.algorithms.cases import (
-    credit_batch,
-    credited_loss_batch,
+    advantage_batch,
+    estimated_loss_batch,
     gradient_of,
-    mapped_credit,
+    mapped_advantages,
     mapped_loss,
     widened,
 )
@@ -54,8 +55,13 @@ garbage = pytest.mark.parametrize("filler", [float("nan"), float("inf"), -float(
 
 
 def prepared(kind: type[Algorithm], seed: int) -> tuple[Algorithm, AdvantageBatch, LossBatch]:
-    algorithm, group = kind(), credit_batch(seed)
-    return algorithm, group, credited_loss_batch(algorithm, group, algorithm.advantages(group), seed)
+    algorithm, group = made(kind), advantage_batch(seed)
+    return algorithm, group, estimated_loss_batch(algorithm, group, algorithm.advantages(group), seed)
+
+
+def made(kind: type[Algorithm]) -> Algorithm:
+    """The algorithm with its defaults, and with the longest response that a graph fills in."""
+    return settled(Select(use=f"{kind.__module__}:{kind.__name__}"), 8).load("algorithm")
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:
@@ -108,7 +114,7 @@ def test_what_stands_under_the_mask_changes_nothing_bit_for_bit(kind: type[Algor
             return tensor
         return torch.where(group.mask_BT > 0, tensor.detach(), torch.full_like(tensor, filler))
 
-    before, after = algorithm.advantages(group), algorithm.advantages(mapped_credit(group, dirtied))
+    before, after = algorithm.advantages(group), algorithm.advantages(mapped_advantages(group, dirtied))
     assert torch.equal(before.advantages_BT, after.advantages_BT)
     assert before.metrics == after.metrics
     dirty = mapped_loss(batch, dirtied)
@@ -128,7 +134,7 @@ def test_padding_changes_nothing(kind: type[Algorithm], seed: int, left: int, ri
     def padded(tensor: Tensor, filler: float) -> Tensor:
         return widened(tensor, left=left, right=right, filler=filler)
 
-    before, after = algorithm.advantages(group), algorithm.advantages(mapped_credit(group, padded))
+    before, after = algorithm.advantages(group), algorithm.advantages(mapped_advantages(group, padded))
     assert close(after.advantages_BT[:, left : left + width], before.advantages_BT)
     wide = mapped_loss(batch, padded)
     loss, wide_loss = algorithm.loss(batch), algorithm.loss(wide)
@@ -145,7 +151,9 @@ def test_a_sample_without_sampled_tokens_changes_nothing(kind: type[Algorithm], 
     def with_empty_row(tensor: Tensor, filler: float) -> Tensor:
         return torch.cat([tensor.detach(), torch.full_like(tensor[:1], filler)])
 
-    grown = mapped_credit(group, with_empty_row)._replace(rewards_B=torch.cat([group.rewards_B, torch.tensor([7.0])]))
+    grown = mapped_advantages(group, with_empty_row)._replace(
+        rewards_B=torch.cat([group.rewards_B, torch.tensor([7.0])])
+    )
     before, after = algorithm.advantages(group), algorithm.advantages(grown)
     assert close(after.advantages_BT[:-1], before.advantages_BT)
     assert not after.advantages_BT[-1].any()
@@ -164,7 +172,7 @@ def test_the_order_of_samples_only_orders_the_results(kind: type[Algorithm], see
     def reordered(tensor: Tensor, _: float) -> Tensor:
         return tensor.detach()[order]
 
-    shuffled = mapped_credit(group, reordered)._replace(rewards_B=group.rewards_B[order])
+    shuffled = mapped_advantages(group, reordered)._replace(rewards_B=group.rewards_B[order])
     assert close(algorithm.advantages(shuffled).advantages_BT, algorithm.advantages(group).advantages_BT[order])
     assert close(algorithm.loss(mapped_loss(batch, reordered)).total, algorithm.loss(batch).total)
 
@@ -199,7 +207,7 @@ def test_the_count_does_not_depend_on_what_the_model_says(kind: type[Algorithm],
 
 @every_algorithm
 def test_descent_raises_good_tokens_and_lowers_bad_ones(kind: type[Algorithm]):
-    algorithm = kind()
+    algorithm = made(kind)
     logprobs_BT = torch.full((2, 3), -1.0, requires_grad=True)
     fresh = {name: torch.full((2, 3), -1.0) for name in ("behaviour", "proximal", "reference")}
     advantages_BT = torch.tensor([[1.0] * 3, [-1.0] * 3])
@@ -214,14 +222,14 @@ def test_the_sample_that_reward_and_reference_prefer_is_worth_more(kind: type[Al
     flat_BT = torch.full((2, 3), -1.0)
     reference_BT = flat_BT + torch.tensor([[0.5], [-0.5]])
     group = AdvantageBatch(torch.tensor([1.0, 0.0]), torch.ones(2, 3), flat_BT, reference_BT, torch.zeros(2, 3))
-    advantages_BT = kind().advantages(group).advantages_BT
+    advantages_BT = made(kind).advantages(group).advantages_BT
     assert bool((advantages_BT[0] > advantages_BT[1]).all())
 
 
 @every_algorithm
 def test_needs_are_stated_exactly(kind: type[Algorithm]):
-    algorithm, group = kind(), credit_batch(0)
-    alone = credit_batch(0, rows=1)
+    algorithm, group = made(kind), advantage_batch(0)
+    alone = advantage_batch(0, rows=1)
     without_values = group._replace(values_BT=None)
     for is_needed, lacking in ((algorithm.needs_group, alone), (algorithm.needs_critic, without_values)):
         if is_needed:
@@ -262,7 +270,7 @@ def test_neither_packing_nor_order_nor_micro_batches_change_loss_figures_and_gra
     kind: type[Algorithm], engine: TorchEngine, tiny: Path, sampled_groups: list[TokenGroup],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    choice = Select(use=f"{kind.__module__}:{kind.__name__}")
+    choice = settled(Select(use=f"{kind.__module__}:{kind.__name__}"), 8)
 
     def learned(groups: list[TokenGroup]) -> tuple[dict[str, float], dict[str, Tensor]]:
         figures = engine.accumulate(groups, choice)

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.slow
 def distilling(student: Path, teacher: Path) -> Graph:
     """group_async's flow with a teacher in the reference's place; the reward is only shown."""
     algorithm = "flowrl.algorithms.on_policy_distillation:OnPolicyDistillation"
-    setting = Setting(seed=0, staleness=1, correction="truncated", steps=70, groups_per_step=5, group_size=8, lr=3e-3,
-                      minibatches=1, algorithm=algorithm, entropy=0.0)  # fmt: skip
+    setting = Setting(seed=0, staleness=1, method=algorithm, steps=70, groups_per_step=5, group_size=8, lr=3e-3,
+                      minibatches=1, entropy=0.0)  # fmt: skip
     graph = counting_graph(setting, student)
     reward, advantage = graph.nodes["reward"], graph.nodes["advantage"]
     assert isinstance(reward, CountingReward)
@@ -64,7 +64,7 @@ def test_a_student_learns_its_teacher_from_its_own_samples_though_they_are_a_ver
 def test_the_staleness_benchmark_writes_its_figures_and_curves(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--seeds", "2", "--staleness", "0", "2", "--corrections", "truncated", "--steps", "6", "--groups", "5"]
+    options = ["--seeds", "2", "--staleness", "0", "2", "--methods", "truncated", "--steps", "6", "--groups", "5"]
     assert staleness.main([*options, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "staleness.json").read_bytes())
     runs = msgspec.convert(found["runs"], list[staleness.Ran])
@@ -72,7 +72,7 @@ def test_the_staleness_benchmark_writes_its_figures_and_curves(
     assert [ran.mean_staleness for ran in runs] == [0.0, 2.0, 0.0, 2.0]
     assert all(len(ran.scores) == 6 for ran in runs)
     rows = msgspec.convert(found["summary"], list[staleness.Row])
-    assert [(row.staleness, row.correction, row.change is None) for row in rows] == [
+    assert [(row.staleness, row.method, row.change is None) for row in rows] == [
         (0, "-", True), (2, "truncated", False)
     ]  # fmt: skip
     drawn = ElementTree.fromstring((tmp_path / "staleness.svg").read_text())
@@ -81,8 +81,8 @@ def test_the_staleness_benchmark_writes_its_figures_and_curves(
 
 
 def test_a_synchronous_run_of_one_seed_is_the_same_each_time(tmp_path: Path) -> None:
-    setting = Setting(seed=3, staleness=0, correction="none", steps=3, groups_per_step=5, group_size=4, lr=3e-3,
-                      minibatches=1, algorithm="flowrl.algorithms.grpo:GRPO", entropy=0.01)  # fmt: skip
+    setting = Setting(seed=3, staleness=0, method="behaviour", steps=3, groups_per_step=5, group_size=4, lr=3e-3,
+                      minibatches=1, entropy=0.01)  # fmt: skip
     first, second = (staleness.run_once(setting, tmp_path / name) for name in ("a", "b"))
     assert first.scores == second.scores
 

@@ -16,8 +16,8 @@ from flowrl.engines.base import Ranks, Sampling, Schedule, TrainingConfig
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
 from flowrl.messages import Buffer, Referenced, Rollouts, Samples, extend
 from flowrl.runtime.local import LocalOptions, run_local
-from flowrl.stages.credit import Crediting, load_algorithm
-from flowrl.stages.critic import Critic, critic_figures
+from flowrl.stages.critic import Critic, explained_variance
+from flowrl.stages.estimation import Estimation, load_algorithm
 from flowrl.stages.examples import example_of
 from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
@@ -121,7 +121,7 @@ def plain_loop(model: Path, rollouts: list[Rollouts], name: str) -> tuple[list[d
         return engine
 
     policy, critic, frozen = opened("policy", 1e-3), opened("value", 1e-3), opened("policy", 0.0)
-    crediting = Crediting(PPO, load_algorithm(PPO, group_size=SIZE, has_critic=True))
+    estimation = Estimation(PPO, load_algorithm(PPO, group_size=SIZE, has_critic=True))
     figures: list[dict[str, float]] = []
     for first in range(0, STEPS * GROUPS, GROUPS):
         batch: list[Samples] = []
@@ -132,18 +132,18 @@ def plain_loop(model: Path, rollouts: list[Rollouts], name: str) -> tuple[list[d
                 Referenced, group, scores={"digits": scores}, ref_logprobs=[Buffer.floats(row) for row in rows]
             )
             values = critic.score([token_group(referenced)])[0]
-            batch.append(extend(Samples, referenced, **crediting.advantages(referenced, values)))
-        crediting.figures = critic_figures(
-            critic.accumulate([token_group(group) for group in batch], Select(use="flowrl.algorithms.value:ValueLoss"))
-            | critic.apply()
-        )
+            batch.append(extend(Samples, referenced, **estimation.advantages(referenced, values)))
+        valued = [token_group(group) for group in batch]
+        learned = critic.accumulate(valued, Select(use="flowrl.algorithms.value:ValueLoss")) | critic.apply()
+        del learned["value_clip_frac"]
+        estimation.figures = {f"critic.{name}": value for name, value in learned.items()} | explained_variance(valued)
         step = first // GROUPS
-        found = policy.accumulate(step_groups(crediting.algorithm, batch, step), PPO)
+        found = policy.accumulate(step_groups(estimation.algorithm, batch, step), PPO)
         places = range(step * TEXTS_PER_STEP, (step + 1) * TEXTS_PER_STEP)
         texts = [example_group(example_of(TEXTS.row_at(place), place, None)) for place in places]
         found |= {f"texts.{name}": value for name, value in policy.accumulate(texts, PRETRAINING).items()}
         figures.append(found | batch[0].metrics | policy.apply())
-        crediting.end_step()
+        estimation.end_step()
     weights = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
     for engine in (policy, critic, frozen):
         engine.close()
@@ -169,7 +169,7 @@ def test_synchronous_training_equals_a_plain_loop_bit_for_bit(tiny: Path, tmp_pa
     for step, expected in zip(steps, figures, strict=True):
         assert expected["loss"] != 0.0
         assert expected["texts.nll"] > 0.0
-        averaged = {"kl", "reward.shaped", "kl.coef"}  # over the groups of the step
+        averaged = {"kl", "reward.shaped", "groups.mixed", "kl.coef"}  # over the groups of the step
         assert {name: step.metrics[name] for name in expected.keys() - averaged} == {
             name: expected[name] for name in expected.keys() - averaged
         }

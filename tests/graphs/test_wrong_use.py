@@ -63,20 +63,9 @@ CUT = r"top_p or top_k cuts the distribution .*; set top_p=1 and top_k=0, or alg
             {"algorithm": ALGORITHM["GSPO"], "algorithm.normalisation": "token"},
             "GSPO's ratio is a sequence's; use sequence, or GRPO",
         ),
-        (
-            "group_async",
-            {"replay.ratio": 0.5, "algorithm.correction.kind": "none"},
-            "samples need a correction, and algorithm.correction.kind is none; choose truncated",
-        ),
-        (
-            "group_async",
-            {"replay.ratio": 0.5, "learner.proximal": "behaviour"},
-            "samples need a correction, and learner.proximal=behaviour takes it away; set learner.proximal",
-        ),
-        ("ppo_async", {"sampling.top_p": 0.9, "algorithm.correction.kind": "none"}, CUT),
+        ("ppo_async", {"sampling.top_p": 0.9}, CUT),
         ("group_async", {"sampling.top_k": 5, "algorithm.correction.kind": "sequence"}, CUT),
-        ("agent_async", {"sampling.top_p": 0.9, "algorithm.correction.kind": "none"}, CUT),
-        ("group_async", {"sampling.top_p": 0.9, "learner.proximal": "behaviour"}, CUT),
+        ("agent_async", {"sampling.top_p": 0.9, "algorithm.correction.kind": "behaviour"}, CUT),
         ("group_async", {"algorithm": ALGORITHM["PPO"]}, "needs a critic.*; use graphs/ppo_async"),
         ("ppo_async", {"algorithm": ALGORITHM["GRPO"]}, "the critic of this graph nothing to learn; use graphs/group"),
         (

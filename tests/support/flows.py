@@ -175,8 +175,8 @@ def flow(s: FlowSettings, learner_class: type[Learner] = ObservedLearner) -> Gra
     samples, edges = scorer.samples, list[Edge]()
     if s.replay.ratio:
         nodes["replay"] = replay = ReplayBuffer(
-            s.replay, algorithm=Select(use="flowrl.algorithms.grpo:GRPO"), proximal="recomputed",
-            groups_per_step=s.groups_per_step, credits=s.initial, seed=s.seed,
+            s.replay, algorithm=Select(use="flowrl.algorithms.grpo:GRPO"), groups_per_step=s.groups_per_step,
+            credits=s.initial, seed=s.seed,
         )  # fmt: skip
         edges = [
             Queue(scorer.samples, replay.fresh, depth=s.initial, window=1),

@@ -91,16 +91,21 @@ class Policy:
     low: float = 0.2
     high: float = 0.2
     dual: float = 0.0
-    ratio: str = "token"  # or "sequence" (GSPO), "weight" (CISPO)
+    ratio: str = "token"  # or "sequence" (GSPO), "weight" (CISPO), "soft" (SAPO), "geometric" (GMPO)
     mean: str = "token"  # or "sequence", "constant"
     constant: int = 1024
-    correction: str = "truncated"
+    correction: str = "behaviour"
     cap: float = 2.0
     floor: float = 0.5
     max_drift: float = 0.1
+    limit: float = math.inf  # second_moment
+    max_divergence: float = 0.05
     kl_coef: float = 0.0
     estimator: str = "k3"
+    kl_is_weighted: bool = False
     entropy_coef: float = 0.0
+    taus: tuple[float, float] = (1.0, 1.05)
+    width: float = 0.4
 
 
 @dataclass(frozen=True)
@@ -112,28 +117,75 @@ class Columns:
     advantages: Rows
     reference: Rows
     entropy: Rows
+    age: Rows
     masks: list[Mask]
+
+
+FROM_OLD = ("behaviour", "second_moment", "divergence")
 
 
 def correction_weight(p: Policy, token: float, mean: float) -> float:
     """The weight of a token whose log ratio is `token` in a sequence whose mean log ratio is `mean`."""
     ratio = math.exp(mean if p.ratio == "sequence" else token)
-    if p.correction == "none":
+    if p.correction in FROM_OLD:
         return 1.0
     if p.correction == "truncated":
         return min(ratio, p.cap)
+    if p.correction == "clamped":
+        return max(p.floor, min(ratio, p.cap))
     if p.correction == "icepop":
         return ratio if p.floor <= ratio <= p.cap else 0.0
     if p.correction == "sequence":
         return 1.0 if abs(mean) <= p.max_drift else 0.0
+    if p.correction == "geometric":
+        return min(ratio, p.cap) if abs(mean) <= p.max_drift else 0.0
     return ratio
+
+
+def is_left_out(p: Policy, lp: float, old: float, a: float) -> bool:
+    """Whether a token is outside the trust region and would be taken further out."""
+    ratio = math.exp(lp - old)
+    if not ((a > 0 and ratio > 1) or (a < 0 and ratio < 1)):
+        return False
+    if p.correction == "second_moment":
+        return abs(lp - old) > p.limit
+    q, now = math.exp(old), math.exp(lp)
+    divergence = q * math.log(q / now) + (1 - q) * math.log((1 - q) / (1 - now))
+    return divergence > p.max_divergence
+
+
+def second_moment_limit(log_ratios: Row, advantages: Row, threshold: float) -> float:
+    """M2PO's algorithm as it is told: while the mean square is too great, drop the token of the greatest one."""
+    kept = [d for d, a in zip(log_ratios, advantages, strict=True) if (a > 0 and d > 0) or (a < 0 and d < 0)]
+    dropped = False
+    while kept and sum(d * d for d in kept) / len(kept) > threshold:
+        kept.remove(max(kept, key=abs))
+        dropped = True
+    return (max(map(abs, kept)) if kept else 0.0) if dropped else math.inf
+
+
+def interpolated(lp: float, old: float, age: float) -> float:
+    alpha = 1.0 / age if age >= 1 else 1.0
+    return alpha * old + (1.0 - alpha) * lp
 
 
 def surrogate(p: Policy, ratio: float, a: float, lp: float, frozen_ratio: float) -> float:
     if p.ratio == "weight":
         return min(max(frozen_ratio, 1 - p.low), 1 + p.high) * a * lp
+    if p.ratio == "soft":
+        tau = p.taus[0] if a > 0 else p.taus[1]
+        return 4 / tau / (1 + math.exp(-tau * (ratio - 1))) * a
     value = min(ratio * a, min(max(ratio, 1 - p.low), 1 + p.high) * a)
     return max(value, p.dual * a) if p.dual and a < 0 else value
+
+
+def geometric_ratio(p: Policy, log_ratios: Row, a: float) -> float:
+    """GMPO's ratio of a sequence: the geometric mean of ratios that are clipped on the side they are pushed to."""
+    product = 1.0
+    for d in log_ratios:
+        clipped = max(-p.width, min(p.width, d))
+        product *= math.exp(min(d, clipped) if a > 0 else max(d, clipped))
+    return product ** (1 / len(log_ratios))
 
 
 def policy_loss(p: Policy, lp: Rows, frozen: Rows, c: Columns) -> tuple[float, float]:
@@ -143,16 +195,26 @@ def policy_loss(p: Policy, lp: Rows, frozen: Rows, c: Columns) -> tuple[float, f
         tokens = sampled(mask)
         if not tokens:
             continue
-        anchor = c.behaviour[i] if p.correction == "none" else c.proximal[i]
+        proximal = c.proximal[i]
+        if p.correction == "interpolated":
+            proximal = [interpolated(*token) for token in zip(frozen[i], c.behaviour[i], c.age[i], strict=True)]
+        anchor = c.behaviour[i] if p.correction in FROM_OLD else proximal
         mean_ratio = sum(lp[i][t] - anchor[t] for t in tokens) / len(tokens)
-        mean_drift = sum(c.proximal[i][t] - c.behaviour[i][t] for t in tokens) / len(tokens)
+        mean_drift = sum(proximal[t] - c.behaviour[i][t] for t in tokens) / len(tokens)
         row = 0.0
         for t in tokens:
+            a = c.advantages[i][t]
             ratio = math.exp(mean_ratio if p.ratio == "sequence" else lp[i][t] - anchor[t])
-            weight = correction_weight(p, c.proximal[i][t] - c.behaviour[i][t], mean_drift)
+            weight = correction_weight(p, proximal[t] - c.behaviour[i][t], mean_drift)
             frozen_ratio = math.exp(frozen[i][t] - anchor[t])
-            row -= weight * surrogate(p, ratio, c.advantages[i][t], lp[i][t], frozen_ratio)
-            row += p.kl_coef * kl(lp[i][t], c.reference[i][t], p.estimator)
+            if p.correction in ("second_moment", "divergence"):
+                row -= 0.0 if is_left_out(p, frozen[i][t], c.behaviour[i][t], a) else ratio * a
+            elif p.ratio == "geometric":
+                row -= weight * geometric_ratio(p, [lp[i][u] - anchor[u] for u in tokens], a) * a
+            else:
+                row -= weight * surrogate(p, ratio, a, lp[i][t], frozen_ratio)
+            importance = math.exp(lp[i][t] - c.behaviour[i][t]) if p.kl_is_weighted else 1.0
+            row += p.kl_coef * importance * kl(lp[i][t], c.reference[i][t], p.estimator)
             row -= p.entropy_coef * c.entropy[i][t]
         num_tokens += len(tokens)
         num_sequences += 1

@@ -29,7 +29,7 @@ def ragged_mask(rows: int, width: int, generator: torch.Generator) -> Tensor:
     return mask_BT
 
 
-def credit_batch(seed: int, *, rows: int = 4, width: int = 7) -> AdvantageBatch:
+def advantage_batch(seed: int, *, rows: int = 4, width: int = 7) -> AdvantageBatch:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(scale: float) -> Tensor:
@@ -43,6 +43,12 @@ def credit_batch(seed: int, *, rows: int = 4, width: int = 7) -> AdvantageBatch:
         reference_BT=behaviour_BT + normal(0.3),
         values_BT=normal(0.5),
     )
+
+
+def rewarded(*rewards: float) -> AdvantageBatch:
+    """A group of answers of two tokens."""
+    ones_BT = torch.ones(len(rewards), 2)
+    return AdvantageBatch(torch.tensor(rewards), ones_BT, -ones_BT)
 
 
 def loss_batch(seed: int, *, rows: int = 4, width: int = 7, drift: float = 0.4) -> LossBatch:
@@ -59,6 +65,7 @@ def loss_batch(seed: int, *, rows: int = 4, width: int = 7, drift: float = 0.4) 
         "proximal": proximal_BT,
         "reference": behaviour_BT + normal(0.3),
         "advantages": normal(1.0),
+        "age": torch.randint(0, 5, (rows, width), generator=generator).float(),
         "values": normal(0.5),
         "returns": normal(0.5),
     }
@@ -70,7 +77,7 @@ def loss_batch(seed: int, *, rows: int = 4, width: int = 7, drift: float = 0.4) 
     )
 
 
-def credited_loss_batch(algorithm: Algorithm, group: AdvantageBatch, credited: Advantages, seed: int) -> LossBatch:
+def estimated_loss_batch(algorithm: Algorithm, group: AdvantageBatch, credited: Advantages, seed: int) -> LossBatch:
     """The micro-batch that a credited group becomes once the learner has whitened it and moved a little."""
     generator = torch.Generator().manual_seed(seed)
     advantages_BT = credited.advantages_BT
@@ -87,6 +94,7 @@ def credited_loss_batch(algorithm: Algorithm, group: AdvantageBatch, credited: A
             "proximal": proximal_BT,
             "reference": group.reference_BT,
             "advantages": advantages_BT,
+            "drift_limit": torch.full(shape, 0.3),
         },
         entropy_BT=torch.rand(shape, generator=generator),
     )
@@ -120,7 +128,7 @@ def mapped_loss(batch: LossBatch, change: Callable[[Tensor, float], Tensor]) -> 
     )
 
 
-def mapped_credit(batch: AdvantageBatch, change: Callable[[Tensor, float], Tensor]) -> AdvantageBatch:
+def mapped_advantages(batch: AdvantageBatch, change: Callable[[Tensor, float], Tensor]) -> AdvantageBatch:
     """The group with `change(tensor, filler)` applied to all of its token tensors."""
     return AdvantageBatch(
         rewards_B=batch.rewards_B,

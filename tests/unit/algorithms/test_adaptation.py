@@ -18,7 +18,7 @@ from flowrl.algorithms.shaping import Shaping, merged_moments
 from flowrl.config import Select
 from flowrl.errors import ConfigError
 from tests.support import slow_algorithms as slow
-from tests.unit.algorithms.cases import credit_batch, loss_batch
+from tests.unit.algorithms.cases import advantage_batch, loss_batch, rewarded
 
 
 def ppo(**options: Any) -> Select:
@@ -60,7 +60,7 @@ def test_moments_merged_in_parts_are_those_of_all(cuts: tuple[int, ...]):
 def test_running_normalisation_takes_a_step_by_the_scores_before_it():
     choice = Select(use="flowrl.algorithms.grpo:GRPO", options={"shaping": {"running": True}})
     first = choice.load("algorithm")
-    assert first.shaping.shaped(torch.tensor([3.0]), torch.ones(1)).tolist() == [3.0]
+    assert first.shaping.normalised(torch.tensor([3.0])).tolist() == [3.0]
     second = choice.changed(first.adapted(StepFigures(torch.tensor([1.0, 5.0]), math.nan)))
     assert second.load("algorithm").shaping == Shaping(running=True, mean=3.0, std=2.0, num_scores=2)
     third = second.changed(second.load("algorithm").adapted(StepFigures(torch.tensor([3.0, 3.0]), math.nan)))
@@ -90,11 +90,11 @@ def test_settings_that_would_do_nothing_are_refused(options: dict[str, Any], sen
 
 
 def test_any_algorithm_can_filter_groups_and_then_needs_them():
-    assert GRPO().keeps(torch.tensor([1.0, 1.0]))
-    assert not GRPO(filter_groups=True).keeps(torch.tensor([1.0, 1.0]))
+    assert GRPO().keeps(rewarded(1.0, 1.0))
+    assert not GRPO(filter_groups=True).keeps(rewarded(1.0, 1.0))
     assert PPO(filter_groups=True).needs_group
     assert not PPO().needs_group
-    assert not DAPO().keeps(torch.tensor([1.0, 1.0]))
+    assert not DAPO().keeps(rewarded(1.0, 1.0))
 
 
 def test_the_mismatch_is_measured_on_tokens_of_the_learners_own_version():
@@ -113,7 +113,8 @@ def test_the_mismatch_is_measured_on_tokens_of_the_learners_own_version():
 
 
 def test_without_ages_every_token_is_the_learners_own():
-    metrics = PPO().loss(loss_batch(3)).metrics
+    batch = loss_batch(3)
+    metrics = PPO().loss(batch._replace(columns={k: v for k, v in batch.columns.items() if k != "age"})).metrics
     assert metrics["mismatch_kl"] == metrics["behaviour_kl"]
 
 
@@ -121,6 +122,6 @@ def test_without_ages_every_token_is_the_learners_own():
 def test_the_score_of_a_sample_is_normalised_before_its_penalty_whoever_adapts(placed: bool):
     algorithm: PolicyGradient = PPO(kl=KL(coef=0.2, target=6.0), shaping=Shaping(mean=1.0, std=4.0, running=True))
     fixed = PPO(kl=KL(coef=0.2), shaping=Shaping(mean=1.0, std=4.0))
-    batch = credit_batch(1)
+    batch = advantage_batch(1)
     batch = batch._replace(placed_BT=torch.full_like(batch.mask_BT, 0.5) if placed else None)
     assert torch.equal(algorithm.advantages(batch).advantages_BT, fixed.advantages(batch).advantages_BT)

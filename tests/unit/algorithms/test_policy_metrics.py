@@ -18,7 +18,7 @@ from tests.unit.algorithms.cases import loss_batch, mask_rows, rows_of, same
 if TYPE_CHECKING:
     from flowrl.algorithms.policy import PolicyGradient
 
-CAPPED = Correction(cap=1.2)
+CAPPED = Correction(kind="truncated", cap=1.2)
 
 
 def by_token(name: str, *, lp: float, prox: float, old: float, ref: float, advantage: float, high: float) -> float:
@@ -70,12 +70,12 @@ def test_gspo_clips_whole_sequences_and_cispo_clips_whatever_a_token_is_worth(se
     batch = loss_batch(seed)
     masks = mask_rows(batch.mask_BT)
     lp, old, worth = rows_of(batch.logprobs_BT), batch.columns["behaviour"], rows_of(batch.columns["advantages"])
-    anchors = {GSPO: rows_of(batch.columns["proximal"]), CISPO: rows_of(old)}
-    of_sequences = sequence_ratio(lp, anchors[GSPO], masks)
+    anchor = rows_of(old)
+    of_sequences = sequence_ratio(lp, anchor, masks)
     for kind, is_high in ((GSPO, lambda ratio, a: ratio > 1.1 and a > 0), (CISPO, lambda ratio, a: ratio > 1.1)):
         algorithm: PolicyGradient = kind(clip_low=0.1, clip_high=0.1)
         expected = sum(
-            is_high(of_sequences[i] if kind is GSPO else math.exp(lp[i][t] - anchors[CISPO][i][t]), worth[i][t])
+            is_high(of_sequences[i] if kind is GSPO else math.exp(lp[i][t] - anchor[i][t]), worth[i][t])
             for i, mask in enumerate(masks)
             for t in sampled(mask)
         )

@@ -20,7 +20,10 @@ from flowrl.errors import ConfigError
         ("gspo:GSPO", {"normalisation": "token"}, "GSPO's ratio is a sequence's; use sequence"),
         ("cispo:CISPO", {"dual_clip": 3.0}, "CISPO clips weights, not the surrogate"),
         ("reinforce_pp:ReinforcePPBaseline", {"gamma": 0.9}, "is defined for gamma 1"),
-        ("dapo:DAPO", {"shaping": {"overlong_buffer": 8}}, "set max_tokens to sampling.max_tokens"),
+        ("gmpo:GMPO", {"normalisation": "token"}, "GMPO's mean is a sequence's; use sequence"),
+        ("gspo:GSPO", {"correction": {"kind": "divergence"}}, "take the place of GSPO's own bound"),
+        ("ppo:PPO", {"kl": {"is_weighted": True}}, "kl.is_weighted weighs the term of the loss"),
+        ("dapo:DAPO", {"shaping": {"overlong_buffer": 8, "max_tokens": 4}}, "longer than max_tokens 4"),
     ],
 )
 def test_settings_without_sense_are_refused(use: str, options: dict[str, object], sentence: str):

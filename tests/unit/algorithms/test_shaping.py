@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flowrl.algorithms.base import AdvantageBatch
 from flowrl.algorithms.dapo import DAPO
+from flowrl.algorithms.grpo import GRPO
 from flowrl.algorithms.shaping import (
     Shaping,
     adapted_coef,
@@ -14,14 +16,27 @@ from flowrl.algorithms.shaping import (
     overlong_penalty,
     token_rewards,
 )
+from flowrl.errors import ConfigError
 from tests.support import slow_algorithms as slow
-from tests.unit.algorithms.cases import NAN, mask_rows, ragged_mask, rows_of, same
+from tests.unit.algorithms.cases import NAN, mask_rows, ragged_mask, rewarded, rows_of, same
 
 
-def test_scores_are_normalised_then_clipped_then_shortened():
-    shaping = Shaping(mean=1.0, std=2.0, clip=3.0, max_tokens=10, overlong_buffer=4, overlong_factor=0.5)
-    scores_B = shaping.shaped(torch.tensor([2.0, 100.0, -100.0]), torch.tensor([3.0, 8.0, 10.0]))
-    assert scores_B.tolist() == [0.5, 3.0 - 0.25, -3.0 - 0.5]
+def shaped(rewards: list[float], lengths: list[int], cut: list[float], shaping: Shaping) -> list[float]:
+    mask_BT = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).float()
+    batch = AdvantageBatch(torch.tensor(rewards), mask_BT, -mask_BT, cut_B=torch.tensor(cut))
+    return GRPO(shaping=shaping).shaped_scores(batch)[0].tolist()
+
+
+def test_scores_are_normalised_then_clipped_then_shortened_and_fined():
+    shaping = Shaping(
+        mean=1.0, std=2.0, clip=3.0, cut_penalty=1.0, max_tokens=10, overlong_buffer=4, overlong_factor=0.5
+    )
+    found = shaped([2.0, 100.0, -100.0], [3, 8, 10], [0.0, 0.0, 1.0], shaping)
+    assert found == [0.5, 3.0 - 0.25, -3.0 - 0.5 - 1.0]
+
+
+def test_nothing_is_clipped_by_default():
+    assert shaped([1e6, -1e6], [1, 1], [0.0, 0.0], Shaping()) == [1e6, -1e6]
 
 
 def test_the_length_penalty_equals_the_paper_at_every_length():
@@ -31,8 +46,10 @@ def test_the_length_penalty_equals_the_paper_at_every_length():
 
 
 def test_an_overlong_buffer_without_its_maximum_is_refused():
-    with pytest.raises(ValueError, match=r"overlong_buffer 4 is longer than shaping\.max_tokens 0"):
-        Shaping(overlong_buffer=4)
+    with pytest.raises(ValueError, match=r"overlong_buffer 4 is longer than max_tokens 3"):
+        Shaping(overlong_buffer=4, max_tokens=3)
+    with pytest.raises(ConfigError, match=r"algorithm\.shaping\.overlong_buffer: is 4, but max_tokens is 0"):
+        shaped([1.0, 2.0], [1, 1], [0.0, 0.0], Shaping(overlong_buffer=4))
 
 
 def test_the_score_falls_on_the_last_sampled_token_and_the_penalty_on_all():
@@ -57,8 +74,16 @@ def test_groups_of_equal_rewards_or_outside_the_range_have_no_contrast():
     assert not has_contrast(torch.tensor([0.3, 0.3, 0.3]))
     assert has_contrast(torch.tensor([0.3, 0.3, 0.4]))
     assert not has_contrast(torch.tensor([0.9, 1.0]), (0.1, 0.9))
-    assert DAPO(mean_range=(0.1, 0.9)).keeps(torch.tensor([0.0, 1.0]))
-    assert not DAPO().keeps(torch.tensor([1.0, 1.0]))
+    assert DAPO(mean_range=(0.1, 0.9)).keeps(rewarded(0.0, 1.0))
+    assert not DAPO().keeps(rewarded(1.0, 1.0))
+
+
+def test_the_filter_sees_the_scores_that_are_learned():
+    assert DAPO().keeps(rewarded(20.0, 30.0))
+    assert not DAPO(shaping=Shaping(clip=10.0)).keeps(rewarded(20.0, 30.0))
+    cut = rewarded(1.0, 1.0)._replace(cut_B=torch.tensor([0.0, 1.0]))
+    assert DAPO(shaping=Shaping(cut_penalty=0.5)).keeps(cut)
+    assert not DAPO().keeps(cut)
 
 
 def test_the_adapted_coefficient_moves_by_at_most_a_fifth_of_its_horizon():

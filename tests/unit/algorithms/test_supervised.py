@@ -21,7 +21,7 @@ from flowrl.errors import ConfigError
 from tests.support import slow_preference as slow
 from tests.support.pair_batches import pair_batch
 from tests.support.slow_algorithms import gradient, sampled
-from tests.unit.algorithms.cases import credit_batch, gradient_of, mask_rows, rows_of, same
+from tests.unit.algorithms.cases import advantage_batch, gradient_of, mask_rows, rows_of, same
 
 SEEDS = range(3)
 Direction = Literal["forward", "reverse"]
@@ -200,7 +200,7 @@ def test_a_teacher_equally_far_from_every_sample_says_nothing_of_any_but_a_sampl
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_token_is_worth_its_gap_less_that_of_the_other_samples_tokens(seed: int):
-    group = credit_batch(seed)
+    group = advantage_batch(seed)
     assert group.reference_BT is not None
     ref, old, masks = rows_of(group.reference_BT), rows_of(group.behaviour_BT), mask_rows(group.mask_BT)
     expected: list[list[float]] = []

@@ -32,7 +32,7 @@ class WeightedTokens(Objective):
         return self.entropy > 0
 
     def loss(self, batch: LossBatch) -> Loss:
-        ratio_BT = (batch.logprobs_BT - batch.columns["proximal"]).exp()
+        ratio_BT = (batch.logprobs_BT - batch.columns.get("proximal", batch.logprobs_BT.detach())).exp()
         total = -(ratio_BT * batch.columns["advantages"] * batch.mask_BT).sum()
         if batch.entropy_BT is not None:
             total = total - self.entropy * (batch.entropy_BT * batch.mask_BT).sum()

@@ -14,7 +14,7 @@ from flowrl.algorithms.value import ValueLoss
 from perf.dschat_losses import advantages_and_returns, policy_loss_sum, step_rewards, value_loss_sum
 
 LENGTHS = (5, 1, 3, 4)
-ALGORITHM = PPO(kl=KL(coef=0.1), shaping=Shaping(clip=5.0), whiten_advantages=False, correction=Correction(kind="none"))
+ALGORITHM = PPO(kl=KL(coef=0.1), shaping=Shaping(clip=5.0), whiten_advantages=False, correction=Correction())
 
 
 def columns(seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

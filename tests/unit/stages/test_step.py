@@ -1,15 +1,28 @@
-"""What the learner makes of a step's groups: ages, proximal columns, changed settings, figures."""
+"""What the learner makes of a step's groups: ages, minibatches, changed settings, figures."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from flowrl.algorithms.corrections import Correction
+from flowrl.algorithms.grpo import GRPO
 from flowrl.algorithms.ppo import PPO
 from flowrl.config import Select
 from flowrl.engines.base import TokenGroup
-from flowrl.messages import Buffer, Sample, VersionSpan
-from flowrl.stages.step import ages, derived, mean_metrics, step_choice, with_proximal
-from tests.unit.stages.test_credit_steps import ADAPTIVE, adaptive, group
+from flowrl.messages import Buffer, Sample, Samples, VersionSpan
+from flowrl.stages.step import (
+    ages,
+    derived,
+    mean_metrics,
+    minibatches,
+    step_choice,
+    step_groups,
+    step_metrics,
+    with_drift_limit,
+    with_proximal,
+)
+from tests.unit.stages.test_estimation import ADAPTIVE, adaptive, group
 
 
 def test_a_token_is_as_old_as_the_versions_published_since():
@@ -23,15 +36,66 @@ def test_a_token_is_as_old_as_the_versions_published_since():
     assert ages(sample, 5).tolist() == [2.0, 0.0, 0.0, 0.0]
 
 
-def test_the_proximal_policy_is_recomputed_or_the_one_that_sampled():
-    behaviour = [Buffer.floats([-1.0, -2.0])]
-    groups = [
-        TokenGroup(prompt_ids=Buffer.ints([1]), responses=[Buffer.ints([2, 3])], columns={"behaviour": behaviour})
-    ]
+def test_the_proximal_column_is_the_policy_at_the_start_of_the_step():
+    groups = [TokenGroup(prompt_ids=Buffer.ints([1]), responses=[Buffer.ints([2, 3])])]
     recomputed = with_proximal(groups, [[Buffer.floats([-3.0, -4.0]).numpy()]])
     assert recomputed[0].columns["proximal"][0].tolist() == [-3.0, -4.0]
-    assert with_proximal(groups, None)[0].columns["proximal"] is behaviour
     assert "proximal" not in groups[0].columns
+
+
+def test_every_epoch_deals_each_group_once_and_the_seed_decides_how():
+    dealt = [*minibatches(8, 4, 2, seed=(0, 3))]
+    assert [len(places) for places in dealt] == [2] * 8
+    for epoch in (dealt[:4], dealt[4:]):
+        assert sorted(place for places in epoch for place in places) == [*range(8)]
+    assert dealt[:4] != dealt[4:]
+    assert dealt == [*minibatches(8, 4, 2, seed=(0, 3))]
+    assert dealt != [*minibatches(8, 4, 2, seed=(0, 4))]
+    assert dealt != [*minibatches(8, 4, 2, seed=(1, 3))]
+    assert [*minibatches(3, 1, 2, seed=(0, 0))] == [[0, 1, 2]] * 2
+
+
+def test_the_drift_limit_is_that_of_the_whole_updates_sampled_tokens():
+    columns = {"behaviour": [Buffer.floats([-1.0] * 4)], "advantages": [Buffer.floats([1.0, 1.0, 1.0, 1.0])],
+               "mask": [Buffer.floats([1.0, 1.0, 1.0, 0.0])]}  # fmt: skip
+    groups = [TokenGroup(prompt_ids=Buffer.ints([1]), responses=[Buffer.ints([2] * 4)], columns=columns)]
+    algorithm = PPO(correction=Correction(kind="second_moment", max_second_moment=0.05))
+    # Moving away: 0.1, 0.2 and 0.5 nats; mean squares 0.01, 0.025, 0.1. The last is under no mask.
+    found = with_drift_limit(algorithm, groups, [[np.array([-0.9, -0.8, -0.5, 8.0], dtype=np.float32)]])
+    assert found[0].columns["drift_limit"][0].tolist() == pytest.approx([0.2] * 4)
+
+
+def sampled(finish: str) -> Sample:
+    return Sample(token_ids=Buffer.ints([1, 2]), logprobs=Buffer.floats([-1.0, -3.0]), versions=[VersionSpan(0, 0, 2)],
+                  finish=finish, text="")  # fmt: skip
+
+
+def samples(*advantages: list[float], rewards: list[float], metrics: dict[str, float]) -> Samples:
+    answers = [sampled("stop"), sampled("length")]
+    return Samples(
+        group_id=0, token_ids=Buffer.ints([1]), columns={}, num_samples=2, seed=0, samples=answers, generator="g",
+        scores={"task": rewards}, ref_logprobs=[sample.logprobs for sample in answers],
+        advantages=[Buffer.floats(row) for row in advantages], metrics=metrics,
+    )  # fmt: skip
+
+
+def test_figures_of_groups_are_of_the_scores_that_are_learned():
+    idle = samples([0.0, 0.0], [0.0, 0.0], rewards=[20.0, 30.0], metrics={"groups.mixed": 0.0})
+    taught = samples([0.5, 0.5], [-0.5, -0.5], rewards=[1.0, 2.0], metrics={"groups.mixed": 1.0})
+    found = step_metrics([idle, taught], [0, 0])
+    assert (found["groups.mixed"], found["groups.idle"], found["response_tokens.cut"]) == (0.5, 0.5, 0.5)
+    assert found["sampled_entropy"] == 2.0
+    assert found["reward.mean"] == 13.25
+
+
+def test_cut_answers_are_left_out_of_the_loss_and_of_the_whitening_where_the_algorithm_says_so():
+    group = samples([3.0, 5.0], [9.0, 9.0], rewards=[1.0, 2.0], metrics={})
+    (learned,) = step_groups(GRPO(mask_cut=True), [group], 0)
+    assert [mask.tolist() for mask in learned.columns["mask"]] == [[1.0, 1.0], [0.0, 0.0]]
+    (whole,) = step_groups(GRPO(), [group], 0)
+    assert "mask" not in whole.columns
+    (whitened,) = step_groups(PPO(mask_cut=True), [group], 0)
+    assert whitened.columns["advantages"][0].tolist() == pytest.approx([-1.0, 1.0])
 
 
 def test_the_loss_takes_the_settings_that_its_groups_were_credited_with():

@@ -14,7 +14,7 @@ from flowrl.data.steps import StepFinder
 from flowrl.errors import RewardError
 from flowrl.messages import Buffer, Referenced, Rollouts, Sample, VersionSpan, extend
 from flowrl.simulation.timed_graph import stand_in_model
-from flowrl.stages.credit import credit_group, load_algorithm
+from flowrl.stages.estimation import group_fields, load_algorithm
 from flowrl.stages.reward import RewardModel
 from tests.support.alone import rollouts, run_alone
 from tests.support.tiny import tiny_tokenizer
@@ -135,7 +135,7 @@ def test_ppo_sees_each_step_s_reward_where_it_was_earned(tmp_path: Path):
         Select(use="flowrl.algorithms.ppo:PPO", options={"lam": 0.0}), group_size=2, has_critic=True
     )
     values = [np.zeros(len(row), dtype=np.float32) for row in logprobs]
-    credited = credit_group(algorithm, referenced, values)
+    credited = group_fields(algorithm, referenced, values)
     assert [row.tolist() for row in credited["advantages"]] == [[0.0, 0.5, 0.5], [0.0, 0.5]]
     assert [row.tolist() for row in credited["returns"]] == [[0.0, 0.5, 0.5], [0.0, 0.5]]
 

@@ -8,7 +8,7 @@ import pytest
 
 from flowrl.config import Select
 from flowrl.messages import Buffer, Referenced, Sample, VersionSpan
-from flowrl.stages.credit import credit_group, load_algorithm
+from flowrl.stages.estimation import group_fields, load_algorithm
 from flowrl.stages.step import step_groups, step_metrics
 from flowrl.stages.tokens import token_group
 
@@ -36,7 +36,7 @@ def group(placed: list[list[float]] | None, scores: list[float]) -> Referenced:
 def credited(use: str, given: Referenced, values: Any = None, **options: Any) -> dict[str, Any]:
     choice = Select(use=f"flowrl.algorithms.{use}", options=options)
     algorithm = load_algorithm(choice, group_size=2, has_critic=values is not None)
-    return credit_group(algorithm, given, values)
+    return group_fields(algorithm, given, values)
 
 
 PLACED = group([[0.0, 0.5, 0.0, 1.0], [0.0, 0.0, 0.0, 2.0]], [1.5, 2.0])
@@ -54,10 +54,10 @@ def test_what_is_not_placed_is_earned_at_the_end():
     assert [row.tolist() for row in rows] == [[1.5, 1.5, 0.0, 1.5], [2.0, 2.0, 0.0, 2.0]]
 
 
-def test_a_clipped_score_is_clipped_in_all():
-    shaping = {"shaping": {"clip": 1.25, "std": 1.0}}
+def test_placed_rewards_are_scaled_and_neither_clipped_nor_shifted():
+    shaping = {"shaping": {"clip": 1.25, "std": 2.0, "mean": 7.0}}
     row = credited("reinforce_pp:ReinforcePP", PLACED, **shaping)["advantages"][0].tolist()
-    assert row == [1.25, 1.25, 0.0, 0.75]
+    assert row == [0.75, 0.75, 0.0, 0.5]
 
 
 def test_gae_skips_the_environment_and_sees_each_turn_s_reward():

@@ -1,9 +1,11 @@
-"""Crediting step by step: settings that follow the run depend on order alone, and a resumed run credits the same."""
+"""Estimating step by step: settings that follow the run depend on order alone, and a resumed run credits the same."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
+import numpy as np
 import pytest
 
 from flowrl.algorithms.cispo import CISPO
@@ -12,10 +14,19 @@ from flowrl.algorithms.grpo import GRPO
 from flowrl.algorithms.policy import KL
 from flowrl.algorithms.ppo import PPO
 from flowrl.config import Select
+from flowrl.engines.base import TokenGroup
 from flowrl.errors import ConfigError
 from flowrl.messages import Buffer, Referenced, Sample, VersionSpan
-from flowrl.stages.credit import Crediting, advice, check_sampling, load_algorithm
-from flowrl.stages.critic import critic_figures
+from flowrl.stages.critic import explained_variance, longer, split_after
+from flowrl.stages.estimation import (
+    Estimation,
+    advice,
+    check_sampling,
+    group_fields,
+    keeps_group,
+    load_algorithm,
+    settled,
+)
 from tests.support import slow_algorithms as slow
 
 if TYPE_CHECKING:
@@ -46,19 +57,19 @@ def group(number: int, *, gap: float) -> Referenced:
     )  # fmt: skip
 
 
-def run_steps(crediting: Crediting, first: int, last: int) -> list[dict[str, float]]:
+def run_steps(estimation: Estimation, first: int, last: int) -> list[dict[str, float]]:
     """Credit steps first .. last - 1 and return the figures of each step's last group."""
     found: list[dict[str, float]] = []
     for step in range(first, last):
         for place in range(STEP):
-            fields = crediting.advantages(group(step * STEP + place, gap=0.5 * step), None)
+            fields = estimation.advantages(group(step * STEP + place, gap=0.5 * step), None)
         found.append(fields["metrics"])
-        crediting.end_step()
+        estimation.end_step()
     return found
 
 
-def adaptive() -> Crediting:
-    return Crediting(ADAPTIVE, load_algorithm(ADAPTIVE, group_size=2, has_critic=False))
+def adaptive() -> Estimation:
+    return Estimation(ADAPTIVE, load_algorithm(ADAPTIVE, group_size=2, has_critic=False))
 
 
 def test_each_step_is_credited_with_the_coefficient_that_the_steps_before_it_gave():
@@ -78,7 +89,7 @@ def test_a_resumed_run_credits_as_one_that_never_stopped_however_far_ahead_the_s
     stopped = adaptive()
     run_steps(stopped, 0, 2 + ahead)
     stopped.save(tmp_path / "advantage", 2)
-    resumed = Crediting(ADAPTIVE, load_algorithm(ADAPTIVE, group_size=2, has_critic=False), version=2)
+    resumed = Estimation(ADAPTIVE, load_algorithm(ADAPTIVE, group_size=2, has_critic=False), version=2)
     resumed.load(tmp_path / "advantage")
     assert run_steps(resumed, 2, 5) == whole[2:]
 
@@ -88,7 +99,7 @@ def test_a_setting_that_does_not_adapt_any_more_is_as_configured_after_a_resume(
     run_steps(stopped, 0, 2)
     stopped.save(tmp_path, 2)
     fixed = Select(use=ADAPTIVE.use, options={"kl": {"coef": 0.25}})
-    resumed = Crediting(fixed, load_algorithm(fixed, group_size=2, has_critic=False), version=2)
+    resumed = Estimation(fixed, load_algorithm(fixed, group_size=2, has_critic=False), version=2)
     resumed.load(tmp_path)
     assert resumed.algorithm == load_algorithm(fixed, group_size=2, has_critic=False)
     assert "kl.coef" not in run_steps(resumed, 2, 3)[0]
@@ -96,34 +107,68 @@ def test_a_setting_that_does_not_adapt_any_more_is_as_configured_after_a_resume(
 
 def test_a_setting_that_adapts_from_a_resume_on_begins_as_configured(tmp_path: Path):
     fixed = Select(use=ADAPTIVE.use)
-    Crediting(fixed, load_algorithm(fixed, group_size=2, has_critic=False)).save(tmp_path, 0)
+    Estimation(fixed, load_algorithm(fixed, group_size=2, has_critic=False)).save(tmp_path, 0)
     resumed = adaptive()
     resumed.load(tmp_path)
     assert run_steps(resumed, 0, 2) == run_steps(adaptive(), 0, 2)
 
 
-def test_a_checkpoint_without_a_credit_stages_state_changes_nothing(tmp_path: Path):
-    crediting = adaptive()
-    crediting.load(tmp_path)
-    assert run_steps(crediting, 0, 2) == run_steps(adaptive(), 0, 2)
+def test_a_checkpoint_without_a_nodes_state_changes_nothing(tmp_path: Path):
+    estimation = adaptive()
+    estimation.load(tmp_path)
+    assert run_steps(estimation, 0, 2) == run_steps(adaptive(), 0, 2)
 
 
-def test_the_critics_figures_give_the_explained_variance_in_place_of_sums():
-    found = critic_figures(
-        {"loss": 0.5, "value_clip_frac": 0.1, "value_error": 1.0, "value_error_sq": 2.0, "returns": 3.0,
-         "returns_sq": 13.0, "lr": 1e-5}
-    )  # fmt: skip
-    assert found == {
-        "critic.loss": 0.5,
-        "critic.value_clip_frac": 0.1,
-        "critic.lr": 1e-5,
-        "critic.explained_variance": 0.75,
-    }
+def valued(returns: list[float], values: list[float], mask: list[float] | None = None) -> TokenGroup:
+    columns = {"returns": [Buffer.floats(returns)], "values": [Buffer.floats(values)]}
+    columns |= {} if mask is None else {"mask": [Buffer.floats(mask)]}
+    return TokenGroup(prompt_ids=Buffer.ints([1]), responses=[Buffer.ints([1] * len(returns))], columns=columns)
+
+
+def test_explained_variance_is_of_the_values_before_they_were_learned_over_sampled_tokens():
+    groups = [valued([0.0, 4.0, 99.0], [1.0, 3.0, 7.0], [1.0, 1.0, 0.0]), valued([0.0, 4.0], [-1.0, 5.0])]
+    assert explained_variance(groups) == {"critic.explained_variance": 0.75}  # errors -1, 1, 1, -1 of returns +-2
 
 
 def test_returns_that_are_all_equal_have_no_variance_to_explain():
-    moments = {"value_error": 0.0, "value_error_sq": 0.0, "returns": 1.0, "returns_sq": 1.0}
-    assert critic_figures({"loss": 0.0, **moments}) == {"critic.loss": 0.0}
+    assert explained_variance([valued([1.0, 1.0], [0.5, 0.0])]) == {}
+
+
+def test_the_value_behind_a_cut_answer_is_read_before_one_more_token():
+    whole, cut = group(0, gap=0.0).samples[0], msgspec.structs.replace(group(0, gap=0.0).samples[0], finish="length")
+    pair = msgspec.structs.replace(group(0, gap=0.0), samples=[whole, cut])
+    assert [response.tolist() for response in longer(pair).responses] == [[5, 6], [5, 6, 6]]
+    rows, after = split_after(
+        pair, [np.array([0.1, 0.2], dtype=np.float32), np.array([0.3, 0.4, 0.5], dtype=np.float32)]
+    )
+    assert [row.tolist() for row in rows] == [pytest.approx([0.1, 0.2]), pytest.approx([0.3, 0.4])]
+    assert after == [0.0, pytest.approx(0.5)]
+    values = [np.array([0.1, 0.2], dtype=np.float32), np.array([0.3, 0.4], dtype=np.float32)]
+    ppo = PPO(kl=KL(), lam=1.0, gamma=0.5, bootstrap_cut=True)
+    returns = group_fields(ppo, pair, values, after)["returns"]
+    # The cut one is rewarded with 1 at its end, and has 0.5 * 0.5 more to come.
+    assert [row.tolist() for row in returns] == [[0.0, 0.0], pytest.approx([0.625, 1.25])]
+    without = group_fields(msgspec.structs.replace(ppo, bootstrap_cut=False), pair, values, after)["returns"]
+    assert without[1].tolist() == pytest.approx([0.5, 1.0])
+
+
+def test_the_longest_response_fills_what_an_algorithm_leaves_open_and_nothing_else():
+    constant = settled(Select(use="flowrl.algorithms.dr_grpo:DrGRPO"), 32)
+    assert constant.load("algorithm").constant_tokens == 32
+    chosen = Select(use="flowrl.algorithms.dapo:DAPO", options={"shaping": {"overlong_buffer": 4, "max_tokens": 16}})
+    assert settled(chosen, 32) == chosen
+    open_ended = Select(use="flowrl.algorithms.dapo:DAPO", options={"shaping": {"overlong_buffer": 4}})
+    assert settled(open_ended, 32).load("algorithm").shaping.max_tokens == 32
+    assert settled(Select(use="flowrl.algorithms.ppo:PPO"), 32).options == {}
+
+
+def test_a_group_whose_answers_were_all_cut_is_not_kept_where_they_are_left_out():
+    pair = group(0, gap=0.0)
+    cut = msgspec.structs.replace(pair.samples[0], finish="length")
+    all_cut = msgspec.structs.replace(pair, samples=[cut, cut])
+    assert not keeps_group(GRPO(mask_cut=True), all_cut)
+    assert keeps_group(GRPO(mask_cut=True), msgspec.structs.replace(pair, samples=[cut, pair.samples[0]]))
+    assert keeps_group(GRPO(), all_cut)
 
 
 def test_ppo_without_any_kl_is_warned_of_and_group_algorithms_are_not():
@@ -135,9 +180,10 @@ def test_ppo_without_any_kl_is_warned_of_and_group_algorithms_are_not():
 @pytest.mark.parametrize(
     ("algorithm", "is_refused"),
     [
-        (PPO(correction=Correction(kind="none")), True),
+        (PPO(), True),
+        (PPO(correction=Correction(kind="divergence")), False),
         (GRPO(correction=Correction(kind="sequence")), True),
-        (PPO(), False),
+        (PPO(correction=Correction(kind="truncated")), False),
         (PPO(correction=Correction(kind="decoupled")), False),
         (CISPO(), False),
         (CISPO(correction=Correction(kind="sequence")), True),
@@ -150,16 +196,6 @@ def test_a_cut_distribution_needs_a_correction_that_weighs_tokens(algorithm: Alg
         return
     with pytest.raises(ConfigError, match=r"sampling: top_p or top_k cuts .*; set top_p=1 and top_k=0"):
         check_sampling(algorithm, is_cut=True)
-
-
-@pytest.mark.parametrize(("algorithm", "is_refused"), [(PPO(), True), (CISPO(correction=Correction()), False)])
-def test_sampled_logprobs_in_the_proximal_ones_place_take_a_correction_away(algorithm: Algorithm, is_refused: bool):
-    check_sampling(algorithm, is_cut=False, proximal="behaviour")
-    if not is_refused:
-        check_sampling(algorithm, is_cut=True, proximal="behaviour")
-        return
-    with pytest.raises(ConfigError, match=r"kind=truncated and learner\.proximal=recomputed"):
-        check_sampling(algorithm, is_cut=True, proximal="behaviour")
 
 
 def test_an_algorithm_without_values_is_refused_where_there_is_a_critic():

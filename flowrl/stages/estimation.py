@@ -1,8 +1,8 @@
-"""What the critic and the advantage node share: loading an algorithm and crediting groups with it, step by step.
+"""What the critic and the advantage node share: loading an algorithm, and its advantages of groups, step by step.
 
-Invariant: the groups of a step are credited with settings that follow from the groups of the steps before it alone, in
+Invariant: the advantages of a step follow from settings that follow from the groups of the steps before it alone, in
 prompt order. So an adaptive KL coefficient and running score normalisation are the same whatever the timing, and a
-checkpoint of version v needs the settings of step v, which a credit stage that runs ahead still knows.
+checkpoint of version v needs the settings of step v, which a node that runs ahead still knows.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from flowrl.stages.tokens import mask_of, padded, unpadded
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from flowrl.algorithms.base import Algorithm, Objective
+    from flowrl.algorithms.base import AdvantageBatch, Algorithm, Objective
     from flowrl.config import Select
-    from flowrl.messages import FloatArray
+    from flowrl.messages import FloatArray, Sample
 
-STATE = "credit.json"  # beside a credit stage's other state
+STATE = "estimation.json"  # beside the node's other state
 
 
 def load_algorithm(choice: Select, *, group_size: int, has_critic: bool) -> Algorithm:
@@ -57,28 +57,38 @@ def advice(objective: Objective) -> list[str]:
     return [f"{text}drift into text that only the reward likes; set algorithm.kl.coef=0.01"] if is_free else []
 
 
-def check_sampling(algorithm: Algorithm, *, is_cut: bool, proximal: str = "recomputed") -> None:
-    """Insist on a correction where tokens were drawn from a part of the distribution only.
+def settled(choice: Select, max_tokens: int) -> Select:
+    """Return the choice with the longest response filled in where its settings leave it open (0).
 
-    With proximal=behaviour every correction's weight is 1, as if there were none.
+    That is `sampling.max_tokens`, written once; `max_tokens` 0 leaves everything as it is.
+    """
+    from flowrl.algorithms.policy import PolicyGradient
+
+    algorithm = choice.load("algorithm")
+    if not isinstance(algorithm, PolicyGradient) or not max_tokens:
+        return choice
+    filled: dict[str, Any] = {}
+    if algorithm.normalisation == "constant" and not algorithm.constant_tokens:
+        filled["constant_tokens"] = max_tokens
+    if algorithm.shaping.overlong_buffer and not algorithm.shaping.max_tokens:
+        filled["shaping.max_tokens"] = max_tokens
+    return choice.changed(filled)
+
+
+def check_sampling(algorithm: Algorithm, *, is_cut: bool) -> None:
+    """Insist on a correction where tokens were drawn from a part of the distribution only.
 
     Raises:
         ConfigError: top-p or top-k is set and no token's loss is weighted with pi / pi_old.
     """
-    from flowrl.algorithms.corrections import Correction
-    from flowrl.algorithms.policy import PolicyGradient
-
     remedy = "set top_p=1 and top_k=0, or algorithm.correction.kind=truncated"
-    if proximal == "behaviour" and isinstance(algorithm, PolicyGradient):
-        algorithm = msgspec.structs.replace(algorithm, correction=Correction(kind="none"))
-        remedy += " and learner.proximal=recomputed"
     if is_cut and algorithm.needs_full_sampling:
         what = "top_p or top_k cuts the distribution that is sampled, the learner's is whole, and nothing in the loss "
         raise ConfigError("sampling", f"{what}makes up for it", remedy)
 
 
-class Crediting:
-    """Credits groups in prompt order, with an algorithm that may change from step to step."""
+class Estimation:
+    """Finds the advantages of groups in prompt order, with an algorithm that may change from step to step."""
 
     def __init__(self, choice: Select, algorithm: Algorithm, *, version: int = 0) -> None:
         self.algorithm = algorithm
@@ -90,9 +100,11 @@ class Crediting:
         self._kls: list[float] = []  # mean over each group's samples
         self.figures: dict[str, float] = {}  # further ones, given to every group of a step
 
-    def advantages(self, group: Referenced, values: list[FloatArray] | None) -> dict[str, Any]:
-        """Return the fields that turn a Referenced group into Samples."""
-        fields = credit_group(self.algorithm, group, values)
+    def advantages(
+        self, group: Referenced, values: list[FloatArray] | None, after: list[float] | None = None
+    ) -> dict[str, Any]:
+        """Return the fields that turn a Referenced group into Samples; `after` has the values behind cut answers."""
+        fields = group_fields(self.algorithm, group, values, after)
         if self.algorithm.adapting:
             self._rewards += group.rewards
             self._kls += [fields["metrics"].get("kl", math.nan)] * len(group.samples)
@@ -116,7 +128,7 @@ class Crediting:
         self._rewards, self._kls = [], []
 
     def save(self, directory: Path, version: int) -> None:
-        """Write what step `version` is credited with; earlier steps are forgotten."""
+        """Write the settings of step `version`; earlier steps are forgotten."""
         for old in [known for known in self._changes if known < version]:
             del self._changes[old]
         directory.mkdir(parents=True, exist_ok=True)
@@ -142,12 +154,40 @@ def keeps_group(algorithm: Algorithm, group: Referenced) -> bool:
     """Return whether the algorithm wants to learn this group."""
     if algorithm.is_blank:
         return algorithm.keeps_unseen(group.group_id)
+    return algorithm.keeps(advantage_batch(group))
+
+
+def is_cut(sample: Sample) -> bool:
+    """Return whether an answer was cut before its end, by a limit of tokens or turns."""
+    return sample.finish == "length"
+
+
+def advantage_batch(
+    group: Referenced, values: list[FloatArray] | None = None, after: list[float] | None = None
+) -> AdvantageBatch:
+    """Return what an algorithm takes of one group."""
     import torch
 
-    return algorithm.keeps(torch.tensor(group.rewards, dtype=torch.float32))
+    from flowrl.algorithms.base import AdvantageBatch
+
+    behaviour_BT, _ = padded([sample.logprobs for sample in group.samples])
+    mask_BT, _ = padded([mask_of(sample) for sample in group.samples])
+    reference_BT, _ = padded(group.ref_logprobs)
+    return AdvantageBatch(
+        rewards_B=torch.tensor(group.rewards, dtype=torch.float32),
+        mask_BT=mask_BT,
+        behaviour_BT=behaviour_BT,
+        reference_BT=reference_BT,
+        values_BT=None if values is None else padded(values)[0],
+        placed_BT=None if group.placed is None else padded(group.placed)[0],
+        cut_B=torch.tensor([float(is_cut(sample)) for sample in group.samples]),
+        after_B=None if after is None else torch.tensor(after, dtype=torch.float32),
+    )
 
 
-def credit_group(algorithm: Algorithm, group: Referenced, values: list[FloatArray] | None) -> dict[str, Any]:
+def group_fields(
+    algorithm: Algorithm, group: Referenced, values: list[FloatArray] | None, after: list[float] | None = None
+) -> dict[str, Any]:
     """Return the fields that turn a Referenced group into Samples."""
     if algorithm.is_blank:
         zeros = [sample.logprobs for sample in group.samples]
@@ -156,27 +196,11 @@ def credit_group(algorithm: Algorithm, group: Referenced, values: list[FloatArra
             **({"returns": zeros, "values": zeros} if values is not None else {}),
             "metrics": {},
         }
-    import torch
-
-    from flowrl.algorithms.base import AdvantageBatch
-
-    behaviour_BT, _ = padded([sample.logprobs for sample in group.samples])
-    mask_BT, _ = padded([mask_of(sample) for sample in group.samples])
-    reference_BT, _ = padded(group.ref_logprobs)
-    credited = algorithm.advantages(
-        AdvantageBatch(
-            rewards_B=torch.tensor(group.rewards, dtype=torch.float32),
-            mask_BT=mask_BT,
-            behaviour_BT=behaviour_BT,
-            reference_BT=reference_BT,
-            values_BT=None if values is None else padded(values)[0],
-            placed_BT=None if group.placed is None else padded(group.placed)[0],
-        )
-    )
-    returns = None if credited.returns_BT is None else unpadded(credited.returns_BT, group)
+    found = algorithm.advantages(advantage_batch(group, values, after))
+    returns = None if found.returns_BT is None else unpadded(found.returns_BT, group)
     return {
-        "advantages": unpadded(credited.advantages_BT, group),
+        "advantages": unpadded(found.advantages_BT, group),
         "returns": returns,
         "values": None if values is None else [Buffer.floats(row) for row in values],
-        "metrics": credited.metrics,
+        "metrics": found.metrics,
     }
