@@ -36,7 +36,7 @@ def build(s: Settings) -> Graph:
     credits = 2 * s.examples_per_step
     examples = Examples(s.examples, model=s.model, data=s.data, objective=s.objective, has_reference=True)
     heldout = HeldoutExamples(s.heldout, model=s.model, data=s.data, objective=s.objective)
-    reference = ExampleReference(s.reference, model=s.reference_model or s.model)
+    reference = ExampleReference(s.reference, model=s.reference_model or s.model, policy=s.model)
     learner = OfflineLearner(s.learner, model=s.model, objective=s.objective, steps=s.steps,
                              examples_per_step=s.examples_per_step, num_heldout=s.data.num_heldout)  # fmt: skip
     return Graph(

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Head = Literal["policy", "value", "reward"]  # log-probs; values read before each token; values read after it
+# What an example shows: responses to imitate, one better than another, single ones judged good or bad, judged steps.
+Lesson = Literal["demonstrations", "pairs", "labelled responses", "labelled steps"]
 REMEDIES = {  # for a column that is not there
     "drift_limit": "the learner gives it; a loss of your own asks for it with needs_drift",
     "reference": "use a graph with a reference node, such as graphs/preference.py",
@@ -97,6 +99,11 @@ class Objective(Config):
     """Something to minimise over a micro-batch."""
 
     @property
+    def learns_from(self) -> Lesson:
+        """Return the one kind of examples that the loss is meant for; a run with others is refused."""
+        return "demonstrations"
+
+    @property
     def head(self) -> Head:
         """Return what `logprobs_BT` is read off: a language model's log-probs, or one value per token."""
         return "policy"
@@ -134,11 +141,6 @@ class Objective(Config):
     @property
     def gives_score(self) -> bool:
         """Return whether a response's score is the value at its last token, whose mean and std a checkpoint states."""
-        return False
-
-    @property
-    def needs_both_labels(self) -> bool:
-        """Return whether it learns from single responses, some of them labelled good and some bad."""
         return False
 
     @property

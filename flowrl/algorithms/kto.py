@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import torch
 
-from flowrl.algorithms.base import Loss, LossBatch, Objective
+from flowrl.algorithms.base import Lesson, Loss, LossBatch, Objective
 from flowrl.algorithms.functional import has_tokens, last_value, masked
 from flowrl.config import Meta
 
@@ -39,9 +39,9 @@ class KTO(Objective):
         return True
 
     @property
-    def needs_both_labels(self) -> bool:
-        """Return True: without either kind the policy only drifts away from the reference."""
-        return True
+    def learns_from(self) -> Lesson:
+        """Return "labelled responses", good and bad: without either the policy only drifts away from the reference."""
+        return "labelled responses"
 
     @property
     def score_metric(self) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flowrl.algorithms.base import LossBatch, Objective
+from flowrl.algorithms.base import Lesson, LossBatch, Objective
 from flowrl.algorithms.functional import has_tokens, masked
 from flowrl.errors import ConfigError
 
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 class PairObjective(Objective):
     """An objective over [chosen, rejected]."""
+
+    @property
+    def learns_from(self) -> Lesson:
+        """Return "pairs"."""
+        return "pairs"
 
     @property
     def needs_whole_groups(self) -> bool:

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import torch
 from torch.nn.functional import softplus
 
-from flowrl.algorithms.base import Head, Loss, LossBatch, Objective
+from flowrl.algorithms.base import Head, Lesson, Loss, LossBatch, Objective
 from flowrl.algorithms.functional import masked
 from flowrl.config import Meta
 
@@ -25,6 +25,11 @@ class Process(Objective):
 
     labels: Literal["soft", "hard"] = "soft"  # as they stand, or 1 above `threshold` and 0 otherwise
     threshold: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # of hard labels; 0: a step that ever comes out right is right
+
+    @property
+    def learns_from(self) -> Lesson:
+        """Return "labelled steps"."""
+        return "labelled steps"
 
     @property
     def head(self) -> Head:

@@ -1,9 +1,9 @@
 """Examples to learn from offline: read, brought to one shape, tokenized, checked, split and mixed before a run starts.
 
 Invariants: `row_at(position)` is a pure function of the data, the settings and the position, so that a run can resume
-anywhere; no training example has the prompt of a held-out one, and none is there twice; a row that cannot be used
-stops the load or is counted with its reason, as the settings say. Called by the examples stages, `flowrl check` and
-`flowrl data check`.
+anywhere; no training example has the prompt of a held-out one; a row is learned as often as it is there; a row that
+cannot be used stops the load or is counted with its reason, as the settings say. Called by the examples stages,
+`flowrl check` and `flowrl data check`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,12 +18,12 @@ import msgspec
 
 from flowrl.config import Config, Meta
 from flowrl.data.conditioning import score_range, with_levels
-from flowrl.data.formats import Format, Kind, NormalRow, as_chat, detect, normalise, number_of
+from flowrl.data.formats import Format, Kind, NormalRow, as_chat, detect, good_response, normalise, number_of
 from flowrl.data.made import is_made, made_examples
 from flowrl.data.mixing import Mixture
 from flowrl.data.prompts import GENERATED, REASONING_GYM
 from flowrl.data.rendering import Encoded, Renderer
-from flowrl.data.sources import RawRow, read_rows
+from flowrl.data.sources import DataDigest, RawRow, read_rows
 from flowrl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
     from flowrl.data.sources import Bad
 
-Reason = Literal["bad", "too long", "truncated", "duplicate", "prompt held out", "token at a boundary"]
+Reason = Literal["bad", "too long", "truncated", "repeated", "labelled false", "prompt held out", "token at a boundary"]
 MAX_LEVELS = 100  # finer ones would be told apart by a digit that means little
 
 
@@ -62,6 +61,7 @@ class ExampleData(Config):
     max_tokens: Annotated[int, Meta(ge=2)] = 1024  # of a prompt and one response
     on_long: Literal["stop", "skip", "truncate"] = "stop"  # a longer example; truncate cuts its responses' ends
     on_bad: Literal["stop", "skip"] = "stop"  # a row that cannot be used
+    only_good: bool = False  # learn a pair's chosen response, and those labelled true, as demonstrations
     learn: Literal["all", "last"] = "all"  # the assistant's turns in a conversation
     chat_template: str = ""  # a Jinja file; "": the tokenizer's. Serve the model with the same
     strings_as_chat: bool = False  # true: a string prompt is a user's message and a string response the assistant's
@@ -96,6 +96,7 @@ class ExampleRow(msgspec.Struct, frozen=True, kw_only=True):
     masks: list[list[int]] | None = None  # 1 on tokens to learn; None: all
     labels: list[float] = []  # one for each response: margin or desirability; empty: none
     step_labels: list[list[float]] | None = None  # one for each response token; nan but at the ends of labelled steps
+    kind: Kind | None = None  # of data that it is; None: made up, to try an objective on
     index: int  # its place among the rows of its source
     place: str  # file and line, for errors
 
@@ -117,17 +118,13 @@ class ExampleSet:
         self.ranges = report.ranges  # least and greatest score by column of condition_on
         self.counts = report.counts  # rows by what befell them
         self.skipped = report.skipped  # why, one line for each row that is bad or too long
+        self.digest = report.digest  # of the sources' rows, whatever befell them
         self._parts = parts
         self._mixture = Mixture([len(part) for part in parts], [each.weight for each in data.sources], data.seed)
 
     def __len__(self) -> int:
         """Return the number of training examples."""
         return len(self.train)
-
-    @property
-    def num_duplicates(self) -> int:
-        """Return how many rows were there already."""
-        return self.counts["duplicate"]
 
     def row_at(self, position: int) -> ExampleRow:
         """Return the training example at `position` of the endless order: sources mixed, every epoch shuffled anew."""
@@ -143,6 +140,7 @@ class Report:
         self.ranges: dict[str, tuple[float, float]] = {}
         self.counts: Counter[Reason] = Counter()
         self.skipped: list[str] = []
+        self.digest = ""
 
     def skip(self, error: DataError, reason: Reason) -> None:
         """Count a row that is left out."""
@@ -154,6 +152,8 @@ class _Found(msgspec.Struct, frozen=True):
     source: int
     index: int
     row: NormalRow
+    kind: Kind
+    digest: bytes
 
 
 def load_examples(data: ExampleData, tokenizer: PreTrainedTokenizerBase) -> ExampleSet:
@@ -167,26 +167,30 @@ def load_examples(data: ExampleData, tokenizer: PreTrainedTokenizerBase) -> Exam
         ModelError: the tokenizer lacks a chat template or an EOS token that is needed.
     """
     report = Report()
-    found = _distinct(data, report)
+    found = _read(data, report)
     for name in data.condition_on:
-        report.ranges[name] = score_range(name, [each.row for each in found.values()])
+        report.ranges[name] = score_range(name, [each.row for each in found])
     key = str(data.seed).encode()
-    shuffled = sorted(found.items(), key=lambda item: _digest(item[1].row.asked, key) + item[0])
-    usable = _tokenized(data, [each for _, each in shuffled], tokenizer, report)
-    heldout = list(islice(usable, data.num_heldout))
-    held_prompts = {prompt for prompt, _, _ in heldout}
+    found.sort(key=lambda each: _digest(each.row.asked, key) + each.digest)
+    report.counts["repeated"] = len(found) - len({each.digest for each in found})
+    heldout: dict[bytes, ExampleRow] = {}
+    held_prompts: set[bytes] = set()
     parts: list[list[ExampleRow]] = [[] for _ in data.sources]
     num_train = 0
-    for prompt, source, row in usable:
-        if prompt in held_prompts:
+    for each, row in _tokenized(data, found, tokenizer, report):
+        prompt = _digest(each.row.asked)
+        if len(heldout) < data.num_heldout and each.digest not in heldout:
+            heldout[each.digest] = row
+            held_prompts.add(prompt)
+        elif prompt in held_prompts:
             report.counts["prompt held out"] += 1
-            continue
-        parts[source].append(row)
-        num_train += 1
-        if num_train == data.num_train:
-            break
+        else:
+            parts[each.source].append(row)
+            num_train += 1
+            if num_train == data.num_train:
+                break
     _check_enough(data, len(heldout), num_train, report)
-    return ExampleSet(parts=parts, heldout=[row for _, _, row in heldout], data=data, report=report)
+    return ExampleSet(parts=parts, heldout=list(heldout.values()), data=data, report=report)
 
 
 def read_source(data: ExampleData, source: ExampleSource, bad: Bad) -> Iterable[RawRow]:
@@ -204,9 +208,10 @@ def read_source(data: ExampleData, source: ExampleSource, bad: Bad) -> Iterable[
         yield RawRow(row.place, row.columns | {ours: row.columns[theirs] for ours, theirs in source.columns.items()})
 
 
-def _distinct(data: ExampleData, report: Report) -> dict[bytes, _Found]:
-    """Return the rows of all sources by digest, the first of equal ones."""
-    found: dict[bytes, _Found] = {}
+def _read(data: ExampleData, report: Report) -> list[_Found]:
+    """Return the usable rows of all sources, and count the others."""
+    found: list[_Found] = []
+    seen = DataDigest()
 
     def bad(error: DataError) -> None:
         if data.on_bad == "stop":
@@ -216,27 +221,30 @@ def _distinct(data: ExampleData, report: Report) -> dict[bytes, _Found]:
     for number, source in enumerate(data.sources):
         format: Format | None = None
         for index, raw in enumerate(read_source(data, source, bad)):
+            seen.add(raw.columns, number)
             try:
                 format = format or detect(raw, source.format)
-                row = _normal(data, raw, format)
+                row = _normal(data, raw, format, source.format)
             except DataError as error:
                 bad(error)
                 continue
-            digest = _digest(msgspec.structs.replace(row, place=""))
-            if digest in found:
-                report.counts["duplicate"] += 1
-            else:
-                found[digest] = _Found(number, index, row)
+            if data.only_good and format.kind == "unpaired-preference" and not row.labels[0]:
+                report.counts["labelled false"] += 1
+                continue
+            kind: Kind = "prompt-completion" if data.only_good else format.kind
+            row = good_response(row, format) if data.only_good else row
+            found.append(_Found(number, index, row, kind, _digest(msgspec.structs.replace(row, place=""))))
         if format is not None:
             report.formats.append(format)
+    report.digest = str(seen)
     return found
 
 
-def _normal(data: ExampleData, raw: RawRow, format: Format) -> NormalRow:
+def _normal(data: ExampleData, raw: RawRow, format: Format, given: Kind | None) -> NormalRow:
     if format.kind == "prompt-only":
         what = f"is {format}: it has no response to learn"
         raise DataError(raw.place, what, "give a completion, or train online with graphs/ppo_async.py")
-    row = normalise(raw, format)
+    row = normalise(raw, format, given)
     if data.condition_on:
         if format.kind not in ("prompt-completion", "language-modeling"):
             what = f"data.condition_on is set, but this is {format.kind} data"
@@ -252,8 +260,8 @@ def _digest(value: Any, key: bytes = b"") -> bytes:
 
 def _tokenized(
     data: ExampleData, rows: Sequence[_Found], tokenizer: PreTrainedTokenizerBase, report: Report
-) -> Iterator[tuple[bytes, int, ExampleRow]]:
-    """Yield each usable row with the digest of what it asks and its source."""
+) -> Iterator[tuple[_Found, ExampleRow]]:
+    """Yield each row that can be learned with its tokens."""
     renderer = Renderer(
         tokenizer,
         template=read_template(data.chat_template) if data.chat_template else None,
@@ -292,10 +300,11 @@ def _tokenized(
             masks=encoded.masks,
             labels=[] if found.row.steps else found.row.labels,
             step_labels=encoded.step_labels,
+            kind=found.kind,
             index=found.index,
             place=found.row.place,
         )
-        yield _digest(found.row.asked), found.source, row
+        yield found, row
 
 
 def _cut(encoded: Encoded, limit: int) -> Encoded | None:

@@ -5,7 +5,7 @@ The types and column names are those of TRL's documentation ("Dataset formats an
 
     preference            chosen, rejected, with prompt (explicit) or without (implicit); margin is optional
     stepwise-supervision  prompt, completions (a list of strings), labels (one for each)
-    unpaired-preference   prompt, completion, label
+    unpaired-preference   prompt, completion, label; or messages, label, of the last of them
     prompt-completion     prompt, completion
     language-modeling     messages, or text
     prompt-only           prompt
@@ -18,6 +18,7 @@ Invariant: what `normalise` returns has at least one response or step, and the t
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -41,11 +42,13 @@ SHAPES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     ("preference", ("chosen", "rejected")),
     ("stepwise-supervision", ("prompt", "completions", "labels")),
     ("unpaired-preference", ("completion", "prompt", "label")),
+    ("unpaired-preference", ("messages", "label")),
     ("prompt-completion", ("completion", "prompt")),
     ("language-modeling", ("messages",)),
     ("language-modeling", ("text",)),
     ("prompt-only", ("prompt",)),
 )
+WORDS = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
 SHOWN_COLUMNS = 12  # of a row, in an error
 
 
@@ -116,14 +119,14 @@ def detect(row: RawRow, kind: Kind | None = None) -> Format:
     raise DataError(row.place, what, remedy)
 
 
-def normalise(row: RawRow, format: Format) -> NormalRow:
-    """Return a row of a data set of the given format in the one shape.
+def normalise(row: RawRow, format: Format, kind: Kind | None = None) -> NormalRow:
+    """Return a row of a data set of the given format in the one shape; `kind` as for `detect`.
 
     Raises:
-        DataError: a column is missing, empty or of another type than the format says.
+        DataError: a column is missing, empty or of another type than the format says, or the row is of another format.
     """
-    found = detect(row, format.kind)
-    if (found.is_conversational, found.is_implicit) != (format.is_conversational, format.is_implicit):
+    found = detect(row, kind)
+    if msgspec.structs.replace(found, has_tools=format.has_tools) != format:
         remedy = "write all rows of a data set alike, or split it in two"
         raise DataError(row.place, f"is {found}, the rows before it are {format}", remedy)
     common: dict[str, Any] = {
@@ -132,7 +135,9 @@ def normalise(row: RawRow, format: Format) -> NormalRow:
         "template_options": _object(row, "chat_template_kwargs"),
     }
     if format.kind == "language-modeling":
-        return NormalRow(prompt=_empty(format), responses=[_whole(row)], **common)
+        whole = _whole(row)
+        _check_said(row, whole, "messages" if format.is_conversational else "text")
+        return NormalRow(prompt=_empty(format), responses=[whole], **common)
     if format.kind == "prompt-only":
         return NormalRow(prompt=_text_or_messages(row, "prompt"), **common)
     if format.kind == "stepwise-supervision":
@@ -140,9 +145,15 @@ def normalise(row: RawRow, format: Format) -> NormalRow:
         return NormalRow(prompt=_text_or_messages(row, "prompt"), steps=steps, labels=labels, **common)
     if format.is_implicit:
         prompt, responses = _split_pair(row)
+    elif "messages" in row.columns and row.columns.get("completion") is None and format.kind == "unpaired-preference":
+        prompt, responses = _last_apart(row)
     else:
         names = ("chosen", "rejected") if format.kind == "preference" else ("completion",)
         prompt, responses = _explicit(row, names)
+    for name, response in zip(
+        ("chosen", "rejected") if len(responses) == 2 else ("completion",), responses, strict=True
+    ):
+        _check_said(row, response, name)
     if format.kind == "preference":
         if responses[0] == responses[1]:
             raise DataError(row.place, "chosen and rejected are the same", "drop the row, or set data.on_bad=skip")
@@ -169,6 +180,30 @@ def as_chat(row: NormalRow) -> NormalRow:
         raise DataError(row.place, what, "write it as messages, or set data.strings_as_chat=false")
     responses: list[Text] = [[{"role": "assistant", "content": each}] for each in row.responses]
     return msgspec.structs.replace(row, prompt=[{"role": "user", "content": row.prompt}], responses=responses)
+
+
+def good_response(row: NormalRow, format: Format) -> NormalRow:
+    """Return what is to be imitated of a row: of a pair the chosen response, of a response that is good itself.
+
+    Raises:
+        DataError: it cannot be told.
+    """
+    if row.steps:
+        remedy = "set data.only_good=false, and take Process for labelled steps"
+        raise DataError(row.place, f"is {format.kind} data, of which data.only_good takes none", remedy)
+    if format.is_implicit and not format.is_conversational:
+        what = "has no prompt of its own, so what of the chosen text is the response cannot be told"
+        raise DataError(row.place, what, "give a prompt column, or messages")
+    return msgspec.structs.replace(row, responses=row.responses[:1], labels=[])
+
+
+def _last_apart(row: RawRow) -> tuple[Text, list[Text]]:
+    """Split the messages into the prompt and the last, which is what the label judges."""
+    messages = _text_or_messages(row, "messages")
+    if isinstance(messages, str) or len(messages) < 2 or messages[-1]["role"] != "assistant":
+        what = "column 'messages' does not end with an answer of the assistant's, which its label would judge"
+        raise DataError(row.place, what, "end it with one, or set data.format=language-modeling")
+    return messages[:-1], [messages[-1:]]
 
 
 def _empty(format: Format) -> Text:
@@ -224,6 +259,18 @@ def _split_pair(row: RawRow) -> tuple[Text, list[Text]]:
         _check_answers(row, "chosen", chosen[num_before:], num_before)
         _check_answers(row, "rejected", rejected[num_before:], num_before)
     return chosen[:num_before], [chosen[num_before:], rejected[num_before:]]
+
+
+def _check_said(row: RawRow, response: Text, name: str) -> None:
+    """Insist that there is something to learn in a text, or in each of the assistant's messages."""
+    said = [response] if isinstance(response, str) else [
+        message.get("content") or message.keys() - {"role", "content", "weight", "name"}
+        for message in response
+        if message["role"] == "assistant" and message.get("weight") != 0
+    ]  # fmt: skip
+    if said and all(not each or (isinstance(each, str) and not each.strip()) for each in said):
+        what = f"column {name!r}: {'what the assistant says' if isinstance(response, list) else 'the text'} is blank"
+        raise DataError(row.place, what, "there is nothing to learn in it: drop the row, or set data.on_bad=skip")
 
 
 def _check_answers(row: RawRow, name: str, messages: Conversation, num_before: int) -> None:
@@ -314,6 +361,7 @@ def _steps(row: RawRow) -> tuple[list[str], list[float]]:
 
 def _verdict(row: RawRow) -> float:
     label = row.columns["label"]
+    label = WORDS.get(label.casefold(), label) if isinstance(label, str) else label  # tables in CSV have texts alone
     if isinstance(label, int | float) and label in (0, 1):
         return float(label)
     remedy = "true or false (or 1 or 0) was expected; for a score see data.condition_on"
@@ -329,6 +377,9 @@ def number_of(row: RawRow, name: str, default: float | None = None) -> float:
     value = row.columns.get(name)
     if value is None and default is not None:
         return default
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         found = "is missing" if value is None else f"holds {_noun(value)}"
         raise DataError(row.place, f"column {name!r} {found}", "a finite number was expected")

@@ -84,10 +84,12 @@ def describe(examples: ExampleSet, data: ExampleData) -> Iterator[str]:
     left_out = {
         "bad": counts["bad"],
         f"longer than max_tokens={data.max_tokens}": counts["too long"],
-        "there already": counts["duplicate"],
+        "labelled false": counts["labelled false"],
         "with the prompt of a held-out one": counts["prompt held out"],
     }
     yield f"left out   {', '.join(f'{count} {why}' for why, count in left_out.items() if count) or 'none'}"
+    if counts["repeated"]:
+        yield f"repeated   {counts['repeated']} rows are others once more, and are learned once more"
     if counts["truncated"]:
         yield f"cut        {counts['truncated']} to max_tokens={data.max_tokens}"
     if counts["token at a boundary"]:

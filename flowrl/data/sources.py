@@ -13,6 +13,7 @@ import io
 import sys
 import zlib
 from contextlib import contextmanager
+from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -57,6 +58,23 @@ def read_rows(source: str, *, split: str, subset: str, bad: Bad) -> Iterator[Raw
         raise DataError(f"data {source}", "no such file or directory", "check data.source")
     else:
         yield from _read_hub(source, split, subset, bad)
+
+
+class DataDigest:
+    """A digest of rows whatever their order: their number, and a sum of their digests."""
+
+    def __init__(self) -> None:
+        self._num_rows = 0
+        self._sum = 0
+
+    def add(self, columns: dict[str, Any], source: int = 0) -> None:
+        """Take in a row of the source of this number."""
+        content = msgspec.msgpack.encode([source, columns], order="deterministic")
+        self._num_rows += 1
+        self._sum += int.from_bytes(blake2b(content, digest_size=16).digest(), "little")
+
+    def __str__(self) -> str:
+        return f"{self._num_rows} rows, {self._sum % (1 << 128):032x}"
 
 
 def is_of_split(name: str, split: str) -> bool:

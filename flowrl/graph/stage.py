@@ -110,6 +110,7 @@ class Stage:
     optional: ClassVar[frozenset[str]] = frozenset()  # ports that may stay unconnected
     # Whether it holds what cannot be made again from its messages: if it dies, the run goes back to a checkpoint.
     is_stateful: ClassVar[bool] = False
+    data_digest: str = ""  # of the rows that `check` has read, which a resumed run must find again
     _arguments: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:

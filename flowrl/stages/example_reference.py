@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from flowrl.config import Meta, widen
 from flowrl.data.models import prepare_model
+from flowrl.data.vocabulary import check_same_vocabulary
 from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
@@ -40,14 +41,17 @@ class ExampleReference(Stage):
     heldout: In[Example]
     heldout_referenced: Out[Example]
 
-    def __init__(self, config: Config, *, model: str) -> None:
+    def __init__(self, config: Config, *, model: str, policy: str = "") -> None:
         self.config: ExampleReference.Config = config
         self.model = model
+        self.policy = policy  # the model whose tokens it reads; "": its own
 
     def check(self, say: Say) -> None:
-        """Prepare the model."""
+        """Prepare the model, which must read the policy's tokens."""
         check_adapter(self.config, "reference")
-        prepare_model(self.model, say=say)
+        directory = prepare_model(self.model, say=say)
+        if self.policy:
+            check_same_vocabulary(prepare_model(self.policy, say=say), directory, "reference_model")
 
     def _settings(self) -> TrainingConfig:
         return widen(TrainingConfig, self.config, model=str(prepare_model(self.model)))

@@ -16,6 +16,7 @@ from flowrl.config import Select
 from flowrl.data.examples import ExampleData, ExampleRow, ExampleSet, load_examples
 from flowrl.data.models import prepare_model
 from flowrl.data.prompts import load_tokenizer
+from flowrl.data.vocabulary import check_same_vocabulary
 from flowrl.errors import ConfigError, DataError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
@@ -26,8 +27,24 @@ from flowrl.telemetry.causes import Cause
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from flowrl.algorithms.base import Objective
+    from flowrl.algorithms.base import Lesson, Objective
+    from flowrl.data.formats import Kind
     from flowrl.graph.stage import Context, Say
+
+
+LESSONS: dict[Kind, Lesson] = {
+    "preference": "pairs",
+    "stepwise-supervision": "labelled steps",
+    "unpaired-preference": "labelled responses",
+    "prompt-completion": "demonstrations",
+    "language-modeling": "demonstrations",
+}
+OBJECTIVES: dict[Lesson, str] = {  # that are shipped for each
+    "demonstrations": "SFT",
+    "pairs": "DPO, IPO or Pairwise",
+    "labelled responses": "KTO",
+    "labelled steps": "Process",
+}
 
 
 def load_objective(choice: Select) -> Objective:
@@ -48,12 +65,18 @@ def load_objective(choice: Select) -> Objective:
     return objective
 
 
-def with_teacher(choice: Select, *, say: Say = lambda text: None) -> Select:
-    """Return the choice with its objective's teacher, where it has one, as a prepared local directory."""
+def with_teacher(choice: Select, model: str, *, say: Say = lambda text: None) -> Select:
+    """Return the choice with its objective's teacher, where it has one, as a prepared local directory.
+
+    Raises:
+        ModelError: the teacher reads other tokens than `model`, whose token ids it will be given.
+    """
     name = load_objective(choice).teacher_model
     if not name:
         return choice
-    options = {**choice.options, "teacher": str(prepare_model(name, say=say))}
+    teacher = prepare_model(name, say=say)
+    check_same_vocabulary(prepare_model(model, say=say), teacher, "objective.teacher")
+    options = {**choice.options, "teacher": str(teacher)}
     return msgspec.structs.replace(choice, options=options)
 
 
@@ -80,6 +103,7 @@ class Examples(Stage):
         prepare_model(self.model, say=say)
         objective = load_objective(self.objective)
         rows = self.load()
+        self.data_digest = rows.digest
         try_rows(objective, [*rows.train, *rows.heldout], has_reference=self.has_reference)
         for part in (rows.train, rows.heldout) if objective.needs_mismatched else ():
             if part:
@@ -176,11 +200,10 @@ def try_rows(objective: Objective, rows: Sequence[ExampleRow], *, has_reference:
     """Ask the objective for its loss on one row of each kind, with log-probs of zero.
 
     Raises:
-        DataError: the objective cannot learn from such a row, or counts nothing in it; or it needs both good and bad
-            responses, one to a row, and the rows are not so.
+        DataError: the objective is not meant for such a row, cannot learn from it, or counts nothing in it; or it needs
+            both good and bad responses, and all are one.
     """
-    if objective.needs_both_labels:
-        _check_labels(objective, rows)
+    _check_lessons(objective, rows)
     tried: set[tuple[object, ...]] = set()
     for row in rows:
         kind = (len(row.responses), len(row.labels), row.masks is None, row.step_labels is None)
@@ -204,13 +227,17 @@ def try_rows(objective: Objective, rows: Sequence[ExampleRow], *, has_reference:
             raise DataError(row.place, what, "is every token masked out?")
 
 
-def _check_labels(objective: Objective, rows: Sequence[ExampleRow]) -> None:
-    name = type(objective).__name__
+def _check_lessons(objective: Objective, rows: Sequence[ExampleRow]) -> None:
+    name, wanted = type(objective).__name__, objective.learns_from
     for row in rows:
-        if len(row.responses) != 1:
-            what = f"has {len(row.responses)} responses, but {name} learns from single ones, labelled good or bad"
-            raise DataError(row.place, what, "give prompt, completion and label, or take DPO for pairs")
-    labels = [row.labels[0] > 0 for row in rows if row.labels]
+        found = wanted if row.kind is None else LESSONS[row.kind]
+        if found != wanted:
+            what = f"is {row.kind} data, which are {found}, but {name} learns from {wanted}"
+            remedy = f"take {OBJECTIVES[found]} for {found}"
+            if wanted == "demonstrations" and found != "labelled steps":
+                remedy += ", or set data.only_good=true to learn the good responses alone"
+            raise DataError(row.place, what, remedy)
+    labels = [row.labels[0] > 0 for row in rows if row.labels] if wanted == "labelled responses" else []
     if labels and len(set(labels)) == 1:
         kind, other = ("good", "bad") if labels[0] else ("bad", "good")
         what = f"all {len(labels)} responses are labelled {kind}, but {name} needs {other} ones as well"

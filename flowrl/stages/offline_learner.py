@@ -75,7 +75,8 @@ class OfflineLearner(Stage):
         """Prepare the model and load the objective."""
         check_adapter(self.config, "learner")
         check_experts(self.config, prepare_model(self.model, say=say), "learner")
-        if load_objective(with_teacher(self.objective, say=say)).needs_both_labels and self.examples_per_step < 2:
+        objective = load_objective(with_teacher(self.objective, self.model, say=say))
+        if objective.learns_from == "labelled responses" and self.examples_per_step < 2:
             what = "1 never holds both a good and a bad response"
             raise ConfigError("examples_per_step", what, "set it to 2 or more; 16 is usual")
 
@@ -90,7 +91,7 @@ class OfflineLearner(Stage):
 
     async def run(self, context: Context) -> None:
         """Train until the last step is done and saved, or the user asks to stop."""
-        self.objective = await context.compute(with_teacher, self.objective)
+        self.objective = await context.compute(with_teacher, self.objective, self.model)
         objective = load_objective(self.objective)
         async with opened(context, self.config.engine, self._settings, self.steps) as engine:
             context.version = 0

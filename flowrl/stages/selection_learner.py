@@ -19,6 +19,7 @@ from flowrl.stages.learner import Learner
 
 if TYPE_CHECKING:
     from flowrl.algorithms.base import Objective
+    from flowrl.data.formats import Kind
     from flowrl.graph.stage import Context, Say
 
 
@@ -38,13 +39,16 @@ class SelectionLearner(Learner):
     def check(self, say: Say) -> None:
         """Prepare the model and try the objective on a group as it will come."""
         super().check(say)
-        with_teacher(self.algorithm, say=say)
-        row = ExampleRow(prompt_ids=[1], responses=[[2 + k] for k in range(self.num_samples)], index=0, place="select")
+        with_teacher(self.algorithm, self.model, say=say)
+        responses = [[2 + k] for k in range(self.num_samples)]
+        are_pairs = self.has_reference and self.num_samples == 2  # the best and the worst of a group
+        kind: Kind | None = "preference" if are_pairs else None
+        row = ExampleRow(prompt_ids=[1], responses=responses, kind=kind, index=0, place="select")
         try_rows(self.load_objective(), [row], has_reference=self.has_reference)
 
     async def run(self, context: Context) -> None:
         """Train until the last version is published, acknowledged and saved, or the user asks to stop."""
-        self.algorithm = await context.compute(with_teacher, self.algorithm)
+        self.algorithm = await context.compute(with_teacher, self.algorithm, self.model)
         await super().run(context)
 
     def load_objective(self) -> Objective:

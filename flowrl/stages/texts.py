@@ -54,7 +54,9 @@ class TextSource(Stage):
             what = f"{self.config.data.num_heldout} texts would be held out, and nothing evaluates on them"
             raise ConfigError("texts.data.num_heldout", what, "set it to 0")
         prepare_model(self.model, say=say)
-        try_rows(Pretraining(), self.load().train, has_reference=False)
+        rows = self.load()
+        self.data_digest = rows.digest
+        try_rows(Pretraining(), rows.train, has_reference=False)
 
     def load(self) -> ExampleSet:
         """Return the texts."""

@@ -12,6 +12,7 @@ from flowrl.stages.examples import Examples, HeldoutExamples
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from flowrl.data.formats import Kind
     from flowrl.engines.base import TokenGroup
 
 
@@ -22,6 +23,7 @@ def example_row(
     *,
     masks: list[list[int]] | None = None,
     step_labels: list[list[float]] | None = None,
+    kind: Kind | None = None,
     index: int = 0,
     place: str = "rows:1",
 ) -> ExampleRow:
@@ -32,6 +34,7 @@ def example_row(
         labels=labels or [],
         masks=masks,
         step_labels=step_labels,
+        kind=kind,
         index=index,
         place=place,
     )
@@ -39,6 +42,8 @@ def example_row(
 
 class Rows:
     """A data set in the order in which it stands."""
+
+    digest = ""
 
     def __init__(self, train: list[ExampleRow], heldout: list[ExampleRow] | None = None) -> None:
         self.train = train

@@ -179,11 +179,31 @@ def test_split_does_not_depend_on_the_order_of_the_rows(load):
     ]
 
 
-def test_equal_rows_are_learned_once_and_other_labels_are_not_equal(load):
-    examples = load(pairs(10) + pairs(10))
-    assert (len(examples), examples.num_duplicates) == (10, 10)
-    labelled = [{"prompt": "a", "completion": "b", "label": label} for label in (True, False, True)]
-    assert (len(load(labelled)), load(labelled).num_duplicates) == (2, 1)
+def test_rows_that_are_repeated_are_learned_as_often_and_held_out_once(load):
+    examples = load(pairs(10) + pairs(10), num_heldout=3)
+    assert (len(examples), len({str(row.responses) for row in examples.train})) == (14, 7)
+    assert len({str(row.responses) for row in examples.heldout}) == 3
+    assert examples.counts["repeated"] == 10
+    assert examples.counts["prompt held out"] == 3
+
+
+def test_split_order_and_digest_are_the_data_s_whatever_the_template(load, tmp_path):
+    (tmp_path / "dated.jinja").write_text("today\n" + CHAT_TEMPLATE)
+    rows = [{"prompt": [said("user", f"q{i}")], "completion": [said("assistant", "a")]} for i in range(20)]
+    sets = [load(rows, num_heldout=4, **each) for each in ({}, {"chat_template": str(tmp_path / "dated.jinja")})]
+    assert sets[0].train[0].prompt_ids != sets[1].train[0].prompt_ids
+    places = [[row.place for row in each.train + each.heldout] for each in sets]
+    assert places[0] == places[1]
+    assert sets[0].digest == sets[1].digest == load(rows[::-1]).digest
+    assert len({sets[0].digest, load(rows[1:]).digest, load([*rows[1:], rows[1]]).digest}) == 3
+
+
+def test_good_responses_alone_are_demonstrations(load):
+    rows = load([{"prompt": "a", "chosen": "b", "rejected": "c"}], only_good=True).train
+    assert [(row.kind, len(row.responses), row.labels) for row in rows] == [("prompt-completion", 1, [])]
+    labelled = load([{"prompt": "a", "completion": text, "label": text == "b"} for text in "bcd"], only_good=True)
+    assert (len(labelled), labelled.counts["labelled false"]) == (1, 2)
+    assert labelled.train[0].place.endswith(":1")
 
 
 def test_every_epoch_has_each_row_once_and_any_position_can_be_asked_first(load):
@@ -308,12 +328,13 @@ def test_sources_are_mixed_by_weight_and_split_together(jsonl, tokenizer):
     assert taken == {"a.jsonl": 1500, "b.jsonl": 500}
 
 
-def test_row_of_two_sources_is_learned_once(jsonl, tokenizer):
+def test_row_of_two_sources_is_learned_from_both(jsonl, tokenizer):
     mix = [ExampleSource(source=jsonl(pairs(10), "a.jsonl")), ExampleSource(source=jsonl(pairs(12), "b.jsonl"))]
     examples = load_examples(ExampleData(mix=mix, num_heldout=0), tokenizer)
-    assert (len(examples), examples.num_duplicates) == (12, 10)
+    assert (len(examples), examples.counts["repeated"]) == (22, 10)
+    mix[1] = ExampleSource(source=jsonl(pairs(1) * 2, "b.jsonl"))
     with pytest.raises(DataError, match=r"data\.mix\[1\]: has no rows left"):
-        load_examples(ExampleData(mix=[mix[0], mix[0]], num_heldout=0), tokenizer)
+        load_examples(ExampleData(mix=mix, num_heldout=9), tokenizer)
 
 
 def test_mix_and_a_source_of_its_own_are_refused():

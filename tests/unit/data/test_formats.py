@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flowrl.data.formats import Kind, detect, normalise
+from flowrl.data.formats import Kind, detect, good_response, normalise
 from flowrl.data.sources import RawRow
 from flowrl.errors import DataError
 
@@ -110,7 +110,9 @@ def test_label_of_a_pair_is_its_margin_or_nothing(columns, labels):
     assert normal(prompt="a", chosen="b", rejected="c", **columns).labels == labels
 
 
-@pytest.mark.parametrize(("label", "expected"), [(True, 1.0), (False, 0.0), (1, 1.0), (0, 0.0), (1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("label", "expected"), [(True, 1.0), (False, 0.0), (1, 1.0), (0, 0.0), (1.0, 1.0), ("False", 0.0)]
+)
 def test_unpaired_label_says_whether_the_response_is_wanted(label, expected):
     assert normal(prompt="a", completion="b", label=label).labels == [expected]
 
@@ -132,6 +134,8 @@ def test_tools_may_be_json_and_nulls_that_parquet_adds_are_dropped():
 BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"prompt": 7, "completion": "b"}, ["column 'prompt' holds a number", "a string or a list of messages"]),
     ({"prompt": "a", "completion": ""}, ["column 'completion' is empty"]),
+    ({"prompt": "a", "completion": " \n"}, ["column 'completion': the text is blank", "nothing to learn"]),
+    ({"messages": [*ASK, {"role": "assistant", "content": " "}]}, ["what the assistant says is blank"]),
     ({"messages": ["a"]}, ["column 'messages': message 0 is a string", "role and content"]),
     ({"messages": "a"}, ["column 'messages' holds a string", "a list of messages was expected"]),
     ({"text": [{"role": "user", "content": "a"}]}, ["column 'text' holds a list", "a string was expected"]),
@@ -146,7 +150,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"chosen": ASK + BLUE, "rejected": ASK}, ["column 'rejected': message 1", "is missing"]),
     ({"prompt": "a", "chosen": "b", "rejected": "b"}, ["chosen and rejected are the same"]),
     ({"chosen": ASK + BLUE, "rejected": ASK + BLUE}, ["chosen and rejected are the same"]),
-    ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "2"}, ["column 'margin' holds a string"]),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "two"}, ["column 'margin' holds a string"]),
     ({"prompt": "a", "completion": "b", "label": "good"}, ["column 'label' holds 'good'", "true or false"]),
     ({"prompt": "a", "completion": "b", "label": 4}, ["column 'label' holds 4"]),
     ({"prompt": "a", "completions": "b", "labels": [1]}, ["column 'completions' holds a string", "list of strings"]),
@@ -173,8 +177,27 @@ def test_rows_of_a_data_set_are_all_written_alike():
     format = detect(raw(prompt="a", completion="b"))
     with pytest.raises(DataError, match=r"is prompt-completion, conversational, the rows before it are .*standard"):
         normalise(raw(prompt=ASK, completion=BLUE), format)
+    with pytest.raises(DataError, match=r"is unpaired-preference, standard, the rows before it are prompt-completion"):
+        normalise(raw(prompt="a", completion="b", label=False), format)
     with pytest.raises(DataError, match=r"are not those of prompt-completion"):
-        normalise(raw(text="a"), format)
+        normalise(raw(text="a"), format, "prompt-completion")
+    assert normalise(raw(prompt="a", completion="b", label=False), format, "prompt-completion").labels == []
+
+
+def test_a_label_beside_messages_judges_the_last_of_them():
+    row = normal(messages=ASK + BLUE, label=False)
+    assert (row.prompt, row.responses, row.labels) == (ASK, [BLUE], [0.0])
+    with pytest.raises(DataError, match="does not end with an answer"):
+        normal(messages=ASK, label=True)
+
+
+def test_the_good_response_is_the_chosen_one_and_no_judged_step():
+    columns = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    good = good_response(normal(**columns), detect(raw(**columns)))
+    assert (good.prompt, good.responses, good.labels) == ("a", ["b"], [])
+    for others in ({"chosen": "ab", "rejected": "ac"}, {"prompt": "a", "completions": ["b"], "labels": [1]}):
+        with pytest.raises(DataError, match=r"no prompt of its own|takes none"):
+            good_response(normal(**others), detect(raw(**others)))
 
 
 def test_what_is_asked_does_not_depend_on_the_answer():

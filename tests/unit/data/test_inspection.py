@@ -45,9 +45,10 @@ def check(jsonl, tokenizer) -> Checker:
 def test_report_has_format_counts_lengths_and_an_example(check):
     report = check([{"messages": TALK}, {"messages": TALK}, {"messages": TALK[:2]}])
     assert "format     language-modeling, conversational (detected): " in report
-    assert "rows       2 to train on, 0 held out" in report
-    assert "left out   1 there already" in report
-    assert "tokens     least 22, median 33.5, greatest 45 (prompt and the longest response)" in report
+    assert "rows       3 to train on, 0 held out" in report
+    assert "left out   none" in report
+    assert "repeated   1 rows are others once more, and are learned once more" in report
+    assert "tokens     least 22, median 45, greatest 45 (prompt and the longest response)" in report
     assert "data.jsonl:1, with what is learned between ⟦ and ⟧" in report
     assert report.endswith(
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦b<|im_end|>⟧\n"
@@ -69,10 +70,12 @@ def test_control_characters_in_data_are_written_out(check):
 
 def test_every_row_is_looked_at_and_then_it_ends_as_a_run_would(check):
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a"}, {"prompt": "a", "completion": "c" * 50}, "{"]
-    with pytest.raises(DataError, match=r"3 of its rows would stop a run; the first: .*:2: has the columns prompt,"):
+    with pytest.raises(
+        DataError, match=r"3 of its rows would stop a run; the first: .*:2: is prompt-only, standard, the rows"
+    ):
         check(rows, "data.max_tokens=20")
     assert "left out   2 bad, 1 longer than max_tokens=20" in check.text
-    for line in (":2: has the columns", ":3: prompt and response have 52 tokens", ":4: is not JSON"):
+    for line in (":2: is prompt-only", ":3: prompt and response have 52 tokens", ":4: is not JSON"):
         assert line in check.text
     assert "1 to train on" in check(rows, "data.max_tokens=20", "data.on_bad=skip", "data.on_long=skip")
     report = check(rows, "data.max_tokens=20", "data.on_bad=skip", "data.on_long=truncate")
@@ -88,7 +91,7 @@ def test_one_kind_of_row_that_stops_a_run_is_enough(check, other):
 def test_only_the_first_reasons_are_shown(check):
     rows = [{"prompt": "a", "completion": "b"}, *[{"prompt": str(i)} for i in range(10)]]
     report = check(rows, "data.on_bad=skip")
-    assert report.count("has the columns") == 3
+    assert report.count("is prompt-only") == 3
     assert "and 7 more" in report
 
 

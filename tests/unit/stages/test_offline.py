@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from flowrl.algorithms.distillation import Distillation
 from flowrl.algorithms.dpo import DPO
 from flowrl.algorithms.kto import KTO
 from flowrl.algorithms.process import Process
@@ -148,7 +149,23 @@ def test_measuring_adds_up_over_examples_and_scores_each():
         (DPO(), example_row([1], [[2]], []), True, "rows:1: DPO compares pairs"),
         (DPO(), example_row([1], [[2], [3]], []), False, "needs the column 'reference'"),
         (KTO(), example_row([1], [[2]], []), True, "needs the column 'label'"),
-        (KTO(), example_row([1], [[2], [3]], [0.0, 0.0]), True, "take DPO for pairs"),
+        (
+            KTO(),
+            example_row([1], [[2], [3]], [0.0, 0.0], kind="preference"),
+            True,
+            "take DPO, IPO or Pairwise for pairs",
+        ),
+        (
+            SFT(),
+            example_row([1], [[2], [3]], [0.0, 0.0], kind="preference"),
+            False,
+            "data.only_good=true to learn the good",
+        ),
+        (SFT(), example_row([1], [[2]], [0.0], kind="unpaired-preference"), False, "take KTO for labelled responses"),
+        (SFT(), example_row([1], [[2]], [], kind="stepwise-supervision"), False, "take Process for labelled steps"),
+        (DPO(), example_row([1], [[2]], [], kind="language-modeling"), True, "DPO learns from pairs; take SFT"),
+        (Process(), example_row([1], [[2], [3]], [], kind="preference"), False, "Process learns from labelled steps"),
+        (Distillation(), example_row([1], [[2], [3]], [], kind="preference"), True, "learns from demonstrations"),
         (KTO(), example_row([1], [[2]], [1.0]), True, "all 1 responses are labelled good, but KTO needs bad ones"),
         (KTO(), example_row([1], [[2]], [0.0]), True, "labelled bad, but KTO needs good ones"),
         (Process(), example_row([1], [[2]], []), False, "needs the column 'step_label'"),

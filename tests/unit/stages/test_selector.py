@@ -168,7 +168,8 @@ def test_pairs_are_learned_in_order_and_ties_are_filtered(max_staleness: int, tm
         (DPO, 2, True, None),
         (DPO, 1, True, "a group has 1 responses"),
         (DPO, 2, False, "'reference'"),
-        ("flowrl.algorithms.kto:KTO", 2, True, "take DPO for pairs"),
+        ("flowrl.algorithms.kto:KTO", 2, True, "take DPO, IPO or Pairwise for pairs"),
+        (SFT, 2, True, "SFT learns from demonstrations"),
         ("flowrl.algorithms.grpo:GRPO", 2, True, "learns from samples of its own policy"),
     ],
 )
