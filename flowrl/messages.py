@@ -100,7 +100,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: Buffer  # float32, one per token: behaviour log-probs under the sampling distribution; 0 under mask 0
     versions: list[VersionSpan]
     finish: str  # "stop" | "length" | "abort"; of an episode: ended by its environment, or cut by a limit
-    text: str  # decoded without special tokens
+    text: str  # what the tokens say, special ones too, without the one that ended it
     mask: Buffer | None = None  # float32, 1 on the tokens the policy sampled, 0 on an environment's; None: all are its
 
     @property

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Literal
 
-from flowrl.data.chat import render_chat
-from flowrl.data.prompts import DEFAULT_TASKS, load_tokenizer
+from flowrl.data.prompts import DEFAULT_TASKS, PromptData, load_tokenizer, prompt_of
+from flowrl.data.rendering import Renderer
 from flowrl.data.tasks import Task, make_rows
 
 if TYPE_CHECKING:
@@ -31,14 +31,13 @@ VARIED = (
 
 def write_data(path: Path, method: Method, *, model: Path, num_rows: int, seed: int, is_varied: bool) -> None:
     """Write the rows: prompt and answer; prompt and completion; or prompt, chosen and rejected."""
-    tokenizer = load_tokenizer(model)
+    renderer = Renderer(load_tokenizer(model))
     rows = make_rows(VARIED if is_varied else DEFAULT_TASKS, num_rows=num_rows, seed=seed)
     rows = [rows[place] for place in _mixed(len(rows))]
     with path.open("w") as file:
         for number, row in enumerate(rows):
             answer, other = (str(rows[place % len(rows)].columns["answer"]) for place in (number, number + 1))
-            prefix = row.columns["answer_prefix"]
-            text = render_chat(tokenizer, row.columns["prompt"], where=row.place, system_prompt=None) + prefix
+            text = renderer.prompt_text(prompt_of(PromptData(), row), prefix=row.columns["answer_prefix"])
             line: dict[str, Any] = {"prompt": text}
             if method == "grpo":
                 line["answer"] = answer

@@ -8,6 +8,7 @@ cannot be used stops the load or is counted with its reason, as the settings say
 
 from __future__ import annotations
 
+import datetime  # settings are built from their annotations
 import math
 from collections import Counter
 from hashlib import blake2b
@@ -24,6 +25,7 @@ from flowrl.data.mixing import Mixture
 from flowrl.data.prompts import GENERATED, REASONING_GYM
 from flowrl.data.rendering import Encoded, Renderer
 from flowrl.data.sources import DataDigest, RawRow, read_rows
+from flowrl.ending import DATE
 from flowrl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ class ExampleData(Config):
     only_good: bool = False  # learn a pair's chosen response, and those labelled true, as demonstrations
     learn: Literal["all", "last"] = "all"  # the assistant's turns in a conversation
     chat_template: str = ""  # a Jinja file; "": the tokenizer's. Serve the model with the same
+    date: datetime.date = DATE  # that a chat template which writes today's date is told
     strings_as_chat: bool = False  # true: a string prompt is a user's message and a string response the assistant's
     condition_on: list[str] = []  # columns with scores, written before each prompt (SteerLM) as levels
     condition_levels: Annotated[int, Meta(ge=2, le=MAX_LEVELS)] = 10  # the least score is 0, the greatest levels - 1
@@ -267,6 +270,7 @@ def _tokenized(
         template=read_template(data.chat_template) if data.chat_template else None,
         learns_all=data.learn == "all",
         separator=data.step_separator,
+        day=data.date,
     )
     context = tokenizer.model_max_length  # about 1e30 where the tokenizer states none
     limit, name = min((data.max_tokens, "data.max_tokens"), (context, "the model's context"))

@@ -11,7 +11,8 @@ The types and column names are those of TRL's documentation ("Dataset formats an
     prompt-only           prompt
 
 A row with the columns of several types is of the first that fits, in this order. Columns `tools` and
-`chat_template_kwargs` go to the chat template; others are left alone; a null is as good as a column that is not there.
+`chat_template_kwargs` go to the chat template, `finish` (or `finish_reason`) says that a response was sampled and
+whether it was cut; others are left alone; a null is as good as a column that is not there.
 Invariant: what `normalise` returns has at least one response or step, and the types that `NormalRow` states. Called by
 `load_examples` and `flowrl data check`.
 """
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import msgspec
 
+from flowrl.data.conversations import Conversation, messages_of, noun, options_of, tools_of
 from flowrl.errors import DataError
 
 if TYPE_CHECKING:
@@ -31,8 +33,9 @@ if TYPE_CHECKING:
 
     from flowrl.data.sources import RawRow
 
-Conversation = list[dict[str, Any]]
 Text = str | Conversation  # empty where a row has none
+Finish = Literal["", "stop", "length"]
+CUT = ("length", "max_tokens", "abort")  # a sample that ended so was not ended by the model
 Kind = Literal[
     "preference", "stepwise-supervision", "unpaired-preference", "prompt-completion", "language-modeling", "prompt-only"
 ]
@@ -77,6 +80,9 @@ class NormalRow(msgspec.Struct, frozen=True, kw_only=True):
     labels: list[float] = []  # one for each response or step; nan: none
     tools: list[dict[str, Any]] | None = None
     template_options: dict[str, Any] = {}
+    finish: Finish = (
+        ""  # "stop" or "length": the responses were sampled, and came to their end or were cut; "": not known
+    )
     scores: dict[str, float] = {}  # by column, where a response is conditioned on them
 
     @property
@@ -131,8 +137,9 @@ def normalise(row: RawRow, format: Format, kind: Kind | None = None) -> NormalRo
         raise DataError(row.place, f"is {found}, the rows before it are {format}", remedy)
     common: dict[str, Any] = {
         "place": row.place,
-        "tools": _tools(row),
-        "template_options": _object(row, "chat_template_kwargs"),
+        "tools": tools_of(row),
+        "template_options": options_of(row),
+        "finish": _finish(row),
     }
     if format.kind == "language-modeling":
         whole = _whole(row)
@@ -214,7 +221,7 @@ def _whole(row: RawRow) -> Text:
     name, expected = ("text", "a string") if row.columns.get("messages") is None else ("messages", "a list of messages")
     value = row.columns[name]
     if isinstance(value, str) != (name == "text"):
-        raise DataError(row.place, f"column {name!r} holds {_noun(value)}", f"{expected} was expected")
+        raise DataError(row.place, f"column {name!r} holds {noun(value)}", f"{expected} was expected")
     return _text_or_messages(row, name)
 
 
@@ -229,7 +236,7 @@ def _explicit(row: RawRow, names: Sequence[str]) -> tuple[Text, list[Text]]:
         prompt = [{"role": "user", "content": prompt}]
     for name, response in zip(names, responses, strict=True):
         if isinstance(response, list) != is_conversational or isinstance(prompt, list) != is_conversational:
-            what = f"prompt is {_noun(row.columns['prompt'])}, {name} is {_noun(row.columns[name])}"
+            what = f"prompt is {noun(row.columns['prompt'])}, {name} is {noun(row.columns[name])}"
             raise DataError(row.place, what, "write all of them as strings, or all as lists of messages")
     if isinstance(prompt, list):
         for place, name in enumerate(names):
@@ -249,7 +256,7 @@ def _split_pair(row: RawRow) -> tuple[Text, list[Text]]:
     if isinstance(chosen, str) and isinstance(rejected, str):
         return "", [chosen, rejected]
     if isinstance(chosen, str) or isinstance(rejected, str):
-        what = f"chosen is {_noun(chosen)}, rejected is {_noun(rejected)}"
+        what = f"chosen is {noun(chosen)}, rejected is {noun(rejected)}"
         raise DataError(row.place, what, "write both as strings, or both as lists of messages")
     num_before = num_shared(chosen, rejected)
     if chosen != rejected:
@@ -286,66 +293,16 @@ def _text_or_messages(row: RawRow, name: str) -> Text:
         if not value:
             raise DataError(row.place, f"column {name!r} is empty", "drop the row, or set data.on_bad=skip")
         return value
-    if not isinstance(value, list):
-        what = f"column {name!r} holds {_noun(value)}"
-        raise DataError(row.place, what, "a string or a list of messages was expected")
-    if not value:
-        raise DataError(row.place, f"column {name!r} holds no message", "drop the row, or set data.on_bad=skip")
-    return [_message(row, name, number, message) for number, message in enumerate(cast("list[Any]", value))]
-
-
-def _message(row: RawRow, name: str, number: int, message: Any) -> dict[str, Any]:
-    if isinstance(message, dict):
-        found = cast("dict[str, Any]", _without_nulls(message))
-        content = found.get("content")
-        if isinstance(found.get("role"), str) and (isinstance(content, str | list) or found.get("tool_calls")):
-            return found
-        holds = f"holds {', '.join(found) or 'nothing'}"
-        if isinstance(content, dict | int | float):
-            holds = f"has for content {_noun(content)}"
-    else:
-        holds = f"is {_noun(message)}"
-    what = f"column {name!r}: message {number} {holds}"
-    raise DataError(row.place, what, "an object with role and content (or tool_calls) was expected")
-
-
-def _without_nulls(value: Any) -> Any:
-    """Return a nested value without null fields: Parquet gives every message the fields that any of them has."""
-    if isinstance(value, dict):
-        fields = cast("dict[str, Any]", value)
-        return {name: _without_nulls(each) for name, each in fields.items() if each is not None}
-    return [_without_nulls(each) for each in cast("list[Any]", value)] if isinstance(value, list) else value
-
-
-def _tools(row: RawRow) -> list[dict[str, Any]] | None:
-    """Return the tools a row offers: JSON schemas, or a string that holds them as JSON."""
-    value = row.columns.get("tools")
-    if isinstance(value, str) and value:
-        try:
-            value = msgspec.json.decode(value)
-        except msgspec.DecodeError as error:
-            raise DataError(row.place, f"column 'tools' is not JSON ({error})", "write a list of schemas") from error
-    if not value:
-        return None
-    if not isinstance(value, list) or not all(isinstance(each, dict) for each in cast("list[Any]", value)):
-        raise DataError(row.place, f"column 'tools' holds {_noun(value)}", "a list of JSON schemas was expected")
-    return cast("list[dict[str, Any]]", _without_nulls(value))
-
-
-def _object(row: RawRow, name: str) -> dict[str, Any]:
-    value = row.columns.get(name) or {}
-    if not isinstance(value, dict):
-        raise DataError(row.place, f"column {name!r} holds {_noun(value)}", "an object was expected")
-    return cast("dict[str, Any]", _without_nulls(value))
+    return messages_of(row, name)
 
 
 def _steps(row: RawRow) -> tuple[list[str], list[float]]:
     steps, labels = row.columns["completions"], row.columns["labels"]
     if not isinstance(steps, list) or not all(isinstance(step, str) and step for step in cast("list[Any]", steps)):
-        what = f"column 'completions' holds {_noun(steps)}"
+        what = f"column 'completions' holds {noun(steps)}"
         raise DataError(row.place, what, "a list of strings, none of them empty, was expected: one for each step")
     if not isinstance(labels, list) or len(cast("list[Any]", labels)) != len(cast("list[Any]", steps)):
-        found = f"{len(cast('list[Any]', labels))}" if isinstance(labels, list) else _noun(labels)
+        found = f"{len(cast('list[Any]', labels))}" if isinstance(labels, list) else noun(labels)
         what = f"column 'labels' holds {found} for {len(cast('list[Any]', steps))} steps"
         raise DataError(row.place, what, "one label for each step was expected")
     numbers: list[float] = []
@@ -357,6 +314,12 @@ def _steps(row: RawRow) -> tuple[list[str], list[float]]:
     if all(math.isnan(number) for number in numbers):
         raise DataError(row.place, "no step has a label", "drop the row, or set data.on_bad=skip")
     return cast("list[str]", steps), numbers
+
+
+def _finish(row: RawRow) -> Finish:
+    """Return how sampling ended, as graphs/generate.py and serving engines write it."""
+    value = row.columns.get("finish") or row.columns.get("finish_reason")
+    return "length" if value in CUT else "stop" if isinstance(value, str) and value else ""
 
 
 def _verdict(row: RawRow) -> float:
@@ -381,15 +344,6 @@ def number_of(row: RawRow, name: str, default: float | None = None) -> float:
         with contextlib.suppress(ValueError):
             value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        found = "is missing" if value is None else f"holds {_noun(value)}"
+        found = "is missing" if value is None else f"holds {noun(value)}"
         raise DataError(row.place, f"column {name!r} {found}", "a finite number was expected")
     return float(value)
-
-
-def _noun(value: Any) -> str:
-    """Name a value's JSON type, with its article."""
-    if isinstance(value, list):
-        kinds = {type(each) for each in cast("list[Any]", value)}
-        return "a list of strings" if kinds == {str} else "a list of objects" if kinds == {dict} else "a list"
-    nouns = {str: "a string", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
-    return nouns.get(cast("Any", type(value)), "nothing")

@@ -18,6 +18,7 @@ from flowrl.config import Config, resolve
 from flowrl.data.examples import ExampleData, ExampleRow, ExampleSet, load_examples, read_source, read_template
 from flowrl.data.formats import Format, detect
 from flowrl.data.prompts import PromptData, load_prompts
+from flowrl.ending import ending_of
 from flowrl.errors import DataError
 from flowrl.telemetry.text import printable
 
@@ -67,6 +68,8 @@ def check_data(data: ExampleData, tokenizer: PreTrainedTokenizerBase, say: Say, 
     examples = load_examples(msgspec.structs.replace(data, on_bad="skip", on_long=on_long), tokenizer)
     for line in describe(examples, data):
         say(line)
+    template = read_template(data.chat_template) if data.chat_template else None
+    say(f"ends       {ending_of(tokenizer, template=template)}")
     if examples.train:
         row = min(examples.train, key=lambda row: row.index)
         how = "in green" if colour else "between ⟦ and ⟧"
@@ -193,6 +196,7 @@ def _check_prompts(data: ExampleData, tokenizer: PreTrainedTokenizerBase, say: S
         say(f"           {reason}")
     for line in _lengths([len(row.token_ids) for row in prompts.train], "prompt"):
         say(line)
+    say(f"ends       {ending_of(tokenizer)}")
     row = min(prompts.train, key=lambda row: row.index)
     say(f"example    row {row.index}, with nothing to learn in it\n{printable(row.text)}")
     if prompts.skipped and data.on_bad == "stop":

@@ -1,11 +1,12 @@
-"""Token ids as the text of each token, read from a tokenizer's file without transformers: quick, and offline.
+"""Token ids as the text of each token; from a tokenizer's file without transformers: quick, and offline.
 
 Invariant: the pieces of a sequence joined are its text; where a character takes several tokens, the last of them has it
-and the others are empty. Called for `flowrl report` and `flowrl inspect`.
+and the others are empty. Called for `flowrl report` and `flowrl inspect`, and by steps.py.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ from flowrl.data.models import DEFAULT_MODEL, prepare_model
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from tokenizers import Tokenizer
+
 
 def pieces_of(run_dir: Path, model: str) -> Callable[[Sequence[int]], list[str]] | None:
     """Return what cuts a run's token ids into texts, or None where no tokenizer of its model is at hand."""
@@ -21,19 +24,20 @@ def pieces_of(run_dir: Path, model: str) -> Callable[[Sequence[int]], list[str]]
     if file is None:
         return None
     from tokenizers import Tokenizer
+
+    return partial(cut, Tokenizer.from_file(str(file)))
+
+
+def cut(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """Return the text of each token as it is within the sequence, the space before a word included."""
     from tokenizers.decoders import DecodeStream
 
-    tokenizer = Tokenizer.from_file(str(file))
-
-    def pieces(ids: Sequence[int]) -> list[str]:
-        stream = DecodeStream(skip_special_tokens=False)
-        texts = [stream.step(tokenizer, token) or "" for token in ids]
-        missing = tokenizer.decode(list(ids), skip_special_tokens=False)[len("".join(texts)) :]
-        if texts and missing:  # it ends within a character
-            texts[-1] += missing
-        return texts
-
-    return pieces
+    stream = DecodeStream(skip_special_tokens=False)
+    texts = [stream.step(tokenizer, token) or "" for token in ids]
+    missing = tokenizer.decode(list(ids), skip_special_tokens=False)[len("".join(texts)) :]
+    if texts and missing:  # it ends within a character
+        texts[-1] += missing
+    return texts
 
 
 def tokenizer_file(run_dir: Path, model: str) -> Path | None:

@@ -8,6 +8,7 @@ counted in `skipped`, as the settings say. Called by the prompts and evaluator s
 from __future__ import annotations
 
 import contextlib
+import datetime  # settings are built from their annotations
 import difflib
 import functools
 import json
@@ -19,9 +20,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import msgspec
 
 from flowrl.config import Config, Meta
-from flowrl.data.chat import render_chat, require_chat_template
+from flowrl.data.conversations import messages_of, options_of, tools_of, with_system
+from flowrl.data.formats import NormalRow
+from flowrl.data.rendering import Renderer
 from flowrl.data.sources import RawRow, read_rows
 from flowrl.data.tasks import Task, make_rows
+from flowrl.ending import DATE
 from flowrl.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
@@ -30,7 +34,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from flowrl.data.chat import Conversation
     from flowrl.data.sources import Bad
 
 REASONING_GYM = "reasoning-gym"
@@ -54,6 +57,9 @@ class PromptData(Config):
     seed: int = 0  # of the tasks, the split and the order
     max_prompt_tokens: Annotated[int, Meta(ge=1)] = 256  # a longer rendered prompt is a bad row
     system_prompt: str | None = None  # for prompts without a system message; None: what the chat template puts there
+    date: datetime.date = (
+        DATE  # that a chat template which writes today's date is told: a prompt is the same on every day
+    )
     chat_template: bool = True  # false: strings go to the model as they are
     prompt_column: str = "prompt"  # holds a string, or a list of messages
     split: str = "train"  # of a hub data set; of a directory, the files whose names begin so
@@ -141,8 +147,10 @@ def load_prompts(data: PromptData, tokenizer: PreTrainedTokenizerBase) -> Prompt
         DataError: the source or a row cannot be used, or too few prompts remain.
         ModelError: a chat template is wanted and the tokenizer has none.
     """
-    if data.chat_template:
-        require_chat_template(tokenizer)
+    if data.chat_template and not tokenizer.chat_template:
+        remedy = "take an instruction-tuned model, or set data.chat_template=false to use prompts as they are"
+        raise ModelError(f"tokenizer {tokenizer.name_or_path}", "has no chat template", remedy)
+    renderer = Renderer(tokenizer, day=data.date)
     skipped: list[str] = []
 
     def bad(error: DataError) -> None:
@@ -150,10 +158,10 @@ def load_prompts(data: PromptData, tokenizer: PreTrainedTokenizerBase) -> Prompt
             raise error
         skipped.append(str(error))
 
-    texts, num_duplicates = _distinct_texts(data, tokenizer, bad)
+    texts, num_duplicates = _distinct_texts(data, renderer, bad)
     key = str(data.seed).encode()
     shuffled = sorted(texts, key=lambda text: blake2b(text.encode(), key=key, digest_size=8).digest())
-    usable = _tokenized(((text, *texts[text]) for text in shuffled), data, tokenizer, bad)
+    usable = _tokenized(((text, *texts[text]) for text in shuffled), data, tokenizer, renderer, bad)
     heldout = list(islice(usable, data.num_heldout))
     train = list(islice(usable, data.num_train or None))
     _check_enough(data, len(heldout), len(train), skipped)
@@ -168,19 +176,18 @@ def first_columns(data: PromptData) -> dict[str, Any]:
     """
     for row in _raw_rows(data, lambda error: None):
         with contextlib.suppress(DataError):
-            return {**row.columns, "prompt": _prompt_of(data, row)}
+            prompt_of(data, row)
+            return {**row.columns, "prompt": row.columns[data.prompt_column]}
     raise DataError(f"data {data.source}", "no row has a prompt", "check data.source and data.prompt_column")
 
 
-def _distinct_texts(
-    data: PromptData, tokenizer: PreTrainedTokenizerBase, bad: Bad
-) -> tuple[dict[str, tuple[int, RawRow]], int]:
+def _distinct_texts(data: PromptData, renderer: Renderer, bad: Bad) -> tuple[dict[str, tuple[int, RawRow]], int]:
     """Return the rows by rendered text, the first of equal ones, and how many others there were."""
     texts: dict[str, tuple[int, RawRow]] = {}
     num_duplicates = 0
     for index, row in enumerate(_raw_rows(data, bad)):
         try:
-            text = _render(data, tokenizer, row)
+            text = _render(data, renderer, row)
         except DataError as error:
             bad(error)
             continue
@@ -195,22 +202,24 @@ def _raw_rows(data: PromptData, bad: Bad) -> Iterable[RawRow]:
     return read_rows(data.source, split=data.split, subset=data.subset, bad=bad)
 
 
-def _render(data: PromptData, tokenizer: PreTrainedTokenizerBase, row: RawRow) -> str:
+def _render(data: PromptData, renderer: Renderer, row: RawRow) -> str:
     """Return a row's prompt as the model reads it.
 
     A column `answer_prefix` begins the policy's turn; what is sampled continues it.
     """
-    prompt = _prompt_of(data, row)
+    normal = prompt_of(data, row)
     prefix = row.columns.get("answer_prefix") or ""
-    if data.chat_template:
-        return render_chat(tokenizer, prompt, where=row.place, system_prompt=data.system_prompt) + prefix
-    if not isinstance(prompt, str):
-        remedy = "set data.chat_template=true, or write the prompt as one string"
-        raise DataError(row.place, "is a conversation but data.chat_template is false", remedy)
-    return f"{prompt}\n{prefix}" if prefix else prompt
+    if not isinstance(normal.prompt, str):
+        return renderer.prompt_text(normal, prefix=prefix)
+    return f"{normal.prompt}\n{prefix}" if prefix else normal.prompt
 
 
-def _prompt_of(data: PromptData, row: RawRow) -> str | Conversation:
+def prompt_of(data: PromptData, row: RawRow) -> NormalRow:
+    """Return a row's prompt: messages under a chat template, a string without one.
+
+    Raises:
+        DataError: there is none, or it is malformed.
+    """
     column = data.prompt_column
     if column not in row.columns:
         close = difflib.get_close_matches(column, row.columns, n=1)
@@ -222,17 +231,27 @@ def _prompt_of(data: PromptData, row: RawRow) -> str | Conversation:
         raise DataError(row.place, found, "a prompt is a string or a list of messages")
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise DataError(row.place, f"column {column!r} is empty", "drop the row, or set data.on_bad=skip")
-    return cast("str | Conversation", prompt)
+    if not data.chat_template:
+        if isinstance(prompt, str):
+            return NormalRow(place=row.place, prompt=prompt)
+        remedy = "set data.chat_template=true, or write the prompt as one string"
+        raise DataError(row.place, "is a conversation but data.chat_template is false", remedy)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else messages_of(row, column)
+    messages = with_system(messages, data.system_prompt)
+    return NormalRow(place=row.place, prompt=messages, tools=tools_of(row), template_options=options_of(row))
 
 
 def _tokenized(
-    rows: Iterable[tuple[str, int, RawRow]], data: PromptData, tokenizer: PreTrainedTokenizerBase, bad: Bad
+    rows: Iterable[tuple[str, int, RawRow]],
+    data: PromptData,
+    tokenizer: PreTrainedTokenizerBase,
+    renderer: Renderer,
+    bad: Bad,
 ) -> Iterator[PromptRow]:
     context = tokenizer.model_max_length  # about 1e30 where the tokenizer states none
     limit, name = min((data.max_prompt_tokens, "data.max_prompt_tokens"), (context, "the model's context"))
     for text, index, row in rows:
-        # The chat template writes its own special tokens; plain text gets those the model begins with.
-        token_ids = cast("list[int]", tokenizer.encode(text, add_special_tokens=not data.chat_template))
+        token_ids = renderer.prompt_ids(text, is_rendered=data.chat_template)
         if len(token_ids) > limit:
             found = f"the prompt has {len(token_ids)} tokens, {name} is {limit}"
             bad(DataError(row.place, found, "raise it, shorten the row, or set data.on_bad=skip"))

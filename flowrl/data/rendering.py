@@ -1,18 +1,23 @@
-"""Examples as tokens: what the model reads, what it is to write, and which tokens of that are its own.
+"""Conversations and texts as tokens: the one renderer of prompts to sample from and of examples to learn.
 
-Invariants: prompt and response joined are the tokens of the whole rendering, with the prompt's a true prefix. Where a
-token would span the end of the prompt or of a turn, the parts are tokenized separately, as in generation, and the
-encoding says so; either way the prompt's tokens depend on the prompt alone, so that a pair shares them. A mask is 1 on
-exactly the tokens that the assistant writes, its end-of-turn token included; a response ends with the last of them.
+Invariants: a prompt has the same tokens wherever it stands; they depend on it, the settings and the template alone, not
+on the day nor on what follows. Prompt and response joined are the tokens of the whole text, with the prompt's a true
+prefix. Where a token would span the end of the prompt or of a turn, the parts are tokenized one by one, as in
+generation, each as it stands behind the one before it, and the encoding says so. A mask is 1 on exactly the tokens
+that the assistant writes, up to and with the one that ends its turn (flowrl/ending.py); a response ends with the last
+of them.
 
 Which characters are the assistant's is what the chat template marks with {% generation %}, and without such marks what
 each of its messages adds to the conversation before it; a template that renders a message otherwise once others follow
-is refused. Strings are taken as they are, with the tokenizer's own first token before and EOS behind. Called by
-`load_examples`.
+is refused. Where the template cannot give back what was said (it drops the thinking, or has begun it in the policy's
+place) the last answer is its own words behind the prompt, and so is every sampled one (a row with `finish`); one that
+was cut is given no end. Strings are taken as they are, with the tokenizer's own first token before, unless they begin
+with it, and EOS behind. Called by `load_prompts`, `load_examples` and the turn format.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import contextmanager
 from itertools import chain, pairwise
@@ -20,19 +25,38 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
+from flowrl.data.conversations import THOUGHTS
 from flowrl.data.formats import num_shared
+from flowrl.ending import (
+    ASKED,
+    CALL_STYLES,
+    CALLED,
+    DATE,
+    HEARD,
+    Ending,
+    ending_of,
+    render_options,
+    template_errors,
+    tool_call,
+)
 from flowrl.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from datetime import date
 
     from transformers import PreTrainedTokenizerBase
 
-    from flowrl.data.formats import Conversation, NormalRow
+    from flowrl.data.conversations import Conversation
+    from flowrl.data.formats import NormalRow
 
 NAN = float("nan")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-PREFIX_REMEDY = "give data.chat_template a template with {% generation %} marks"
+PREFIX_REMEDY = "set data.learn=last, or give data.chat_template a template with {% generation %} marks"
+# How a policy begins to think: <think>, [THINK], <|START_THINKING|>; what ends it is named alike.
+OPENER = re.compile(r"(?:<(?P<tag>[\w:]*think\w*)>|\[(?P<mark>THINK)\]|<\|START_(?P<name>THINKING)\|>)\s*\Z")
+CLOSERS = re.compile(r"</[\w:]*think\w*>|\[/THINK\]|<\|END_THINKING\|>")
+ANCHORS = ("\n", "a", ".", "0")  # texts behind which another can be tokenized as it stands within a text
 
 
 class Encoded(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,13 +81,36 @@ class Renderer:
     """A tokenizer with the template and the rules by which rows become tokens."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, template: str | None, learns_all: bool, separator: str
-    ) -> None:
+        self, tokenizer: PreTrainedTokenizerBase, *, template: str | None = None, learns_all: bool = True,
+        separator: str = "\n", day: date = DATE,
+    ) -> None:  # fmt: skip
         self._tokenizer = tokenizer
         self._template = template  # None: the tokenizer's own
         self._learns_all = learns_all  # false: of several turns only the last
         self._separator = separator  # put after each step
+        self._clock = render_options(day)
         self._first_ids: list[int] | None = None
+        self._call_style: tuple[bool, str | None] | None = None
+        self.ending: Ending = ending_of(tokenizer, template=template)
+
+    # Prompts
+
+    def prompt_text(self, row: NormalRow, *, prefix: str = "") -> str:
+        """Return what the policy is to continue: the conversation with its turn opened, which `prefix` begins.
+
+        Raises:
+            DataError: the conversation ends with the assistant, or the template cannot render it.
+            ModelError: there is no template.
+        """
+        messages = cast("Conversation", row.prompt)
+        if messages[-1]["role"] == "assistant":
+            remedy = "end it with the user's message; the policy writes the answer"
+            raise DataError(row.place, f"message {len(messages) - 1}, the last, is the assistant's", remedy)
+        return self._render(row, messages, is_open=True) + prefix
+
+    def prompt_ids(self, text: str, *, is_rendered: bool) -> list[int]:
+        """Return a prompt's tokens; a template writes its own special tokens, plain text gets those it begins with."""
+        return self._ids(text) if is_rendered else self._begun(text)
 
     def encode(self, row: NormalRow) -> Encoded:
         """Return a row's tokens.
@@ -76,7 +123,7 @@ class Renderer:
             return self._stepwise(row)
         if all(isinstance(each, str) for each in row.responses):
             responses = cast("list[str]", row.responses)
-            return self._implicit(responses) if len(responses) == 2 and not row.prompt else self._plain(row)
+            return self._implicit(row, responses) if len(responses) == 2 and not row.prompt else self._plain(row)
         writings = [self._write(row, cast("Conversation", each)) for each in row.responses]
         encodings = [self._encode_written(each) for each in writings]
         if any(each.is_separate for each in encodings):  # what is compared is tokenized alike
@@ -86,29 +133,32 @@ class Renderer:
     # Strings
 
     def _plain(self, row: NormalRow) -> Encoded:
-        texts = [(cast("str", row.prompt) + cast("str", each), [len(row.prompt)]) for each in row.responses]
+        prompt = cast("str", row.prompt)
+        texts = [(prompt + self._ended(row, cast("str", each)), [len(prompt)]) for each in row.responses]
         split = [self._pieces(*each) for each in texts]
         is_separate = any(separate for _, separate in split)
         if is_separate:
             split = [(self._alone(*each), True) for each in texts]
-        prompt_ids = [*self._first(), *split[0][0][0]]
-        responses = [self._ended(pieces[1]) for pieces, _ in split]
+        prompt_ids = self._begun(prompt, split[0][0][0])
+        responses = [pieces[1] for pieces, _ in split]
+        if not prompt:  # the text may begin with the first token itself
+            prompt_ids, responses = self._begun("", []), [self._begun("", each) for each in responses]
+            responses = [each[len(prompt_ids) :] for each in responses]
         if not prompt_ids:  # nothing stands before the first token to predict it from
             prompt_ids, responses = responses[0][:1], [responses[0][1:]]
         return Encoded(prompt_ids=prompt_ids, responses=responses, is_separate=is_separate)
 
-    def _implicit(self, texts: list[str]) -> Encoded:
+    def _implicit(self, row: NormalRow, texts: list[str]) -> Encoded:
         """Split off the tokens that both texts begin with."""
-        chosen, rejected = (self._ended(self._ids(text)) for text in texts)
+        chosen, rejected = (self._begun(text) for text in [self._ended(row, text) for text in texts])
         shortest = min(len(chosen), len(rejected)) - 1  # a response has at least one token
         end = min(num_shared(chosen, rejected), shortest)
-        return Encoded(prompt_ids=[*self._first(), *chosen[:end]], responses=[chosen[end:], rejected[end:]])
+        return Encoded(prompt_ids=chosen[:end], responses=[chosen[end:], rejected[end:]])
 
     def _stepwise(self, row: NormalRow) -> Encoded:
-        text, first = row.prompt, self._first
+        text, is_rendered = row.prompt, not isinstance(row.prompt, str)
         if not isinstance(text, str):
-            self._check_tools(row, text)
-            text, first = self._render(row, text, is_open=True), list[int]
+            text = self.prompt_text(row)
         ends = [len(text)]
         for step in row.steps:
             text += step + self._separator
@@ -118,25 +168,41 @@ class Renderer:
             raise DataError(row.place, "a step has no token of its own", "join it to its neighbour")
         labels = [[*[NAN] * (len(each) - 1), label] for each, label in zip(pieces[1:], row.labels, strict=True)]
         return Encoded(
-            prompt_ids=[*first(), *pieces[0]],
+            prompt_ids=pieces[0] if is_rendered else self._begun("", pieces[0]),
             responses=[list(chain(*pieces[1:]))],
             step_labels=[list(chain(*labels))],
             is_separate=is_separate,
         )
 
-    def _first(self) -> list[int]:
-        """Return the special tokens that the tokenizer puts before a text."""
+    def _begun(self, text: str, ids: list[int] | None = None) -> list[int]:
+        """Return a text's tokens behind the special ones that the tokenizer puts before a text, once."""
         if self._first_ids is None:
-            with_specials = cast("list[int]", self._tokenizer.encode("a"))
-            self._first_ids = with_specials[: with_specials.index(self._ids("a")[0])]
-        return self._first_ids
+            with_specials, alone = cast("list[int]", self._tokenizer.encode("a")), self._ids("a")
+            places = range(len(with_specials) - len(alone) + 1)
+            start = next((k for k in places if with_specials[k : k + len(alone)] == alone), 0)
+            self._first_ids = with_specials[:start]
+        ids = self._ids(text) if ids is None else ids
+        first = self._first_ids
+        return ids if first and ids[: len(first)] == first else [*first, *ids]
 
-    def _ended(self, ids: list[int]) -> list[int]:
-        eos = self._tokenizer.eos_token_id
+    def _ended(self, row: NormalRow, text: str) -> str:
+        """Return a text with what ends it, and nothing behind that; one that was cut stays as it is."""
+        ended = self._up_to_end(text)
+        if row.finish == "length" or self._is_ended(ended):
+            return ended
+        eos = cast("str | None", self._tokenizer.eos_token)
         if eos is None:
             where = f"tokenizer {self._tokenizer.name_or_path}"
             raise ModelError(where, "has no EOS token to end a response with", "set eos_token in its configuration")
-        return ids if ids and ids[-1] == eos else [*ids, cast("int", eos)]
+        return text + eos
+
+    def _up_to_end(self, text: str) -> str:
+        """Cut off the white space behind a token that ends an answer: the policy stops before it."""
+        stripped = text.rstrip()
+        return stripped if self._is_ended(stripped) else text
+
+    def _is_ended(self, text: str) -> bool:
+        return any(text.endswith(stop) for stop in self.ending.stops.values())
 
     # Conversations
 
@@ -144,69 +210,133 @@ class Renderer:
         """Return a conversation's text with what the assistant writes in it, after the prompt if there is one."""
         prompt = cast("Conversation", row.prompt)
         messages = [*prompt, *response]
-        self._check_tools(row, messages)
-        roles = [message["role"] for message in messages]
-        if "assistant" not in roles[len(prompt) :]:
-            raise DataError(row.place, f"has no assistant's message to learn (roles: {', '.join(roles)})", "drop it")
+        turns = [k for k, message in enumerate(messages) if message["role"] == "assistant" and k >= len(prompt)]
+        learned = [k for k in (turns if self._learns_all else turns[-1:]) if messages[k].get("weight") != 0]
+        if not learned:
+            roles = ", ".join(message["role"] for message in messages)
+            some = "message to learn" if not turns else "message whose weight is not 0"
+            raise DataError(row.place, f"has no assistant's {some} (roles: {roles})", "drop it")
+        if row.finish and learned == [len(messages) - 1] and set(messages[-1]) <= {"role", "content", "weight"}:
+            opened = self._render(row, messages[:-1], is_open=True) if learned[0] else ""
+            ending = self.ending.end if row.finish == "stop" else ""
+            return _behind(opened, self._continued(opened, messages[-1]["content"]) + ending)
         if GENERATION.search(self._template_of(row)):
-            written = self._marked(row, messages, len(prompt))
+            written = self._marked(row, messages, len(prompt), learned)
         else:
-            written = self._grown(row, messages, len(prompt))
-        if not written.spans:
+            written = self._grown(row, messages, learned)
+        if not written.spans or not any(begin < end for begin, end in written.spans):
             raise DataError(row.place, "the chat template writes nothing for the assistant", PREFIX_REMEDY)
         return written
 
-    def _check_tools(self, row: NormalRow, messages: Conversation) -> None:
-        """Refuse what a template would leave out without a word."""
-        template = self._template_of(row)
-        has_calls = any("tool_calls" in message for message in messages)
-        for name, is_there in (("tools", row.tools), ("tool_calls", has_calls)):
-            if is_there and name not in template:
-                remedy = "take a model that knows tools, or give data.chat_template=FILE"
-                raise DataError(row.place, f"has {name}, which the chat template does not write", remedy)
-
-    def _marked(self, row: NormalRow, messages: Conversation, num_before: int) -> Written:
+    def _marked(self, row: NormalRow, messages: Conversation, num_before: int, learned: list[int]) -> Written:
         """Find the assistant's parts by the template's {% generation %} marks."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+        text, spans = self._render_marked(row, messages)
+        turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        num_here = sum(turn >= num_before for turn in turns)
+        if len(learned) < num_here or len(spans) == len(turns):
+            if len(spans) != len(turns):
+                what = f"the chat template marks {len(spans)} parts for {len(turns)} turns"
+                raise DataError(row.place, f"{what}, so the last is not known", "set data.learn=all, and no weight")
+            spans = [span for span, turn in zip(spans, turns, strict=True) if turn in learned]
+        start = self._start(row, text, messages[:num_before], num_before) if num_before else 0
+        spans = [(max(start, begin), end) for begin, end in spans if end > start]
+        if not spans:
+            return Written(text, start, [])
+        limits = [*(begin for begin, _ in spans[1:]), len(text)]
+        spans = [
+            (begin, self._end_of_marked(text[:limit], end)) for (begin, end), limit in zip(spans, limits, strict=True)
+        ]
+        begin, end = spans[-1]
+        if row.finish == "length":
+            text = text[:begin] + self._finished(row, text[begin:end])
+        elif not self._is_ended(text[:end]):
+            if text[end:].strip():
+                raise self._no_end(row, learned[-1])
+            text = text[:end] + self._own_end(messages[learned[-1]])
+        spans[-1] = (begin, end if self._is_ended(text[:end]) else len(text))
+        if not num_before and (opened := self._render(row, messages[: learned[0]], is_open=True) if learned[0] else ""):
+            start = len(opened) if text.startswith(opened) and len(opened) <= spans[0][0] else spans[0][0]
+        return Written(text, start or spans[0][0], spans)
 
-        options = {**self._tokenizer.special_tokens_map, **row.template_options}
-        with _refusals(row.place, messages):
-            texts, marks = render_jinja_template(
-                [messages],
-                tools=cast("Any", row.tools),
-                chat_template=self._template_of(row),
-                return_assistant_tokens_mask=True,
-                **options,
-            )
-        text, spans = texts[0], [(begin, end) for begin, end in cast("list[tuple[int, int]]", marks[0]) if begin < end]
-        if not self._learns_all:
-            num_turns = sum(message["role"] == "assistant" for message in messages)
-            if len(spans) != num_turns:
-                what = f"the chat template marks {len(spans)} parts for {num_turns} turns, so the last is not known"
-                raise DataError(row.place, what, "set data.learn=all")
-            spans = spans[-1:]
-        if not num_before:
-            return Written(text, spans[0][0] if spans else 0, spans)
-        start = self._start(row, text, messages[:num_before], num_before)
-        return Written(text, start, [(max(start, begin), end) for begin, end in spans if end > start])
+    def _end_of_marked(self, text: str, end: int) -> int:
+        """Return where a marked part ends: with the token that ends the turn, though the marks leave it out."""
+        marked = self._up_to_end(text[:end])
+        if len(marked) < end or self._is_ended(marked):
+            return len(marked)
+        return end + len(self.ending.begins(text[end:]) or "")
 
-    def _grown(self, row: NormalRow, messages: Conversation, num_before: int) -> Written:
+    def _grown(self, row: NormalRow, messages: Conversation, learned: list[int]) -> Written:
         """Find the assistant's parts as what each of its messages adds to the conversation before it."""
-        text = self._render(row, messages)
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= num_before]
-        spans: list[tuple[int, int]] = []
-        for turn in turns if self._learns_all else turns[-1:]:
+        last = len(messages) - 1
+        answers: dict[int, tuple[str, str]] = {}  # by turn: what stands before it, what it is
+        for turn in learned:
             if not turn:
                 what = "message 0 is the assistant's, with nothing before it to answer"
                 raise DataError(row.place, what, f"begin with the user's, or {PREFIX_REMEDY}")
-            start = self._start(row, text, messages[:turn], turn)
-            end = len(text)
-            if turn + 1 < len(messages):
-                before = self._render(row, messages[: turn + 1])
-                _check_prefix(row, text, before, turn + 1)
-                end = len(before)
-            spans.append((start, start + len(self._turn_of(text[start:end]))))
+            opened = self._render(row, messages[:turn], is_open=True)
+            answers[turn] = opened, self._answer(row, messages[: turn + 1], opened, is_last=turn == last)
+        text = "".join(answers[last]) if last in answers else self._render(row, messages)
+        spans: list[tuple[int, int]] = []
+        for turn, (opened, answer) in answers.items():
+            _check_prefix(row, text, opened, turn)
+            _check_prefix(row, text, opened + answer, turn + 1)
+            end = len(opened) + len(answer)
+            if turn != last and not self._is_ended(answer):
+                ending = self.ending.begins(text[end:])
+                if ending is None:
+                    raise self._no_end(row, turn)
+                end += len(ending)
+            spans.append((len(opened), end))
         return Written(text, spans[0][0], spans)
+
+    def _answer(self, row: NormalRow, messages: Conversation, opened: str, *, is_last: bool) -> str:
+        """Return what the assistant's last message adds to `opened`, up to what ends it.
+
+        Where it is not the conversation's last and only the next message ends it, that is left out.
+        """
+        message = messages[-1]
+        content, is_plain = str(message["content"]), set(message) <= {"role", "content", "weight"}
+        own_end = self._own_end(message) if is_last else ""
+        mouth = OPENER.search(opened)
+        if is_last and is_plain and mouth and _closes(content, mouth):
+            return self._finished(row, content + own_end)
+        closed = self._render(row, messages)
+        answer = closed[len(opened) :] if closed.startswith(opened) else None
+        if answer is not None:
+            self._check_thoughts(row, message, answer)
+        thinks = CLOSERS.search(content)
+        if answer is not None and not (thinks and thinks.group() not in answer):
+            said = answer.find(content.strip())
+            ended = self.ending.cut(answer, said + len(content.strip()) if said >= 0 else 0)
+            ended = ended or answer.removesuffix(self.ending.gap_alone) + own_end
+            return self._finished(row, ended) if is_last else ended
+        if is_last and is_plain and thinks:
+            return self._finished(row, self._continued(opened, content) + own_end)
+        if answer is not None:
+            what = f"the chat template leaves out what message {len(messages) - 1} thinks"
+            raise DataError(row.place, what, PREFIX_REMEDY)
+        _check_prefix(row, closed, opened, len(messages) - 1)
+        return closed
+
+    def _finished(self, row: NormalRow, answer: str) -> str:
+        """Return an answer, without its end where it is a sample that was cut."""
+        stop = next((stop for stop in self.ending.stops.values() if answer.endswith(stop)), "")
+        return answer if row.finish != "length" else answer.removesuffix(stop).removesuffix(self.ending.gap)
+
+    def _own_end(self, message: dict[str, Any]) -> str:
+        ending = self.ending
+        return ending.call_end if message.get("tool_calls") and ending.call_end else ending.gap + ending.end
+
+    def _continued(self, opened: str, content: str) -> str:
+        """Return what is left to write of a content whose thinking `opened` has begun."""
+        mouth = OPENER.search(opened)
+        if not mouth or not (rest := content.lstrip()).startswith(mouth.group().rstrip()):
+            return content
+        return rest[len(mouth.group()) :] if rest.startswith(mouth.group()) else rest[len(mouth.group().rstrip()) :]
+
+    def _no_end(self, row: NormalRow, turn: int) -> DataError:
+        what = f"the chat template writes no token that ends the turn of message {turn}, so no end would be learned"
+        return DataError(row.place, what, "set data.learn=last, or give data.chat_template one that does")
 
     def _start(self, row: NormalRow, text: str, messages: Conversation, turn: int) -> int:
         """Return the character at which the assistant begins to write message `turn`."""
@@ -214,28 +344,96 @@ class Renderer:
         _check_prefix(row, text, before, turn)
         return len(before)
 
-    def _turn_of(self, text: str) -> str:
-        """Cut off the white space behind an end-of-turn token: the template's, the policy stops before it."""
-        stripped = text.rstrip()
-        return stripped if any(stripped.endswith(token) for token in self._tokenizer.all_special_tokens) else text
+    # The template
 
     def _render(self, row: NormalRow, messages: Conversation, *, is_open: bool = False) -> str:
+        return self._rendered(row, messages, add_generation_prompt=is_open)[0]
+
+    def _render_marked(self, row: NormalRow, messages: Conversation) -> tuple[str, list[tuple[int, int]]]:
+        text, marks = self._rendered(row, messages, return_assistant_tokens_mask=True)
+        return text, [(begin, end) for begin, end in marks if begin < end]
+
+    def _rendered(self, row: NormalRow, messages: Conversation, **how: bool) -> tuple[str, Any]:
+        """Return a text and the parts that the template marks in it, where they are asked for."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template = self._template_of(row)
+        given = {**self._tokenizer.special_tokens_map, **self._clock, **row.template_options}
         with _refusals(row.place, messages):
-            rendered = self._tokenizer.apply_chat_template(
-                messages,
-                tools=cast("Any", row.tools),
-                chat_template=self._template_of(row),
-                add_generation_prompt=is_open,
-                tokenize=False,
-                **row.template_options,
+            texts, marks = render_jinja_template(
+                [self._styled(row, messages)], tools=cast("Any", row.tools), chat_template=template, **how, **given
             )
-        return cast("str", rendered)
+        self._check_written(row, messages, texts[0])
+        return texts[0], marks[0] if marks else []
+
+    def _check_written(self, row: NormalRow, messages: Conversation, text: str) -> None:
+        """Refuse what a template leaves out without a word."""
+        remedy = "take a model that knows it, or give data.chat_template=FILE"
+        tools = [tool.get("function", tool) for tool in row.tools or []]
+        names = [tool["name"] for tool in tools if isinstance(tool, dict) and isinstance(tool.get("name"), str)]
+        if lost := [name for name in names if name not in text]:
+            raise DataError(row.place, f"has tools, which the chat template does not write ({lost[0]})", remedy)
+        calls = [call["function"]["name"] for message in messages for call in message.get("tool_calls", [])]
+        if lost := [name for name in calls if name not in text]:
+            raise DataError(row.place, f"has tool_calls, which the chat template does not write ({lost[0]})", remedy)
+        system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+        if system.strip() not in text:
+            raise DataError(row.place, "has a system message, which the chat template does not write", remedy)
+
+    def _check_thoughts(self, row: NormalRow, message: dict[str, Any], answer: str) -> None:
+        for name in sorted(THOUGHTS & message.keys()):
+            if isinstance(message[name], str) and message[name].strip() not in answer:
+                remedy = "take a model that knows it, or give data.chat_template=FILE"
+                raise DataError(row.place, f"has {name}, which the chat template does not write", remedy)
+
+    def _styled(self, row: NormalRow, messages: Conversation) -> Conversation:
+        """Return messages as this template wants them."""
+        plain = [{name: each for name, each in message.items() if name != "weight"} for message in messages]
+        if not any(message.get("tool_calls") for message in plain):
+            return plain
+        if self._call_style is None:
+            self._call_style = self._find_call_style(row)
+        as_json, content = self._call_style
+        for message in plain:
+            if calls := message.get("tool_calls"):
+                message["content"] = message["content"] or content
+                message["tool_calls"] = [_styled_call(call, as_json=as_json) for call in calls]
+        return plain
+
+    def _find_call_style(self, row: NormalRow) -> tuple[bool, str | None]:
+        """Return how the template wants tool calls, by trying; an object that comes out as Python's is not wanted."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        given = {**self._tokenizer.special_tokens_map, **self._clock}
+        written: list[tuple[bool, str | None]] = []
+        for as_json, content in CALL_STYLES:
+            call = tool_call(CALLED, json.dumps({ASKED: HEARD}) if as_json else {ASKED: HEARD})
+            asking = {"role": "assistant", "content": content, "tool_calls": [call]}
+            try:
+                texts, _ = render_jinja_template(
+                    [[{"role": "user", "content": "a"}, asking]],
+                    tools=cast("Any", row.tools),
+                    chat_template=self._template_of(row),
+                    **given,
+                )
+            except template_errors():
+                continue
+            text = texts[0]
+            written += [(as_json, content)] if CALLED in text else []
+            if CALLED in text and HEARD in text and f"'{ASKED}'" not in text and '\\"' not in text:
+                return as_json, content
+        return written[0] if written else CALL_STYLES[0]
 
     def _template_of(self, row: NormalRow) -> str:
         if self._template is None and not self._tokenizer.chat_template:
+            where = f"tokenizer {self._tokenizer.name_or_path}"
             remedy = "take an instruction-tuned model, or give data.chat_template=FILE"
-            raise ModelError(f"tokenizer {self._tokenizer.name_or_path}", "has no chat template", remedy)
-        return self._template or cast("str", self._tokenizer.get_chat_template(tools=cast("Any", row.tools)))
+            raise ModelError(where, "has no chat template", remedy)
+        try:
+            return self._template or cast("str", self._tokenizer.get_chat_template(tools=cast("Any", row.tools)))
+        except ValueError as error:
+            reason = str(error).partition("!")[0]
+            raise ModelError(f"tokenizer {self._tokenizer.name_or_path}", reason, "set data.chat_template") from error
 
     def _encode_written(self, written: Written, *, separately: bool = False) -> Encoded:
         ends = [written.start, *(place for span in written.spans for place in span)]
@@ -252,23 +450,58 @@ class Renderer:
     def _pieces(self, text: str, ends: Sequence[int]) -> tuple[list[list[int]], bool]:
         """Tokenize a text and cut its tokens after the given characters.
 
-        Returns also whether a token spans one of them: the parts are then tokenized separately.
+        Returns also whether a token spans one of them: the parts are then tokenized one by one.
         """
-        pieces, whole = self._alone(text, ends), self._ids(text)
+        parts = [text[start:end] for start, end in pairwise([0, *ends, len(text)])]
+        pieces, whole = [self._ids(part) for part in parts], self._ids(text)
         if list(chain(*pieces)) == whole:
             return pieces, False
         # Some tokenizers write a text's first word otherwise than the same word later on: compare beginnings.
         heads = [self._ids(text[:end]) for end in ends]
         if any(whole[: len(head)] != head for head in heads):
-            return pieces, True
+            return self._alone(text, ends), True
         cuts = [0, *(len(head) for head in heads), len(whole)]
         return [whole[start:end] for start, end in pairwise(cuts)], False
 
     def _alone(self, text: str, ends: Sequence[int]) -> list[list[int]]:
-        return [self._ids(text[start:end]) for start, end in pairwise([0, *ends, len(text)])]
+        """Tokenize the parts of a text one by one, each as it stands behind the one before it."""
+        parts = [text[start:end] for start, end in pairwise([0, *ends, len(text)])]
+        pieces = [self._ids(part) for part in parts]
+        if self._text(list(chain(*pieces))) == text:
+            return pieces
+        return [self.ids_behind(part) if any(parts[:k]) else pieces[k] for k, part in enumerate(parts)]
+
+    def ids_behind(self, text: str) -> list[int]:
+        """Return a text's tokens as they are behind another text: without the space that begins one."""
+        for anchor in ANCHORS:
+            head, both = self._ids(anchor), self._ids(anchor + text)
+            if both[: len(head)] == head and self._text(both) == self._text(head) + text:
+                return both[len(head) :]
+        return self._ids(text)
 
     def _ids(self, text: str) -> list[int]:
         return cast("list[int]", self._tokenizer.encode(text, add_special_tokens=False)) if text else []
+
+    def _text(self, ids: list[int]) -> str:
+        decoded: Any = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return cast("str", decoded)
+
+
+def _behind(opened: str, answer: str) -> Written:
+    return Written(opened + answer, len(opened), [(len(opened), len(opened) + len(answer))])
+
+
+def _closes(content: str, mouth: re.Match[str]) -> bool:
+    """Return whether a content ends the thinking that the prompt has begun, without beginning it itself."""
+    closer = CLOSERS.search(content)
+    return closer is not None and mouth.group().rstrip() not in content[: closer.start()]
+
+
+def _styled_call(call: dict[str, Any], *, as_json: bool) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function["arguments"]
+    written = json.dumps(arguments, ensure_ascii=False) if as_json else arguments
+    return {**call, "function": {**function, "arguments": written}}
 
 
 def _joined(encodings: list[Encoded]) -> Encoded:
@@ -291,10 +524,8 @@ def _check_prefix(row: NormalRow, text: str, before: str, turn: int) -> None:
 @contextmanager
 def _refusals(place: str, messages: Conversation) -> Iterator[None]:
     """Turn what a template raises into a `DataError`."""
-    from jinja2 import TemplateError
-
     try:
         yield
-    except (TemplateError, TypeError) as error:  # TypeError: it adds a string and another thing
+    except template_errors() as error:
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(place, f"the chat template refuses the roles {roles} ({error})", "mend the row") from error

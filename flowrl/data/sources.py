@@ -39,6 +39,9 @@ class RawRow(msgspec.Struct, frozen=True):
 
     place: str  # file and line, or file and row, for errors
     columns: dict[str, Any]
+    is_columnar: bool = (
+        False  # from Parquet and its like: an object has every field that any has, null where it lacks it
+    )
 
 
 def read_rows(source: str, *, split: str, subset: str, bad: Bad) -> Iterator[RawRow]:
@@ -287,7 +290,7 @@ def _number(source: str, rows: Any, bad: Bad) -> Iterator[RawRow]:
         if flaw := _flaw(columns, place):
             bad(flaw)
         else:
-            yield RawRow(place, columns)
+            yield RawRow(place, columns, is_columnar=True)
 
 
 # What can be sent

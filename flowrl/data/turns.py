@@ -10,17 +10,22 @@ Called by the agent stage.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
-from flowrl.data.chat import render_chat, require_chat_template
+from flowrl.data.conversations import messages_of, with_system
+from flowrl.data.formats import NormalRow
+from flowrl.data.rendering import Renderer
+from flowrl.data.sources import RawRow
+from flowrl.ending import DATE, sample_text
 from flowrl.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from datetime import date
 
     from transformers import PreTrainedTokenizerBase
 
-    from flowrl.data.chat import Conversation
+    from flowrl.data.conversations import Conversation
 
 DEPTHS = 3  # turns that the template is tried with
 REMEDY = "give the model a chat template that ends each turn with a special token and only appends"
@@ -30,22 +35,23 @@ class TurnFormat:
     """A tokenizer's chat template as it is used turn by turn."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, role: str, prefix: str = "", system_prompt: str | None = None
-    ) -> None:
+        self, tokenizer: PreTrainedTokenizerBase, *, role: str, prefix: str = "", system_prompt: str | None = None,
+        day: date = DATE,
+    ) -> None:  # fmt: skip
         """Try the template; `role` is that of an observation's message, `prefix` begins each of the policy's turns.
 
         Raises:
             ModelError: there is no template, or it does not merely append, or turns end without a special token.
             DataError: it refuses the role.
         """
-        require_chat_template(tokenizer)
         self._tokenizer = tokenizer
+        self._renderer = Renderer(tokenizer, day=day)
         self._role = role
         self._prefix = prefix
         self._system_prompt = system_prompt
         self._where = f"tokenizer {tokenizer.name_or_path}"
         self._probe: Conversation = [{"role": "user", "content": "xqzask"}]
-        self._turn_end = self._check()
+        self._check()
 
     def first(self, observation: str | Conversation, *, where: str) -> list[int]:
         """Return the prompt's tokens: the first observation, with the policy's turn opened.
@@ -53,23 +59,24 @@ class TurnFormat:
         Raises:
             DataError: the conversation is malformed or the template refuses it.
         """
-        text = render_chat(self._tokenizer, observation, where=where, system_prompt=self._system_prompt)
-        return self._ids(text + self._prefix)
+        messages: Conversation = [{"role": "user", "content": observation}] if isinstance(observation, str) else []
+        messages = messages or messages_of(RawRow(where, {"observation": observation}), "observation")
+        text = self._open(messages, where=where) + self._prefix
+        return self._renderer.prompt_ids(text, is_rendered=True)
 
     def between(self, turn: Sequence[int], observation: str) -> list[int]:
         """Return the tokens to be put behind the policy's `turn`, up to where its next one begins."""
-        token_ids = self._ids(self._behind(self._probe, "xqzsay", observation) + self._prefix)
-        return token_ids[1:] if turn[-1] == self._turn_end else token_ids
+        behind = self._behind(self._probe, "xqzsay", observation) + self._prefix
+        end = self._renderer.ending.begins(behind) or ""
+        rest = self._renderer.ids_behind(behind[len(end) :])
+        is_ended = turn[-1] == self._renderer.ids_behind(end)[-1]
+        return rest if is_ended else [*self._renderer.ids_behind(end), *rest]
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """Return tokens as text, without special ones."""
-        decoded: Any = self._tokenizer.decode(
-            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return cast("str", decoded)
+        """Return an episode's tokens as text, special ones too, without the one that ended it."""
+        return sample_text(self._tokenizer, token_ids, self._renderer.ending.stops)
 
-    def _check(self) -> int:
-        """Return the token that ends a turn."""
+    def _check(self) -> None:
         seen: set[str] = set()
         messages = self._probe
         for depth in range(DEPTHS):
@@ -79,11 +86,11 @@ class TurnFormat:
         if len(seen) > 1:
             what = f"the chat template writes the {self._role}'s turn differently as the conversation grows"
             raise ModelError(self._where, what, REMEDY)
-        token_ids = self._ids(seen.pop())
-        if not token_ids or token_ids[0] not in self._special_ids():
-            shown = self._tokenizer.convert_ids_to_tokens(token_ids[:1])
-            raise ModelError(self._where, f"the chat template ends a turn with {shown}, no special token", REMEDY)
-        return token_ids[0]
+        behind = seen.pop()
+        if self._renderer.ending.begins(behind) is None:
+            raise ModelError(
+                self._where, f"the chat template ends a turn with {behind[:20]!r}, no special token", REMEDY
+            )
 
     def _behind(self, messages: Conversation, said: str, heard: str) -> str:
         """Return what the template writes behind the policy's turn once an observation follows."""
@@ -101,13 +108,11 @@ class TurnFormat:
 
     def _render(self, messages: Conversation) -> str:
         try:
-            return render_chat(self._tokenizer, messages, where=self._where, system_prompt=self._system_prompt)
+            return self._open(messages, where=self._where)
         except DataError as error:
             remedy = f"set agent.role to one that it takes, not {self._role!r}"
             raise DataError(error.where, error.what, remedy) from error
 
-    def _special_ids(self) -> set[int]:
-        return {*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder}
-
-    def _ids(self, text: str) -> list[int]:
-        return cast("list[int]", self._tokenizer.encode(text, add_special_tokens=False))
+    def _open(self, messages: Conversation, *, where: str) -> str:
+        messages = with_system(messages, self._system_prompt)
+        return self._renderer.prompt_text(NormalRow(place=where, prompt=messages))

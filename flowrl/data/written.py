@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from flowrl.data.chat import as_messages
+from flowrl.data.prompts import prompt_of
+from flowrl.data.sources import RawRow
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -28,12 +29,16 @@ def asked_and_answered(data: PromptData, columns: Mapping[str, Any], text: str) 
 
     A prompt "2 + 2?" with the prefix "It is" and the text " 4." gives a user's message and the assistant's "It is 4.".
     """
-    prompt, prefix = columns["prompt"], columns.get("answer_prefix") or ""
-    if not data.chat_template:
+    prefix = columns.get("answer_prefix") or ""
+    prompt = prompt_of(data, RawRow("prompt", {**columns, data.prompt_column: columns["prompt"]})).prompt
+    if isinstance(prompt, str):
         return (f"{prompt}\n{prefix}" if prefix else prompt), text
-    messages = as_messages(prompt, where="prompt", system_prompt=data.system_prompt)
-    asked = [dict(message) for message in messages]
-    return asked, [{"role": "assistant", "content": prefix + text}]
+    return prompt, [{"role": "assistant", "content": prefix + text}]
+
+
+def template_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns that the chat template was given besides the prompt."""
+    return {name: columns[name] for name in ("tools", "chat_template_kwargs") if columns.get(name)}
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

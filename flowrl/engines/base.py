@@ -50,7 +50,8 @@ class Sampling(Config):
     temperature: Annotated[float, Meta(gt=0)] = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Meta(ge=0)] = 0  # 0: no limit
-    stop_token_ids: list[int] = []  # besides the tokenizer's end-of-sequence token
+    stop_token_ids: list[int] = []  # besides those where the model's answers end
+    special_tokens: Literal["keep", "drop"] = "keep"  # in a sample's text, as <tool_call>; its end is never there
     ignore_stop: bool = False  # go on to max_tokens whatever is drawn; a stop token is then one like any other
 
     @property

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flowrl.ending import write_stops
 from flowrl.engines.base import TokenGroup
 from flowrl.engines.models import copy_tokenizer
 from flowrl.engines.packing import pack, plan
@@ -124,6 +125,8 @@ def write_model(
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory, state_dict={**parameters, **kept})
     copy_tokenizer(Path(source), directory)
+    if model.can_generate():
+        write_stops(directory)
     (directory / "README.md").write_text(card)
 
 

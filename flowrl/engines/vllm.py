@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from flowrl.ending import sample_text
 from flowrl.engines import vllm_settings
 from flowrl.engines.base import GenerationConfig, Sampling, UpdateReport
 from flowrl.engines.canary import NO_CANARY, Gap, compare
@@ -82,7 +83,7 @@ class VllmEngine:
                 f"vLLM could not serve {self.config.model} ({type(error).__name__}: {error})",
                 "check the model's architecture, kv_cache_bytes and max_model_len",
             ) from error
-        self._decode = tokenizer.decode
+        self._tokenizer = tokenizer
         self._stop_ids = vllm_settings.stop_token_ids(self.config.model, tokenizer)
 
     def _load(self) -> None:
@@ -170,7 +171,7 @@ class VllmEngine:
             if output.finish_reason != "abort":
                 break
             # Only an update with on_update=abort ends a request of ours so: draw it again under the new weights.
-        sample = self._read(output)
+        sample = self._read(output, sampling)
         while self._unproved is not None and any(span.version == self._unproved for span in sample.versions):
             await self._proved.wait()
         self._check_serving()
@@ -189,18 +190,19 @@ class VllmEngine:
         assert last is not None, "vLLM ends a request with an output"
         return last.outputs[0]
 
-    def _read(self, output: CompletionOutput) -> Sample:
+    def _read(self, output: CompletionOutput, sampling: Sampling) -> Sample:
         assert output.weight_versions is not None, "vLLM gives the versions of a finished request"
         flat: Any = output.logprobs
         # With logprobs=0 a position holds the sampled token first.
         logprobs = [flat.logprobs[start] for start in flat.start_indices]
         token_ids = list(output.token_ids)
+        stops = {*self._stop_ids, *sampling.stop_token_ids} if output.finish_reason == "stop" else ()
         return Sample(
             token_ids=Buffer.ints(token_ids),
             logprobs=Buffer.floats(logprobs),
             versions=[VersionSpan(int(span.version), span.start, span.end) for span in output.weight_versions],
             finish=str(output.finish_reason),
-            text=self._decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            text=sample_text(self._tokenizer, token_ids, stops, keeps_special=sampling.special_tokens == "keep"),
         )
 
     def _check_serving(self) -> None:

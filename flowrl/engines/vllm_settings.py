@@ -1,9 +1,9 @@
 """What vLLM is started and asked with: environment, engine arguments, sampling parameters.
 
-Invariants: nothing of a model's generation_config reaches the sampling distribution except its end-of-sequence
-tokens; behaviour log-probs are those of the distribution sampled from; a prompt is never split over two scheduler
-steps on CPUs, where a split kills seeded requests. `set_environment` comes before the first import of vLLM and is the
-only function here that may. Called by `VllmEngine`.
+Invariants: nothing of a model's generation_config reaches the sampling distribution except where its answers end;
+behaviour log-probs are those of the distribution sampled from; a prompt is never split over two scheduler steps on
+CPUs, where a split kills seeded requests. `set_environment` comes before the first import of vLLM and is the only
+function here that may. Called by `VllmEngine`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowrl.ending import ending_of
 from flowrl.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -146,14 +147,5 @@ def canary_parameters() -> SamplingParams:
 
 
 def stop_token_ids(model: str, tokenizer: Any) -> list[int]:
-    """Return the tokens that end a response: the tokenizer's and those of the model's generation_config."""
-    import json
-
-    ids: set[int] = set()
-    if tokenizer.eos_token_id is not None:
-        ids.add(int(tokenizer.eos_token_id))
-    path = Path(model) / "generation_config.json"
-    if path.is_file():
-        found = json.loads(path.read_bytes()).get("eos_token_id")
-        ids.update([found] if isinstance(found, int) else found or [])
-    return sorted(ids)
+    """Return the tokens that end a response (flowrl.ending)."""
+    return sorted(ending_of(tokenizer, directory=model).stops)

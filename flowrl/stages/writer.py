@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from flowrl.config import Meta
 from flowrl.data.prompts import PromptData
-from flowrl.data.written import asked_and_answered, write_rows
+from flowrl.data.written import asked_and_answered, template_columns, write_rows
 from flowrl.engines.checkpoint import read_version, write_version
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
@@ -128,6 +128,7 @@ class Writer(Stage):
         return {
             "prompt": prompt,
             "completion": completion,
+            **template_columns(group.columns),
             "reward": group.rewards[place],
             **{f"score.{name}": scores[place] for name, scores in group.scores.items()},
             **logprobs,
@@ -145,6 +146,8 @@ class Writer(Stage):
             "prompt": prompt,
             "chosen": chosen,
             "rejected": rejected,
+            "finish": "stop",
+            **template_columns(group.columns),
             "score_chosen": group.rewards[best],
             "score_rejected": group.rewards[worst],
             "group_id": group.group_id,

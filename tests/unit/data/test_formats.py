@@ -124,11 +124,37 @@ def test_step_without_a_label_has_nan():
     assert labels[2] == 0.25
 
 
-def test_tools_may_be_json_and_nulls_that_parquet_adds_are_dropped():
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "x": None}}]}
-    row = normal(messages=[{**ASK[0], "tool_calls": None}, call], tools=json.dumps([TOOL]))
-    assert row.tools == [TOOL]
-    assert row.responses == [[ASK[0], {"role": "assistant", "tool_calls": [{"function": {"name": "look"}}]}]]
+def test_nulls_that_parquet_adds_are_dropped_and_those_that_are_meant_stay():
+    function = {"name": "look", "arguments": {"at": "sky", "unit": None}}
+    call = {"role": "assistant", "content": None, "name": None, "tool_calls": [{"function": function, "id": None}]}
+    columns = {"messages": [{**ASK[0], "tool_calls": None}, call], "tools": json.dumps([TOOL])}
+    for is_columnar, arguments in ((False, {"at": "sky", "unit": None}), (True, {"at": "sky"})):
+        raw = RawRow("a:7", columns, is_columnar)
+        found = normalise(raw, detect(raw))
+        calls = [{"type": "function", "function": {"name": "look", "arguments": arguments}}]
+        assert found.tools == [TOOL]
+        assert found.responses == [[ASK[0], {"role": "assistant", "content": "", "tool_calls": calls}]]
+
+
+@pytest.mark.parametrize(
+    ("written", "content"),
+    [
+        (None, ""),
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": "b", "image": None}], "ab"),
+        (["a", " b"], "a b"),
+        ([], ""),
+    ],
+)
+def test_content_is_text_however_it_is_written(written: Any, content: str):
+    row = normal(messages=[{"role": "user", "content": written}, *BLUE])
+    assert row.responses[0][0] == {"role": "user", "content": content}
+
+
+@pytest.mark.parametrize("arguments", ['{"at": "sky"}', {"at": "sky"}])
+def test_arguments_of_a_call_are_an_object_however_they_are_written(arguments: Any):
+    call = {"role": "assistant", "tool_calls": [{"name": "look", "arguments": arguments}]}
+    found: Any = normal(messages=[*ASK, call]).responses[0][1]
+    assert found["tool_calls"][0]["function"] == {"name": "look", "arguments": {"at": "sky"}}
 
 
 BAD: list[tuple[dict[str, Any], list[str]]] = [
@@ -158,7 +184,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"prompt": "a", "completions": ["b", "c"], "labels": [1]}, ["holds 1 for 2 steps"]),
     ({"prompt": "a", "completions": ["b"], "labels": [2]}, ["step 0 is labelled 2", "0 to 1"]),
     ({"prompt": "a", "completions": ["b"], "labels": [None]}, ["no step has a label"]),
-    ({"messages": ASK + BLUE, "tools": "{"}, ["column 'tools' is not JSON"]),
+    ({"messages": ASK + BLUE, "tools": "{"}, ["column 'tools' holds a string", "a list of JSON schemas"]),
     ({"messages": ASK + BLUE, "tools": [1]}, ["column 'tools' holds a list", "JSON schemas"]),
     ({"messages": ASK + BLUE, "chat_template_kwargs": "x"}, ["'chat_template_kwargs' holds a string", "an object"]),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
@@ -162,11 +163,15 @@ def test_pair_shares_its_prompt_and_has_one_rendering_each(tokenizer):
         ([said("user", "a")], None, "no assistant's message to learn (roles: user)"),
         ([said("assistant", "a")], None, "message 0 is the assistant's, with nothing before it"),
         (
-            [said("user", "a"), {"role": "assistant", "tool_calls": [1]}],
+            [said("user", "a"), {"role": "assistant", "tool_calls": [{"name": "look"}]}],
             None,
             "has tool_calls, which the chat template",
         ),
-        ([said("user", "a"), {"role": "assistant", "tool_calls": [1]}], "{{ 1 + 'tool_calls' }}", "refuses the roles"),
+        (
+            [said("user", "a"), {"role": "assistant", "tool_calls": [{"name": "look"}]}],
+            "{{ 1 + 'tool_calls' }}",
+            "refuses the roles",
+        ),
         ([said("user", "a"), said("assistant", "b")], "{{ raise_exception('no!') }}", "refuses the roles"),
         ([said("user", "a"), said("assistant", "b")], "{% generation %}{% endgeneration %}x", "writes nothing"),
     ],
@@ -199,8 +204,8 @@ def test_marks_that_are_not_one_a_turn_cannot_tell_the_last(tokenizer):
     )
     messages = [said("user", "a"), said("assistant", "b")]
     assert renderer(tokenizer, template=twice).encode(row(messages=messages)) == by_hand(tokenizer, messages)
-    with pytest.raises(DataError, match=r"marks 2 parts for 1 turns.*data\.learn=all"):
-        renderer(tokenizer, template=twice, learns_all=False).encode(row(messages=messages))
+    with pytest.raises(DataError, match=r"marks 4 parts for 2 turns.*data\.learn=all"):
+        renderer(tokenizer, template=twice, learns_all=False).encode(row(messages=messages * 2))
 
 
 def test_conversation_needs_a_chat_template():
@@ -273,9 +278,8 @@ def test_pair_of_which_one_side_is_tokenized_alone_has_both_alone(is_chat):
     found = renderer(tokenizer, template=template).encode(row(**columns))
     assert found.is_separate
     chosen, rejected = found.responses
-    alone = tokenizer.encode("-sky", add_special_tokens=False)
-    assert rejected[: len(alone)] == alone != tokenizer.encode("the s-sky", add_special_tokens=False)[2:]
-    assert chosen[:1] == tokenizer.encode("ky", add_special_tokens=False)
+    assert rejected == [6, 5, 1], "no space that the text does not have"
+    assert chosen[0] != tokenizer.encode("the sky", add_special_tokens=False)[-1]
 
 
 def test_pair_of_strings_is_separate_where_one_side_merges():
@@ -317,3 +321,124 @@ def test_string_needs_an_eos_token():
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="no EOS token"):
         renderer(tokenizer).encode(row(text="a"))
+
+
+# Ends, boundaries and what templates want
+
+
+def bos_tokenizer(*, ends: bool = False) -> Any:
+    """The tiny tokenizer, putting <|im_start|> before every text, and perhaps <|endoftext|> behind."""
+    from tokenizers import processors
+
+    tokenizer = tiny_tokenizer()
+    single = "<|im_start|>:0 $A:0" + (" <|endoftext|>:0" if ends else "")
+    tokens = [("<|im_start|>", 1), ("<|endoftext|>", 0)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=tokens)
+    return tokenizer
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("begins", ["", "<|im_start|>"])
+def test_a_text_begins_with_the_tokenizer_s_own_token_once(ends, begins):
+    tokenizer = bos_tokenizer(ends=ends)
+    prompt, answer = [1, *tokenizer.encode("Ab", add_special_tokens=False)], [*tokenizer.encode("c")[1:2], 2]
+    made = renderer(tokenizer)
+    assert made.prompt_ids(begins + "Ab", is_rendered=False) == prompt
+    found = made.encode(row(prompt=begins + "Ab", completion="c"))
+    assert (found.prompt_ids, found.responses) == (prompt, [answer])
+    found = made.encode(row(text=begins + "Abc"))
+    assert [*found.prompt_ids, *found.responses[0]] == [*prompt, *answer]
+    pair = made.encode(row(chosen=begins + "Abc", rejected=begins + "Abd"))
+    assert (pair.prompt_ids, pair.responses[0]) == (prompt, answer)
+    steps = made.encode(row(prompt=begins + "Ab", completions=["c"], labels=[True]))
+    assert steps.prompt_ids == prompt
+
+
+@pytest.mark.parametrize("finish", ["length", "stop", "eos", None])
+@pytest.mark.parametrize("template", [None, MARKED])
+def test_a_sample_that_was_cut_is_not_taught_to_end(tokenizer, template, finish):
+    made, end = renderer(tokenizer, template=template), "" if finish == "length" else "<|im_end|>"
+    ask, answer = [said("user", "a")], [said("assistant", "Once upon a ti")]
+    columns = [{"prompt": ask, "completion": answer}, {"prompt": "a", "completion": "Once upon a ti"}]
+    columns += [{"messages": ask + answer}, {"text": "aOnce upon a ti"}]
+    for each in columns:
+        found = made.encode(row(**each, finish=finish))
+        assert tokenizer.decode([*found.prompt_ids, *found.responses[0]]).endswith(f"Once upon a ti{end}")
+
+
+def test_marks_that_leave_the_end_of_a_turn_out_learn_it_all_the_same(tokenizer):
+    messages = [said("user", "a"), said("assistant", "b"), said("user", "c"), said("assistant", "d")]
+    without = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+    with_more = MARKED.replace("{{ '\n' }}", "").replace("{% endgeneration %}", "{{ '\n' }}{% endgeneration %}")
+    with_more = with_more.replace("<|im_end|>{% endif %}", "<|im_end|>{{ '\n' }}{% endif %}")
+    for template in (without, with_more):
+        assert renderer(tokenizer, template=template).encode(row(messages=messages)) == by_hand(tokenizer, messages)
+
+
+def test_a_template_that_ends_no_turn_learns_eos_behind_the_last_and_refuses_to_learn_others(tokenizer):
+    plain = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    plain += "{% if add_generation_prompt %}assistant: {% endif %}"
+    messages = [said("user", "a"), said("assistant", "b"), said("user", "c"), said("assistant", "d")]
+    found = renderer(tokenizer, template=plain, learns_all=False).encode(row(messages=messages))
+    assert tokenizer.decode(found.responses[0]) == "d<|im_end|>"
+    with pytest.raises(DataError, match=r"no token that ends the turn of message 1.*data\.learn=last"):
+        renderer(tokenizer, template=plain).encode(row(messages=messages))
+
+
+CALLS = "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} ARGUMENTS</call>{% endfor %}<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "content"),
+    [
+        ("{{ c.function.arguments | tojson }}", "{{ m['content'] }}"),
+        ("{{ c.function.arguments }}", "{{ m['content'] }}"),  # Python's own writing of an object is not JSON
+        ("{{ '' + c.function.arguments }}", "{{ m['content'] or '' }}"),
+        ("{{ c.function.arguments | tojson }}", "{% if m.content is not none %}{{ m.content }}{% endif %}"),
+    ],
+)
+@pytest.mark.parametrize("given", ['{"at": "é", "unit": null}', {"at": "é", "unit": None}])
+def test_a_call_s_arguments_are_learned_as_json(tokenizer, arguments, content, given):
+    template = CHAT_TEMPLATE.replace("{{ m['content'] }}", content)
+    template = template.replace("<|im_end|>", CALLS.replace("ARGUMENTS", arguments))
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": given}}]}
+    found = renderer(tokenizer, template=template).encode(row(messages=[said("user", "a"), call]))
+    text = tokenizer.decode(found.responses[0]).removesuffix("</call><|im_end|>").removeprefix("<call>look ")
+    assert json.loads(text) == {"at": "é", "unit": None}
+
+
+def test_a_call_is_written_though_the_template_asks_for_no_content(tokenizer):
+    """DeepSeek's writes calls only where the content is null."""
+    calls = "{% if m.content is none %}{% for c in m.tool_calls %}<call>{{ c.function.name }}{% endfor %}{% endif %}"
+    template = CHAT_TEMPLATE.replace("{{ m['content'] }}", calls + "{{ m.content or '' }}")
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "look"}]}
+    found = renderer(tokenizer, template=template).encode(row(messages=[said("user", "a"), call]))
+    assert tokenizer.decode(found.responses[0]) == "<call>look<|im_end|>"
+
+
+def test_what_a_template_leaves_out_is_refused(tokenizer):
+    made = renderer(
+        tokenizer, template="{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    thought = {**said("assistant", "b"), "reasoning_content": "hm"}
+    for messages, what in (
+        ([said("system", "be kind"), said("user", "a"), said("assistant", "b")], "has a system message"),
+        ([said("user", "a"), thought], "has reasoning_content"),
+    ):
+        with pytest.raises(DataError, match=f"{what}.* which the chat template does not write"):
+            made.encode(row(messages=messages))
+
+
+def test_what_an_assistant_thought_is_learned_though_the_template_drops_it_from_history(tokenizer):
+    """As DeepSeek-R1's: it begins to think in the policy's place, and writes answers without their thinking."""
+    template = CHAT_TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}")
+    ask = [said("user", "a")]
+    for mouth in ("", "<think>\n"):
+        made = renderer(tokenizer, template=template.replace("assistant\n", f"assistant\n{mouth}"))
+        for content in (f"{mouth}hm</think>b", "hm</think>b"):
+            found = made.encode(row(prompt=ask, completion=[said("assistant", content)]))
+            assert tokenizer.decode(found.prompt_ids).endswith(f"assistant\n{mouth}")
+            assert tokenizer.decode(found.responses[0]) == "hm</think>b<|im_end|>"
+        earlier = [*ask, said("assistant", "hm</think>b"), *ask, said("assistant", "c</think>d")]
+        with pytest.raises(DataError, match=r"leaves out what message 1 thinks|otherwise once"):
+            made.encode(row(messages=earlier))

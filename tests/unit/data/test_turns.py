@@ -13,7 +13,7 @@ from flowrl.errors import DataError, ModelError
 from tests.support.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 if TYPE_CHECKING:
-    from flowrl.data.chat import Conversation
+    from flowrl.data.conversations import Conversation
 
 TOKENIZER = tiny_tokenizer()
 END: Any = TOKENIZER.convert_tokens_to_ids("<|im_end|>")

@@ -60,6 +60,26 @@ def test_a_separator_may_span_tokens():
     assert StepFinder(TOKENIZER, "\n\n").ends(ids, [1.0] * len(ids)) == [4, 7]
 
 
+@pytest.mark.parametrize(
+    ("text", "separator", "num_steps"),
+    [
+        ("第一步。第二步。第三步", "。", 3),
+        ("ab ки\ncd ки\n", "ки", 2),
+        ("a<|im_start|>b<|im_start|>", "<|im_start|>", 2),
+    ],
+)
+def test_a_separator_may_be_several_bytes_or_a_special_token(text: str, separator: str, num_steps: int):
+    ids = [*tokens(text), END]
+    ends = StepFinder(TOKENIZER, separator).ends(ids, [1.0] * len(ids))
+    assert len(ends) == num_steps
+    assert [TOKENIZER.decode(ids[: end + 1]).endswith(separator) for end in ends[:-1]] == [True] * (num_steps - 1)
+
+
+def test_bytes_that_are_no_character_hide_no_separator():
+    ids = [*tokens("第")[:1], *tokens("a\nb\n"), END]
+    assert StepFinder(TOKENIZER, "\n").ends(ids, [1.0] * len(ids)) == [2, 4]
+
+
 def test_only_the_policy_s_tokens_end_a_step_and_each_turn_ends_one():
     ids = [*tokens("ab"), END, *tokens("no\nno\n"), *tokens("c\nd"), END]
     mask = [1.0] * 3 + [0.0] * 6 + [1.0] * 4

@@ -1,0 +1,184 @@
+"""Messages as data write them, brought to the one shape that templates are given: online, offline and in files.
+
+Data come from OpenAI's wire format, from Parquet, which gives every object the fields that any of them has, and from
+hands. Invariants: a content is a string (null is "", text parts are joined, a part that is no text is refused); a tool
+call is {"type": "function", "function": {"name", "arguments"}} with the arguments an object, every key of it kept;
+`weight` is 0 or 1; no other null is left among a message's own fields. Called by formats.py for examples and by
+prompts.py for prompts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+
+from flowrl.errors import DataError
+
+if TYPE_CHECKING:
+    from flowrl.data.sources import RawRow
+
+Conversation = list[dict[str, Any]]
+WEIGHTS = ("weight", "train", "loss")  # what OpenAI and Mistral, axolotl and ms-swift call it
+SYSTEM_ROLES = ("system", "developer")
+THOUGHTS = {"reasoning_content", "reasoning", "thinking"}  # what an assistant thought, where it is apart from content
+ALIEN = {"function_call": "tool_calls", "functions": "the column tools"}  # fields that no template reads
+
+
+def messages_of(row: RawRow, name: str) -> Conversation:
+    """Return the messages in a column.
+
+    Raises:
+        DataError: it holds none, or one of them is malformed.
+    """
+    value = row.columns[name]
+    if not isinstance(value, list):
+        what = f"column {name!r} holds {noun(value)}"
+        raise DataError(row.place, what, "a string or a list of messages was expected")
+    if not value:
+        raise DataError(row.place, f"column {name!r} holds no message", "drop the row, or set data.on_bad=skip")
+    return [_message(row, f"column {name!r}: message {k}", each) for k, each in enumerate(cast("list[Any]", value))]
+
+
+def with_system(messages: Conversation, system_prompt: str | None) -> Conversation:
+    """Put a system prompt before messages that have none of their own; None leaves that to the template."""
+    if system_prompt is None or messages[0]["role"] in SYSTEM_ROLES:
+        return messages
+    return [{"role": "system", "content": system_prompt}, *messages]
+
+
+def tools_of(row: RawRow) -> list[dict[str, Any]] | None:
+    """Return the tools a row offers: JSON schemas, or strings that hold them as JSON.
+
+    Raises:
+        DataError: the column holds something else.
+    """
+    value = _decoded(row, "tools")
+    if not value:
+        return None
+    tools: list[Any] = []
+    for each in cast("list[Any]", value) if isinstance(value, list) else [None]:
+        tool = _from_json(each) if isinstance(each, str) else each
+        if not isinstance(tool, dict):
+            raise DataError(row.place, f"column 'tools' holds {noun(value)}", "a list of JSON schemas was expected")
+        tools.append(_unfilled(row, tool))
+    return tools
+
+
+def options_of(row: RawRow) -> dict[str, Any]:
+    """Return what a row gives the chat template besides its messages.
+
+    Raises:
+        DataError: the column holds no object, or names what the renderer gives itself.
+    """
+    value = _decoded(row, "chat_template_kwargs") or {}
+    if not isinstance(value, dict):
+        raise DataError(row.place, f"column 'chat_template_kwargs' holds {noun(value)}", "an object was expected")
+    options = {name: each for name, each in cast("dict[str, Any]", _unfilled(row, value)).items() if each is not None}
+    taken = [name for name in ("messages", "tools", "add_generation_prompt", "chat_template") if name in options]
+    if taken:
+        what = f"column 'chat_template_kwargs' sets {taken[0]}, which is not the template's own"
+        raise DataError(row.place, what, "take it out; tools have a column, a template data.chat_template")
+    return options
+
+
+def _message(row: RawRow, where: str, message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        what = f"{where} is {noun(message)}"
+        raise DataError(row.place, what, "an object with role and content (or tool_calls) was expected")
+    found = {name: each for name, each in cast("dict[str, Any]", message).items() if each is not None}
+    found = cast("dict[str, Any]", _unfilled(row, found))
+    content, calls = found.get("content"), found.get("tool_calls")
+    is_silent = content is None and not calls and found.get("role") == "assistant" and not THOUGHTS & found.keys()
+    if not isinstance(found.get("role"), str) or not ("content" in message or calls) or is_silent:
+        what = f"{where} holds {', '.join(found) or 'nothing'}"
+        raise DataError(row.place, what, "an object with role and content (or tool_calls) was expected")
+    for alien, ours in ALIEN.items():
+        if alien in found:
+            raise DataError(row.place, f"{where} has {alien}, which chat templates do not read", f"write {ours}")
+    found = {"role": found["role"], "content": _content(row, where, content), **_others(found)}
+    if isinstance(calls, list) and calls:
+        found["tool_calls"] = [_call(row, where, call) for call in cast("list[Any]", calls)]
+    elif calls:
+        raise DataError(row.place, f"{where} has for tool_calls {noun(calls)}", "a list of calls was expected")
+    return _weighed(row, where, found)
+
+
+def _others(message: dict[str, Any]) -> dict[str, Any]:
+    return {name: each for name, each in message.items() if name not in ("role", "content", "tool_calls")}
+
+
+def _content(row: RawRow, where: str, content: Any) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise DataError(row.place, f"{where} has for content {noun(content)}", "a string was expected")
+    texts: list[str] = []
+    for part in cast("list[Any]", content):
+        text = cast("dict[str, Any]", part).get("text") if isinstance(part, dict) else part
+        kind = cast("dict[str, Any]", part).get("type", "text") if isinstance(part, dict) else "text"
+        if not isinstance(text, str) or kind not in ("text", "input_text", "output_text"):
+            shown = f"a part of type {kind!r}" if isinstance(part, dict) else f"{noun(part)} among its parts"
+            raise DataError(row.place, f"{where} has {shown}", "only text can be trained on; drop the row")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _call(row: RawRow, where: str, call: Any) -> dict[str, Any]:
+    given = cast("dict[str, Any]", call) if isinstance(call, dict) else {}
+    function = given.get("function", given)
+    if not isinstance(function, dict) or not isinstance(cast("dict[str, Any]", function).get("name"), str):
+        what = f"{where} has a tool call without a function's name"
+        raise DataError(row.place, what, 'write {"type": "function", "function": {"name": ..., "arguments": {...}}}')
+    inner = cast("dict[str, Any]", function)
+    arguments = inner.get("arguments")
+    arguments = _from_json(arguments or "{}") if arguments is None or isinstance(arguments, str) else arguments
+    if not isinstance(arguments, dict):
+        what = f"{where} calls {inner['name']} with {noun(arguments)} for arguments"
+        raise DataError(row.place, what, "an object, or an object as JSON, was expected")
+    outer = {name: each for name, each in given.items() if name not in ("function", "name", "arguments")}
+    outer = {name: each for name, each in outer.items() if each is not None}
+    return {"type": "function", **outer, "function": {**inner, "arguments": arguments}}
+
+
+def _weighed(row: RawRow, where: str, message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with its weight, 0 or 1, under one name; without one it is learned if it is the assistant's."""
+    for name in WEIGHTS:
+        value = message.pop(name, None)
+        if isinstance(value, bool | int | float) and value in (0, 1):
+            message["weight"] = int(value)
+        elif value is not None:
+            raise DataError(row.place, f"{where} has {name}={value!r}", "0 (not learned) or 1 was expected")
+    return message
+
+
+def _decoded(row: RawRow, name: str) -> Any:
+    """Return a column that may be written as JSON."""
+    value = row.columns.get(name)
+    return _from_json(value) if isinstance(value, str) and value else value
+
+
+def _from_json(text: str) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return text
+
+
+def _unfilled(row: RawRow, value: Any) -> Any:
+    """Return a nested value without the nulls that a columnar file fills objects with; others' nulls are meant."""
+    if not row.is_columnar:
+        return value
+    if isinstance(value, dict):
+        fields = cast("dict[str, Any]", value)
+        return {name: _unfilled(row, each) for name, each in fields.items() if each is not None}
+    return [_unfilled(row, each) for each in cast("list[Any]", value)] if isinstance(value, list) else value
+
+
+def noun(value: Any) -> str:
+    """Name a value's JSON type, with its article."""
+    if isinstance(value, list):
+        kinds = {type(each) for each in cast("list[Any]", value)}
+        return "a list of strings" if kinds == {str} else "a list of objects" if kinds == {dict} else "a list"
+    nouns = {str: "a string", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
+    return nouns.get(cast("Any", type(value)), "nothing")

@@ -1,0 +1,81 @@
+"""Where an answer ends, held against what families write and what their files name."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from flowrl.ending import ending_of, sample_text, write_stops
+from tests.support.templates import PLAIN_TURN, tokenizer_of
+from tests.support.tiny import tiny_tokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def saved(tokenizer: Any, directory: Path, **configured: Any) -> Any:
+    from flowrl.data.prompts import load_tokenizer
+
+    tokenizer.save_pretrained(directory)
+    for name, settings in configured.items():
+        (directory / f"{name}.json").write_text(json.dumps(settings))
+    return load_tokenizer(directory)
+
+
+@pytest.mark.parametrize(
+    ("template", "end", "gap", "gap_alone"),
+    [
+        (None, "<|endoftext|>", "", ""),
+        ("{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}", "<|endoftext|>", "", "\n\n"),
+        ("{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}\n{% endfor %}", "<|im_start|>", "\n", "\n"),
+        ("{% for m in messages %}{{ m.content }} <|im_end|><|endoftext|>{% endfor %}", "<|endoftext|>", None, ""),
+        ("{{ messages[0].content }}", "<|endoftext|>", "", ""),
+        ("{{ raise_exception('no') }}", "<|endoftext|>", "", ""),
+        (
+            "{% if messages[0].role != 'system' %}{{ raise_exception('begin with a system') }}{% endif %}" + PLAIN_TURN,
+            "<|im_end|>",
+            "",
+            "",
+        ),
+    ],
+)
+def test_an_end_is_what_the_template_writes_behind_an_answer_and_else_eos(template, end, gap, gap_alone):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template, tokenizer.eos_token = template, "<|endoftext|>"
+    ending = ending_of(tokenizer)
+    assert (ending.end, ending.gap_alone) == (end, gap_alone)
+    assert ending.gap == (" <|im_end|>" if gap is None else gap)
+    assert ending.stops[ending.end_id or 0] == end
+
+
+def test_generation_stops_at_what_the_model_s_files_name(tmp_path):
+    names = {"generation_config": {"eos_token_id": [0, 2, 9_999]}, "config": {"eos_token_id": 1}}
+    assert set(ending_of(saved(tiny_tokenizer(), tmp_path, **names)).stops) == {0, 2}
+    (tmp_path / "generation_config.json").write_text('{"temperature": 1.0}')
+    assert set(ending_of(tiny_tokenizer(), directory=tmp_path).stops) == {2}
+    (tmp_path / "generation_config.json").unlink()
+    assert set(ending_of(tiny_tokenizer(), directory=tmp_path).stops) == {1, 2}
+
+
+def test_a_saved_model_names_every_token_that_ends_an_answer(tmp_path):
+    tokenizer = saved(tokenizer_of("chatml-base"), tmp_path, generation_config={"eos_token_id": 0, "top_k": 3})
+    write_stops(tmp_path)
+    found = json.loads((tmp_path / "generation_config.json").read_text())
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert found == {"eos_token_id": [*ends, 0], "top_k": 3}
+    write_stops(tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == found
+
+
+def test_a_sample_s_text_has_its_special_tokens_but_not_its_end():
+    tokenizer = tokenizer_of("qwen2.5")
+    stops = ending_of(tokenizer).stops
+    text = '<tool_call>\n{"name": "w"}\n</tool_call>'
+    ids = tokenizer.encode(text + "<|im_end|>", add_special_tokens=False)
+    assert sample_text(tokenizer, ids, stops) == text
+    assert sample_text(tokenizer, ids[:-1], stops) == text
+    assert sample_text(tokenizer, [*ids, *ids], stops) == f"{text}<|im_end|>{text}"
+    assert sample_text(tokenizer, ids, stops, keeps_special=False) == '\n{"name": "w"}\n'
+    assert sample_text(tokenizer, [], stops) == ""
