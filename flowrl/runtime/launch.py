@@ -25,6 +25,7 @@ from flowrl.errors import ConfigError, FlowrlError
 from flowrl.graph.program import Program, load_program
 from flowrl.graph.show import edge_table, node_table, staleness_line
 from flowrl.runtime.placement import check_resources
+from flowrl.runtime.resuming import check_same_data, check_same_run, record_attempt
 from flowrl.runtime.rundir import claim, create_run_dir, existing_run, write_plan
 from flowrl.runtime.supervisor import Options, newest_start
 from flowrl.telemetry.report import Ending, report, write_ending, write_report
@@ -91,6 +92,7 @@ def launch(request: RunRequest, *, say: Say, companion: RunCompanion) -> int:
         RunError: the run failed.
     """
     resume: Start | None = None
+    version, changes = 0, {}
     config = request.config
     if request.resume is not None:
         config = config or existing_run(request.resume) / "settings.yaml"
@@ -99,6 +101,8 @@ def launch(request: RunRequest, *, say: Say, companion: RunCompanion) -> int:
         version = resume.cut.version if resume.cut else 0
         say(f"resuming {request.resume} at version {version}")
     program = load_program(request.graph, config=config, overrides=request.overrides)
+    if request.resume is not None:
+        changes = check_same_run(request.resume, program)
     say(f"checking {request.graph}")
     check_program(program, say=say, address=request.address)
     if request.resume is None:
@@ -108,6 +112,9 @@ def launch(request: RunRequest, *, say: Say, companion: RunCompanion) -> int:
         write_plan(run_dir, program)
     else:
         run_dir = request.resume.resolve()
+        check_same_data(run_dir, program)
+        for line in record_attempt(run_dir, program, changes, version=version):
+            say(line)
     for line in companion.foretell(program, run_dir.parent):
         say(line)
     again = f"flowrl run {request.graph} --resume {os.path.relpath(run_dir)}"

@@ -52,9 +52,22 @@ def create_run_dir(directory: Path) -> Path:
 
 
 def write_plan(directory: Path, program: Program) -> None:
-    """Write the resolved settings and the graph as plain data."""
-    (directory / "settings.yaml").write_text(as_yaml(program.settings))
-    (directory / "graph.json").write_bytes(msgspec.json.format(msgspec.json.encode(plan_of(program.graph))))
+    """Write the resolved settings, the graph as plain data, and the digests of the data that its check has read."""
+    digests = {name: stage.data_digest for name, stage in program.graph.nodes.items() if stage.data_digest}
+    write_atomically(directory / "data.json", msgspec.json.format(msgspec.json.encode(digests)))
+    write_atomically(directory / "graph.json", msgspec.json.format(msgspec.json.encode(plan_of(program.graph))))
+    write_atomically(directory / "settings.yaml", as_yaml(program.settings).encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is there whole, on the disk, or as it was."""
+    path.parent.mkdir(exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
 
 
 def as_yaml(settings: Any) -> str:

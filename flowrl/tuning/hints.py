@@ -116,7 +116,7 @@ def advice_in(hint: str) -> set[str]:
 
 def _start(run_dir: Path, program: Program) -> subprocess.Popen[str]:
     """Start the process; our end of its standard input, which is closed whenever and however we end, keeps it alive."""
-    settings = run_dir / "logs" / "hints.yaml"  # settings.yaml is of the run's first start
+    settings = run_dir / "logs" / "hints.yaml"  # what this attempt runs with
     settings.write_text(as_yaml(program.settings))
     command = [sys.executable, "-c", BOOT, str(run_dir), str(program.path), str(settings), os.pathsep.join(sys.path)]
     with (run_dir / "logs" / "hints.log").open("ab") as log:
