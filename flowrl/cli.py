@@ -208,7 +208,8 @@ def _run(options: argparse.Namespace) -> int:
         resume=options.resume,
         address=options.address,
     )
-    return launch(request, say=_say, companion=Advised())
+    launch(request, say=_say, companion=Advised())
+    return 0
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -94,8 +94,8 @@ def load_class(path: str, where: str) -> Any:
     return found
 
 
-def path_of(kind: type) -> str:
-    """Return the import path of a class, by which every process can load it."""
+def path_of(kind: Any) -> str:
+    """Return the import path of a class or function, by which every process can load it."""
     module = sys.modules[kind.__module__]
     by_name = not kind.__module__.startswith(BY_FILE)
     return f"{kind.__module__ if by_name else module.__file__}:{kind.__qualname__}"

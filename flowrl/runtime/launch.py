@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
@@ -62,6 +63,9 @@ class RunCompanion:
     def add_sinks(self, program: Program, run_dir: Path, sinks: Sinks) -> None:
         """Add sinks to a run that is about to start."""
 
+    def heed(self, interrupt: Callable[[], None]) -> None:
+        """Keep what interrupts the run as Ctrl-C does, from any thread: only a main thread hears signals itself."""
+
 
 def describe(program: Program) -> str:
     """Return the plan of a run as text: nodes, edges, the staleness bound."""
@@ -84,8 +88,8 @@ def check_program(program: Program, *, say: Say, address: str | None) -> None:
         stage.check(say)
 
 
-def launch(request: RunRequest, *, say: Say, companion: RunCompanion) -> int:
-    """Run a graph from request to report; returns the exit code.
+def launch(request: RunRequest, *, say: Say, companion: RunCompanion) -> Path:
+    """Run a graph from request to report; returns the run's directory.
 
     Raises:
         UserError: something is wrong with the request; nothing was started or written.
@@ -119,7 +123,7 @@ def launch(request: RunRequest, *, say: Say, companion: RunCompanion) -> int:
         say(line)
     again = f"flowrl run {request.graph} --resume {os.path.relpath(run_dir)}"
     drive(program, run_dir, resume=resume, address=request.address, again=again, say=say, companion=companion)
-    return 0
+    return run_dir
 
 
 def drive(
@@ -130,7 +134,7 @@ def drive(
     address: str | None,
     again: str,
     say: Say,
-    companion: RunCompanion | None = None,
+    companion: RunCompanion = RunCompanion(),  # noqa: B008  # it keeps nothing
 ) -> Outcome:
     """Run a checked graph in its directory to its end, show it and report; `again` is the command that goes on.
 
@@ -139,10 +143,9 @@ def drive(
     """
     say(f"run directory {run_dir}")
     with open_sinks(run_dir, program.settings, title=run_dir.name, nodes=list(program.graph.nodes)) as sinks:
-        if companion is not None:
-            companion.add_sinks(program, run_dir, sinks)
+        companion.add_sinks(program, run_dir, sinks)
         try:
-            outcome = _run_on_loop(program, address, run_dir, resume, sinks)
+            outcome = _run_on_loop(program, address, run_dir, resume, sinks, companion)
         except (FlowrlError, KeyboardInterrupt) as error:
             _report(again, run_dir, None, sinks.view, failure=str(error) or "aborted", say=sinks.say)
             raise
@@ -173,12 +176,14 @@ def _report(again: str, run_dir: Path, outcome: Outcome | None, view: RunView, *
         say("\n" + text.rstrip())
 
 
-def _run_on_loop(program: Program, address: str | None, run_dir: Path, resume: Start | None, sinks: Sinks) -> Outcome:
+def _run_on_loop(
+    program: Program, address: str | None, run_dir: Path, resume: Start | None, sinks: Sinks, companion: RunCompanion
+) -> Outcome:
     import uvloop
 
     async def body() -> Outcome:
         stopping = asyncio.Event()
-        with _interrupts(stopping, sinks.say):
+        with _interrupts(stopping, sinks.say, companion):
             return await _start(program, address, run_dir, resume, sinks, stopping)
 
     try:
@@ -211,7 +216,7 @@ async def _start(
 
 
 @contextlib.contextmanager
-def _interrupts(stopping: asyncio.Event, say: Say) -> Generator[None]:
+def _interrupts(stopping: asyncio.Event, say: Say, companion: RunCompanion) -> Generator[None]:
     """Let the first Ctrl-C ask for a controlled stop and the second cancel the run."""
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
@@ -223,10 +228,12 @@ def _interrupts(stopping: asyncio.Event, say: Say) -> Generator[None]:
             say("stopping: no more prompts are admitted, what is under way is learned and saved; Ctrl-C again aborts")
             stopping.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    companion.heed(lambda: loop.call_soon_threadsafe(interrupt) and None)
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    for number in numbers:
         loop.add_signal_handler(number, interrupt)
     try:
         yield
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in numbers:
             loop.remove_signal_handler(number)
