@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowrl.errors import FlowrlError
+from flowrl.telemetry.text import let_go_of_output
+from flowrl.telemetry.text import say as _say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,11 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FlowrlError as error:
         if options.debug:
             raise
-        print(f"flowrl: {error}", file=sys.stderr)
+        _say_aside(f"flowrl: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("flowrl: aborted", file=sys.stderr)
+        _say_aside("flowrl: aborted")
         return ABORTED
+    finally:
+        let_go_of_output()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--name", help="of the run; its directory is RUNS_DIR/NAME (default: graph and time)")
     run.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
     run.add_argument("--resume", type=Path, metavar="RUN", help="continue this run from its newest checkpoint")
+    run.add_argument("--from-start", action="store_true", help="with --resume: from the beginning, not a checkpoint")
     run.add_argument("--address", help="of a running Ray cluster (default: start Ray on this machine)")
     run.set_defaults(command=_run)
 
@@ -181,7 +186,7 @@ def _show(options: argparse.Namespace) -> int:
     from flowrl.graph.show import edge_table, mermaid
 
     program = _load(options)
-    print(mermaid(program.graph) if options.mermaid else edge_table(program.graph))
+    _say(mermaid(program.graph) if options.mermaid else edge_table(program.graph))
     return 0
 
 
@@ -189,9 +194,9 @@ def _check(options: argparse.Namespace) -> int:
     from flowrl.runtime.launch import check_program, describe
 
     program = _load(options)
-    print(describe(program))
+    _say(describe(program))
     check_program(program, say=_say, address=None)
-    print("ok: nothing was started")
+    _say("ok: nothing was started")
     return 0
 
 
@@ -207,6 +212,7 @@ def _run(options: argparse.Namespace) -> int:
         runs_dir=options.runs_dir,
         resume=options.resume,
         address=options.address,
+        from_start=options.from_start,
     )
     launch(request, say=_say, companion=Advised())
     return 0
@@ -216,7 +222,7 @@ def _verify(options: argparse.Namespace) -> int:
     from flowrl.runs.verify import describe, verify_run
 
     verdict = verify_run(options.run)
-    print(describe(verdict, options.run))
+    _say(describe(verdict, options.run))
     return 0 if verdict.is_clean else 1
 
 
@@ -224,7 +230,7 @@ def _report(options: argparse.Namespace) -> int:
     from flowrl.runs.review import write_review
 
     path = write_review(options.run, options.out, options.graph, say=_say)
-    print(f"written: {path} ({path.stat().st_size / 1024:,.0f} KiB)")
+    _say(f"written: {path} ({path.stat().st_size / 1024:,.0f} KiB)")
     return 0
 
 
@@ -239,7 +245,7 @@ def _inspect(options: argparse.Namespace) -> int:
             options.run, options.where, columns=columns, limit=options.limit, as_lines=options.json
         )
     for line in lines:
-        print(line)
+        _say(line)
     return 0
 
 
@@ -295,7 +301,7 @@ def _simulate(options: argparse.Namespace) -> int:
     profile, program = load_profile(options.profile), _load(options)
     prediction = simulate(program.graph, profile, steps=options.steps)
     asked = getattr(program.settings, "steps", options.steps)
-    print(msgspec.json.encode(prediction).decode() if options.json else table(prediction, steps=asked))
+    _say(msgspec.json.encode(prediction).decode() if options.json else table(prediction, steps=asked))
     return 0
 
 
@@ -314,7 +320,7 @@ def _tune(options: argparse.Namespace) -> int:
         overrides=options.overrides,
     )
     tuning = tune(request)
-    print(msgspec.json.encode(tuning).decode() if options.json else describe(tuning))
+    _say(msgspec.json.encode(tuning).decode() if options.json else describe(tuning))
     if options.picture is not None:
         options.picture.write_text(picture(tuning))
     if options.verify:
@@ -369,15 +375,11 @@ def _init(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from flowrl.doctor import diagnose
 
-    return diagnose(print)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
+    return diagnose(_say)
 
 
 def _say_aside(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    _say(line, aside=True)
 
 
 if __name__ == "__main__":

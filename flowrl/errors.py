@@ -10,6 +10,20 @@ before anything has started (exit code 2); `RunError` happened while a run was u
 """
 
 
+def printable(text: str) -> str:
+    r"""Return text with control characters written out; `printable("a\x1b[2J")` is "a\\x1b[2J".
+
+    Whatever a model, a data set, user code or a server wrote goes through here or `one_line` before it is shown: it
+    must not move a cursor, set the clipboard or pass for a line of ours.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(text: str) -> str:
+    r"""Return text like `printable`, line breaks and tabs written out too; `one_line("a\nb")` is "a\\nb"."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 class FlowrlError(Exception):
     """Say `where`: `what`; `remedy`."""
 
@@ -23,7 +37,7 @@ class FlowrlError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}"
-        return f"{text}; {self.remedy}" if self.remedy else text
+        return one_line(f"{text}; {self.remedy}" if self.remedy else text)
 
 
 class UserError(FlowrlError):

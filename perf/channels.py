@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from flowrl.graph.graph import Credits, Graph, Queue
-from flowrl.runtime.ray import run_ray, running_ray
+from flowrl.runtime.cluster import Cluster
+from flowrl.runtime.ray import run_ray
 from flowrl.runtime.supervisor import Options
 from flowrl.telemetry.events import Event, Notice
 from perf.channel_stages import Drain, Relay, Source
@@ -52,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     graph = channel_graph(options)
     events: list[Event] = []
-    with tempfile.TemporaryDirectory() as directory, running_ray(graph, None):
+    with tempfile.TemporaryDirectory() as directory, Cluster(graph, None) as cluster:
 
         async def body() -> None:
-            await run_ray(graph, Options(run_dir=Path(directory), consume=events.extend, grace_s=2.0))
+            await run_ray(graph, Options(run_dir=Path(directory), consume=events.extend, grace_s=2.0), cluster)
 
         uvloop.run(body())
     rates = [float(e.text) for e in events if isinstance(e, Notice) and e.where == "drain.0"]

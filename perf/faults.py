@@ -1,13 +1,15 @@
-"""What deaths cost on real processes: SIGKILL and SIGSTOP on Ray actors of a flow with fake engines.
+"""What faults cost on real processes: signals to the Ray actors of a flow with fake engines, and to Ray itself.
 
-    python -m perf.faults [--faults 50] [--seeds 0 1 2] [--pause 20]
+    python -m perf.faults [--faults 50] [--seeds 0 1 2] [--heartbeat 10]
     python -m perf.faults --faults 30 --every 60 --seeds 0        a soak of half an hour
 
 For each seed a flow of prompts, two generators, two scorers and a learner trains until so many faults have struck
-replicas, the flow's host and the learner at random moments; then `flowrl verify`'s judgement is printed. Per kind of
-fault: how many were injected and recovered, seconds from the fault to the next learned step (p50, p95), and groups
-issued again. Of each process that lived for five minutes: resident memory and open files a minute after its start and
-at its end. See perf/README.md for how to read it.
+replicas, the flow's host, the learner, and Ray's own raylet and control store, at random moments; then the judgement of
+`flowrl verify` is printed. Per kind of fault: how many were injected and recovered, seconds from the fault to the next
+learned step (p50, p95), and hangs: silences longer than twice what the run may take to notice. Then what all of them
+together lost, learned twice or too late, and what was left behind: living processes, files in /tmp/ray and /dev/shm.
+Of each process that lived for five minutes: resident memory and open files a minute after its start and at its end. See
+perf/README.md for how to read it.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -29,8 +33,9 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from flowrl.runs.verify import judge
+from flowrl.runtime.cluster import Cluster
 from flowrl.runtime.ledger import read_entries
-from flowrl.runtime.ray import run_ray, running_ray
+from flowrl.runtime.ray import run_ray
 from flowrl.runtime.supervisor import Options
 from flowrl.stages.learner import Learner
 from flowrl.telemetry.events import Event, Recovery, Step
@@ -103,26 +108,59 @@ def processes(run_dir: Path) -> dict[str, int]:
     return found
 
 
+FATAL = {"hub", "learner.0"}  # whoever loses the attempt is struck less often
+# kind -> its share among the faults, the signal, and whether the process is woken again
+KINDS: dict[str, tuple[float, signal.Signals, bool]] = {
+    "SIGKILL": (6.0, signal.SIGKILL, False),
+    "SIGSTOP, woken": (2.0, signal.SIGSTOP, True),
+    "SIGSTOP": (2.0, signal.SIGSTOP, False),
+    "SIGTERM": (1.0, signal.SIGTERM, False),
+    "SIGHUP": (1.0, signal.SIGHUP, False),
+}
+RAYS = {"raylet": 0.3, "gcs_server": 0.3}  # Ray's own processes: chance beside a replica's 1
+
+
 async def strike(story: Story, run_dir: Path, draw: random.Random, options: argparse.Namespace) -> None:
     """Strike somebody once a step has been learned since the last time, until enough have been struck."""
     while len(story.struck) < options.faults:
         await story.next_step()
         await asyncio.sleep(draw.uniform(0.0, 0.5) + options.every)
-        alive = processes(run_dir)
-        if not alive:
+        alive = processes(run_dir) | rays()
+        if not processes(run_dir):
             continue
         names = sorted(alive)
-        weights = [0.15 if name in ("hub", "learner.0") else 1.0 for name in names]
+        weights = [RAYS.get(name, 0.3 if name in FATAL else 1.0) for name in names]
         name = draw.choices(names, weights)[0]
-        is_pause = draw.random() < 0.15
-        kind = f"{'SIGSTOP' if is_pause else 'SIGKILL'} {name.partition('.')[0]}"
-        story.struck.append((kind, time.time()))
-        with_signal = signal.SIGSTOP if is_pause else signal.SIGKILL
-        os.kill(alive[name], with_signal)
-        if is_pause:
-            await asyncio.sleep(options.pause)
-            with contextlib.suppress(ProcessLookupError):
+        kind = draw.choices(list(KINDS), [share for share, _, _ in KINDS.values()])[0]
+        _, number, is_woken = KINDS[kind]
+        if name in RAYS and number not in (signal.SIGKILL, signal.SIGSTOP):
+            number, kind = signal.SIGKILL, "SIGKILL"
+        story.struck.append((f"{kind} {name.partition('.')[0]}", time.time()))
+        print(f"{time.strftime('%X')} {kind} {name}", file=sys.stderr, flush=True)
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.kill(alive[name], number)
+            if is_woken:
+                await asyncio.sleep(options.pause)
                 os.kill(alive[name], signal.SIGCONT)
+
+
+def rays() -> dict[str, int]:
+    """Return the processes of the Ray that this process has started."""
+    found: dict[str, int] = {}
+    for child in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+        for pid in child.read_text().split():
+            with contextlib.suppress(OSError):
+                name = Path(f"/proc/{pid}/comm").read_text().strip()
+                if name in RAYS:
+                    found[name] = int(pid)
+    return found
+
+
+def left_bytes() -> int:
+    """Return the bytes that lie where Ray and the weights' transport put theirs."""
+    return sum(
+        path.lstat().st_size for root in ("/tmp/ray", "/dev/shm") for path in Path(root).rglob("*") if path.is_file()
+    )
 
 
 async def watch(story: Story, run_dir: Path) -> None:
@@ -156,7 +194,7 @@ def growth(story: Story) -> list[str]:
     return lines
 
 
-async def run_seed(seed: int, run_dir: Path, options: argparse.Namespace) -> tuple[Story, Verdict]:
+async def run_seed(seed: int, run_dir: Path, options: argparse.Namespace, cluster: Cluster) -> tuple[Story, Verdict]:
     """Run one seed; returns its story and the verdict on its ledger."""
     story, stopping = Story(), asyncio.Event()
     draw = random.Random(seed)
@@ -171,11 +209,17 @@ async def run_seed(seed: int, run_dir: Path, options: argparse.Namespace) -> tup
     told = Options(run_dir=run_dir, consume=story.consume, stopping=stopping, max_restarts=UNLIMITED,
                    heartbeat_timeout_s=options.heartbeat, grace_s=3.0)  # fmt: skip
     try:
-        await run_ray(flow(SETTINGS, Learner), told)
+        await run_ray(flow(SETTINGS, Learner), told, cluster)
     finally:
         striking.cancel()
         watching.cancel()
     return story, judge(read_entries(run_dir / "ledger.jsonl"), max_staleness=2, is_finished=False)
+
+
+def silences(story: Story, limit_s: float) -> list[float]:
+    """Return the times between two learned steps that are longer than the limit."""
+    gaps = [after - before for before, after in itertools.pairwise(story.learned_at)]
+    return [gap for gap in gaps if gap > limit_s]
 
 
 def table(stories: list[Story]) -> str:
@@ -188,12 +232,12 @@ def table(stories: list[Story]) -> str:
             after = [moment - when for moment in story.learned_at if moment > when]
             if after:
                 waits[kind].append(after[0])
-    lines = ["kind                  injected  recovered  to the next step, s: p50    p95"]
+    lines = ["kind                     injected  recovered  to the next step, s: p50    p95"]
     for kind in sorted(counts):
         found = sorted(waits[kind])
         p95 = found[min(len(found) - 1, int(0.95 * len(found)))] if found else float("nan")
         p50 = statistics.median(found) if found else float("nan")
-        lines.append(f"{kind:<20} {counts[kind]:9d} {len(found):10d} {p50:28.1f} {p95:6.1f}")
+        lines.append(f"{kind:<23} {counts[kind]:9d} {len(found):10d} {p50:28.1f} {p95:6.1f}")
     return "\n".join(lines)
 
 
@@ -202,19 +246,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--faults", type=int, default=50, help="in each run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--every", type=float, default=0.0, help="seconds between two faults, about")
-    parser.add_argument("--pause", type=float, default=20.0, help="seconds that a stopped process stays so")
-    parser.add_argument("--heartbeat", type=float, default=60.0, help="seconds of silence after which it is replaced")
+    parser.add_argument("--pause", type=float, default=5.0, help="seconds that a stopped process stays so")
+    parser.add_argument("--heartbeat", type=float, default=10.0, help="seconds of silence after which it is replaced")
     options = parser.parse_args(argv)
     print(machine())
     stories: list[Story] = []
+    verdicts: list[Verdict] = []
+    hangs = orphans = 0
+    before_bytes = left_bytes()
     for seed in options.seeds:
-        with tempfile.TemporaryDirectory() as directory, running_ray(flow(SETTINGS, Learner), None):
-            start_s = time.time()
-            story, verdict = uvloop.run(run_seed(seed, Path(directory), options))
+        with tempfile.TemporaryDirectory() as directory:
+            with Cluster(flow(SETTINGS, Learner), None) as cluster:
+                start_s = time.time()
+                story, verdict = uvloop.run(run_seed(seed, Path(directory), options, cluster))
+                took_s = time.time() - start_s
+            orphans += len(processes(Path(directory)))
         stories.append(story)
+        verdicts.append(verdict)
+        hangs += len(silences(story, 2 * (options.heartbeat + 20.0)))
         again = sum(recovery.reissued for recovery in story.recoveries)
         print(
-            f"seed {seed}: {len(story.struck)} faults in {time.time() - start_s:.0f} s, {verdict.steps} steps, "
+            f"seed {seed}: {len(story.struck)} faults in {took_s:.0f} s, {verdict.steps} steps, "
             f"issued again {again} groups, rollbacks {verdict.rollbacks}; lost {len(verdict.lost)}, "
             f"duplicated {len(verdict.duplicated)}, over-stale {len(verdict.over_stale)}",
             flush=True,
@@ -222,6 +274,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for line in growth(story):
             print(line, flush=True)
     print(table(stories))
+    tried = sum(len(story.struck) for story in stories)
+    print(
+        f"faults tried {tried}, lost {sum(len(v.lost) for v in verdicts)}, duplicated "
+        f"{sum(len(v.duplicated) for v in verdicts)}, over-stale {sum(len(v.over_stale) for v in verdicts)}, "
+        f"hangs {hangs}, orphans {orphans}, bytes left {max(0, left_bytes() - before_bytes)}"
+    )
 
 
 if __name__ == "__main__":

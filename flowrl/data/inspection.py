@@ -19,8 +19,7 @@ from flowrl.data.examples import ExampleData, ExampleRow, ExampleSet, load_examp
 from flowrl.data.formats import Format, detect
 from flowrl.data.prompts import PromptData, load_prompts
 from flowrl.ending import ending_of
-from flowrl.errors import DataError
-from flowrl.telemetry.text import printable
+from flowrl.errors import DataError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

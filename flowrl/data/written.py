@@ -8,13 +8,13 @@ is the assistant's message. Called by the writer stage.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from flowrl.data.prompts import prompt_of
 from flowrl.data.sources import RawRow
+from flowrl.telemetry.files import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -44,14 +44,4 @@ def template_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object a line, replacing a file of an earlier attempt."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("wb") as file:
-        file.writelines(msgspec.json.encode(row) + b"\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    replace_file(path, b"".join(msgspec.json.encode(row) + b"\n" for row in rows))

@@ -9,15 +9,16 @@ newest few and the best. Written by the learner, read by the runtimes and by `fl
 
 from __future__ import annotations
 
-import errno
 import math
 import os
+import re
 import shutil
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from flowrl.errors import ConfigError, ResourceError
+from flowrl.telemetry.files import check_fence, is_full, sync
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,6 +33,7 @@ tags: [flowrl, reinforcement-learning]
 Policy version {version}, trained with flowrl. Load it with `AutoModelForCausalLM.from_pretrained` or serve it with
 vLLM. The run's settings are in `settings.yaml` and its figures in `metrics.jsonl` of the run directory.
 """
+NAME = re.compile(r"step-\d{6,}")
 SPARE = 1.1  # room asked for over the size of the last checkpoint
 
 
@@ -93,16 +95,17 @@ class CheckpointWriter:
             manifest = CheckpointManifest(version=version, score=score, files=files)
             sealed = Sealed(manifest=manifest, blake3=_digest_of(manifest))
             (aside / "manifest.json").write_bytes(msgspec.json.encode(sealed))
-            _sync(aside / "manifest.json")
+            sync(aside / "manifest.json")
             for folder in [aside, *(path for path in aside.rglob("*") if path.is_dir())]:
-                _sync(folder)
+                sync(folder)
         except OSError as error:
             raise self.failure(aside, version, error) from error
+        check_fence()
         final = self._directory / f"step-{version:06d}"
         if final.exists():  # of a history that was rolled back
             os.replace(final, _unused(final))
         os.replace(aside, final)
-        _sync(self._directory)
+        sync(self._directory)
         self._prune()
         return final
 
@@ -111,15 +114,17 @@ class CheckpointWriter:
         written = _size(aside)
         shutil.rmtree(aside, ignore_errors=True)
         free = shutil.disk_usage(self._directory).free
-        is_full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or free <= written
-        return _no_room(self._directory, version, 2 * written, free) if is_full else error
+        was_full = is_full(error) or free <= written
+        return _no_room(self._directory, version, 2 * written, free) if was_full else error
 
     def _prune(self) -> None:
         known = complete_checkpoints(self._directory)
         best = max(known, key=lambda path: (_score(path), path.name))
         for old in [*known[: -self._keep], *self._directory.glob("*.replaced-*")]:
             if old != best:
-                shutil.rmtree(old)
+                shutil.rmtree(
+                    old, ignore_errors=True
+                )  # a file server keeps what somebody has open; the next one tries again
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
@@ -129,30 +134,52 @@ def complete_checkpoints(directory: Path) -> list[Path]:
     )
 
 
+def checkpoints_in(directory: Path) -> list[Path]:
+    """Return whatever has the name of a checkpoint, oldest first, damaged ones too."""
+    return sorted(path for path in directory.glob("step-*") if NAME.fullmatch(path.name))
+
+
+def set_checkpoints_aside(directory: Path) -> None:
+    """Rename every checkpoint: none is gone on from any more, and each goes once there is a new one."""
+    for path in checkpoints_in(directory):
+        os.replace(path, _unused(path))
+
+
 def damage(checkpoint: Path) -> str:
     """Return what is wrong with a checkpoint's files, or "" where every one agrees with the manifest."""
     try:
         manifest = _manifest(checkpoint)
     except (OSError, ValueError) as error:
         return f"manifest.json cannot be read ({error})"
-    found = {str(path.relative_to(checkpoint)) for path in _files(checkpoint)} - {"manifest.json"}
-    for name in sorted(found ^ manifest.files.keys()):
-        return f"{name} is {'missing' if name in manifest.files else 'not in the manifest'}"
+    if checkpoint.name != f"step-{manifest.version:06d}":
+        return f"its manifest is of version {manifest.version}"
     for name, expected in manifest.files.items():
         try:
             digest = _digest(checkpoint / name)
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except (OSError, ValueError) as error:
+            return f"{name} cannot be read ({error})"
         if digest != expected:
             is_there, written = (f"{each.size} bytes of digest {each.blake3[:12]}" for each in (digest, expected))
             return f"{name} has {is_there}, written were {written}"
     return ""
 
 
+def strays(checkpoint: Path) -> list[str]:
+    """Return the files of a checkpoint that its manifest does not name: an editor's, a file server's."""
+    try:
+        known = _manifest(checkpoint).files.keys()
+    except (OSError, ValueError):
+        return []
+    found = {str(path.relative_to(checkpoint)) for path in _files(checkpoint)} - {"manifest.json"}
+    return sorted(found - known)
+
+
 def newest_sound(directory: Path) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint whose files are all as they were written, and what is wrong with newer ones."""
     passed_over: list[str] = []
-    for checkpoint in reversed(complete_checkpoints(directory)):
+    for checkpoint in reversed(checkpoints_in(directory)):
         wrong = damage(checkpoint)
         if not wrong:
             return checkpoint, passed_over
@@ -227,16 +254,8 @@ def _digest(path: Path) -> FileDigest:
 
 def _sealed(path: Path) -> FileDigest:
     """Bring a file to the disk and return its digest."""
-    _sync(path)
+    sync(path)
     return _digest(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unused(path: Path) -> Path:

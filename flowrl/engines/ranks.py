@@ -1,10 +1,11 @@
 """How ranks march together: rank 0 leads, the others follow.
 
 Rank 0 broadcasts each command as bytes over a gloo group of its own, every rank carries it out, and every rank's
-answer is gathered back as bytes; nothing is pickled. Invariants: a command either ends on every rank or the ranks are
-broken for good; a rank that fails writes why into rank 0's store before it lets go of its connections, so that rank 0
-raises that reason; no collective waits longer than `COLLECTIVE_TIMEOUT_S`. A follower waits for the next command as
-long as rank 0 lives. With one rank all of this is nothing.
+answer is gathered back as bytes; nothing is pickled. Invariants: the ranks meet at one address, under a token; a
+command either ends on every rank or the ranks are broken for good; a rank that fails writes why into rank 0's store
+before it lets go of its connections, so that rank 0 raises that reason; no collective waits longer than
+`COLLECTIVE_TIMEOUT_S`. A follower waits for the next command as long as rank 0 lives. With one rank all of this is
+nothing.
 
 Called by trainer.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -58,16 +60,27 @@ class RankLink:
             dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1, timeout=timeout)
             return
         try:
-            self._store = TCPStore(
-                ranks.address, ranks.port, ranks.world_size, is_master=ranks.rank == 0, timeout=timeout
+            listener = _listener(ranks)
+            store = TCPStore(
+                ranks.address,
+                ranks.port,
+                ranks.world_size,
+                is_master=ranks.rank == 0,
+                timeout=timeout,
+                master_listen_fd=listener,
             )
-            prefixed = PrefixStore("ranks", self._store)
+            # Who does not know the token finds none of the keys; the store has no other way to tell friend from foe.
+            self._store: Any = PrefixStore(ranks.token, store)
             dist.init_process_group(
-                backend, store=prefixed, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
+                backend,
+                store=PrefixStore("ranks", self._store),
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                timeout=timeout,
             )
             self._control: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=FOLLOWER_TIMEOUT_S))
             self._votes: Any = dist.new_group(backend="gloo", timeout=timeout)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             what = f"{ranks.world_size} ranks did not meet at {ranks.address}:{ranks.port} ({error})"
             raise StageError(self._where, what, "see the other ranks' logs; is the port free and reachable?") from error
         self._owns_group = True
@@ -193,6 +206,22 @@ class RankLink:
         self._owns_group = False
 
 
+def _listener(ranks: Ranks) -> int | None:
+    """Return the descriptor of the socket that rank 0 listens at, on its own address alone; None on other ranks."""
+    if ranks.rank > 0:
+        return None
+    # The store by itself would listen on every interface of the machine.
+    return ranks.listener if ranks.listener >= 0 else socket.create_server((ranks.address, ranks.port)).detach()
+
+
+def interface_of(address: str) -> str:
+    """Return the name of the network interface that has an address, "" where none does."""
+    import psutil
+
+    found = (name for name, each in psutil.net_if_addrs().items() if address in [one.address for one in each])
+    return next(found, "")
+
+
 def _set_environment(ranks: Ranks) -> None:
     """Tell DeepSpeed and torch.distributed who this process is, in the only way they read it."""
     os.environ |= {
@@ -202,6 +231,8 @@ def _set_environment(ranks: Ranks) -> None:
         "MASTER_ADDR": ranks.address,
         "MASTER_PORT": str(ranks.port),
     }
+    if name := interface_of(ranks.address):  # gloo would take whatever the host's name leads to
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _to_tensor(payload: bytes):  # noqa: ANN202  (torch is imported only where there are several ranks)

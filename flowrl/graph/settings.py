@@ -18,6 +18,7 @@ class RunSettings(Config):
     runtime: Literal["ray", "local"] = "ray"  # processes as Ray actors, or tasks of one process
     stall_timeout_s: Annotated[float, Meta(gt=0)] = 1800.0  # nothing moves on any edge for so long: stop and say why
     heartbeat_timeout_s: Annotated[float, Meta(gt=0)] = 60.0  # a replica not heard from for so long is replaced
+    stop_grace_s: Annotated[float, Meta(gt=0)] = 600.0  # a stop by Ctrl-C, SIGTERM or SIGHUP may take so long
     max_restarts: Annotated[int, Meta(ge=0)] = 3  # of one node, or from a checkpoint, with no learned step between
     # node -> port -> depth of the queue into it, where it is to differ from the graph file's: depths.reward.rollouts=32
     depths: dict[str, dict[str, Annotated[int, Meta(ge=1)]]] = {}

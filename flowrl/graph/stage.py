@@ -8,6 +8,8 @@ the ports that may stay unconnected, and load heavy libraries only inside `run`.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
 import inspect
 import sys
@@ -21,15 +23,17 @@ from flowrl.config import Config, Meta, load_class
 from flowrl.errors import GraphError
 from flowrl.graph.ports import In, Out, Port
 from flowrl.imports import path_of
+from flowrl.telemetry.events import Notice
+from flowrl.telemetry.files import is_full, no_room
 
 if TYPE_CHECKING:
-    import asyncio
     from pathlib import Path
 
     from flowrl.telemetry.causes import CauseClock
     from flowrl.telemetry.events import Recorder
 
 T = TypeVar("T")
+ROOM_RETRY_S = 10.0  # between two looks at a full disk
 Say = Callable[[str], None]
 
 
@@ -50,6 +54,8 @@ class Ranks(msgspec.Struct, frozen=True, kw_only=True):
     world_size: int = 1
     address: str = "127.0.0.1"  # of rank 0's rendezvous store
     port: int = 0  # 0 only where world_size is 1
+    listener: int = -1  # rank 0: the descriptor of the socket that listens there; -1: none is open yet
+    token: str = ""  # under which the ranks meet; who does not know it meets nobody
 
 
 class Compute(Protocol):
@@ -75,6 +81,7 @@ class Context:
         background: Compute,
         cut: Callable[[int], Awaitable[bytes]],
         fewer_out: Callable[[int], Awaitable[None]],
+        note_wait: Callable[[str], Awaitable[None]],
         num_readers: int = 1,
         resume_from: Path | None = None,
         now: Callable[[], float] = time.time,
@@ -90,6 +97,7 @@ class Context:
         self.background = background  # like compute, but beside it and not charged: for what merely waits
         self.cut = cut  # what a checkpoint of this version must hold of the flow; opaque to stages
         self.fewer_out = fewer_out  # wait until fewer groups than this are admitted and have not ended
+        self.note_wait = note_wait  # tell the runtime what is waited for outside the flow; "": nothing any more
         self.num_readers = num_readers  # replicas that take the weights this node publishes
         self.resume_from = resume_from  # checkpoint directory to continue from
         self.now = now
@@ -101,6 +109,32 @@ class Context:
     def where(self) -> str:
         """Return node and replica as errors name them."""
         return f"{self.node}.{self.replica}"
+
+    async def write(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run code that writes to the disk, like `compute`; while the disk is full it is said and tried again.
+
+        Raises:
+            OSError: the disk is full and the user asked to stop, or something else is wrong.
+        """
+        while True:
+            try:
+                return await self.compute(function, *arguments)
+            except OSError as error:
+                if not is_full(error) or self.stopping.is_set():
+                    raise
+                await self.wait_for_room(no_room(self.run_dir))
+
+    async def wait_for_room(self, trouble: str) -> None:
+        """Say what a full disk lacks and wait a while; to the runtime this is no stall."""
+        text = f"{trouble}; trying again every {ROOM_RETRY_S:.0f} s"
+        self.recorder.record(Notice(level="warning", where=self.where, text=text, time_s=self.now()))
+        await self.note_wait(trouble)
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ROOM_RETRY_S):
+                    await self.stopping.wait()
+        finally:
+            await self.note_wait("")
 
 
 class Stage:

@@ -16,13 +16,14 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from flowrl.config import load_object
-from flowrl.errors import RewardError
+from flowrl.errors import RewardError, one_line
 from flowrl.messages import Buffer, Rollouts, Sample, VersionSpan
 from flowrl.rewards.adapters import Adapter, columns_for, missing_column, rewards_of, rubric_reward, style_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+LARGEST = 3.4028234e38  # that float32 holds
 SHOWN_CHARS = 500  # of what user code says or returns: an error is one line
 MEND = "mend the reward function"
 MADE = ("The answer is 42.", "42")  # completions to try a function on: two, so that one score for both shows
@@ -174,7 +175,7 @@ def raised(where: str, error: BaseException, remedy: str) -> RewardError:
         error = error.exceptions[0]
     if isinstance(error, RewardError):
         return error
-    said = f"raised {type(error).__name__}: {str(error)[:SHOWN_CHARS]}"
+    said = f"raised {type(error).__name__}: {_said(error)}"
     return RewardError(where, said, remedy)
 
 
@@ -205,12 +206,22 @@ def finite(value: Any, place: str, where: str, remedy: str) -> float:
         raise RewardError(where, found, remedy) from error
     if not math.isfinite(score):
         raise RewardError(where, f"{place} is {score}", "return None where it does not apply")
+    if abs(score) > LARGEST:
+        what = f"{place} is {score}, which float32 cannot hold, and learning uses float32"
+        raise RewardError(where, what, f"return numbers between -{LARGEST:.3g} and {LARGEST:.3g}")
     return score
+
+
+def _said(error: BaseException) -> str:
+    try:
+        return one_line(str(error))[:SHOWN_CHARS]
+    except Exception as own:  # its own __str__
+        return f"what it says cannot be shown ({type(own).__name__})"
 
 
 def _shown(value: Any) -> str:
     try:
-        return repr(value)[:SHOWN_CHARS]
+        return one_line(repr(value))[:SHOWN_CHARS]
     except Exception as error:  # its own __repr__, or an integer of too many digits
         return f"what cannot be shown ({type(error).__name__})"
 

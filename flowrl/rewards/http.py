@@ -166,7 +166,7 @@ def scores_of(body: bytes, remote: Remote, where: str) -> list[float | None]:
         if remote.protocol == "flowrl":
             return msgspec.json.decode(body, type=_Scores).scores
         return msgspec.json.decode(body, type=_Rewards).rewards
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         wanted = '{"scores": [numbers]}' if remote.protocol == "flowrl" else '{"rewards": [numbers]}'
         shown = body[:SHOWN_CHARS].decode(errors="replace")
         raise RewardError(where, f"answered {shown!r} ({error})", f"answer {wanted}, one per sample") from error
@@ -184,7 +184,7 @@ def seconds_asked(retry_after: str | None, *, now_s: float) -> float | None:
         return float(retry_after)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - now_s)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from flowrl.errors import ConfigError, DataError
+from flowrl.errors import ConfigError, DataError, printable
 from flowrl.runs.query import COUNTED, column, parse, unknown_column
 from flowrl.runs.tokens import ENVIRONMENT, token_ratios
 from flowrl.telemetry.rollouts import step_of
-from flowrl.telemetry.text import printable, shortened
+from flowrl.telemetry.text import shortened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -9,6 +9,7 @@ and equality says that whatever went wrong came with the data. Called by `flowrl
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,10 +68,11 @@ def retrain(request: RetrainRequest, *, say: Say) -> int:
     check_program(program, say=say, address=None)
     name = request.name or f"{run_dir.name}-retrained-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = create_run_dir(run_dir.parent / name).resolve()
-    claim(directory, say)
-    write_plan(directory, program)
     start = Start(cut=Cut(version=begin), checkpoint=checkpoint)
-    outcome = drive(program, directory, resume=start, address=None, again="", say=say)
+    with contextlib.closing(claim(directory, say)) as claimed:
+        number = write_plan(directory, program)
+        outcome = drive(program, directory, claimed=claimed, start_number=number, resume=start, address=None, again="",
+                        say=say)  # fmt: skip
     if not request.compares or outcome.was_stopped:
         return 0
     difference = first_difference(run_dir, directory, range(first, last))

@@ -2,24 +2,23 @@
 
 Invariants: messages travel over the wire (wire.py) and what crosses an actor call is bytes and plain values, never a
 pickled object of ours; an actor's failure is answered as data with its class, place and remedy, and what it prints lies
-in the run's logs; every process shows again and again that it lives. Started by the crew of runtime/ray.py.
+in the run's logs; no method waits longer than it was told to, so that an answer which does not come is a sign of death.
+Started by the crew of runtime/ray.py, which asks each process again and again what there is to tell.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import ray as _ray
-from ray.exceptions import RayActorError
 
 from flowrl import errors
 from flowrl.errors import FlowrlError
@@ -33,10 +32,12 @@ from flowrl.runtime.replica import Threads, run_replica
 from flowrl.runtime.rundir import hold
 from flowrl.runtime.wire import Address, Connection, Listener
 from flowrl.telemetry.causes import CauseClock
-from flowrl.telemetry.events import Event, Recorder, decode_events, encode_events
+from flowrl.telemetry.events import Recorder, encode_events
+
+if TYPE_CHECKING:
+    from flowrl.runtime.calls import FlowCalls
 
 ray: Any = _ray  # its own types are partial
-Handle = Any  # a Ray actor handle; Ray gives it no usable type
 
 
 class ReplicaPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,7 +51,8 @@ class ReplicaPlan(msgspec.Struct, frozen=True, kw_only=True):
     hub: Address
     run_dir: str
     num_readers: int
-    report_interval_s: float  # its events travel to the hub in batches this far apart; each is a sign of life
+    attempt: int  # of the run; a process of an older one writes no more
+    token: str  # by which the ranks of this replica know each other
     resume_from: str | None
 
 
@@ -64,23 +66,21 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HubActor:
-    """The flow and the telemetry of one attempt, in one process. Ray calls its methods concurrently on one loop."""
+    """The flow of one attempt, in one process. Ray calls its methods concurrently on one loop."""
 
-    def __init__(self, plan: bytes, run_dir: str, cut: bytes) -> None:
-        _redirect_output(Path(run_dir), "hub")
+    def __init__(self, plan: bytes, run_dir: str, cut: bytes, attempt: int, start_number: int) -> None:
+        _join_run(Path(run_dir), "hub", attempt)
         start = msgspec.json.decode(cut, type=Cut | None)
-        self._ledger = Ledger(Path(run_dir) / "ledger.jsonl", cut=start)
+        self._ledger = Ledger(Path(run_dir) / "ledger.jsonl", cut=start, start=start_number)
         graph = graph_of(msgspec.json.decode(plan, type=GraphPlan))
         self._flow = Flow(graph, self._ledger, cut=start)
         self._gate = CallGate(self._flow)
         self._listener = Listener(self._gate)
-        self._events: list[Event] = []
-        self._arrived = asyncio.Event()
-        self._ticks = 0  # seconds in which this process ran; one that was stopped must not take the others for silent
-        self._heard: dict[str, int] = {}
+        self._stalling: asyncio.Future[str] | None = None
 
-    async def listen(self) -> tuple[str, int, str]:
-        """Take calls to the flow from now on; returns where."""
+    async def open(self, stall_timeout_s: float) -> tuple[str, int, str]:
+        """Take calls to the flow from now on and watch for a stall; returns where it listens."""
+        self._stalling = asyncio.ensure_future(self._stall(stall_timeout_s))
         host, port, secret = await self._listener.open(ray.util.get_node_ip_address())
         return host, port, secret
 
@@ -88,44 +88,18 @@ class HubActor:
         """Return the kind of edge at each address."""
         return {address: self._flow.kind(address) for address in addresses}
 
-    async def report(self, process: str, batch: bytes) -> None:
-        """Take in a process's events, none perhaps: it lives."""
-        self._heard[process] = self._ticks
-        if batch:
-            self._events.extend(decode_events(batch))
-            self._arrived.set()
+    async def listen(self, wait_s: float) -> tuple[bytes, str]:
+        """Return after `wait_s`, or at a stall, what there is to tell: the edges' state, and who waits for what."""
+        assert self._stalling is not None, "open comes first"
+        await asyncio.wait([self._stalling], timeout=wait_s)
+        return encode_events(self._flow.report(time.time())), self._stalling.result() if self._stalling.done() else ""
 
-    async def events(self) -> bytes:
-        """Wait for events and return all there are, with every queue's fill."""
-        await self._arrived.wait()
-        self._arrived.clear()
-        events, self._events = self._events, []
-        return encode_events([*events, *self._flow.edge_status(time.time())])
-
-    async def watch(self, timeout_s: float) -> str:
-        """Wait until nothing has moved for so long; returns who waits for what."""
+    async def _stall(self, timeout_s: float) -> str:
         try:
             await self._flow.watch(timeout_s)
         except FlowrlError as error:
             return error.what
         return ""
-
-    async def silent(self, timeout_s: float) -> str:
-        """Wait until a process has not been heard from for so long and return its name."""
-        while True:
-            await asyncio.sleep(1.0)
-            self._ticks += 1
-            for process, heard in self._heard.items():
-                if self._ticks - heard > timeout_s:
-                    del self._heard[process]
-                    return process
-
-    async def forget(self, process: str) -> None:
-        """Expect no more signs of life."""
-        self._heard.pop(process, None)
-
-    async def ping(self) -> None:
-        """Answer."""
 
     async def release(self, replica: str, successor: int) -> tuple[list[int], list[tuple[int, bytes]]]:
         """Fence a dead replica off and give back what it held."""
@@ -140,45 +114,53 @@ class HubActor:
         """Return the ledger's totals."""
         return self._ledger.totals()
 
-    async def drain(self) -> bytes:
-        """Return the events that have not been fetched."""
-        events, self._events = self._events, []
-        return encode_events(events)
-
 
 class ReplicaActor:
     """One rank of one replica of a node."""
 
-    def __init__(self, plan: bytes, hub: Handle) -> None:
+    def __init__(self, plan: bytes) -> None:
         self._plan = msgspec.json.decode(plan, type=ReplicaPlan)
         place = self._plan.place
         self._name = process_name(place)
-        _redirect_output(Path(self._plan.run_dir), self._name)
-        self._hub = hub
+        _join_run(Path(self._plan.run_dir), self._name, self._plan.attempt)
         self._stopping = asyncio.Event()
         self._recorder = Recorder()
+        self._running: asyncio.Future[bytes] | None = None
+        self._meeting: socket.socket | None = None
 
-    async def rendezvous(self) -> tuple[str, int, int]:
-        """Return this process's address, a free port on it, and its process id."""
+    async def rendezvous(self) -> tuple[str, int]:
+        """Return this process's address and, on the first of several ranks, the port at which it listens for them."""
         address = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((address, 0))
-            return address, probe.getsockname()[1], os.getpid()
+        if self._plan.world_size == 1 or self._plan.place.rank > 0:
+            return address, 0
+        self._meeting = socket.create_server((address, 0))  # handed on as it is: nobody else can take the port
+        return address, self._meeting.getsockname()[1]
 
     async def request_stop(self) -> None:
         """Tell the stage that the user asks for a controlled stop."""
         self._stopping.set()
 
-    async def run(self, address: str, port: int) -> bytes:
+    async def begin(self, address: str, port: int) -> None:
+        """Start running the stage."""
+        self._running = asyncio.ensure_future(self._run(address, port))
+
+    async def listen(self, wait_s: float) -> tuple[bytes, bytes | None]:
+        """Return after `wait_s`, or at the stage's end, its events, and how it ended: b"" or its failure."""
+        assert self._running is not None, "begin comes first"
+        await asyncio.wait([self._running], timeout=wait_s)
+        ended = self._running.result() if self._running.done() else None
+        events = self._recorder.drain() if self._plan.place.rank == 0 else []
+        return encode_events(events) if events else b"", ended
+
+    async def _run(self, address: str, port: int) -> bytes:
         """Run the stage to its end; returns b"" or its failure."""
-        flushing = asyncio.ensure_future(self._flush())
         clock = CauseClock(asyncio.get_running_loop().time)
         threads = Threads(clock, self._name)
         wire: Connection | None = None
         try:
             wire = await Connection.open(self._plan.hub)
             stage = from_specification(self._plan.stage, self._plan.place.node)
-            flow = CallClient(wire.carry, self._replica, self._plan.incarnation)
+            flow = cast("FlowCalls", CallClient(wire.carry, self._replica, self._plan.incarnation))
             context = self._context(flow, clock, threads, address, port)
             await run_replica(stage, context, flow, kinds=self._plan.kinds, status_interval_s=1.0)
         except FlowrlError as error:
@@ -186,11 +168,8 @@ class ReplicaActor:
             kind = next(k.__name__ for k in type(error).__mro__ if k.__module__ == errors.__name__)
             return msgspec.json.encode(Failure(kind=kind, where=error.where, what=error.what, remedy=error.remedy))
         finally:
-            flushing.cancel()
             if wire is not None:
                 await wire.close()
-            with contextlib.suppress(RayActorError):  # the hub is gone: so is whoever would read them
-                await self._send()
             threads.close()
         return b""
 
@@ -198,12 +177,19 @@ class ReplicaActor:
     def _replica(self) -> str:
         return f"{self._plan.place.node}.{self._plan.place.replica}"
 
-    def _context(self, flow: CallClient, clock: CauseClock, threads: Threads, address: str, port: int) -> Context:
+    def _context(self, flow: FlowCalls, clock: CauseClock, threads: Threads, address: str, port: int) -> Context:
         plan, place = self._plan, self._plan.place
         return Context(
             node=place.node,
             replica=place.replica,
-            ranks=Ranks(rank=place.rank, world_size=plan.world_size, address=address, port=port),
+            ranks=Ranks(
+                rank=place.rank,
+                world_size=plan.world_size,
+                address=address,
+                port=port,
+                listener=-1 if self._meeting is None else self._meeting.detach(),
+                token=plan.token,
+            ),
             run_dir=Path(plan.run_dir),
             clock=clock,
             recorder=self._recorder,
@@ -212,18 +198,10 @@ class ReplicaActor:
             background=threads.background,
             cut=flow.cut,
             fewer_out=flow.fewer_out,
+            note_wait=flow.note_wait,
             num_readers=plan.num_readers,
             resume_from=Path(plan.resume_from) if plan.resume_from else None,
         )
-
-    async def _flush(self) -> None:
-        while True:
-            await self._send()
-            await asyncio.sleep(self._plan.report_interval_s)
-
-    async def _send(self) -> None:
-        events = self._recorder.drain() if self._plan.place.rank == 0 else []
-        await self._hub.report.remote(self._name, encode_events(events) if events else b"")
 
 
 def process_name(place: Place) -> str:
@@ -231,11 +209,11 @@ def process_name(place: Place) -> str:
     return f"{place.node}.{place.replica}" + (f".rank{place.rank}" if place.rank else "")
 
 
-def _redirect_output(run_dir: Path, name: str) -> None:
+def _join_run(run_dir: Path, name: str, attempt: int) -> None:
     """Send everything the process prints, native code included, to its log; show that the run has a process."""
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    hold(run_dir)
+    hold(run_dir, attempt)
     log = os.open(logs / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -8,7 +8,7 @@ all.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowrl.graph.ports import In, Out
 from flowrl.messages import Credit, Message, decode, encode, replays_of
@@ -18,29 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from flowrl.graph.stage import Stage
-
-
-class FlowClient(Protocol):
-    """What a replica may ask of the flow; `runtime.flow.Flow` says what each call does."""
-
-    async def put(self, address: str, key: int, body: bytes) -> None: ...
-    async def get(self, address: str, limit: int) -> list[bytes]: ...
-    async def done(
-        self,
-        address: str,
-        keys: list[int],
-        learned_in: int | None,
-        oldest: list[int],
-        replays: Sequence[Sequence[tuple[int, int]]],
-    ) -> None: ...
-    async def reject(self, address: str, key: int, kind: str, reason: str) -> None: ...
-    async def publish(self, address: str, version: int, body: bytes) -> None: ...
-    async def read(self, address: str, newer_than: int) -> tuple[int, bytes]: ...
-    async def confirm(self, address: str, version: int) -> None: ...
-    async def acquire(self, address: str) -> int: ...
-    async def give_back(self, address: str, body: bytes) -> None: ...
-    async def cut(self, version: int) -> Any: ...
-    async def fewer_out(self, count: int) -> None: ...
+    from flowrl.runtime.calls import FlowCalls
 
 
 class Wire(NamedTuple):
@@ -56,7 +34,7 @@ WIRE = Wire(encode, decode)
 class EdgeEnd:
     """One end of an edge, as one replica sees it."""
 
-    def __init__(self, flow: FlowClient, address: str, clock: CauseClock, wire: Wire = WIRE) -> None:
+    def __init__(self, flow: FlowCalls, address: str, clock: CauseClock, wire: Wire = WIRE) -> None:
         self.flow = flow
         self.address = address
         self.clock = clock
@@ -135,7 +113,7 @@ RECEIVES: dict[str, type[Any]] = {"queue": QueueReceive, "latest": RegisterRecei
 
 
 def bind(
-    stage: Stage, node: str, *, kinds: Mapping[str, str], flow: FlowClient, clock: CauseClock, wire: Wire = WIRE
+    stage: Stage, node: str, *, kinds: Mapping[str, str], flow: FlowCalls, clock: CauseClock, wire: Wire = WIRE
 ) -> None:
     """Give every connected port its end; `kinds` says by address what kind of edge it is on."""
     for name, port in stage.ports.items():

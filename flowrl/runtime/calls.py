@@ -5,15 +5,17 @@ call of an incarnation that has been replaced is refused; when a replica is rele
 that nothing is accepted from or granted to the dead. Links between a replica and the gate may therefore lose, double
 and delay calls as long as the caller repeats what has not been answered.
 
-`CallClient` is the caller's side, with the methods that ports use (binding.FlowClient); what carries a call is the
-runtime's: a direct call, a connection (wire.py), or a test's lossy link.
+`FlowCalls` is the one table of them; `CallClient` is the caller's side. What carries a call is the runtime's: a direct
+call, a connection (wire.py), or a test's lossy link.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -24,9 +26,36 @@ if TYPE_CHECKING:
 
     from flowrl.runtime.flow import Flow, Released
 
-METHODS = frozenset(
-    {"put", "get", "done", "reject", "publish", "read", "confirm", "acquire", "give_back", "cut", "fewer_out"}
-)
+
+class FlowCalls(Protocol):
+    """The table of calls: every call there is, as a replica makes it. `runtime.flow.Flow` says what each does.
+
+    Client, gate and wire follow from it: the flow has a method of each name, which takes the caller's name first; where
+    what a call gives must be taken back from a caller that did not wait for it, the flow has `undo_NAME` too.
+    """
+
+    async def put(self, address: str, key: int, body: bytes) -> None: ...
+    async def get(self, address: str, limit: int) -> list[bytes]: ...
+    async def done(
+        self,
+        address: str,
+        keys: list[int],
+        learned_in: int | None,
+        oldest: list[int],
+        replays: Sequence[Sequence[tuple[int, int]]],
+    ) -> None: ...
+    async def reject(self, address: str, key: int, kind: str, reason: str) -> None: ...
+    async def publish(self, address: str, version: int, body: bytes) -> None: ...
+    async def read(self, address: str, newer_than: int) -> tuple[int, bytes]: ...
+    async def confirm(self, address: str, version: int) -> None: ...
+    async def acquire(self, address: str) -> int: ...
+    async def give_back(self, address: str, body: bytes) -> None: ...
+    async def cut(self, version: int) -> Any: ...
+    async def fewer_out(self, count: int) -> None: ...
+    async def note_wait(self, text: str) -> None: ...
+
+
+METHODS = frozenset(name for name, value in vars(FlowCalls).items() if inspect.iscoroutinefunction(value))
 
 
 class Call(msgspec.Struct, frozen=True, array_like=True):
@@ -86,7 +115,9 @@ class CallGate:
         answer = known.answers.pop(call.number, None)
         if answer is None or answer.cancel() or answer.cancelled() or answer.exception() is not None:
             return
-        self.flow.undo(call.replica, call.method, call.arguments[0], answer.result())
+        undo = getattr(self.flow, f"undo_{call.method}", None)
+        if undo is not None:
+            undo(call.replica, call.arguments[0], answer.result())
 
     async def release(self, replica: str, successor: int) -> Released:
         """Refuse the replica's calls from now on, end those that wait, and give back what it held."""
@@ -109,7 +140,7 @@ class CallGate:
 
 
 class CallClient:
-    """The flow as one incarnation of a replica sees it; see runtime.flow for what each call does."""
+    """The flow as one incarnation of a replica sees it; has a method for each of `METHODS`."""
 
     def __init__(self, carry: Callable[[Call], Awaitable[Any]], replica: str, incarnation: int) -> None:
         self._carry = carry
@@ -117,6 +148,12 @@ class CallClient:
         self._incarnation = incarnation
         self._number = 0
         self._unanswered: set[int] = set()
+
+    def __getattr__(self, method: str) -> Callable[..., Awaitable[Any]]:
+        if method not in METHODS:
+            raise AttributeError(f"{method!r} is not a call of the flow")
+        call = self.__dict__[method] = partial(self._call, method)
+        return call
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         number = self._number
@@ -127,43 +164,3 @@ class CallClient:
             return await self._carry(call)
         finally:
             self._unanswered.discard(number)
-
-    async def put(self, address: str, key: int, body: bytes) -> None:
-        await self._call("put", address, key, body)
-
-    async def get(self, address: str, limit: int) -> list[bytes]:
-        return await self._call("get", address, limit)
-
-    async def done(
-        self,
-        address: str,
-        keys: list[int],
-        learned_in: int | None,
-        oldest: list[int],
-        replays: Sequence[Sequence[tuple[int, int]]],
-    ) -> None:
-        await self._call("done", address, keys, learned_in, oldest, replays)
-
-    async def reject(self, address: str, key: int, kind: str, reason: str) -> None:
-        await self._call("reject", address, key, kind, reason)
-
-    async def publish(self, address: str, version: int, body: bytes) -> None:
-        await self._call("publish", address, version, body)
-
-    async def read(self, address: str, newer_than: int) -> tuple[int, bytes]:
-        return await self._call("read", address, newer_than)
-
-    async def confirm(self, address: str, version: int) -> None:
-        await self._call("confirm", address, version)
-
-    async def acquire(self, address: str) -> int:
-        return await self._call("acquire", address)
-
-    async def give_back(self, address: str, body: bytes) -> None:
-        await self._call("give_back", address, body)
-
-    async def cut(self, version: int) -> Any:
-        return await self._call("cut", version)
-
-    async def fewer_out(self, count: int) -> None:
-        await self._call("fewer_out", count)

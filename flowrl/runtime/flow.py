@@ -16,7 +16,7 @@ import asyncio
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flowrl.errors import ChannelClosed, GraphError, StallError
 from flowrl.graph.edges import Credits, Latest, Queue
@@ -26,7 +26,7 @@ from flowrl.runtime.channels.queue import QueueChannel
 from flowrl.runtime.channels.register import RegisterChannel
 from flowrl.runtime.channels.waiters import Waiters
 from flowrl.runtime.ledger import Cut
-from flowrl.telemetry.events import EdgeStatus
+from flowrl.telemetry.events import EdgeStatus, Notice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from flowrl.graph.graph import Graph
     from flowrl.messages import Credit
     from flowrl.runtime.ledger import Ledger
+    from flowrl.telemetry.events import Event
 
+ROOM_RETRY_S = 1.0  # between two looks at a full disk, which tells nobody when it has room
+SLICES = 10  # of a time limit: a process that was stopped has used up one of them when it goes on
 MAX_DEATHS = 3  # holders a group may lose before it is taken to be the cause; at the last one it was held alone
 
 
@@ -73,6 +76,8 @@ class Flow:
         self._deaths: Counter[int] = Counter()  # of holders, by group
         self._drains: Waiters[int] = Waiters()
         self._moves = 0
+        self._elsewhere: dict[str, str] = {}  # what a replica, or the ledger, waits for outside the flow
+        self._is_told = False  # that the ledger's disk is full
         self._failure: Exception | None = None
         begin = cut or Cut()
         for edge in graph.edges:
@@ -184,14 +189,15 @@ class Flow:
                 credits.give_back([key], are_learned=False)
         self._note_end()
 
-    def undo(self, replica: str, method: str, address: str, found: Any) -> None:
-        """Take back what `get` or `acquire` has given to a replica that did not wait for it."""
-        if method == "get":
-            bodies = {id(body) for body in found}
-            queue = self._queues[address]
-            queue.give_back([item.key for item in queue.holds(replica) if id(item.body) in bodies])
-        elif method == "acquire":
-            self._credits[address].take_back(found)
+    def undo_get(self, replica: str, address: str, found: list[bytes]) -> None:
+        """Take back the messages that were given to a replica which did not wait for them."""
+        bodies = {id(body) for body in found}
+        queue = self._queues[address]
+        queue.give_back([item.key for item in queue.holds(replica) if id(item.body) in bodies])
+
+    def undo_acquire(self, replica: str, address: str, found: int) -> None:
+        """Take back the right that was given to a replica which did not wait for it."""
+        self._credits[address].take_back(found)
 
     async def publish(self, replica: str, address: str, version: int, body: bytes) -> None:
         """Set a register and wait until every live reader has confirmed the version or a newer one."""
@@ -213,8 +219,9 @@ class Flow:
         self._moves += 1
 
     async def acquire(self, replica: str, address: str) -> int:
-        """Wait for the right to admit one group and return the group's id."""
+        """Wait for the right to admit one group and return the group's id; none is given while the disk is full."""
         self._raise_failure()
+        await self._written()
         group_id = await self._credits[address].get(replica)
         self._moves += 1
         return group_id
@@ -226,8 +233,27 @@ class Flow:
         self._moves += 1
 
     async def cut(self, replica: str, version: int) -> Cut:
-        """Return where the flow stands, for a checkpoint of `version`."""
+        """Return where the flow stands, for a checkpoint of `version`; waits for room for the ledger."""
+        await self._written()
         return self.ledger.cut(version)
+
+    async def note_wait(self, replica: str, text: str) -> None:
+        """Note what a replica waits for outside the flow, a full disk for one, or with "" that it has it.
+
+        As long as somebody does, that nothing moves is no stall.
+        """
+        if text:
+            self._elsewhere[replica] = text
+        else:
+            self._elsewhere.pop(replica, None)
+        self._moves += 1
+
+    async def _written(self) -> None:
+        """Wait until the ledger's disk has every entry."""
+        while trouble := self.ledger.flush():
+            self._elsewhere["ledger"] = trouble
+            await asyncio.sleep(ROOM_RETRY_S)
+        self._elsewhere.pop("ledger", None)
 
     async def fewer_out(self, replica: str, count: int) -> None:
         """Wait until fewer than `count` groups are on their way: admitted and not ended."""
@@ -248,6 +274,7 @@ class Flow:
         holder has died before is given only to a replica that holds nothing else; at `MAX_DEATHS` it ends as failed.
         """
         released = Released()
+        self._elsewhere.pop(replica, None)
         for key in [known for known, sender in self._sent_by.items() if sender == replica]:
             del self._sent_by[key]
             self._forget(key)
@@ -286,6 +313,7 @@ class Flow:
         channels = [*self._queues.values(), *self._registers.values(), *self._credits.values()]
         lines = [line for channel in dict.fromkeys(channels) for line in channel.waits()]
         held = {k: c for queue in self._all_queues for k, c in queue.held.items()}
+        lines += [f"{replica} waits: {text}" for replica, text in self._elsewhere.items()]
         return lines + [f"{consumer} holds group {key}" for key, consumer in sorted(held.items())]
 
     def edge_status(self, now_s: float) -> list[EdgeStatus]:
@@ -295,16 +323,27 @@ class Flow:
             for q in self._all_queues
         ]
 
+    def report(self, now_s: float) -> list[Event]:
+        """Return every queue's fill and, where that has changed, what the ledger's disk lacks."""
+        trouble = self._elsewhere.get("ledger", "")
+        told: list[Event] = [*self.edge_status(now_s)]
+        if bool(trouble) != self._is_told:
+            self._is_told = bool(trouble)
+            text = f"{trouble}; no group is admitted until there is room" if trouble else "has room again"
+            told.append(Notice(level="warning" if trouble else "info", where="ledger", text=text, time_s=now_s))
+        return told
+
     async def watch(self, timeout_s: float) -> None:
-        """Wait until nothing has moved for `timeout_s`, then fail every wait.
+        """Wait until nothing has moved for `timeout_s` in which this process ran, then fail every wait.
 
         Raises:
             StallError: always, naming who waits for what.
         """
         seen = -1
-        while seen != self._moves:
+        while seen != self._moves or self._elsewhere:
             seen = self._moves
-            await asyncio.sleep(timeout_s)
+            for _ in range(SLICES):
+                await asyncio.sleep(timeout_s / SLICES)
         error = StallError("flow", f"nothing has moved for {timeout_s:.0f} s: {'; '.join(self.waits()) or 'no waits'}")
         self.fail(error)
         raise error

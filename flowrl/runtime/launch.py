@@ -3,8 +3,8 @@
 Order matters: everything the user could have got wrong is found before a directory is written or a process starts, and
 what the caller knows of the run beforehand (`RunCompanion.foretell`) is said before it begins.
 Invariant: nothing here knows of a simulator; the caller hands over the lines to say and the sinks to add.
-Ctrl-C once asks for a controlled stop (what is under way is learned and saved, and the report says how to go on); twice
-aborts. Called by the command line and by runs/retrain.py.
+Ctrl-C, SIGTERM and SIGHUP once ask for a controlled stop (what is under way is learned and saved, and the report says
+how to go on), which may take `stop_grace_s`; a second one aborts. Called by the command line and by runs/retrain.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shlex
 import signal
 import threading
 import time
@@ -21,24 +22,27 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from flowrl.engines.checkpoint import complete_checkpoints
+from flowrl.engines.checkpoint import complete_checkpoints, set_checkpoints_aside
 from flowrl.errors import ConfigError, FlowrlError
 from flowrl.graph.program import Program, load_program
 from flowrl.graph.show import edge_table, node_table, staleness_line
+from flowrl.runtime.ledger import Cut
 from flowrl.runtime.placement import check_resources
 from flowrl.runtime.resuming import check_same_data, check_same_run, record_attempt
-from flowrl.runtime.rundir import claim, create_run_dir, existing_run, write_plan
-from flowrl.runtime.supervisor import Options, newest_start
+from flowrl.runtime.rundir import claim, create_run_dir, existing_run, recorded_settings, write_plan
+from flowrl.runtime.supervisor import Options, Start, newest_start
 from flowrl.telemetry.report import Ending, report, write_ending, write_report
 from flowrl.telemetry.sinks import Sinks, open_sinks
 from flowrl.telemetry.trackers import check_trackers
 
 if TYPE_CHECKING:
     from flowrl.graph.settings import RunSettings
-    from flowrl.runtime.supervisor import Outcome, Start
+    from flowrl.runtime.rundir import Claim
+    from flowrl.runtime.supervisor import Outcome
     from flowrl.telemetry.view import RunView
 
 Say = Callable[[str], None]
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; a batch system, a cluster; a closed terminal
 
 
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +55,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     runs_dir: Path = Path("runs")
     resume: Path | None = None
     address: str | None = None
+    from_start: bool = False  # with `resume`: from the beginning
 
 
 class RunCompanion:
@@ -95,35 +100,51 @@ def launch(request: RunRequest, *, say: Say, companion: RunCompanion) -> Path:
         UserError: something is wrong with the request; nothing was started or written.
         RunError: the run failed.
     """
-    resume: Start | None = None
-    version, changes = 0, {}
-    config = request.config
-    if request.resume is not None:
-        config = config or existing_run(request.resume) / "settings.yaml"
-        claim(request.resume, say)
-        resume = newest_start(request.resume.resolve(), lambda level, where, text: say(f"{where}: {text}"))
-        version = resume.cut.version if resume.cut else 0
-        say(f"resuming {request.resume} at version {version}")
-    program = load_program(request.graph, config=config, overrides=request.overrides)
-    if request.resume is not None:
-        changes = check_same_run(request.resume, program)
+    with contextlib.ExitStack() as held:
+        if request.resume is not None:
+            run_dir = existing_run(request.resume).resolve()
+            config = request.config or recorded_settings(run_dir)
+            claimed = held.enter_context(contextlib.closing(claim(run_dir, say)))
+            resume = _resumed(request, run_dir, say)
+            program = load_program(request.graph, config=config, overrides=request.overrides)
+            changes = check_same_run(run_dir, program)
+            _check(program, request, say)
+            check_same_data(run_dir, program)
+            for line in record_attempt(run_dir, changes, version=resume.cut.version if resume.cut else 0):
+                say(line)
+        else:
+            program, resume = load_program(request.graph, config=request.config, overrides=request.overrides), None
+            _check(program, request, say)
+            name = request.name or f"{request.graph.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+            run_dir = create_run_dir(request.runs_dir / name).resolve()
+            claimed = held.enter_context(contextlib.closing(claim(run_dir, say)))
+        number = write_plan(run_dir, program)
+        for line in companion.foretell(program, run_dir.parent):
+            say(line)
+        again = ["flowrl", "run", str(request.graph), "--resume", os.path.relpath(run_dir)]
+        if request.address is not None:
+            again += ["--address", request.address]
+        drive(program, run_dir, claimed=claimed, start_number=number, resume=resume, address=request.address,
+              again=shlex.join(again), say=say, companion=companion)  # fmt: skip
+    return run_dir
+
+
+def _check(program: Program, request: RunRequest, say: Say) -> None:
     say(f"checking {request.graph}")
     check_program(program, say=say, address=request.address)
-    if request.resume is None:
-        name = request.name or f"{request.graph.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        run_dir = create_run_dir(request.runs_dir / name).resolve()
-        claim(run_dir, say)
-        write_plan(run_dir, program)
-    else:
-        run_dir = request.resume.resolve()
-        check_same_data(run_dir, program)
-        for line in record_attempt(run_dir, program, changes, version=version):
-            say(line)
-    for line in companion.foretell(program, run_dir.parent):
-        say(line)
-    again = f"flowrl run {request.graph} --resume {os.path.relpath(run_dir)}"
-    drive(program, run_dir, resume=resume, address=request.address, again=again, say=say, companion=companion)
-    return run_dir
+
+
+def _resumed(request: RunRequest, run_dir: Path, say: Say) -> Start:
+    """Return where a run goes on, or its beginning where the user asks for that."""
+    if request.from_start:
+        set_checkpoints_aside(run_dir / "checkpoints")
+        say(f"beginning {request.resume} again; what it recorded is moved aside until the first checkpoint")
+        return Start(cut=Cut())
+    start = newest_start(run_dir, lambda level, where, text: say(f"{where}: {text}"))
+    if start.checkpoint is None:
+        raise ConfigError(str(request.resume), "has no checkpoint to go on from", "begin again with --from-start")
+    say(f"resuming {request.resume} at version {start.cut.version if start.cut else 0}")
+    return start
 
 
 def drive(
@@ -134,6 +155,8 @@ def drive(
     address: str | None,
     again: str,
     say: Say,
+    claimed: Claim | None = None,
+    start_number: int = -1,
     companion: RunCompanion = RunCompanion(),  # noqa: B008  # it keeps nothing
 ) -> Outcome:
     """Run a checked graph in its directory to its end, show it and report; `again` is the command that goes on.
@@ -145,7 +168,8 @@ def drive(
     with open_sinks(run_dir, program.settings, title=run_dir.name, nodes=list(program.graph.nodes)) as sinks:
         companion.add_sinks(program, run_dir, sinks)
         try:
-            outcome = _run_on_loop(program, address, run_dir, resume, sinks, companion)
+            options: dict[str, Any] = {"claim": claimed, "start_number": start_number, "resume": resume}
+            outcome = _run_on_loop(program, address, run_dir, options, sinks, companion)
         except (FlowrlError, KeyboardInterrupt) as error:
             _report(again, run_dir, None, sinks.view, failure=str(error) or "aborted", say=sinks.say)
             raise
@@ -177,14 +201,14 @@ def _report(again: str, run_dir: Path, outcome: Outcome | None, view: RunView, *
 
 
 def _run_on_loop(
-    program: Program, address: str | None, run_dir: Path, resume: Start | None, sinks: Sinks, companion: RunCompanion
+    program: Program, address: str | None, run_dir: Path, options: dict[str, Any], sinks: Sinks, companion: RunCompanion
 ) -> Outcome:
     import uvloop
 
     async def body() -> Outcome:
         stopping = asyncio.Event()
-        with _interrupts(stopping, sinks.say, companion):
-            return await _start(program, address, run_dir, resume, sinks, stopping)
+        with _stops(stopping, sinks, program.settings.stop_grace_s, companion):
+            return await _start(program, address, run_dir, {**options, "stopping": stopping}, sinks)
 
     try:
         return uvloop.run(body())
@@ -193,47 +217,69 @@ def _run_on_loop(
 
 
 async def _start(
-    program: Program, address: str | None, run_dir: Path, resume: Start | None, sinks: Sinks, stopping: asyncio.Event
+    program: Program, address: str | None, run_dir: Path, options: dict[str, Any], sinks: Sinks
 ) -> Outcome:
     settings: RunSettings = program.settings
     told: dict[str, Any] = {
         "run_dir": run_dir,
         "consume": sinks.consume,
-        "stopping": stopping,
-        "resume": resume,
         "stall_timeout_s": settings.stall_timeout_s,
         "heartbeat_timeout_s": settings.heartbeat_timeout_s,
         "max_restarts": settings.max_restarts,
+        **options,
     }
     if settings.runtime == "local":
         from flowrl.runtime.local import LocalOptions, run_local
 
         return await run_local(program.graph, LocalOptions(**told))
-    from flowrl.runtime.ray import run_ray, running_ray
+    from flowrl.runtime.cluster import Cluster
+    from flowrl.runtime.ray import run_ray
 
-    with running_ray(program.graph, address):
-        return await run_ray(program.graph, Options(**told))
+    cluster = Cluster(program.graph, address)
+    try:
+        await cluster.start()
+        return await run_ray(program.graph, Options(**told), cluster)
+    finally:
+        await cluster.close()
 
 
 @contextlib.contextmanager
-def _interrupts(stopping: asyncio.Event, say: Say, companion: RunCompanion) -> Generator[None]:
-    """Let the first Ctrl-C ask for a controlled stop and the second cancel the run."""
+def _stops(stopping: asyncio.Event, sinks: Sinks, grace_s: float, companion: RunCompanion) -> Generator[None]:
+    """Let the first signal ask for a controlled stop; the second, or the end of its grace time, cancels the run.
+
+    The stop is asked for before it is said: whoever would hear of it may be gone.
+    """
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
+    deadline: asyncio.TimerHandle | None = None
 
-    def interrupt() -> None:
-        if stopping.is_set() and task is not None:
+    def abort(reason: str) -> None:
+        if task is not None:
             task.cancel()
-        else:
-            say("stopping: no more prompts are admitted, what is under way is learned and saved; Ctrl-C again aborts")
-            stopping.set()
+        sinks.warn("run", reason)
+        sinks.consume([])
 
-    companion.heed(lambda: loop.call_soon_threadsafe(interrupt) and None)
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    def stop(number: signal.Signals) -> None:
+        nonlocal deadline
+        if stopping.is_set():
+            abort(f"{number.name} came a second time: the run is ended as it is")
+            return
+        stopping.set()
+        deadline = loop.call_later(grace_s, abort, f"not stopped {grace_s:.0f} s after {number.name}: ended as it is")
+        sinks.note(
+            "run", f"stopping ({number.name}): no more prompts are admitted, what is under way is learned and saved; "
+            "Ctrl-C again aborts",
+        )  # fmt: skip
+        sinks.consume([])
+
+    companion.heed(lambda: loop.call_soon_threadsafe(stop, signal.SIGINT) and None)
+    numbers = STOPS if threading.current_thread() is threading.main_thread() else ()
     for number in numbers:
-        loop.add_signal_handler(number, interrupt)
+        loop.add_signal_handler(number, stop, number)
     try:
         yield
     finally:
+        if deadline is not None:
+            deadline.cancel()
         for number in numbers:
             loop.remove_signal_handler(number)

@@ -3,8 +3,9 @@
 Invariants: each admitted group ends in exactly one of learned (in a step), filtered or failed (with the reason); a
 second ending is an error, not an overwrite. A group that is learned again out of a replay buffer has an entry for each
 time, which is no ending. Every entry is one line of `ledger.jsonl`, its JSON and the CRC-32 of it,
-handed to the operating system as it is written and to the disk with each checkpoint. A rollback is an entry too: it
-voids everything after the cut it goes back to. Memory holds what is in flight, not what has ended.
+handed to the operating system as it is written and to the disk with each checkpoint; on a full disk entries wait, and
+so do cuts and admissions. A rollback is an entry too: it voids everything after the cut it goes back to. Memory holds
+what is in flight, not what has ended.
 
 The flow owns the ledger and alone writes to it; `read_entries` and `surviving` are for whoever reads one.
 """
@@ -12,12 +13,12 @@ The flow owns the ledger and alone writes to it; `read_entries` and `surviving` 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, BinaryIO, Literal
-from zlib import crc32
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from flowrl.errors import DataError, RunError
+from flowrl.telemetry.files import RecordFile, is_sealed, seal, unseal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,6 +35,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     oldest: int = -1  # learned or replayed: the policy version that sampled its oldest token
     reason: str = ""
     records: int = -1  # rollback: entries before the cut
+    start: int = -1  # rollback: the start of the command that it belongs to (runtime/rundir.py)
 
 
 class Cut(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,21 +53,27 @@ class Cut(msgspec.Struct, frozen=True, kw_only=True):
 class Ledger:
     """What became of every admitted group; `path` None keeps it in memory only."""
 
-    def __init__(self, path: Path | None, *, cut: Cut | None = None) -> None:
-        """Begin a ledger, or go on from a cut of the one at `path`."""
+    def __init__(self, path: Path | None, *, cut: Cut | None = None, start: int = -1) -> None:
+        """Begin a ledger, or go on from a cut of the one at `path`.
+
+        Raises:
+            DataError: the one at `path` is damaged before the cut, or ends before it.
+        """
         begin = cut or Cut()
         self._counts = {"learned": begin.learned, "filtered": begin.filtered, "failed": begin.failed}
         self._low = begin.next_group  # every group below has ended
         self._ended_ahead = set(begin.ended_ahead)
         self._open: set[int] = set()
         self._records = begin.records
-        self._file: BinaryIO | None = None
+        self._file: RecordFile | None = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._records = _trim(path)
-            self._file = path.open("ab", buffering=0)
+            self._records, whole_bytes = whole_lines(path, begin)
+            if path.exists():
+                os.truncate(path, whole_bytes)  # what follows was torn by a death, and is after the cut
+            self._file = RecordFile(path)
         if cut is not None:
-            self._write(Entry(event="rollback", step=cut.version, records=cut.records))
+            self._write(Entry(event="rollback", step=cut.version, records=cut.records, start=start))
 
     def admit(self, group_id: int) -> None:
         """Note that a group entered the flow; the same group again (after a crash) is not a new one."""
@@ -110,10 +118,15 @@ class Ledger:
         """Return how many groups were admitted and have not ended."""
         return len(self._open)
 
+    def flush(self) -> str:
+        """Write the entries that wait for room; returns what the disk lacks, "" once all are written."""
+        return "" if self._file is None or self._file.flush() else self._file.trouble
+
     def cut(self, version: int) -> Cut:
-        """Return where the flow stands, and see that the disk has every entry up to here."""
+        """Return where the flow stands, and see that the disk has every entry up to here; none may wait."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            assert not self._file.is_waiting, "whoever cuts waits for room first"
+            self._file.sync()
         return Cut(
             version=version,
             next_group=self._low,
@@ -135,14 +148,13 @@ class Ledger:
 
     def _write(self, entry: Entry) -> None:
         if self._file is not None:
-            self._file.write(encode_entry(entry))
+            self._file.append(encode_entry(entry))
         self._records += 1
 
 
 def encode_entry(entry: Entry) -> bytes:
     """Return an entry as a line of the log."""
-    text = msgspec.json.encode(entry)
-    return b"%s %08x\n" % (text, crc32(text))
+    return seal(msgspec.json.encode(entry))
 
 
 def decode_entry(line: bytes) -> Entry:
@@ -151,10 +163,7 @@ def decode_entry(line: bytes) -> Entry:
     Raises:
         ValueError: the line is torn or was changed.
     """
-    text, _, checksum = line.rstrip(b"\n").rpartition(b" ")
-    if not line.endswith(b"\n") or checksum != b"%08x" % crc32(text):
-        raise ValueError("its checksum does not fit")
-    return msgspec.json.decode(text, type=Entry)
+    return msgspec.json.decode(unseal(line), type=Entry)
 
 
 def read_entries(path: Path) -> list[Entry]:
@@ -171,7 +180,7 @@ def read_entries(path: Path) -> list[Entry]:
     for number, line in enumerate(lines, start=1):
         try:
             entries.append(decode_entry(line))
-        except (ValueError, msgspec.DecodeError) as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
             raise DataError(f"{path}:{number}", f"is damaged ({error})", "the ledger cannot be trusted") from error
@@ -191,15 +200,26 @@ def surviving(entries: list[Entry]) -> list[Entry]:
     return [entry for _, entry in alive]
 
 
-def _trim(path: Path) -> int:
-    """Cut off a torn last line and return how many whole ones there are."""
-    if not path.exists():
-        return 0
-    lines = path.read_bytes().splitlines(keepends=True)
+def whole_lines(path: Path, cut: Cut) -> tuple[int, int]:
+    """Return how many lines of a log stand before the first damaged one, and their bytes; all before the cut must.
+
+    What comes after the cut is void once the run goes on from there, so damage is no loss there: a machine that lost
+    its power may leave anything behind what it had brought to the disk.
+
+    Raises:
+        DataError: a line before the cut is damaged or missing.
+    """
+    where, remedy = str(path), "restore the file, or begin again with --from-start"
     try:
-        for line in lines[-1:]:
-            decode_entry(line)
-    except (ValueError, msgspec.DecodeError):
-        os.truncate(path, sum(map(len, lines[:-1])))
-        return len(lines) - 1
-    return len(lines)
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        lines = []
+    except OSError as error:
+        raise DataError(where, f"cannot be read ({error.strerror})", "mend its permissions") from error
+    sound = next((place for place, line in enumerate(lines) if not is_sealed(line)), len(lines))
+    if sound < min(cut.records, len(lines)):
+        raise DataError(f"{where}:{sound + 1}", "its checksum does not fit: the line was changed", remedy)
+    if sound < cut.records:
+        what = f"has {sound} entries, the checkpoint of version {cut.version} was made after {cut.records}"
+        raise DataError(where, what, remedy)
+    return sound, sum(map(len, lines[:sound]))

@@ -15,7 +15,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
 
     from flowrl.graph.graph import Graph
+    from flowrl.runtime.calls import FlowCalls
 
     Carry = Callable[[Call], Awaitable[Any]]
 
@@ -90,7 +91,7 @@ class LocalCrew:
     async def open(self, start: Start) -> None:
         """Make a fresh flow at the start's cut."""
         path = self._options.run_dir / "ledger.jsonl" if self._options.run_dir else None
-        self._ledger = Ledger(path, cut=start.cut)
+        self._ledger = Ledger(path, cut=start.cut, start=self._options.start_number)
         self._gate = CallGate(Flow(self._graph, self._ledger, cut=start.cut))
         self._host_lost = asyncio.get_running_loop().create_future()
         self._beside = [asyncio.create_task(self._pump())]
@@ -115,7 +116,7 @@ class LocalCrew:
         stage = from_specification(self._plan.nodes[node], node)
         clock = CauseClock(asyncio.get_running_loop().time)
         threads = VirtualThreads(clock) if self._options.is_virtual else Threads(clock, replica)
-        flow = CallClient(self._options.link(self._gate.call), replica, incarnation)
+        flow = cast("FlowCalls", CallClient(self._options.link(self._gate.call), replica, incarnation))
 
         async def cut(version: int) -> bytes:
             return msgspec.json.encode(await flow.cut(version))
@@ -132,6 +133,7 @@ class LocalCrew:
             background=threads.background,
             cut=cut,
             fewer_out=flow.fewer_out,
+            note_wait=flow.note_wait,
             num_readers=num_readers(self._graph, node),
             resume_from=start.checkpoint,
             now=self._options.now,
@@ -196,7 +198,7 @@ class LocalCrew:
         while True:
             await asyncio.sleep(self._options.status_interval_s)
             now_s = self._options.now() if self._options.is_virtual else time.time()
-            self._options.consume([*self._recorder.drain(), *self._gate.flow.edge_status(now_s)])
+            self._options.consume([*self._recorder.drain(), *self._gate.flow.report(now_s)])
 
 
 def num_readers(graph: Graph, node: str) -> int:

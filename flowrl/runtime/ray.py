@@ -1,16 +1,17 @@
 """The Ray runtime: the supervisor in the driver, everything else in actors, one machine or a cluster.
 
-The driver runs the supervisor on a `RayCrew`: it starts the hub and the replicas (runtime/actors.py), carries events to
-the sinks, hears of deaths from Ray and of silence from the hub. Invariant: every actor of an attempt is dead before the
-next one starts and when `run_ray` returns, whatever ended it.
+The driver runs the supervisor on a `RayCrew`: it starts the hub and the replicas (runtime/actors.py) and asks each of
+them again and again what there is to tell; one that does not answer in time is lost. Invariants: every process of an
+attempt is proved dead before the next one starts and when `run_ray` returns, whatever ended it, or, where it cannot be
+reached, kept from every file (runtime/rundir.py); no wait is without an end (runtime/cluster.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
+import secrets
 import signal
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -24,16 +25,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from flowrl import errors
 from flowrl.errors import FlowrlError, ResourceError, StageError, StallError
 from flowrl.graph.plan import plan_of
-from flowrl.runtime.actors import Failure, HubActor, ReplicaActor, ReplicaPlan, process_name
+from flowrl.runtime.actors import Failure, HubActor, ReplicaActor, ReplicaPlan
+from flowrl.runtime.cluster import Cluster, Unanswered, answer_of, ask
 from flowrl.runtime.flow import Released, node_name
 from flowrl.runtime.local import num_readers
-from flowrl.runtime.placement import Place, check_resources, environment, num_cores, places
-from flowrl.runtime.supervisor import Death, HostLost, Options, Outcome, Silence, Start, Supervisor, report_interval_s
+from flowrl.runtime.placement import Place, environment, places
+from flowrl.runtime.rundir import Claim, holders
+from flowrl.runtime.supervisor import Death, HostLost, Options, Outcome, Start, Supervisor, report_interval_s
 from flowrl.runtime.wire import Address
-from flowrl.telemetry.events import decode_events
+from flowrl.telemetry.events import Notice, decode_events
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
     from pathlib import Path
 
     from flowrl.graph.graph import Graph
@@ -41,94 +43,57 @@ if TYPE_CHECKING:
 ray: Any = _ray  # its own types are partial
 Handle = Any  # a Ray actor handle; Ray gives it no usable type
 
-
-@contextlib.contextmanager
-def running_ray(graph: Graph, address: str | None) -> Generator[None]:
-    """Connect to a cluster, or start one on this machine with no dashboard, bound to the loopback interface.
-
-    Raises:
-        ResourceError: the cluster does not answer, or the machine has too little of something.
-    """
-    if address is None:
-        check_resources(graph)
-        _stay_on_loopback()
-    logging.getLogger("ray").setLevel(logging.ERROR)  # before it starts; `logging_level` holds only from then on
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let everything else on the machine go first
-    local: dict[str, Any] = {
-        "num_cpus": num_cores(),
-        "include_dashboard": False,
-        "object_store_memory": 512 << 20,
-        "_node_ip_address": "127.0.0.1",
-    }
-    try:
-        ray.init(
-            address=address or "local",
-            log_to_driver=False,
-            logging_level="ERROR",
-            configure_logging=False,
-            **({} if address else local),
-        )
-    except (RayError, ConnectionError, OSError, RuntimeError, ValueError) as error:
-        raise ResourceError("ray", f"cannot start or reach Ray ({error})", "see `flowrl doctor`") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+PLACE_S = 300.0  # for devices to be free: a cluster may have to bring up machines
+BORN_S = 300.0  # for a process to start, its environment included
+BURY_LOOK_S = 0.1  # between two looks whether a process that was ended is gone
+POLITE_LOOKS = 15  # while it may end by Ray's own means; then it is killed
+BURY_LOOKS = 300  # it may be in the middle of a large write
 
 
-def _stay_on_loopback() -> None:
-    """Let a Ray of this machine alone listen on the loopback interface only.
-
-    `_node_ip_address` is not enough: Ray replaces a loopback address by the machine's own unless it takes the platform
-    for one without clusters, which it decides by this variable when it is imported.
-    """
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # for the processes that it starts
-    ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
-
-
-async def run_ray(graph: Graph, options: Options) -> Outcome:
-    """Run a graph to its end on Ray, which must have been started.
+async def run_ray(graph: Graph, options: Options, cluster: Cluster) -> Outcome:
+    """Run a graph to its end on a Ray that has been started.
 
     Raises:
         FlowrlError: the first failure that is not recovered from, or a StallError.
     """
-    return await Supervisor(graph, RayCrew(graph, options), options).run()
-
-
-@dataclass
-class RankProcess:
-    """A rank's actor and where it runs."""
-
-    place: Place
-    actor: Handle
-    pid: int = 0
-    address: str = ""
+    assert options.run_dir is not None, "a run on Ray has a directory"
+    claimed = options.claim or Claim(options.run_dir)
+    try:
+        return await Supervisor(graph, RayCrew(graph, options, cluster, claimed), options).run()
+    finally:
+        if options.claim is None:
+            claimed.close()
 
 
 @dataclass
 class Attempt:
     """What one attempt has started."""
 
-    hub: Handle
-    kinds: dict[str, str]
+    number: int
     group: PlacementGroup | None
     bundles: dict[tuple[str, int, int], int]
+    hub: Handle = None
+    kinds: dict[str, str] = field(default_factory=dict[str, str])
     wire: Address | None = None  # where the hub takes calls to the flow
-    processes: dict[str, list[RankProcess]] = field(default_factory=dict[str, "list[RankProcess]"])  # by replica
-    beside: list[asyncio.Task[None]] = field(default_factory=list["asyncio.Task[None]"])
+    actors: dict[str, list[Handle]] = field(default_factory=dict[str, "list[Handle]"])  # by replica, in rank order
+    passing_on: asyncio.Task[None] | None = None
 
 
 class RayCrew:
     """Replicas as actors."""
 
-    def __init__(self, graph: Graph, options: Options) -> None:
+    def __init__(self, graph: Graph, options: Options, cluster: Cluster, claimed: Claim) -> None:
         assert options.run_dir is not None, "a run on Ray has a directory"
         self._graph = graph
         self._options = options
+        self._cluster = cluster
+        self._claim = claimed
         self._run_dir = options.run_dir
         self._plan = plan_of(graph)
         self._attempt: Attempt | None = None
+        limit_s = options.heartbeat_timeout_s
+        self._interval_s = report_interval_s(len(places(graph)), limit_s)  # between two questions to a process
+        self._within_s = limit_s + self._interval_s
 
     @property
     def _now(self) -> Attempt:
@@ -136,52 +101,90 @@ class RayCrew:
         return self._attempt
 
     async def open(self, start: Start) -> None:
-        """Reserve devices and start the hub at the start's cut."""
+        """Prove the processes of the last attempt dead, reserve devices and start the hub at the start's cut."""
+        if trouble := self._cluster.trouble(self._options.heartbeat_timeout_s):
+            self._tell("warning", "ray", f"{trouble}; Ray is started again")
+            await self._cluster.restart()
+        await self._bury()
         own = [p for p in places(self._graph) if p.host == p.node and (p.cpus or p.gpus)]
-        group: PlacementGroup | None = None
-        if own:
-            group = placement_group([_bundle(p, self._graph) for p in own], strategy="PACK")
-            await cast("Any", group).ready()
-        hub_type = ray.remote(num_cpus=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})(HubActor)
-        hub = hub_type.remote(msgspec.json.encode(self._plan), str(self._run_dir), msgspec.json.encode(start.cut))
-        addresses = [f"{node}.{port}" for node, stage in self._graph.nodes.items() for port in stage.ports]
+        group = placement_group([_bundle(p, self._graph) for p in own], strategy="PACK") if own else None
         bundles = {(p.node, p.replica, p.rank): index for index, p in enumerate(own)}
-        self._attempt = Attempt(hub=hub, kinds={}, group=group, bundles=bundles)
-        self._now.kinds = await hub.kinds.remote(addresses)
-        self._now.wire = Address(*await hub.listen.remote())
-        self._now.beside = [asyncio.create_task(self._carry_events()), asyncio.create_task(self._pass_on_stop())]
+        now = self._attempt = Attempt(number=self._claim.begin_attempt(), group=group, bundles=bundles)
+        try:
+            if group is not None:
+                await answer_of(cast("Any", group).ready(), where="placement", within_s=PLACE_S)
+        except Unanswered as error:
+            asked = ", ".join(f"{p.node} {_bundle(p, self._graph)}" for p in own)
+            what = f"what the nodes ask for was not free within {PLACE_S:.0f} s ({asked})"
+            raise ResourceError(
+                "placement", what, "lower replicas, ranks, cpus or gpus, or free the cluster"
+            ) from error
+        hub_type = ray.remote(num_cpus=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})(HubActor)
+        cut = msgspec.json.encode(start.cut)
+        arguments = (msgspec.json.encode(self._plan), str(self._run_dir), cut, now.number, self._options.start_number)
+        now.hub = hub_type.remote(*arguments)
+        addresses = [f"{node}.{port}" for node, stage in self._graph.nodes.items() for port in stage.ports]
+        now.wire = Address(*await self._ask_hub("open", self._options.stall_timeout_s, within_s=BORN_S))
+        now.kinds = await self._ask_hub("kinds", addresses)
+        now.passing_on = asyncio.create_task(self._pass_on_stop())
+
+    async def _ask_hub(self, method: str, *arguments: Any, within_s: float | None = None) -> Any:
+        """Ask the flow's host.
+
+        Raises:
+            HostLost: it is dead, or does not answer.
+            FlowrlError: its own reason why it cannot begin.
+        """
+        try:
+            call = getattr(self._now.hub, method)
+            return await ask(call, *arguments, where="flow", within_s=within_s or self._within_s)
+        except Unanswered as error:
+            raise HostLost("flow", f"its host was {error.what}") from error
+        except RayError as error:
+            cause = error.__cause__
+            if isinstance(cause, FlowrlError):
+                raise cause from None
+            raise HostLost("flow", "its host died", f"its last words are in {self._log('hub')}") from error
 
     async def run(self, replica: str, incarnation: int, start: Start) -> None:
         """Start a replica's ranks and wait for their end; one that fails takes the others with it."""
-        ranks = [
-            RankProcess(p, self._start(p, incarnation, start)) for p in places(self._graph) if _belongs(p, replica)
-        ]
-        self._now.processes[replica] = ranks
-        if self._options.stopping.is_set():
-            for process in ranks:
-                process.actor.request_stop.remote()
-        master = ("", 0)
+        token = secrets.token_hex(16)
+        ranks = [p for p in places(self._graph) if _belongs(p, replica)]
+        actors = [self._start(p, incarnation, start, token) for p in ranks]
+        self._now.actors[replica] = actors
         try:
-            for process in ranks:
-                process.address, port, process.pid = await process.actor.rendezvous.remote()
-                if process.place.rank == 0:
-                    master = process.address, port
-        except RayError as error:
-            raise self._death(replica, error) from error
-        answers = {asyncio.ensure_future(_await(p.actor.run.remote(*master))): p for p in ranks}
-        try:
-            while answers:
-                finished, _ = await asyncio.wait(answers, return_when=asyncio.FIRST_COMPLETED)
-                for answer in finished:
-                    self._check(answers.pop(answer), answer)
-        finally:
-            for answer in answers:
-                answer.cancel()
-            for process in ranks:
-                with contextlib.suppress(RayError):
-                    await self._now.hub.forget.remote(process_name(process.place))
+            met = [await ask(actor.rendezvous, where=replica, within_s=BORN_S) for actor in actors]
+            if self._options.stopping.is_set():
+                await self._request_stop(actors)
+            for actor in actors:
+                await ask(actor.begin, *met[0], where=replica, within_s=self._within_s)
+            async with asyncio.TaskGroup() as listening:
+                for actor in actors:
+                    listening.create_task(self._listen(replica, actor))
+        except (RayError, FlowrlError, ExceptionGroup) as error:
+            first = _first(error)
+            if isinstance(first, Unanswered):
+                raise Death(replica, first.what) from error
+            raise (self._death(replica, first) if isinstance(first, RayError) else first) from error
 
-    def _start(self, place: Place, incarnation: int, start: Start) -> Handle:
+    async def _listen(self, replica: str, actor: Handle) -> None:
+        """Take in what a rank has to tell until it ends.
+
+        Raises:
+            FlowrlError: it failed, and says why.
+            Unanswered: it has not been heard from for too long.
+        """
+        ended: bytes | None = None
+        while ended is None:
+            batch, ended = await ask(actor.listen, self._interval_s, where=replica, within_s=self._within_s)
+            if batch:
+                self._options.consume(decode_events(batch))
+        if ended:
+            failure = msgspec.json.decode(ended, type=Failure)
+            kind: type[FlowrlError] = getattr(errors, failure.kind)
+            raise kind(failure.where, failure.what, failure.remedy or f"see {self._log(replica)}")
+
+    def _start(self, place: Place, incarnation: int, start: Start, token: str) -> Handle:
         stage, attempt = self._graph.nodes[place.node], self._now
         assert attempt.wire is not None, "open waits for it"
         plan = ReplicaPlan(
@@ -193,7 +196,8 @@ class RayCrew:
             hub=attempt.wire,
             run_dir=str(self._run_dir),
             num_readers=num_readers(self._graph, place.node),
-            report_interval_s=report_interval_s(len(places(self._graph)), self._options.heartbeat_timeout_s),
+            attempt=attempt.number,
+            token=token,
             resume_from=str(start.checkpoint) if start.checkpoint else None,
         )
         choice: dict[str, Any] = {
@@ -208,21 +212,9 @@ class RayCrew:
         if attempt.group is not None and bundle is not None:
             choice["scheduling_strategy"] = PlacementGroupSchedulingStrategy(attempt.group, bundle)
         actor_type: Any = ray.remote(ReplicaActor)
-        return actor_type.options(**choice).remote(msgspec.json.encode(plan), attempt.hub)
+        return actor_type.options(**choice).remote(msgspec.json.encode(plan))
 
-    def _check(self, process: RankProcess, ended: asyncio.Future[Any]) -> None:
-        replica = f"{process.place.node}.{process.place.replica}"
-        try:
-            answer = ended.result()
-        except RayError as error:
-            process.pid = 0  # somebody else may get the number now
-            raise self._death(replica, error) from error
-        if answer:
-            failure = msgspec.json.decode(answer, type=Failure)
-            kind: type[FlowrlError] = getattr(errors, failure.kind)
-            raise kind(failure.where, failure.what, failure.remedy or f"see {self._log(replica)}")
-
-    def _death(self, replica: str, error: RayError) -> StageError:
+    def _death(self, replica: str, error: Exception) -> FlowrlError:
         if isinstance(error, OutOfMemoryError):
             remedy = "lower generator.kv_cache_bytes or micro_batch_tokens, or run fewer replicas"
             return Death(replica, "Ray ended its process because the machine's memory was full", remedy)
@@ -234,106 +226,108 @@ class RayCrew:
         return self._run_dir / "logs" / f"{replica}.log"
 
     async def watch(self) -> None:
-        """Wait for a stall, for silence, or for the hub to be lost."""
-        hub, options = self._now.hub, self._options
-        stalling = asyncio.ensure_future(_await(hub.watch.remote(options.stall_timeout_s)))
-        silent = asyncio.ensure_future(_await(hub.silent.remote(options.heartbeat_timeout_s)))
-        pinging = asyncio.ensure_future(self._ping())
-        try:
-            await asyncio.wait([stalling, silent, pinging], return_when=asyncio.FIRST_COMPLETED)
-            if pinging.done():
-                pinging.result()
-            if silent.done():
-                process = silent.result()
-                replica = process.rpartition(".rank")[0] if ".rank" in process else process
-                raise Silence(replica, f"not heard from for {options.heartbeat_timeout_s:.0f} s")
-            raise StallError("flow", stalling.result(), "see the run's timeline and logs")
-        except RayError as error:
-            raise HostLost("flow", "its host died", f"its last words are in {self._log('hub')}") from error
-        finally:
-            for waiting in (stalling, silent, pinging):
-                waiting.cancel()
-            await asyncio.gather(stalling, silent, pinging, return_exceptions=True)
-
-    async def _ping(self) -> None:
-        timeout_s = self._options.heartbeat_timeout_s
+        """Wait for a stall, or for the hub, or Ray itself, to be lost."""
         while True:
-            await asyncio.sleep(timeout_s / 4)
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await self._now.hub.ping.remote()
-            except TimeoutError as error:
-                raise HostLost("flow", f"its host was not heard from for {timeout_s:.0f} s") from error
+            batch, stall = await self._ask_hub("listen", self._interval_s)
+            self._options.consume(decode_events(batch))
+            if stall:
+                raise StallError("flow", stall, "see the run's timeline and logs")
+            if trouble := self._cluster.trouble(self._options.heartbeat_timeout_s):
+                raise HostLost("ray", trouble)
 
     async def release(self, replica: str, successor: int) -> Released:
         """Fence a dead replica off and give back what it held."""
-        try:
-            reissued, poisonous = await self._now.hub.release.remote(replica, successor)
-        except RayError as error:
-            raise HostLost("flow", "its host died") from error
+        reissued, poisonous = await self._ask_hub("release", replica, successor)
         return Released(reissued, poisonous)
 
     async def kill(self, replica: str) -> None:
         """Kill every rank of a replica, stopped ones of this machine too."""
-        for process in self._now.processes.get(replica, []):
-            await _kill(process)
+        for actor in self._now.actors.get(replica, []):
+            with contextlib.suppress(RayError, ValueError):
+                ray.kill(actor)
+        marked = {
+            f"{replica}.log",
+            *(f"{replica}.rank{n}.log" for n in range(1, len(self._now.actors.get(replica, [])))),
+        }
+        for look in range(BURY_LOOKS):
+            left = [pid for pid in holders(self._run_dir / "lock") if _log_of(pid) in marked]
+            if not left:
+                return
+            for pid in left if look >= POLITE_LOOKS else ():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            await asyncio.sleep(BURY_LOOK_S)
 
     async def totals(self) -> dict[str, int]:
         """Return the ledger's totals."""
-        try:
-            return await self._now.hub.totals.remote()
-        except RayError as error:
-            raise HostLost("flow", "its host died") from error
+        return await self._ask_hub("totals")
 
     async def close_edges(self) -> None:
         """Close every edge."""
-        with contextlib.suppress(RayError):
-            await self._now.hub.close.remote()
+        with contextlib.suppress(HostLost):
+            await self._ask_hub("close")
 
     async def close(self) -> None:
-        """Kill every actor of the attempt and free its devices."""
+        """Kill every process of the attempt, see that it is dead, and free its devices."""
         attempt, self._attempt = self._attempt, None
         if attempt is None:
             return
-        for task in attempt.beside:
-            task.cancel()
-        await asyncio.gather(*attempt.beside, return_exceptions=True)
-        with contextlib.suppress(RayError, TimeoutError):
-            async with asyncio.timeout(5.0):
-                self._options.consume(decode_events(await attempt.hub.drain.remote()))
-        for process in [process for ranks in attempt.processes.values() for process in ranks]:
-            await _kill(process)
-        with contextlib.suppress(RayError):
-            ray.kill(attempt.hub)
-        if attempt.group is not None:
-            with contextlib.suppress(RayError):
-                remove_placement_group(attempt.group)
+        if attempt.passing_on is not None:
+            attempt.passing_on.cancel()
+            await asyncio.gather(attempt.passing_on, return_exceptions=True)
+        if not self._cluster.trouble(0.0):
+            for actor in [*(actor for ranks in attempt.actors.values() for actor in ranks), attempt.hub]:
+                with contextlib.suppress(RayError, ValueError):
+                    ray.kill(actor)
+            if attempt.group is not None:
+                with contextlib.suppress(RayError):
+                    remove_placement_group(attempt.group)
+        await self._bury()
 
-    async def _carry_events(self) -> None:
-        with contextlib.suppress(RayError):  # the watch tells when the hub is gone
-            while True:
-                self._options.consume(decode_events(await self._now.hub.events.remote()))
+    async def _bury(self) -> None:
+        """See that no process of the run but this one is left; those of this machine are killed.
+
+        One that cannot be reached, on a machine that is cut off, is fenced off by the number of the next attempt.
+        """
+        for look in range(BURY_LOOKS):
+            if self._claim.is_alone():
+                return
+            if look >= POLITE_LOOKS:
+                self._claim.kill_processes()
+            await asyncio.sleep(BURY_LOOK_S)
+        text = "a process of the last attempt may still live; once the next attempt begins it can write no more"
+        self._tell("warning", "ray", text)
+
+    def _tell(self, level: str, where: str, text: str) -> None:
+        self._options.consume([Notice(level=level, where=where, text=text, time_s=self._options.now())])
 
     async def _pass_on_stop(self) -> None:
         await self._options.stopping.wait()
-        for process in [process for ranks in self._now.processes.values() for process in ranks]:
-            process.actor.request_stop.remote()
+        await self._request_stop([actor for ranks in self._now.actors.values() for actor in ranks])
+
+    async def _request_stop(self, actors: list[Handle]) -> None:
+        """Tell processes that the user asks for a controlled stop; the dead need not hear it."""
+        calls = [ask(actor.request_stop, where="stop", within_s=self._within_s) for actor in actors]
+        await asyncio.gather(*calls, return_exceptions=True)
 
 
-async def _kill(process: RankProcess) -> None:
-    if process.pid and process.address == ray.util.get_node_ip_address():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGCONT)  # one that was stopped must wake up to be killed
-    with contextlib.suppress(RayError):
-        ray.kill(process.actor)
+def _log_of(pid: int) -> str:
+    """Return the name of the log that a process of the run writes, which is its own name."""
+    try:
+        return os.path.basename(os.readlink(f"/proc/{pid}/fd/1"))
+    except OSError:
+        return ""
+
+
+def _first(error: Exception) -> Exception:
+    """Return the first exception of a group, at any depth."""
+    return (
+        _first(cast("ExceptionGroup[Exception]", error).exceptions[0]) if isinstance(error, ExceptionGroup) else error
+    )
 
 
 def _belongs(place: Place, replica: str) -> bool:
     return f"{place.node}.{place.replica}" == replica
-
-
-async def _await(reference: Any) -> Any:
-    return await reference
 
 
 def _bundle(place: Place, graph: Graph) -> dict[str, float]:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from flowrl.errors import ChannelClosed, FlowrlError, StageError
-from flowrl.runtime.binding import WIRE, FlowClient, Wire, bind
+from flowrl.runtime.binding import WIRE, Wire, bind
 from flowrl.telemetry.causes import Cause, CauseClock
 from flowrl.telemetry.events import Status
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from flowrl.graph.stage import Context, Stage
+    from flowrl.runtime.calls import FlowCalls
 
 T = TypeVar("T")
 
@@ -73,7 +74,7 @@ class VirtualThreads:
 async def run_replica(
     stage: Stage,
     context: Context,
-    flow: FlowClient,
+    flow: FlowCalls,
     *,
     kinds: Mapping[str, str],
     status_interval_s: float,

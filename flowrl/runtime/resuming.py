@@ -16,7 +16,8 @@ import msgspec
 from flowrl.config import Config, resolve, to_tree
 from flowrl.errors import ConfigError, DataError
 from flowrl.graph.plan import plan_of
-from flowrl.runtime.rundir import read_plan, write_atomically, write_plan
+from flowrl.runtime.rundir import read_plan
+from flowrl.telemetry.files import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,14 +81,13 @@ def check_same_data(run_dir: Path, program: Program) -> None:
             raise DataError(node, what, f"put them back, or start a new run with model={run_dir}")
 
 
-def record_attempt(run_dir: Path, program: Program, changes: Changes, *, version: int) -> Iterator[str]:
+def record_attempt(run_dir: Path, changes: Changes, *, version: int) -> Iterator[str]:
     """Write down how an attempt differs from the one before; yield it as lines."""
     number = 1 + len(list((run_dir / "attempts").glob("*.json")))
     changed = {path: {"old": old, "new": new} for path, (old, new) in changes.items()}
     record = {"version": version, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "changed": changed}
-    write_atomically(run_dir / "attempts" / f"{number:03d}.json", msgspec.json.format(msgspec.json.encode(record)))
-    if changes:
-        write_plan(run_dir, program)
+    (run_dir / "attempts").mkdir(exist_ok=True)
+    replace_file(run_dir / "attempts" / f"{number:03d}.json", msgspec.json.format(msgspec.json.encode(record)))
     for path, (old, new) in changes.items():
         yield f"{path} is {_shown(new)} from here on (it was {_shown(old)})"
 

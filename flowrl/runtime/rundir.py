@@ -1,22 +1,29 @@
 """A run's directory: `runs/<name>/` with its settings, plan, metrics, timeline, rollouts, logs and checkpoints.
 
 A new run never writes into a directory that holds another; a resumed one continues in its own, once every process of
-the attempt before has ended: each holds a shared lock on `lock`, and whoever drives a run must have had it alone.
+the attempt before has ended. The driver alone holds `driver.lock`; every other process of the run holds a shared lock
+on `lock`, so that whoever gets it alone has proof that they are dead. `lock` holds the number of the present attempt:
+a process that cannot be proved dead, on a machine that is cut off, reads there that it must write no more.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
 import shutil
+import signal
 import threading
-from typing import TYPE_CHECKING, Any
+import time
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
 from flowrl.config import to_tree
 from flowrl.errors import ConfigError, DataError, ResourceError
 from flowrl.graph.plan import GraphPlan, plan_of
+from flowrl.telemetry.files import RecordFile, check_fence, fence, replace_file, seal, unseal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +32,20 @@ if TYPE_CHECKING:
     from flowrl.graph.program import Program
 
 CLAIM_TIMEOUT_S = 60.0  # Ray needs some seconds to notice that a driver is gone
+LOOK_S = 0.02  # between two looks whether a process is dead: no system call waits for it with a time limit
+PRIVATE = 0o600
 LEAST_FREE_BYTES = 2 << 30  # a checkpoint of a small model with its optimizer state, twice
+
+
+class RunStart(msgspec.Struct, frozen=True, kw_only=True):
+    """One start of the command in a run's directory."""
+
+    number: int  # from 0
+    time_s: float
+    flowrl: str  # its version
+    graph: str  # the graph's file
+    plan_digest: str  # of graph.json as it was written then
+    settings: dict[str, Any]  # all of them, resolved
 
 
 def create_run_dir(directory: Path) -> Path:
@@ -51,30 +71,117 @@ def create_run_dir(directory: Path) -> Path:
     return directory
 
 
-def write_plan(directory: Path, program: Program) -> None:
-    """Write the resolved settings, the graph as plain data, and the digests of the data that its check has read."""
+def write_plan(directory: Path, program: Program) -> int:
+    """Write a start of the run, whole and on the disk, and return its number: settings, graph, digests of the data.
+
+    `settings.yaml` and `graph.json` are of the newest start, `starts.jsonl` has a sealed line for every one, so that
+    each group's bound is known and a change of the files shows. They may hold secrets: the owner alone reads them.
+
+    Raises:
+        ResourceError: the disk is full, or may not be written.
+    """
+    from flowrl import __version__
+
+    settings = to_tree(program.settings)
+    plan = msgspec.json.format(msgspec.json.encode(plan_of(program.graph)))
     digests = {name: stage.data_digest for name, stage in program.graph.nodes.items() if stage.data_digest}
-    write_atomically(directory / "data.json", msgspec.json.format(msgspec.json.encode(digests)))
-    write_atomically(directory / "graph.json", msgspec.json.format(msgspec.json.encode(plan_of(program.graph))))
-    write_atomically(directory / "settings.yaml", as_yaml(program.settings).encode())
+    number = len(read_starts(directory))
+    start = RunStart(number=number, time_s=time.time(), flowrl=__version__, graph=str(program.path),
+                     plan_digest=digest_of(plan), settings=settings)  # fmt: skip
+    path = directory / "starts.jsonl"
+    try:
+        with contextlib.closing(RecordFile(path, mode=PRIVATE)) as file:
+            file.append(seal(msgspec.json.encode(start)))
+            file.sync()
+            if file.is_waiting:
+                raise OSError(errno.ENOSPC, file.trouble)
+        replace_file(directory / "data.json", msgspec.json.format(msgspec.json.encode(digests)))
+        replace_file(directory / "settings.yaml", as_yaml(program.settings).encode(), mode=PRIVATE)
+        replace_file(directory / "graph.json", plan, mode=PRIVATE)
+        (directory / "ending.json").unlink(missing_ok=True)  # of the start before
+    except OSError as error:
+        raise ResourceError(str(path), f"cannot be written ({error})", "make room, or mend its permissions") from error
+    return number
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is there whole, on the disk, or as it was."""
-    path.parent.mkdir(exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+def read_starts(directory: Path) -> list[RunStart]:
+    """Return the starts of a run, oldest first; a last line that was cut short by a kill is no start.
+
+    Raises:
+        DataError: a line is damaged.
+    """
+    path = directory / "starts.jsonl"
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(str(path), f"cannot be read ({error.strerror})", "mend its permissions") from error
+    found: list[RunStart] = []
+    for number, line in enumerate(lines, start=1):
+        if line == b"\n" or (number == len(lines) and not line.endswith(b"\n")):
+            continue
+        try:
+            found.append(msgspec.json.decode(unseal(line), type=RunStart))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}", f"is damaged ({error})", "restore the file") from error
+    return found
+
+
+def recorded_settings(directory: Path) -> Path:
+    """Return the file of the settings that a run goes on with, held against the record of its starts.
+
+    Raises:
+        ConfigError: there is no run, or the file is empty or was changed.
+    """
+    path = existing_run(directory) / "settings.yaml"
+    starts = read_starts(directory)
+    tree = read_settings(path)
+    if not starts or tree == starts[-1].settings:
+        return path
+    if len(starts) > 1 and tree == starts[-2].settings:  # killed between the line and the file
+        replace_file(path, yaml_of(starts[-1].settings).encode(), mode=PRIVATE)
+        return path
+    changed = next((name for name in starts[-1].settings if tree.get(name) != starts[-1].settings[name]), "a setting")
+    what = f"{changed} is not what the run was started with: the file was changed"
+    raise ConfigError(str(path), what, "restore it, and give changes with --set or --config")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return recorded settings as plain data.
+
+    Raises:
+        ConfigError: the file cannot be read, or does not hold settings.
+    """
+    import yaml
+
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        what = " ".join(str(error).split())
+        raise ConfigError(str(path), f"cannot be read ({what})", "restore the file") from error
+    if not isinstance(tree, dict) or not tree:
+        raise ConfigError(str(path), "holds no settings", "restore the file, or begin again in another directory")
+    return cast("dict[str, Any]", tree)
 
 
 def as_yaml(settings: Any) -> str:
     """Return resolved settings as a file that `--config` takes."""
+    return yaml_of(to_tree(settings))
+
+
+def yaml_of(tree: dict[str, Any]) -> str:
+    """Return settings that are plain data as a file that `--config` takes."""
     import yaml
 
-    return yaml.safe_dump(to_tree(settings), sort_keys=False)
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def digest_of(body: bytes) -> str:
+    """Return the blake3 digest of a file's bytes."""
+    from blake3 import blake3
+
+    return blake3(body).hexdigest()
 
 
 def read_plan(run_dir: Path) -> GraphPlan:
@@ -86,7 +193,7 @@ def read_plan(run_dir: Path) -> GraphPlan:
     path = run_dir / "graph.json"
     try:
         return msgspec.json.decode(path.read_bytes(), type=GraphPlan)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, RecursionError) as error:
         raise DataError(str(path), f"cannot be read ({error})", "name the directory of a run") from error
 
 
@@ -101,45 +208,129 @@ def existing_run(directory: Path) -> Path:
     return directory
 
 
-def hold(directory: Path) -> None:
-    """Show, as long as this process lives, that the run has a process."""
-    fcntl.flock(_open_lock(directory), fcntl.LOCK_SH)
+class Claim:
+    """A run's directory, as the one process that drives the run holds it: until `close`, or its end."""
+
+    def __init__(self, directory: Path) -> None:
+        """Take the directory.
+
+        Raises:
+            ConfigError: another process drives the run.
+        """
+        self._directory = directory
+        self._driver = _open(directory / "driver.lock")
+        if not _is_free(self._driver, keep=True):
+            pid = os.pread(self._driver, 20, 0).decode(errors="replace").strip()
+            os.close(self._driver)
+            what = f"is driven by another flowrl already (process {pid or 'unknown'})"
+            raise ConfigError(str(directory), what, "choose another --name, or stop that run first")
+        os.ftruncate(self._driver, 0)
+        os.pwrite(self._driver, f"{os.getpid()}\n".encode(), 0)
+        self._processes = _open(directory / "lock")
+
+    def is_alone(self) -> bool:
+        """Return whether every other process of the run is dead, on this machine and on any that sees the directory."""
+        return _is_free(self._processes, keep=False)
+
+    def wait_alone(self, timeout_s: float) -> bool:
+        """Wait until every other process of the run is dead; blocks. Returns whether it came so far."""
+        deadline_s = time.monotonic() + timeout_s
+        while not self.is_alone():
+            if time.monotonic() >= deadline_s:
+                return False
+            threading.Event().wait(LOOK_S)
+        return True
+
+    def begin_attempt(self) -> int:
+        """Begin an attempt and return its number: from now on processes of an older one write no more."""
+        attempt = 1 + int(os.pread(self._processes, 20, 0).strip() or b"0")
+        os.pwrite(self._processes, b"%-19d\n" % attempt, 0)
+        os.fsync(self._processes)
+        return attempt
+
+    def kill_processes(self) -> list[int]:
+        """Kill whatever process of the run is left on this machine, a stopped one too; returns their ids."""
+        found = holders(self._directory / "lock")
+        for pid in found:
+            with contextlib.suppress(OSError):  # it ended by itself
+                os.kill(pid, signal.SIGKILL)
+        return found
+
+    def close(self) -> None:
+        """Let the directory go."""
+        os.close(self._driver)
+        os.close(self._processes)
 
 
-def claim(directory: Path, say: Callable[[str], None], *, timeout_s: float = CLAIM_TIMEOUT_S) -> None:
-    """Wait until no other process of the run is left, then hold it as its driver.
+def holders(lock: Path) -> list[int]:
+    """Return the other processes of this machine that have a lock's file open, as far as we may see."""
+    found: list[int] = []
+    about = lock.stat()
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):  # it has ended, or is not ours
+            for descriptor in os.scandir(f"/proc/{entry.name}/fd"):
+                with contextlib.suppress(OSError):
+                    seen = os.stat(descriptor.path)
+                    if (seen.st_dev, seen.st_ino) == (about.st_dev, about.st_ino):
+                        found.append(int(entry.name))
+                        break
+    return found
+
+
+def hold(directory: Path, attempt: int) -> None:
+    """Show, as long as this process lives, that the run has a process; it writes as long as its attempt goes on.
 
     Raises:
-        ConfigError: one is still there after `timeout_s`.
+        RunError: another attempt has begun.
     """
-    lock = _open_lock(directory)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    fcntl.flock(_open(directory / "lock"), fcntl.LOCK_SH)
+    fence(directory / "lock", attempt)
+    check_fence()
+
+
+def claim(directory: Path, say: Callable[[str], None], *, timeout_s: float = CLAIM_TIMEOUT_S) -> Claim:
+    """Hold a run's directory as its driver, once no other process of the run is left.
+
+    Raises:
+        ConfigError: another process drives it, or one is still there after `timeout_s`.
+    """
+    found = Claim(directory)
+    if not found.is_alone():
         say(f"waiting for the processes of an earlier attempt to end, at most {timeout_s:.0f} s")
-        waiting = threading.Thread(target=fcntl.flock, args=(lock, fcntl.LOCK_EX), daemon=True)
-        waiting.start()
-        waiting.join(timeout_s)
-        if waiting.is_alive():
-            what = f"still has processes of an earlier attempt after {timeout_s:.0f} s"
-            raise ConfigError(str(directory), what, "stop that run first, or kill what is left of it") from error
-    fcntl.flock(lock, fcntl.LOCK_SH)
+        if not found.wait_alone(timeout_s):
+            pids = ", ".join(map(str, holders(directory / "lock"))) or "on another machine"
+            found.close()
+            what = f"still has processes of an earlier attempt after {timeout_s:.0f} s ({pids})"
+            raise ConfigError(str(directory), what, "kill what is left of it")
+    return found
 
 
 def is_held(directory: Path) -> bool:
     """Return whether a process of the run lives on any machine that sees its directory."""
-    try:
-        lock = os.open(directory / "lock", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:  # never driven, or by somebody whose files we may not open
-        return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(lock)
+    for name in ("lock", "driver.lock"):
+        try:
+            lock = os.open(directory / name, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:  # never driven, or by somebody whose files we may not open
+            continue
+        try:
+            if not _is_free(lock, keep=False):
+                return True
+        finally:
+            os.close(lock)
     return False
 
 
-def _open_lock(directory: Path) -> int:
-    return os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+def _is_free(lock: int, *, keep: bool) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    if not keep:
+        fcntl.flock(lock, fcntl.LOCK_UN)
+    return True
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -14,15 +14,15 @@ import asyncio
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import msgspec
 
-from flowrl.engines.checkpoint import newest_sound, read_cut
-from flowrl.errors import FlowrlError, LastingError, RewardError, RunError, StageError, StallError, UserError
+from flowrl.engines.checkpoint import newest_sound, read_cut, strays
+from flowrl.errors import DataError, FlowrlError, LastingError, RewardError, RunError, StageError, StallError, UserError
 from flowrl.messages import decode
 from flowrl.runtime.flow import Released, node_name, replica_name
-from flowrl.runtime.ledger import Cut
+from flowrl.runtime.ledger import Cut, whole_lines
 from flowrl.telemetry.events import Event, Notice, Recovery
 from flowrl.telemetry.quarantine import quarantine
 
@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from flowrl.graph.graph import Graph
+    from flowrl.runtime.rundir import Claim
 
 
-REPORT_S = 0.5  # between a process's reports to the flow's host: its events, and the sign that it lives
-REPORTS_PER_S = 250.0  # that the host is to take in from all processes; where there are more, each reports less often
+REPORT_S = 0.5  # between a process's reports to the driver: its events, and the sign that it lives
+REPORTS_PER_S = 250.0  # that the driver is to take in from all processes; where there are more, each reports less often
 
 
 def report_interval_s(num_processes: int, heartbeat_timeout_s: float) -> float:
@@ -45,16 +46,12 @@ def report_interval_s(num_processes: int, heartbeat_timeout_s: float) -> float:
     return min(max(REPORT_S, num_processes / REPORTS_PER_S), heartbeat_timeout_s / 4)
 
 
-class Silence(RunError):
-    """A replica has not been heard from for too long."""
-
-
 class Death(StageError):
-    """A replica's process ended without a word; the next one may fare better."""
+    """A replica's process ended, or fell silent, without a word; the next one may fare better."""
 
 
 class HostLost(RunError):
-    """The process that holds the flow is gone."""
+    """The process that holds the flow is gone, or what carries every process."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +79,8 @@ class Options:
     consume: Callable[[list[Event]], None] = lambda events: None
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     resume: Start | None = None  # None: a new run
+    claim: Claim | None = None  # of the directory; None: the runtime takes it
+    start_number: int = -1  # of this start of the command, for the ledger
     stall_timeout_s: float = 1800.0  # nothing moves for so long: who waits for what, and the end
     heartbeat_timeout_s: float = 60.0  # a replica not heard from for so long is taken for dead
     grace_s: float = 60.0  # for stages to end by themselves once the run is over
@@ -109,7 +108,6 @@ class Workers(Protocol):
 
         Raises:
             StallError: nothing has moved for too long.
-            Silence: a replica has not been heard from; `where` names it.
             HostLost: the flow is gone.
         """
         ...
@@ -156,6 +154,7 @@ class Supervisor:
         self._learned_at: dict[str, int] = {}  # groups learned when a node was last recovered
         self._said: dict[str, str] = {}  # by the error that it was recovered from
         self._recoveries: Counter[str] = Counter()
+        self._attempts = 0
 
     async def run(self) -> Outcome:
         """Run the graph to its end.
@@ -166,6 +165,9 @@ class Supervisor:
         start = self._options.resume or Start()
         while True:
             try:
+                if self._options.stopping.is_set() and not self._attempts:
+                    return Outcome(_totals(start.cut or Cut()), was_stopped=True)  # nothing is under way yet
+                self._attempts += 1
                 await self._crew.open(start)
                 totals = await self._attempt(start)
                 return Outcome(totals, self._options.stopping.is_set(), self._recoveries)
@@ -188,7 +190,7 @@ class Supervisor:
             while any(node_name(name) == until for name in running.values()):
                 await asyncio.wait([*running, watching], return_when=asyncio.FIRST_COMPLETED)
                 if watching.done():
-                    watching = await self._heed(watching, running)
+                    self._heed(watching, running)
                 for ended in [future for future in running if future.done()]:
                     await self._take(running.pop(ended), ended, running, start)
             return await self._wind_down(running)
@@ -207,14 +209,9 @@ class Supervisor:
                 self._tell("warning", name, f"failed after the run had ended: {error}")
         return await self._crew.totals()
 
-    async def _heed(
-        self, watching: asyncio.Future[None], running: dict[asyncio.Future[None], str]
-    ) -> asyncio.Future[None]:
-        """Act on what the watch has seen and watch on."""
+    def _heed(self, watching: asyncio.Future[None], running: dict[asyncio.Future[None], str]) -> NoReturn:
+        """End the attempt for what the watch has seen."""
         error = watching.exception()
-        if isinstance(error, Silence):
-            await self._crew.kill(error.where)  # its end then shows in `running`
-            return asyncio.ensure_future(self._crew.watch())
         failures = [f.exception() for f in running if f.done() and not f.cancelled()]
         first = next((failure for failure in failures if failure is not None), None)
         if isinstance(error, StallError) and first is not None:
@@ -236,17 +233,21 @@ class Supervisor:
             raise _Rollback(name, error)
         try:
             await self._crew.kill(name)
-            self._charge(node_name(name), (await self._crew.totals())["learned"], error)
             successor = self._incarnations[name] + 1
             released = await self._crew.release(name, successor)
+            held = bool(released.reissued or released.poisonous)
+            self._charge(node_name(name), (await self._crew.totals())["learned"], error, held_groups=held)
         except HostLost as lost:
             raise _Rollback("flow", lost) from lost
         self._incarnations[name] = successor
         self._report(name, error, released)
         running[asyncio.ensure_future(self._crew.run(name, successor, start))] = name
 
-    def _charge(self, node: str, learned: int, error: FlowrlError) -> None:
+    def _charge(self, node: str, learned: int, error: FlowrlError, *, held_groups: bool = False) -> None:
         """Count a recovery against the node's budget, which is whole again once more groups are learned.
+
+        A failure that says the same as the last one, with nothing learned between, would say it every time; unless it
+        held groups: one of them may be to blame, and is found out by giving it to others.
 
         Raises:
             FlowrlError: it is spent, or the code raised what it raised before; the error is of `error`'s own class.
@@ -255,7 +256,8 @@ class Supervisor:
             self._spent[node] = 0
             self._said.pop(node, None)
         said, self._said[node] = self._said.get(node), str(error)
-        if said == str(error) and isinstance(error, StageError | RewardError) and not isinstance(error, Death):
+        is_own = isinstance(error, StageError | RewardError) and not isinstance(error, Death)
+        if said == str(error) and is_own and not held_groups:
             raise type(error)(
                 error.where, f"{error.what} (and the same again after a restart)", error.remedy
             ) from error
@@ -306,10 +308,32 @@ class Supervisor:
 
 
 def newest_start(run_dir: Path, tell: Callable[[str, str, str], None]) -> Start:
-    """Return the newest sound checkpoint of a run as a start, or its beginning; damaged ones are named and passed."""
-    checkpoint, passed_over = newest_sound(run_dir / "checkpoints")
+    """Return the newest sound checkpoint of a run as a start, or its beginning where it has made none.
+
+    Damaged checkpoints are named and passed over; files that belong to nobody are named and left alone.
+
+    Raises:
+        DataError: there are checkpoints and none is sound, or the ledger does not reach as far as the checkpoint.
+    """
+    directory = run_dir / "checkpoints"
+    checkpoint, passed_over = newest_sound(directory)
     for wrong in passed_over:
         tell("warning", "checkpoints", f"{wrong}; passed over")
+    if checkpoint is None and passed_over:
+        what = f"none of {len(passed_over)} checkpoints is whole: {passed_over[0]}"
+        raise DataError(str(directory), what, "restore one, or begin again with --from-start")
     if checkpoint is None:
         return Start(cut=Cut())
-    return Start(cut=msgspec.json.decode(read_cut(checkpoint), type=Cut), checkpoint=checkpoint)
+    for stray in strays(checkpoint):
+        tell("warning", "checkpoints", f"{checkpoint.name}/{stray} belongs to no checkpoint; left alone")
+    try:
+        cut = msgspec.json.decode(read_cut(checkpoint), type=Cut)
+    except msgspec.DecodeError as error:
+        raise DataError(str(checkpoint / "cut.json"), f"is no cut ({error})", "resume with --from-start") from error
+    whole_lines(run_dir / "ledger.jsonl", cut)
+    return Start(cut=cut, checkpoint=checkpoint)
+
+
+def _totals(cut: Cut) -> dict[str, int]:
+    ended = {"learned": cut.learned, "filtered": cut.filtered, "failed": cut.failed}
+    return {"admitted": sum(ended.values()), **ended, "unfinished": 0}

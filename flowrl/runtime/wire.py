@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 READ_AHEAD_BYTES = 1 << 20
 LENGTH_BYTES = 4
 SECRET_BYTES = 32
+GREETING_S = 10.0  # for the secret to arrive
+MAX_GREETING = 4096  # connections that may be about to say it: many times the processes of a large run
+MAX_FRAME_BYTES = 1 << 30  # many times the largest group of samples
 
 
 class Address(NamedTuple):
@@ -69,6 +72,7 @@ class Listener:
         self._gate = gate
         self._secret = secrets.token_bytes(SECRET_BYTES)
         self._server: asyncio.Server | None = None
+        self._num_greeting = 0  # connections that have not said the secret yet
 
     async def open(self, host: str) -> Address:
         """Listen at a free port of one of this machine's addresses."""
@@ -80,7 +84,7 @@ class Listener:
         """Carry out what one process asks until it is gone; its waiting calls end with it."""
         waiting: dict[int, asyncio.Task[None]] = {}
         try:
-            if not hmac.compare_digest(await reader.readexactly(SECRET_BYTES), self._secret):
+            if not await self._knows_secret(reader):
                 return
             while True:
                 request = _requests.decode(await _read(reader))
@@ -94,10 +98,25 @@ class Listener:
                 task.add_done_callback(lambda _, number=request.number: waiting.pop(number, None))
         except (asyncio.IncompleteReadError, OSError):
             pass  # the process is gone
+        except (ValueError, RecursionError):
+            pass  # what it says is no request, or too long: it is not heard any further
         finally:
             for task in waiting.values():
                 task.cancel()
             writer.close()
+
+    async def _knows_secret(self, reader: StreamReader) -> bool:
+        """Return whether a caller greets with the secret, soon; only so many may be about to at a time."""
+        if self._num_greeting >= MAX_GREETING:
+            return False
+        self._num_greeting += 1
+        try:
+            async with asyncio.timeout(GREETING_S):
+                return hmac.compare_digest(await reader.readexactly(SECRET_BYTES), self._secret)
+        except TimeoutError:
+            return False
+        finally:
+            self._num_greeting -= 1
 
     async def _carry_out(self, number: int, call: Call, writer: StreamWriter) -> None:
         try:
@@ -181,7 +200,7 @@ class Connection:
                 waiting = self._waiting.get(answer.number)  # none: the wait was cancelled
                 if waiting is not None and not waiting.done():
                     waiting.set_result(answer)
-        except (asyncio.IncompleteReadError, OSError, msgspec.MsgspecError):
+        except (asyncio.IncompleteReadError, OSError, ValueError, RecursionError):
             for waiting in self._waiting.values():
                 if not waiting.done():
                     waiting.set_exception(ConnectionError("the other side is gone"))
@@ -194,9 +213,13 @@ def _gone(replica: str) -> RunError:
 
 def _frame(message: WireRequest | WireAnswer) -> bytes:
     body = _encoder.encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise RunError("flow", f"a message of {len(body)} bytes is longer than {MAX_FRAME_BYTES}", "lower group_size")
     return len(body).to_bytes(LENGTH_BYTES, "little") + body
 
 
 async def _read(reader: StreamReader) -> bytes:
     length = int.from_bytes(await reader.readexactly(LENGTH_BYTES), "little")
+    if length > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {length} bytes is longer than {MAX_FRAME_BYTES}")
     return await reader.readexactly(length)

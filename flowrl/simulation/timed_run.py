@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from flowrl.graph.graph import Graph
     from flowrl.graph.plan import GraphPlan
     from flowrl.messages import Message
-    from flowrl.runtime.binding import FlowClient
+    from flowrl.runtime.calls import FlowCalls
     from flowrl.simulation.prediction import Watch
 
 T = TypeVar("T")
@@ -157,7 +157,7 @@ async def run_timed(
                 watch.clocks[node, index] = clock
             context = _context(node, index, client, watch, stopping, readers, clock)
             body = run_replica(
-                own, context, cast("FlowClient", client), kinds=kinds, status_interval_s=status_s,
+                own, context, cast("FlowCalls", client), kinds=kinds, status_interval_s=status_s,
                 wire=UNWEIGHED if is_bare else WEIGHED,
             )  # fmt: skip
             tasks.append(asyncio.ensure_future(_watched(body, watch)))
@@ -220,6 +220,7 @@ def _context(node: str, replica: int, client: DirectFlow, watch: Watch, stopping
         background=background,
         cut=cut,
         fewer_out=client.fewer_out,
+        note_wait=client.note_wait,
         num_readers=readers,
         now=now,
     )

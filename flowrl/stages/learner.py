@@ -189,7 +189,7 @@ class Learner(Stage):
         if self.config.save_rollouts:
             path = step_path(context.run_dir / "rollouts", version)
             ours = {(learned[place].group_id, sample): row for (place, sample), row in self._ours.items()}
-            await context.compute(write_rollouts, path, batch, version, ours)
+            await context.write(write_rollouts, path, batch, version, ours)
         return push
 
     async def _ask_for_texts(self, step: int) -> None:
@@ -241,7 +241,7 @@ class Learner(Stage):
         """Offer the current weights and bring them to the generators in the background."""
         start_s = context.now()
         weights = await context.compute(engine.publish, context.version, _canary())
-        await context.compute(write_digests, context.run_dir, weights.version, tensor_digests(weights.manifest))
+        await context.write(write_digests, context.run_dir, weights.version, tensor_digests(weights.manifest))
         return tasks.create_task(self._push(context, engine, weights, learned, start_s))
 
     async def _push(self, context: Context, engine: TrainingEngine, weights: Weights, learned: list[Samples],

@@ -18,6 +18,7 @@ from flowrl.errors import ResourceError, RunError
 from flowrl.messages import Save
 from flowrl.stages.training import save_state
 from flowrl.telemetry.events import Notice, Span
+from flowrl.telemetry.files import forget_replaced
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from flowrl.engines.base import TrainingEngine
     from flowrl.graph.ports import In, Out
     from flowrl.graph.stage import Context
-
-ROOM_RETRY_S = 30.0  # between two looks at a full disk
 
 
 async def save_checkpoint(
@@ -67,9 +66,8 @@ async def save_parts(
         except ResourceError as error:
             if context.stopping.is_set():
                 raise
-            text = f"{error}; trying again every {ROOM_RETRY_S:.0f} s"
-            context.recorder.record(Notice(level="warning", where=context.where, text=text, time_s=context.now()))
-            await asyncio.sleep(ROOM_RETRY_S)
+            await context.wait_for_room(str(error))
+    await context.background(forget_replaced, context.run_dir)
     text = f"version {context.version} saved in {path}"
     context.recorder.record(Notice(level="info", where=context.where, text=text, time_s=context.now()))
 

@@ -26,6 +26,7 @@ from flowrl.stages.selector import Selection, choose
 from flowrl.stages.step import step_metrics
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.events import Notice, Span, Step
+from flowrl.telemetry.files import set_aside
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -156,7 +157,7 @@ class Writer(Stage):
 
     async def _write(self, context: Context, groups: list[Scored], rows: list[dict[str, Any]], start_s: float) -> None:
         version = context.version
-        await context.compute(write_rows, file_path(context.run_dir / "data", version), rows)
+        await context.write(write_rows, file_path(context.run_dir / "data", version), rows)
         context.version += 1
         context.done += len(groups)
         ids = [group.group_id for group in groups]
@@ -203,8 +204,8 @@ def file_path(directory: Path, number: int) -> Path:
 
 
 def forget_files(directory: Path, first: int) -> None:
-    """Delete file `first` and later ones, of a history that was given up."""
+    """Set file `first` and later ones aside, of a history that was given up."""
     number = first
     while (path := file_path(directory, number)).exists():
-        path.unlink()
+        set_aside([path])
         number += 1

@@ -10,9 +10,11 @@ the view is never read while it changes.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING
 
+from flowrl.errors import one_line, printable
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.events import HINT, Evaluation, Notice
 from flowrl.telemetry.plain import evaluation_line, notice_line
@@ -72,7 +74,8 @@ class LiveView:
 
     def say(self, line: str) -> None:
         """Print a line above the frame."""
-        self.console.print(line, markup=False, highlight=False)
+        with contextlib.suppress(OSError):  # the terminal is gone
+            self.console.print(printable(line), markup=False, highlight=False)
 
     def close(self) -> None:
         """Leave the last frame on the screen."""
@@ -109,7 +112,7 @@ def frame(view: RunView, *, now_s: float, max_rows: int = MAX_ROWS) -> Renderabl
     if view.edges:
         parts += ["", _edge_table(view)]
     if view.hint:
-        parts += ["", Text(f"hint: {view.hint}", style="cyan")]
+        parts += ["", Text(f"hint: {one_line(view.hint)}", style="cyan")]
     return Group(*parts)
 
 

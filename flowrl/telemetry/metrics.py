@@ -2,8 +2,8 @@
 
 Each object has a `kind`: "step" (version, metrics, how many groups were learned at which staleness), "evaluation"
 (mean and interval over prompts, every score, a few completions), "notice", and at the end "status", one for each
-replica. Every line is flushed as it is written, so a killed run loses at most the line being written; a resumed run
-appends. NaN and infinity become null, which JSON has no other word for.
+replica. Every line is written whole as it comes, so a killed run loses none; on a full disk lines wait, `MOST_WAITING`
+bytes of them; a resumed run appends. NaN and infinity become null, which JSON has no other word for.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowrl.telemetry.events import Evaluation, Notice, Status, Step
+from flowrl.telemetry.files import RecordFile
 from flowrl.telemetry.intervals import mean_interval, prompt_means
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from flowrl.telemetry.events import Event
+
+MOST_WAITING = 64 << 20  # bytes: days of a run
 
 _encoder = msgspec.json.Encoder()
 
@@ -28,10 +31,8 @@ _encoder = msgspec.json.Encoder()
 class MetricsFile:
     """Writes the figures of a run as they come."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("ab")
-        if self._file.tell() and path.read_bytes()[-1:] != b"\n":
-            self._file.write(b"\n")  # a kill cut the last line short
+    def __init__(self, path: Path, *, say: Callable[[str], None] = lambda text: None) -> None:
+        self._file = RecordFile(path, most_bytes=MOST_WAITING, tell=say)
         self._newest: dict[tuple[str, int], Status] = {}
 
     def consume(self, events: list[Event]) -> None:
@@ -51,8 +52,7 @@ class MetricsFile:
             self._file.close()
 
     def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(_encoder.encode(row) + b"\n")
-        self._file.flush()
+        self._file.append(_encoder.encode(row) + b"\n")
 
 
 def row_of(event: Event) -> dict[str, Any] | None:

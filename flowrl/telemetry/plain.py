@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from flowrl.errors import one_line
 from flowrl.telemetry.events import Evaluation, Notice, Step
 from flowrl.telemetry.intervals import mean_interval, prompt_means
 from flowrl.telemetry.view import format_duration, words
@@ -106,4 +107,4 @@ def evaluation_line(evaluation: Evaluation) -> str:
 def notice_line(notice: Notice) -> str:
     """Return `warning: learner.0: text`; an ordinary notice goes without its level."""
     level = "" if notice.level == "info" else f"{notice.level}: "
-    return f"{level}{notice.where}: {notice.text}"
+    return one_line(f"{level}{notice.where}: {notice.text}")

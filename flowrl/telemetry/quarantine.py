@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowrl.messages import Buffer
+from flowrl.telemetry.files import replace_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,9 +24,7 @@ def quarantine(run_dir: Path, group_id: int, group: Message, *, where: str, erro
     directory.mkdir(parents=True, exist_ok=True)
     record = {"group_id": group_id, "where": where, "error": str(error), "input": _plain(group)}
     path = directory / f"group-{group_id}.json"
-    aside = path.with_suffix(".json.part")
-    aside.write_bytes(msgspec.json.format(msgspec.json.encode(record)))
-    aside.replace(path)
+    replace_file(path, msgspec.json.format(msgspec.json.encode(record)))
     return path
 
 

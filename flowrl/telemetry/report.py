@@ -8,12 +8,13 @@ out is checked and said.
 from __future__ import annotations
 
 import math
-import os
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from flowrl.errors import one_line
 from flowrl.telemetry.causes import Cause
+from flowrl.telemetry.files import replace_file
 from flowrl.telemetry.intervals import mean_interval, paired_interval, prompt_means
 from flowrl.telemetry.text import shortened
 from flowrl.telemetry.view import format_duration, shares, words
@@ -63,9 +64,7 @@ def report(view: RunView, ending: Ending) -> str:
 
 def write_report(path: Path, text: str) -> None:
     """Write the report, whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text)
-    os.replace(aside, path)
+    replace_file(path, text.encode())
 
 
 def write_ending(run_dir: Path, ending: Ending) -> None:
@@ -87,7 +86,7 @@ def _headline(view: RunView, ending: Ending) -> str:
     steps = f"{step.version} of {step.num_steps} steps" if step else "no step"
     elapsed_s = view.now_s - view.started_s if view.started_s is not None else 0.0
     line = f"{ending.name} {how}: {steps} in {format_duration(elapsed_s)}"
-    return f"{line}\n  {ending.failure}" if ending.failure else line
+    return f"{line}\n  {one_line(ending.failure)}" if ending.failure else line
 
 
 def _heldout(view: RunView) -> list[str]:

@@ -7,10 +7,10 @@ all. The learner writes it after each step.
 from __future__ import annotations
 
 import json
-import os
 from typing import TYPE_CHECKING, Any, cast
 
 from flowrl.messages import Samples, decode, encode
+from flowrl.telemetry.files import new_file, set_aside
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,9 +35,8 @@ def write_rollouts(path: Path, rows: Sequence[Scored], version: int, ours: Ours 
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    pq.write_table(rollout_table(rows, version, ours or {}), aside, compression="zstd")
-    os.replace(aside, path)
+    with new_file(path) as aside:
+        pq.write_table(rollout_table(rows, version, ours or {}), aside, compression="zstd")
 
 
 def rollout_table(rows: Sequence[Scored], version: int, ours: Ours) -> Any:
@@ -130,10 +129,8 @@ def read_samples(path: Path) -> list[Samples]:
 
 
 def forget_steps(directory: Path, first: int) -> None:
-    """Delete the files of step `first` and later ones: a history that was given up."""
-    for path in directory.glob("step-*.parquet"):
-        if step_of(path) >= first:
-            path.unlink()
+    """Set the files of step `first` and later ones aside: a history that was given up."""
+    set_aside([path for path in directory.glob("step-*.parquet") if step_of(path) >= first])
 
 
 def step_path(directory: Path, step: int) -> Path:

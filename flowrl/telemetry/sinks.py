@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Protocol
 from flowrl.telemetry.events import Notice
 from flowrl.telemetry.live import LiveView
 from flowrl.telemetry.metrics import MetricsFile, read_evaluations
-from flowrl.telemetry.plain import PlainLines
+from flowrl.telemetry.plain import PlainLines, notice_line
 from flowrl.telemetry.state import StateFile
+from flowrl.telemetry.text import say
 from flowrl.telemetry.timeline import Timeline
 from flowrl.telemetry.trackers import TensorBoardSink, WandbConfig, WandbSink
 from flowrl.telemetry.view import RunView
@@ -56,7 +57,7 @@ class Sinks:
     """All sinks of a run as one."""
 
     def __init__(
-        self, view: RunView, *, say: Callable[[str], None] = print, now: Callable[[], float] = time.time
+        self, view: RunView, *, say: Callable[[str], None] = say, now: Callable[[], float] = time.time
     ) -> None:
         self.view = view
         self.say = say
@@ -100,7 +101,7 @@ class Sinks:
             if name is not None:
                 self._close(name, self._sinks.pop(name))
         for notice in self._take_notices():
-            self.say(f"{notice.where}: {notice.text}")
+            self.say(notice_line(notice))
 
     def _close(self, name: str, sink: EventSink) -> None:
         try:
@@ -139,15 +140,15 @@ def open_sinks(
     if settings.tensorboard:
         sinks.add("tensorboard", lambda: TensorBoardSink(run_dir / "tensorboard"))
     sinks.add("timeline", lambda: Timeline(timeline_path(run_dir), say=lambda line: sinks.warn("timeline", line)))
-    sinks.add("metrics", lambda: MetricsFile(metrics))
+    sinks.add("metrics", lambda: MetricsFile(metrics, say=lambda line: sinks.warn("metrics", line)))
     sinks.add("state", lambda: StateFile(run_dir, sinks.view))
     if console is not None or sys.stdout.isatty():
         live = LiveView(sinks.view, title=title, console=console)
         sinks.say = live.say
         sinks.add("live view", lambda: live)
     else:
-        sinks.add("terminal", lambda: PlainLines(sinks.view, say=_print))
-        sinks.say = _print
+        sinks.add("terminal", lambda: PlainLines(sinks.view, say=say))
+        sinks.say = say
     try:
         yield sinks
     finally:
@@ -161,7 +162,3 @@ def timeline_path(run_dir: Path) -> Path:
         count += 1
         path = run_dir / f"timeline-{count}.json"
     return path
-
-
-def _print(line: str) -> None:
-    print(line, flush=True)

@@ -7,13 +7,13 @@ killed. `Sinks` feeds it; watch.py reads it.
 
 from __future__ import annotations
 
-import os
 import time
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from flowrl.telemetry.events import EdgeStatus, Status
+from flowrl.telemetry.files import is_full, replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +48,7 @@ class StateFile:
 
     def consume(self, events: list[Event]) -> None:
         """Write the state, unless it was written a moment ago."""
-        if self._now() - self._written_s >= INTERVAL_S:
+        if not 0.0 <= self._now() - self._written_s < INTERVAL_S:  # a clock may be set back
             self._write(is_ended=False)
 
     def close(self) -> None:
@@ -65,9 +65,11 @@ class StateFile:
             statuses=[replica.status for replica in self._view.replicas],
             edges=list(self._view.edges.values()),
         )
-        aside = self._path.with_name(f".{self._path.name}.partial")
-        aside.write_bytes(msgspec.json.encode(state))
-        os.replace(aside, self._path)
+        try:
+            replace_file(self._path, msgspec.json.encode(state), is_synced=False)
+        except OSError as error:
+            if not is_full(error):
+                raise  # a full disk has the state of a while ago until there is room again
 
 
 def state_path(run_dir: Path) -> Path:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowrl.telemetry.events import EdgeStatus, Evaluation, Notice, Span, Status, Step
+from flowrl.telemetry.files import RecordFile
 from flowrl.telemetry.view import shares, words
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 MAX_RECORDS = 2_000_000  # about 400 MB, what a browser still opens
 SETTLE_US = 5_000_000  # a span may reach the driver this much later than one that ended after it
+MOST_WAITING = 64 << 20  # bytes that wait for room on a full disk
 MAX_OPEN_GROUPS = 100_000  # groups whose arrow is not drawn yet; the oldest, which were filtered or failed, go first
 QUEUES_PID = 1  # the queues' own process; nodes are numbered after it
 
@@ -54,13 +56,13 @@ class Lanes:
 
 
 class Timeline:
-    """Writes the timeline as events come; `say` is told at the end what was left out."""
+    """Writes the timeline as events come; `say` is told what is left out, and of a full disk."""
 
     def __init__(self, path: Path, *, say: Callable[[str], None], max_records: int = MAX_RECORDS) -> None:
         self._path = path
         self._say = say
-        self._file = path.open("wb")
-        self._file.write(b"[\n")
+        self._file = RecordFile(path, is_new=True, most_bytes=MOST_WAITING, tell=say)
+        self._written: list[bytes] = [b"[\n"]  # since the last events
         self._left = max_records
         self._max_records = max_records
         self._num_left_out = 0
@@ -97,7 +99,8 @@ class Timeline:
             self._draw_arrow(group)
         while len(self._groups) > MAX_OPEN_GROUPS:
             self._draw_arrow(next(iter(self._groups)))
-        self._file.flush()
+        self._file.append(b"".join(self._written))
+        self._written.clear()
 
     def close(self) -> None:
         """Draw the arrows still open and close the array; says how much was left out, if anything was."""
@@ -105,7 +108,7 @@ class Timeline:
             for group in list(self._groups):
                 self._draw_arrow(group)
             title = {"name": "process_sort_index", "ph": "M", "pid": QUEUES_PID, "args": {"sort_index": 1}}
-            self._file.write(_encoder.encode(title) + b"\n]\n")
+            self._file.append(b"".join([*self._written, _encoder.encode(title), b"\n]\n"]))
         finally:
             self._file.close()
         if self._num_left_out:
@@ -216,7 +219,7 @@ class Timeline:
             self._num_left_out += 1
             return
         self._left -= 1
-        self._file.write(_encoder.encode(record) + b",\n")
+        self._written.append(_encoder.encode(record) + b",\n")
 
 
 def _us(seconds: float) -> int:

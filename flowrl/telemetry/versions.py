@@ -7,9 +7,13 @@ counts. Written by the learner, read by `flowrl retrain`.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 from typing import TYPE_CHECKING
 
 import msgspec
+
+from flowrl.telemetry.files import RecordFile
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,12 +29,18 @@ class VersionLine(msgspec.Struct, frozen=True):
 
 
 def write_digests(run_dir: Path, version: int, digests: dict[str, str]) -> None:
-    """Append a version; an engine that has no tensors writes nothing."""
+    """Append a version; an engine that has no tensors writes nothing.
+
+    Raises:
+        OSError: the disk is full; nothing was written.
+    """
     if not digests:
         return
     line = VersionLine(version, {name: digest[:SHOWN_DIGITS] for name, digest in digests.items()})
-    with (run_dir / "versions.jsonl").open("ab") as file:
-        file.write(msgspec.json.encode(line) + b"\n")
+    with contextlib.closing(RecordFile(run_dir / "versions.jsonl")) as file:
+        file.append(msgspec.json.encode(line) + b"\n")
+        if file.is_waiting:
+            raise OSError(errno.ENOSPC, file.trouble)  # whoever writes waits and writes the line again
 
 
 def read_digests(run_dir: Path) -> dict[int, dict[str, str]]:

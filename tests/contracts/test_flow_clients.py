@@ -49,9 +49,9 @@ Body = Any
 
 @pytest.fixture(scope="module")
 def started_ray() -> Iterator[None]:
-    from flowrl.runtime.ray import running_ray
+    from flowrl.runtime.cluster import Cluster
 
-    with running_ray(flow(SETTINGS), None):
+    with Cluster(flow(SETTINGS), None):
         yield
 
 
@@ -73,8 +73,8 @@ def on_runtime(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Body
         from flowrl.runtime.actors import HubActor, ray
 
         actor: Any = ray.remote(num_cpus=0, max_concurrency=1000)(HubActor)
-        hub = actor.remote(msgspec.json.encode(plan_of(flow(SETTINGS))), str(tmp_path), b"null")
-        wire = await Connection.open(Address(*await hub.listen.remote()))
+        hub = actor.remote(msgspec.json.encode(plan_of(flow(SETTINGS))), str(tmp_path), b"null", 1, 0)
+        wire = await Connection.open(Address(*await hub.open.remote(60.0)))
         try:
             await body(Clients(wire.carry), lambda: hub.close.remote())
         finally:

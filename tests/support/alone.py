@@ -71,7 +71,7 @@ async def stage_alone(stage: Any, groups: Sequence[Any], run_dir: Path, *, node:
 
     context = Context(
         node=node, replica=0, ranks=Ranks(), run_dir=run_dir, clock=clock, recorder=recorder, stopping=asyncio.Event(),
-        compute=threads.compute, background=threads.background, cut=unused, fewer_out=unused,
+        compute=threads.compute, background=threads.background, cut=unused, fewer_out=unused, note_wait=unused,
     )  # fmt: skip
     try:
         await stage.run(context)

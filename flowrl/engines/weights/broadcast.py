@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from flowrl.engines.weights.base import pack, verify
 from flowrl.engines.weights.group import BroadcastGroup
@@ -67,7 +67,8 @@ class BroadcastSender:
         self._host = host
         self._bucket_bytes = bucket_bytes
         self._held: dict[int, list[torch.Tensor]] = {}
-        self._store: TCPStore | None = None
+        self._store: Store | None = None
+        self._port = 0  # of the store
         self._server: PullServer | None = None
         self._group: BroadcastGroup | None = None
         self._plan = Plan(group=0, members=[])
@@ -80,14 +81,14 @@ class BroadcastSender:
         Raises:
             ResourceError: the host address cannot be listened on.
         """
-        store, server = self._listen()
+        _, server = self._listen()
         packed = list(pack(tensors, bucket_bytes=self._bucket_bytes, reuse=False))
         self._held[version] = [raw for _, raw in packed]
         manifest = BroadcastManifest(
             version=version,
             buckets=[bucket for bucket, _ in packed],
             host=self._host,
-            port=store.port,
+            port=self._port,
             pull_port=server.port,
             token=server.token,
             backend="nccl" if self._device.type == "cuda" else "gloo",
@@ -95,7 +96,7 @@ class BroadcastSender:
         )
         return encode_manifest(manifest), manifest.size_bytes
 
-    def _listen(self) -> tuple[TCPStore, PullServer]:
+    def _listen(self) -> tuple[Store, PullServer]:
         if self._store is not None and self._server is not None:
             return self._store, self._server
         try:
@@ -108,15 +109,16 @@ class BroadcastSender:
             raise ResourceError(
                 self._where, f"cannot listen on {self._host} ({error})", "give an address of this machine"
             ) from error
-        port = listening.getsockname()[1]
-        self._store = TCPStore(
+        self._port = listening.getsockname()[1]
+        store = TCPStore(
             self._host,
-            port,
+            self._port,
             is_master=True,
             timeout=datetime.timedelta(seconds=self._timeout_s),
             wait_for_workers=False,
             master_listen_fd=listening.detach(),
         )
+        self._store = PrefixStore(self._server.token, store)
         return self._store, self._server
 
     def transfer(self, version: int) -> None:
@@ -152,7 +154,7 @@ class BroadcastSender:
             self._drop_group()
         self._transferring = None
 
-    def _gather(self, store: TCPStore, version: int) -> list[Member]:
+    def _gather(self, store: Store, version: int) -> list[Member]:
         """Wait for the announcements; return those of complete replicas, in rank order."""
         newest: dict[tuple[int, int], Member] = {}
         deadline_s = time.monotonic() + self._timeout_s / 2
@@ -171,7 +173,7 @@ class BroadcastSender:
         whole = _complete(newest)
         return [newest[key] for key in sorted(newest) if key[0] in whole]
 
-    def _form(self, store: TCPStore) -> BroadcastGroup:
+    def _form(self, store: Store) -> BroadcastGroup:
         return BroadcastGroup(
             store,
             f"group/{self._plan.group}",
@@ -197,7 +199,8 @@ class BroadcastSender:
         self._is_closed = True
         if self._transferring is not None and self._store is not None:
             # A second connection, because the first is waiting: an announcement of nobody wakes it.
-            waker = _connect(self._host, self._store.port, self._timeout_s)
+            assert self._server is not None, "they are opened together"
+            waker = _connect(self._host, self._port, self._server.token, self._timeout_s)
             _announce(waker, self._transferring, Member(-1, 0, 0, ""))
         self._drop_group()
         if self._server is not None:
@@ -217,7 +220,7 @@ class BroadcastFetcher:
         self._device = torch.device(device)
         self._timeout_s = timeout_s
         self._sender: tuple[str, int, str] | None = None
-        self._store: TCPStore | None = None
+        self._store: Store | None = None
         self._group: BroadcastGroup | None = None
         self._number = 0
         self._buffers: list[torch.Tensor] = []
@@ -265,12 +268,12 @@ class BroadcastFetcher:
             return False
         return True
 
-    def _join(self, manifest: BroadcastManifest) -> TCPStore:
+    def _join(self, manifest: BroadcastManifest) -> Store:
         sender = (manifest.host, manifest.port, manifest.token)
         if self._store is None or sender != self._sender:  # a restarted learner has another store
             self._leave()
             # Half of the time: torch waits, tries once more for as long, and the pull that follows wants its own.
-            self._store = _connect(manifest.host, manifest.port, self._timeout_s / 2)
+            self._store = _connect(manifest.host, manifest.port, manifest.token, self._timeout_s / 2)
             self._sender = sender
         return self._store
 
@@ -294,10 +297,12 @@ def _complete(members: dict[tuple[int, int], Member]) -> set[int]:
     return {member.replica for member in members.values() if ranks[member.replica] == member.size}
 
 
-def _connect(host: str, port: int, timeout_s: float) -> TCPStore:
-    return TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=timeout_s), wait_for_workers=False)
+def _connect(host: str, port: int, token: str, timeout_s: float) -> Store:
+    """Return the store as who knows its token sees it; without the token no key of it is found."""
+    timeout = datetime.timedelta(seconds=timeout_s)
+    return PrefixStore(token, TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False))
 
 
-def _announce(store: TCPStore, version: int, member: Member) -> None:
+def _announce(store: Store, version: int, member: Member) -> None:
     slot = store.add(f"{version}/slots", 1)
     store.set(f"{version}/{slot}", msgspec.json.encode(member).decode())

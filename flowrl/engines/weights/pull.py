@@ -13,7 +13,7 @@ import secrets
 import socket
 import socketserver
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from flowrl.engines.weights.manifest import BroadcastManifest
 
 MAX_REQUEST_BYTES = 4096  # a request is a token and a number
+MAX_CONNECTIONS = 256  # served at a time; who is turned away asks again
+GREETING_S = 10.0  # for a request to arrive
 
 
 class PullRequest(msgspec.Struct, frozen=True):
@@ -45,19 +47,33 @@ class PullServer:
         token = self.token
 
         class Handler(socketserver.StreamRequestHandler):
-            timeout = timeout_s
+            timeout = min(timeout_s, GREETING_S)
 
             def handle(self) -> None:
                 # A receiver that went away or talks nonsense costs this thread, never the learner.
-                with contextlib.suppress(OSError, msgspec.DecodeError):
+                with contextlib.suppress(OSError, msgspec.DecodeError, UnicodeError, RecursionError):
                     request = msgspec.json.decode(self.rfile.readline(MAX_REQUEST_BYTES), type=PullRequest)
-                    if hmac.compare_digest(request.token, token):
+                    if hmac.compare_digest(request.token.encode(), token.encode()):
+                        self.request.settimeout(timeout_s)
                         for raw in held(request.version):
                             self.request.sendall(memory(raw))
 
         class Server(socketserver.ThreadingTCPServer):
             daemon_threads = True
             block_on_close = False
+            free = threading.BoundedSemaphore(MAX_CONNECTIONS)
+
+            def process_request(self, request: Any, client_address: Any) -> None:
+                if self.free.acquire(blocking=False):
+                    super().process_request(request, client_address)
+                else:
+                    self.shutdown_request(request)
+
+            def process_request_thread(self, request: Any, client_address: Any) -> None:
+                try:
+                    super().process_request_thread(request, client_address)
+                finally:
+                    self.free.release()
 
         self._server = Server((host, 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, name="flowrl-pull", daemon=True)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from flowrl.errors import printable
 from flowrl.runs.page import figures
 from flowrl.runs.page.record import Record
 from flowrl.runs.page.samples import MOST_TOKENS, RATIO_BOUNDS, has_ratios, shown_groups
@@ -25,7 +26,6 @@ from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.charts import duration_ticks
 from flowrl.telemetry.events import Span
 from flowrl.telemetry.report import bottleneck
-from flowrl.telemetry.text import printable
 from flowrl.telemetry.view import format_duration, words
 
 if TYPE_CHECKING:

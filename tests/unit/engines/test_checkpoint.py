@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flowrl.engines import checkpoint as module
-from flowrl.engines.checkpoint import CheckpointWriter, complete_checkpoints, damage, newest_sound, read_cut
+from flowrl.engines.checkpoint import CheckpointWriter, complete_checkpoints, damage, newest_sound, read_cut, strays
 from flowrl.errors import ResourceError
 
 if TYPE_CHECKING:
@@ -107,11 +107,12 @@ def test_a_changed_or_truncated_file_is_named_and_its_checkpoint_passed_over(tmp
     assert newest_sound(tmp_path) == (newest, [])
 
 
-def test_a_file_missing_or_too_many_is_damage(tmp_path: Path) -> None:
+def test_a_file_missing_is_damage_and_a_stray_one_is_not(tmp_path: Path) -> None:
     newest = save(tmp_path, 1)
-    (newest / "part0" / "more.bin").write_bytes(b"x")
-    assert damage(newest) == "part0/more.bin is not in the manifest"
-    (newest / "part0" / "more.bin").unlink()
+    for name in (".nfs000000000123", "notes.txt~", "part0/more.bin"):
+        (newest / name).write_bytes(b"x")
+    assert damage(newest) == ""
+    assert strays(newest) == [".nfs000000000123", "notes.txt~", "part0/more.bin"]
     (newest / "part1" / "file1.bin").unlink()
     assert damage(newest) == "part1/file1.bin is missing"
 
@@ -128,7 +129,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_so(tmp_path: Path, monke
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "_sync", full)
+    monkeypatch.setattr(module, "sync", full)
     with pytest.raises(ResourceError, match=r"the checkpoint of version 2 needs about .* MiB, .* MiB are free"):
         save(tmp_path, 2)
     assert newest_sound(tmp_path) == (old, [])

@@ -73,14 +73,15 @@ def test_the_same_settings_are_taken_and_the_rest_is_recorded(run: Path):
     changes = check_same_run(run, other)
     assert changes["learner.lr"] == (1e-6, 1e-3)
     assert sorted(changes) == ["generator.replicas", "learner.lr", "steps", "wandb.name"]
-    said = list(record_attempt(run, other, changes, version=3))
+    said = list(record_attempt(run, changes, version=3))
+    write_plan(run, other)
     assert "learner.lr is 0.001 from here on (it was 1e-6)" in said
     assert yaml.safe_load((run / "settings.yaml").read_text())["learner"]["lr"] == 1e-3
     record = json.loads((run / "attempts" / "001.json").read_text())
     assert record["version"] == 3
     assert record["changed"]["steps"] == {"old": 20, "new": 40}
     assert check_same_run(run, program(run=run)) == {}, "the next attempt goes on with the newest settings"
-    assert list(record_attempt(run, other, {}, version=5)) == []
+    assert list(record_attempt(run, {}, version=5)) == []
     assert len(list((run / "attempts").iterdir())) == 2
 
 

@@ -8,21 +8,29 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from flowrl.errors import ConfigError
-from flowrl.runtime.rundir import claim, hold
+from flowrl.errors import ConfigError, RunError
+from flowrl.runtime.rundir import claim
+from flowrl.telemetry.files import RecordFile, fence, replace_file, unfence
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
+def hold_elsewhere(directory: Path) -> int:
+    """Hold the lock as a process of the run does; returns its descriptor."""
+    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    return lock
+
+
 def test_a_run_without_processes_is_claimed_at_once(tmp_path: Path) -> None:
     said: list[str] = []
-    claim(tmp_path, said.append)
+    claim(tmp_path, said.append).close()
     assert said == []
 
 
 def test_a_process_that_is_left_holds_the_next_driver_up(tmp_path: Path) -> None:
-    hold(tmp_path)
+    hold_elsewhere(tmp_path)
     said: list[str] = []
     with pytest.raises(ConfigError, match="still has processes of an earlier attempt"):
         claim(tmp_path, said.append, timeout_s=0.05)
@@ -30,12 +38,46 @@ def test_a_process_that_is_left_holds_the_next_driver_up(tmp_path: Path) -> None
 
 
 def test_the_next_driver_goes_on_when_the_last_process_ends(tmp_path: Path) -> None:
-    lock = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
-    fcntl.flock(lock, fcntl.LOCK_SH)
-    claim(tmp_path, lambda _: os.close(lock), timeout_s=5.0)  # it ends while it is waited for
+    lock = hold_elsewhere(tmp_path)
+    claim(tmp_path, lambda _: os.close(lock), timeout_s=5.0).close()  # it ends while it is waited for
 
 
 def test_processes_of_a_run_do_not_hold_each_other_up(tmp_path: Path) -> None:
-    claim(tmp_path, print)
-    hold(tmp_path)
-    hold(tmp_path)
+    claimed = claim(tmp_path, print)
+    attempt = claimed.begin_attempt()
+    first, second = hold_elsewhere(tmp_path), hold_elsewhere(tmp_path)
+    assert attempt == 1
+    assert not claimed.is_alone()
+    os.close(first)
+    os.close(second)
+    assert claimed.is_alone()
+    claimed.close()
+
+
+def test_a_run_has_one_driver(tmp_path: Path) -> None:
+    first = claim(tmp_path, print)
+    with pytest.raises(ConfigError, match=rf"is driven by another flowrl already \(process {os.getpid()}\)"):
+        claim(tmp_path, print)
+    first.close()
+    claim(tmp_path, print).close()
+
+
+def test_a_process_of_an_older_attempt_writes_no_more(tmp_path: Path) -> None:
+    """It may be on a machine that was cut off, or stopped, and wake up beside its successor."""
+    claimed = claim(tmp_path, print)
+    old = claimed.begin_attempt()
+    fence(tmp_path / "lock", old)
+    try:
+        record = RecordFile(tmp_path / "records")
+        record.append(b"before\n")
+        replace_file(tmp_path / "whole", b"before")
+        claimed.begin_attempt()
+        with pytest.raises(RunError, match="attempt 1 was replaced by attempt 2 and writes no more"):
+            record.append(b"after\n")
+        with pytest.raises(RunError, match="writes no more"):
+            replace_file(tmp_path / "whole", b"after")
+        assert (tmp_path / "records").read_bytes() == b"before\n"
+        assert (tmp_path / "whole").read_bytes() == b"before"
+    finally:
+        unfence()
+        claimed.close()

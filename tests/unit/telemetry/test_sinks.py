@@ -103,7 +103,7 @@ def test_what_the_last_sink_says_at_its_close_is_said() -> None:
     sinks = Sinks(RunView(), say=said.append)
     sinks.add("timeline", lambda: Talkative(sinks))
     sinks.close()
-    assert said == ["timeline: 80 left out"]
+    assert said == ["warning: timeline: 80 left out"]
 
 
 def test_a_run_leaves_metrics_timeline_and_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,270 @@
+"""Ray as a run uses it: started in a thread of its own, asked with deadlines, ended for certain.
+
+Invariants: `ask` is the only way in which an actor is called and waited for, so no wait on Ray is without an end (held
+by tests/unit/runtime/test_asking.py); Ray never takes the driver's signals, and a signal that goes to every process of
+the run (a closed terminal, a batch system) ends none of Ray's; what Ray leaves of a driver that died (session
+directories) is swept by the next.
+
+Why a thread: Ray installs a handler for SIGTERM when it starts in the main thread, and blocks that thread, deaf, for as
+long as a cluster does not answer. Its processes die with the thread that started them, so that lives until `stop`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import ray as _ray
+from ray.exceptions import RayError
+
+from flowrl.errors import ResourceError, RunError
+from flowrl.runtime.placement import check_resources, num_cores
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from flowrl.graph.graph import Graph
+
+ray: Any = _ray  # its own types are partial
+
+START_S = 120.0  # for Ray to start here, or a cluster to answer; some seconds are usual
+STOP_S = 20.0  # for Ray to end by itself
+SLICES = 6  # of a time limit: a driver that was stopped has used up one of them when it goes on
+OURS = "flowrl"  # marks a session directory that a run of ours made
+CONTROLLED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+
+class Unanswered(RunError):
+    """A call to an actor was not answered in time."""
+
+
+async def ask(call: Any, *arguments: Any, where: str, within_s: float) -> Any:
+    """Call an actor's method and return its answer.
+
+    Raises:
+        Unanswered: there was none within `within_s` in which this process ran.
+        RayError: the actor is dead, or the method raised.
+    """
+    return await answer_of(call.remote(*arguments), where=where, within_s=within_s)
+
+
+async def answer_of(reference: Any, *, where: str, within_s: float) -> Any:
+    """Return what Ray has promised; see `ask`."""
+    answer = asyncio.ensure_future(_await(reference))
+    try:
+        for _ in range(SLICES):
+            finished, _ = await asyncio.wait([answer], timeout=within_s / SLICES)
+            if finished:
+                return answer.result()
+        raise Unanswered(where, f"not heard from for {within_s:.0f} s")
+    finally:
+        answer.cancel()
+
+
+async def _await(reference: Any) -> Any:
+    return await reference
+
+
+class Cluster:
+    """A Ray of this machine alone, started here, or one that runs at `address`."""
+
+    def __init__(self, graph: Graph, address: str | None, *, start_s: float = START_S) -> None:
+        self._graph = graph
+        self._address = address
+        self._start_s = start_s
+        self._thread: threading.Thread | None = None
+        self._ready: Future[None] = Future()
+        self._end = threading.Event()
+        self._processes: dict[str, int] = {}  # of Ray itself, where it was started here
+        self._session: Path | None = None
+        self._stopped_s: dict[str, float] = {}  # since when one of them is stopped
+
+    @property
+    def is_local(self) -> bool:
+        """Return whether Ray was started here."""
+        return self._address is None
+
+    def __enter__(self) -> Self:
+        """Start, or connect; blocks.
+
+        Raises:
+            ResourceError: it does not start or answer, or the machine has too little of something.
+        """
+        self._begin()
+        try:
+            self._ready.result(self._start_s)
+        except BaseException as error:
+            self.stop()
+            raise self._refusal(error) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End it, or let go of it."""
+        self.stop()
+
+    async def start(self) -> None:
+        """Start, or connect, while the loop goes on; see `__enter__`."""
+        self._begin()
+        try:
+            async with asyncio.timeout(self._start_s):
+                await asyncio.wrap_future(self._ready)
+        except Exception as error:
+            await self.close()
+            raise self._refusal(error) from error
+
+    async def close(self) -> None:
+        """End it, or let go of it, while the loop goes on; also where this is cancelled."""
+        stopping = threading.Thread(target=self.stop, name="ray stops", daemon=True)
+        stopping.start()
+        try:
+            while stopping.is_alive():  # noqa: ASYNC110  a thread tells nobody that it has ended
+                await asyncio.sleep(0.05)
+        finally:
+            stopping.join()
+
+    async def restart(self) -> None:
+        """Start again after `trouble`.
+
+        Raises:
+            RunError: Ray cannot be started twice here; the run must be resumed.
+        """
+        await self.close()
+        if self._thread is not None:
+            raise RunError("ray", "did not end, so it cannot be started again in this process")
+        await self.start()
+
+    def trouble(self, patience_s: float) -> str:
+        """Return what is wrong with a Ray that was started here: a process of it has died, or stands still too long."""
+        for name, pid in self._processes.items():
+            state = _state(pid)
+            if state in ("", "Z", "X"):
+                return f"Ray's {name} died"
+            if state != "T":
+                self._stopped_s.pop(name, None)
+            elif time.monotonic() - self._stopped_s.setdefault(name, time.monotonic()) > patience_s:
+                return f"Ray's {name} stands still for {patience_s:.0f} s"
+        return ""
+
+    def _begin(self) -> None:
+        if self._address is None:
+            check_resources(self._graph)
+            sweep()
+        self._ready, self._end = Future(), threading.Event()
+        self._thread = threading.Thread(target=self._live, args=(self._ready, self._end), name="ray", daemon=True)
+        self._thread.start()
+
+    def _live(self, ready: Future[None], end: threading.Event) -> None:
+        """Start Ray, keep it until the end, stop it: the body of its thread."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, CONTROLLED)  # its processes are started with the mask of this thread
+        try:
+            _start_ray(self._address)
+            self._note_processes()
+            ready.set_result(None)
+        except BaseException as error:
+            ready.set_exception(error)
+        else:
+            end.wait()
+        with contextlib.suppress(Exception):  # what is left of it is killed by `stop`
+            ray.shutdown()
+
+    def _note_processes(self) -> None:
+        node = ray._private.worker._global_node
+        if self._address is not None or node is None:
+            return
+        self._processes = {name: each[0].process.pid for name, each in node.all_processes.items() if each}
+        self._session = Path(node.get_session_dir_path())
+        (self._session / OURS).write_text(f"{os.getpid()}\n")
+
+    def _refusal(self, error: BaseException) -> BaseException:
+        if isinstance(error, TimeoutError):
+            what = f"{self._address or 'Ray'} does not answer within {self._start_s:.0f} s"
+            return ResourceError("ray", what, "see that it runs and can be reached, and `flowrl doctor`")
+        if isinstance(error, RayError | ConnectionError | OSError | RuntimeError | ValueError):
+            return ResourceError("ray", f"cannot start or reach Ray ({error})", "see `flowrl doctor`")
+        return error
+
+    def stop(self) -> None:
+        """End it, or let go of it; blocks, at most about `STOP_S`."""
+        thread = self._thread
+        if thread is None:
+            return
+        if self.trouble(0.0):
+            self._kill()  # what is left would only wait for what is dead
+        self._end.set()
+        thread.join(STOP_S)
+        self._kill()
+        thread.join(1.0)
+        if not thread.is_alive():
+            self._thread = None
+        if self._session is not None:
+            shutil.rmtree(self._session, ignore_errors=True)
+        self._processes, self._session, self._stopped_s = {}, None, {}
+
+    def _kill(self) -> None:
+        for pid in self._processes.values():
+            if _state(pid) not in ("", "Z", "X"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def _start_ray(address: str | None) -> None:
+    if address is None:
+        _stay_on_loopback()
+    ray._private.worker.print_to_stdstream = _unheard  # what it tells of dead workers, the supervisor tells better
+    logging.getLogger("ray").setLevel(logging.ERROR)  # before it starts; `logging_level` holds only from then on
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let everything else on the machine go first
+    local: dict[str, Any] = {
+        "num_cpus": num_cores(),
+        "include_dashboard": False,
+        "object_store_memory": 512 << 20,
+        "_node_ip_address": "127.0.0.1",
+    }
+    ray.init(
+        address=address or "local",
+        log_to_driver=False,
+        logging_level="ERROR",
+        configure_logging=False,
+        **({} if address else local),
+    )
+
+
+def _unheard(*said: Any, **more: Any) -> None:
+    """Keep what Ray would print in the driver off the terminal."""
+
+
+def _stay_on_loopback() -> None:
+    """Let a Ray of this machine alone listen on the loopback interface only.
+
+    `_node_ip_address` is not enough: Ray replaces a loopback address by the machine's own unless it takes the platform
+    for one without clusters, which it decides by this variable when it is imported.
+    """
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # for the processes that it starts
+    ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def sweep(root: Path = Path("/tmp/ray")) -> None:
+    """Remove the session directories of runs of ours whose driver is dead, and no others."""
+    for mark in root.glob(f"session_*/{OURS}"):
+        with contextlib.suppress(OSError, ValueError):  # somebody else sweeps too
+            if mark.stat().st_uid == os.getuid() and not _state(int(mark.read_text())):
+                shutil.rmtree(mark.parent, ignore_errors=True)
+
+
+def _state(pid: int) -> str:
+    """Return the letter of a process's state, "" where there is none: R, S, T stopped, Z dead."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
+    except OSError:
+        return ""

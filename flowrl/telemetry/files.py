@@ -1,0 +1,250 @@
+"""How a run writes its files: whole or not at all, by living attempts alone, and without ending for want of room.
+
+Invariants: `replace_file` leaves the old file or the new one, on the disk. A `RecordFile` ends with a whole record at
+any moment: what finds no room waits in memory, in order, and nothing that follows is glued to half a record. A process
+that belongs to an attempt which was given up writes nothing any more: `fence` names the file that says which attempt is
+the present one, and every write looks at it first.
+
+Used by whatever writes into a run's directory: ledger, metrics, timeline, rollouts, versions, state, checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections import deque
+from typing import TYPE_CHECKING
+from zlib import crc32
+
+from flowrl.errors import RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+REPLACED = "replaced"
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_fences: list[tuple[Path, int]] = []  # the attempt that this process belongs to; at most one
+
+
+def fence(lock: Path, attempt: int) -> None:
+    """Let this process write only as long as `lock` holds the number of its attempt."""
+    _fences[:] = [(lock, attempt)]
+
+
+def unfence() -> None:
+    """Let this process write what it likes: it belongs to no attempt any more."""
+    _fences.clear()
+
+
+def check_fence() -> None:
+    """See that this process may still write.
+
+    Raises:
+        RunError: another attempt has begun.
+    """
+    for lock, attempt in _fences:
+        try:
+            present = int(lock.read_text() or "0")
+        except (OSError, ValueError):
+            continue  # the directory is gone, or a number is being written: nobody has taken over
+        if present > attempt:
+            raise RunError(str(lock.parent), f"attempt {attempt} was replaced by attempt {present} and writes no more")
+
+
+def is_full(error: BaseException) -> bool:
+    """Return whether an error says that a disk, or what one may use of it, is full."""
+    return isinstance(error, OSError) and error.errno in FULL
+
+
+def no_room(path: Path, needed: int | None = None) -> str:
+    """Return a sentence that names the disk: `/data/run needs 4096 bytes, its disk /data has 12 free`."""
+    mount = next((each for each in (path, *path.parents) if os.path.ismount(each)), path)
+    try:
+        free = f"{shutil.disk_usage(mount).free} free"
+    except OSError:
+        free = "no room"
+    return f"{path} needs {'more' if needed is None else needed} bytes, its disk {mount} has {free}"
+
+
+def replace_file(path: Path, body: bytes, *, mode: int = 0o644, is_synced: bool = True) -> None:
+    """Put a file in the place of another, whole; with `is_synced` the disk has it when this returns.
+
+    Raises:
+        OSError: the old file is as it was.
+    """
+    with new_file(path) as aside:
+        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        try:
+            os.fchmod(descriptor, mode)
+            write_all(descriptor, body)
+            if is_synced:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    if is_synced:
+        sync(path.parent)
+
+
+@contextlib.contextmanager
+def new_file(path: Path):  # noqa: ANN201
+    """Yield where to write a file that takes the place of `path` when the block ends; an error leaves the old one."""
+    check_fence()
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        yield aside
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def set_aside(paths: list[Path]) -> None:
+    """Move files of a history that was given up into `replaced/` beside them, until `forget_replaced`."""
+    for path in paths:
+        (path.parent / REPLACED).mkdir(exist_ok=True)
+        os.replace(path, path.parent / REPLACED / path.name)
+
+
+def forget_replaced(run_dir: Path) -> None:
+    """Delete what was set aside: the history that took its place has a checkpoint of its own."""
+    for directory in run_dir.glob(f"*/{REPLACED}"):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def write_all(descriptor: int, body: bytes) -> None:
+    """Write every byte: a single write may take some of them and say so."""
+    rest = memoryview(body)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def sync(path: Path) -> None:
+    """Bring a file or a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def seal(text: bytes) -> bytes:
+    """Return a JSON text as a line that shows when it was torn or changed: with its CRC-32."""
+    return b"%s %08x\n" % (text, crc32(text))
+
+
+def is_sealed(line: bytes) -> bool:
+    """Return whether a line is as `seal` made it."""
+    text, _, checksum = line.rstrip(b"\n").rpartition(b" ")
+    return line.endswith(b"\n") and checksum == b"%08x" % crc32(text)
+
+
+def unseal(line: bytes) -> bytes:
+    """Return the text of a sealed line.
+
+    Raises:
+        ValueError: the line is torn or was changed.
+    """
+    if not is_sealed(line):
+        raise ValueError("its checksum does not fit")
+    return line.rstrip(b"\n").rpartition(b" ")[0]
+
+
+class RecordFile:
+    """A file to which whole records are appended; while its disk is full they wait here.
+
+    `most_bytes` may wait, then the oldest are dropped and counted; None keeps every one. `tell` hears when waiting
+    begins and ends.
+    """
+
+    def __init__(
+        self, path: Path, *, most_bytes: int | None = None, tell: Callable[[str], None] = lambda text: None,
+        is_new: bool = False, mode: int = 0o644,
+    ) -> None:  # fmt: skip
+        self.path = path
+        self.num_dropped = 0
+        self._tell = tell
+        self._most_bytes = most_bytes
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = 0
+        self._is_told = False
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | (os.O_TRUNC if is_new else 0)
+        self._descriptor = os.open(path, flags, mode)
+        self._end = os.fstat(self._descriptor).st_size  # of the last whole record
+        if self._end and not _ends_a_line(path):
+            self.append(b"\n")  # a kill cut the last line short
+
+    @property
+    def is_waiting(self) -> bool:
+        """Return whether records wait for room."""
+        return bool(self._waiting)
+
+    @property
+    def trouble(self) -> str:
+        """Return what is waited for, "" where nothing is."""
+        return no_room(self.path, self._waiting_bytes) if self._waiting else ""
+
+    def append(self, record: bytes) -> None:
+        """Append a record, behind those that wait; it waits too where there is no room.
+
+        Raises:
+            OSError: the file cannot be written, for another reason than a full disk.
+        """
+        was_waiting = self.is_waiting
+        self._waiting.append(record)
+        self._waiting_bytes += len(record)
+        if was_waiting and self._most_bytes is not None:
+            while self._waiting_bytes > self._most_bytes and len(self._waiting) > 1:
+                self._waiting_bytes -= len(self._waiting.popleft())
+                self.num_dropped += 1
+        self.flush()
+
+    def flush(self) -> bool:
+        """Write what waits, as far as there is room; returns whether all of it is written."""
+        if not self._waiting:
+            return True
+        check_fence()
+        try:
+            while self._waiting:
+                self._write(self._waiting[0])
+                self._waiting_bytes -= len(self._waiting.popleft())
+        except OSError as error:
+            if not is_full(error):
+                raise
+            if not self._is_told:
+                self._is_told = True
+                self._tell(f"{self.trouble}; waiting for room")
+            return False
+        if self._is_told:
+            self._is_told = False
+            gone = f"; {self.num_dropped} older records are left out" if self.num_dropped else ""
+            self._tell(f"{self.path} has room again{gone}")
+        return True
+
+    def _write(self, record: bytes) -> None:
+        try:
+            write_all(self._descriptor, record)
+        except OSError:
+            os.ftruncate(self._descriptor, self._end)  # half a record is none
+            raise
+        self._end += len(record)
+
+    def sync(self) -> None:
+        """Bring what is written to the disk."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Write what there is room for and close the file."""
+        try:
+            self.flush()
+        finally:
+            os.close(self._descriptor)
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
