@@ -93,7 +93,10 @@ def write_stops(directory: Path) -> None:
     """Name every token that ends an answer in a saved model's generation_config.json, for whoever serves it."""
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError):  # the model came without one that can be read here, so nothing was tokenized by it
+        return
     path = directory / "generation_config.json"
     settings: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
     stops = list(ending_of(tokenizer, directory=directory).stops)

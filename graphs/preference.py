@@ -38,7 +38,8 @@ def build(s: Settings) -> Graph:
     heldout = HeldoutExamples(s.heldout, model=s.model, data=s.data, objective=s.objective)
     reference = ExampleReference(s.reference, model=s.reference_model or s.model, policy=s.model)
     learner = OfflineLearner(s.learner, model=s.model, objective=s.objective, steps=s.steps,
-                             examples_per_step=s.examples_per_step, num_heldout=s.data.num_heldout)  # fmt: skip
+                             examples_per_step=s.examples_per_step, num_heldout=s.data.num_heldout,
+                             chat_template=s.data.chat_template)  # fmt: skip
     return Graph(
         nodes=dict(examples=examples, heldout=heldout, reference=reference, learner=learner),
         edges=[

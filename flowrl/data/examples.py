@@ -65,7 +65,7 @@ class ExampleData(Config):
     on_bad: Literal["stop", "skip"] = "stop"  # a row that cannot be used
     only_good: bool = False  # learn a pair's chosen response, and those labelled true, as demonstrations
     learn: Literal["all", "last"] = "all"  # the assistant's turns in a conversation
-    chat_template: str = ""  # a Jinja file; "": the tokenizer's. Serve the model with the same
+    chat_template: str = ""  # a Jinja file, saved with the model; "": the tokenizer's
     date: datetime.date = DATE  # that a chat template which writes today's date is told
     strings_as_chat: bool = False  # true: a string prompt is a user's message and a string response the assistant's
     condition_on: list[str] = []  # columns with scores, written before each prompt (SteerLM) as levels

@@ -195,6 +195,7 @@ class TrainingConfig(Training):
     # log-probs of tokens; or one value per token, read before it (V of PPO) or after it (reward models)
     head: Literal["policy", "value", "reward"] = "policy"
     temperature: Annotated[float, Meta(gt=0)] = 1.0  # logits are divided by it, as in sampling
+    chat_template: str = ""  # that was learned with, and goes with the saved model; "": the tokenizer's own
 
 
 class TokenGroup(msgspec.Struct, frozen=True, kw_only=True):

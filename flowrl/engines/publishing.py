@@ -117,14 +117,20 @@ def as_saved(model: PreTrainedModel, parameters: Iterator[tuple[str, Tensor]]) -
 
 
 def write_model(
-    model: PreTrainedModel, parameters: dict[str, Tensor], directory: Path, *, source: str, card: str
-) -> None:
-    """Write parameters and the model's buffers as safetensors, with config, tokenizer and model card."""
+    model: PreTrainedModel, parameters: dict[str, Tensor], directory: Path, *, source: str, card: str,
+    chat_template: str = "",
+) -> None:  # fmt: skip
+    """Write parameters and the model's buffers as safetensors, with config, tokenizer and model card.
+
+    A chat template goes with it in place of the tokenizer's own; the tokens that end its answers are named.
+    """
     buffers = {name for name, _ in model.named_buffers()}
     kept = {name: tensor.cpu() for name, tensor in model.state_dict().items() if name in buffers}
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory, state_dict={**parameters, **kept})
     copy_tokenizer(Path(source), directory)
+    if chat_template:
+        (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     if model.can_generate():
         write_stops(directory)
     (directory / "README.md").write_text(card)

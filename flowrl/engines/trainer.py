@@ -346,19 +346,20 @@ class Trainer(Passes):
         self._lead(Command(name="save_model", directory=str(directory), card=card))
 
     def _save_model_here(self, directory: Path, card: str) -> None:
+        extra = {"source": self.config.model, "card": card, "chat_template": self.config.chat_template}
         whole: dict[str, Tensor] = {}
         for name, tensor in self._parameters():
             if self.line.rank == 0:
                 whole[name] = tensor.cpu().clone()
         if self.line.rank == 0:
-            write_model(self.model, whole, directory, source=self.config.model, card=card)
+            write_model(self.model, whole, directory, **extra)
         if self._adapter is not None:
             trained = {name: tensor.clone() for name, tensor in self._whole(self._adapter.parameters())}
             if self.line.rank == 0:
                 self._adapter.write(directory.with_name("adapter"), trained.items())
         if self._average is not None and self._average.tensors:
             averaged = {name: tensor.to(self.dtype) for name, tensor in self._average.tensors.items()}
-            write_model(self.model, averaged, directory.with_name("ema_model"), source=self.config.model, card=card)
+            write_model(self.model, averaged, directory.with_name("ema_model"), **extra)
 
     def save_state(self, directory: Path) -> None:
         """Write everything needed to go on training: weights, optimizer, schedule."""

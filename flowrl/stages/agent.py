@@ -18,6 +18,7 @@ from flowrl.config import ImportPath, Meta
 from flowrl.data.models import prepare_model
 from flowrl.data.prompts import PromptData, first_columns, load_tokenizer
 from flowrl.data.turns import TurnFormat
+from flowrl.ending import DATE
 from flowrl.engines.base import GenerationEngine, Sampling
 from flowrl.errors import ConfigError, RewardError
 from flowrl.graph.ports import In, Out
@@ -139,9 +140,9 @@ class Agent(Stage):
 
     def _turns(self) -> TurnFormat:
         tokenizer = load_tokenizer(prepare_model(self.model))
-        return TurnFormat(
-            tokenizer, role=self.config.role, prefix=self.config.turn_prefix, system_prompt=self.system_prompt
-        )
+        day = DATE if self.data is None else self.data.date
+        return TurnFormat(tokenizer, role=self.config.role, prefix=self.config.turn_prefix,
+                          system_prompt=self.system_prompt, day=day)  # fmt: skip
 
     def _environments(self, context: Context) -> IsolatedEnvironments | LocalEnvironments:
         playing = self._playing(context.where)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from flowrl.config import Meta, Select, widen
+from flowrl.data.examples import read_template
 from flowrl.data.models import prepare_model
 from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine
 from flowrl.engines.checkpoint import CARD
@@ -61,13 +62,14 @@ class OfflineLearner(Stage):
     released: Out[Credit]
 
     def __init__(self, config: Config, *, model: str, objective: Select, steps: int, examples_per_step: int,
-                 num_heldout: int) -> None:  # fmt: skip
+                 num_heldout: int, chat_template: str = "") -> None:  # fmt: skip
         self.config: OfflineLearner.Config = config
         self.model = model
         self.objective = objective
         self.steps = steps
         self.examples_per_step = examples_per_step
         self.num_heldout = num_heldout  # examples that will arrive at `heldout`
+        self.chat_template = chat_template  # a Jinja file, as data.chat_template; "": the tokenizer's own
         self._scale: dict[str, float] = {}  # of a reward model: mean and std of its scores of the held-out responses
         self._score = 0.0  # the mean held-out score of late, or minus the training loss where nothing is held out
 
@@ -82,7 +84,9 @@ class OfflineLearner(Stage):
 
     def _settings(self) -> TrainingConfig:
         head = load_objective(self.objective).head
-        return widen(TrainingConfig, self.config, model=str(prepare_model(self.model)), head=head)
+        template = read_template(self.chat_template) if self.chat_template else ""
+        model = str(prepare_model(self.model))
+        return widen(TrainingConfig, self.config, model=model, head=head, chat_template=template)
 
     async def follow(self, context: Context) -> None:
         """Serve as a rank other than 0."""

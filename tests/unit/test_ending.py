@@ -79,3 +79,8 @@ def test_a_sample_s_text_has_its_special_tokens_but_not_its_end():
     assert sample_text(tokenizer, [*ids, *ids], stops) == f"{text}<|im_end|>{text}"
     assert sample_text(tokenizer, ids, stops, keeps_special=False) == '\n{"name": "w"}\n'
     assert sample_text(tokenizer, [], stops) == ""
+
+
+def test_a_model_without_a_tokenizer_is_saved_all_the_same(tmp_path):
+    write_stops(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from typing import Any
 
 import msgspec
@@ -17,6 +19,7 @@ from flowrl.engines.torch import SequenceScoringEngine, TorchEngine
 from flowrl.engines.trainer import lr_ratio
 from flowrl.errors import ConfigError, ModelError, StageError
 from flowrl.messages import Buffer
+from tests.support.tiny import CHAT_TEMPLATE
 from tests.unit.engines.test_packing import random_groups
 
 GROUPS = random_groups(seed=21, count=6)
@@ -255,6 +258,20 @@ def test_a_saved_model_loads_with_the_same_log_probs(tiny_llama, tmp_path):
     for mine, theirs in zip(engine.score(GROUPS), opened(tmp_path / "model").score(GROUPS), strict=True):
         for a, b in zip(mine, theirs, strict=True):
             assert a.tolist() == b.tolist()
+
+
+def test_a_saved_model_takes_its_template_along_and_stops_where_that_ends_answers(
+    tiny_llama, tmp_path
+):
+    """SFT of a base model, whose own end is another token than the one that the template writes."""
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|endoftext|>"}))
+    (base / "chat_template.jinja").unlink()
+    opened(base, chat_template=CHAT_TEMPLATE).save_model(tmp_path / "model", card="")
+    assert (tmp_path / "model" / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+    end, eos = 2, 0
+    assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["eos_token_id"] == [end, eos]
 
 
 class RecordingSender:
