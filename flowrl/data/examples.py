@@ -19,7 +19,17 @@ import msgspec
 
 from flowrl.config import Config, Meta
 from flowrl.data.conditioning import score_range, with_levels
-from flowrl.data.formats import Format, Kind, NormalRow, as_chat, detect, good_response, normalise, number_of
+from flowrl.data.formats import (
+    Format,
+    Kind,
+    NormalRow,
+    as_chat,
+    detect,
+    good_response,
+    normalise,
+    number_of,
+    with_names,
+)
 from flowrl.data.made import is_made, made_examples
 from flowrl.data.mixing import Mixture
 from flowrl.data.prompts import GENERATED, REASONING_GYM
@@ -203,12 +213,10 @@ def read_source(data: ExampleData, source: ExampleSource, bad: Bad) -> Iterable[
         yield from made_examples(source.source, num_rows=num_rows, seed=data.seed)
         return
     for row in read_rows(source.source, split=source.split, subset=source.subset, bad=bad):
-        missing = [theirs for theirs in source.columns.values() if theirs not in row.columns]
-        if missing:
-            what = f"no column {missing[0]!r} (columns: {', '.join(row.columns) or 'none'})"
-            bad(DataError(row.place, what, "mend data.columns"))
-            continue
-        yield RawRow(row.place, row.columns | {ours: row.columns[theirs] for ours, theirs in source.columns.items()})
+        try:
+            yield with_names(row, source.columns)
+        except DataError as error:
+            bad(error)
 
 
 def _read(data: ExampleData, report: Report) -> list[_Found]:

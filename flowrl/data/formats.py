@@ -20,6 +20,7 @@ Invariant: what `normalise` returns has at least one response or step, and the t
 from __future__ import annotations
 
 import contextlib
+import difflib
 import math
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -29,7 +30,7 @@ from flowrl.data.conversations import Conversation, messages_of, noun, options_o
 from flowrl.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from flowrl.data.sources import RawRow
 
@@ -52,6 +53,8 @@ SHAPES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     ("prompt-only", ("prompt",)),
 )
 WORDS = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
+# Where prompts for online training are looked for, in this order.
+PROMPT_COLUMNS = ("prompt", "messages", "context_messages", "question", "problem", "instruction", "query", "input")
 SHOWN_COLUMNS = 12  # of a row, in an error
 
 
@@ -99,6 +102,57 @@ class NormalRow(msgspec.Struct, frozen=True, kw_only=True):
             return first[: num_shared(first, self.responses[-1])]
         roles = [message["role"] for message in first]
         return first[: roles.index("assistant")] if "assistant" in roles[1:] else first
+
+
+def with_names(row: RawRow, names: Mapping[str, str]) -> RawRow:
+    """Return a row with columns under other names as well, `names` saying which is whose: {"answer": "solution"}.
+
+    Raises:
+        DataError: it lacks one of them.
+    """
+    missing = [theirs for theirs in names.values() if theirs not in row.columns]
+    if missing:
+        what = f"no column {missing[0]!r} (columns: {', '.join(row.columns) or 'none'})"
+        raise DataError(row.place, what, "mend data.columns")
+    return msgspec.structs.replace(row, columns=row.columns | {ours: row.columns[names[ours]] for ours in names})
+
+
+def prompt_column(row: RawRow) -> str:
+    """Return the column that holds what is asked: the first known name with a text, or with messages to be answered.
+
+    Raises:
+        DataError: none does.
+    """
+    there = [name for name in PROMPT_COLUMNS if row.columns.get(name)]
+    if there:
+        return next((name for name in there if not ends_answered(row.columns[name])), there[0])
+    close = difflib.get_close_matches("prompt", row.columns, n=1)
+    names = ", ".join(list(row.columns)[:SHOWN_COLUMNS]) or "none"
+    what = f"no column is known to hold the prompt (columns: {names})"
+    hint = f"did you mean data.prompt_column={close[0]}?" if close else "name it with data.prompt_column"
+    raise DataError(row.place, what, hint)
+
+
+def ends_answered(value: Any) -> bool:
+    """Say whether these are messages of which the last is the assistant's."""
+    last = cast("list[Any]", value)[-1] if isinstance(value, list) and value else None
+    return isinstance(last, dict) and cast("dict[str, Any]", last).get("role") == "assistant"
+
+
+def with_prompt(row: RawRow, column: str) -> RawRow:
+    """Return a row with its prompt in the column `prompt`; an `instruction` is followed by its `input`.
+
+    Raises:
+        DataError: there is no such column.
+    """
+    if column not in row.columns:
+        close = difflib.get_close_matches(column, row.columns, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "set data.prompt_column"
+        raise DataError(row.place, f"no column {column!r} (columns: {', '.join(row.columns) or 'none'})", hint)
+    prompt = row.columns[column]
+    if column == "instruction" and isinstance(prompt, str) and row.columns.get("input"):
+        prompt = f"{prompt}\n\n{row.columns['input']}"
+    return msgspec.structs.replace(row, columns={**row.columns, "prompt": prompt})
 
 
 def detect(row: RawRow, kind: Kind | None = None) -> Format:

@@ -7,19 +7,21 @@ the CLI.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import shlex
 import statistics
 from collections import Counter
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
 from flowrl.config import Config, resolve
 from flowrl.data.examples import ExampleData, ExampleRow, ExampleSet, load_examples, read_source, read_template
-from flowrl.data.formats import Format, detect
-from flowrl.data.prompts import PromptData, load_prompts
+from flowrl.data.formats import detect, ends_answered, prompt_column
+from flowrl.data.prompts import PromptData, PromptRow, PromptSource, load_prompts
 from flowrl.ending import ending_of
-from flowrl.errors import DataError, printable
+from flowrl.errors import ConfigError, DataError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +33,13 @@ if TYPE_CHECKING:
 NUM_BINS = 8  # widths of the histogram's bins that cover all lengths, at most
 BAR = 40  # characters of its longest bar
 NUM_REASONS = 3  # rows shown of those that are left out
+LEVELS = ("difficulty", "level", "data_source", "source", "task", "subject")  # columns of which the values are counted
+NUM_LEVELS = 12  # different values of one, at most
+ANSWERS = (  # columns that hold what a prompt's answer is held against
+    "answer", "solution", "ground_truth", "final_answer", "reference_answer", "expected_answer", "target", "label",
+    "reward_model", "golden_answers", "answers",
+)  # fmt: skip
+ROOM = 256  # tokens of a prompt that the generators' default max_model_len has room for beside a response
 LEARNED, PLAIN = "\x1b[32m", "\x1b[0m"  # green
 
 
@@ -40,17 +49,31 @@ class CheckSettings(Config):
     data: ExampleData = ExampleData(num_heldout=0)
 
 
-def check_settings(path: str, *, format: str | None, overrides: Sequence[str]) -> ExampleData:
+class PromptSettings(Config):
+    """The same for prompts, with nothing held out; all lengths are shown."""
+
+    data: PromptData = PromptData(num_heldout=0, max_prompt_tokens=1 << 20)
+
+
+def check_settings(path: str, *, format: str | None, overrides: Sequence[str]) -> ExampleData | PromptData:
     """Return the settings of a check; names are those of a graph (`data.max_tokens=512`).
+
+    Those of prompts are taken where an override is one of theirs alone.
 
     Raises:
         ConfigError: an override is unknown or out of range.
     """
-    given = [f"data.source={path}", *([f"data.format={format}"] if format else [])]
-    return resolve(CheckSettings, overrides=[*given, *overrides]).data
+    source = [] if any(each.startswith("data.mix=") for each in overrides) else [f"data.source={path}"]
+    given = [*source, *([f"data.format={format}"] if format else [])]
+    try:
+        return resolve(CheckSettings, overrides=[*given, *overrides]).data
+    except ConfigError:
+        with contextlib.suppress(ConfigError):
+            return resolve(PromptSettings, overrides=[*source, *overrides]).data
+        raise
 
 
-def check_data(data: ExampleData, tokenizer: PreTrainedTokenizerBase, say: Say, *, colour: bool) -> None:
+def check_data(data: ExampleData | PromptData, tokenizer: PreTrainedTokenizerBase, say: Say, *, colour: bool) -> None:
     """Say what the data hold, a line at a time.
 
     Args:
@@ -59,9 +82,20 @@ def check_data(data: ExampleData, tokenizer: PreTrainedTokenizerBase, say: Say, 
     Raises:
         DataError: nothing can be used, or a row would stop a run.
     """
-    format = _first_format(data)
-    if format is not None and format.kind == "prompt-only":
-        _check_prompts(data, tokenizer, say, format)
+    if isinstance(data, PromptData):
+        _check_prompts(data, tokenizer, say)
+        return
+    if _are_prompts(data):
+        if data.chat_template:
+            tokenizer.chat_template = read_template(data.chat_template)
+        asked = {name: theirs for name, theirs in data.columns.items() if name != "prompt"}
+        prompts = PromptData(
+            source=data.source, split=data.split, subset=data.subset, seed=data.seed, on_bad=data.on_bad, columns=asked,
+            num_heldout=data.num_heldout, max_prompt_tokens=1 << 20, prompt_column=data.columns.get("prompt", ""),
+            mix=[PromptSource(source=each.source, weight=each.weight, split=each.split, subset=each.subset,
+                              columns=each.columns) for each in data.mix],
+        )  # fmt: skip
+        _check_prompts(prompts, tokenizer, say)
         return
     on_long = "skip" if data.on_long == "stop" else data.on_long
     examples = load_examples(msgspec.structs.replace(data, on_bad="skip", on_long=on_long), tokenizer)
@@ -163,43 +197,89 @@ def _lengths(lengths: Sequence[int], what: str) -> Iterator[str]:
     yield from histogram(lengths)
 
 
-def _first_format(data: ExampleData) -> Format | None:
+def _are_prompts(data: ExampleData) -> bool:
+    """Say whether the first row that can be read has something to ask and nothing to learn."""
     source = data.sources[0]
     for raw in read_source(data, source, lambda _: None):
         try:
-            return detect(raw, source.format)
+            format = detect(raw, source.format)
         except DataError:
+            with contextlib.suppress(DataError):
+                return bool(prompt_column(raw))
             continue
-    return None
+        messages = raw.columns.get("messages") if format.kind == "language-modeling" else None
+        return format.kind == "prompt-only" or (source.format is None and _is_open(messages))
+    return False
 
 
-def _check_prompts(data: ExampleData, tokenizer: PreTrainedTokenizerBase, say: Say, format: Format) -> None:
-    if data.chat_template:
-        tokenizer.chat_template = read_template(data.chat_template)
-    prompts = load_prompts(
-        PromptData(
-            source=data.source,
-            split=data.split,
-            subset=data.subset,
-            num_heldout=0,
-            max_prompt_tokens=data.max_tokens,
-            chat_template=format.is_conversational or data.strings_as_chat,
-            prompt_column=data.columns.get("prompt", "prompt"),
-            on_bad="skip",
-        ),
-        tokenizer,
-    )
-    say(f"format     {format} ({'as set' if data.format else 'detected'}): {data.source}")
-    say(f"rows       {len(prompts.train)} prompts for online training, {prompts.num_duplicates} more there already")
+def _is_open(messages: Any) -> bool:
+    """Say whether these are messages of which the last is to be answered."""
+    return isinstance(messages, list) and bool(messages) and not ends_answered(messages)
+
+
+def _check_prompts(data: PromptData, tokenizer: PreTrainedTokenizerBase, say: Say) -> None:
+    has_template = bool(tokenizer.chat_template) and data.chat_template
+    prompts = load_prompts(msgspec.structs.replace(data, on_bad="skip", chat_template=has_template), tokenizer)
+    rows = [*prompts.train, *prompts.heldout]
+    for source, column in zip(data.sources, prompts.found_in, strict=True):
+        how = "as set" if source.prompt_column else "detected"
+        share = f", weight {source.weight:g}" if data.mix else ""
+        say(f"format     prompts in the column {column!r} ({how}): {source.source}{share}")
+    say(f"rows       {len(prompts.train)} prompts for online training, {len(prompts.heldout)} held out")
+    if prompts.num_repeated:
+        say(f"repeated   {prompts.num_repeated} rows are others once more, and are sampled once more")
+    say(f"left out   {len(prompts.skipped)} bad, {prompts.num_left_out} that ask what a held-out one asks")
     for reason in prompts.skipped[:NUM_REASONS]:
         say(f"           {reason}")
-    for line in _lengths([len(row.token_ids) for row in prompts.train], "prompt"):
+    for name, counts in _levels(rows):
+        say(f"{name[:10]:<10} {', '.join(f'{value} {count}' for value, count in sorted(counts.items()))}")
+    for line in _lengths([len(row.token_ids) for row in rows], "prompt"):
         say(line)
     say(f"ends       {ending_of(tokenizer)}")
-    row = min(prompts.train, key=lambda row: row.index)
-    say(f"example    row {row.index}, with nothing to learn in it\n{printable(row.text)}")
+    row = min(rows, key=lambda row: row.index)
+    say(f"example    {row.place}, with nothing to learn in it\n{printable(row.text)}")
+    say(f"run        flowrl run graphs/group_async.py {' '.join(_wanted(data, rows, has_template=has_template))}")
     if prompts.skipped and data.on_bad == "stop":
         raise _stopping(data, prompts.skipped)
+
+
+def _levels(rows: Sequence[PromptRow]) -> Iterator[tuple[str, Counter[str]]]:
+    """Yield each column that says how hard a prompt is, or where it is from, with how many rows are of which."""
+    for name in LEVELS:
+        values = [row.columns[name] for row in rows if isinstance(row.columns.get(name), str | int | float)]
+        counts = Counter(printable(str(value)) for value in values)
+        if 0 < len(counts) <= NUM_LEVELS:
+            yield name, counts
+
+
+def _wanted(data: PromptData, rows: Sequence[PromptRow], *, has_template: bool) -> Iterator[str]:
+    """Yield the settings that a run on these prompts needs."""
+    default = PromptData()
+    longest = max(len(row.token_ids) for row in rows)
+    changed: dict[str, Any] = {"source": data.source} if not data.mix else {"mix": msgspec.to_builtins(data.mix)}
+    changed |= {
+        name: getattr(data, name)
+        for name in ("split", "subset", "prompt_column", "seed", "system_prompt")
+        if getattr(data, name) != getattr(default, name)
+    }
+    if not has_template:
+        changed["chat_template"] = False
+    if longest > default.max_prompt_tokens:
+        changed["max_prompt_tokens"] = longest
+    if len(rows) <= default.num_heldout:
+        changed["num_heldout"] = max(len(rows) // 8, min(1, len(rows) - 1))
+    columns = dict(data.columns)
+    answer = "answer" if "answer" in columns else next((name for name in ANSWERS if name in rows[0].columns), "")
+    if answer and answer != "answer":
+        columns["answer"] = answer
+    settings = {f"data.{name}": value for name, value in changed.items()}
+    settings |= {f"data.columns.{ours}": theirs for ours, theirs in columns.items()}
+    if longest > ROOM:
+        settings["generator.max_model_len"] = longest + 256
+    settings["reward.function"] = "flowrl.rewards.verify:exact_answer" if answer else "my_rewards.py:score"
+    for name, value in settings.items():
+        text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+        yield f"--set {shlex.quote(f'{name}={text}')}"
 
 
 def _stop_as_a_run_would(examples: ExampleSet, data: ExampleData) -> None:
@@ -208,7 +288,7 @@ def _stop_as_a_run_would(examples: ExampleSet, data: ExampleData) -> None:
         raise _stopping(data, examples.skipped)
 
 
-def _stopping(data: ExampleData, skipped: Sequence[str]) -> DataError:
+def _stopping(data: ExampleData | PromptData, skipped: Sequence[str]) -> DataError:
     where = "data.mix" if data.mix else f"data {data.source}"
     return DataError(where, f"{len(skipped)} of its rows would stop a run; the first: {skipped[0]}")
 

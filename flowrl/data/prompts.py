@@ -1,29 +1,27 @@
 """Prompts to train and to evaluate on: read, rendered, tokenized, checked and split before anything starts.
 
 Invariants: `row_at(position)` is a pure function of the data, the settings and the position, so that a run can resume
-anywhere; no training prompt has the same text as a held-out one; a row that cannot be used stops the load or is
-counted in `skipped`, as the settings say. Called by the prompts and evaluator stages and by `flowrl check`.
+anywhere; rows are told apart by all their columns, and each is learned as often as it is there; no training prompt has
+the same text as a held-out one; a row that cannot be used stops the load or is counted in `skipped`, as the settings
+say. Called by the prompts and evaluator stages and by `flowrl check`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime  # settings are built from their annotations
-import difflib
-import functools
 import json
-import random
 from hashlib import blake2b
-from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import msgspec
 
 from flowrl.config import Config, Meta
-from flowrl.data.conversations import messages_of, options_of, tools_of, with_system
-from flowrl.data.formats import NormalRow
+from flowrl.data.conversations import messages_of, noun, options_of, tools_of, with_system
+from flowrl.data.formats import NormalRow, prompt_column, with_names, with_prompt
+from flowrl.data.mixing import Mixture
 from flowrl.data.rendering import Renderer
-from flowrl.data.sources import RawRow, read_rows
+from flowrl.data.sources import DataDigest, RawRow, read_rows
 from flowrl.data.tasks import Task, make_rows
 from flowrl.ending import DATE
 from flowrl.errors import ConfigError, DataError, ModelError
@@ -48,6 +46,17 @@ DEFAULT_TASKS = (
 )
 
 
+class PromptSource(Config):
+    """One of several sources."""
+
+    source: str  # as data.source
+    weight: Annotated[float, Meta(gt=0)] = 1.0  # its share of what is sampled, relative to the others
+    split: str = "train"
+    subset: str = ""
+    prompt_column: str = ""
+    columns: dict[str, str] = {}
+
+
 class PromptData(Config):
     """Where prompts come from and how they are rendered."""
 
@@ -57,52 +66,103 @@ class PromptData(Config):
     seed: int = 0  # of the tasks, the split and the order
     max_prompt_tokens: Annotated[int, Meta(ge=1)] = 256  # a longer rendered prompt is a bad row
     system_prompt: str | None = None  # for prompts without a system message; None: what the chat template puts there
-    date: datetime.date = (
-        DATE  # that a chat template which writes today's date is told: a prompt is the same on every day
-    )
+    date: datetime.date = DATE  # told to a template that writes today's: a prompt is the same on every day
     chat_template: bool = True  # false: strings go to the model as they are
-    prompt_column: str = "prompt"  # holds a string, or a list of messages
-    split: str = "train"  # of a hub data set; of a directory, the files whose names begin so
+    prompt_column: str = ""  # holds a string, or a list of messages; "": found out (see flowrl.data.formats)
+    columns: dict[str, str] = {}  # other names of columns, for reward functions: `answer: solution`
+    split: str = "train"  # of a hub data set; of a directory, the files and folders whose names begin so
     subset: str = ""  # of a hub data set, where it has several
+    mix: list[PromptSource] = []  # several sources in place of the one above
     tasks: list[Task] = msgspec.field(default_factory=lambda: list(DEFAULT_TASKS))  # reasoning-gym only
     on_bad: Literal["stop", "skip"] = "stop"  # a row that cannot be used
 
     def __post_init__(self) -> None:
         if self.system_prompt is not None and not self.chat_template:
             raise ConfigError("data.system_prompt", "is set but chat_template is false", "unset one of the two")
+        if self.mix and self._alone != PromptSource(source=REASONING_GYM):
+            what = "is set, and so is one of source, split, subset, prompt_column and columns"
+            raise ConfigError("data.mix", what, "set these in each source of the mix")
+
+    @property
+    def _alone(self) -> PromptSource:
+        return PromptSource(source=self.source, split=self.split, subset=self.subset, columns=self.columns,
+                            prompt_column=self.prompt_column)  # fmt: skip
+
+    @property
+    def sources(self) -> list[PromptSource]:
+        """Return the sources, of which there is at least one."""
+        return self.mix or [self._alone]
 
 
 class PromptRow(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt, ready to be sampled."""
 
     index: int  # its place among the source's rows
+    place: str  # file and line, for errors
     token_ids: list[int]
     text: str  # as rendered
     columns: dict[str, Any]  # for reward functions; "prompt" is the prompt as it stood in the data
 
 
 class PromptSet:
-    """The training and held-out prompts of one source."""
+    """The training and held-out prompts of all sources."""
 
     def __init__(
-        self, *, train: list[PromptRow], heldout: list[PromptRow], seed: int, num_duplicates: int, skipped: list[str]
+        self, *, parts: list[list[PromptRow]], heldout: list[PromptRow], data: PromptData, report: Report
     ) -> None:
-        self.train = train
+        self.train = [row for part in parts for row in part]
         self.heldout = heldout
-        self.num_duplicates = num_duplicates  # rows whose rendered text was there already
-        self.skipped = skipped  # why, one line for each bad row
-        self._seed = seed
-        self._order = functools.lru_cache(maxsize=2)(self._shuffled)  # a run only ever touches two epochs at a time
+        self.found_in = report.found_in  # the column of the prompts, of each source
+        self.num_repeated = report.num_repeated  # rows that are others once more
+        self.num_left_out = report.num_left_out  # rows that ask what a held-out one asks
+        self.skipped = report.skipped  # why, one line for each bad row
+        self.digest = str(report.digest)  # of the sources' rows, whatever befell them
+        self._parts = parts
+        self._mixture = Mixture([len(part) for part in parts], [each.weight for each in data.sources], data.seed)
+
+    def told(self) -> Iterator[str]:
+        """Yield what a run says of its prompts before it starts."""
+        columns = ", ".join(dict.fromkeys(map(repr, self.found_in)))
+        yield f"prompts: {len(self.train)} to train on, {len(self.heldout)} held out, asked in the column {columns}"
+        left_out = {
+            "cannot be used": len(self.skipped),
+            "ask what a held-out one asks": self.num_left_out,
+        }
+        if any(left_out.values()):
+            yield f"prompts: left out {', '.join(f'{count} that {why}' for why, count in left_out.items() if count)}"
+        if self.num_repeated:
+            yield f"prompts: {self.num_repeated} rows are others once more, and are sampled once more"
 
     def row_at(self, position: int) -> PromptRow:
-        """Return the training prompt at `position` of the endless order: every epoch is shuffled anew."""
-        epoch, place = divmod(position, len(self.train))
-        return self.train[self._order(epoch)[place]]
+        """Return the training prompt at `position` of the endless order: sources mixed, every epoch shuffled anew."""
+        source, place = self._mixture.at(position)
+        return self._parts[source][place]
 
-    def _shuffled(self, epoch: int) -> list[int]:
-        order = list(range(len(self.train)))
-        random.Random(f"{self._seed}/{epoch}").shuffle(order)
-        return order
+
+class Report:
+    """What is found out while loading."""
+
+    def __init__(self, data: PromptData) -> None:
+        self.found_in: list[str] = []
+        self.num_repeated = 0
+        self.num_left_out = 0
+        self.skipped: list[str] = []
+        self.digest = DataDigest()
+        self._stops = data.on_bad == "stop"
+
+    def bad(self, error: DataError) -> None:
+        """Take note of a row that cannot be used, or raise."""
+        if self._stops:
+            raise error
+        self.skipped.append(str(error))
+
+
+class _Found(msgspec.Struct, frozen=True):
+    source: int
+    index: int
+    row: RawRow
+    text: str  # as rendered
+    digest: bytes  # of all columns
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -140,8 +200,8 @@ def _tokenizer_class(directory: Path) -> Any:
 def load_prompts(data: PromptData, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
     """Read, render, tokenize, check and split the prompts.
 
-    The split goes by a keyed digest of the rendered text: it does not depend on the order of the source, and rows
-    appended later leave most of it as it was.
+    The split goes by a keyed digest of the prompt as the data have it: it does not depend on the order of the source,
+    nor on a template, and rows appended later leave most of it as it was.
 
     Raises:
         DataError: the source or a row cannot be used, or too few prompts remain.
@@ -150,22 +210,29 @@ def load_prompts(data: PromptData, tokenizer: PreTrainedTokenizerBase) -> Prompt
     if data.chat_template and not tokenizer.chat_template:
         remedy = "take an instruction-tuned model, or set data.chat_template=false to use prompts as they are"
         raise ModelError(f"tokenizer {tokenizer.name_or_path}", "has no chat template", remedy)
+    report = Report(data)
     renderer = Renderer(tokenizer, day=data.date)
-    skipped: list[str] = []
-
-    def bad(error: DataError) -> None:
-        if data.on_bad == "stop":
-            raise error
-        skipped.append(str(error))
-
-    texts, num_duplicates = _distinct_texts(data, renderer, bad)
+    found = list(_rendered(data, renderer, report))
     key = str(data.seed).encode()
-    shuffled = sorted(texts, key=lambda text: blake2b(text.encode(), key=key, digest_size=8).digest())
-    usable = _tokenized(((text, *texts[text]) for text in shuffled), data, tokenizer, renderer, bad)
-    heldout = list(islice(usable, data.num_heldout))
-    train = list(islice(usable, data.num_train or None))
-    _check_enough(data, len(heldout), len(train), skipped)
-    return PromptSet(train=train, heldout=heldout, seed=data.seed, num_duplicates=num_duplicates, skipped=skipped)
+    found.sort(key=lambda each: _digest(each.row.columns["prompt"], key) + each.digest)
+    report.num_repeated = len(found) - len({each.digest for each in found})
+    heldout: dict[bytes, PromptRow] = {}
+    parts: list[list[PromptRow]] = [[] for _ in data.sources]
+    held_texts: set[str] = set()
+    num_train = 0
+    for each, row in _tokenized(found, data, tokenizer, renderer, report.bad):
+        if len(heldout) < data.num_heldout and each.digest not in heldout:
+            heldout[each.digest] = row
+            held_texts.add(row.text)
+        elif row.text in held_texts:
+            report.num_left_out += 1
+        else:
+            parts[each.source].append(row)
+            num_train += 1
+            if num_train == data.num_train:
+                break
+    _check_enough(data, len(heldout), num_train, report)
+    return PromptSet(parts=parts, heldout=list(heldout.values()), data=data, report=report)
 
 
 def first_columns(data: PromptData) -> dict[str, Any]:
@@ -174,32 +241,46 @@ def first_columns(data: PromptData) -> dict[str, Any]:
     Raises:
         DataError: the source cannot be read, or no row has a prompt.
     """
-    for row in _raw_rows(data, lambda error: None):
+    for _, row in read_prompts(data, lambda error: None):
         with contextlib.suppress(DataError):
             prompt_of(data, row)
-            return {**row.columns, "prompt": row.columns[data.prompt_column]}
-    raise DataError(f"data {data.source}", "no row has a prompt", "check data.source and data.prompt_column")
+            return row.columns
+    raise DataError(_where(data), "no row has a prompt", "check data.source and data.prompt_column")
 
 
-def _distinct_texts(data: PromptData, renderer: Renderer, bad: Bad) -> tuple[dict[str, tuple[int, RawRow]], int]:
-    """Return the rows by rendered text, the first of equal ones, and how many others there were."""
-    texts: dict[str, tuple[int, RawRow]] = {}
-    num_duplicates = 0
-    for index, row in enumerate(_raw_rows(data, bad)):
-        try:
-            text = _render(data, renderer, row)
-        except DataError as error:
-            bad(error)
-            continue
-        num_duplicates += text in texts
-        texts.setdefault(text, (index, row))
-    return texts, num_duplicates
+def read_prompts(data: PromptData, bad: Bad, report: Report | None = None) -> Iterator[tuple[int, RawRow]]:
+    """Yield each row with the number of its source; its prompt is in the column `prompt`, as the data have it."""
+    for number, source in enumerate(data.sources):
+        column = source.prompt_column
+        for row in _raw_rows(data, source, bad):
+            if report is not None:
+                report.digest.add(row.columns, number)
+            try:
+                named = with_names(row, source.columns)
+                column = column or prompt_column(named)
+                yield number, with_prompt(named, column)
+            except DataError as error:
+                bad(error)
+        if report is not None:
+            report.found_in.append(column)
 
 
-def _raw_rows(data: PromptData, bad: Bad) -> Iterable[RawRow]:
-    if data.source == REASONING_GYM:
+def _raw_rows(data: PromptData, source: PromptSource, bad: Bad) -> Iterable[RawRow]:
+    if source.source == REASONING_GYM:
         return make_rows(data.tasks, num_rows=(data.num_train or GENERATED) + data.num_heldout, seed=data.seed)
-    return read_rows(data.source, split=data.split, subset=data.subset, bad=bad)
+    return read_rows(source.source, split=source.split, subset=source.subset, bad=bad)
+
+
+def _rendered(data: PromptData, renderer: Renderer, report: Report) -> Iterator[_Found]:
+    for index, (source, row) in enumerate(read_prompts(data, report.bad, report)):
+        try:
+            yield _Found(source, index, row, _render(data, renderer, row), _digest(row.columns))
+        except DataError as error:
+            report.bad(error)
+
+
+def _digest(value: Any, key: bytes = b"") -> bytes:
+    return blake2b(msgspec.json.encode(value, order="deterministic"), key=key, digest_size=16).digest()
 
 
 def _render(data: PromptData, renderer: Renderer, row: RawRow) -> str:
@@ -220,58 +301,60 @@ def prompt_of(data: PromptData, row: RawRow) -> NormalRow:
     Raises:
         DataError: there is none, or it is malformed.
     """
-    column = data.prompt_column
-    if column not in row.columns:
-        close = difflib.get_close_matches(column, row.columns, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "set data.prompt_column"
-        raise DataError(row.place, f"no column {column!r} (columns: {', '.join(row.columns) or 'none'})", hint)
-    prompt = row.columns[column]
+    prompt = row.columns["prompt"]
     if not isinstance(prompt, str | list):
-        found = f"column {column!r} holds a {type(prompt).__name__}"
-        raise DataError(row.place, found, "a prompt is a string or a list of messages")
+        raise DataError(row.place, f"the prompt is {noun(prompt)}", "a prompt is a string or a list of messages")
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-        raise DataError(row.place, f"column {column!r} is empty", "drop the row, or set data.on_bad=skip")
+        raise DataError(row.place, "the prompt is empty", "drop the row, or set data.on_bad=skip")
     if not data.chat_template:
         if isinstance(prompt, str):
             return NormalRow(place=row.place, prompt=prompt)
         remedy = "set data.chat_template=true, or write the prompt as one string"
         raise DataError(row.place, "is a conversation but data.chat_template is false", remedy)
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else messages_of(row, column)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else messages_of(row, "prompt")
     messages = with_system(messages, data.system_prompt)
     return NormalRow(place=row.place, prompt=messages, tools=tools_of(row), template_options=options_of(row))
 
 
 def _tokenized(
-    rows: Iterable[tuple[str, int, RawRow]],
+    rows: Iterable[_Found],
     data: PromptData,
     tokenizer: PreTrainedTokenizerBase,
     renderer: Renderer,
     bad: Bad,
-) -> Iterator[PromptRow]:
+) -> Iterator[tuple[_Found, PromptRow]]:
     context = tokenizer.model_max_length  # about 1e30 where the tokenizer states none
     limit, name = min((data.max_prompt_tokens, "data.max_prompt_tokens"), (context, "the model's context"))
-    for text, index, row in rows:
-        token_ids = renderer.prompt_ids(text, is_rendered=data.chat_template)
+    for each in rows:
+        token_ids = renderer.prompt_ids(each.text, is_rendered=data.chat_template)
         if len(token_ids) > limit:
             found = f"the prompt has {len(token_ids)} tokens, {name} is {limit}"
-            bad(DataError(row.place, found, "raise it, shorten the row, or set data.on_bad=skip"))
+            bad(DataError(each.row.place, found, "raise it, shorten the row, or set data.on_bad=skip"))
             continue
-        columns = {**row.columns, "prompt": row.columns[data.prompt_column]}
-        yield PromptRow(index=index, token_ids=token_ids, text=text, columns=columns)
+        yield (
+            each,
+            PromptRow(
+                index=each.index, place=each.row.place, token_ids=token_ids, text=each.text, columns=each.row.columns
+            ),
+        )
 
 
-def _check_enough(data: PromptData, num_heldout: int, num_train: int, skipped: list[str]) -> None:
-    where = f"data {data.source}"
-    there = f"{num_heldout + num_train} different usable prompts"
+def _where(data: PromptData) -> str:
+    return "data.mix" if data.mix else f"data {data.source}"
+
+
+def _check_enough(data: PromptData, num_heldout: int, num_train: int, report: Report) -> None:
+    where, skipped = _where(data), report.skipped
+    there = f"{num_heldout + num_train} usable prompts"
+    also = f" ({report.num_left_out} more ask what one held out asks)" if report.num_left_out else ""
     if skipped and not num_heldout + num_train:
         raise DataError(where, f"all {len(skipped)} rows are bad; the first: {skipped[0]}")
     if not num_heldout + num_train:
         raise DataError(where, "holds no rows", "check data.source and data.split")
     if num_heldout < data.num_heldout or not num_train:
-        what = f"{there}, of which num_heldout={data.num_heldout} leaves none to train on"
+        what = f"{there}, of which num_heldout={data.num_heldout} leaves none to train on{also}"
         raise DataError(where, what, f"lower data.num_heldout below {num_heldout + num_train}")
     if num_train < data.num_train:
         remedy = f"lower num_train to {num_train}, or set 0 to take all"
-        raise DataError(
-            where, f"{there} are {num_heldout} held out and {num_train} to train on, not {data.num_train}", remedy
-        )
+        what = f"{there} are {num_heldout} held out and {num_train} to train on{also}, not {data.num_train}"
+        raise DataError(where, what, remedy)

@@ -30,7 +30,7 @@ def asked_and_answered(data: PromptData, columns: Mapping[str, Any], text: str) 
     A prompt "2 + 2?" with the prefix "It is" and the text " 4." gives a user's message and the assistant's "It is 4.".
     """
     prefix = columns.get("answer_prefix") or ""
-    prompt = prompt_of(data, RawRow("prompt", {**columns, data.prompt_column: columns["prompt"]})).prompt
+    prompt = prompt_of(data, RawRow("prompt", dict(columns))).prompt
     if isinstance(prompt, str):
         return (f"{prompt}\n{prefix}" if prefix else prompt), text
     return prompt, [{"role": "assistant", "content": prefix + text}]

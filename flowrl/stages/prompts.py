@@ -46,9 +46,12 @@ class Prompts(Stage):
         """Load the model's tokenizer and the data set; its longest prompt must fit the generators."""
         prepare_model(self.model, say=say)
         rows = self.load()
+        self.data_digest = rows.digest
+        for line in rows.told():
+            say(line)
         longest = max([*rows.train, *rows.heldout], key=lambda row: len(row.token_ids))
         if len(longest.token_ids) > self.room:
-            what = f"row {longest.index} has {len(longest.token_ids)} tokens, but generator.max_model_len less "
+            what = f"{longest.place} has {len(longest.token_ids)} tokens, but generator.max_model_len less "
             remedy = "raise generator.max_model_len or lower data.max_prompt_tokens with data.on_bad=skip"
             raise DataError("data", f"{what}sampling.max_tokens leaves room for {self.room}", remedy)
 

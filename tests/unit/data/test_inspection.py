@@ -110,11 +110,51 @@ def test_held_out_and_conditions_are_counted(check):
 
 def test_prompts_without_responses_are_reported_as_prompts(check):
     report = check([{"prompt": [said("user", "abc")]}, {"prompt": [said("user", "abc")]}])
-    assert "prompt-only, conversational (detected)" in report
-    assert "1 prompts for online training, 1 more there already" in report
-    assert report.endswith("<|im_start|>user\nabc<|im_end|>\n<|im_start|>assistant\n")
+    assert "format     prompts in the column 'prompt' (detected): " in report
+    assert "rows       2 prompts for online training, 0 held out" in report
+    assert "repeated   1 rows are others once more" in report
+    assert (
+        "data.jsonl:1, with nothing to learn in it\n<|im_start|>user\nabc<|im_end|>\n<|im_start|>assistant\n" in report
+    )
     with pytest.raises(DataError, match=r"1 of its rows would stop a run; the first: .*:2: "):
         check([{"prompt": "abc"}, {"prompt": 1}])
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        ({"messages": [said("user", "a?")]}, ["--set reward.function=my_rewards.py:score"]),
+        ({"question": "a?", "answer": "b"}, ["--set reward.function=flowrl.rewards.verify:exact_answer"]),
+        ({"problem": "a?", "solution": "b"}, ["--set data.columns.answer=solution", "verify:exact_answer"]),
+        (
+            {"instruction": "a?", "input": "b" * 300},
+            ["--set data.max_prompt_tokens=323", "generator.max_model_len=579"],
+        ),
+    ],
+)
+def test_prompts_of_any_shape_are_told_with_what_a_run_needs(check, row, wanted):
+    report = check([{**row, "level": f"Level {i % 2}", "id": i} for i in range(4)])
+    assert "4 prompts for online training" in report
+    assert "level      Level 0 2, Level 1 2" in report
+    assert "<|im_start|>user\na?" in report
+    run = report.splitlines()[-1]
+    assert run.startswith("run        flowrl run graphs/group_async.py --set data.source=")
+    assert "--set data.num_heldout=1" in run
+    assert [part for part in wanted if part not in run] == [], run
+
+
+def test_prompts_of_several_sources_are_checked_by_the_settings_of_prompts(jsonl, tokenizer):
+    sources = [
+        jsonl([{column: f"{column} {i}"} for i in range(3)], f"{column}.jsonl") for column in ("question", "problem")
+    ]
+    overrides = [f"data.mix=[{{source: {sources[0]}, weight: 3}}, {{source: {sources[1]}}}]", "data.num_heldout=2"]
+    lines: list[str] = []
+    check_data(check_settings(".", format=None, overrides=overrides), tokenizer, lines.append, colour=False)
+    assert f"format     prompts in the column 'question' (detected): {sources[0]}, weight 3" in lines
+    assert "rows       4 prompts for online training, 2 held out" in lines
+    settings = check_settings(sources[0], format=None, overrides=["data.prompt_column=question"])
+    check_data(settings, tokenizer, lines.append, colour=False)
+    assert f"format     prompts in the column 'question' (as set): {sources[0]}" in lines
 
 
 def test_pair_is_shown_with_both_responses_and_its_margin(check):

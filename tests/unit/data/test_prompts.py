@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from flowrl.data.prompts import PromptData, load_prompts
+from flowrl.data.prompts import PromptData, PromptSource, first_columns, load_prompts
 from flowrl.data.tasks import Task
 from flowrl.errors import ConfigError, DataError, ModelError
 from tests.support.tiny import tiny_tokenizer
@@ -19,10 +19,86 @@ def numbered(count: int) -> list[dict[str, Any]]:
 def test_train_and_heldout_share_no_text_even_where_rows_repeat(jsonl, tokenizer):
     prompts = load_prompts(PromptData(source=jsonl(numbered(40) + numbered(40)), num_heldout=8), tokenizer)
     train, heldout = ({row.text for row in rows} for rows in (prompts.train, prompts.heldout))
-    assert len(prompts.train) == len(train) == 32
+    assert (len(prompts.train), len(train)) == (64, 32)
     assert len(prompts.heldout) == len(heldout) == 8
     assert not train & heldout
-    assert prompts.num_duplicates == 40
+    assert (prompts.num_repeated, prompts.num_left_out) == (40, 8)
+    assert list(prompts.told()) == [
+        "prompts: 64 to train on, 8 held out, asked in the column 'prompt'",
+        "prompts: left out 8 that ask what a held-out one asks",
+        "prompts: 40 rows are others once more, and are sampled once more",
+    ]
+
+
+def test_rows_that_ask_alike_are_told_apart_by_their_other_columns(jsonl, tokenizer):
+    rows = [{"prompt": f"{i} + {i}?", "answer": answer} for i in range(6) for answer in (str(2 * i), f"{i}+{i}")]
+    prompts = load_prompts(PromptData(source=jsonl(rows), num_heldout=3), tokenizer)
+    assert len(prompts.train) + prompts.num_left_out == 9
+    held = {row.columns["prompt"] for row in prompts.heldout}
+    assert not held & {row.columns["prompt"] for row in prompts.train}
+    kept = load_prompts(PromptData(source=jsonl(rows), num_heldout=0), tokenizer)
+    assert sorted((row.columns["prompt"], row.columns["answer"]) for row in kept.train) == sorted(
+        (row["prompt"], row["answer"]) for row in rows
+    )
+
+
+def test_split_order_and_digest_are_the_data_s_whatever_the_rendering(jsonl, tokenizer):
+    rows = numbered(20)
+    plain, dated = (
+        load_prompts(PromptData(source=jsonl(rows), num_heldout=4, system_prompt=each), tokenizer)
+        for each in (None, "Today is Tuesday")
+    )
+    assert plain.train[0].text != dated.train[0].text
+    assert [row.index for row in plain.train + plain.heldout] == [row.index for row in dated.train + dated.heldout]
+    assert [plain.row_at(k).index for k in range(32)] == [dated.row_at(k).index for k in range(32)]
+    digests = [load_prompts(PromptData(source=jsonl(each)), tokenizer).digest for each in (numbered(80), numbered(81))]
+    assert digests[0] != digests[1]
+    assert plain.digest == dated.digest
+
+
+USER = [{"role": "user", "content": "a?"}]
+SHAPES: list[tuple[dict[str, Any], str, str]] = [
+    ({"prompt": "a?"}, "prompt", "a?"),
+    ({"prompt": USER}, "prompt", "a?"),
+    ({"messages": USER, "answer": "b"}, "messages", "a?"),
+    ({"context_messages": USER, "label": "b"}, "context_messages", "a?"),
+    ({"question": "a?", "answer": "#### b"}, "question", "a?"),
+    ({"problem": "a?", "solution": "b", "level": 3}, "problem", "a?"),
+    ({"instruction": "a?", "output": "b"}, "instruction", "a?"),
+    ({"instruction": "a?", "input": ""}, "instruction", "a?"),
+    ({"instruction": "Add.", "input": "1, 2"}, "instruction", "Add.\n\n1, 2"),
+    ({"query": "a?"}, "query", "a?"),
+    ({"question": "a?", "messages": [*USER, {"role": "assistant", "content": "b"}]}, "question", "a?"),
+]
+
+
+@pytest.mark.parametrize(("row", "column", "asked"), SHAPES)
+def test_the_column_that_asks_is_found(jsonl, tokenizer, row, column, asked):
+    data = PromptData(source=jsonl([row]), num_heldout=0)
+    prompts = load_prompts(data, tokenizer)
+    assert prompts.found_in == [column]
+    assert prompts.train[0].text == f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
+    assert first_columns(data) == prompts.train[0].columns == {**row, "prompt": prompts.train[0].columns["prompt"]}
+
+
+def test_columns_have_the_names_that_reward_functions_ask_for(jsonl, tokenizer):
+    data = PromptData(source=jsonl([{"q": "a?", "solution": "b"}]), num_heldout=0, prompt_column="q",
+                      columns={"answer": "solution"})  # fmt: skip
+    assert load_prompts(data, tokenizer).train[0].columns["answer"] == "b"
+    with pytest.raises(DataError, match=r":1: no column 'gold' \(columns: q\); mend data\.columns"):
+        load_prompts(PromptData(source=jsonl([{"q": "a?"}]), columns={"answer": "gold"}), tokenizer)
+
+
+def test_sources_are_mixed_by_weight_each_in_its_own_shape(jsonl, tokenizer):
+    one = jsonl([{"question": f"a{i}"} for i in range(30)], "a.jsonl")
+    two = jsonl([{"problem": f"b{i}"} for i in range(30)], "b.jsonl")
+    mix = [PromptSource(source=one, weight=3), PromptSource(source=two)]
+    prompts = load_prompts(PromptData(mix=mix, num_heldout=4), tokenizer)
+    assert prompts.found_in == ["question", "problem"]
+    drawn = [prompts.row_at(position).columns["prompt"][0] for position in range(100)]
+    assert (drawn.count("a"), drawn.count("b")) == (75, 25)
+    with pytest.raises(ConfigError, match=r"data\.mix: is set, and so is one of source"):
+        PromptData(source=one, mix=mix)
 
 
 def test_split_does_not_depend_on_the_order_of_the_rows(jsonl, tokenizer):
@@ -84,8 +160,8 @@ def test_answer_prefix_column_begins_the_policys_turn(jsonl, tokenizer):
 BAD_ROWS: list[tuple[list[Any], dict[str, Any], list[str]]] = [
     ([{"prompt": "a"}, "{oops"], {}, [":2", "is not JSON"]),
     ([{"prompt": "a"}, "[1]"], {}, [":2", "holds a list, not an object"]),
-    ([{"promt": "a", "answer": 1}], {}, [":1", "no column 'prompt'", "columns: promt, answer", "mean 'promt'"]),
-    ([{"prompt": 7}], {}, [":1", "holds a int"]),
+    ([{"promt": "a", "answer": 1}], {}, [":1", "no column is known", "columns: promt, answer", "prompt_column=promt"]),
+    ([{"prompt": 7}], {}, [":1", "the prompt is a number"]),
     ([{"prompt": "a"}, {"prompt": "  "}], {}, [":2", "is empty"]),
     ([{"prompt": "x" * 50}], {"chat_template": False, "max_prompt_tokens": 49}, [":1", "has 50 tokens", "is 49"]),
     ([{"prompt": [{"role": "user", "content": "a"}]}], {"chat_template": False}, [":1", "is a conversation"]),
@@ -117,7 +193,7 @@ def test_skipping_leaves_the_good_rows_and_says_what_was_wrong(jsonl, tokenizer)
 
 
 def test_skipping_every_row_is_an_error_that_shows_the_first(jsonl, tokenizer):
-    with pytest.raises(DataError, match=r"all 2 rows are bad; the first: .*:1: no column"):
+    with pytest.raises(DataError, match=r"all 2 rows are bad; the first: .*:1: no column is known"):
         load_prompts(PromptData(source=jsonl([{"a": 1}, {"a": 2}]), on_bad="skip"), tokenizer)
 
 
