@@ -10,6 +10,7 @@ import json
 import tempfile
 from typing import TYPE_CHECKING, Any
 
+from flowrl.data.aside import run_aside
 from flowrl.errors import ModelError
 
 if TYPE_CHECKING:
@@ -56,21 +57,21 @@ def merged_model(adapter: Path, base: Path, *, cache: Path, say: Say) -> Path:
             say(f"merging the adapter in {adapter} into {base} once, to {target}")
             with tempfile.TemporaryDirectory(dir=cache, prefix=f".{target.name}.") as aside:
                 made = cache / aside / "model"
-                _merge(adapter, base, made)
+                run_aside(merge, adapter, base, made, where=f"model {adapter}")
                 made.rename(target)
     return target
 
 
-def _merge(adapter: Path, base: Path, target: Path) -> None:
+def merge(adapter: Path, base: Path, target: Path) -> None:
+    """Write a base model with an adapter merged in.
+
+    Raises:
+        ModelError: peft cannot put the adapter on this base.
+    """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.utils import logging
 
-    kind = json.loads((adapter / CONFIG).read_text()).get("task_type")
-    is_classifier = kind == "SEQ_CLS"
-    verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # a new score head is not news here
-    logging.disable_progress_bar()
+    is_classifier = json.loads((adapter / CONFIG).read_text()).get("task_type") == "SEQ_CLS"
     try:
         loader = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
         options = {"num_labels": 1} if is_classifier else {}
@@ -81,10 +82,6 @@ def _merge(adapter: Path, base: Path, target: Path) -> None:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         remedy = "give the base model that the adapter was trained on"
         raise ModelError(f"model {adapter}", f"cannot be merged into {base} ({error})", remedy) from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_bar:
-            logging.enable_progress_bar()
 
 
 def _digest(adapter: Path, base: Path) -> str:

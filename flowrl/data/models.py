@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from flowrl.data.adapters import base_of, is_adapter, merged_model
+from flowrl.data.aside import run_aside
 from flowrl.errors import ModelError
 
 if TYPE_CHECKING:
@@ -251,33 +252,23 @@ def _bundled(where: str, cache: Path, say: Say) -> Path:
             say(f"converting {DEFAULT_MODEL} once (about 20 s, 270 MB) to {target}")
             with tempfile.TemporaryDirectory(dir=cache, prefix=f".{DEFAULT_MODEL}.") as aside:
                 made = Path(aside) / DEFAULT_MODEL
-                _convert_gguf(source, made)
+                run_aside(convert_gguf, source, made, where=where)
                 check_model(made, where)
                 made.rename(target)
     return target
 
 
-def _convert_gguf(source: Path, target: Path) -> None:
+def convert_gguf(source: Path, target: Path) -> None:
     """Dequantize a GGUF file to bfloat16 safetensors with tokenizer and chat template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
 
-    had_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source.parent,
-            gguf_file=source.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.bfloat16,
-        )
-        # The weights are plain now; left in place, these two would have every reader look for quantized ones.
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.hf_quantizer = None
-        model.save_pretrained(target)
-        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
-    finally:
-        if had_bars:
-            logging.enable_progress_bar()
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    # The weights are plain now; left in place, these two would have every reader look for quantized ones.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)

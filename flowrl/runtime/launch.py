@@ -27,7 +27,7 @@ from flowrl.errors import ConfigError, FlowrlError
 from flowrl.graph.program import Program, load_program
 from flowrl.graph.show import edge_table, node_table, staleness_line
 from flowrl.runtime.ledger import Cut
-from flowrl.runtime.placement import check_resources
+from flowrl.runtime.placement import check_resources, quiet_libraries
 from flowrl.runtime.resuming import check_same_data, check_same_run, record_attempt
 from flowrl.runtime.rundir import claim, create_run_dir, existing_run, recorded_settings, write_plan
 from flowrl.runtime.supervisor import Options, Start, newest_start
@@ -84,6 +84,7 @@ def check_program(program: Program, *, say: Say, address: str | None) -> None:
     Raises:
         UserError: the first thing that is missing or wrong.
     """
+    quiet_libraries()
     check_trackers(program.settings.wandb, tensorboard=program.settings.tensorboard)
     if address is None and program.settings.runtime == "ray":
         check_resources(program.graph)

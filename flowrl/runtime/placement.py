@@ -87,6 +87,12 @@ def check_resources(graph: Graph) -> None:
                                 f"lower replicas, ranks or {setting}, or let nodes share devices")  # fmt: skip
 
 
+def quiet_libraries() -> None:
+    """Keep DeepSpeed from warning in this process that it takes a CPU where there is nothing else."""
+    if not num_gpus():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def environment(config: StageConfig, *, on_gpu: bool) -> dict[str, str]:
     """Return the environment variables of a replica's process."""
     threads = str(getattr(config, "threads", 1))

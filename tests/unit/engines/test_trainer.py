@@ -260,9 +260,7 @@ def test_a_saved_model_loads_with_the_same_log_probs(tiny_llama, tmp_path):
             assert a.tolist() == b.tolist()
 
 
-def test_a_saved_model_takes_its_template_along_and_stops_where_that_ends_answers(
-    tiny_llama, tmp_path
-):
+def test_a_saved_model_takes_its_template_along_and_stops_where_that_ends_answers(tiny_llama, tmp_path):
     """SFT of a base model, whose own end is another token than the one that the template writes."""
     base = shutil.copytree(tiny_llama, tmp_path / "base")
     settings = json.loads((base / "tokenizer_config.json").read_text())
