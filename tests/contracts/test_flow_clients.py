@@ -21,7 +21,7 @@ from flowrl.runtime.wire import Address, Connection
 from tests.support.flows import FlowSettings, flow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
     from pathlib import Path
 
     from flowrl.runtime.local import Carry
@@ -105,7 +105,7 @@ async def admit(client: Clients, *keys: int) -> None:
         await client.prompts.put("prompts.prompts", key, b"%d" % key)
 
 
-async def is_waiting(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+async def is_waiting(work: Awaitable[Any]) -> asyncio.Future[Any]:
     """Start something and insist that it waits."""
     task = asyncio.ensure_future(work)
     finished, _ = await asyncio.wait([task], timeout=0.2)

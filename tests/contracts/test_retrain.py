@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -25,7 +25,9 @@ from tests.support.command import ROOT
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from flowrl.graph.stage import Context
     from flowrl.messages import Rollouts
+    from flowrl.stages.reward import Score
 
 pytestmark = pytest.mark.slow
 
@@ -47,10 +49,13 @@ class FaultyEngine(TorchEngine):
 class HaltingReward(Reward):
     """Scores what the first steps learn from and holds the rest for ever, so that a run cannot pass version `CUT`."""
 
-    async def _call(self, function: Any, group: Rollouts) -> list[float]:
-        if group.group_id >= CUT * GROUPS:
-            await asyncio.Event().wait()
-        return await super()._call(function, group)
+    async def _score(self, context: Context, function: Score) -> None:
+        async def score(group: Rollouts) -> list[float]:
+            if group.group_id >= CUT * GROUPS:
+                await asyncio.Event().wait()
+            return await function(group)
+
+        await super()._score(context, score)
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,9 @@ from tests.support.offline import Rows, example_row
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from flowrl.graph.stage import Context
+    from flowrl.stages.reward import Score
+
 pytestmark = pytest.mark.slow
 
 STEPS, GROUPS, SIZE = 6, 4, 2
@@ -60,9 +63,12 @@ class NumberedTexts(TextSource):
 class RecordingReward(Reward):
     """Keeps what it is given, for the plain loop."""
 
-    async def _call(self, function: Any, group: Rollouts) -> list[float]:
-        recorded.append(group)
-        return await super()._call(function, group)
+    async def _score(self, context: Context, function: Score) -> None:
+        async def score(group: Rollouts) -> list[float]:
+            recorded.append(group)
+            return await function(group)
+
+        await super()._score(context, score)
 
 
 def settings(model: Path, head: str, lr: float) -> dict[str, Any]:

@@ -66,7 +66,7 @@ async def stage_alone(stage: Any, groups: Sequence[Any], run_dir: Path, *, node:
     clock, recorder = CauseClock(time.monotonic), Recorder()
     threads = Threads(clock, f"{node}.0")
 
-    async def unused(_: int) -> Any:
+    async def unused(_: Any) -> Any:
         raise AssertionError("a scorer takes no part in checkpoints")
 
     context = Context(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flowrl.data.formats import Kind, detect, good_response, normalise
+from flowrl.data.formats import detect, good_response, normalise
 from flowrl.data.sources import RawRow
 from flowrl.errors import DataError
 
@@ -20,7 +20,7 @@ def raw(**columns: Any) -> RawRow:
     return RawRow("a.jsonl:7", columns)
 
 
-def normal(kind: Kind | None = None, **columns: Any):
+def normal(kind: Any = None, **columns: Any):
     row = raw(**columns)
     return normalise(row, detect(row, kind))
 

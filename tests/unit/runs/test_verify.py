@@ -48,11 +48,11 @@ def lines_of(path: Path) -> list[bytes]:
     return path.read_bytes().splitlines(keepends=True)
 
 
-def keep_lines(count: int, name: str) -> Callable[[Path], None]:
+def keep_lines(count: int, name: str) -> Callable[[Path], object]:
     return lambda run_dir: (run_dir / name).write_bytes(b"".join(lines_of(run_dir / name)[:count])) and None
 
 
-def write(name: str, body: bytes) -> Callable[[Path], None]:
+def write(name: str, body: bytes) -> Callable[[Path], object]:
     return lambda run_dir: (run_dir / name).write_bytes(body) and None
 
 
@@ -108,7 +108,7 @@ def swap_rollouts(run_dir: Path) -> None:
 
 
 NEWEST = "checkpoints/step-000006"
-DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "ledger emptied": (write("ledger.jsonl", b""), "was made after 48 entries of the ledger, which has 0"),
     "ledger gone": (remove("ledger.jsonl"), "ledger.jsonl: cannot be read"),
     "ledger halved": (keep_lines(20, "ledger.jsonl"), "which has 20"),

@@ -74,7 +74,10 @@ class HeldoutEvaluator(Evaluator):
 
     def _load(self) -> Any:
         class Rows:
-            heldout = [PromptRow(index=k, token_ids=[3, 4], text="?", columns={"position": 1000 + k}) for k in range(3)]
+            heldout = [
+                PromptRow(index=k, token_ids=[3, 4], text="?", columns={"position": 1000 + k}, place="")
+                for k in range(3)
+            ]
 
         return Rows()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
@@ -72,7 +72,9 @@ def test_a_separator_may_be_several_bytes_or_a_special_token(text: str, separato
     ids = [*tokens(text), END]
     ends = StepFinder(TOKENIZER, separator).ends(ids, [1.0] * len(ids))
     assert len(ends) == num_steps
-    assert [str(TOKENIZER.decode(ids[: end + 1])).endswith(separator) for end in ends[:-1]] == [True] * (num_steps - 1)
+    assert [cast("str", TOKENIZER.decode(ids[: end + 1])).endswith(separator) for end in ends[:-1]] == [True] * (
+        num_steps - 1
+    )
 
 
 def test_bytes_that_are_no_character_hide_no_separator():
