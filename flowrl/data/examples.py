@@ -69,7 +69,7 @@ class ExampleData(Config):
     format: Kind | None = None  # None: found out from the columns
     num_train: Annotated[int, Meta(ge=0)] = 0  # training examples; 0: all there are (reasoning-gym makes 192)
     num_heldout: Annotated[int, Meta(ge=0)] = 64  # examples kept for evaluation
-    seed: int = 0  # of the split, the order and what is made
+    seed: int = 0  # of the order and what is made; what is held out is held out whatever the seed
     max_tokens: Annotated[int, Meta(ge=2)] = 1024  # of a prompt and one response
     on_long: Literal["stop", "skip", "truncate"] = "stop"  # a longer example; truncate cuts its responses' ends
     on_bad: Literal["stop", "skip"] = "stop"  # a row that cannot be used
@@ -172,8 +172,8 @@ class _Found(msgspec.Struct, frozen=True):
 def load_examples(data: ExampleData, tokenizer: PreTrainedTokenizerBase) -> ExampleSet:
     """Read, normalise, tokenize, check and split the examples.
 
-    The split goes by a keyed digest of the prompt: it does not depend on the order of the source, and rows appended
-    later leave most of it as it was.
+    The split goes by a digest of the prompt: it does not depend on the order of the source, a template or the seed, so
+    that what one run was scored on is nothing that another learns; rows appended later leave most of it as it was.
 
     Raises:
         DataError: a source or a row cannot be used, or too few examples remain.
@@ -183,8 +183,7 @@ def load_examples(data: ExampleData, tokenizer: PreTrainedTokenizerBase) -> Exam
     found = _read(data, report)
     for name in data.condition_on:
         report.ranges[name] = score_range(name, [each.row for each in found])
-    key = str(data.seed).encode()
-    found.sort(key=lambda each: _digest(each.row.asked, key) + each.digest)
+    found.sort(key=lambda each: _digest(each.row.asked) + each.digest)
     report.counts["repeated"] = len(found) - len({each.digest for each in found})
     heldout: dict[bytes, ExampleRow] = {}
     held_prompts: set[bytes] = set()
@@ -265,8 +264,8 @@ def _normal(data: ExampleData, raw: RawRow, format: Format, given: Kind | None) 
     return as_chat(row) if data.strings_as_chat and not format.is_conversational else row
 
 
-def _digest(value: Any, key: bytes = b"") -> bytes:
-    return blake2b(msgspec.json.encode(value), key=key, digest_size=16).digest()
+def _digest(value: Any) -> bytes:
+    return blake2b(msgspec.json.encode(value), digest_size=16).digest()
 
 
 def _tokenized(

@@ -63,7 +63,7 @@ class PromptData(Config):
     source: str = REASONING_GYM  # or a file or directory (.jsonl, .json, .csv, .parquet, ...), a Hugging Face id
     num_train: Annotated[int, Meta(ge=0)] = 0  # training prompts; 0: all there are (reasoning-gym makes 192)
     num_heldout: Annotated[int, Meta(ge=0)] = 64  # prompts kept for evaluation
-    seed: int = 0  # of the tasks, the split and the order
+    seed: int = 0  # of the tasks and the order; what is held out is held out whatever the seed
     max_prompt_tokens: Annotated[int, Meta(ge=1)] = 256  # a longer rendered prompt is a bad row
     system_prompt: str | None = None  # for prompts without a system message; None: what the chat template puts there
     date: datetime.date = DATE  # told to a template that writes today's: a prompt is the same on every day
@@ -200,8 +200,9 @@ def _tokenizer_class(directory: Path) -> Any:
 def load_prompts(data: PromptData, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
     """Read, render, tokenize, check and split the prompts.
 
-    The split goes by a keyed digest of the prompt as the data have it: it does not depend on the order of the source,
-    nor on a template, and rows appended later leave most of it as it was.
+    The split goes by a digest of the prompt as the data have it: it does not depend on the order of the source, a
+    template or the seed, so that a prompt that one run was scored on is none that another, or its continuation, learns;
+    rows appended later leave most of it as it was.
 
     Raises:
         DataError: the source or a row cannot be used, or too few prompts remain.
@@ -213,8 +214,7 @@ def load_prompts(data: PromptData, tokenizer: PreTrainedTokenizerBase) -> Prompt
     report = Report(data)
     renderer = Renderer(tokenizer, day=data.date)
     found = list(_rendered(data, renderer, report))
-    key = str(data.seed).encode()
-    found.sort(key=lambda each: _digest(each.row.columns["prompt"], key) + each.digest)
+    found.sort(key=lambda each: _digest(each.row.columns["prompt"]) + each.digest)
     report.num_repeated = len(found) - len({each.digest for each in found})
     heldout: dict[bytes, PromptRow] = {}
     parts: list[list[PromptRow]] = [[] for _ in data.sources]
@@ -279,8 +279,8 @@ def _rendered(data: PromptData, renderer: Renderer, report: Report) -> Iterator[
             report.bad(error)
 
 
-def _digest(value: Any, key: bytes = b"") -> bytes:
-    return blake2b(msgspec.json.encode(value, order="deterministic"), key=key, digest_size=16).digest()
+def _digest(value: Any) -> bytes:
+    return blake2b(msgspec.json.encode(value, order="deterministic"), digest_size=16).digest()
 
 
 def _render(data: PromptData, renderer: Renderer, row: RawRow) -> str:

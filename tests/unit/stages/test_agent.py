@@ -75,7 +75,7 @@ class HeldoutEvaluator(Evaluator):
     def _load(self) -> Any:
         class Rows:
             heldout = [
-                PromptRow(index=k, token_ids=[3, 4], text="?", columns={"position": 1000 + k}, place="")
+                PromptRow(index=k, place=f"rows:{k}", token_ids=[3, 4], text="?", columns={"position": 1000 + k})
                 for k in range(3)
             ]
 
