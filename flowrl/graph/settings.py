@@ -25,3 +25,6 @@ class RunSettings(Config):
     hints: bool = True  # say while the run goes on which setting would make it quicker
     wandb: WandbConfig = WandbConfig()
     tensorboard: bool = False
+    mlflow: str = ""  # tracking URI such as sqlite:///mlflow.db; "": none
+    trackio: str = ""  # project there; "": none
+    prometheus_port: Annotated[int, Meta(ge=0, le=65535)] = 0  # figures at http://127.0.0.1:PORT/metrics; 0: none

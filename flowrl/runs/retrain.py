@@ -124,7 +124,8 @@ def retrained_settings(run_dir: Path) -> RunSettings:
     tree = yaml.safe_load((run_dir / "settings.yaml").read_text())
     own = {name: tree[name] for name in RunSettings.__struct_fields__ if name in tree}
     settings = msgspec.convert(own, RunSettings)
-    return msgspec.structs.replace(settings, wandb=WandbConfig(), tensorboard=False, max_restarts=0)
+    off: Any = {"wandb": WandbConfig(), "tensorboard": False, "mlflow": "", "trackio": "", "prometheus_port": 0}
+    return msgspec.structs.replace(settings, **off, max_restarts=0)
 
 
 def retrained_graph(plan: GraphPlan, run_dir: Path, begin: int, last: int) -> Graph:

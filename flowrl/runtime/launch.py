@@ -85,7 +85,7 @@ def check_program(program: Program, *, say: Say, address: str | None) -> None:
         UserError: the first thing that is missing or wrong.
     """
     quiet_libraries()
-    check_trackers(program.settings.wandb, tensorboard=program.settings.tensorboard)
+    check_trackers(program.settings)
     if address is None and program.settings.runtime == "ray":
         check_resources(program.graph)
     for name, stage in program.graph.nodes.items():

@@ -19,7 +19,7 @@ from flowrl.telemetry.plain import PlainLines, notice_line
 from flowrl.telemetry.state import StateFile
 from flowrl.telemetry.text import say
 from flowrl.telemetry.timeline import Timeline
-from flowrl.telemetry.trackers import TensorBoardSink, WandbConfig, WandbSink
+from flowrl.telemetry.trackers import TrackerSettings, add_trackers
 from flowrl.telemetry.view import RunView
 
 if TYPE_CHECKING:
@@ -41,16 +41,6 @@ class EventSink(Protocol):
     def close(self) -> None:
         """Write what is held back and let go of files; called once."""
         ...
-
-
-class TrackerSettings(Protocol):
-    """The part of a run's settings that the sinks read."""
-
-    @property
-    def wandb(self) -> WandbConfig: ...
-
-    @property
-    def tensorboard(self) -> bool: ...
 
 
 class Sinks:
@@ -135,10 +125,7 @@ def open_sinks(
     metrics = run_dir / "metrics.jsonl"
     if metrics.exists():
         sinks.view.recall(read_evaluations(metrics))
-    if settings.wandb.mode != "off":
-        sinks.add("wandb", lambda: WandbSink(settings.wandb, run_dir=run_dir, title=title))
-    if settings.tensorboard:
-        sinks.add("tensorboard", lambda: TensorBoardSink(run_dir / "tensorboard"))
+    add_trackers(settings, sinks, run_dir=run_dir, title=title)
     sinks.add("timeline", lambda: Timeline(timeline_path(run_dir), say=lambda line: sinks.warn("timeline", line)))
     sinks.add("metrics", lambda: MetricsFile(metrics, say=lambda line: sinks.warn("metrics", line)))
     sinks.add("state", lambda: StateFile(run_dir, sinks.view))

@@ -29,6 +29,8 @@ HOSTILE = f'</script><script>{SCRIPT}</script><img src=x onerror="{SCRIPT}">&amp
 class Settings:
     wandb = WandbConfig()
     tensorboard = False
+    mlflow = trackio = ""
+    prometheus_port = 0
 
 
 def sampled(group_id: int, step: int, *, rewards: tuple[float, ...], text: str = "said", age: int = 1) -> Samples:

@@ -39,6 +39,8 @@ SMALL = ("groups_per_step=2", "generator.group_size=2", "steps=12")  # a run of 
 class Settings:
     wandb = WandbConfig()
     tensorboard = False
+    mlflow = trackio = ""
+    prometheus_port = 0
 
 
 class Keeping(Watch):

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class Settings:
     wandb = WandbConfig()
     tensorboard = False
+    mlflow = trackio = ""
+    prometheus_port = 0
 
 
 def told(run_dir: Path, events: list[Event]) -> RunView:

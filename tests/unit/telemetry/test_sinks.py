@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class Settings:
     wandb = WandbConfig()
     tensorboard = False
+    mlflow = trackio = ""
+    prometheus_port = 0
 
 
 class Memory:

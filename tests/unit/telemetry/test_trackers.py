@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from flowrl.errors import ConfigError
+from flowrl.graph.settings import RunSettings
 from flowrl.telemetry.trackers import TensorBoardSink, WandbConfig, check_trackers, figures_of
 from tests.unit.telemetry.streams import evaluation, notice, step
 
@@ -23,11 +25,28 @@ def test_trackers_keep_a_step_s_figures_and_the_heldout_score() -> None:
     assert figures_of(notice("x")) == {}
 
 
-@pytest.mark.skipif(HAS_TENSORBOARD, reason="a TensorBoard writer is installed")
-def test_tensorboard_without_a_writer_is_refused_before_the_run() -> None:
-    check_trackers(WandbConfig(), tensorboard=False)
-    with pytest.raises(ConfigError, match="tensorboardX"):
-        check_trackers(WandbConfig(), tensorboard=True)
+def of(**settings: Any) -> RunSettings:
+    return RunSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("setting", "package"),
+    [
+        ("tensorboard", "tensorboardX"),
+        ("mlflow", "mlflow"),
+        ("trackio", "trackio"),
+        ("prometheus_port", "prometheus_client"),
+    ],
+)
+def test_a_tracker_that_is_not_installed_is_refused_before_the_run(
+    setting: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / package).mkdir()  # a directory of its name is no package
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    check_trackers(of())
+    value = {"tensorboard": True, "prometheus_port": 9100}.get(setting, "sqlite:///x.db")
+    with pytest.raises(ConfigError, match=f"{setting}: needs the package {package}; pip install {package}, or set"):
+        check_trackers(of(**{setting: value}))
 
 
 @pytest.mark.skipif(not HAS_TENSORBOARD, reason="no TensorBoard writer is installed")
@@ -44,4 +63,4 @@ def test_wandb_online_without_a_key_is_refused_before_the_run(tmp_path: Path, mo
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     with pytest.raises(ConfigError, match="wandb login"):
-        check_trackers(WandbConfig(mode="online"), tensorboard=False)
+        check_trackers(of(wandb=WandbConfig(mode="online")))
