@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     _graph_options(tune)
     _profile_option(tune)
     tune.add_argument("--budget", action="append", default=[], metavar="WHAT=NUMBER",
-                      help="settings=N to simulate at most (default: 200), cores=N and gpus=N that may be reserved "
+                      help="settings=N to simulate at most (default: 200), cpus=N and gpus=N that may be reserved "
                       "(default: the profile's cores, the graph's GPUs); may be repeated")  # fmt: skip
     tune.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw throughput over staleness there")
     tune.add_argument("--verify", type=int, default=0, metavar="N", help="run the N best settings for real")

@@ -57,6 +57,14 @@ class ConfigMeta(msgspec.StructMeta):
 class Config(msgspec.Struct, metaclass=ConfigMeta):
     """Base of every settings struct."""
 
+    @classmethod
+    def implied(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return other defaults that what is given of these settings implies, by address from the outermost settings.
+
+        They hold where nobody sets them, and stand in a run's settings.yaml like all others.
+        """
+        return {}
+
 
 class Select(Config):
     """A class chosen by import path, with the options its own Config accepts."""
@@ -117,12 +125,25 @@ def resolve(
         if not separator:
             raise ConfigError(f"--set {override}", "no value given", "write --set path=value")
         _assign(tree, kind, path.strip(), _parse_set(text, f"--set {path}"), where=f"--set {override}", text=text)
+    _imply(tree, kind)
     merged = _settled(_merge(_default_tree(kind), tree), kind)
     try:
         settings = msgspec.convert(merged, kind, strict=False)
     except (msgspec.ValidationError, ValueError) as error:
         raise _readable(error, merged, kind, "") from error
     return _pinned(settings, kind(), "", places) if places else settings
+
+
+def _imply(tree: dict[str, Any], kind: type[Config]) -> None:
+    """Put defaults that what is given implies into `tree`, where it has no value of its own."""
+    for name, annotation in _fields(kind).items():
+        inner, given = _struct_type(annotation), tree.get(name)
+        if inner is None or not isinstance(given, dict):
+            continue
+        for path, value in inner.implied(cast("dict[str, Any]", given)).items():
+            outer, _, last = path.partition(".")
+            if outer in _fields(kind) and last not in tree.get(outer, {}):
+                _assign(tree, kind, path, value, where=name)
 
 
 def _pinned(settings: C, default: Any, at: str, places: Sequence[Path]) -> C:

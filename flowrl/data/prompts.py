@@ -27,7 +27,7 @@ from flowrl.ending import DATE
 from flowrl.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +38,7 @@ REASONING_GYM = "reasoning-gym"
 # Training prompts made when num_train is 0: with 64 held out they use up what the default tasks have at these weights.
 GENERATED = 192
 
+OWN_ANSWER_TOKENS = 256  # a short chain of thought; half of the default max_model_len
 # Tasks that SmolLM2-135M-Instruct answers right 12 to 14 % of the time at temperature 1: between never and always,
 # so that the samples of a group differ and there is something to learn within a few dozen steps.
 DEFAULT_TASKS = (
@@ -82,6 +83,11 @@ class PromptData(Config):
         if self.mix and self._alone != PromptSource(source=REASONING_GYM):
             what = "is set, and so is one of source, split, subset, prompt_column and columns"
             raise ConfigError("data.mix", what, "set these in each source of the mix")
+
+    @classmethod
+    def implied(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return room for answers where the tasks are not those that come with flowrl, whose answers are numbers."""
+        return {"sampling.max_tokens": OWN_ANSWER_TOKENS} if given.keys() & {"source", "mix", "tasks"} else {}
 
     @property
     def _alone(self) -> PromptSource:

@@ -46,7 +46,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 class Sampling(Config):
     """How responses are drawn; behaviour log-probs are those of this distribution."""
 
-    max_tokens: Annotated[int, Meta(ge=1)] = 16  # response tokens at most, the stop token included
+    # Response tokens at most, the stop token included; 256 where data.source, data.mix or data.tasks is set
+    max_tokens: Annotated[int, Meta(ge=1)] = 16
     temperature: Annotated[float, Meta(gt=0)] = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Meta(ge=0)] = 0  # 0: no limit

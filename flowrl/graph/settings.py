@@ -22,6 +22,7 @@ class RunSettings(Config):
     max_restarts: Annotated[int, Meta(ge=0)] = 3  # of one node, or from a checkpoint, with no learned step between
     # node -> port -> depth of the queue into it, where it is to differ from the graph file's: depths.reward.rollouts=32
     depths: dict[str, dict[str, Annotated[int, Meta(ge=1)]]] = {}
+    needs: dict[str, str] = {}  # directories that other runs make -> the command that makes each
     hints: bool = True  # say while the run goes on which setting would make it quicker
     wandb: WandbConfig = WandbConfig()
     tensorboard: bool = False

@@ -85,6 +85,9 @@ def check_program(program: Program, *, say: Say, address: str | None) -> None:
         UserError: the first thing that is missing or wrong.
     """
     quiet_libraries()
+    for directory, command in program.settings.needs.items():
+        if not Path(directory).expanduser().exists():
+            raise ConfigError(directory, "is not there, and the run reads from it", f"make it first: {command}")
     check_trackers(program.settings)
     if address is None and program.settings.runtime == "ray":
         check_resources(program.graph)
@@ -232,6 +235,7 @@ async def _start(
     if settings.runtime == "local":
         from flowrl.runtime.local import LocalOptions, run_local
 
+        quiet_libraries(has_engines=True)
         return await run_local(program.graph, LocalOptions(**told))
     from flowrl.runtime.cluster import Cluster
     from flowrl.runtime.ray import run_ray

@@ -87,10 +87,18 @@ def check_resources(graph: Graph) -> None:
                                 f"lower replicas, ranks or {setting}, or let nodes share devices")  # fmt: skip
 
 
-def quiet_libraries() -> None:
-    """Keep DeepSpeed from warning in this process that it takes a CPU where there is nothing else."""
+def quiet_libraries(*, has_engines: bool = False) -> None:
+    """Keep what libraries would say out of a run's lines: DeepSpeed that a CPU is all there is, progress bars.
+
+    `has_engines`: engines run in this process.
+    """
     if not num_gpus():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if has_engines:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
 
 
 def environment(config: StageConfig, *, on_gpu: bool) -> dict[str, str]:

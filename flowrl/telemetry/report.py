@@ -235,7 +235,7 @@ def _occupancy(view: RunView) -> list[str]:
 
 
 def _samples(view: RunView) -> list[str]:
-    lines: list[str] = []
+    lines: list[str] = [f"WARNING: {view.cut_responses}"] if view.cut_responses else []
     if view.staleness:
         total = sum(view.staleness.values())
         mean = sum(stale * count for stale, count in view.staleness.items()) / total

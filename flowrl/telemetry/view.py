@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 RECENT_STEPS = 10  # intervals between steps behind the rate and the estimate of the end: they follow a change of pace
 RECENT_STATUSES = 30  # statuses behind a replica's rate: half a minute at one a second
+MOSTLY_CUT = 0.5  # of a step's responses: more than rambling explains
 MOST_REPEATED = 1000  # steps that a rollback takes back at most
 NOT_WORKING = (Cause.START.value, Cause.RECOVERY.value)
 
@@ -234,6 +235,15 @@ class RunView:
         if self.silent_nodes:
             lines.append(f"not heard from yet: {', '.join(self.silent_nodes)}")
         return "; ".join(lines)
+
+    @property
+    def cut_responses(self) -> str:
+        """Say that most responses of the newest step were cut off, with the setting to raise; "" where not."""
+        share = self.last_step.metrics.get("response_tokens.cut", 0.0) if self.last_step else 0.0
+        if self.last_step is None or share < MOSTLY_CUT:
+            return ""
+        what = f"{share:.0%} of the responses in step {self.last_step.version} were cut off before their end"
+        return f"{what}: raise sampling.max_tokens"
 
     @property
     def step_interval_s(self) -> float | None:

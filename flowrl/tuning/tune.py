@@ -54,19 +54,19 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_budget(budget: Sequence[str], **rest: Any) -> TuneRequest:
-    """Return a request from `settings=1000`, `gpus=16`, `cores=8`, or a plain number of settings.
+    """Return a request from `settings=1000`, `gpus=16`, `cpus=8`, or a plain number of settings.
 
     Raises:
         ConfigError: something else is given.
     """
-    names = {"settings": "budget", "cores": "cores", "gpus": "gpus"}
+    names = {"settings": "budget", "cpus": "cores", "gpus": "gpus"}  # words as in a node's settings
     found: dict[str, Any] = {}
     for part in [part.strip() for text in budget for part in text.split(",")]:
         name, _, number = part.rpartition("=")
         try:
             found[names[name or "settings"]] = int(number) if names[name or "settings"] == "budget" else float(number)
         except (KeyError, ValueError) as error:
-            remedy = "write settings=1000, gpus=16 or cores=8"
+            remedy = "write settings=1000, gpus=16 or cpus=8"
             raise ConfigError("--budget", f"{part!r} is not understood", remedy) from error
     return TuneRequest(**rest, **found)
 

@@ -319,3 +319,33 @@ def test_widen_copies_the_shared_fields_and_adds_the_rest():
 
     wide = widen(Wider, Optimizer(lr=0.5), model="tiny")
     assert wide == Wider(lr=0.5, model="tiny")
+
+
+class Source(Config):
+    source: str = "given"
+
+    @classmethod
+    def implied(cls, given):
+        return {"limits.most": 256, "elsewhere.most": 1} if "source" in given else {}
+
+
+class Limits(Config):
+    most: int = 16
+
+
+class Run(Config):
+    data: Source = Source()
+    limits: Limits = Limits()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "most"),
+    [
+        ([], 16),
+        (["data.source=mine"], 256),
+        (["data.source=mine", "limits.most=16"], 16),
+        (["data={source: mine}"], 256),
+    ],
+)
+def test_a_default_may_follow_from_what_is_given_elsewhere(overrides: list[str], most: int):
+    assert resolve(Run, overrides=overrides).limits.most == most

@@ -118,6 +118,14 @@ def test_staleness_histogram_and_logprob_gap() -> None:
     assert "generator vs learner log-probs of sampled tokens: mean |d| 0.0021, max 0.11" in text
 
 
+def test_mostly_cut_responses_are_said() -> None:
+    said = "WARNING: 94% of the responses in step 4 were cut off before their end: raise sampling.max_tokens"
+    assert said in report_of(step(3, at=1.0), step(4, at=2.0, response_tokens__cut=0.94))
+    assert "cut off" not in report_of(
+        step(3, at=1.0, response_tokens__cut=0.94), step(4, at=2.0, response_tokens__cut=0.3)
+    )
+
+
 def test_ledger_line_adds_up_or_says_that_it_does_not() -> None:
     assert "ledger: admitted 30 = learned 24 + filtered 2 + failed 1 + unfinished 3\n" in report_of(step(1, at=1.0))
     lost = Ending(name="x", totals={"admitted": 30, "learned": 24, "filtered": 2, "failed": 1, "unfinished": 2})

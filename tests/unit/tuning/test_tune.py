@@ -27,7 +27,7 @@ def trial(samples_per_s: float, stale: int = 0, *, devices: float = 1.0, **setti
 def test_a_budget_says_settings_devices_or_both() -> None:
     assert parse_budget([], **PATHS) == TuneRequest(**PATHS)
     assert parse_budget(["300"], **PATHS).budget == 300
-    found = parse_budget(["settings=10,gpus=16", "cores=8"], **PATHS)
+    found = parse_budget(["settings=10,gpus=16", "cpus=8"], **PATHS)
     assert (found.budget, found.gpus, found.cores) == (10, 16.0, 8.0)
 
 
