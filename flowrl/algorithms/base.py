@@ -129,6 +129,11 @@ class Objective(Config):
         return "forward"
 
     @property
+    def is_beside(self) -> bool:
+        """Return whether its gradient is added to another loss's, which brings the router loss for both."""
+        return False
+
+    @property
     def needs_whole_groups(self) -> bool:
         """Return whether `loss` compares the responses of a group, so that a micro-batch must hold all of them."""
         return False

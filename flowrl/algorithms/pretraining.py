@@ -26,6 +26,11 @@ class Pretraining(Objective):
         """Return 1."""
         return 1.0
 
+    @property
+    def is_beside(self) -> bool:
+        """Return True: the policy's loss is the step's own."""
+        return True
+
     def loss(self, batch: LossBatch) -> Loss:
         """Return the weighted negative log-likelihood as a sum over masked tokens and their number; metric: nll."""
         total = -masked(batch.logprobs_BT, batch.mask_BT).sum()

@@ -134,12 +134,17 @@ class GenerationEngine(Protocol):
 
 
 class Schedule(Config):
-    """Learning rate over the run: linear warm-up, then cosine to `final_ratio`, or constant."""
+    """Learning rate over the run: linear warm-up, then on from the peak.
 
-    kind: Literal["cosine", "constant"] = "cosine"
+    cosine and linear fall to `final_ratio` at the end; constant stays; wsd (warm-up, stable, decay: MiniCPM,
+    2404.06395) stays, and falls linearly over the last `decay_ratio` of the steps.
+    """
+
+    kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_steps: Annotated[int, Meta(ge=0)] = 0
     total_steps: Annotated[int, Meta(ge=0)] = 0  # 0: filled in by the stage from the run's number of steps
     final_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.1
+    decay_ratio: Annotated[float, Meta(gt=0, le=1)] = 0.1  # of wsd
 
 
 class Lora(Config):
@@ -170,8 +175,9 @@ class Training(StageConfig):
     lora: Lora = Lora()
     schedule: Schedule = Schedule()
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Meta(gt=0)] = 1.0
+    adam_eps: Annotated[float, Meta(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Meta(ge=0)] = 0.0  # of matrices; norms, biases and embeddings are left out
+    max_grad_norm: Annotated[float, Meta(ge=0)] = 1.0  # the gradient is scaled down to it; 0: never
     dtype: Dtype = "auto"
     zero_stage: Annotated[int, Meta(ge=0, le=3)] = 2
     micro_batch_tokens: Annotated[int, Meta(ge=1)] = 2048  # tokens in one forward and backward

@@ -10,6 +10,7 @@ Named in node configs as `engine="flowrl.engines.deepspeed:DeepSpeedEngine"`.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +18,7 @@ import torch
 
 from flowrl.engines.deepspeed_interrupt import clear_gradients, guard_collectives, leave_pass
 from flowrl.engines.deepspeed_state import StateNote, read_state, write_state
-from flowrl.engines.savings import offloading
+from flowrl.engines.savings import decay_groups, offloading
 from flowrl.engines.trainer import Trainer
 from flowrl.errors import ConfigError
 
@@ -87,6 +88,7 @@ class DeepSpeedEngine(Trainer):
         adam = {
             "lr": self.config.lr,
             "betas": list(self.config.betas),
+            "eps": self.config.adam_eps,
             "weight_decay": self.config.weight_decay,
             "torch_adam": on_cpu,  # DeepSpeed's fused CPU Adam is compiled on first use, for minutes
         }
@@ -109,7 +111,7 @@ class DeepSpeedEngine(Trainer):
 
         self._engine, *_ = deepspeed.initialize(
             model=self.reader,
-            model_parameters=[p for p in self.reader.parameters() if p.requires_grad],  # pyright: ignore[reportArgumentType]
+            model_parameters=decay_groups(self.reader, self.config.weight_decay),  # pyright: ignore[reportArgumentType]
             config=self._settings(),
             dist_init_required=False,
         )
@@ -122,7 +124,7 @@ class DeepSpeedEngine(Trainer):
             self._engine.optimizer.register_step_pre_hook(self._clip)
 
     def _clip(self, *_: Any) -> None:
-        self._norm = torch.nn.utils.clip_grad_norm_(self.reader.parameters(), self.config.max_grad_norm)
+        self._norm = torch.nn.utils.clip_grad_norm_(self.reader.parameters(), self.config.max_grad_norm or math.inf)
 
     def _backward(self, loss: Tensor) -> None:
         self._engine.backward(loss * self.line.world_size)  # DeepSpeed takes the mean over ranks, we want the sum

@@ -201,7 +201,7 @@ class Passes:
         if global_count <= 0:
             what = f"the objective counts nothing in {len(groups)} groups"
             raise StageError(self.where, what, "are all masks 0?")
-        routing = self._count_routes(parts) if self.config.router_aux_loss else None
+        routing = self._count_routes(parts) if self.config.router_aux_loss and not objective.is_beside else None
         sums: Sums = {}
         self._learned = {}
         for part, count in zip(parts, counts, strict=True):

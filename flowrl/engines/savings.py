@@ -10,6 +10,8 @@ import difflib
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,6 +21,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from flowrl.engines.base import TrainingConfig
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the trained parameters in the optimizer's groups: matrices decay; norms, biases and embeddings do not.
+
+    An embedding that is also the head is an embedding.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not weight_decay:
+        return [{"params": trained, "weight_decay": 0.0}]
+    embedded = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    decays = [len(getattr(p, "ds_shape", p.shape)) >= 2 and id(p) not in embedded for p in trained]
+    groups = [
+        {"params": [p for p, does in zip(trained, decays, strict=True) if does is decayed],
+         "weight_decay": weight_decay if decayed else 0.0}
+        for decayed in (True, False)
+    ]  # fmt: skip
+    return [group for group in groups if group["params"]]
 
 
 def freeze(model: PreTrainedModel, patterns: Sequence[str], where: str) -> None:

@@ -17,6 +17,7 @@ import msgspec
 import torch
 
 from flowrl.engines.models import is_classifier
+from flowrl.engines.savings import decay_groups
 from flowrl.engines.trainer import Trainer
 from flowrl.errors import ModelError, StageError
 from flowrl.graph.stage import Ranks
@@ -44,11 +45,13 @@ class TorchEngine(Trainer):
             self._masters = [parameter.detach().float() for parameter in self._live]
             for live, master in zip(self._live, self._masters, strict=True):
                 live.register_post_accumulate_grad_hook(_move_gradient_to(master))
+        master_of = {id(live): master for live, master in zip(self._live, self._masters, strict=True)}
+        groups = decay_groups(self.model, self.config.weight_decay)
         self._optimizer = torch.optim.AdamW(
-            self._masters,
+            [{**group, "params": [master_of[id(live)] for live in group["params"]]} for group in groups],
             lr=self.config.lr,
             betas=self.config.betas,
-            weight_decay=self.config.weight_decay,
+            eps=self.config.adam_eps,
             fused=True,
         )
 
@@ -61,9 +64,10 @@ class TorchEngine(Trainer):
 
     def _step(self, lr: float) -> float:
         self._sum_over_ranks()
-        norm = float(torch.nn.utils.clip_grad_norm_(self._masters, self.config.max_grad_norm))
+        norm = float(torch.nn.utils.clip_grad_norm_(self._masters, self.config.max_grad_norm or math.inf))
         if math.isfinite(norm):
-            self._optimizer.param_groups[0]["lr"] = lr
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
             self._optimizer.step()
             self._copy_masters()
         self._optimizer.zero_grad(set_to_none=True)

@@ -59,15 +59,19 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
 def lr_ratio(schedule: Schedule, step: int) -> float:
     """Return the learning rate of optimizer step `step` (0, 1, ...) over its peak.
 
-    With 2 warm-up steps of 10 and final_ratio 0.1: 0.5, 1.0, 1.0, ... down to 0.1 at step 10.
+    With 2 warm-up steps of 10 and final_ratio 0.1: 0.5, 1.0, 1.0, ... down to 0.1 at step 10; with wsd and decay_ratio
+    0.2 it is 1.0 up to step 8 and 0.55 at step 9.
     """
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
     if schedule.kind == "constant":
         return 1.0
-    span = max(1, schedule.total_steps - schedule.warmup_steps)
-    progress = min(1.0, (step - schedule.warmup_steps) / span)
-    return schedule.final_ratio + (1 - schedule.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    begin = schedule.warmup_steps
+    if schedule.kind == "wsd":
+        begin = max(begin, round(schedule.total_steps * (1 - schedule.decay_ratio)))
+    progress = min(1.0, max(0.0, (step - begin) / max(1, schedule.total_steps - begin)))
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.kind == "cosine" else 1 - progress
+    return schedule.final_ratio + (1 - schedule.final_ratio) * left
 
 
 class Trainer(Passes):
@@ -228,8 +232,8 @@ class Trainer(Passes):
 
     def _check_schedule(self) -> None:
         schedule = self.config.schedule
-        if schedule.kind == "cosine" and schedule.total_steps == 0:
-            what = "the cosine schedule has total_steps=0"
+        if schedule.kind != "constant" and schedule.total_steps == 0:
+            what = f"the {schedule.kind} schedule has total_steps=0"
             raise ConfigError(f"{self.where}.schedule", what, "give total_steps or kind=constant")
 
     # Scoring.

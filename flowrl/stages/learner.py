@@ -40,7 +40,7 @@ from flowrl.stages.step import (
     with_proximal,
 )
 from flowrl.stages.tokens import example_group
-from flowrl.stages.training import check_adapter, check_experts, load_state, opened, take_step
+from flowrl.stages.training import check_adapter, check_experts, check_masters, load_state, opened, take_step
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.events import Notice, Span, Step
 from flowrl.telemetry.rollouts import forget_steps, step_path, write_rollouts
@@ -107,6 +107,7 @@ class Learner(Stage):
             raise ConfigError("texts.per_step", what, "give each minibatch one or more")
         check_adapter(self.config, "learner")
         check_experts(self.config, prepare_model(self.model, say=say), "learner")
+        check_masters(self.model, say)
         objective = self.load_objective()
         for line in advice(objective):
             say(f"warning: {line}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from flowrl.data.models import inspect_model, prepare_model
 from flowrl.engines.base import Training, TrainingConfig, TrainingEngine, open_engine
 from flowrl.engines.checkpoint import read_version, write_version
 from flowrl.errors import ConfigError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from flowrl.graph.ports import In
-    from flowrl.graph.stage import Context
+    from flowrl.graph.stage import Context, Say
     from flowrl.messages import M
 
 
@@ -55,6 +56,17 @@ def check_experts(settings: Training, model: Path, where: str) -> None:
         from flowrl.engines.router import check_router
 
         check_router(AutoConfig.from_pretrained(model, trust_remote_code=settings.trust_remote_code), where)
+
+
+def check_masters(model: str, say: Say) -> None:
+    """Say it where a model is another run's, whose float32 weights were rounded when it was saved."""
+    directory = prepare_model(model)
+    if not (directory.parent / "manifest.json").is_file():
+        return
+    dtype = inspect_model(directory).dtype
+    if dtype != "float32":
+        what = f"{model} is saved in {dtype}: what its run had learned in float32 beyond that is not in it"
+        say(f"{what}; flowrl run --resume goes on from the float32 weights")
 
 
 @asynccontextmanager

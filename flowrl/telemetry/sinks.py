@@ -1,4 +1,4 @@
-"""Where a run's events go: the view, the metrics file, the timeline, the trackers and the terminal.
+"""Where a run's events go: the view, the early warnings, the metrics file, the timeline, trackers and the terminal.
 
 Invariants: every sink sees every event, in order; a sink that fails (a full disk, a tracker that is down) is closed and
 left out with one notice, and the run goes on; a notice made by a sink reaches the others like any event. The launcher
@@ -17,6 +17,7 @@ from flowrl.telemetry.live import LiveView
 from flowrl.telemetry.metrics import MetricsFile, read_evaluations
 from flowrl.telemetry.plain import PlainLines, notice_line
 from flowrl.telemetry.state import StateFile
+from flowrl.telemetry.symptoms import Symptoms
 from flowrl.telemetry.text import say
 from flowrl.telemetry.timeline import Timeline
 from flowrl.telemetry.trackers import TrackerSettings, add_trackers
@@ -129,6 +130,7 @@ def open_sinks(
     metrics = run_dir / "metrics.jsonl"
     if metrics.exists():
         sinks.view.recall(read_evaluations(metrics))
+    sinks.add("warnings", lambda: Symptoms(sinks.warn))
     add_trackers(settings, sinks, run_dir=run_dir, title=title)
     sinks.add("timeline", lambda: Timeline(timeline_path(run_dir), say=lambda line: sinks.warn("timeline", line)))
     sinks.add("metrics", lambda: MetricsFile(metrics, say=lambda line: sinks.warn("metrics", line)))

@@ -7,6 +7,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from flowrl.config import Select
 from flowrl.engines.base import Ranks, Schedule, TrainingConfig
 from flowrl.engines.router import Routing
 from flowrl.engines.torch import TorchEngine
@@ -75,6 +76,19 @@ def test_the_loss_and_its_gradient_are_those_of_the_definition_over_the_whole_st
     added = gradients(balanced)
     for name, gradient in gradients(plain).items():
         torch.testing.assert_close(added[name], gradient, atol=2e-6, rtol=1e-4)
+
+
+def test_the_router_loss_counts_once_beside_a_pretraining_loss(tiny_mixtral):
+    pretraining = Select(use="flowrl.algorithms.pretraining:Pretraining", options={"coef": 0.3})
+    balanced, plain = opened(tiny_mixtral, router_aux_loss=WEIGHT), opened(tiny_mixtral)
+    for engine in (balanced, plain):
+        engine.accumulate(GROUPS, choose(WeightedTokens))
+    once = {name: gradient - gradients(plain)[name] for name, gradient in gradients(balanced).items()}
+    for engine in (balanced, plain):
+        assert "router_loss" not in engine.accumulate(GROUPS, pretraining)
+    found = gradients(balanced)
+    for name, gradient in gradients(plain).items():
+        torch.testing.assert_close(found[name] - gradient, once[name], atol=2e-6, rtol=1e-4)
 
 
 def test_models_whose_layers_cannot_share_prompts_count_the_same_tokens(tiny_mixtral, monkeypatch):

@@ -32,6 +32,25 @@ def test_frozen_parameters_keep_their_values_and_the_others_their_gradients(tiny
     assert [name for name, _ in frozen._parameters()] == list(before)  # what generators are sent
 
 
+def test_weight_decay_pulls_at_matrices_only(tiny_llama):
+    """Without a gradient's share a step of AdamW is the decay alone: weights times 1 - lr * decay."""
+    engine = opened(tiny_llama, lr=0.1, weight_decay=0.5)
+    engine._ensure_training()
+    before = {name: parameter.clone() for name, parameter in engine.model.named_parameters()}
+    for parameter in engine.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    engine._step(0.1)
+    shrunk = set()
+    for name, parameter in engine.model.named_parameters():
+        if not torch.equal(parameter, before[name]):
+            torch.testing.assert_close(parameter, 0.95 * before[name])
+            shrunk.add(name)
+    matrices = {name for name, parameter in before.items() if parameter.ndim == 2 and "embed" not in name}
+    tied = {"lm_head.weight"} if engine.model.config.tie_word_embeddings else set()
+    assert shrunk == matrices - tied
+    assert any("norm" in name for name in before.keys() - shrunk)
+
+
 @pytest.mark.parametrize(
     ("patterns", "words"),
     [

@@ -346,6 +346,30 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
     assert lr_ratio(Schedule(kind="constant", warmup_steps=4), 0) == 0.25
 
 
+def test_the_learning_rate_falls_in_a_line_or_at_the_end_only():
+    linear = Schedule(kind="linear", warmup_steps=2, total_steps=10, final_ratio=0.2)
+    assert [lr_ratio(linear, step) for step in (0, 2, 6, 10, 99)] == pytest.approx([0.5, 1.0, 0.6, 0.2, 0.2])
+    wsd = Schedule(kind="wsd", warmup_steps=2, total_steps=10, final_ratio=0.1, decay_ratio=0.4)
+    assert [lr_ratio(wsd, step) for step in (0, 2, 6, 8, 10)] == pytest.approx([0.5, 1.0, 1.0, 0.55, 0.1])
+    assert lr_ratio(Schedule(kind="wsd", total_steps=10, decay_ratio=0.2), 9) == pytest.approx(0.55)
+
+
+def test_no_clipping_steps_by_the_whole_gradient(tiny_llama):
+    """With an epsilon far above the gradient Adam's first step is lr * g / eps, so the gradient's size shows."""
+    moved: list[float] = []
+    for max_grad_norm in (0.0, 1.0):
+        engine = opened(tiny_llama, lr=1.0, adam_eps=1e3, max_grad_norm=max_grad_norm)
+        before = [parameter.detach().clone() for parameter in engine.model.parameters()]
+        engine.accumulate(GROUPS, choose(WeightedTokens))
+        norm = engine.apply()["grad_norm"]
+        pairs = zip(engine.model.parameters(), before, strict=True)
+        change = sum(float(((now.detach() - old) ** 2).sum()) for now, old in pairs)
+        moved.append(change**0.5 / norm * 1e3)
+    assert norm > 2.0
+    assert moved[0] == pytest.approx(1.0, rel=1e-2)
+    assert moved[1] == pytest.approx(1.0 / norm, rel=1e-2)
+
+
 def test_a_cosine_without_length_is_a_config_error(tiny_llama):
     with pytest.raises(ConfigError, match="total_steps=0"):
         opened(tiny_llama, schedule=Schedule()).accumulate(GROUPS, choose(WeightedTokens))
