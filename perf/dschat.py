@@ -129,12 +129,12 @@ def _reward_model(model: str, directory: Path) -> Path:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from flowrl.engines.models import copy_tokenizer
+    from flowrl.model_files import carry_along
 
     torch.manual_seed(0)
     loaded: Any = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype="auto")
     loaded.save_pretrained(directory)
-    copy_tokenizer(Path(model), directory)
+    carry_along(Path(model), directory)
     return directory
 
 

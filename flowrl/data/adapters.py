@@ -7,11 +7,13 @@ so that every node of a run that names the adapter as its model has the same wei
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from typing import TYPE_CHECKING, Any
 
 from flowrl.data.aside import run_aside
 from flowrl.errors import ModelError
+from flowrl.model_files import GENERATION, TEMPLATES, carry_along, has_tokenizer, quiet_transformers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,27 +71,51 @@ def merge(adapter: Path, base: Path, target: Path) -> None:
         ModelError: peft cannot put the adapter on this base.
     """
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     is_classifier = json.loads((adapter / CONFIG).read_text()).get("task_type") == "SEQ_CLS"
     try:
-        loader = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
-        options = {"num_labels": 1} if is_classifier else {}
-        model: Any = loader.from_pretrained(base, dtype="auto", use_safetensors=True, **options)
-        merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
-        merged.save_pretrained(target)
-        AutoTokenizer.from_pretrained(base).save_pretrained(target)
+        with quiet_transformers():
+            loader = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+            options = {"num_labels": 1} if is_classifier else {}
+            model: Any = loader.from_pretrained(base, dtype="auto", use_safetensors=True, **options)
+            _resize(model, adapter)
+            merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+            if (base / GENERATION).is_file() and merged.can_generate():  # transformers may refuse to write it
+                merged.generation_config = type(merged.generation_config)()
+            merged.save_pretrained(target)
+        carry_along(base, target)
+        if has_tokenizer(adapter):  # and its templates, none of the base's
+            shutil.rmtree(target / TEMPLATES, ignore_errors=True)
+            (target / "chat_template.jinja").unlink(missing_ok=True)
+        carry_along(adapter, target)  # what it was trained with
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         remedy = "give the base model that the adapter was trained on"
         raise ModelError(f"model {adapter}", f"cannot be merged into {base} ({error})", remedy) from error
+
+
+def _resize(model: Any, adapter: Path) -> None:
+    """Give a base model as many embeddings as an adapter has that was saved with its own."""
+    from safetensors import safe_open
+
+    weights = adapter / "adapter_model.safetensors"
+    if not weights.is_file():
+        return
+    name = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    with safe_open(weights, framework="pt") as file:
+        ends = (f"{name}.weight", f"{name}.base_layer.weight", f"{name}.modules_to_save.weight")
+        found = next((key for key in file.keys() if key.endswith(ends)), None)  # noqa: SIM118
+        num_rows = file.get_slice(found).get_shape()[0] if found else 0
+    if num_rows and num_rows != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(num_rows, mean_resizing=False)
 
 
 def _digest(adapter: Path, base: Path) -> str:
     from blake3 import blake3
 
     hasher = blake3(str(base.resolve()).encode())
-    for path in sorted(adapter.iterdir()):
-        if path.name == CONFIG or path.suffix in (".safetensors", ".bin"):
+    for path in sorted(adapter.rglob("*")):
+        if path.is_file() and path.name != "README.md":
             hasher.update(path.name.encode())
             hasher.update_mmap(path)
     for path in sorted(base.glob("*.safetensors")):

@@ -14,6 +14,7 @@ longer trained; `start` goes on training it. Called by trainer.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -74,7 +75,8 @@ class Adapter:
         )
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            inject_adapter_in_model(self._config, model, adapter_name=ADAPTER)
+            # A model of its own would have its targets renamed, where transformers fuses experts, and lose those.
+            inject_adapter_in_model(self._config, nn.ModuleDict({"wrapped": model}), adapter_name=ADAPTER)
         self._layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
         if self._layers.keys() != set(names):  # peft has put some of them elsewhere, into fused experts
             what = (
@@ -185,7 +187,7 @@ def targeted(model: PreTrainedModel, lora: Lora, where: str) -> list[str]:
     linear = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and not any(module is head for head in heads)
+        if isinstance(module, (nn.Linear, Conv1D)) and _is_plain(module) and not any(module is head for head in heads)
     ]
     usable = [name for name in linear if not _is_read_by_kernels(model, name)]
     chosen = usable if lora.targets == "all-linear" else []
@@ -208,6 +210,22 @@ def _shortest(names: list[str], model: nn.Module) -> list[str]:
     ends = {name.rpartition(".")[2] for name in names}
     so_named = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
     return sorted(ends) if so_named == set(names) else names
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Say whether a layer gives one tensor; routers are linear layers that go on to choose experts."""
+    by = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    if not isinstance(module, nn.Linear) or by.__module__.startswith(("torch.", "bitsandbytes.")):
+        return True
+    shadow = copy.copy(module)  # without values, so that nothing is computed and no shard is asked for
+    weight, bias = torch.empty(module.out_features, module.in_features, device="meta"), None
+    if module.bias is not None:
+        bias = nn.Parameter(torch.empty(module.out_features, device="meta"))
+    shadow._parameters = {"weight": nn.Parameter(weight), "bias": bias}
+    try:
+        return isinstance(type(module).forward(shadow, torch.empty(2, module.in_features, device="meta")), Tensor)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return False
 
 
 def _is_read_by_kernels(model: nn.Module, name: str) -> bool:

@@ -1,20 +1,22 @@
 """Load Hugging Face models and read per-token numbers off them.
 
-`load_model` returns the model for a head: "policy" (causal language model), "value" or "reward" (sequence
-classification with one label, used as one linear head on every position; read before a token it is V(s_t), read
-after it a reward). `TokenReader` runs the body once on a packed batch and applies the head only where a response
+`load_model` returns the model, in eval mode, for a head: "policy" (causal language model), "value" or "reward"
+(sequence classification with one label, used as one linear head on every position; read before a token it is V(s_t),
+read after it a reward). `TokenReader` runs the body once on a packed batch and applies the head only where a response
 token is read, so logits of prompts are never computed. Invariants: safetensors only, no remote code unless asked, no
-dropout (log-probs of a sample must be those of the network that sampled it), heads and log-softmax in float32, and
-never more than `max_logits` logits held at once.
+dropout (log-probs of a sample must be those of the network that sampled it), logits and log-softmax in float32, and
+never more than `max_logits` logits held at once. A language head is the model's own forward around a body that hands
+states back, so that whatever a family does to its logits is done here too; whether it all is what the model itself
+says is looked at when an engine opens (agreement.py).
 
 Called by the training engines. Shapes: R rows, L row length, H hidden size, V vocabulary, N response tokens.
 """
 
 from __future__ import annotations
 
+import bisect
+import copy
 import inspect
-import json
-import shutil
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,29 +25,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flowrl.engines.packing import LAYOUTS
 from flowrl.engines.quantization import check_quantization, forget_quantization, quantized_loading
 from flowrl.errors import ModelError
+from flowrl.model_files import has_tokenizer, is_classifier, quiet_transformers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from flowrl.engines.base import Dtype, TrainingConfig
     from flowrl.engines.packing import Layout, PackedBatch, Reads
     from flowrl.engines.router import Routing
     from flowrl.engines.teacher import Reading
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 _loading = threading.Lock()  # transformers sets process-wide state (the meta device) while it loads
 MAX_LOGITS = 1 << 26  # float32 logits held at once: 256 MiB, and about three times that with their gradient
 
@@ -74,8 +66,7 @@ def load_model(config: TrainingConfig, *, where: str, dtype: torch.dtype, device
     Raises:
         ModelError: no such directory, no tokenizer in it, or transformers cannot load it for this head.
     """
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     directory = Path(config.model)
     _check_directory(directory, where)
@@ -84,25 +75,20 @@ def load_model(config: TrainingConfig, *, where: str, dtype: torch.dtype, device
     if config.lora.bits:
         check_quantization(config.lora, where, has_gpu=device.type == "cuda")
         loading |= quantized_loading(config.lora, dtype, device)
-    verbosity, has_bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()  # a new score head is not news here
-    transformers.logging.disable_progress_bar()
     try:
-        with _loading:
+        with _loading, quiet_transformers():
             if config.head == "policy":
                 model = AutoModelForCausalLM.from_pretrained(directory, **loading)
             else:
-                model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, **loading)
+                settings = AutoConfig.from_pretrained(
+                    directory, num_labels=1, trust_remote_code=config.trust_remote_code, local_files_only=True
+                )
+                model = _class_with_score(settings, where).from_pretrained(directory, config=settings, **loading)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         remedy = "give a directory in Hugging Face format with safetensors"
         raise ModelError(where, f"{directory} cannot be loaded as a {config.head} model ({error})", remedy) from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if has_bar:
-            transformers.logging.enable_progress_bar()
     if config.head != "policy":
         _prepare_score(model, where, keep=is_classifier(directory))
-    _silence_dropout(model)
     if config.lora.bits:
         forget_quantization(model)
     nn.Module.to(model, device)
@@ -112,17 +98,58 @@ def load_model(config: TrainingConfig, *, where: str, dtype: torch.dtype, device
 def _check_directory(directory: Path, where: str) -> None:
     if not (directory / "config.json").is_file():
         raise ModelError(where, f"{directory} has no config.json", "give a local directory in Hugging Face format")
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES[:4]):
+    if not has_tokenizer(directory):
         raise ModelError(where, f"{directory} has no tokenizer", "save the tokenizer beside the model")
 
 
-def is_classifier(directory: str | Path) -> bool:
-    """Return whether a checkpoint's own architecture is a sequence classifier."""
-    try:
-        settings = json.loads((Path(directory) / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return any(name.endswith("ForSequenceClassification") for name in settings.get("architectures") or [])
+def _class_with_score(config: PreTrainedConfig, where: str) -> type[PreTrainedModel]:
+    """Return the class of a family's models with a linear `score` head: transformers' own, or one made here.
+
+    What is made has the names that transformers gives to such models: the family's body under its usual name, `score`.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+    from transformers.modeling_layers import GenericForSequenceClassification
+
+    causal: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    theirs: Any = AutoModelForSequenceClassification._model_mapping.get(type(config), None)
+    if isinstance(theirs, type) and issubclass(theirs, GenericForSequenceClassification):
+        return cast("type[PreTrainedModel]", theirs)
+    with torch.device("meta"):  # looked at, not used
+        if theirs is not None and isinstance(getattr(theirs(config), "score", None), nn.Linear):
+            return theirs
+        if causal is None:  # code of the model's own
+            return cast("type[PreTrainedModel]", AutoModelForSequenceClassification)
+        name, body = body_of(causal(config), where)
+    body_class, family = type(body), next(c for c in causal.__mro__ if c.__name__.endswith("PreTrainedModel"))
+    assert issubclass(family, PreTrainedModel)
+
+    class Scored(family):
+        base_model_prefix = name
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.num_labels = config.num_labels
+            setattr(self, name, body_class(config))
+            self.score = nn.Linear(config.get_text_config().hidden_size, config.num_labels, bias=False)
+            self.post_init()
+
+    Scored.__module__ = family.__module__  # where transformers looks for what the class supports
+    Scored.__name__ = Scored.__qualname__ = causal.__name__.replace("ForCausalLM", "") + "ForSequenceClassification"
+    return Scored
+
+
+def body_of(model: nn.Module, where: str = "") -> tuple[str, nn.Module]:
+    """Return the part of a model that its head reads, with the name it has there."""
+    from transformers import PreTrainedModel
+
+    parts = dict(model.named_children())
+    if (name := str(getattr(model, "base_model_prefix", ""))) in parts:
+        return name, parts[name]
+    bodies = [(name, part) for name, part in parts.items() if isinstance(part, PreTrainedModel)]
+    if len(bodies) != 1:
+        what = f"{type(model).__name__} has no one body under a head ({', '.join(parts)})"
+        raise ModelError(where, what, "choose another architecture")
+    return bodies[0]
 
 
 class _FloatLinear(nn.Linear):
@@ -155,31 +182,101 @@ def gathered(parameters: list[nn.Parameter]) -> Any:
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 
-def _silence_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files, whichever of them there are."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-
-
 def choose_layout(model: PreTrainedModel, longest: int) -> Layout:
     """Return "shared" where every layer obeys a 4D attention mask and explicit positions up to `longest` tokens."""
     settings = model.config.get_text_config()
+    narrow = {name for name, value in vars(settings).items() if value and ("window" in name or "attention_c" in name)}
     obeys_mask = settings._attn_implementation in ("sdpa", "eager") and not getattr(settings, "alibi", False)
     kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
     is_attention = not model._is_stateful and kinds <= {"full_attention", "sliding_attention"}
+    is_attention = is_attention and narrow <= {"sliding_window", "use_sliding_window", "max_window_layers"}
     window = getattr(settings, "sliding_window", None) or longest
-    takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+    takes_positions = "position_ids" in inspect.signature(body_of(model)[1].forward).parameters
     return "shared" if obeys_mask and is_attention and takes_positions and longest <= window else "padded"
+
+
+class _States(nn.Module):
+    """Stands in the place of a body, or of a body within it, and hands back the states that a head is asked about."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self._body = (body,)  # not a part of this: the model has it
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(super().__getattribute__("_body")[0], name)
+        return self if hasattr(value, "base_model_prefix") else value
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Output:
+        return _Output([inputs_embeds])
+
+
+class _Output(tuple[Any, ...]):
+    """A body's output that has states and nothing else."""
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class _FloatOutput(nn.Module):
+    """A head's linear layer, its logits in float32 before anything else is done to them."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._layer = (layer,)  # not a part of this: the model has it
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self._layer[0](states).float()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(super().__getattribute__("_layer")[0], name)
+
+
+class LanguageHead:
+    """What a model makes of its body's states: its own forward, with nothing in the body's place."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = copy.copy(model)  # shares every layer but these two
+        layer = model.get_output_embeddings()
+        name = next((name for name, module in model.named_children() if module is layer), None)
+        body_name, body = body_of(model)
+        changed: dict[str, nn.Module] = {body_name: _States(body)}
+        if name is not None:
+            changed[name] = _FloatOutput(cast("nn.Module", layer))
+        self._model._modules = {**model._modules, **changed}
+        self._model.training = True  # some cut a forward into pieces without gradient when they are not
+        known = inspect.signature(model.forward).parameters
+        self._options = {name: False for name in ("use_cache", "output_router_logits") if name in known}
+
+    def __call__(self, states_NH: Tensor) -> Tensor:
+        """Return the float32 logits, [N, V]."""
+        output = type(self._model).forward(self._model, inputs_embeds=states_NH[None], **self._options)
+        return output.logits[0].float()
+
+
+def reach_of_positions(rotary: nn.Module, device: torch.device, dtype: torch.dtype, most: int) -> int:
+    """Return the longest sequence, up to `most` tokens, beside which the first positions are what they are alone.
+
+    Longer than that, RoPE of the kinds "dynamic" and "longrope" turns every position of a batch otherwise.
+    """
+    kinds = getattr(rotary, "rope_type", None)
+    options = [{"layer_type": kind} for kind in kinds] if isinstance(kinds, dict) else [{}]
+
+    def turned(last: int) -> list[Tensor]:
+        positions = torch.tensor([[0, 1, 2, last]], device=device)
+        found = [rotary(torch.zeros(1, device=device, dtype=dtype), positions, **chosen) for chosen in options]
+        return [part[:, :3] for pair in found for part in pair]
+
+    def is_as_alone(length: int) -> bool:
+        alone, beside = turned(3), turned(length - 1)
+        turned(3)  # some remember the longest they have seen
+        return all(map(torch.equal, alone, beside))
+
+    return most if is_as_alone(most) else bisect.bisect_left(range(4, most), True, key=lambda n: not is_as_alone(n)) + 3
 
 
 class TokenReader(nn.Module):
@@ -191,50 +288,89 @@ class TokenReader(nn.Module):
         self.is_policy = head == "policy"
         self.temperature = temperature
         self.max_logits = MAX_LOGITS
-        parameters = inspect.signature(model.base_model.forward).parameters
-        self._takes_positions = "position_ids" in parameters
+        # None: logits are read off the model's own forward, all of them at once.
+        self.language_head: LanguageHead | None = LanguageHead(model) if self.is_policy else None
+        self.layouts: tuple[Layout, ...] = LAYOUTS  # in which the model reads right
+        self._body_name, body = body_of(model)
+        self._takes_positions = "position_ids" in inspect.signature(body.forward).parameters
+        most = 8 * (int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0) or 4096)
+        reaches = {
+            module: reach_of_positions(module, model.device, model.dtype, most)
+            for module in body.modules()
+            if any(name.endswith("inv_freq") for name in module._buffers)
+            and "position_ids" in inspect.signature(module.forward).parameters
+        }
+        self._stretching = tuple(module for module, reach in reaches.items() if reach < most)
+        self.reach = min(reaches.values(), default=most)  # tokens; longer sequences change those beside them
 
-    @property
-    def _layer(self) -> nn.Module:
-        return cast("nn.Module", self.model.get_output_embeddings() if self.is_policy else self.model.score)
+    def layout(self, longest: int) -> Layout:
+        """Return the layout for sequences of up to `longest` tokens: the first in which all are read right."""
+        found: Layout = choose_layout(self.model, longest) if longest <= self.reach or not self._stretching else "alone"
+        return next(layout for layout in LAYOUTS[LAYOUTS.index(found) :] if layout in self.layouts)
 
     def num_chunks(self, num_tokens: int) -> int:
         """Return into how many parts the head must be applied to keep within `max_logits`."""
         return -(-num_tokens * int(self.model.config.get_text_config().vocab_size) // self.max_logits)
 
     def states(self, batch: PackedBatch) -> Tensor:
-        """Return the body's last states where the N response tokens are read, [N, H]."""
-        return self._body(batch).last_hidden_state.flatten(0, 1).index_select(0, batch.read_N)
+        """Return the body's last states where the N response tokens are read, [N, H]; or logits, as `logits` takes."""
+        is_whole = self.is_policy and self.language_head is None
+        return self._run(self.model if is_whole else self._body, batch)[0]
 
-    def _body(self, batch: PackedBatch, **options: bool) -> Any:
-        extra = {"position_ids": batch.position_ids_RL} if self._takes_positions else {}
-        mask = batch.attention(self.model.dtype)
-        return self.model.base_model(
-            input_ids=batch.input_ids_RL, attention_mask=mask, use_cache=False, **extra, **options
-        )
+    @property
+    def _body(self) -> nn.Module:
+        return cast("nn.Module", getattr(self.model, self._body_name))
+
+    def _run(self, part: nn.Module, batch: PackedBatch, **options: bool) -> tuple[Tensor, Any]:
+        """Return what the model or its body gives at the response tokens, and its routers' logits where asked."""
+        for rotary in self._stretching:  # which may remember a longer batch
+            rotary(torch.zeros(1, dtype=self.model.dtype, device=self.model.device), batch.position_ids_RL[:1, :1] * 0)
+        if batch.layout == "alone":
+            found = [self._run_row(part, batch, row, options) for row in range(len(batch.input_ids_RL))]
+            states = torch.cat([states for states, _ in found])
+            routers = [torch.cat(layer) for layer in zip(*(each for _, each in found), strict=True)]
+        else:
+            extra = {"position_ids": batch.position_ids_RL} if self._takes_positions else {}
+            mask = batch.attention(self.model.dtype)
+            output = part(input_ids=batch.input_ids_RL, attention_mask=mask, use_cache=False, **extra, **options)
+            states, routers = output[0].flatten(0, 1), output.router_logits if options else []
+        return states.index_select(0, batch.read_N), routers
+
+    def _run_row(self, part: nn.Module, batch: PackedBatch, row: int, options: dict[str, bool]) -> tuple[Tensor, Any]:
+        """Return what a row's sequence gives when it is run as it is, followed by zeros to the row's length."""
+        length = batch.piece_RL.shape[1]
+        ids = batch.input_ids_RL[row, : int((batch.piece_RL[row] >= 0).sum())]
+        output = part(input_ids=ids[None], use_cache=False, **options)
+        grown = (0, 0, 0, length - len(ids))
+        routers = output.router_logits if options else []
+        return nn.functional.pad(output[0][0], grown), [
+            nn.functional.pad(each.flatten(0, -2), grown) for each in routers
+        ]
 
     def _routed(self, batch: PackedBatch, routing: Routing) -> tuple[Tensor, Tensor]:
         """Return the body's states at the response tokens, and what is to be measured at its routers."""
-        output = self._body(batch, output_router_logits=True)
+        states_NH, logits = self._run(self._body, batch, output_router_logits=True)
         top_k = int(self.model.config.get_text_config().num_experts_per_tok)
-        states_NH = output.last_hidden_state.flatten(0, 1).index_select(0, batch.read_N)
-        return states_NH, routing.measure(output.router_logits, batch.copies_RL.flatten(), top_k)
+        return states_NH, routing.measure(logits, batch.copies_RL.flatten(), top_k)
 
     def forward(
         self, batch: PackedBatch, *, needs_entropy: bool = False, num_chunks: int = 1, temperature: float | None = None,
-        reading: Reading | None = None, routing: Routing | None = None,
+        reading: Reading | None = None, routing: Routing | None = None, as_states: bool = False,
     ) -> tuple[Tensor, Tensor | None, *tuple[Tensor, ...]]:  # fmt: skip
         """Return the float32 log-probs or values of the N response tokens, and their entropy where asked.
 
         With a teacher's `reading` the second is the KL between its distribution at each token and the model's; with
         `routing` a third is what it measures at the routers, which stands alone in the first place while it counts.
-        `num_chunks` must be the same on every rank, because ZeRO-3 gathers the head at each call.
+        `as_states` gives what comes before the head instead. `num_chunks` must be the same on every rank, because
+        ZeRO-3 gathers the head at each call.
         """
         states_NH, *routed = (self.states(batch),) if routing is None else self._routed(batch, routing)
         if routing is not None and routing.shares_AE is None:
             return routed[0], None
+        if as_states:
+            return states_NH, None
         if not self.is_policy:
-            return self._layer(states_NH).squeeze(-1), None, *routed
+            return cast("nn.Module", self.model.score)(states_NH).squeeze(-1), None, *routed
         scale = self.temperature if temperature is None else temperature
         parts = [
             self._log_probs(states, targets, scale, part if part is not None else needs_entropy, is_one=num_chunks == 1)
@@ -273,14 +409,5 @@ class TokenReader(nn.Module):
         return logprobs_N, normaliser_N - (probs_NV * logits_NV).sum(-1)
 
     def logits(self, states_NH: Tensor) -> Tensor:
-        """Return the language head's float32 logits with the scaling that some families add."""
-        settings = self.model.config.get_text_config()
-        logits_NV = self._layer(states_NH).float()
-        if (divisor := getattr(settings, "logits_scaling", None)) is not None:  # Granite
-            logits_NV = logits_NV / divisor
-        for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon H1
-            if (factor := getattr(settings, name, None)) is not None:
-                logits_NV = logits_NV * factor
-        if (cap := getattr(settings, "final_logit_softcapping", None)) is not None:  # Gemma 2
-            logits_NV = torch.tanh(logits_NV / cap) * cap
-        return logits_NV
+        """Return the language head's float32 logits."""
+        return states_NH.float() if self.language_head is None else self.language_head(states_NH)

@@ -8,8 +8,9 @@ from the longest piece down. A masked row costs the square of its length in atte
 one piece needs, and a piece takes no more responses than sharing pays for (`max_shared_tokens`).
 
 The "padded" layout, for models whose layers cannot be masked this way (Mamba, Jamba), has one response in each
-piece and one piece in each row: ordinary right-padded sequences with the same results. `PackedBatch` hides which of
-the two it is; a layout for variable-length kernels (flash attention on GPUs) would be a third value of `Layout`.
+piece and one piece in each row: ordinary right-padded sequences with the same results. "alone" is the same with each
+row run by itself, for models in which even padding or a longer row changes the others. `PackedBatch` hides which of
+them it is; a layout for variable-length kernels (flash attention on GPUs) would be another value of `Layout`.
 
 States are read at one position for each response token: "before" it (the state that predicts it; for its first token
 that is the prompt's last position) for log-probs and for V(s_t), or "after" it for reward models. What follows the
@@ -36,8 +37,9 @@ if TYPE_CHECKING:
 
     from flowrl.engines.base import TokenGroup
 
-Layout = Literal["shared", "padded"]
+Layout = Literal["shared", "padded", "alone"]
 Reads = Literal["before", "after"]
+LAYOUTS: tuple[Layout, ...] = ("shared", "padded", "alone")  # the fastest first; each takes every model of those before
 
 # Row length in tokens at which masked attention takes as long as the rest of the model. Measured at 1,900 for a
 # 135M Llama in bfloat16 on one AVX-512 core; wider models have it later, so this errs towards shorter rows.
@@ -172,8 +174,8 @@ class PackedBatch:
     samples: list[tuple[int, int]]  # (group, sample) of each of the B rows
 
     def attention(self, dtype: torch.dtype) -> Tensor:
-        """Return the additive block mask [R, 1, L, L], or the 0/1 padding mask [R, L] of the padded layout."""
-        if self.layout == "padded":
+        """Return the additive block mask [R, 1, L, L], or the 0/1 padding mask [R, L] of the other layouts."""
+        if self.layout != "shared":
             return (self.piece_RL >= 0).long()
         length = self.piece_RL.shape[1]
         causal_LL = torch.ones(length, length, dtype=torch.bool, device=self.piece_RL.device).tril()

@@ -20,9 +20,9 @@ import msgspec
 import torch
 
 from flowrl.engines.memory import Budget, FitVote, NoRoom
-from flowrl.engines.models import choose_layout, reads_of
+from flowrl.engines.models import reads_of
 from flowrl.engines.objective import Sums, add_loss, check_count, count_ahead, loss_batch
-from flowrl.engines.packing import PackedBatch, unpack
+from flowrl.engines.packing import LAYOUTS, PackedBatch, unpack
 from flowrl.engines.parts import Part, deal
 from flowrl.engines.router import Routing
 from flowrl.engines.teacher import Teacher
@@ -164,8 +164,8 @@ class Passes:
         )
 
     def _layout(self, longest: int) -> Layout:
-        models = [self.model, *([] if self._teacher is None else [self._teacher.model])]
-        return "padded" if any(choose_layout(model, longest) == "padded" for model in models) else "shared"
+        readers = [self.reader, *([] if self._teacher is None else [self._teacher.reader])]
+        return LAYOUTS[max(LAYOUTS.index(reader.layout(longest)) for reader in readers)]
 
     def _attempt(self, budget: Budget, work: Callable[[A], T], argument: A) -> T | None:
         """Return `work(argument)`, or None where memory did not suffice for it and the budget is smaller now."""

@@ -9,17 +9,19 @@ sequence at temperature 1, whatever temperature the policy is trained at. Called
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flowrl.ending import write_stops
+from flowrl.ending import ending_of, write_stops
+from flowrl.engines.agreement import SAME_WEIGHTS
 from flowrl.engines.base import TokenGroup
-from flowrl.engines.models import copy_tokenizer
 from flowrl.engines.packing import pack, plan
 from flowrl.errors import ModelError
 from flowrl.messages import Buffer, Canary, Weights
+from flowrl.model_files import GENERATION, carry_along, is_classifier, quiet_transformers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -28,10 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from flowrl.engines.base import Dtype, TrainingConfig
-
-# Mean |log-prob difference| in nats that still counts as the same weights. Engines of equal weights differ by up to
-# 2e-6 in float32 and about 0.04 in bfloat16; a stale layer differs by 0.5 and more.
-CANARY_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.15}
 
 
 class Publisher:
@@ -98,7 +96,7 @@ def score_canary(module: nn.Module, tokens: Buffer, *, dtype: torch.dtype, devic
     with torch.no_grad():
         logprobs_N, _ = module(batch, temperature=1.0)
     logprobs = Buffer.floats(logprobs_N.float().cpu().numpy())
-    return Canary(token_ids=tokens, logprobs=logprobs, max_mean_gap=CANARY_GAP[dtype])
+    return Canary(token_ids=tokens, logprobs=logprobs, max_mean_gap=SAME_WEIGHTS[dtype])
 
 
 def as_saved(model: PreTrainedModel, parameters: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -116,24 +114,93 @@ def as_saved(model: PreTrainedModel, parameters: Iterator[tuple[str, Tensor]]) -
     yield from revert_weight_conversion(model, whole).items()
 
 
+def carried_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers that a saved checkpoint holds: routers' corrections, decays, scales of layers."""
+    for prefix, module in model.named_modules():
+        for name, tensor in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, tensor
+
+
 def write_model(
     model: PreTrainedModel, parameters: dict[str, Tensor], directory: Path, *, source: str, card: str,
-    chat_template: str = "",
+    chat_template: str = "", trust_remote_code: bool = False,
 ) -> None:  # fmt: skip
-    """Write parameters and the model's buffers as safetensors, with config, tokenizer and model card.
+    """Write parameters and the model's buffers as safetensors, with what else belongs to a model.
 
-    A chat template goes with it in place of the tokenizer's own; the tokens that end its answers are named.
+    A chat template goes with it in place of the tokenizer's own; the tokens that end its answers are named. What
+    `try_saving` tries and no more is done besides writing the weights.
     """
-    buffers = {name for name, _ in model.named_buffers()}
-    kept = {name: tensor.cpu() for name, tensor in model.state_dict().items() if name in buffers}
     directory.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(directory, state_dict={**parameters, **kept})
-    copy_tokenizer(Path(source), directory)
+    kept = {name: tensor.cpu() for name, tensor in carried_buffers(model)}
+    generation = getattr(model, "generation_config", None)
+    try:
+        if generation is not None and (Path(source) / GENERATION).is_file():  # it is copied as it is, right or wrong
+            model.generation_config = type(generation)()
+        with quiet_transformers():
+            model.save_pretrained(directory, state_dict={**parameters, **kept})
+    finally:
+        setattr(model, "generation_config", generation)  # noqa: B010
+    _write_rest(Path(source), directory, chat_template=chat_template, trust_remote_code=trust_remote_code)
+    (directory / "README.md").write_text(card)
+
+
+def try_saving(directory: Path, where: str, *, trust_remote_code: bool = False) -> None:
+    """Do once what writing a model that started from `directory` takes, all but its weights.
+
+    Raises:
+        ModelError: its config cannot be written, or its tokenizer not be read from where it was written.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    with tempfile.TemporaryDirectory(prefix="flowrl-saving-") as aside:
+        try:
+            settings: Any = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+            settings.save_pretrained(aside)
+            _write_rest(directory, Path(aside), chat_template="", trust_remote_code=trust_remote_code)
+            AutoTokenizer.from_pretrained(aside, trust_remote_code=trust_remote_code)
+        except Exception as error:  # whatever transformers or a tokenizer's own code may raise
+            what = f"{directory} could not be saved again after training ({type(error).__name__}: {error})"
+            raise ModelError(where, what, "repair the file it names") from error
+
+
+def _write_rest(source: Path, directory: Path, *, chat_template: str, trust_remote_code: bool) -> None:
+    """Add to weights and config what else belongs to a model, and take back what was set for training only."""
+    carry_along(source, directory)
+    given = json.loads((source / "config.json").read_bytes()).get("use_cache", True)
+    _amend(directory / "config.json", lambda settings: settings | {"use_cache": given})
     if chat_template:
         (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    if model.can_generate():
+    if is_classifier(directory):
+        _choose_padding(directory, trust_remote_code=trust_remote_code)
+    else:
         write_stops(directory)
-    (directory / "README.md").write_text(card)
+
+
+def _choose_padding(directory: Path, *, trust_remote_code: bool) -> None:
+    """Let a classifier pad with a token that is in no text, for transformers reads the last that is no padding.
+
+    Where padding is the end of a text, or nothing, that would be another token than the one it was trained on. A
+    special token takes its place that no text ends with and no template writes; without one there is none, and
+    sequences are scored one by one.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):  # the model came without one that can be read, so no text goes through it here
+        return
+    settings = json.loads((directory / "config.json").read_bytes())
+    ends = ending_of(tokenizer, directory=directory).stops
+    written = json.dumps(tokenizer.chat_template or "")
+    special = {tokenizer.pad_token: tokenizer.pad_token_id} if tokenizer.pad_token else {}
+    special |= {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    taken = {tokenizer.bos_token, *(token for token, number in special.items() if number in ends or token in written)}
+    rows = settings.get("vocab_size") or len(tokenizer)
+    token = next((token for token, number in special.items() if token not in taken and number < rows), None)
+    _amend(directory / "config.json", lambda settings: settings | {"pad_token_id": special.get(token or "")})
+    if token is not None and token != tokenizer.pad_token and (directory / "tokenizer_config.json").is_file():
+        _amend(directory / "tokenizer_config.json", lambda settings: settings | {"pad_token": token})
 
 
 def cast_saved(directory: Path, dtype: Dtype) -> None:

@@ -75,9 +75,13 @@ def recompute(model: PreTrainedModel, *, every: int, where: str) -> None:
         what = f"{type(model).__name__} cannot compute its layers again"
         raise ConfigError(f"{where}.gradient_checkpointing", what, "leave it false")
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:  # which do so in train mode only; what is in them stays as it is
+        layer.training = True
+        for name in [name for name, value in vars(layer).items() if "drop" in name and isinstance(value, float)]:
+            setattr(layer, name, 0.0)
     if every == 1:
         return
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if len(layers) < every:
         what = f"{every} is more than the {len(layers)} layers of {type(model).__name__} that can be chosen from"
         raise ConfigError(f"{where}.checkpoint_every", what, "leave it 1")

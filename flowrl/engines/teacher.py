@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 import torch
 
+from flowrl.engines.agreement import settle
 from flowrl.engines.base import Lora, TrainingConfig
 from flowrl.engines.models import TokenReader, load_model
 from flowrl.errors import ModelError
@@ -40,18 +41,19 @@ class Teacher:
         """
         self.directory = directory
         settings = msgspec.structs.replace(config, model=directory, head="policy", lora=Lora())
-        self.model = load_model(settings, where=f"{where}.teacher", dtype=dtype, device=device)
-        self.model.requires_grad_(False).eval()
-        found = int(self.model.config.get_text_config().vocab_size)
+        model = load_model(settings, where=f"{where}.teacher", dtype=dtype, device=device)
+        model.requires_grad_(False).eval()
+        found = int(model.config.get_text_config().vocab_size)
         if found != vocab_size:
             what = f"{directory} has a vocabulary of {found} tokens, the student one of {vocab_size}"
             raise ModelError(f"{where}.teacher", what, "take a teacher of the same family")
-        self._reader = TokenReader(self.model, head="policy", temperature=1.0)
+        self.reader = TokenReader(model, head="policy", temperature=1.0)
+        settle(self.reader, self.reader, settings, where=f"{where}.teacher")
 
     @torch.no_grad()
     def read(self, batch: PackedBatch, *, direction: Direction, temperature: float) -> Reading:
         """Return what the teacher knows at the response tokens of a batch."""
-        return Reading(self._reader, self._reader.states(batch), direction, temperature)
+        return Reading(self.reader, self.reader.states(batch), direction, temperature)
 
 
 @dataclass(frozen=True)

@@ -11,20 +11,20 @@ Named in node configs as `engine="flowrl.engines.torch:TorchEngine"`; reward-mod
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 
-from flowrl.engines.models import is_classifier
 from flowrl.engines.savings import decay_groups
 from flowrl.engines.trainer import Trainer
-from flowrl.errors import ModelError, StageError
+from flowrl.errors import StageError
 from flowrl.graph.stage import Ranks
+from flowrl.model_files import check_classifier
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from torch import Tensor
 
@@ -159,9 +159,7 @@ class SequenceScoringEngine:
         Raises:
             ModelError: the directory holds no sequence classifier, whose scores would all be 0.
         """
-        if not is_classifier(self._model):
-            what = f"{self._model} is not a *ForSequenceClassification checkpoint"
-            raise ModelError(self._where, what, "train a reward model first, or give the directory of one")
+        check_classifier(Path(self._model), self._where)
         self._engine.open(Ranks())
 
     def score_sequences(self, group: TokenGroup) -> list[float]:

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import math
 import os
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 import torch
 
 from flowrl.config import Select
+from flowrl.engines.agreement import check_fit, settle
 from flowrl.engines.average import Average, is_saved
 from flowrl.engines.base import TokenGroup
 from flowrl.engines.lora import Adapter
@@ -26,7 +28,7 @@ from flowrl.engines.memory import FitVote
 from flowrl.engines.models import TokenReader, choose_dtype, load_model
 from flowrl.engines.objective import Sums, divide
 from flowrl.engines.passes import Passes, RankValues
-from flowrl.engines.publishing import Publisher, as_saved, score_canary, write_model
+from flowrl.engines.publishing import Publisher, as_saved, carried_buffers, score_canary, write_model
 from flowrl.engines.ranks import RankLink
 from flowrl.engines.router import check_router
 from flowrl.engines.savings import check_offload, freeze, recompute
@@ -154,10 +156,10 @@ class Trainer(Passes):
                 recompute(self.model, every=self.config.checkpoint_every, where=self.where)
             if self.config.freeze:
                 freeze(self.model, self.config.freeze, self.where)
-            self.model.train()
             self.reader = TokenReader(self.model, head=self.config.head, temperature=self.config.temperature)
             self._module = self.reader
             self._opened()
+            settle(self.reader, self._module, self.config, where=self.where)
             self._line.gather(b"")
 
     def _opened(self) -> None:
@@ -183,6 +185,8 @@ class Trainer(Passes):
         """Have every rank carry out a command; returns their answers, rank 0's first."""
         if self.line.rank != 0:
             raise StageError(self.where, f"{command.name} was called on rank {self.line.rank}", "call it on rank 0")
+        if command.groups:
+            check_fit(command.groups, self.reader, self.where)
         self.line.send(msgspec.msgpack.encode(command))
         with self.line.guard(command.name):
             return self.line.gather(self._carry_out(command))
@@ -325,7 +329,7 @@ class Trainer(Passes):
         canary = None
         if tokens is not None:
             canary = score_canary(self._module, tokens, dtype=self.dtype, device=self.device)
-        tensors = as_saved(self.model, self._parameters())
+        tensors = as_saved(self.model, chain(self._parameters(), carried_buffers(self.model)))
         if self.line.rank == 0:
             return encode(self._publisher.publish(version, tensors, canary))
         for _ in tensors:  # takes its part in the gathering
@@ -350,7 +354,8 @@ class Trainer(Passes):
         self._lead(Command(name="save_model", directory=str(directory), card=card))
 
     def _save_model_here(self, directory: Path, card: str) -> None:
-        extra = {"source": self.config.model, "card": card, "chat_template": self.config.chat_template}
+        extra: dict[str, Any] = {"source": self.config.model, "card": card, "chat_template": self.config.chat_template}
+        extra |= {"trust_remote_code": self.config.trust_remote_code}
         whole: dict[str, Tensor] = {}
         for name, tensor in self._parameters():
             if self.line.rank == 0:

@@ -94,7 +94,7 @@ def engine_arguments(config: GenerationConfig) -> AsyncEngineArgs:
         choices |= {"gpu_memory_utilization": config.gpu_memory_utilization}
     if config.layout == "thread":
         choices |= {"distributed_executor_backend": "uni"}
-    return AsyncEngineArgs(
+    arguments = AsyncEngineArgs(
         model=config.model,
         dtype=dtype,
         max_model_len=config.max_model_len,
@@ -109,6 +109,10 @@ def engine_arguments(config: GenerationConfig) -> AsyncEngineArgs:
         worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
         **choices,
     )
+    if on_cpu and arguments.create_model_config().has_inner_state:
+        # vLLM keeps the states of Jamba and Qwen3-Next for later prompts only where it may split a prompt.
+        arguments.enable_prefix_caching = False
+    return arguments
 
 
 def sampling_parameters(sampling: Sampling, *, seed: int, stop_ids: list[int]) -> SamplingParams:

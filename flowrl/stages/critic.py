@@ -27,7 +27,7 @@ from flowrl.stages.estimation import Estimation, is_cut, keeps_group, load_algor
 from flowrl.stages.saving import add_state
 from flowrl.stages.step import check_divides, learned_group, mean_metrics, minibatches
 from flowrl.stages.tokens import token_group
-from flowrl.stages.training import check_adapter, check_experts, load_state, opened, save_state
+from flowrl.stages.training import check_adapter, check_experts, check_saving, load_state, opened, save_state
 from flowrl.telemetry.events import Span
 
 if TYPE_CHECKING:
@@ -125,6 +125,8 @@ class Critic(Stage):
         check_adapter(self.config, "critic")
         directory = prepare_model(self.model, say=say)
         check_experts(self.config, directory, "critic")
+        if self.config.save_model:
+            check_saving(self.config, directory, "critic")
         if self.policy:
             check_same_vocabulary(prepare_model(self.policy, say=say), directory, "critic_model")
         self._load()

@@ -40,7 +40,15 @@ from flowrl.stages.step import (
     with_proximal,
 )
 from flowrl.stages.tokens import example_group
-from flowrl.stages.training import check_adapter, check_experts, check_masters, load_state, opened, take_step
+from flowrl.stages.training import (
+    check_adapter,
+    check_experts,
+    check_masters,
+    check_saving,
+    load_state,
+    opened,
+    take_step,
+)
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.events import Notice, Span, Step
 from flowrl.telemetry.rollouts import forget_steps, step_path, write_rollouts
@@ -106,7 +114,9 @@ class Learner(Stage):
             what = f"{self.texts_per_step} texts a step are too few for {self.config.minibatches} learner.minibatches"
             raise ConfigError("texts.per_step", what, "give each minibatch one or more")
         check_adapter(self.config, "learner")
-        check_experts(self.config, prepare_model(self.model, say=say), "learner")
+        model = prepare_model(self.model, say=say)
+        check_experts(self.config, model, "learner")
+        check_saving(self.config, model, "learner")
         check_masters(self.model, say)
         objective = self.load_objective()
         for line in advice(objective):

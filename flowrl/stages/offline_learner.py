@@ -22,7 +22,15 @@ from flowrl.messages import Credit, Example
 from flowrl.stages.examples import load_objective, with_teacher
 from flowrl.stages.saving import save_checkpoint
 from flowrl.stages.tokens import example_group, group_batch, padded, with_constant
-from flowrl.stages.training import check_adapter, check_experts, check_masters, load_state, opened, take_step
+from flowrl.stages.training import (
+    check_adapter,
+    check_experts,
+    check_masters,
+    check_saving,
+    load_state,
+    opened,
+    take_step,
+)
 from flowrl.telemetry.events import Evaluation, Span, Step
 
 if TYPE_CHECKING:
@@ -76,7 +84,9 @@ class OfflineLearner(Stage):
     def check(self, say: Say) -> None:
         """Prepare the model and load the objective."""
         check_adapter(self.config, "learner")
-        check_experts(self.config, prepare_model(self.model, say=say), "learner")
+        model = prepare_model(self.model, say=say)
+        check_experts(self.config, model, "learner")
+        check_saving(self.config, model, "learner")
         check_masters(self.model, say)
         objective = load_objective(with_teacher(self.objective, self.model, say=say))
         if objective.learns_from == "labelled responses" and self.examples_per_step < 2:

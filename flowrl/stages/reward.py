@@ -25,6 +25,7 @@ from flowrl.errors import ConfigError, LastingError, RewardError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Prompt, Rollouts, Scored, encode, extend
+from flowrl.model_files import check_classifier
 from flowrl.rewards.adapters import Adapter
 from flowrl.rewards.function import RewardFunction, made_group
 from flowrl.rewards.isolated import IsolatedFunction, check_loads, untaken
@@ -201,6 +202,7 @@ class RewardModel(Stage):
     def check(self, say: Say) -> None:
         """Prepare the model, which must read the policy's tokens."""
         directory = prepare_model(self.model, say=say)
+        check_classifier(directory, "reward_models")
         if self.policy:
             check_same_vocabulary(prepare_model(self.policy, say=say), directory, "reward_models")
         self._scorer(directory, "reward model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -67,6 +68,19 @@ def check_masters(model: str, say: Say) -> None:
     if dtype != "float32":
         what = f"{model} is saved in {dtype}: what its run had learned in float32 beyond that is not in it"
         say(f"{what}; flowrl run --resume goes on from the float32 weights")
+
+
+def check_saving(settings: Training, model: Path, where: str) -> None:
+    """Do once what writing a checkpoint of a node's model takes, all but the training.
+
+    Raises:
+        ModelError: it could not be written, for all that training it would give.
+    """
+    if "model_type" not in json.loads((model / "config.json").read_bytes()):
+        return  # a stand-in, for simulations
+    from flowrl.engines.publishing import try_saving
+
+    try_saving(model, where, trust_remote_code=settings.trust_remote_code)
 
 
 @asynccontextmanager

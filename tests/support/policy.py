@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flowrl.engines.base import GenerationConfig
-from flowrl.engines.publishing import as_saved
+from flowrl.engines.publishing import as_saved, carried_buffers
 from flowrl.engines.vllm import VllmEngine
 from flowrl.engines.weights import open_sender
 from flowrl.messages import Buffer, Canary, Sample, Weights
@@ -39,7 +40,8 @@ class Policy:
                 for parameter in self.hf.parameters():
                     parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
         self.version += 1
-        manifest, size_bytes = self.sender.publish(self.version, as_saved(self.hf, self.hf.named_parameters()))
+        tensors = as_saved(self.hf, chain(self.hf.named_parameters(), carried_buffers(self.hf)))
+        manifest, size_bytes = self.sender.publish(self.version, tensors)
         canary = Canary(
             token_ids=Buffer.ints(CANARY_IDS),
             logprobs=Buffer.floats(self.logprobs(CANARY_IDS[:1], CANARY_IDS[1:])),

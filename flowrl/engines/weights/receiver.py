@@ -13,16 +13,22 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process, get_layerwise_info
+from vllm.model_executor.model_loader.reload.utils import get_layer_size, get_layer_tensors
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from flowrl.engines.weights.base import WeightFetcher, unpack
 from flowrl.engines.weights.broadcast import BroadcastFetcher
@@ -135,7 +141,8 @@ class FlowrlWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         manifest, buffers = self._staged
         assert manifest.version == update_info.version, f"{manifest.version} is staged, not {update_info.version}"
         model: Any = self.model
-        model.load_weights(_on_device(manifest, buffers, self.device))
+        with DirectCopies(model) as copies:
+            model.load_weights(copies.follow(_on_device(manifest, buffers, self.device)))
 
     def finish_weight_update(self) -> None:
         """Repack what CPUs keep packed and put the parameters back in place."""
@@ -162,6 +169,64 @@ class WorkerExtension:
     def flowrl_prefetch(self, wire: str) -> None:
         """Start receiving a version (see FlowrlWeightTransferEngine.prefetch)."""
         self.weight_transfer_engine.prefetch(wire)
+
+
+class DirectCopies(TorchDispatchMode):
+    """Catches what a model's loader copies into parameters by itself, past their weight loaders, and loads it.
+
+    A layerwise reload holds parameters without storage and goes by their weight loaders: what gpt-oss copies straight
+    into its experts and sinks would vanish there, and the layers go on serving the old weights.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self._places = {
+            tensor.untyped_storage()._cdata: (layer, name, tensor)
+            for layer in model.modules()
+            for name, tensor in get_layer_tensors(layer).items()
+            if tensor.is_meta
+        }
+        self._found: dict[torch.nn.Module, dict[str, torch.Tensor]] = {}
+        self._num_copied: Counter[torch.nn.Module] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and args[0].is_meta and not args[1].is_meta:
+            place = self._places.get(args[0].untyped_storage()._cdata)
+            if place is not None and self._is_past_its_loader(*place[:2]):
+                self._keep(*place, target=args[0], source=args[1])
+        return func(*args, **(kwargs or {}))
+
+    def _keep(self, layer: torch.nn.Module, name: str, whole: torch.Tensor, *, target: torch.Tensor,
+              source: torch.Tensor) -> None:  # fmt: skip
+        """Copy what was meant for a parameter, or for a part of it, into memory."""
+        found = self._found.setdefault(layer, {})
+        if name not in found:
+            found[name] = torch.zeros_like(whole, device=source.device)
+        found[name].as_strided(target.size(), target.stride(), target.storage_offset()).copy_(source)
+        self._num_copied[layer] += source.numel()
+
+    def _is_past_its_loader(self, layer: torch.nn.Module, name: str) -> bool:
+        known = get_layerwise_info(layer)
+        return known.can_load() and all(name != loaded for loaded, _ in known.loaded_weights)
+
+    def follow(self, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield weights, and load the layers that have all of theirs between two of them."""
+        for weight in weights:
+            yield weight
+            self._load(*(layer for layer, count in self._num_copied.items() if count >= get_layer_size(layer)))
+        self._load(*self._found)
+
+    def _load(self, *layers: torch.nn.Module) -> None:
+        for layer in layers:
+            known = get_layerwise_info(layer)
+            for name, tensor in self._found.pop(layer).items():
+                parameter = getattr(layer, name)
+                parameter.weight_loader = default_weight_loader
+                known.loaded_weights.append((name, signature(default_weight_loader).bind(parameter, tensor)))
+                known.load_numel += tensor.numel()
+            del self._num_copied[layer]
+            if not is_deferred_attention_layer(layer):
+                _layerwise_process(layer, known)
 
 
 def repack_tied_head(model: torch.nn.Module, device: torch.device) -> None:

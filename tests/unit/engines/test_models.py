@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 
@@ -112,16 +111,6 @@ def test_a_sequence_beyond_the_sliding_window_is_padded(tiny_llama):
     model.config.sliding_window = 64
     assert choose_layout(model, longest=100) == "padded"
     assert choose_layout(model, longest=64) == "shared"
-
-
-def test_dropout_is_silenced(tiny_llama, tmp_path):
-    settings = msgspec.json.decode((tiny_llama / "config.json").read_bytes())
-    for name in ("model.safetensors", "tokenizer.json"):
-        (tmp_path / name).symlink_to(tiny_llama / name)
-    (tmp_path / "config.json").write_bytes(msgspec.json.encode({**settings, "attention_dropout": 0.5}))
-    model = load(tmp_path).train()
-    ids = torch.arange(3, 40)[None]
-    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_a_missing_directory_is_a_model_error(tmp_path):

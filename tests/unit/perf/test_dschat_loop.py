@@ -27,13 +27,13 @@ RESPONSES = ([21, 22, 23], [31])
 def classifier(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    from flowrl.engines.models import copy_tokenizer
+    from flowrl.model_files import carry_along
 
     directory = tmp_path_factory.mktemp("reward-model")
     torch.manual_seed(1)
     config: Any = LlamaConfig.from_pretrained(tiny, num_labels=1)
     LlamaForSequenceClassification(config).save_pretrained(directory)
-    copy_tokenizer(tiny, directory)
+    carry_along(tiny, directory)
     return directory
 
 

@@ -211,7 +211,9 @@ class FakeScores:
 def model_with(tmp_path: Path, **settings: Any) -> str:
     directory = tmp_path / "model"
     shutil.copytree(stand_in_model(), directory)
-    (directory / "config.json").write_text(json.dumps(settings))
+    (directory / "config.json").write_text(
+        json.dumps({"architectures": ["LlamaForSequenceClassification"], **settings})
+    )
     return str(directory)
 
 

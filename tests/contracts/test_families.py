@@ -1,0 +1,114 @@
+"""The families of models that people align, each as a tiny one with its quirks: read, trained, carried, given a head.
+
+What each gave stands in docs/models.md, a row for each family here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from flowrl.engines.base import Lora, Schedule, TrainingConfig
+from flowrl.engines.publishing import as_saved, carried_buffers
+from flowrl.engines.torch import TorchEngine
+from flowrl.graph.stage import Ranks
+from tests.support.families import FAMILIES, write_family
+from tests.unit.engines.test_packing import random_groups
+from tests.unit.engines.test_trainer import WeightedTokens, choose
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),  # GPTBigCode's import
+]
+
+GROUPS = [group for group in random_groups(seed=33, count=4) if len(group.prompt_ids) > 1]
+CONFIG = TrainingConfig(model="", dtype="float32", lr=1e-3, schedule=Schedule(kind="constant"))
+
+
+def opened(directory: Path, **settings: Any) -> TorchEngine:
+    engine = TorchEngine(msgspec.structs.replace(CONFIG, model=str(directory), **settings), where="learner", name="t")
+    engine.open(Ranks())
+    return engine
+
+
+@torch.no_grad()
+def gap_to_own(model, groups, rows) -> float:
+    """Return the largest difference of log-probs from those of the model's own forward of each sequence."""
+    worst = 0.0
+    for item, found in zip(groups, rows, strict=True):
+        for response, values in zip(item.responses, found, strict=True):
+            ids = torch.tensor([item.prompt_ids.tolist() + response.tolist()])
+            logprobs = model(input_ids=ids[:, :-1], use_cache=False).logits[0].float().log_softmax(-1)
+            own = logprobs[-len(response) :].gather(-1, ids[0, -len(response) :, None])[:, 0]
+            worst = max(worst, float(np.abs(own.numpy() - values).max()))
+    return worst
+
+
+def one_by_one(groups):
+    return [msgspec.structs.replace(item, responses=[each], columns={}) for item in groups for each in item.responses]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_read_trained_and_carried_as_it_is(tmp_path, family):
+    from safetensors.torch import load_file
+
+    own = write_family(family, tmp_path)
+    engine = opened(tmp_path)
+    packed = engine.score(GROUPS)
+    assert gap_to_own(own, GROUPS, packed) <= 5e-5
+    by_itself = [alone for (alone,) in engine.score(one_by_one(GROUPS))]
+    for alone, beside in zip(by_itself, (row for rows in packed for row in rows), strict=True):
+        assert alone == pytest.approx(beside, abs=5e-5)
+    for again, before in zip(engine.score(GROUPS), packed, strict=True):
+        assert all(map(np.array_equal, again, before))
+    kept = load_file(tmp_path / "model.safetensors")
+    named = [(name, parameter.detach()) for name, parameter in engine.model.named_parameters()]
+    sent = dict(as_saved(engine.model, iter([*named, *carried_buffers(engine.model)])))
+    assert sent.keys() == kept.keys()
+    assert all(torch.equal(sent[name], tensor) for name, tensor in kept.items())
+    engine.accumulate(GROUPS, choose(WeightedTokens))
+    engine.apply()
+    assert np.abs(engine.score(GROUPS)[0][0] - packed[0][0]).max() > 1e-4
+    engine.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_carries_a_head_of_scores(tmp_path, family):
+    write_family(family, tmp_path)
+    engine = opened(tmp_path, head="reward")
+    torch.nn.init.normal_(engine.model.score.weight)
+    before, name = engine.score(GROUPS), type(engine.model).__name__
+    engine.save_model(tmp_path / "saved", card="")
+    engine.close()
+    engine = opened(tmp_path / "saved", head="reward")
+    for rows, expected in zip(engine.score(GROUPS), before, strict=True):
+        assert all(row == pytest.approx(kept, abs=1e-5, rel=1e-5) for row, kept in zip(rows, expected, strict=True))
+    engine.close()
+    if theirs := getattr(transformers, name, None):
+        ids = torch.tensor([GROUPS[0].prompt_ids.tolist() + GROUPS[0].responses[0].tolist()])
+        with torch.no_grad():
+            score = theirs.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()(input_ids=ids).logits
+        assert float(score) == pytest.approx(before[0][0][-1], abs=1e-4, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_carries_adapters_that_merge_into_what_it_saves(tmp_path, family):
+    write_family(family, tmp_path)
+    engine = opened(tmp_path, lora=Lora(rank=2))
+    before = engine.score(GROUPS)
+    engine.accumulate(GROUPS, choose(WeightedTokens))
+    engine.apply()
+    after = engine.score(GROUPS)
+    assert np.abs(after[0][0] - before[0][0]).max() > 1e-6
+    engine.save_model(tmp_path / "saved", card="")
+    engine.close()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    assert gap_to_own(merged, GROUPS, after) <= 2e-4

@@ -1,0 +1,99 @@
+"""What is read off a model is what the model says, or is refused; so are tokens and positions that it has none of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from flowrl.engines.agreement import settle
+from flowrl.engines.base import TokenGroup, TrainingConfig
+from flowrl.engines.models import TokenReader, load_model, reach_of_positions
+from flowrl.engines.torch import TorchEngine
+from flowrl.errors import ModelError, StageError
+from flowrl.graph.stage import Ranks
+from flowrl.messages import Buffer
+
+CPU = torch.device("cpu")
+
+
+def read(directory, **settings: Any) -> tuple[Any, TrainingConfig]:
+    config = TrainingConfig(model=str(directory), dtype="float32", **settings)
+    model = load_model(config, where="learner", dtype=torch.float32, device=CPU)
+    return TokenReader(model, head=config.head, temperature=1.0), config
+
+
+def group(prompt, response) -> TokenGroup:
+    return TokenGroup(prompt_ids=Buffer.ints(prompt), responses=[Buffer.ints(response)])
+
+
+def test_a_head_that_differs_gives_way_to_the_models_own_forward(tiny_llama):
+    reader, config = read(tiny_llama)
+    head = reader.language_head
+    reader.language_head = lambda states: 2.0 * head(states)
+    settle(reader, reader, config, where="learner")
+    assert reader.language_head is None
+    assert reader.layouts == ("shared", "padded", "alone")
+
+
+def test_a_layout_that_differs_is_not_taken(tiny_llama, monkeypatch):
+    reader, config = read(tiny_llama)
+    run = reader._run
+
+    def shifted(part, batch, **options):
+        states, routers = run(part, batch, **options)
+        return states * (1 + (batch.layout == "shared")), routers
+
+    monkeypatch.setattr(reader, "_run", shifted)
+    reader.model.lm_head.weight.data[5] += 1.0  # or the last norm would undo it
+    settle(reader, reader, config, where="learner")
+    assert reader.layouts == ("padded", "alone")
+    assert reader.layout(30) == "padded"
+
+
+@pytest.mark.parametrize("head", ["policy", "value"])
+def test_what_is_drawn_at_random_is_refused(tiny_llama, head):
+    reader, config = read(tiny_llama, head=head)
+    reader.model.model.layers[0].register_forward_hook(
+        lambda module, inputs, output: nn.functional.dropout(output, 0.1)
+    )
+    with pytest.raises(ModelError, match="another answer each time"):
+        settle(reader, reader, config, where="learner")
+
+
+def test_a_model_in_training_mode_that_differs_from_itself_is_refused(tiny_llama):
+    reader, config = read(tiny_llama)
+    layer = reader.model.model.layers[0].train()
+    layer.register_forward_hook(lambda module, inputs, output: output * (1 + 3 * module.training))
+    with pytest.raises(ModelError, match="differs from its own forward by"):
+        settle(reader, reader, config, where="learner")
+
+
+class Stretching(nn.Module):
+    """Positions that turn otherwise once there are more than 37 of them."""
+
+    def forward(self, x, position_ids):
+        angles = position_ids[..., None] * (1.0 if int(position_ids.max()) < 37 else 0.5)
+        return angles.cos(), angles.sin()
+
+
+def test_the_reach_of_positions_is_found_without_knowing_their_kind():
+    assert reach_of_positions(Stretching(), CPU, torch.float32, 4096) == 37
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "message"),
+    [
+        ([5, 320], [7], r"group 1 has token 320, the model embeddings for 320 \(0 to 319\)"),
+        ([5] * 300, [7] * 213, "group 1 has a sequence of 513 tokens, the model positions for 512"),
+    ],
+)
+def test_tokens_and_positions_that_the_model_has_none_of_are_refused(tiny_llama, prompt, response, message):
+    engine = TorchEngine(TrainingConfig(model=str(tiny_llama), dtype="float32"), where="learner", name="t")
+    engine.open(Ranks())
+    with pytest.raises(StageError, match=message):
+        engine.score([group([5], [7]), group(prompt, response)])
+    assert len(engine.score([group([5], [7])])) == 1
+    engine.close()
