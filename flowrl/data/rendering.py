@@ -55,6 +55,7 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PREFIX_REMEDY = "set data.learn=last, or give data.chat_template a template with {% generation %} marks"
 # How a policy begins to think: <think>, [THINK], <|START_THINKING|>; what ends it is named alike.
 OPENER = re.compile(r"(?:<(?P<tag>[\w:]*think\w*)>|\[(?P<mark>THINK)\]|<\|START_(?P<name>THINKING)\|>)\s*\Z")
+NO_THOUGHT = re.compile(r"<([\w:]*think\w*)>\s*</\1>\s*\Z")  # what a template writes for one that is not to think
 CLOSERS = re.compile(r"</[\w:]*think\w*>|\[/THINK\]|<\|END_THINKING\|>")
 ANCHORS = ("\n", "a", ".", "0")  # texts behind which another can be tokenized as it stands within a text
 
@@ -218,8 +219,10 @@ class Renderer:
             raise DataError(row.place, f"has no assistant's {some} (roles: {roles})", "drop it")
         if row.finish and learned == [len(messages) - 1] and set(messages[-1]) <= {"role", "content", "weight"}:
             opened = self._render(row, messages[:-1], is_open=True) if learned[0] else ""
-            ending = self.ending.end if row.finish == "stop" else ""
-            return _behind(opened, self._continued(opened, messages[-1]["content"]) + ending)
+            content = self._continued(opened, messages[-1]["content"])
+            # What was cut within a character was not sampled as the sign that stands for half of it.
+            answer = content + self.ending.end if row.finish == "stop" else content.rstrip("\ufffd")
+            return Written(opened + answer, len(opened), [(len(opened), len(opened) + len(answer))])
         if GENERATION.search(self._template_of(row)):
             written = self._marked(row, messages, len(prompt), learned)
         else:
@@ -310,7 +313,7 @@ class Renderer:
             ended = self.ending.cut(answer, said + len(content.strip()) if said >= 0 else 0)
             ended = ended or answer.removesuffix(self.ending.gap_alone) + own_end
             return self._finished(row, ended) if is_last else ended
-        if is_last and is_plain and thinks:
+        if is_last and is_plain and (thinks or NO_THOUGHT.search(opened)):
             return self._finished(row, self._continued(opened, content) + own_end)
         if answer is not None:
             what = f"the chat template leaves out what message {len(messages) - 1} thinks"
@@ -485,10 +488,6 @@ class Renderer:
     def _text(self, ids: list[int]) -> str:
         decoded: Any = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return cast("str", decoded)
-
-
-def _behind(opened: str, answer: str) -> Written:
-    return Written(opened + answer, len(opened), [(len(opened), len(opened) + len(answer))])
 
 
 def _closes(content: str, mouth: re.Match[str]) -> bool:

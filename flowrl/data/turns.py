@@ -94,17 +94,14 @@ class TurnFormat:
 
     def _behind(self, messages: Conversation, said: str, heard: str) -> str:
         """Return what the template writes behind the policy's turn once an observation follows."""
-        opened = self._render(messages) + said
-        more: Conversation = [
-            *messages,
-            {"role": "assistant", "content": said},
-            {"role": self._role, "content": heard},
-        ]
-        whole = self._render(more)
-        if not whole.startswith(opened):
+        opened = self._render(messages)
+        turns = [{"role": "assistant", "content": said}, {"role": self._role, "content": heard}]
+        whole = self._render([*messages, *turns])
+        before, _, behind = whole[len(opened) :].partition(said)
+        if not whole.startswith(opened) or before.strip():  # white space there is the policy's to write
             what = "the chat template renders a turn otherwise once another follows"
             raise ModelError(self._where, what, REMEDY)
-        return whole[len(opened) :]
+        return behind
 
     def _render(self, messages: Conversation) -> str:
         try:

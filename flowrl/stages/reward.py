@@ -20,6 +20,7 @@ from flowrl.data.models import prepare_model
 from flowrl.data.prompts import PromptData, first_columns, load_tokenizer
 from flowrl.data.steps import StepFinder
 from flowrl.data.vocabulary import check_same_vocabulary
+from flowrl.ending import ending_of
 from flowrl.engines.base import Training, TrainingConfig, open_engine
 from flowrl.errors import ConfigError, LastingError, RewardError
 from flowrl.graph.ports import In, Out
@@ -204,7 +205,12 @@ class RewardModel(Stage):
         directory = prepare_model(self.model, say=say)
         check_classifier(directory, "reward_models")
         if self.policy:
-            check_same_vocabulary(prepare_model(self.policy, say=say), directory, "reward_models")
+            policy = prepare_model(self.policy, say=say)
+            check_same_vocabulary(policy, directory, "reward_models")
+            ours, theirs = ending_of(load_tokenizer(policy)), ending_of(load_tokenizer(directory))
+            if ours.end_id not in theirs.stops:
+                what = f"{theirs.end or 'nothing'} to it and {ours.end or 'nothing'} to the policy"
+                say(f"{self.model} judges an answer at the token that ends it, which is {what}")
         self._scorer(directory, "reward model")
 
     def _scorer(self, directory: Path, where: str) -> SequenceScores | StepScores:

@@ -442,3 +442,19 @@ def test_what_an_assistant_thought_is_learned_though_the_template_drops_it_from_
         earlier = [*ask, said("assistant", "hm</think>b"), *ask, said("assistant", "c</think>d")]
         with pytest.raises(DataError, match=r"leaves out what message 1 thinks|otherwise once"):
             made.encode(row(messages=earlier))
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_prompt_that_says_not_to_think_is_the_same_whether_the_answer_repeats_that_or_not(tokenizer, keeps):
+    nothing = "<think>\n\n</think>\n\n"
+    template = CHAT_TEMPLATE.replace(
+        "assistant\n{% endif", "assistant\n{% if not think %}" + nothing + "{% endif %}{% endif"
+    )
+    if keeps:
+        template = template.replace(
+            "{{ m['content'] }}", "{% if loop.last and loop.length > 1 %}" + nothing + "{% endif %}{{ m['content'] }}"
+        )
+    columns: Any = {"prompt": [said("user", "a")], "chat_template_kwargs": {"think": False}}
+    found = renderer(tokenizer, template=template).encode(row(**columns, completion=[said("assistant", "b")]))
+    assert tokenizer.decode(found.prompt_ids).endswith("assistant\n" + nothing)
+    assert tokenizer.decode(found.responses[0]) == "b<|im_end|>"

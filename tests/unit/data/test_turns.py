@@ -9,7 +9,9 @@ import pytest
 from hypothesis import strategies as st
 
 from flowrl.data.turns import TurnFormat
+from flowrl.ending import DATE, render_options
 from flowrl.errors import DataError, ModelError
+from tests.support.templates import FAMILIES, tokenizer_of
 from tests.support.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 if TYPE_CHECKING:
@@ -54,6 +56,23 @@ def test_a_turn_that_was_cut_is_ended_by_the_environment_s_tokens():
     ended, cut = form.between(sampled("7"), "higher"), form.between(sampled("7")[:-1], "higher")
     assert cut == [END, *ended]
     assert TOKENIZER.decode(ended) == "\n<|im_start|>user\nhigher<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, each in FAMILIES.items() if each.learns == "all" and not each.before.strip()]
+)
+def test_turns_of_every_family_that_only_appends_are_those_of_the_whole(name: str):
+    family, tokenizer = FAMILIES[name], tokenizer_of(name)
+    form = TurnFormat(tokenizer, role="user")
+    turn = tokenizer.encode(family.before + "7" + family.behind + family.end, add_special_tokens=False)
+    ids = [*form.first("go", where="here"), *turn, *form.between(turn, "up"), *turn]
+    said = [("user", "go"), ("assistant", "7"), ("user", "up"), ("assistant", "7")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    rendered: Any = tokenizer.apply_chat_template(messages, tokenize=False, **render_options(DATE))
+    shown: Any = tokenizer.decode(ids)
+    assert shown == rendered[: len(shown)] or shown == rendered + family.end
+    cut = turn[: len(turn) - len(tokenizer.encode(family.behind + family.end, add_special_tokens=False))]
+    assert [*cut, *form.between(cut, "up")] == [*turn, *form.between(turn, "up")]
 
 
 def test_a_conversation_may_begin_it_and_a_system_prompt_stands_before():

@@ -16,6 +16,7 @@ from flowrl.stages.model_scores import read_normalisation
 from flowrl.stages.reward import Reward, RewardModel
 from flowrl.telemetry.events import Notice, Span
 from tests.support.alone import rollouts, run_alone
+from tests.support.tiny import tiny_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -232,6 +233,21 @@ def test_two_reward_models_in_a_row_add_up(tmp_path: Path):
     second = run_model(tmp_path, stand_in_model(), [first], node="harmless", weight=-0.5)
     assert second.scores == {"helpful": [0.0, 1.0], "harmless": [0.0, -0.5]}
     assert second.rewards == [0.0, 0.5]
+
+
+@pytest.mark.parametrize(("judge_s_end", "num_lines"), [("<|im_end|>", 0), ("<|endoftext|>", 1)])
+def test_a_judge_that_takes_another_token_for_an_answer_s_end_says_so(judge_s_end: str, num_lines: int, tmp_path: Path):
+    for name, end in (("policy", "<|im_end|>"), ("judge", judge_s_end)):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template, tokenizer.eos_token = None, end
+        shutil.copytree(stand_in_model(), tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        (tmp_path / name / "config.json").write_text('{"vocab_size": 320}')
+    said: list[str] = []
+    stage = RewardModel(RewardModel.Config(), model=str(tmp_path / "judge"), policy=str(tmp_path / "policy"))
+    stage.check(said.append)
+    found = [line for line in said if "which is <|endoftext|> to it and <|im_end|> to the policy" in line]
+    assert len(found) == num_lines
 
 
 @pytest.mark.parametrize(("normalise", "scores"), [(True, [-2.0, 2.0, 5.0]), (False, [0.0, 1.0, 2.0])])
