@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from flowrl.telemetry.events import Recorder
 
 T = TypeVar("T")
-ROOM_RETRY_S = 10.0  # between two looks at a full disk
+ROOM_RETRY_S = 2.0  # between two looks at a full disk
+ROOM_TOLD_S = 60.0  # between two notices of it
 Say = Callable[[str], None]
 
 
@@ -102,6 +103,7 @@ class Context:
         self.resume_from = resume_from  # checkpoint directory to continue from
         self.now = now
         self.done = 0  # groups finished, for the live view
+        self._room_told_s = -ROOM_TOLD_S
         self.running = 0
         self.version = -1
 
@@ -125,9 +127,11 @@ class Context:
                 await self.wait_for_room(no_room(self.run_dir))
 
     async def wait_for_room(self, trouble: str) -> None:
-        """Say what a full disk lacks and wait a while; to the runtime this is no stall."""
-        text = f"{trouble}; trying again every {ROOM_RETRY_S:.0f} s"
-        self.recorder.record(Notice(level="warning", where=self.where, text=text, time_s=self.now()))
+        """Say what a full disk lacks, now and then, and wait a while; to the runtime this is no stall."""
+        if not 0.0 <= self.now() - self._room_told_s < ROOM_TOLD_S:
+            self._room_told_s = self.now()
+            text = f"{trouble}; waiting for room, tried again every {ROOM_RETRY_S:.0f} s"
+            self.recorder.record(Notice(level="warning", where=self.where, text=text, time_s=self.now()))
         await self.note_wait(trouble)
         try:
             with contextlib.suppress(TimeoutError):

@@ -22,7 +22,7 @@ import msgspec
 from flowrl.errors import ChannelClosed
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
     from flowrl.runtime.flow import Flow, Released
 
@@ -149,7 +149,7 @@ class CallClient:
         self._number = 0
         self._unanswered: set[int] = set()
 
-    def __getattr__(self, method: str) -> Callable[..., Awaitable[Any]]:
+    def __getattr__(self, method: str) -> Callable[..., Coroutine[Any, Any, Any]]:
         if method not in METHODS:
             raise AttributeError(f"{method!r} is not a call of the flow")
         call = self.__dict__[method] = partial(self._call, method)

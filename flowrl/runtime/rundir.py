@@ -42,7 +42,6 @@ class RunStart(msgspec.Struct, frozen=True, kw_only=True):
 
     number: int  # from 0
     time_s: float
-    flowrl: str  # its version
     graph: str  # the graph's file
     plan_digest: str  # of graph.json as it was written then
     settings: dict[str, Any]  # all of them, resolved
@@ -80,13 +79,11 @@ def write_plan(directory: Path, program: Program) -> int:
     Raises:
         ResourceError: the disk is full, or may not be written.
     """
-    from flowrl import __version__
-
     settings = to_tree(program.settings)
     plan = msgspec.json.format(msgspec.json.encode(plan_of(program.graph)))
     digests = {name: stage.data_digest for name, stage in program.graph.nodes.items() if stage.data_digest}
     number = len(read_starts(directory))
-    start = RunStart(number=number, time_s=time.time(), flowrl=__version__, graph=str(program.path),
+    start = RunStart(number=number, time_s=time.time(), graph=str(program.path),
                      plan_digest=digest_of(plan), settings=settings)  # fmt: skip
     path = directory / "starts.jsonl"
     try:

@@ -233,21 +233,17 @@ class Supervisor:
             raise _Rollback(name, error)
         try:
             await self._crew.kill(name)
+            self._charge(node_name(name), (await self._crew.totals())["learned"], error)
             successor = self._incarnations[name] + 1
             released = await self._crew.release(name, successor)
-            held = bool(released.reissued or released.poisonous)
-            self._charge(node_name(name), (await self._crew.totals())["learned"], error, held_groups=held)
         except HostLost as lost:
             raise _Rollback("flow", lost) from lost
         self._incarnations[name] = successor
         self._report(name, error, released)
         running[asyncio.ensure_future(self._crew.run(name, successor, start))] = name
 
-    def _charge(self, node: str, learned: int, error: FlowrlError, *, held_groups: bool = False) -> None:
+    def _charge(self, node: str, learned: int, error: FlowrlError) -> None:
         """Count a recovery against the node's budget, which is whole again once more groups are learned.
-
-        A failure that says the same as the last one, with nothing learned between, would say it every time; unless it
-        held groups: one of them may be to blame, and is found out by giving it to others.
 
         Raises:
             FlowrlError: it is spent, or the code raised what it raised before; the error is of `error`'s own class.
@@ -257,7 +253,7 @@ class Supervisor:
             self._said.pop(node, None)
         said, self._said[node] = self._said.get(node), str(error)
         is_own = isinstance(error, StageError | RewardError) and not isinstance(error, Death)
-        if said == str(error) and is_own and not held_groups:
+        if said == str(error) and is_own:
             raise type(error)(
                 error.where, f"{error.what} (and the same again after a restart)", error.remedy
             ) from error

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    Harm = Callable[[Path], object]
+
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -48,15 +50,15 @@ def lines_of(path: Path) -> list[bytes]:
     return path.read_bytes().splitlines(keepends=True)
 
 
-def keep_lines(count: int, name: str) -> Callable[[Path], object]:
-    return lambda run_dir: (run_dir / name).write_bytes(b"".join(lines_of(run_dir / name)[:count])) and None
+def keep_lines(count: int, name: str) -> Harm:
+    return lambda run_dir: (run_dir / name).write_bytes(b"".join(lines_of(run_dir / name)[:count]))
 
 
-def write(name: str, body: bytes) -> Callable[[Path], object]:
-    return lambda run_dir: (run_dir / name).write_bytes(body) and None
+def write(name: str, body: bytes) -> Harm:
+    return lambda run_dir: (run_dir / name).write_bytes(body)
 
 
-def remove(name: str) -> Callable[[Path], None]:
+def remove(name: str) -> Harm:
     def removed(run_dir: Path) -> None:
         path = run_dir / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -64,7 +66,7 @@ def remove(name: str) -> Callable[[Path], None]:
     return removed
 
 
-def change(name: str, old: str, new: str) -> Callable[[Path], None]:
+def change(name: str, old: str, new: str) -> Harm:
     def changed(run_dir: Path) -> None:
         text = (run_dir / name).read_text()
         assert old in text, f"{old!r} is not in {name}"
@@ -73,7 +75,7 @@ def change(name: str, old: str, new: str) -> Callable[[Path], None]:
     return changed
 
 
-def flip(name: str) -> Callable[[Path], None]:
+def flip(name: str) -> Harm:
     def flipped(run_dir: Path) -> None:
         body = bytearray((run_dir / name).read_bytes())
         body[len(body) // 2] ^= 1
@@ -82,7 +84,7 @@ def flip(name: str) -> Callable[[Path], None]:
     return flipped
 
 
-def forge(*entries: Entry) -> Callable[[Path], None]:
+def forge(*entries: Entry) -> Harm:
     """Append well-sealed entries, as somebody would who knows the form."""
 
     def forged(run_dir: Path) -> None:
@@ -92,7 +94,7 @@ def forge(*entries: Entry) -> Callable[[Path], None]:
     return forged
 
 
-def drop(event: str, group: int) -> Callable[[Path], None]:
+def drop(event: str, group: int) -> Harm:
     """Take a line out of the ledger."""
 
     def dropped(run_dir: Path) -> None:
@@ -108,7 +110,7 @@ def swap_rollouts(run_dir: Path) -> None:
 
 
 NEWEST = "checkpoints/step-000006"
-DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+DAMAGES: dict[str, tuple[Harm, str]] = {
     "ledger emptied": (write("ledger.jsonl", b""), "was made after 48 entries of the ledger, which has 0"),
     "ledger gone": (remove("ledger.jsonl"), "ledger.jsonl: cannot be read"),
     "ledger halved": (keep_lines(20, "ledger.jsonl"), "which has 20"),
@@ -159,7 +161,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest changed": (change(f"{NEWEST}/manifest.json", '"version":6', '"version":7'), "its digest does not fit"),
     "cut changed": (change(f"{NEWEST}/cut.json", '"learned":24', '"learned":23'), "step-000006: cut.json has"),
     "a checkpoint renamed": (
-        lambda run_dir: (run_dir / NEWEST).rename(run_dir / "checkpoints" / "step-000009") and None,
+        lambda run_dir: (run_dir / NEWEST).rename(run_dir / "checkpoints" / "step-000009"),
         "step-000009: its manifest is of version 6",
     ),
 }  # fmt: skip
