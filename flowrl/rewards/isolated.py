@@ -3,8 +3,9 @@
     async with IsolatedFunction(opening, ...) as function:
         scores = await function(group)
 
-Each `Worker` (a process of flowrl.rewards.worker) does one thing at a time; further ones are started only when all that
-run are busy. One that passes the time limit or dies is ended with everything it started and replaced at the next call.
+Each `Worker` (a process of flowrl.rewards.worker behind its guard) does one thing at a time; further ones are started
+only when all that run are busy. One that passes the time limit or dies is ended with everything it started and replaced
+at the next call.
 Invariants: a call returns one finite number for each sample or raises RewardError; after the block no worker is left,
 whatever the way out. Called by the reward and evaluator stages; environments (sessions.py) use the workers.
 """
@@ -39,9 +40,8 @@ T = TypeVar("T")
 
 STOP_S = 5.0  # for an idle worker to end by itself, its exit handlers included
 # Not `python -m`: that finds flowrl only where it is installed or in the working directory, and may find another one.
-BOOT = (
-    "import os, sys; sys.path[:] = sys.argv.pop().split(os.pathsep); from flowrl.rewards import worker; worker.main()"
-)
+BOOT = "import os, sys; sys.path[:] = sys.argv.pop().split(os.pathsep); from flowrl.rewards import guard; guard.main()"
+END_S = 10.0  # for the guard to kill what is left; it takes milliseconds
 DUMP_S = 1.0  # for one that hangs to write where it is
 
 
@@ -114,7 +114,9 @@ def check_loads(
                     channel.settimeout(limit_s)
                     channel.sendall(frame(request))
                     body = read_frame(stream.read)
-                    if not body or not isinstance(reply := reply_of(body), Refused):
+                    if not body:
+                        raise EOFError("its process has ended")
+                    if not isinstance(reply := reply_of(body), Refused):
                         break
                     if attempt + 1 == tries or not number:
                         raise _untaken(reply, opening, is_request=number > 0)
@@ -125,8 +127,7 @@ def check_loads(
     except (OSError, EOFError):
         body = b""
     finally:
-        _kill(process)  # changes nothing about how one that is dead has ended
-        code = process.wait()
+        code = _end(process)  # changes nothing about how one that is dead has ended
     if not body:
         what = f"{doing} ended its process ({_ending(code)})"
         raise ConfigError(opening.where, what, "mend the module, or raise memory_bytes")
@@ -255,11 +256,10 @@ class Worker:
         process, self._process = self._process, None
         if process is None:
             return None
-        _kill(process)
         if self._writer is not None:
             self._writer.close()
             self._reader = self._writer = None
-        return await asyncio.to_thread(process.wait)
+        return await asyncio.to_thread(_end, process)
 
 
 def _no_reply(where: str) -> RewardError:
@@ -279,10 +279,15 @@ def _spawn(log: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
     return process, ours
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill the worker's process group, which outlives the worker where user code started processes."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+def _end(process: subprocess.Popen[bytes]) -> int:
+    """Have the guard kill the worker and all it started, whatever session that is in; returns how the worker ended."""
+    process.terminate()
+    try:
+        return process.wait(END_S)
+    except subprocess.TimeoutExpired:  # somebody has stopped the guard
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()
 
 
 def _ending(code: int | None) -> str:

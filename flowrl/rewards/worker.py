@@ -1,13 +1,12 @@
-"""A process of its own that runs one reward function or environment: `main`, started by flowrl.rewards.isolated.
+"""A process of its own that runs one reward function or environment: `main`, started by flowrl.rewards.guard.
 
 It speaks frames (4 bytes of length, then MessagePack, never a pickle) over the socket that is its standard input: first
 an `Opening` or a `Playing`, answered with `Opened` or `Refused`; then groups in their wire form, each answered with
 `Scores` or `Refused`, or an environment's `Request`s, answered with `Observed` or `Refused`; an empty frame ends it.
 User code runs in the main thread, where signals work, and what it prints goes to the log. Invariants: it is the leader
 of its own process group; when the other end of the socket is gone the whole group is killed at once, and a call that
-holds the interpreter's lock all the while ends by itself soon after its time limit. So no process of it is ever left
-over. (The kernel's parent-death signal would kill only this process, before it could take along what user code has
-started.)
+holds the interpreter's lock all the while ends by itself soon after its time limit. Its guard (guard.py) sees to it
+that no process which user code has started is left over.
 """
 
 from __future__ import annotations

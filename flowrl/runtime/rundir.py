@@ -263,16 +263,19 @@ def holders(lock: Path) -> list[int]:
     """Return the other processes of this machine that have a lock's file open, as far as we may see."""
     found: list[int] = []
     about = lock.stat()
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
+
+    def is_it(path: str) -> bool:
+        with contextlib.suppress(OSError):  # closed meanwhile
+            seen = os.stat(path)
+            return (seen.st_dev, seen.st_ino) == (about.st_dev, about.st_ino)
+        return False
+
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         with contextlib.suppress(OSError):  # it has ended, or is not ours
-            for descriptor in os.scandir(f"/proc/{entry.name}/fd"):
-                with contextlib.suppress(OSError):
-                    seen = os.stat(descriptor.path)
-                    if (seen.st_dev, seen.st_ino) == (about.st_dev, about.st_ino):
-                        found.append(int(entry.name))
-                        break
+            if pid != os.getpid() and any(
+                map(is_it, (f"/proc/{pid}/fd/{each}" for each in os.listdir(f"/proc/{pid}/fd")))
+            ):
+                found.append(pid)
     return found
 
 

@@ -17,6 +17,7 @@ import msgspec
 import pytest
 
 from flowrl.errors import ConfigError, RewardError
+from flowrl.rewards.guard import MOST_OUTPUT_BYTES
 from flowrl.rewards.isolated import IsolatedFunction, check_loads
 from flowrl.rewards.worker import Opening
 from flowrl.stages.reward import Reward
@@ -202,6 +203,37 @@ def test_processes_that_user_code_started_end_with_the_worker(word: str, tmp_pat
     score("starts_sleeper", tmp_path, rollouts(word, directory=str(tmp_path)), timeout_s=1.0)
     for pid in (tmp_path / "pids").read_text().split():
         assert_gone(int(pid))
+
+
+@pytest.mark.parametrize("word", ["loop", "one", "die"])
+def test_daemons_that_user_code_started_end_with_the_worker(word: str, tmp_path: Path):
+    score("starts_daemon", tmp_path, rollouts(word, directory=str(tmp_path)), timeout_s=3.0)
+    pids = (tmp_path / "pids").read_text().split()
+    assert pids
+    for pid in pids:
+        assert_gone(int(pid))
+
+
+def test_what_is_printed_is_bounded_and_said_to_be_cut(tmp_path: Path):
+    assert score("prints_much", tmp_path, rollouts("a")) == [[0.0]]
+    (log,) = tmp_path.rglob("*.log")
+    assert MOST_OUTPUT_BYTES <= log.stat().st_size < MOST_OUTPUT_BYTES + 200
+    assert b"more bytes were printed]" in log.read_bytes()[-100:]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("clipboard", r"raised ValueError: \x1b]52;c;cm0gLXJm\x07\x1b[2J\nflowrl: all is well\r\x9b31m\u202e"),
+        ("surrogate", r"raised ValueError: half a pair: \ud800"),
+        ("unsayable", "raised Unsayable: what it says cannot be shown (RuntimeError)"),
+        ("beyond float32", "score 0 of 1 is 1e+39, which float32 cannot hold"),
+    ],
+)
+def test_hostile_functions_are_told_of_in_one_harmless_line(word: str, said: str, tmp_path: Path):
+    (found,) = score("hostile", tmp_path, rollouts(word))
+    assert said in found
+    assert found.isprintable()
 
 
 @pytest.mark.parametrize(("name", "timeout_s"), [("starts_sleeper", 600.0), ("regex", 1.0)])

@@ -90,6 +90,8 @@ def test_ctrl_c_during_set_up_stops_at_once(tmp_path: Path) -> None:
     before = left_behind()
     run = Terminal(tmp_path / "run")
     run.until("run directory")
+    while not ray_processes(run.process.pid):
+        time.sleep(0.02)
     run.press_ctrl_c()
     assert run.ends() == 0, run.text
     check_stopped(tmp_path / "run", with_checkpoint=False)

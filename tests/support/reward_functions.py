@@ -193,3 +193,44 @@ async def short(completion: str, state: dict[str, Any], **_: Any) -> float:
 
 def rubric() -> Rubric:
     return Rubric(funcs=[exact, short], weights=[1.0, 0.25])
+
+
+def starts_daemon(completions: list[str], directory: list[str]) -> list[float]:
+    """Start a process as daemons do: in a session of its own, without a parent or an environment; then hang or die."""
+    program = (
+        "import os, sys, subprocess\nos.setsid()\n"
+        f"p = subprocess.Popen({SLEEPER!r}, start_new_session=True, env={{}})\n"
+        f"open({str(Path(directory[0]) / 'pids')!r}, 'a').write(f'{{p.pid}} ')\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    if completions[0] == "die":
+        os._exit(3)
+    while completions[0] == "loop":
+        pass
+    return [1.0 for _ in completions]
+
+
+def prints_much(completions: list[str]) -> list[float]:
+    """Print forty megabytes."""
+    for _ in range(40):
+        print("x" * (1 << 20))
+    return [0.0 for _ in completions]
+
+
+class Unsayable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no")
+
+
+def hostile(completions: list[str]) -> list[float]:
+    """Raise, or return, what the completion asks for."""
+    match completions[0]:
+        case "clipboard":
+            raise ValueError("\x1b]52;c;cm0gLXJm\x07\x1b[2J\nflowrl: all is well\r\x9b31m\u202e")
+        case "surrogate":
+            raise ValueError("half a pair: \ud800")
+        case "unsayable":
+            raise Unsayable
+        case "beyond float32":
+            return [1e39 for _ in completions]
+    return [0.0 for _ in completions]
