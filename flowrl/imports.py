@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from types import ModuleType
 
+_added: set[str] = set()  # directories in which only a process that was told of them finds modules
 BY_FILE = "flowrl_file_"  # begins the name of a module that only its file leads to
 
 
@@ -36,6 +37,7 @@ def add_places(places: Iterable[Path]) -> None:
     for folder in map(str, places):
         if folder not in sys.path:
             sys.path.append(folder)
+            _added.add(folder)
 
 
 def pin(path: str, where: str, places: Sequence[Path]) -> str:
@@ -96,9 +98,23 @@ def load_class(path: str, where: str) -> Any:
 
 def path_of(kind: Any) -> str:
     """Return the import path of a class or function, by which every process can load it."""
-    module = sys.modules[kind.__module__]
-    by_name = not kind.__module__.startswith(BY_FILE)
-    return f"{kind.__module__ if by_name else module.__file__}:{kind.__qualname__}"
+    return place_of(kind.__module__, kind.__qualname__)
+
+
+def place_of(module_name: str, name: str) -> str:
+    """Return the import path of what has a name in a module that is loaded, or is just being loaded."""
+    file = getattr(sys.modules.get(module_name), "__file__", None)
+    if file is not None and (module_name.startswith(BY_FILE) or str(_home(Path(file))[1]) in _added):
+        return f"{file}:{name}"
+    return f"{module_name}:{name}"
+
+
+def _home(file: Path) -> tuple[str, Path]:
+    """Return a file's module name, and the directory in which that is found: the one that holds its package."""
+    name, folder = file.stem, file.parent
+    while (folder / "__init__.py").is_file():
+        name, folder = f"{folder.name}.{name}", folder.parent
+    return name, folder
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -175,13 +191,28 @@ def _is_file(module_name: str) -> bool:
 def _load_file(path: Path) -> ModuleType:
     """Load a file as the module that importing it by name would give, else as one of its own."""
     path = path.expanduser().resolve()
-    add_places([path.parent])  # what it imports from beside it
-    name = path.stem
-    if "." not in name and _origin(name) == path:
+    if (own := _own_name(path)) in sys.modules:
+        return sys.modules[own]
+    name, home = _home(path)
+    add_places([home])  # what it imports from beside it
+    if "." not in path.stem and _origin(name) == path:
         return importlib.import_module(name)
-    name = f"{BY_FILE}{name}_{blake2b(str(path).encode(), digest_size=6).hexdigest()}"
-    if name in sys.modules:
-        return sys.modules[name]
+    return load_afresh(path)
+
+
+def _own_name(path: Path) -> str:
+    return f"{BY_FILE}{path.stem}_{blake2b(str(path).encode(), digest_size=6).hexdigest()}"
+
+
+def load_afresh(path: Path) -> ModuleType:
+    """Execute a file as a module of its own, in place of one that was made of it before.
+
+    Raises:
+        FileNotFoundError: there is none, or it is not a Python file.
+        Exception: as the file raises it.
+    """
+    path = path.expanduser().resolve()
+    name = _own_name(path)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise FileNotFoundError(f"no Python file {path}")

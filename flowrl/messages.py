@@ -8,6 +8,10 @@ the one before it with fields added, so a stage may sit anywhere downstream of t
 An `Example` is what offline training learns from instead: a prompt with given responses. `Texts` are examples of a
 pre-training loss beside the samples.
 
+Messages are open. A subclass of the user's own goes on any edge that takes what it extends; what it adds stays with the
+group through every later stage (`extend`) and to the disk. A number or a buffer that a stage puts into
+`Sample.columns` reaches the loss as `LossBatch.columns`. Whatever rebuilds a message therefore goes by its fields.
+
 Invariants: `group_id` is the prompt's place in the run's prompt order and names the group everywhere; the lists in
 `samples`, `scores[...]` and every per-sample list have one entry for each sample of the group, in the same order.
 Held-out groups are numbered from `FIRST_HELDOUT`, so that no edge and no ledger takes one for a training group.
@@ -16,9 +20,12 @@ Stages build and read messages; only the runtime calls `encode` and `decode`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar, cast, dataclass_transform
+import functools
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, dataclass_transform, get_args, get_origin
 
 import msgspec
+
+from flowrl.imports import load_class, place_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,14 +41,22 @@ FIRST_HELDOUT = 1 << 40  # no training group of any run comes so far
 FIRST_TEXTS = 1 << 41  # and no held-out group: the texts of step v are numbered FIRST_TEXTS + v
 
 
+OURS = __name__.partition(".")[0]
+AND = "&"  # in a tag, between a kind of message and the one whose further fields it has
+_kinds: dict[str, Any] = {}  # message classes by tag
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 class MessageMeta(msgspec.StructMeta):
-    """Make every message frozen, keyword-only and tagged with its class name."""
+    """Make every message frozen, keyword-only and tagged: with its class name, or with what a user's is loaded by."""
 
     def __new__(mcls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> Any:
-        return super().__new__(
-            mcls, name, bases, namespace, **{"frozen": True, "kw_only": True, "tag": name, **options}
-        )
+        module = namespace.get("__module__", OURS)
+        tag = name if module == __name__ else place_of(module, namespace.get("__qualname__", name))
+        told = {"frozen": True, "kw_only": True, "tag": tag, **options}
+        kind: Any = super().__new__(mcls, name, bases, namespace, **told)
+        _kinds[told["tag"]] = kind
+        return kind
 
 
 class Message(msgspec.Struct, metaclass=MessageMeta):
@@ -82,6 +97,9 @@ class Buffer(msgspec.Struct, frozen=True, array_like=True):
         return len(self.data) // 4
 
 
+OF_GROUP = msgspec.Meta(extra={"is_of_group": True})  # a list with another length than the group has samples
+
+
 class VersionSpan(msgspec.Struct, frozen=True, array_like=True):
     """Tokens [start, end) of a response were sampled by policy `version`; an environment's tokens are in no span."""
 
@@ -102,6 +120,8 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     finish: str  # "stop" | "length" | "abort"; of an episode: ended by its environment, or cut by a limit
     text: str  # what the tokens say, special ones too, without the one that ended it
     mask: Buffer | None = None  # float32, 1 on the tokens the policy sampled, 0 on an environment's; None: all are its
+    # What a user's stage knows of the sample, for the loss: one float32 for each token, or one number for all of them.
+    columns: dict[str, Buffer | float] = {}
 
     @property
     def oldest_version(self) -> int:
@@ -164,7 +184,7 @@ class Samples(Referenced):
     advantages: list[Buffer]  # float32; not yet whitened over the step
     returns: list[Buffer] | None = None  # value targets, with a critic
     values: list[Buffer] | None = None  # the critic's values when sampled
-    replays: list[Samples] = []  # groups learned before, to be learned along with this one
+    replays: Annotated[list[Samples], OF_GROUP] = []  # groups learned before, to be learned along with this one
 
 
 def replays_of(message: Message) -> list[Samples]:
@@ -244,24 +264,17 @@ class Save(Message):
     directory: str  # of the checkpoint, not yet under its final name
 
 
-AnyMessage = (
-    Prompt
-    | Rollouts
-    | Scored
-    | Referenced
-    | Samples
-    | Example
-    | Texts
-    | Credit
-    | Weights
-    | EvaluationRequest
-    | Save
-    | End
-)
 M = TypeVar("M", bound=Message)
+R = TypeVar("R", bound=Rollouts)
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(AnyMessage)
+_decoders: dict[str, Any] = {}  # by tag
+
+
+class _Tagged(msgspec.Struct):
+    """What every wire form begins with."""
+
+    type: str
 
 
 def encode(message: Message) -> bytes:
@@ -269,21 +282,107 @@ def encode(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
-def decode(wire: bytes) -> AnyMessage:
-    """Return the message a wire form holds; its class is in the tag.
+def decode(wire: bytes) -> Any:
+    """Return the message a wire form holds; its class is in the tag, and is loaded where this process has not yet.
 
     Raises:
-        msgspec.ValidationError: the bytes are not one of the known messages.
+        msgspec.ValidationError: the bytes are not a message.
     """
-    return _decoder.decode(wire)
+    return _decoder(_tag_of(wire)).decode(wire)
+
+
+def _tag_of(wire: bytes) -> str:
+    return msgspec.msgpack.decode(wire, type=_Tagged).type
+
+
+def _decoder(tag: str) -> Any:
+    kind = kind_of(tag)
+    found = _decoders.get(tag)
+    if found is None or found.type is not kind:
+        found = _decoders[tag] = msgspec.msgpack.Decoder(kind)
+    return found
+
+
+def kind_of(tag: str) -> Any:
+    """Return the class of a tag.
+
+    Raises:
+        msgspec.ValidationError: there is none.
+        ConfigError: a user's does not load.
+    """
+    if tag in _kinds:
+        return _kinds[tag]
+    first, both, second = tag.partition(AND)
+    if both:
+        return joined(kind_of(first), kind_of(second))
+    if ":" not in tag:
+        raise msgspec.ValidationError(f"{tag!r} is no kind of message")
+    return load_class(tag, f"message {tag}")
+
+
+@functools.cache
+def joined(kind: type[M], other: type[Message]) -> type[M]:
+    """Return `kind` with the further fields of another message, made once for all processes by its tag."""
+    namespace: dict[str, Any] = {"__module__": __name__, "__annotations__": {}}
+    for field in msgspec.structs.fields(other):
+        if field.name in kind.__struct_fields__:
+            continue
+        namespace["__annotations__"][field.name] = field.type
+        if field.default is not msgspec.NODEFAULT:
+            namespace[field.name] = field.default
+        elif field.default_factory is not msgspec.NODEFAULT:
+            namespace[field.name] = msgspec.field(default_factory=field.default_factory)
+    tag = AND.join(str(each.__struct_config__.tag) for each in (kind, other))
+    return cast("type[M]", MessageMeta(f"{kind.__name__}And{other.__name__}", (kind,), namespace, tag=tag))
 
 
 def extend(kind: type[M], message: Message, **fields: Any) -> M:
     """Return `message` as the larger `kind` with `fields` added, sharing the buffers.
 
     A message that already has more fields than `kind` keeps its own class: a second reward node turns Scored into
-    Scored and a Referenced stays Referenced.
+    Scored and a Referenced stays Referenced. What a user's message has besides goes along.
     """
-    base = type(message) if issubclass(type(message), kind) else kind
+    base = type(message)
+    if not issubclass(base, kind):
+        base = kind if set(base.__struct_fields__) <= set(kind.__struct_fields__) else joined(kind, base)
     known = {name: getattr(message, name) for name in message.__struct_fields__}
     return cast("M", base(**{**known, **fields}))
+
+
+def narrowed(message: R, places: Sequence[int], **fields: Any) -> R:
+    """Return a group with the samples at these places only, in this order, and `fields` changed.
+
+    Every list that a message has is one of its samples, unless its type says otherwise (`OF_GROUP`).
+    """
+    chosen: dict[str, Any] = {}
+    for field in msgspec.structs.fields(type(message)):
+        value = getattr(message, field.name)
+        match _per_sample(field.type):
+            case "list" if value is not None:
+                chosen[field.name] = [value[place] for place in places]
+            case "lists by name" if value is not None:
+                chosen[field.name] = {name: [row[place] for place in places] for name, row in value.items()}
+            case _:
+                pass
+    return msgspec.structs.replace(message, **{**chosen, **fields})
+
+
+@functools.cache
+def buffer_fields(kind: type[Message]) -> list[str]:
+    """Return the fields of a message that hold a buffer for each sample."""
+    fields = msgspec.structs.fields(kind)
+    return [field.name for field in fields if any(each == list[Buffer] for each in (field.type, *get_args(field.type)))]
+
+
+def _per_sample(annotation: Any) -> str:
+    """Return how a field's type holds one entry for each sample: "list", "lists by name", or "" where it does not."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        extra = getattr(arguments[1], "extra", None) or {}
+        return "" if extra.get("is_of_group") else _per_sample(arguments[0])
+    if origin is list:
+        return "list"
+    if origin is dict and get_origin(arguments[1]) is list:
+        return "lists by name"
+    found = (_per_sample(each) for each in arguments) if type(None) in arguments else ()
+    return next((each for each in found if each), "")

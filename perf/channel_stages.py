@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
+from flowrl.graph.staleness import Admission
 from flowrl.messages import Buffer, Credit, Prompt, Rollouts, Sample, Scored, VersionSpan, extend
 from flowrl.telemetry.events import Notice
 
@@ -69,11 +70,16 @@ class Drain(Stage):
         batch: int = 16
         rounds: int = 5
 
+    ordered = frozenset({"samples"})
     samples: In[Scored]
     released: Out[Credit]
 
     def __init__(self, config: Config) -> None:
         self.config: Drain.Config = config
+
+    @property
+    def admission(self) -> Admission:
+        return Admission(self.config.batch)
 
     async def run(self, context: Context) -> None:
         await self._drain(self.config.warmup_groups)

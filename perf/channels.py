@@ -37,8 +37,8 @@ def channel_graph(options: argparse.Namespace) -> Graph:
         edges=[
             Queue(source.rollouts, first.rollouts, depth=32),
             Queue(first.scored, second.rollouts, depth=32),
-            Queue(second.scored, drain.samples, depth=64, window=1),
-            Credits(drain.released, source.credits, initial=64, per_version=16),
+            Queue(second.scored, drain.samples),
+            Credits(drain.released, source.credits, initial=64),
         ],
         until=drain,
     )

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import msgspec
 
 from flowrl.config import Select
-from flowrl.data.prompts import PromptData
 from flowrl.engines.base import GenerationConfig, Sampling, Schedule, UpdateReport
 from flowrl.engines.torch import TorchEngine
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
@@ -26,6 +25,7 @@ from flowrl.stages.advantage import Advantage
 from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
+from flowrl.stages.sampler import Learning, Sampler
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -298,22 +298,21 @@ def counting_graph(setting: Setting, model: Path) -> Graph:
     algorithm = algorithm.changed({"kl.coef": 0.0, "entropy_coef": setting.entropy})
     if not is_path:
         algorithm = algorithm.changed({"correction.kind": setting.method})
-    sampling = Sampling(max_tokens=RESPONSE)
-    prompts = DigitPrompts(Prompts.Config(), model=str(model), data=PromptData(), group_size=size, seed=setting.seed,
-                           room=8)  # fmt: skip
+    sampler = Sampler(model=str(model), sampling=Sampling(max_tokens=RESPONSE), group_size=size, seed=setting.seed)
+    learning = Learning(algorithm=algorithm, steps=steps, groups_per_step=per_step, max_staleness=setting.staleness)
+    prompts = DigitPrompts(Prompts.Config(), sampler)
     generator = Generator(
         Generator.Config(engine=f"{__name__}:TorchSampler", max_groups=credits, max_model_len=32, dtype="float32"),
-        model=str(model), sampling=sampling, heldout_sampling=sampling,
+        sampler,
     )  # fmt: skip
     reward = CountingReward(CountingReward.Config())
-    advantage = Advantage(Advantage.Config(), algorithm=algorithm, group_size=size, groups_per_step=per_step)
+    advantage = Advantage(Advantage.Config(), sampler, learning)
     learner = Learner(
         Learner.Config(
             engine=f"{__name__}:SlowTorchEngine", dtype="float32", lr=setting.lr, minibatches=setting.minibatches,
             schedule=Schedule(kind="constant", warmup_steps=1), save_rollouts=False, save_every=0, min_ess=0.0,
         ),
-        model=str(model), algorithm=algorithm, steps=steps, groups_per_step=per_step, group_size=size,
-        max_staleness=setting.staleness, temperature=1.0, has_critic=False,
+        sampler, learning,
     )  # fmt: skip
     return Graph(
         nodes={"prompts": prompts, "generator": generator, "reward": reward, "advantage": advantage,
@@ -321,11 +320,10 @@ def counting_graph(setting: Setting, model: Path) -> Graph:
         edges=[
             Queue(prompts.prompts, generator.prompts, depth=credits),
             Queue(generator.rollouts, reward.rollouts, depth=credits),
-            Queue(reward.referenced, advantage.referenced, depth=credits, window=1),
-            Queue(advantage.samples, learner.samples, depth=credits, window=1, max_staleness=setting.staleness),
+            Queue(reward.referenced, advantage.referenced),
+            Queue(advantage.samples, learner.samples),
             Latest(learner.weights, generator.weights),
-            Credits(learner.released, prompts.credits, initial=credits, per_version=per_step, versions=steps),
-            Latest(learner.saves, advantage.saves),
+            Credits(learner.released, prompts.credits),
         ],
         until=learner,
     )  # fmt: skip

@@ -1,30 +1,40 @@
 """Graphs: named nodes, edges, and the node whose return ends the run, checked before anything starts.
 
 Invariants that `check` proves, each refused with its arithmetic: every required port is fed exactly once, with
-messages it takes; every cycle goes through a Latest or Credits edge, or through a queue that never fills; staleness
-cannot exceed what the learner's queue allows; an ordered queue has room for every group that may be ahead of the one
-it waits for. `flowrl check` and every runtime call it first.
+messages it takes; a value that several nodes are given under one name is one value; every cycle goes through a Latest
+or Credits edge, or through a queue that never fills; staleness cannot exceed what the learner allows; an ordered queue
+has room for every group that may be ahead of the one it waits for. `flowrl check` and every runtime call it first.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
 
 from flowrl.errors import GraphError
-from flowrl.graph.edges import Credits, Edge, Latest, Queue
+from flowrl.graph.edges import DEPTH, UNSAID, Credits, Edge, Latest, Queue
 from flowrl.graph.ports import In, Out
-from flowrl.graph.staleness import most_credits, staleness_bound
+from flowrl.graph.stage import Stage
+from flowrl.graph.staleness import staleness_bound
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from flowrl.graph.ports import Port
-    from flowrl.graph.stage import Stage
 
-__all__ = ["Credits", "Graph", "Latest", "Queue"]
+__all__ = ["Credits", "Graph", "Latest", "Piece", "Queue"]
+
+
+class Piece(NamedTuple):
+    """Some nodes of a graph with the edges that join them to it; both may be empty."""
+
+    nodes: Mapping[str, Stage] = {}
+    edges: Sequence[Edge] = ()
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,42 @@ class Graph:
     nodes: Mapping[str, Stage]
     edges: Sequence[Edge]
     until: Stage  # its return ends the run
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "edges", (*self._filled_in(), *self._saves()))
+        for edge in self.edges:
+            edge.target.brings = edge.source.message
+
+    def _filled_in(self) -> Iterator[Edge]:
+        """Yield the edges with what they leave unsaid."""
+        initial = {id(e): self._initial(e) for e in self.edges if isinstance(e, Credits)}
+        num_out = sum(initial.values())
+        for edge in self.edges:
+            if isinstance(edge, Credits):
+                yield with_bounds(edge, initial=initial[id(edge)])
+            elif isinstance(edge, Queue) and edge.depth == UNSAID:
+                yield with_bounds(edge, depth=num_out if edge.window is not None and num_out else DEPTH)
+            else:
+                yield edge
+
+    def _saves(self) -> Iterator[Edge]:
+        """Yield the edges that are not there yet by which the last node asks the others for their state."""
+        known = {id(edge.target) for edge in self.edges}
+        for stage in self.nodes.values():
+            if (
+                stage.is_stateful
+                and self.until.is_stateful
+                and stage is not self.until
+                and id(stage.saves) not in known
+            ):
+                yield Latest(self.until.saving, stage.saves)
+
+    def _initial(self, credits: Credits) -> int:
+        if credits.initial != UNSAID:
+            return credits.initial
+        owner = credits.source.owner
+        windows = [e.window for e in self.edges if isinstance(e, Queue) and e.target.owner is owner and e.window]
+        return credits.admission.most_credits(max(windows, default=1))
 
     @cached_property
     def _names(self) -> dict[int, str]:
@@ -73,16 +119,34 @@ class Graph:
             GraphError: with the place, the arithmetic and the remedy.
         """
         _ = self.until_node
+        self._check_stages()
         self._check_ports()
+        self._check_agreement()
         self._check_shares()
         self._check_cycles()
+        credits = [edge for edge in self.edges if isinstance(edge, Credits)]
         for edge in self.edges:
             if isinstance(edge, Queue):
                 self._check_queue(edge)
-            elif isinstance(edge, Credits) and (edge.initial < 1 or edge.per_version < 1):
-                what = f"initial={edge.initial} and per_version={edge.per_version} must be at least 1"
-                raise GraphError(self.name(edge), what)
-        self._check_staleness()
+            elif isinstance(edge, Credits):
+                self._check_credits(edge)
+        if len(credits) > 1:
+            names = "; ".join(self.name(edge) for edge in credits)
+            raise GraphError("credits", f"{len(credits)} edges admit groups ({names})", "keep one: ids are given once")
+
+    def _check_stages(self) -> None:
+        for node, stage in self.nodes.items():
+            name = type(stage).__name__
+            if not stage.ports:
+                remedy = "annotate what it takes and gives: rollouts: In[Rollouts], scored: Out[Scored]"
+                raise GraphError(node, f"{name} declares no port", remedy)
+            if not stage.is_stateful or stage is self.until:
+                continue
+            if type(stage).save is Stage.save:
+                raise GraphError(node, f"{name} is stateful, but does not say how its state is saved", "define `save`")
+            if not self.until.is_stateful:
+                what = f"keeps state for which {self.until_node} writes no checkpoints"
+                raise GraphError(node, what, "let a stateful node end the run")
 
     def _check_ports(self) -> None:
         joined: dict[str, list[Edge]] = defaultdict(list)
@@ -104,6 +168,24 @@ class Graph:
             if len(edges) > 1 and not is_shared:
                 names = "; ".join(self.name(edge) for edge in edges)
                 raise GraphError(address, f"is on {len(edges)} edges ({names})", "keep one of them")
+        for node, stage in self.nodes.items():
+            for names in stage.together:
+                alone = sorted(name for name in names if not joined.get(f"{node}.{name}"))
+                if alone and len(alone) < len(names):
+                    others = ", ".join(sorted(names - {*alone}))
+                    raise GraphError(f"{node}.{alone[0]}", f"is on no edge, but {others} is", "join both or neither")
+
+    def _check_agreement(self) -> None:
+        """Insist that what several nodes are given under one name is the same."""
+        given: dict[str, tuple[str, msgspec.Struct]] = {}
+        for node, stage in self.nodes.items():
+            for name, value in stage.arguments.items():
+                if name == "config" or not isinstance(value, msgspec.Struct):
+                    continue
+                first, known = given.setdefault(name, (node, value))
+                if value != known:
+                    what = f"differs from that of {first}: {_difference(value, known)}"
+                    raise GraphError(f"{node}.{name}", what, "make it once, and give it to both")
 
     def _check_shares(self) -> None:
         for node, stage in self.nodes.items():
@@ -140,12 +222,13 @@ class Graph:
         if queue.depth < 1 or queue.max_bytes < 1:
             raise GraphError(name, f"depth={queue.depth}, max_bytes={queue.max_bytes}: a queue holds at least one item")
         if queue.window is None:
-            if queue.max_staleness is not None:
-                raise GraphError(name, "max_staleness needs an order to be bounded in", "give window=1")
             return
         if queue.window < 1:
             raise GraphError(name, f"window={queue.window} must be at least 1")
         target = self.nodes[self.node_of(queue.target)]
+        if queue.window > 1 and queue.target.is_ordered and target.admission is None:
+            what = f"window={queue.window}, but {self.address(queue.target)} takes groups strictly in their order"
+            raise GraphError(name, what, "leave the window to the port")
         if target.config.replicas > 1:
             what = f"is ordered (window={queue.window}) but {target.config.replicas} replicas compete for it"
             raise GraphError(name, what, "use ranks for more devices, or replicas=1")
@@ -156,31 +239,51 @@ class Graph:
             what = f"depth={queue.depth} with {most_out} credits: up to {most_out - 1} groups may wait for an older one"
             raise GraphError(name, f"{what}, and a full queue would block it", f"set depth to {most_out} or more")
 
-    def _check_staleness(self) -> None:
-        for queue in self.edges:
-            if not isinstance(queue, Queue) or queue.max_staleness is None or queue.window is None:
-                continue
-            learner = self.node_of(queue.target)
-            credits = [e for e in self.edges if isinstance(e, Credits) and self.node_of(e.source) == learner]
-            if not credits:
-                what = f"max_staleness={queue.max_staleness} but {learner} returns no credits"
-                raise GraphError(self.address(queue.target), what, "add Credits(...) from it to the prompts")
-            for edge in credits:
-                self._check_bound(queue, edge, queue.max_staleness, queue.window)
-
-    def _check_bound(self, queue: Queue, credits: Credits, limit: int, window: int) -> None:
-        if credits.initial < credits.per_version:
-            what = f"{credits.initial} credits can never fill a step of {credits.per_version} groups"
-            raise GraphError(self.name(credits), what, f"raise initial to {credits.per_version} or more")
-        bound = staleness_bound(credits.initial, credits.per_version, window)
+    def _check_credits(self, credits: Credits) -> None:
+        """Prove the staleness bound of what the credits admit."""
+        name, admission = self.name(credits), credits.admission
+        learner, per_version, limit = self.node_of(credits.source), admission.per_version, admission.max_staleness
+        if per_version < 1 or (admission.versions is not None and admission.versions < 1):
+            raise GraphError(learner, f"learns {per_version} groups into each of {admission.versions} versions")
+        ordered = [
+            q for q in self.edges if isinstance(q, Queue) and q.target.owner is credits.source.owner and q.window
+        ]
+        if limit is None:
+            if credits.initial < per_version:
+                self._refuse_few(credits, f"raise initial to {per_version} or more")
+            return
+        if not ordered:
+            what = f"is to learn nothing older than max_staleness={limit}, but takes no groups in order"
+            raise GraphError(learner, what, "name its port in `ordered`")
+        queue = max(ordered, key=lambda each: each.window or 0)
+        window = queue.window or 1
+        most = admission.most_credits(window)
+        if most < per_version:
+            self._refuse_few(credits, "lower window or raise max_staleness", of=most)
+        if credits.initial < per_version:
+            self._refuse_few(credits, f"raise initial to {per_version} or more")
+        bound = staleness_bound(credits.initial, per_version, window)
         if bound > limit:
-            most = most_credits(limit, credits.per_version, window)
-            mend = f"lower initial to {most} or raise max_staleness"
-            if most < credits.per_version:
-                mend = "lower window or raise max_staleness"
-            raise GraphError(
-                self.address(queue.target),
-                f"{credits.initial} credits, {credits.per_version} per version and window {window} allow staleness "
-                f"{bound}, more than max_staleness={limit}",
-                mend,
-            )
+            what = f"{credits.initial} credits, {per_version} per version and window {window} allow staleness {bound}"
+            mend = f"leave initial out, lower it to {most} or raise max_staleness"
+            raise GraphError(name, f"{what}, more than max_staleness={limit} of {learner}", mend)
+
+    def _refuse_few(self, credits: Credits, mend: str, *, of: int | None = None) -> None:
+        num = credits.initial if of is None else of
+        what = f"{num} credits can never fill a step of {credits.per_version} groups"
+        raise GraphError(self.name(credits), what, mend)
+
+
+def with_bounds(edge: Edge, **bounds: int) -> Edge:
+    """Return a copy of a frozen edge with other bounds."""
+    other = copy.copy(edge)
+    for name, value in bounds.items():
+        object.__setattr__(other, name, value)
+    return other
+
+
+def _difference(ours: msgspec.Struct, theirs: msgspec.Struct) -> str:
+    if type(ours) is not type(theirs):
+        return f"{type(ours).__name__} and {type(theirs).__name__}"
+    pairs = [(name, getattr(ours, name), getattr(theirs, name)) for name in ours.__struct_fields__]
+    return ", ".join(f"{name} is {one!r} and {two!r}" for name, one, two in pairs if one != two)

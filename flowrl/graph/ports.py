@@ -48,11 +48,13 @@ class ReceiveEnd(Protocol):
 class Port:
     """The address of one port: the stage it belongs to and its name there."""
 
-    def __init__(self, owner: Stage, name: str, message: type[Message], *, is_optional: bool) -> None:
+    def __init__(self, owner: Stage, name: str, message: type[Message], *, is_optional: bool, is_ordered: bool) -> None:
         self.owner = owner
         self.name = name
         self.message = message
         self.is_optional = is_optional
+        self.is_ordered = is_ordered
+        self.brings = message  # in a graph: what the edge into it carries, which may be more
 
     def __repr__(self) -> str:
         return f"{type(self.owner).__name__}.{self.name}"

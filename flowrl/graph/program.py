@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import importlib.util
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +11,10 @@ import msgspec
 from flowrl.config import resolve
 from flowrl.errors import ConfigError, FlowrlError, GraphError
 from flowrl.graph.edges import Queue
-from flowrl.graph.graph import Graph
+from flowrl.graph.graph import Graph, with_bounds
 from flowrl.graph.plan import graph_of, plan_of
 from flowrl.graph.settings import RunSettings
-from flowrl.imports import add_places
+from flowrl.imports import add_places, load_afresh
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,22 +81,15 @@ def build_graph(module: Any, settings: Any) -> Graph:
 def _with_depth(edge: Edge, depth: int | None) -> Edge:
     if depth is None or not isinstance(edge, Queue):
         return edge
-    deep = copy.copy(edge)
-    object.__setattr__(deep, "depth", depth)  # frozen, and its constructor takes more than its fields
-    return deep
+    return with_bounds(edge, depth=depth)
 
 
 def _load_module(path: Path) -> Any:
     if not path.is_file():
         raise GraphError(str(path), "no such graph file", "`flowrl init .` writes the shipped ones to graphs/")
-    name = f"flowrl_graph_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    if path.suffix != ".py":
         raise GraphError(str(path), "is not a Python file", "name a file such as graphs/ppo_async.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # so that the file's annotations can be resolved
-    _guarded(path, "the file", spec.loader.exec_module, module)
-    return module
+    return _guarded(path, "the file", load_afresh, path)
 
 
 def _guarded(path: Path, what: str, function: Any, *arguments: Any) -> Any:
@@ -116,7 +106,7 @@ def _line_in(path: Path, error: Exception) -> str:
     """Return ":line" of the innermost frame of the traceback that is in the graph file."""
     trace, line = error.__traceback__, ""
     while trace is not None:
-        if Path(trace.tb_frame.f_code.co_filename) == path:
+        if Path(trace.tb_frame.f_code.co_filename) == path.resolve():
             line = f":{trace.tb_lineno}"
         trace = trace.tb_next
     return line

@@ -3,7 +3,11 @@
 A stage is a light value while a graph is built: it keeps its constructor's arguments and creates its ports, nothing
 else. A runtime rebuilds it in each replica (`specification` and `from_specification` carry it there without pickle),
 binds its ports and calls `run`. Subclasses declare `name: In[M]` / `name: Out[M]` as annotations, list in `optional`
-the ports that may stay unconnected, and load heavy libraries only inside `run`.
+the ports that may stay unconnected, and load heavy libraries only inside `run`. One whose settings are all that it is
+told needs no constructor.
+
+A stateful stage holds what cannot be made again from its messages. It writes that in `save`, which the runtime calls
+whenever the graph's last node writes a checkpoint, between two of its steps (`Context.stepping`).
 """
 
 from __future__ import annotations
@@ -14,8 +18,21 @@ import functools
 import inspect
 import sys
 import time
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, Self, TypeVar, get_type_hints
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Protocol,
+    Self,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import msgspec
 
@@ -23,12 +40,14 @@ from flowrl.config import Config, Meta, load_class
 from flowrl.errors import GraphError
 from flowrl.graph.ports import In, Out, Port
 from flowrl.imports import path_of
+from flowrl.messages import Message, Save
 from flowrl.telemetry.events import Notice
 from flowrl.telemetry.files import is_full, no_room
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from flowrl.graph.staleness import Admission
     from flowrl.telemetry.causes import CauseClock
     from flowrl.telemetry.events import Recorder
 
@@ -106,6 +125,22 @@ class Context:
         self._room_told_s = -ROOM_TOLD_S
         self.running = 0
         self.version = -1
+        self._boundary = asyncio.Condition()
+
+    @asynccontextmanager
+    async def stepping(self) -> AsyncGenerator[None]:
+        """Go from one version to the next in the body; no state is saved while it runs."""
+        async with self._boundary:
+            yield
+            self.version += 1
+            self._boundary.notify_all()
+
+    @asynccontextmanager
+    async def between_steps(self, version: int) -> AsyncGenerator[None]:
+        """Wait until this replica has come as far as `version`, and keep it from stepping while the body runs."""
+        async with self._boundary:
+            await self._boundary.wait_for(lambda: self.version >= version)
+            yield
 
     @property
     def where(self) -> str:
@@ -146,10 +181,17 @@ class Stage:
 
     config: StageConfig
     optional: ClassVar[frozenset[str]] = frozenset()  # ports that may stay unconnected
+    together: ClassVar[tuple[frozenset[str], ...]] = ()  # of these, ports of which all or none are joined
+    ordered: ClassVar[frozenset[str]] = frozenset()  # ports at which groups arrive in the order of their ids
     # Whether it holds what cannot be made again from its messages: if it dies, the run goes back to a checkpoint.
     is_stateful: ClassVar[bool] = False
     data_digest: str = ""  # of the rows that `check` has read, which a resumed run must find again
+    saves: In[Save]  # only of a stateful stage, as the next; a graph joins them
+    saving: Out[Save]  # where it is the graph's last node: asks all the others for their part of a checkpoint
     _arguments: dict[str, Any]
+
+    def __init__(self, config: StageConfig) -> None:
+        self.config = config
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         stage = super().__new__(cls)
@@ -157,7 +199,8 @@ class Stage:
         bound.apply_defaults()
         stage._arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
         for name, (direction, message) in port_types(cls).items():
-            setattr(stage, name, direction(stage, name, message, is_optional=name in cls.optional))
+            is_optional, is_ordered = name in cls.optional or message is Save, name in cls.ordered
+            setattr(stage, name, direction(stage, name, message, is_optional=is_optional, is_ordered=is_ordered))
         return stage
 
     @property
@@ -170,6 +213,11 @@ class Stage:
         """Return the declared ports by name."""
         return {name: getattr(self, name) for name in port_types(type(self))}
 
+    @property
+    def admission(self) -> Admission | None:
+        """Return what it learns into each version; only a stage that gives credits back learns anything."""
+        return None
+
     def check(self, say: Say) -> None:
         """Raise a UserError if what this stage needs (model, data, function) is not there; starts nothing."""
 
@@ -181,6 +229,14 @@ class Stage:
         """Serve as a rank other than 0; a stage that allows several ranks overrides it."""
         raise NotImplementedError
 
+    def save(self, directory: Path, version: int) -> None:
+        """Write the state from which step `version` goes on into a directory; blocking.
+
+        A stateful stage that is not the graph's last node overrides it. `context.version` may be greater by now, where
+        the stage runs ahead of the one that asks.
+        """
+        raise NotImplementedError
+
 
 @functools.cache
 def _signature(stage: type[Stage]) -> inspect.Signature:
@@ -189,17 +245,43 @@ def _signature(stage: type[Stage]) -> inspect.Signature:
 
 @functools.cache
 def port_types(stage: type[Stage]) -> dict[str, tuple[type[In[Any]] | type[Out[Any]], Any]]:
-    """Return name -> (In or Out, message type) from a stage class's annotations."""
+    """Return name -> (In or Out, message type) from a stage class's annotations.
+
+    Raises:
+        GraphError: an annotation that is to be a port is not one, or names what is not there when the class is used.
+    """
     found: dict[str, tuple[type[In[Any]] | type[Out[Any]], Any]] = {}
     for kind in reversed(stage.__mro__):
-        own = inspect.get_annotations(kind)
-        named = {k: v for k, v in own.items() if isinstance(v, str) and v.startswith(("In[", "Out["))}
-        if named:
-            scope = {**vars(sys.modules[kind.__module__]), "In": In, "Out": Out}
-            for name, text in named.items():
-                annotation = eval(text, scope)
-                found[name] = (annotation.__origin__, annotation.__args__[0])
+        if kind is Stage and not stage.is_stateful:
+            continue
+        for name, annotation in inspect.get_annotations(kind).items():
+            hint = _resolved(kind, name, annotation)
+            origin, arguments = get_origin(hint), get_args(hint)
+            where = f"{stage.__name__}.{name}"
+            if hint in (In, Out):
+                raise GraphError(where, "does not say which message it carries", f"write {hint.__name__}[Rollouts]")
+            if origin not in (In, Out):
+                continue
+            if not (isinstance(arguments[0], type) and issubclass(arguments[0], Message)):
+                raise GraphError(where, f"{arguments[0]!r} is not a message", "subclass flowrl.messages.Message")
+            found[name] = (origin, arguments[0])
     return found
+
+
+def _resolved(kind: type, name: str, annotation: Any) -> Any:
+    """Return what an annotation of a class means; None for one that names what is there for type checkers only."""
+    module = sys.modules.get(kind.__module__)
+    scope = {"In": In, "Out": Out, **vars(module)} if module else {}
+    holder: Any = SimpleNamespace(__annotations__={name: annotation})
+    try:
+        return get_type_hints(holder, globalns=scope, localns=dict(vars(kind)))[name]
+    except (NameError, AttributeError, TypeError) as error:
+        text = str(annotation)
+        if "In[" not in text and "Out[" not in text:
+            return None
+        what = f"the annotation {text} cannot be read ({error})"
+        remedy = "import its message where the class is defined, not under TYPE_CHECKING or in a function"
+        raise GraphError(f"{kind.__name__}.{name}", what, remedy) from error
 
 
 class Specification(msgspec.Struct, frozen=True, kw_only=True):
@@ -212,6 +294,9 @@ class Specification(msgspec.Struct, frozen=True, kw_only=True):
 def specification(stage: Stage) -> Specification:
     """Return what rebuilds the stage in another process."""
     kind = type(stage)
+    if "<locals>" in kind.__qualname__:
+        what = "is defined inside a function, where no other process can find it"
+        raise GraphError(kind.__name__, what, "define the class in the graph file itself or in a module beside it")
     return Specification(
         stage=path_of(kind),
         arguments={name: msgspec.to_builtins(value) for name, value in stage.arguments.items()},
@@ -226,9 +311,15 @@ def from_specification(spec: Specification, where: str) -> Stage:
     except NameError as error:
         remedy = "import it where the class is defined, not under TYPE_CHECKING"
         raise GraphError(where, f"{spec.stage}: an argument's type is not importable ({error})", remedy) from error
-    return kind(**{name: msgspec.convert(value, hints[name]) for name, value in spec.arguments.items()})
+    try:
+        return kind(**{name: msgspec.convert(value, hints[name]) for name, value in spec.arguments.items()})
+    except msgspec.ValidationError as error:
+        what = f"{kind.__name__} was given an argument of another type than it declares ({error})"
+        raise GraphError(where, what, "is its config that of another node?") from error
 
 
 @functools.cache
 def _argument_types(kind: type[Stage]) -> dict[str, Any]:
-    return get_type_hints(kind.__init__, localns={"Config": getattr(kind, "Config", StageConfig)})
+    config = getattr(kind, "Config", StageConfig)
+    hints = get_type_hints(kind.__init__, localns={"Config": config})
+    return {**hints, "config": config} if kind.__init__ is Stage.__init__ else hints

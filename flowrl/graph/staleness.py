@@ -8,6 +8,24 @@ policy versions. `Graph.check` refuses what exceeds the bound; the virtual-clock
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+
+class Admission(NamedTuple):
+    """What a stage that returns credits learns; the numbers of the bound are said here and nowhere else."""
+
+    per_version: int  # groups learned into each version
+    versions: int | None = None  # the run ends after so many; None: when the source says so
+    max_staleness: int | None = None  # policy versions; None: no policy of this run has sampled what it learns
+
+    def most_credits(self, window: int) -> int:
+        """Return the credits that keep within `max_staleness`; without a policy those of two versions.
+
+        >>> Admission(per_version=64, max_staleness=2).most_credits(window=1)
+        192
+        """
+        return most_credits(1 if self.max_staleness is None else self.max_staleness, self.per_version, window)
+
 
 def staleness_bound(initial: int, per_version: int, window: int) -> int:
     """Return the greatest staleness, in policy versions, that these credits allow.

@@ -147,7 +147,7 @@ def retrained_graph(plan: GraphPlan, run_dir: Path, begin: int, last: int) -> Gr
         arguments={"config": {}, "directory": str(run_dir / "rollouts"), "first": begin, "last": last},
     )
     nodes[READER] = Specification(stage="flowrl.stages.recorded:WeightsReader", arguments={"config": {}})
-    edges = [_redirected(edge, kept, entry, last - begin) for edge in plan.edges]
+    edges = [_redirected(edge, kept, entry) for edge in plan.edges]
     graph = graph_of(GraphPlan(nodes=nodes, edges=[edge for edge in edges if edge is not None], until=plan.until))
     graph.check()
     return graph
@@ -190,13 +190,13 @@ def _cut_off(spec: Specification, stage: Stage, kept: set[str], last: int) -> Sp
     if isinstance(stage, Learner | Critic):
         config["schedule"] = {**config["schedule"], "total_steps": stage.num_optimizer_steps}
         config["transport"] = "shm"  # nobody fetches
-        arguments["steps"] = last
+        arguments["learning"] = {**arguments["learning"], "steps": last}
     if isinstance(stage, Learner):
         config |= {"save_every": 0, "evaluate_every": 0, "save_rollouts": True}
     return Specification(stage=spec.stage, arguments={**arguments, "config": config})
 
 
-def _redirected(edge: EdgePlan, kept: set[str], entry: str, num_steps: int) -> EdgePlan | None:
+def _redirected(edge: EdgePlan, kept: set[str], entry: str) -> EdgePlan | None:
     """Return an edge of the run as it is this time, or None where one of its ends is gone."""
     source, target = edge.source.partition(".")[0], edge.target.partition(".")[0]
     if edge.target == entry:
@@ -204,7 +204,7 @@ def _redirected(edge: EdgePlan, kept: set[str], entry: str, num_steps: int) -> E
     if source in kept and target in kept:
         return edge
     if source in kept and edge.kind == "credits":
-        bounds = {**edge.bounds, "versions": num_steps}
+        bounds = {**edge.bounds, "is_endless": True}  # the source ends with the last recorded group
         return msgspec.structs.replace(edge, target=f"{SOURCE}.credits", bounds=bounds)
     if source in kept and edge.source.endswith(".weights"):
         return msgspec.structs.replace(edge, target=f"{READER}.weights")

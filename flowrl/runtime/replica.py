@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from flowrl.errors import ChannelClosed, FlowrlError, StageError
@@ -89,7 +90,7 @@ async def run_replica(
     ticker = asyncio.ensure_future(_report_status(context, status_interval_s))
     try:
         with contextlib.suppress(ChannelClosed):
-            await (stage.run(context) if context.ranks.rank == 0 else stage.follow(context))
+            await (_lead(stage, context) if context.ranks.rank == 0 else stage.follow(context))
     except BaseExceptionGroup as group:
         _closed, other = group.split(ChannelClosed)
         if other is not None:
@@ -99,6 +100,24 @@ async def run_replica(
     finally:
         ticker.cancel()
         _record_status(context)
+
+
+async def _lead(stage: Stage, context: Context) -> None:
+    """Run a stage, and have it save its state with each checkpoint, where it has one."""
+    if not (stage.is_stateful and stage.saves.is_connected):
+        await stage.run(context)
+        return
+    async with asyncio.TaskGroup() as tasks:
+        saving = tasks.create_task(_save_when_asked(stage, context))
+        await stage.run(context)
+        saving.cancel()
+
+
+async def _save_when_asked(stage: Stage, context: Context) -> None:
+    async for save in stage.saves:
+        async with context.between_steps(save.version):
+            await context.compute(stage.save, Path(save.directory) / context.node, save.version)
+        await stage.saves.done(save)
 
 
 async def _report_status(context: Context, interval_s: float) -> None:

@@ -27,6 +27,7 @@ from flowrl.graph.stage import Specification, Stage, StageConfig, port_types
 from flowrl.messages import Buffer, Credit, Prompt, Rollouts, Scored, extend
 from flowrl.simulation.costs import CallCost, NodeProfile, Profile, Spread
 from flowrl.simulation.timed import CURRENT, TOKEN_BYTES, is_learned
+from flowrl.stages.selection_learner import SelectionLearner
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.events import Span
 
@@ -58,8 +59,7 @@ def timed_plan(graph: Graph, profile: Profile, *, steps: int, is_whole: bool) ->
         if not (_has_port(nodes, edge.source) and _has_port(nodes, edge.target)):
             continue  # optional, of a node that was exchanged
         if edge.kind == "credits":
-            bounds = {**edge.bounds, "versions": steps if is_whole else None}
-            edge = msgspec.structs.replace(edge, bounds=bounds)
+            edge = msgspec.structs.replace(edge, bounds={**edge.bounds, "is_endless": not is_whole})
         edges.append(edge)
     return GraphPlan(nodes=nodes, edges=edges, until=plan.until)
 
@@ -87,7 +87,7 @@ def _timed_node(name: str, graph: Graph, spec: Specification, profile: Profile, 
     messages = {kind for port, kind in port_types(type(stage)).items() if port in needed}
     if not hasattr(stage.config, "engine"):
         if messages == {(In, Credit), (Out, Prompt)}:
-            size = int(spec.arguments.get("group_size", 1))
+            size = int(spec.arguments["sampler"]["group_size"])
             return _specification("TimedPrompts", placement=_placement(stage.config), group_size=size)
         if messages == {(In, Rollouts), (Out, Scored)}:
             lanes = int(getattr(stage.config, "concurrency", 1))
@@ -100,14 +100,14 @@ def _timed_node(name: str, graph: Graph, spec: Specification, profile: Profile, 
         what = "plays an environment, and how long that takes is in no profile"
         raise ConfigError(f"node {name!r}", what, "simulate the graph with a generator in its place")
     arguments = dict(spec.arguments)
-    if "algorithm" in arguments:
-        arguments["algorithm"] = {"use": "flowrl.simulation.timed:TimedAlgorithm", "options": {}}
-    if "objective" in arguments:
-        arguments["objective"] = {"use": "flowrl.simulation.timed:TimedObjective", "options": {}}
+    if "sampler" in arguments:
+        arguments["sampler"] = {**arguments["sampler"], "model": stand_in_model()}
+    if "learning" in arguments:
+        kind = "TimedObjective" if isinstance(stage, SelectionLearner) else "TimedAlgorithm"
+        choice = {"use": f"flowrl.simulation.timed:{kind}", "options": {}}
+        arguments["learning"] = {**arguments["learning"], "algorithm": choice, "steps": steps}
     if "model" in arguments:
         arguments["model"] = stand_in_model()
-    if name == graph.until_node and "steps" in arguments:
-        arguments["steps"] = steps
     arguments["config"] = _timed_config(name, graph, profile, arguments["config"])
     return Specification(stage=spec.stage, arguments=arguments)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from flowrl.graph.stage import Context, Ranks, from_specification
-from flowrl.messages import Referenced, Rollouts, Samples
+from flowrl.messages import Rollouts, buffer_fields
 from flowrl.runtime.binding import Wire
 from flowrl.runtime.flow import Flow, replica_name
 from flowrl.runtime.ledger import Ledger
@@ -70,12 +70,9 @@ def weight_of(message: Any) -> int:
     """Return about how many bytes a simulation's message takes on the wire; its buffers are all of full length."""
     if not isinstance(message, Rollouts):
         return MESSAGE_BYTES + len(getattr(message, "token_ids", ())) * 4
-    columns = 0
-    if isinstance(message, Referenced):
-        columns += 1
-    if isinstance(message, Samples):
-        columns += 1 + (message.returns is not None) + (message.values is not None)
     samples = message.samples
+    columns = sum(getattr(message, name) is not None for name in buffer_fields(type(message)))
+    columns += len(samples[0].columns) if samples else 0
     response_bytes = sum([len(sample.token_ids.data) for sample in samples])
     each = SAMPLE_BYTES + COLUMN_BYTES * columns
     return MESSAGE_BYTES + len(message.token_ids.data) + len(samples) * each + (2 + columns) * response_bytes

@@ -8,19 +8,19 @@ coefficient) is this node's state, saved with every checkpoint.
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
-from flowrl.config import Select
 from flowrl.engines.checkpoint import checkpoint_version
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
-from flowrl.messages import Referenced, Samples, Save, extend
+from flowrl.messages import Referenced, Samples, extend
 from flowrl.stages.estimation import Estimation, keeps_group, load_algorithm, settled
-from flowrl.stages.saving import add_state
+from flowrl.stages.sampler import Learning, Sampler
 from flowrl.telemetry.events import Span
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from flowrl.algorithms.base import Algorithm
     from flowrl.graph.stage import Context, Say
 
@@ -31,42 +31,33 @@ class Advantage(Stage):
     class Config(StageConfig):
         """Settings of the advantage node."""
 
-    optional = frozenset({"saves"})
+    ordered = frozenset({"referenced"})
     is_stateful = True
-    referenced: In[Referenced]  # in the learner's order: window=1
+    referenced: In[Referenced]  # in the learner's order
     samples: Out[Samples]
-    saves: In[Save]
 
-    def __init__(self, config: Config, *, algorithm: Select, group_size: int, groups_per_step: int,
-                 max_tokens: int = 0) -> None:  # fmt: skip
+    def __init__(self, config: Config, sampler: Sampler, learning: Learning) -> None:
         self.config: Advantage.Config = config
-        self.algorithm = algorithm
-        self.group_size = group_size
-        self.groups_per_step = groups_per_step
-        self.max_tokens = max_tokens  # of the longest response
+        self.sampler = sampler
+        self.algorithm = learning.algorithm
+        self.learning = learning
 
     def check(self, say: Say) -> None:
         """Load the algorithm and hold its needs against this topology."""
         self._load()
 
     def _load(self) -> Algorithm:
-        self.algorithm = settled(self.algorithm, self.max_tokens)
-        return load_algorithm(self.algorithm, group_size=self.group_size, has_critic=False)
+        self.algorithm = settled(self.algorithm, self.sampler.max_response)
+        return load_algorithm(self.algorithm, group_size=self.sampler.group_size, has_critic=False)
 
     async def run(self, context: Context) -> None:
         """Find advantages until the edge closes."""
         algorithm = self._load()
-        context.version = 0 if context.resume_from is None else checkpoint_version(context.resume_from)
-        estimation = Estimation(self.algorithm, algorithm, version=context.version)
+        version = 0 if context.resume_from is None else checkpoint_version(context.resume_from)
+        estimation = self._estimation = Estimation(self.algorithm, algorithm, version=version)
         if context.resume_from is not None:
             await context.compute(estimation.load, context.resume_from / context.node)
-        boundary = asyncio.Condition()
-        async with asyncio.TaskGroup() as tasks:
-            saving = tasks.create_task(add_state(self.saves, context, boundary, estimation.save))
-            await self._estimate(context, estimation, boundary)
-            saving.cancel()
-
-    async def _estimate(self, context: Context, estimation: Estimation, boundary: asyncio.Condition) -> None:
+        context.version = version
         num_kept = 0
         async for group in self.referenced:
             start_s = context.now()
@@ -82,8 +73,10 @@ class Advantage(Stage):
             await self.samples.put(extend(Samples, group, **fields))
             context.done += 1
             num_kept += 1
-            if num_kept % self.groups_per_step == 0:
-                async with boundary:
+            if num_kept % self.learning.groups_per_step == 0:
+                async with context.stepping():
                     await context.compute(estimation.end_step)
-                    context.version += 1
-                    boundary.notify_all()
+
+    def save(self, directory: Path, version: int) -> None:
+        """Write what the advantages of step `version` are found with."""
+        self._estimation.save(directory, version)

@@ -16,9 +16,8 @@ import msgspec
 
 from flowrl.config import ImportPath, Meta
 from flowrl.data.models import prepare_model
-from flowrl.data.prompts import PromptData, first_columns, load_tokenizer
+from flowrl.data.prompts import first_columns, load_tokenizer
 from flowrl.data.turns import TurnFormat
-from flowrl.ending import DATE
 from flowrl.engines.base import GenerationEngine, Sampling
 from flowrl.errors import ConfigError, RewardError
 from flowrl.graph.ports import In, Out
@@ -31,6 +30,7 @@ from flowrl.rewards.sessions import IsolatedEnvironments, LocalEnvironments, Los
 from flowrl.rewards.worker import Playing
 from flowrl.stages.episodes import Limits, Played, play
 from flowrl.stages.reward import Failures
+from flowrl.stages.sampler import Sampler
 from flowrl.stages.serving import Generation, check_context, record_generation, serve_each, serving
 from flowrl.telemetry.causes import Cause
 
@@ -67,30 +67,26 @@ class Agent(Stage):
                 raise ConfigError("agent.memory_bytes", "limits a process", "set isolation=process, or memory_bytes=0")
 
     optional = frozenset({"heldout", "heldout_rollouts"})
+    together = (optional,)
     prompts: In[Prompt]
     rollouts: Out[Scored]
     heldout: In[Prompt]
     heldout_rollouts: Out[Scored]
     weights: In[Weights]
 
-    def __init__(self, config: Config, *, model: str, sampling: Sampling, heldout_sampling: Sampling,
-                 system_prompt: str | None = None, data: PromptData | None = None) -> None:  # fmt: skip
+    def __init__(self, config: Config, sampler: Sampler) -> None:
         self.config: Agent.Config = config
-        self.model = model
-        self.sampling = sampling
-        self.heldout_sampling = heldout_sampling
-        self.system_prompt = system_prompt
-        self.data = data  # the tasks; None: not known, and the environment is not tried on one
+        self.sampler = sampler
 
     def check(self, say: Say) -> None:
         """Prepare the model, try its chat template turn by turn, and the environment where it will run."""
-        check_context(self.config, self.model, say, where="agent")
+        check_context(self.config, self.sampler.model, say, where="agent")
         self._turns()
         self._try(self._playing("agent.environment"))
 
     def _try(self, playing: Playing) -> None:
         """Load the environment, and begin an episode on a row of the data and act in it once."""
-        task = None if self.data is None else first_columns(self.data)
+        task = first_columns(self.sampler.data)
         if self.config.isolation == "process":
             first = [] if task is None else [Reset(episode=0, name="check", task=task, seed=0)]
             then = [StepRequest(episode=0, action=MADE[0])] if first else []
@@ -117,7 +113,7 @@ class Agent(Stage):
 
         async def train(prompt: Prompt) -> None:
             try:
-                scored = await group(prompt, self.sampling, "generate")
+                scored = await group(prompt, "generate")
             except RewardError as error:
                 await failures.give_up(self.prompts, prompt, error)
                 return
@@ -126,23 +122,23 @@ class Agent(Stage):
             context.done += 1
 
         async def evaluate(prompt: Prompt) -> None:
-            await self.heldout_rollouts.put(await group(prompt, self.heldout_sampling, "evaluate"))
+            await self.heldout_rollouts.put(await group(prompt, "evaluate"))
 
-        async def group(prompt: Prompt, sampling: Sampling, name: str) -> Scored:
-            table = _Table(self.config, context, engine, environments, turns, sampling)
+        async def group(prompt: Prompt, name: str) -> Scored:
+            table = _Table(self.config, context, engine, environments, turns, self.sampler.sampling)
             return await table.play(prompt, name)
 
         async with (
             self._environments(context) as environments,
-            serving(context, self.config, model=self.model, weights=self.weights) as engine,
+            serving(context, self.config, model=self.sampler.model, weights=self.weights) as engine,
         ):
             await serve_each((self.prompts, train), (self.heldout, evaluate), max_groups=self.config.max_groups)
 
     def _turns(self) -> TurnFormat:
-        tokenizer = load_tokenizer(prepare_model(self.model))
-        day = DATE if self.data is None else self.data.date
+        data = self.sampler.data
+        tokenizer = load_tokenizer(prepare_model(self.sampler.model))
         return TurnFormat(tokenizer, role=self.config.role, prefix=self.config.turn_prefix,
-                          system_prompt=self.system_prompt, day=day)  # fmt: skip
+                          system_prompt=data.system_prompt, day=data.date)  # fmt: skip
 
     def _environments(self, context: Context) -> IsolatedEnvironments | LocalEnvironments:
         playing = self._playing(context.where)

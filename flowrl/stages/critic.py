@@ -11,7 +11,6 @@ of its own step v reach the learner with the groups of step v + 1, which that st
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Annotated
 
 from flowrl.config import Meta, Select, widen
@@ -22,9 +21,10 @@ from flowrl.engines.checkpoint import checkpoint_version
 from flowrl.errors import ChannelClosed
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
-from flowrl.messages import Buffer, Referenced, Samples, Save, extend
+from flowrl.messages import Buffer, Referenced, Samples, extend
 from flowrl.stages.estimation import Estimation, is_cut, keeps_group, load_algorithm, settled
-from flowrl.stages.saving import add_state
+from flowrl.stages.learner import Learner
+from flowrl.stages.sampler import Learning, Sampler
 from flowrl.stages.step import check_divides, learned_group, mean_metrics, minibatches
 from flowrl.stages.tokens import token_group
 from flowrl.stages.training import check_adapter, check_experts, check_saving, load_state, opened, save_state
@@ -100,25 +100,21 @@ class Critic(Stage):
         )
         save_model: bool = False  # with each checkpoint, for `flowrl export --node critic` or a later run's critic
 
-    optional = frozenset({"saves"})
+    ordered = frozenset({"referenced"})
     is_stateful = True
-    referenced: In[Referenced]
+    referenced: In[Referenced]  # in the learner's order
     samples: Out[Samples]
-    saves: In[Save]
 
-    def __init__(self, config: Config, *, model: str, algorithm: Select, groups_per_step: int, group_size: int,
-                 steps: int, policy: str = "", minibatches: int = 1, epochs: int = 1,
-                 max_tokens: int = 0) -> None:  # fmt: skip
+    def __init__(
+        self, config: Config, sampler: Sampler, learning: Learning, policy: Learner.Config, *, model: str = ""
+    ) -> None:
         self.config: Critic.Config = config
-        self.model = model
-        self.policy = policy  # the model whose tokens it reads; "": its own
-        self.algorithm = algorithm
-        self.groups_per_step = groups_per_step
-        self.group_size = group_size
-        self.steps = steps
-        self.minibatches = config.minibatches or minibatches  # or the policy's
-        self.epochs = config.epochs or epochs
-        self.max_tokens = max_tokens  # of the longest response
+        self.sampler = sampler
+        self.learning = learning
+        self.model = model or sampler.model  # "": it begins as the policy does
+        self.algorithm = learning.algorithm
+        self.minibatches = config.minibatches or policy.minibatches
+        self.epochs = config.epochs or policy.epochs
 
     def check(self, say: Say) -> None:
         """Prepare the model, which must read the policy's tokens, and load the algorithm."""
@@ -127,18 +123,18 @@ class Critic(Stage):
         check_experts(self.config, directory, "critic")
         if self.config.save_model:
             check_saving(self.config, directory, "critic")
-        if self.policy:
-            check_same_vocabulary(prepare_model(self.policy, say=say), directory, "critic_model")
+        if self.model != self.sampler.model:
+            check_same_vocabulary(prepare_model(self.sampler.model, say=say), directory, "critic_model")
         self._load()
         objective = self.config.objective.load("critic.objective")
-        check_divides(self.minibatches, self.groups_per_step, "critic.minibatches")
+        check_divides(self.minibatches, self.learning.groups_per_step, "critic.minibatches")
         if self.minibatches * self.epochs == 1 and getattr(objective, "clip", 0.0):
             what = "with one optimizer step a version no value has moved yet when it is clipped"
             say(f"critic.objective.clip: no effect, for {what}; set critic.minibatches or critic.epochs to 2 or more")
 
     def _load(self) -> Algorithm:
-        self.algorithm = settled(self.algorithm, self.max_tokens)
-        return load_algorithm(self.algorithm, group_size=self.group_size, has_critic=True)
+        self.algorithm = settled(self.algorithm, self.sampler.max_response)
+        return load_algorithm(self.algorithm, group_size=self.sampler.group_size, has_critic=True)
 
     def _settings(self) -> TrainingConfig:
         return widen(TrainingConfig, self.config, model=str(prepare_model(self.model)), head="value")
@@ -146,7 +142,7 @@ class Critic(Stage):
     @property
     def num_optimizer_steps(self) -> int:
         """Return how many optimizer steps the whole run takes, the length of its schedule."""
-        return self.steps * self.epochs * self.minibatches
+        return self.learning.steps * self.epochs * self.minibatches
 
     async def follow(self, context: Context) -> None:
         """Serve as a rank other than 0."""
@@ -156,34 +152,36 @@ class Critic(Stage):
     async def run(self, context: Context) -> None:
         """Value, estimate and train until the edge closes."""
         async with opened(context, self.config.engine, self._settings, self.num_optimizer_steps) as engine:
-            context.version = trained = 0
+            version = trained = 0
             if context.resume_from is not None:
                 trained = await context.compute(load_state, engine, context.resume_from / context.node)
-                context.version = checkpoint_version(context.resume_from)
+                version = checkpoint_version(context.resume_from)
             algorithm = self._load()
-            estimation = Estimation(self.algorithm, algorithm, version=context.version)
+            estimation = Estimation(self.algorithm, algorithm, version=version)
             if context.resume_from is not None:
                 await context.compute(estimation.load, context.resume_from / context.node)
 
-            def write(directory: Path, version: int) -> None:
+            def save(directory: Path, version: int) -> None:
                 save_state(engine, directory, context.version)
                 if self.config.save_model:
                     engine.save_model(directory / "model", card=CARD.format(version=version))
                 estimation.save(directory, version)
 
-            boundary = asyncio.Condition()
-            async with asyncio.TaskGroup() as tasks:
-                saving = tasks.create_task(add_state(self.saves, context, boundary, write))
-                await self._value(context, engine, estimation, boundary, trained)
-                saving.cancel()
+            self._save = save
+            context.version = version
+            await self._value(context, engine, estimation, trained)
 
-    async def _value(self, context: Context, engine: TrainingEngine, estimation: Estimation,
-                     boundary: asyncio.Condition, trained: int) -> None:  # fmt: skip
+    def save(self, directory: Path, version: int) -> None:
+        """Write the engine's state as it is, and what the advantages of step `version` are found with."""
+        self._save(directory, version)
+
+    async def _value(self, context: Context, engine: TrainingEngine, estimation: Estimation, trained: int) -> None:
         """Value and estimate until the edge closes; train at the end of each step after the first `trained`."""
         step: list[TokenGroup] = []
+        per_step = self.learning.groups_per_step
         while True:
             try:
-                groups = await self.referenced.get_some(min(self.config.batch_groups, self.groups_per_step - len(step)))
+                groups = await self.referenced.get_some(min(self.config.batch_groups, per_step - len(step)))
             except ChannelClosed:
                 return
             start_s = context.now()
@@ -203,13 +201,11 @@ class Critic(Stage):
                 await self.samples.put(samples)
                 context.done += 1
             context.recorder.record(self._span(context, "value", start_s, [group.group_id for group in groups]))
-            if len(step) == self.groups_per_step:
-                async with boundary:
+            if len(step) == per_step:
+                async with context.stepping():
                     if context.version >= trained:
                         estimation.figures = await self._train(context, engine, step)
                     estimation.end_step()
-                    context.version += 1
-                    boundary.notify_all()
                 step = []
 
     async def _keeps(self, estimation: Estimation, group: Referenced) -> bool:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 STATE = "estimation.json"  # beside the node's other state
 
 
-def load_algorithm(choice: Select, *, group_size: int, has_critic: bool) -> Algorithm:
-    """Load an algorithm and check that the graph gives it what it needs.
+def load_algorithm(choice: Select, *, group_size: int | None = None, has_critic: bool | None = None) -> Algorithm:
+    """Load an algorithm; the stage that credits groups with it also says what the graph gives it.
 
     Raises:
         ConfigError: it needs a critic or a group of samples that the graph does not have, or an option is wrong.
@@ -38,13 +38,13 @@ def load_algorithm(choice: Select, *, group_size: int, has_critic: bool) -> Algo
     algorithm = choice.load("algorithm")
     if not isinstance(algorithm, Algorithm):
         raise ConfigError("algorithm", f"{choice.use} is not an Algorithm", "subclass flowrl.algorithms.base:Algorithm")
-    if algorithm.needs_critic and not has_critic:
+    if algorithm.needs_critic and has_critic is False:
         raise ConfigError("algorithm", f"{choice.use} needs a critic, which this graph does not have",
                           "use graphs/ppo_async.py")  # fmt: skip
     if has_critic and not algorithm.needs_critic and not algorithm.is_blank:
         what = f"{choice.use} gives the critic of this graph nothing to learn"
         raise ConfigError("algorithm", what, "use graphs/group_async.py")
-    if algorithm.needs_group and group_size < 2:
+    if algorithm.needs_group and group_size is not None and group_size < 2:
         what = f"{choice.use} compares the samples of a group, but group_size is {group_size}"
         raise ConfigError("group_size", what, "set generator.group_size (or agent.group_size) to 2 or more")
     return algorithm

@@ -16,13 +16,14 @@ import msgspec
 
 from flowrl.config import ImportPath, Meta
 from flowrl.data.models import prepare_model
-from flowrl.data.prompts import PromptData, PromptSet, load_prompts, load_tokenizer
+from flowrl.data.prompts import PromptSet, load_prompts, load_tokenizer
 from flowrl.errors import ConfigError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import FIRST_HELDOUT, Buffer, EvaluationRequest, Prompt, Rollouts, Scored
 from flowrl.rewards.isolated import IsolatedFunction
 from flowrl.stages.reward import Reward, call, opening_of, try_function
+from flowrl.stages.sampler import Sampler
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.events import Evaluation, Notice
 
@@ -44,26 +45,22 @@ class Evaluator(Stage):
         # As reward.function; null: the reward's own; "": the scores that the rollouts bring from their environment
         function: ImportPath | None = None
 
-    checkpoints: In[EvaluationRequest]
+    requests: In[EvaluationRequest]
     prompts: Out[Prompt]
     rollouts: In[Rollouts]  # at most `in_flight` are on their way here
 
-    def __init__(
-        self, config: Config, *, model: str, data: PromptData, seed: int, reward: Reward.Config | None = None
-    ) -> None:
+    def __init__(self, config: Config, sampler: Sampler, *, reward: Reward.Config | None = None) -> None:
         self.config: Evaluator.Config = config
-        self.model = model
-        self.data = data
-        self.seed = seed
+        self.sampler = sampler
         self.reward = reward  # what the policy is trained on; None: the scores that the rollouts bring
 
     def check(self, say: Say) -> None:
         """Load the function where it will run, and try it on a row of the data."""
         scoring = self._scoring()
         if scoring is not None and self.config.function:
-            try_function(scoring, self.data, where="evaluation.function")
-        if scoring is None and self.reward is not None and self.data.num_heldout:
-            what = f"is not set, nor is reward.function: nothing scores the {self.data.num_heldout} held-out prompts"
+            try_function(scoring, self.sampler.data, where="evaluation.function")
+        if scoring is None and self.reward is not None and (count := self.sampler.data.num_heldout):
+            what = f"is not set, nor is reward.function: nothing scores the {count} held-out prompts"
             raise ConfigError("evaluation.function", what, "name a function, or set data.num_heldout=0")
 
     def _scoring(self) -> Reward.Config | None:
@@ -81,24 +78,24 @@ class Evaluator(Stage):
         num_sent = FIRST_HELDOUT
         isolated = IsolatedFunction(opening_of(scoring, context.where), log=log) if scoring else nullcontext()
         async with isolated as function:
-            async for checkpoint in self.checkpoints:
-                evaluation = await self._evaluate(context, prompts, function, checkpoint, num_sent)
+            async for request in self.requests:
+                evaluation = await self._evaluate(context, prompts, function, request, num_sent)
                 num_sent += len(prompts.heldout)
                 if evaluation is not None:
                     context.recorder.record(evaluation)
-                context.version = checkpoint.version
+                context.version = request.version
                 context.done += len(prompts.heldout)
-                await self.checkpoints.done(checkpoint)
+                await self.requests.done(request)
 
     def _load(self) -> PromptSet:
-        return load_prompts(self.data, load_tokenizer(prepare_model(self.model)))
+        return load_prompts(self.sampler.data, load_tokenizer(prepare_model(self.sampler.model)))
 
     async def _evaluate(
         self,
         context: Context,
         prompts: PromptSet,
         function: IsolatedFunction | None,
-        checkpoint: EvaluationRequest,
+        request: EvaluationRequest,
         first_id: int,
     ) -> Evaluation | None:
         """Return the scores, or nothing where the generators have moved on to another version meanwhile."""
@@ -121,12 +118,12 @@ class Evaluator(Stage):
                     }
                 await self.rollouts.done(group)
                 room.release()
-        if versions != {checkpoint.version}:  # only after a restart: the learner did not wait for the dead
-            text = f"version {checkpoint.version} was not evaluated: the generators serve {max(versions)}"
+        if versions != {request.version}:  # only after a restart: the learner did not wait for the dead
+            text = f"version {request.version} was not evaluated: the generators serve {max(versions)}"
             context.recorder.record(Notice(level="warning", where=context.where, text=text, time_s=context.now()))
             return None
         return Evaluation(
-            version=checkpoint.version,
+            version=request.version,
             time_s=context.now(),
             scores=[scores[place] for place in range(len(prompts.heldout))],
             completions=[texts[place] for place in sorted(texts)],
@@ -141,7 +138,7 @@ class Evaluator(Stage):
                     token_ids=Buffer.ints(row.token_ids),
                     columns=row.columns,
                     num_samples=self.config.samples,
-                    seed=(self.seed + 1) * 7_919 + place * 4096,
+                    seed=(self.sampler.seed + 1) * 7_919 + place * 4096,
                 )
             )
 

@@ -17,6 +17,7 @@ from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEn
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
 from flowrl.messages import Buffer, Example, extend
+from flowrl.stages.sampler import Course
 from flowrl.stages.training import check_adapter, opened
 from flowrl.telemetry.events import Span
 
@@ -36,22 +37,23 @@ class ExampleReference(Stage):
         )
 
     optional = frozenset({"heldout", "heldout_referenced"})
+    together = (optional,)
     examples: In[Example]
     referenced: Out[Example]
     heldout: In[Example]
     heldout_referenced: Out[Example]
 
-    def __init__(self, config: Config, *, model: str, policy: str = "") -> None:
+    def __init__(self, config: Config, course: Course, *, model: str = "") -> None:
         self.config: ExampleReference.Config = config
-        self.model = model
-        self.policy = policy  # the model whose tokens it reads; "": its own
+        self.course = course
+        self.model = model or course.model  # "": the policy as it begins
 
     def check(self, say: Say) -> None:
         """Prepare the model, which must read the policy's tokens."""
         check_adapter(self.config, "reference")
         directory = prepare_model(self.model, say=say)
-        if self.policy:
-            check_same_vocabulary(prepare_model(self.policy, say=say), directory, "reference_model")
+        if self.model != self.course.model:
+            check_same_vocabulary(prepare_model(self.course.model, say=say), directory, "reference_model")
 
     def _settings(self) -> TrainingConfig:
         return widen(TrainingConfig, self.config, model=str(prepare_model(self.model)))

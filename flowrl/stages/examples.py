@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from flowrl.config import Select
-from flowrl.data.examples import ExampleData, ExampleRow, ExampleSet, load_examples
+from flowrl.data.examples import ExampleRow, ExampleSet, load_examples
 from flowrl.data.models import prepare_model
 from flowrl.data.prompts import load_tokenizer
 from flowrl.data.vocabulary import check_same_vocabulary
@@ -21,6 +20,7 @@ from flowrl.errors import ConfigError, DataError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import FIRST_HELDOUT, Buffer, Credit, Example
+from flowrl.stages.sampler import Course
 from flowrl.stages.tokens import example_group, group_batch, with_constant
 from flowrl.telemetry.causes import Cause
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from flowrl.algorithms.base import Lesson, Objective
+    from flowrl.config import Select
     from flowrl.data.formats import Kind
     from flowrl.graph.stage import Context, Say
 
@@ -89,19 +90,15 @@ class Examples(Stage):
     credits: In[Credit]
     examples: Out[Example]
 
-    def __init__(
-        self, config: Config, *, model: str, data: ExampleData, objective: Select, has_reference: bool
-    ) -> None:
+    def __init__(self, config: Config, course: Course, *, has_reference: bool = False) -> None:
         self.config: Examples.Config = config
-        self.model = model
-        self.data = data
-        self.objective = objective
+        self.course = course
         self.has_reference = has_reference  # whether the graph adds a reference's log-probs
 
     def check(self, say: Say) -> None:
         """Load the tokenizer and the data set, and try the objective on one row of each kind."""
-        prepare_model(self.model, say=say)
-        objective = load_objective(self.objective)
+        prepare_model(self.course.model, say=say)
+        objective = load_objective(self.course.objective)
         rows = self.load()
         self.data_digest = rows.digest
         try_rows(objective, [*rows.train, *rows.heldout], has_reference=self.has_reference)
@@ -111,12 +108,12 @@ class Examples(Stage):
 
     def load(self) -> ExampleSet:
         """Return the data set; example k is its row at position k."""
-        return load_examples(self.data, load_tokenizer(prepare_model(self.model)))
+        return load_examples(self.course.data, load_tokenizer(prepare_model(self.course.model)))
 
     async def run(self, context: Context) -> None:
         """Admit examples until the edges close."""
         with context.clock.charge(Cause.START):
-            objective = await context.compute(load_objective, self.objective)
+            objective = await context.compute(load_objective, self.course.objective)
             rows = await context.compute(self.load)
         while not context.stopping.is_set():
             (group_id,) = (await self.credits.get()).groups
@@ -133,20 +130,18 @@ class HeldoutExamples(Stage):
 
     examples: Out[Example]
 
-    def __init__(self, config: Config, *, model: str, data: ExampleData, objective: Select) -> None:
+    def __init__(self, config: Config, course: Course) -> None:
         self.config: HeldoutExamples.Config = config
-        self.model = model
-        self.data = data
-        self.objective = objective
+        self.course = course
 
     def load(self) -> Sequence[ExampleRow]:
         """Return the held-out rows."""
-        return load_examples(self.data, load_tokenizer(prepare_model(self.model))).heldout
+        return load_examples(self.course.data, load_tokenizer(prepare_model(self.course.model))).heldout
 
     async def run(self, context: Context) -> None:
         """Send each held-out example once."""
         with context.clock.charge(Cause.START):
-            objective = await context.compute(load_objective, self.objective)
+            objective = await context.compute(load_objective, self.course.objective)
             rows = await context.compute(self.load)
         for place, row in enumerate(rows):
             other = mismatched_of(_endless(rows), place, len(rows)) if objective.needs_mismatched else None

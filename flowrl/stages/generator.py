@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flowrl.engines.base import GenerationEngine, Sampling
+from flowrl.engines.base import GenerationEngine
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
 from flowrl.messages import Prompt, Rollouts, Weights, extend
+from flowrl.stages.sampler import Sampler
 from flowrl.stages.serving import Generation, check_context, record_generation, serve_each, serving
 from flowrl.telemetry.causes import Cause
 
@@ -26,40 +27,36 @@ class Generator(Stage):
         """Settings of the generator node."""
 
     optional = frozenset({"heldout", "heldout_rollouts", "weights"})
+    together = (frozenset({"heldout", "heldout_rollouts"}),)
     prompts: In[Prompt]
     rollouts: Out[Rollouts]
     heldout: In[Prompt]
     heldout_rollouts: Out[Rollouts]
     weights: In[Weights]
 
-    def __init__(self, config: Config, *, model: str, sampling: Sampling, heldout_sampling: Sampling) -> None:
+    def __init__(self, config: Config, sampler: Sampler) -> None:
         self.config: Generator.Config = config
-        self.model = model
-        self.sampling = sampling
-        self.heldout_sampling = heldout_sampling
+        self.sampler = sampler
 
     def check(self, say: Say) -> None:
         """Prepare the model; its context must hold `max_model_len` tokens."""
-        check_context(self.config, self.model, say, where="generator")
+        check_context(self.config, self.sampler.model, say, where="generator")
 
     async def run(self, context: Context) -> None:
         """Serve until the prompt edges close."""
 
         async def train(prompt: Prompt) -> None:
-            await self.rollouts.put(await self._sample(context, engine, prompt, self.sampling, "generate"))
+            await self.rollouts.put(await self._sample(context, engine, prompt, "generate"))
             context.done += 1
 
         async def evaluate(prompt: Prompt) -> None:
-            sampling = self.heldout_sampling
-            await self.heldout_rollouts.put(await self._sample(context, engine, prompt, sampling, "evaluate"))
+            await self.heldout_rollouts.put(await self._sample(context, engine, prompt, "evaluate"))
 
-        async with serving(context, self.config, model=self.model, weights=self.weights) as engine:
+        async with serving(context, self.config, model=self.sampler.model, weights=self.weights) as engine:
             lanes = (self.prompts, train), (self.heldout, evaluate)
             await serve_each(*lanes, max_groups=self.config.max_groups)
 
-    async def _sample(
-        self, context: Context, engine: GenerationEngine, prompt: Prompt, sampling: Sampling, name: str
-    ) -> Rollouts:
+    async def _sample(self, context: Context, engine: GenerationEngine, prompt: Prompt, name: str) -> Rollouts:
         start_s = context.now()
         context.running += prompt.num_samples
         try:
@@ -69,7 +66,7 @@ class Generator(Stage):
                     prompt_ids=prompt.token_ids.tolist(),
                     num_samples=prompt.num_samples,
                     seed=prompt.seed,
-                    sampling=sampling,
+                    sampling=self.sampler.sampling,
                 )
         finally:
             context.running -= prompt.num_samples

@@ -23,8 +23,9 @@ from flowrl.engines.weights.manifest import tensor_digests
 from flowrl.errors import ConfigError, RunError, TransferError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
-from flowrl.messages import FIRST_TEXTS, Buffer, Credit, EvaluationRequest, Samples, Save, Texts, Weights, replays_of
+from flowrl.messages import FIRST_TEXTS, Buffer, Credit, EvaluationRequest, Samples, Texts, Weights, replays_of
 from flowrl.stages.estimation import advice, check_sampling, load_algorithm, settled
+from flowrl.stages.sampler import Learning, Sampler
 from flowrl.stages.saving import save_checkpoint
 from flowrl.stages.step import (
     check_divides,
@@ -39,6 +40,7 @@ from flowrl.stages.step import (
     with_drift_limit,
     with_proximal,
 )
+from flowrl.stages.texts import TextSource
 from flowrl.stages.tokens import example_group
 from flowrl.stages.training import (
     check_adapter,
@@ -57,8 +59,10 @@ from flowrl.telemetry.versions import write_digests
 if TYPE_CHECKING:
     from flowrl.algorithms.base import Objective
     from flowrl.graph.stage import Context, Say
+    from flowrl.graph.staleness import Admission
     from flowrl.messages import FloatArray
 
+NO_TEXTS = TextSource.Config()
 CANARY_TOKENS = 32  # long enough that one stale layer shows in the mean, short enough to cost nothing
 
 
@@ -78,46 +82,46 @@ class Learner(Stage):
         save_rollouts: bool = True  # write every learned group to Parquet
         min_ess: Annotated[float, Meta(ge=0, le=1)] = 0.3  # warn when the effective sample size falls below
 
-    optional = frozenset({"checkpoints", "saves", "wanted", "texts"})
+    optional = frozenset({"evaluations", "wanted", "texts"})
+    together = (frozenset({"wanted", "texts"}),)
+    ordered = frozenset({"samples"})
     is_stateful = True
     samples: In[Samples]
     wanted: Out[Texts]  # asks for a step's texts
     texts: In[Texts]
     weights: Out[Weights]
     released: Out[Credit]
-    checkpoints: Out[EvaluationRequest]
-    saves: Out[Save]  # acknowledged by every other stateful node when its part of a checkpoint is written
+    evaluations: Out[EvaluationRequest]
 
-    def __init__(self, config: Config, *, model: str, algorithm: Select, steps: int, groups_per_step: int,
-                 group_size: int, max_staleness: int, temperature: float, has_critic: bool, is_cut: bool = False,
-                 texts_per_step: int = 0, text_coef: float = 0.05, max_tokens: int = 0) -> None:  # fmt: skip
+    def __init__(
+        self, config: Config, sampler: Sampler, learning: Learning, beside: TextSource.Config = NO_TEXTS
+    ) -> None:
         self.config: Learner.Config = config
-        self.model = model
-        self.algorithm = algorithm
-        self.steps = steps
-        self.groups_per_step = groups_per_step
-        self.group_size = group_size
-        self.max_staleness = max_staleness
-        self.temperature = temperature
-        self.has_critic = has_critic
-        self.is_cut = is_cut  # whether top-p or top-k cut the distribution that is sampled
-        self.max_tokens = max_tokens  # of the longest response
-        self.texts_per_step = texts_per_step  # examples in each message of `texts`
-        self.pretraining = Select(use="flowrl.algorithms.pretraining:Pretraining", options={"coef": text_coef})
+        self.sampler = sampler
+        self.learning = learning
+        self.beside = beside  # what comes in each message of `texts`
+        self.algorithm = learning.algorithm
+        self.pretraining = Select(use="flowrl.algorithms.pretraining:Pretraining", options={"coef": beside.coef})
         self._rewards: list[float] = []  # of the samples learned since the last checkpoint
         self._ours: dict[tuple[int, int], FloatArray] = {}  # log-probs of the step's samples as they were first learned
 
+    @property
+    def admission(self) -> Admission:
+        """Return what a step learns."""
+        return self.learning.admission
+
     def check(self, say: Say) -> None:
         """Prepare the model, load the algorithm, hold the step's division against its size."""
-        check_divides(self.config.minibatches, self.groups_per_step, "learner.minibatches")
-        if 0 < self.texts_per_step < self.config.minibatches:
-            what = f"{self.texts_per_step} texts a step are too few for {self.config.minibatches} learner.minibatches"
+        minibatches = self.config.minibatches
+        check_divides(minibatches, self.learning.groups_per_step, "learner.minibatches")
+        if 0 < self.beside.per_step < minibatches:
+            what = f"{self.beside.per_step} texts a step are too few for {minibatches} learner.minibatches"
             raise ConfigError("texts.per_step", what, "give each minibatch one or more")
         check_adapter(self.config, "learner")
-        model = prepare_model(self.model, say=say)
+        model = prepare_model(self.sampler.model, say=say)
         check_experts(self.config, model, "learner")
         check_saving(self.config, model, "learner")
-        check_masters(self.model, say)
+        check_masters(self.sampler.model, say)
         objective = self.load_objective()
         for line in advice(objective):
             say(f"warning: {line}")
@@ -126,19 +130,20 @@ class Learner(Stage):
 
     def load_objective(self) -> Objective:
         """Return what is minimised."""
-        self.algorithm = settled(self.algorithm, self.max_tokens)
-        algorithm = load_algorithm(self.algorithm, group_size=self.group_size, has_critic=self.has_critic)
-        check_sampling(algorithm, is_cut=self.is_cut)
+        self.algorithm = settled(self.algorithm, self.sampler.max_response)
+        algorithm = load_algorithm(self.algorithm)
+        check_sampling(algorithm, is_cut=self.sampler.sampling.is_cut)
         return algorithm
 
     def _settings(self) -> TrainingConfig:
-        model = str(prepare_model(self.model))
-        return widen(TrainingConfig, self.config, model=model, temperature=self.temperature)
+        model = str(prepare_model(self.sampler.model))
+        return widen(TrainingConfig, self.config, model=model, temperature=self.sampler.sampling.temperature)
 
     @property
     def num_optimizer_steps(self) -> int:
         """Return how many optimizer steps the whole run takes, the length of its schedule."""
-        return max(1, self.steps - self.config.freeze_steps) * self.config.epochs * self.config.minibatches
+        steps = max(1, self.learning.steps - self.config.freeze_steps)
+        return steps * self.config.epochs * self.config.minibatches
 
     async def follow(self, context: Context) -> None:
         """Serve as a rank other than 0."""
@@ -158,8 +163,8 @@ class Learner(Stage):
             await self._ask_for_texts(context.version)
             async with asyncio.TaskGroup() as tasks:
                 push = await self._publish(context, engine, [], tasks)
-                while context.version < self.steps:
-                    batch = await take_step(self.samples, context, self.groups_per_step)
+                while context.version < self.learning.steps:
+                    batch = await take_step(self.samples, context, self.learning.groups_per_step)
                     if batch is None:
                         break
                     push = await self._step(context, engine, objective, batch, push, tasks)
@@ -174,9 +179,9 @@ class Learner(Stage):
                     push: asyncio.Task[None], tasks: asyncio.TaskGroup) -> asyncio.Task[None]:  # fmt: skip
         start_s, version = context.now(), context.version
         staleness = [version - group.oldest_version for group in batch]
-        if max(staleness) > self.max_staleness:
+        if max(staleness) > (limit := self.learning.max_staleness):
             worst = max(zip(staleness, batch, strict=True), key=lambda pair: pair[0])
-            what = f"group {worst[1].group_id} is {worst[0]} versions old, more than max_staleness={self.max_staleness}"
+            what = f"group {worst[1].group_id} is {worst[0]} versions old, more than max_staleness={limit}"
             raise RunError(context.where, what, "this is a defect of the flow: please report the run directory")
         metrics = replay_metrics(batch, version)
         if version == 0:
@@ -204,7 +209,7 @@ class Learner(Stage):
         return push
 
     async def _ask_for_texts(self, step: int) -> None:
-        if self.wanted.is_connected and step < self.steps:
+        if self.wanted.is_connected and step < self.learning.steps:
             await self.wanted.put(Texts(group_id=FIRST_TEXTS + step))
 
     async def _take_texts(self, step: int) -> list[TokenGroup]:
@@ -267,9 +272,9 @@ class Learner(Stage):
             Span(node=context.node, replica=context.replica, name=f"publish v{weights.version}", start_s=start_s,
                  end_s=context.now(), args={"bytes": weights.size_bytes})
         )  # fmt: skip
-        if self.checkpoints.is_connected and self._is_evaluated(weights.version):
-            await self.checkpoints.put(
-                EvaluationRequest(version=weights.version, is_final=weights.version == self.steps)
+        if self.evaluations.is_connected and self._is_evaluated(weights.version):
+            await self.evaluations.put(
+                EvaluationRequest(version=weights.version, is_final=weights.version == self.learning.steps)
             )
         await context.background(engine.retire, weights.version)
 
@@ -283,20 +288,20 @@ class Learner(Stage):
 
     def _is_evaluated(self, version: int) -> bool:
         every = self.config.evaluate_every
-        return version in (0, self.steps) or bool(every and version % every == 0)
+        return version in (0, self.learning.steps) or bool(every and version % every == 0)
 
     async def _save(self, context: Context, engine: TrainingEngine) -> None:
         """Write a checkpoint; the best is the one whose steps since the checkpoint before had the best mean reward."""
         score = sum(self._rewards) / len(self._rewards) if self._rewards else 0.0
         keep = self.config.keep_checkpoints
-        await save_checkpoint(context, engine, card=CARD, keep=keep, score=score, saves=self.saves)
+        await save_checkpoint(context, engine, card=CARD, keep=keep, score=score, saving=self.saving)
         self._rewards = []
 
     def _record(self, context: Context, batch: list[Samples], staleness: list[int], metrics: dict[str, float],
                 step_s: float) -> None:  # fmt: skip
         figures = derived({**step_metrics(batch, staleness), **metrics, "step_s": step_s})
         context.recorder.record(
-            Step(version=context.version, num_steps=self.steps, time_s=context.now(), metrics=figures,
+            Step(version=context.version, num_steps=self.learning.steps, time_s=context.now(), metrics=figures,
                  staleness=staleness)
         )  # fmt: skip
         if figures.get("ess", 1.0) < self.config.min_ess:

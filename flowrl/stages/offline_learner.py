@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from flowrl.config import Meta, Select, widen
+from flowrl.config import Meta, widen
 from flowrl.data.examples import read_template
 from flowrl.data.models import prepare_model
 from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine
@@ -18,8 +18,10 @@ from flowrl.engines.checkpoint import CARD
 from flowrl.errors import ConfigError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
+from flowrl.graph.staleness import Admission
 from flowrl.messages import Credit, Example
 from flowrl.stages.examples import load_objective, with_teacher
+from flowrl.stages.sampler import Course
 from flowrl.stages.saving import save_checkpoint
 from flowrl.stages.tokens import example_group, group_batch, padded, with_constant
 from flowrl.stages.training import (
@@ -64,51 +66,53 @@ class OfflineLearner(Stage):
         evaluate_every: Annotated[int, Meta(ge=0)] = 0  # steps between evaluations; 0: before and after
 
     optional = frozenset({"heldout"})
+    ordered = frozenset({"examples"})
     is_stateful = True
     examples: In[Example]
     heldout: In[Example]
     released: Out[Credit]
 
-    def __init__(self, config: Config, *, model: str, objective: Select, steps: int, examples_per_step: int,
-                 num_heldout: int, chat_template: str = "") -> None:  # fmt: skip
+    def __init__(self, config: Config, course: Course) -> None:
         self.config: OfflineLearner.Config = config
-        self.model = model
-        self.objective = objective
-        self.steps = steps
-        self.examples_per_step = examples_per_step
-        self.num_heldout = num_heldout  # examples that will arrive at `heldout`
-        self.chat_template = chat_template  # a Jinja file, as data.chat_template; "": the tokenizer's own
+        self.course = course
+        self.objective = course.objective
         self._scale: dict[str, float] = {}  # of a reward model: mean and std of its scores of the held-out responses
         self._score = 0.0  # the mean held-out score of late, or minus the training loss where nothing is held out
+
+    @property
+    def admission(self) -> Admission:
+        """Return what a step learns; two of them are out at a time, so that reading hides behind training."""
+        return Admission(self.course.examples_per_step, self.course.steps)
 
     def check(self, say: Say) -> None:
         """Prepare the model and load the objective."""
         check_adapter(self.config, "learner")
-        model = prepare_model(self.model, say=say)
+        model = prepare_model(self.course.model, say=say)
         check_experts(self.config, model, "learner")
         check_saving(self.config, model, "learner")
-        check_masters(self.model, say)
-        objective = load_objective(with_teacher(self.objective, self.model, say=say))
-        if objective.learns_from == "labelled responses" and self.examples_per_step < 2:
+        check_masters(self.course.model, say)
+        objective = load_objective(with_teacher(self.objective, self.course.model, say=say))
+        if objective.learns_from == "labelled responses" and self.course.examples_per_step < 2:
             what = "1 never holds both a good and a bad response"
             raise ConfigError("examples_per_step", what, "set it to 2 or more; 16 is usual")
 
     def _settings(self) -> TrainingConfig:
         head = load_objective(self.objective).head
-        template = read_template(self.chat_template) if self.chat_template else ""
-        model = str(prepare_model(self.model))
+        template = self.course.data.chat_template
+        template = read_template(template) if template else ""
+        model = str(prepare_model(self.course.model))
         return widen(TrainingConfig, self.config, model=model, head=head, chat_template=template)
 
     async def follow(self, context: Context) -> None:
         """Serve as a rank other than 0."""
-        async with opened(context, self.config.engine, self._settings, self.steps) as engine:
+        async with opened(context, self.config.engine, self._settings, self.course.steps) as engine:
             await context.compute(engine.follow)
 
     async def run(self, context: Context) -> None:
         """Train until the last step is done and saved, or the user asks to stop."""
-        self.objective = await context.compute(with_teacher, self.objective, self.model)
+        self.objective = await context.compute(with_teacher, self.objective, self.course.model)
         objective = load_objective(self.objective)
-        async with opened(context, self.config.engine, self._settings, self.steps) as engine:
+        async with opened(context, self.config.engine, self._settings, self.course.steps) as engine:
             context.version = 0
             if context.resume_from is not None:
                 context.version = await context.compute(load_state, engine, context.resume_from / context.node)
@@ -116,8 +120,8 @@ class OfflineLearner(Stage):
             heldout = await self._take_heldout()
             if heldout:  # after a resume too: checkpoints are compared by the newest score
                 await self._evaluate(context, engine, objective, heldout)
-            while context.version < self.steps:
-                batch = await take_step(self.examples, context, self.examples_per_step)
+            while context.version < self.course.steps:
+                batch = await take_step(self.examples, context, self.course.examples_per_step)
                 if batch is None:
                     break
                 await self._step(context, engine, objective, batch, heldout)
@@ -129,10 +133,11 @@ class OfflineLearner(Stage):
 
     async def _take_heldout(self) -> list[Example]:
         """Wait for every held-out example; returns them in the order of the data."""
-        if not self.heldout.is_connected or not self.num_heldout:
+        num_heldout = self.course.data.num_heldout
+        if not self.heldout.is_connected or not num_heldout:
             return []
         found: dict[int, Example] = {}
-        while len(found) < self.num_heldout:  # a source that was restarted sends some of them again
+        while len(found) < num_heldout:  # a source that was restarted sends some of them again
             example = await self.heldout.get()
             found[example.group_id] = example
             await self.heldout.done(example)
@@ -156,12 +161,12 @@ class OfflineLearner(Stage):
             metrics |= await self._evaluate(context, engine, objective, heldout)
         metrics |= counted(groups)
         context.recorder.record(
-            Step(version=context.version, num_steps=self.steps, time_s=context.now(), metrics=metrics)
+            Step(version=context.version, num_steps=self.course.steps, time_s=context.now(), metrics=metrics)
         )
 
     def _is_evaluated(self, version: int) -> bool:
         every = self.config.evaluate_every
-        return version == self.steps or bool(every and version % every == 0)
+        return version == self.course.steps or bool(every and version % every == 0)
 
     async def _evaluate(self, context: Context, engine: TrainingEngine, objective: Objective,
                         heldout: list[Example]) -> dict[str, float]:  # fmt: skip
@@ -191,7 +196,9 @@ class OfflineLearner(Stage):
     async def _save(self, context: Context, engine: TrainingEngine, objective: Objective) -> None:
         card = CARD if objective.head == "policy" else VALUES_CARD
         keep = self.config.keep_checkpoints
-        await save_checkpoint(context, engine, card=card, keep=keep, score=self._score, notes=self._scale)
+        await save_checkpoint(
+            context, engine, card=card, keep=keep, score=self._score, saving=self.saving, notes=self._scale
+        )
 
 
 def step_groups(engine: TrainingEngine, objective: Objective, examples: Sequence[Example]) -> list[TokenGroup]:

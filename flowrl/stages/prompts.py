@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flowrl.data.models import prepare_model
-from flowrl.data.prompts import PromptData, PromptSet, load_prompts, load_tokenizer
+from flowrl.data.prompts import PromptSet, load_prompts, load_tokenizer
 from flowrl.errors import DataError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Credit, End, Prompt
+from flowrl.stages.sampler import Sampler
 from flowrl.telemetry.causes import Cause
 
 if TYPE_CHECKING:
@@ -32,32 +33,27 @@ class Prompts(Stage):
     prompts: Out[Prompt]
     ended: Out[End]
 
-    def __init__(self, config: Config, *, model: str, data: PromptData, group_size: int, seed: int, room: int,
-                 epochs: int = 0) -> None:  # fmt: skip
+    def __init__(self, config: Config, sampler: Sampler, *, epochs: int = 0) -> None:
         self.config: Prompts.Config = config
-        self.model = model
-        self.data = data
-        self.group_size = group_size
-        self.seed = seed
-        self.room = room  # tokens a prompt may have, so that a response still fits the generators' max_model_len
+        self.sampler = sampler
         self.epochs = epochs  # passes over the data; 0: without end
 
     def check(self, say: Say) -> None:
         """Load the model's tokenizer and the data set; its longest prompt must fit the generators."""
-        prepare_model(self.model, say=say)
+        prepare_model(self.sampler.model, say=say)
         rows = self.load()
         self.data_digest = rows.digest
         for line in rows.told():
             say(line)
         longest = max([*rows.train, *rows.heldout], key=lambda row: len(row.token_ids))
-        if len(longest.token_ids) > self.room:
+        if len(longest.token_ids) > self.sampler.room:
             what = f"{longest.place} has {len(longest.token_ids)} tokens, but generator.max_model_len less "
             remedy = "raise generator.max_model_len or lower data.max_prompt_tokens with data.on_bad=skip"
-            raise DataError("data", f"{what}sampling.max_tokens leaves room for {self.room}", remedy)
+            raise DataError("data", f"{what}sampling.max_tokens leaves room for {self.sampler.room}", remedy)
 
     def load(self) -> PromptSet:
         """Return the data set; group k is its row at position k."""
-        return load_prompts(self.data, load_tokenizer(prepare_model(self.model)))
+        return load_prompts(self.sampler.data, load_tokenizer(prepare_model(self.sampler.model)))
 
     async def run(self, context: Context) -> None:
         """Admit groups until the edges close."""
@@ -76,8 +72,10 @@ class Prompts(Stage):
                 group_id=group_id,
                 token_ids=Buffer.ints(row.token_ids),
                 columns=row.columns,
-                num_samples=self.group_size,
-                seed=(self.seed * 1_000_003 + group_id) * 4096 % (1 << 62),  # apart by more than any group's size
+                num_samples=self.sampler.group_size,
+                seed=(self.sampler.seed * 1_000_003 + group_id)
+                * 4096
+                % (1 << 62),  # apart by more than any group's size
             )
             await self.prompts.put(prompt)
             context.done += 1

@@ -5,20 +5,23 @@ Replicas compete for groups.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from flowrl.config import Meta, widen
 from flowrl.data.models import prepare_model
 from flowrl.data.vocabulary import check_same_vocabulary
 from flowrl.engines.base import Training, TrainingConfig
+from flowrl.graph.edges import Edge, Queue
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
 from flowrl.messages import Buffer, Referenced, Scored, extend
+from flowrl.stages.sampler import Sampler
 from flowrl.stages.tokens import token_group
 from flowrl.stages.training import check_adapter, opened
 from flowrl.telemetry.events import Span
 
 if TYPE_CHECKING:
+    from flowrl.graph.ports import Source
     from flowrl.graph.stage import Context, Say
 
 
@@ -36,22 +39,21 @@ class Reference(Stage):
     scored: In[Scored]
     referenced: Out[Referenced]
 
-    def __init__(self, config: Config, *, model: str, temperature: float, policy: str = "") -> None:
+    def __init__(self, config: Config, sampler: Sampler, *, model: str = "") -> None:
         self.config: Reference.Config = config
-        self.model = model
-        self.policy = policy  # the model whose tokens it reads; "": its own
-        self.temperature = temperature
+        self.sampler = sampler
+        self.model = model or sampler.model  # "": the policy as it begins
 
     def check(self, say: Say) -> None:
         """Prepare the model, which must read the policy's tokens."""
         check_adapter(self.config, "reference")
         directory = prepare_model(self.model, say=say)
-        if self.policy:
-            check_same_vocabulary(prepare_model(self.policy, say=say), directory, "reference_model")
+        if self.model != self.sampler.model:
+            check_same_vocabulary(prepare_model(self.sampler.model, say=say), directory, "reference_model")
 
     def _settings(self) -> TrainingConfig:
         model = str(prepare_model(self.model))
-        return widen(TrainingConfig, self.config, model=model, temperature=self.temperature)
+        return widen(TrainingConfig, self.config, model=model, temperature=self.sampler.sampling.temperature)
 
     async def follow(self, context: Context) -> None:
         """Serve as a rank other than 0."""
@@ -74,3 +76,19 @@ class Reference(Stage):
                     buffers = [Buffer.floats(row) for row in rows]
                     await self.referenced.put(extend(Referenced, group, ref_logprobs=buffers))
                     context.done += 1
+
+
+class Scoring(NamedTuple):
+    """A reference with the edge to it, or none, and where the scored samples go on."""
+
+    nodes: dict[str, Stage]
+    edges: list[Edge]
+    scored: Source[Scored]
+
+
+def referenced(scored: Source[Scored], config: Reference.Config, sampler: Sampler, *, model: str) -> Scoring:
+    """Put a reference behind what leaves at `scored`, where a model for it is named."""
+    if not model:
+        return Scoring({}, [], scored)
+    reference = Reference(config, sampler, model=model)
+    return Scoring({"reference": reference}, [Queue(scored, reference.scored)], reference.referenced)

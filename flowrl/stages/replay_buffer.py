@@ -13,19 +13,18 @@ a group's tokens as its priority; what makes up for the age of the samples is th
 
 from __future__ import annotations
 
-import asyncio
 import random
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import msgspec
 
-from flowrl.config import Meta, Select
+from flowrl.config import Meta
 from flowrl.engines.checkpoint import checkpoint_version
 from flowrl.errors import ConfigError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
-from flowrl.messages import Samples, Save, decode, encode
-from flowrl.stages.saving import add_state
+from flowrl.messages import Samples, decode, encode
+from flowrl.stages.sampler import Learning, Sampler
 from flowrl.stages.tokens import mask_of
 
 if TYPE_CHECKING:
@@ -56,68 +55,61 @@ class ReplayBuffer(Stage):
         # uniform; the newest that were learned before; or drawn in proportion to the mean |advantage|
         policy: Literal["uniform", "newest", "priority"] = "uniform"
 
-    optional = frozenset({"saves"})
+    ordered = frozenset({"fresh"})
     is_stateful = True
-    fresh: In[Samples]  # in the learner's order: window=1
+    fresh: In[Samples]  # in the learner's order
     samples: Out[Samples]
-    saves: In[Save]
 
-    def __init__(self, config: Config, *, algorithm: Select, groups_per_step: int, credits: int,
-                 seed: int) -> None:  # fmt: skip
+    def __init__(self, config: Config, sampler: Sampler, learning: Learning) -> None:
         self.config: ReplayBuffer.Config = config
-        self.algorithm = algorithm
-        self.groups_per_step = groups_per_step
-        self.credits = credits  # groups that may be ahead of the learner
-        self.seed = seed
+        self.sampler = sampler
+        self.learning = learning
+        self._kept: list[Kept] = []
 
     @property
     def num_replayed(self) -> int:
         """Return how many groups a step replays."""
-        return round(self.config.ratio * self.groups_per_step)
+        return round(self.config.ratio * self.learning.groups_per_step)
 
     def check(self, say: Say) -> None:
         """Insist on an algorithm that makes up for older policies, which drew what is replayed."""
         if self.num_replayed < 1:
-            what = f"{self.config.ratio:g} of {self.groups_per_step} groups_per_step is none"
-            raise ConfigError("replay.ratio", what, f"give {1 / self.groups_per_step:g} or more, or 0 for no replay")
-        if not hasattr(self.algorithm.load("algorithm"), "correction"):
-            what = f"older policies' samples need a correction, and {self.algorithm.use} has none"
+            per_step = self.learning.groups_per_step
+            what = f"{self.config.ratio:g} of {per_step} groups_per_step is none"
+            raise ConfigError("replay.ratio", what, f"give {1 / per_step:g} or more, or 0 for no replay")
+        if not hasattr(self.learning.algorithm.load("algorithm"), "correction"):
+            what = f"older policies' samples need a correction, and {self.learning.algorithm.use} has none"
             raise ConfigError("replay", what, "choose another algorithm, or set replay.ratio=0")
 
     async def run(self, context: Context) -> None:
         """Send groups on, with others, until the edge closes."""
-        kept: list[Kept] = []
-        context.version = 0
+        version = 0
         if context.resume_from is not None:
-            context.version = checkpoint_version(context.resume_from)
-            kept = await context.compute(_read, context.resume_from / context.node)
-
-        def write(directory: Path, version: int) -> None:
-            _write(directory, self._drawable(kept, version))
-
-        boundary = asyncio.Condition()
-        async with asyncio.TaskGroup() as tasks:
-            saving = tasks.create_task(add_state(self.saves, context, boundary, write))
-            await self._send(context, kept, boundary)
-            saving.cancel()
-
-    async def _send(self, context: Context, kept: list[Kept], boundary: asyncio.Condition) -> None:
-        num_sent, chosen = 0, list[Samples]()
+            version = checkpoint_version(context.resume_from)
+            self._kept = await context.compute(_read, context.resume_from / context.node)
+        context.version = version
+        kept, num_sent, chosen = self._kept, 0, list[Samples]()
+        per_step = self.learning.groups_per_step
+        num_ahead = self.learning.admission.most_credits(window=1)
         async for group in self.fresh:
-            place = num_sent % self.groups_per_step
+            place = num_sent % per_step
             if place == 0:
                 chosen = self._draw(kept, context.version)
-            share = slice(*(len(chosen) * end // self.groups_per_step for end in (place, place + 1)))
+            share = slice(*(len(chosen) * end // per_step for end in (place, place + 1)))
             await self.samples.put(msgspec.structs.replace(group, replays=chosen[share]))
             context.done += 1
             num_sent += 1
-            async with boundary:
+            async with context.between_steps(context.version):
                 kept.append(Kept(context.version, group, priority(group)))
-                # A checkpoint may still ask for what an older step drew from: `credits` groups further back.
-                del kept[: -self.config.capacity - self.credits - self.groups_per_step]
-                if place + 1 == self.groups_per_step:
-                    context.version += 1
-                    boundary.notify_all()
+                # A checkpoint may still ask for what an older step drew from: further back by the groups ahead.
+                del kept[: -self.config.capacity - num_ahead - per_step]
+            if place + 1 == per_step:
+                async with context.stepping():
+                    chosen = []
+
+    def save(self, directory: Path, version: int) -> None:
+        """Write what step `version` may draw from."""
+        _write(directory, self._drawable(self._kept, version))
 
     def _drawable(self, kept: list[Kept], step: int) -> list[Kept]:
         """Return what a step may draw from: the newest groups that were learned before it."""
@@ -126,7 +118,7 @@ class ReplayBuffer(Stage):
     def _draw(self, kept: list[Kept], step: int) -> list[Samples]:
         """Return the groups that a step replays."""
         young = [each for each in self._drawable(kept, step) if step - each.group.oldest_version <= self.config.max_age]
-        draw = random.Random(f"{self.seed}/{step}")
+        draw = random.Random(f"{self.sampler.seed}/{step}")
         num = min(self.num_replayed, len(young))
         match self.config.policy:
             case "uniform":

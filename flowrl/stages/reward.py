@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -23,6 +24,7 @@ from flowrl.data.vocabulary import check_same_vocabulary
 from flowrl.ending import ending_of
 from flowrl.engines.base import Training, TrainingConfig, open_engine
 from flowrl.errors import ConfigError, LastingError, RewardError
+from flowrl.graph.edges import Edge, Queue
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Prompt, Rollouts, Scored, encode, extend
@@ -32,6 +34,7 @@ from flowrl.rewards.function import RewardFunction, made_group
 from flowrl.rewards.isolated import IsolatedFunction, check_loads, untaken
 from flowrl.rewards.worker import Opening
 from flowrl.stages.model_scores import SequenceScores, StepScores, read_normalisation
+from flowrl.stages.sampler import Sampler
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.events import Notice, Span
 from flowrl.telemetry.quarantine import quarantine
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from flowrl.graph.ports import Source
     from flowrl.graph.stage import Context, Say
 
 Score = Callable[[Rollouts], Awaitable[list[float]]]
@@ -77,13 +81,13 @@ class Reward(Stage):
     rollouts: In[Rollouts]
     scored: Out[Scored]
 
-    def __init__(self, config: Config, *, data: PromptData | None = None) -> None:
+    def __init__(self, config: Config, sampler: Sampler | None = None) -> None:
         self.config: Reward.Config = config
-        self.data = data  # what the prompts are made of; None: not known, and the function is not tried on it
+        self.sampler = sampler  # with what the prompts are made of; None: not known, and the function is not tried
 
     def check(self, say: Say) -> None:
         """Load the function where it will run, and call it once on a row of the data with completions made up."""
-        try_function(self.config, self.data, where="reward.function")
+        try_function(self.config, self.sampler and self.sampler.data, where="reward.function")
 
     async def run(self, context: Context) -> None:
         """Score groups until the edge closes."""
@@ -195,17 +199,17 @@ class RewardModel(Stage):
     rollouts: In[Rollouts]
     scored: Out[Scored]
 
-    def __init__(self, config: Config, *, model: str, policy: str = "") -> None:
+    def __init__(self, config: Config, sampler: Sampler, *, model: str = "") -> None:
         self.config: RewardModel.Config = config
-        self.model = model
-        self.policy = policy  # the model whose tokens it reads; "": its own
+        self.sampler = sampler
+        self.model = model or sampler.model
 
     def check(self, say: Say) -> None:
         """Prepare the model, which must read the policy's tokens."""
         directory = prepare_model(self.model, say=say)
         check_classifier(directory, "reward_models")
-        if self.policy:
-            policy = prepare_model(self.policy, say=say)
+        if self.model != self.sampler.model:
+            policy = prepare_model(self.sampler.model, say=say)
             check_same_vocabulary(policy, directory, "reward_models")
             ours, theirs = ending_of(load_tokenizer(policy)), ending_of(load_tokenizer(directory))
             if ours.end_id not in theirs.stops:
@@ -304,28 +308,38 @@ def score_span(context: Context, start_s: float, groups: list[Rollouts]) -> Span
     )
 
 
-def check_scorers(function: str, models: Sequence[str], weights: Sequence[float]) -> None:
-    """Insist that something scores a graph's samples, and that weights are none or one for each reward model.
+class Scorers(NamedTuple):
+    """Nodes that score a policy's samples, in the order in which samples pass them, and where they leave the last."""
+
+    nodes: dict[str, Stage]
+    edges: list[Edge]
+    scored: Out[Scored]
+
+
+def scorers(
+    rollouts: Source[Rollouts],
+    sampler: Sampler,
+    reward: Reward.Config,
+    reward_model: RewardModel.Config,
+    models: Sequence[str],
+    weights: Sequence[float] = (),
+) -> Scorers:
+    """Return the nodes that score what leaves at `rollouts`: the function's where there is one, then each model's.
+
+    A model without a weight of its own has `reward_model.weight`.
 
     Raises:
-        ValueError: for a graph's settings, whose `__post_init__` calls this.
+        ConfigError: nothing scores, or weights are neither none nor one for each model.
     """
     if weights and len(weights) != len(models):
-        raise ValueError(f"reward_weights has {len(weights)} for {len(models)} reward_models; give one each")
-    if not (function or models):
-        raise ValueError("nothing scores the samples; give reward.function or reward_models")
-
-
-def scorers_of(
-    reward: Reward.Config, reward_model: RewardModel.Config, models: Sequence[str], *, policy: str,
-    data: PromptData | None = None, weights: Sequence[float] = (),
-) -> dict[str, Reward | RewardModel]:  # fmt: skip
-    """Return the nodes that score a policy's samples, by name, in the order in which samples pass them.
-
-    The function's comes first where there is one; a model without a weight of its own has `reward_model.weight`.
-    """
-    found: dict[str, Reward | RewardModel] = {"reward": Reward(reward, data=data)} if reward.function else {}
+        raise ConfigError("reward_weights", f"has {len(weights)} for {len(models)} reward_models", "give one each")
+    if not (reward.function or models):
+        raise ConfigError("reward", "nothing scores the samples", "give reward.function or reward_models")
+    found: dict[str, Reward | RewardModel] = {"reward": Reward(reward, sampler)} if reward.function else {}
     for k, (name, weight) in enumerate(zip(models, weights or [reward_model.weight] * len(models), strict=True)):
         weighted = msgspec.structs.replace(reward_model, weight=weight)
-        found[f"reward_model_{k}"] = RewardModel(weighted, model=name, policy=policy)
-    return found
+        found[f"reward_model_{k}"] = RewardModel(weighted, sampler, model=name)
+    in_a_row = list(found.values())
+    edges: list[Edge] = [Queue(rollouts, in_a_row[0].rollouts)]
+    edges += [Queue(before.scored, after.rollouts) for before, after in pairwise(in_a_row)]
+    return Scorers({**found}, edges, in_a_row[-1].scored)

@@ -2,7 +2,7 @@
 
 Invariants: all parts are of one version, between the same two steps; a checkpoint is whole or not there; while the
 disk is full the run waits for room and says so, unless the user has asked to stop. Called by Learner, OfflineLearner
-and Writer; the other stateful nodes answer with `add_state`.
+and Writer; the runtime has the other stateful nodes add theirs (`Stage.save`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowrl.engines.checkpoint import CheckpointWriter
@@ -22,9 +21,10 @@ from flowrl.telemetry.files import forget_replaced
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from flowrl.engines.base import TrainingEngine
-    from flowrl.graph.ports import In, Out
+    from flowrl.graph.ports import Out
     from flowrl.graph.stage import Context
 
 
@@ -35,25 +35,25 @@ async def save_checkpoint(
     card: str,
     keep: int,
     score: float,
-    saves: Out[Save] | None = None,
+    saving: Out[Save],
     notes: dict[str, float] | None = None,
 ) -> None:
-    """Write the checkpoint of `context.version`, with the part of every node that `saves` leads to.
+    """Write the checkpoint of `context.version`, with the part of every node that `saving` leads to.
 
     `card` is the model card's text with {name} and {version} open, `notes` go into the model's config.json; for the
     rest see `save_parts`.
     """
     filled = card.format(name=context.run_dir.name, version=context.version)
     write_own = partial(_write_own, engine, context.node, context.version, filled, notes or {})
-    await save_parts(context, write_own, keep=keep, score=score, saves=saves)
+    await save_parts(context, write_own, keep=keep, score=score, saving=saving)
 
 
 async def save_parts(
-    context: Context, write_own: Callable[[Path], None], *, keep: int, score: float, saves: Out[Save] | None = None
+    context: Context, write_own: Callable[[Path], None], *, keep: int, score: float, saving: Out[Save]
 ) -> None:
     """Write the checkpoint of `context.version`: what `write_own` puts into it, and every other node's part.
 
-    `score` is what the best checkpoint goes by. Waits for the nodes that `saves` leads to, and for room on a full disk.
+    `score` is what the best checkpoint goes by. Waits for the nodes that `saving` leads to, and for a full disk's room.
 
     Raises:
         ResourceError: the disk is full and the user asked to stop.
@@ -61,7 +61,7 @@ async def save_parts(
     writer = CheckpointWriter(context.run_dir / "checkpoints", keep=keep)
     while True:
         try:
-            path = await _write(context, write_own, writer, score=score, saves=saves)
+            path = await _write(context, write_own, writer, score=score, saving=saving)
             break
         except ResourceError as error:
             if context.stopping.is_set():
@@ -73,13 +73,13 @@ async def save_parts(
 
 
 async def _write(context: Context, write_own: Callable[[Path], None], writer: CheckpointWriter, *, score: float,
-                 saves: Out[Save] | None) -> Path:  # fmt: skip
+                 saving: Out[Save]) -> Path:  # fmt: skip
     start_s, version = context.now(), context.version
     aside = await context.compute(writer.begin, version)
     try:
         async with asyncio.TaskGroup() as parts:
-            if saves is not None and saves.is_connected:
-                parts.create_task(saves.put(Save(version=version, directory=str(aside))))
+            if saving.is_connected:
+                parts.create_task(saving.put(Save(version=version, directory=str(aside))))
             await context.compute(write_own, aside)
     except ExceptionGroup as errors:
         failed, others = errors.split((OSError, RuntimeError, RunError))
@@ -93,22 +93,6 @@ async def _write(context: Context, write_own: Callable[[Path], None], writer: Ch
              end_s=context.now())
     )  # fmt: skip
     return path
-
-
-async def add_state(
-    saves: In[Save], context: Context, boundary: asyncio.Condition, write: Callable[[Path, int], None]
-) -> None:
-    """Add this node's part to every checkpoint until the edge closes, once it has come as far as the learner.
-
-    `boundary` is held while `write(directory, version)` runs, and is notified whenever `context.version` has grown.
-    """
-    if not saves.is_connected:
-        return
-    async for save in saves:
-        async with boundary:
-            await boundary.wait_for(lambda version=save.version: context.version >= version)
-            await context.compute(write, Path(save.directory) / context.node, save.version)
-        await saves.done(save)
 
 
 def _write_own(

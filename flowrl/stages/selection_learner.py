@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flowrl.config import Select
 from flowrl.data.examples import ExampleRow
 from flowrl.graph.ports import In
-from flowrl.messages import Scored
+from flowrl.messages import Referenced, Scored
 from flowrl.stages.examples import load_objective, try_rows, with_teacher
 from flowrl.stages.learner import Learner
+from flowrl.stages.sampler import Learning, Sampler
 
 if TYPE_CHECKING:
     from flowrl.algorithms.base import Objective
@@ -28,27 +28,24 @@ class SelectionLearner(Learner):
 
     samples: In[Scored]  # pyright: ignore[reportIncompatibleVariableOverride]  # takes every message the learner takes
 
-    def __init__(self, config: Learner.Config, *, model: str, objective: Select, steps: int, groups_per_step: int,
-                 num_samples: int, has_reference: bool, max_staleness: int, temperature: float) -> None:  # fmt: skip
-        super().__init__(config, model=model, algorithm=objective, steps=steps, groups_per_step=groups_per_step,
-                         group_size=num_samples, max_staleness=max_staleness, temperature=temperature,
-                         has_critic=False)  # fmt: skip
+    def __init__(self, config: Learner.Config, sampler: Sampler, learning: Learning, *, num_samples: int) -> None:
+        super().__init__(config, sampler, learning)
         self.num_samples = num_samples  # of each group that are learned
-        self.has_reference = has_reference  # whether the graph adds a reference's log-probs
 
     def check(self, say: Say) -> None:
         """Prepare the model and try the objective on a group as it will come."""
         super().check(say)
-        with_teacher(self.algorithm, self.model, say=say)
+        with_teacher(self.algorithm, self.sampler.model, say=say)
         responses = [[2 + k] for k in range(self.num_samples)]
-        are_pairs = self.has_reference and self.num_samples == 2  # the best and the worst of a group
+        has_reference = issubclass(self.samples.brings, Referenced)
+        are_pairs = has_reference and self.num_samples == 2  # the best and the worst of a group
         kind: Kind | None = "preference" if are_pairs else None
         row = ExampleRow(prompt_ids=[1], responses=responses, kind=kind, index=0, place="select")
-        try_rows(self.load_objective(), [row], has_reference=self.has_reference)
+        try_rows(self.load_objective(), [row], has_reference=has_reference)
 
     async def run(self, context: Context) -> None:
         """Train until the last version is published, acknowledged and saved, or the user asks to stop."""
-        self.algorithm = await context.compute(with_teacher, self.algorithm, self.model)
+        self.algorithm = await context.compute(with_teacher, self.algorithm, self.sampler.model)
         await super().run(context)
 
     def load_objective(self) -> Objective:

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import msgspec
-
+from flowrl import messages
 from flowrl.config import Meta
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
-from flowrl.messages import Referenced, Scored
+from flowrl.messages import Scored
 from flowrl.telemetry.events import Span
 
 if TYPE_CHECKING:
@@ -47,6 +46,11 @@ class Selector(Stage):
     def __init__(self, config: Config, *, take: Take) -> None:
         self.config: Selector.Config = config
         self.take: Take = take
+
+    @property
+    def num_kept(self) -> int:
+        """Return how many samples a group keeps."""
+        return {"best": 1, "pair": 2}[self.take]
 
     async def run(self, context: Context) -> None:
         """Select until the edge closes."""
@@ -91,14 +95,4 @@ def narrowed(group: Scored, places: Sequence[int]) -> Scored:
     """Return the group with the samples at these places only, and the figures of all of them as metrics."""
     rewards = group.rewards
     metrics = {"reward.sampled": sum(rewards) / len(rewards), "reward.best": max(rewards)}
-    narrow = msgspec.structs.replace(
-        group,
-        samples=[group.samples[place] for place in places],
-        scores={name: [scores[place] for place in places] for name, scores in group.scores.items()},
-        placed=None if group.placed is None else [group.placed[place] for place in places],
-        metrics={**group.metrics, **metrics},
-    )
-    if isinstance(narrow, Referenced):
-        logprobs = [narrow.ref_logprobs[place] for place in places]
-        narrow = msgspec.structs.replace(narrow, ref_logprobs=logprobs)
-    return narrow
+    return messages.narrowed(group, places, metrics={**group.metrics, **metrics})

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flowrl.engines.base import TokenGroup
+from flowrl.errors import RunError
 from flowrl.messages import Buffer, Example, Referenced, Rollouts, Sample, Samples
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import torch
 
@@ -32,8 +33,33 @@ def token_group(group: Rollouts, **columns: list[Buffer]) -> TokenGroup:
     return TokenGroup(
         prompt_ids=group.token_ids,
         responses=[sample.token_ids for sample in group.samples],
-        columns={**known, **columns},
+        columns={**_of_samples(group, reserved=known), **known, **columns},
     )
+
+
+def _of_samples(group: Rollouts, *, reserved: Iterable[str]) -> dict[str, list[Buffer]]:
+    """Return the columns that a user's stage gave the samples.
+
+    Raises:
+        RunError: one has the name of a column of ours, not a value for each token, or is not in every sample.
+    """
+    found: dict[str, list[Buffer]] = {}
+    names = dict.fromkeys(name for sample in group.samples for name in sample.columns)
+    for name in names:
+        where = f"column {name!r} of group {group.group_id}"
+        if name in reserved:
+            raise RunError(where, "has the name of a column that every sample has", "give it another")
+        found[name] = []
+        for place, sample in enumerate(group.samples):
+            value, length = sample.columns.get(name), len(sample.token_ids)
+            if value is None:
+                raise RunError(where, f"is not in sample {place}", "give it to every sample of a group")
+            buffer = value if isinstance(value, Buffer) else _constant(value, length)
+            if len(buffer) != length or buffer.dtype != "float32":
+                what = f"sample {place} has {len(buffer)} {buffer.dtype} values for {length} tokens"
+                raise RunError(where, what, "give a Buffer.floats of one value for each token, or a number")
+            found[name].append(buffer)
+    return found
 
 
 def mask_of(sample: Sample) -> Buffer:

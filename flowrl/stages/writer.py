@@ -15,12 +15,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from flowrl.config import Meta
-from flowrl.data.prompts import PromptData
 from flowrl.data.written import asked_and_answered, template_columns, write_rows
 from flowrl.engines.checkpoint import read_version, write_version
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
+from flowrl.graph.staleness import Admission
 from flowrl.messages import Credit, End, Referenced, Scored
+from flowrl.stages.sampler import Sampler
 from flowrl.stages.saving import save_parts
 from flowrl.stages.selector import Selection, choose
 from flowrl.stages.step import step_metrics
@@ -43,16 +44,22 @@ class Writer(Stage):
         take: Literal["all", "best", "pair"] = "all"  # of each group's samples
         groups_per_file: Annotated[int, Meta(ge=1)] = 64
 
+    ordered = frozenset({"scored"})
     is_stateful = True
     scored: In[Scored]
     ended: In[End]
     released: Out[Credit]
 
-    def __init__(self, config: Config, *, data: PromptData) -> None:
+    def __init__(self, config: Config, sampler: Sampler) -> None:
         self.config: Writer.Config = config
-        self.data = data
+        self.sampler = sampler
         self._num_groups: int | None = None  # of the whole run, once the source has said so
         self._num_files = 0  # of the whole run, as far as it is known
+
+    @property
+    def admission(self) -> Admission:
+        """Return what goes into a file, which is its version; the source says when it has ended."""
+        return Admission(self.config.groups_per_file)
 
     async def run(self, context: Context) -> None:
         """Write until every group has ended, or the user asks to stop."""
@@ -122,7 +129,7 @@ class Writer(Stage):
 
     def _row(self, group: Scored, place: int) -> dict[str, Any]:
         sample = group.samples[place]
-        prompt, completion = asked_and_answered(self.data, group.columns, sample.text)
+        prompt, completion = asked_and_answered(self.sampler.data, group.columns, sample.text)
         logprobs = {"logprob": float(sample.logprobs.numpy().sum(dtype="float64"))}
         if isinstance(group, Referenced):
             logprobs["ref_logprob"] = float(group.ref_logprobs[place].numpy().sum(dtype="float64"))
@@ -141,8 +148,8 @@ class Writer(Stage):
         }
 
     def _pair(self, group: Scored, best: int, worst: int) -> dict[str, Any]:
-        prompt, chosen = asked_and_answered(self.data, group.columns, group.samples[best].text)
-        _, rejected = asked_and_answered(self.data, group.columns, group.samples[worst].text)
+        prompt, chosen = asked_and_answered(self.sampler.data, group.columns, group.samples[best].text)
+        _, rejected = asked_and_answered(self.sampler.data, group.columns, group.samples[worst].text)
         return {
             "prompt": prompt,
             "chosen": chosen,
@@ -172,7 +179,8 @@ class Writer(Stage):
             metrics["kl"] = sum(ratios) / len(ratios)  # of whole responses, nats
         num_to_come = None if self._num_groups is None else self._num_groups - ids[-1] - 1
         self._record_step(context, metrics, num_to_come=num_to_come)
-        await save_parts(context, partial(_write_state, context.node, context.version), keep=1, score=0.0)
+        await save_parts(context, partial(_write_state, context.node, context.version), keep=1, score=0.0,
+                         saving=self.saving)  # fmt: skip
 
     def _record_step(self, context: Context, metrics: dict[str, float], *, num_to_come: int | None = 0) -> None:
         """Record a file as a step; `num_to_come` groups have not arrived, None where that is not known."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, cast
 
-from flowrl.messages import Samples, decode, encode
+from flowrl.messages import Buffer, Samples, decode, encode
 from flowrl.telemetry.files import new_file, set_aside
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from flowrl.messages import FloatArray, Sample, Scored
@@ -25,12 +25,12 @@ def write_rollouts(path: Path, rows: Sequence[Scored], version: int, ours: Ours 
     """Write the groups that the policy at `version` learned from, replacing a file of an earlier attempt.
 
     Columns: group_id, sample (its place in the group), prompt (text, or messages as JSON; null where the data has
-    none), response, prompt_token_ids, token_ids, logprobs (behaviour),
-    learner_logprobs (the learner's, as it learned them; null where it did not keep them: those of other ranks than the
-    first), token_versions (one for each token; -1 on an
-    environment's), score.<name> for every score, reward (their sum), advantage_mean (of the policy's tokens),
-    staleness, learned_in_step, finish, generator, message (on a group's first row: all that the learner got of the
-    group, in the wire form of messages.py).
+    none), response, prompt_token_ids, token_ids, logprobs (behaviour), learner_logprobs (the learner's, as it learned
+    them; null where it did not keep them: those of other ranks than the first), token_versions (one for each token; -1
+    on an environment's), score.<name> for every score, column.<name> for every column of a user's stage (a list for
+    each token, or a number), reward (the scores' sum), advantage_mean (of the policy's tokens), staleness,
+    learned_in_step, finish, generator, message (on a group's first row: all that the learner got of the group, in the
+    wire form of messages.py).
     """
     import pyarrow.parquet as pq
 
@@ -44,6 +44,10 @@ def rollout_table(rows: Sequence[Scored], version: int, ours: Ours) -> Any:
     import pyarrow as pa
 
     scores = list(dict.fromkeys(name for group in rows for name in group.scores))
+    columns: dict[str, Any] = {}
+    for sample in (sample for group in rows for sample in group.samples):
+        for name, value in sample.columns.items():
+            columns[name] = pa.list_(pa.float32()) if isinstance(value, Buffer) else columns.get(name, pa.float64())
     schema = pa.schema(
         [
             ("group_id", pa.int64()),
@@ -56,6 +60,7 @@ def rollout_table(rows: Sequence[Scored], version: int, ours: Ours) -> Any:
             ("learner_logprobs", pa.list_(pa.float32())),
             ("token_versions", pa.list_(pa.int32())),
             *((f"score.{name}", pa.float64()) for name in scores),
+            *((f"column.{name}", kind) for name, kind in columns.items()),
             ("reward", pa.float64()),
             ("advantage_mean", pa.float64()),
             ("staleness", pa.int32()),
@@ -66,14 +71,15 @@ def rollout_table(rows: Sequence[Scored], version: int, ours: Ours) -> Any:
         ]
     )
     samples = [
-        _row(group, place, reward, version, scores, ours)
+        _row(group, place, reward, version, scores, columns, ours)
         for group in rows
         for place, reward in enumerate(group.rewards)
     ]
     return pa.Table.from_pylist(samples, schema=schema)
 
 
-def _row(group: Scored, place: int, reward: float, version: int, scores: Sequence[str], ours: Ours) -> dict[str, Any]:
+def _row(group: Scored, place: int, reward: float, version: int, scores: Sequence[str], columns: Iterable[str],
+         ours: Ours) -> dict[str, Any]:  # fmt: skip
     sample, learned = group.samples[place], ours.get((group.group_id, place))
     return {
         "group_id": group.group_id,
@@ -86,6 +92,7 @@ def _row(group: Scored, place: int, reward: float, version: int, scores: Sequenc
         "learner_logprobs": None if learned is None else learned.tolist(),
         "token_versions": token_versions(sample),
         **{f"score.{name}": group.scores[name][place] if name in group.scores else None for name in scores},
+        **{f"column.{name}": _plain(sample.columns.get(name)) for name in columns},
         "reward": reward,
         "advantage_mean": _advantage_mean(group, place),
         "staleness": version - sample.oldest_version,
@@ -94,6 +101,10 @@ def _row(group: Scored, place: int, reward: float, version: int, scores: Sequenc
         "generator": group.generator,
         "message": encode(group) if place == 0 else None,
     }
+
+
+def _plain(value: Buffer | float | None) -> Any:
+    return value.tolist() if isinstance(value, Buffer) else value
 
 
 def _advantage_mean(group: Scored, place: int) -> float | None:

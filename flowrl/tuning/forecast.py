@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowrl.errors import FlowrlError
+from flowrl.graph.edges import Credits
 from flowrl.graph.plan import GraphPlan, plan_of
 from flowrl.runtime.placement import num_cores
 from flowrl.runtime.rundir import read_plan
@@ -44,6 +45,7 @@ SAME = (
     "engine", "engine_options", "function", "dtype", "threads", "gpus", "tensor_parallel", "max_model_len", "lora",
     "freeze", "micro_batch_tokens", "gradient_checkpointing", "offload_optimizer", "offload_parameters",
 )  # fmt: skip
+DRAWN = ("model", "sampling")  # of what is sampled, the same
 STALENESS = "max_staleness"
 
 
@@ -88,7 +90,8 @@ def _is_same(wanted: Specification, measured: Specification) -> bool:
     config, other = ours["config"], theirs.get("config", {})
     return (
         wanted.stage == measured.stage
-        and all(ours.get(name) == theirs.get(name) for name in ("model", "sampling"))
+        and ours.get("model") == theirs.get("model")
+        and all(ours.get("sampler", {}).get(name) == theirs.get("sampler", {}).get(name) for name in DRAWN)
         and all(config.get(name) == other.get(name) for name in SAME)
     )
 
@@ -116,6 +119,6 @@ def _lines(program: Program, run_dir: Path, profile: Profile) -> list[str]:
 
 def _simulated(graph: Graph, profile: Profile) -> Prediction:
     sizes = [getattr(stage.config, "group_size", 1) for stage in graph.nodes.values()]
-    per_step = max(sizes) * max(getattr(stage, "groups_per_step", 1) for stage in graph.nodes.values())
+    per_step = max(sizes) * max(edge.per_version for edge in graph.edges if isinstance(edge, Credits))
     steps = max(2, min(MOST_STEPS, MOST_SAMPLES // per_step))
     return simulate(graph, profile, steps=steps, detail="causes")

@@ -34,13 +34,13 @@ def distilling(student: Path, teacher: Path) -> Graph:
     reward, advantage = graph.nodes["reward"], graph.nodes["advantage"]
     assert isinstance(reward, CountingReward)
     reference = Reference(
-        Reference.Config(engine="flowrl.engines.torch:TorchEngine", dtype="float32"), model=str(teacher),
-        policy=str(student), temperature=1.0,
+        Reference.Config(engine="flowrl.engines.torch:TorchEngine", dtype="float32"),
+        graph.nodes["prompts"].arguments["sampler"], model=str(teacher),
     )  # fmt: skip
     edges = [edge for edge in graph.edges if edge.source is not reward.referenced]
     edges += [
         Queue(reward.referenced, reference.scored, depth=10),
-        Queue(reference.referenced, advantage.ports["referenced"], depth=10, window=1),  # type: ignore[arg-type]
+        Queue(reference.referenced, advantage.ports["referenced"]),  # type: ignore[arg-type]
     ]
     return Graph(nodes={**graph.nodes, "reference": reference}, edges=edges, until=graph.until)
 

@@ -10,6 +10,7 @@ import torch
 
 from flowrl.messages import Buffer
 from flowrl.stages.reward import RewardModel
+from flowrl.stages.sampler import Sampler
 from tests.support.alone import rollouts, run_alone
 from tests.support.tiny import tiny_tokenizer
 
@@ -66,8 +67,8 @@ def test_two_reward_models_add_their_named_scores(tmp_path: Path):
     (harmless / "config.json").write_text(json.dumps({**settings, "mean": 0.5, "std": 8.0}))
     group = tokenized()
 
-    first = RewardModel(RewardModel.Config(dtype="float32", weight=0.75), model=str(helpful))
-    second = RewardModel(RewardModel.Config(dtype="float32", weight=-0.5, clip=LIMIT), model=str(harmless))
+    first = RewardModel(RewardModel.Config(dtype="float32", weight=0.75), Sampler(model=str(helpful)))
+    second = RewardModel(RewardModel.Config(dtype="float32", weight=-0.5, clip=LIMIT), Sampler(model=str(harmless)))
     middle = run_alone(first, [group], tmp_path, node="helpful").put
     scored = run_alone(second, middle, tmp_path, node="harmless").put[0]
 

@@ -24,6 +24,7 @@ from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.reference import Reference
 from flowrl.stages.reward import Reward
+from flowrl.stages.sampler import Learning, Sampler
 from flowrl.stages.step import step_groups
 from flowrl.stages.texts import TextSource
 from flowrl.stages.tokens import example_group, token_group
@@ -76,26 +77,22 @@ def settings(model: Path, head: str, lr: float) -> dict[str, Any]:
 
 
 def graph(model: Path, *, records: bool = False, reward_type: type[Reward] = RecordingReward) -> Graph:
-    group_size, common = SIZE, {"algorithm": PPO, "groups_per_step": GROUPS, "group_size": SIZE, "steps": STEPS}
+    sampler = Sampler(model=str(model), sampling=Sampling(max_tokens=6), group_size=SIZE, seed=1)
+    learning = Learning(algorithm=PPO, steps=STEPS, groups_per_step=GROUPS, max_staleness=0)
     constant = Schedule(kind="constant")
-    prompts = NumberedPrompts(Prompts.Config(), group_size=group_size, seed=1)
+    prompts = NumberedPrompts(Prompts.Config(), sampler)
     generator = Generator(
         Generator.Config(replicas=2, engine="flowrl.simulation.fake:FakeGeneration",
                          engine_options={"times": {"token_s": 0.001}}),
-        model=str(model), sampling=Sampling(max_tokens=6), heldout_sampling=Sampling(),
+        sampler,
     )  # fmt: skip
     reward = reward_type(Reward.Config(function=f"{__name__}:digits"))
-    reference = Reference(Reference.Config(engine=TORCH, dtype="float32"), model=str(model), temperature=1.0)
-    critic = Critic(
-        Critic.Config(engine=TORCH, dtype="float32", lr=1e-3, schedule=constant), model=str(model), **common
-    )
-    learner = Learner(
-        Learner.Config(engine=TORCH, dtype="float32", lr=1e-3, schedule=constant, save_rollouts=records,
-                       save_every=int(records)),
-        model=str(model), max_staleness=0, temperature=1.0, has_critic=True, texts_per_step=TEXTS_PER_STEP,
-        text_coef=0.2, **common,
-    )  # fmt: skip
-    texts = NumberedTexts(TextSource.Config(per_step=TEXTS_PER_STEP), model=str(model))
+    reference = Reference(Reference.Config(engine=TORCH, dtype="float32"), sampler)
+    trained = {"engine": TORCH, "dtype": "float32", "lr": 1e-3, "schedule": constant}
+    policy = Learner.Config(**trained, save_rollouts=records, save_every=int(records))
+    critic = Critic(Critic.Config(**trained), sampler, learning, policy)
+    learner = Learner(policy, sampler, learning, TextSource.Config(per_step=TEXTS_PER_STEP, coef=0.2))
+    texts = NumberedTexts(learner.beside, model=str(model))
     nodes = {"prompts": prompts, "generator": generator, "reward": reward, "reference": reference, "critic": critic,
              "texts": texts, "learner": learner}  # fmt: skip
     return Graph(
@@ -104,11 +101,10 @@ def graph(model: Path, *, records: bool = False, reward_type: type[Reward] = Rec
             Queue(prompts.prompts, generator.prompts, depth=4),
             Queue(generator.rollouts, reward.rollouts, depth=4),
             Queue(reward.scored, reference.scored, depth=4),
-            Queue(reference.referenced, critic.referenced, depth=GROUPS, window=1),
-            Queue(critic.samples, learner.samples, depth=GROUPS, window=1, max_staleness=0),
+            Queue(reference.referenced, critic.referenced),
+            Queue(critic.samples, learner.samples),
             Latest(learner.weights, generator.weights),
-            Latest(learner.saves, critic.saves),
-            Credits(learner.released, prompts.credits, initial=GROUPS, per_version=GROUPS),
+            Credits(learner.released, prompts.credits, is_endless=True),
             Queue(learner.wanted, texts.wanted, depth=1),
             Queue(texts.texts, learner.texts, depth=1, most=1),
         ],

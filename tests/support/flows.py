@@ -25,6 +25,7 @@ from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.replay_buffer import ReplayBuffer
+from flowrl.stages.sampler import Learning, Sampler
 from flowrl.telemetry.events import Event, Span, Step
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 
 NO_REPLAY = ReplayBuffer.Config()
+NULL = "tests.support.flows:NullAlgorithm"
 
 
 class NullAlgorithm(Algorithm):
@@ -53,12 +55,6 @@ class NumberedRows:
 
 class NumberedPrompts(Prompts):
     """The real admission of prompts over numbered ones, without a tokenizer."""
-
-    def __init__(self, config: Prompts.Config, *, group_size: int, seed: int) -> None:
-        self.config = config
-        self.group_size = group_size
-        self.seed = seed
-        self.epochs = 0
 
     def load(self) -> Any:
         return NumberedRows()
@@ -157,31 +153,26 @@ def random_settings(seed: int) -> FlowSettings:
 
 def flow(s: FlowSettings, learner_class: type[Learner] = ObservedLearner) -> Graph:
     times = {"token_s": s.token_s, "sigma": s.sigma, "update_s": s.update_s, "train_s": s.train_s}
-    prompts = NumberedPrompts(Prompts.Config(), group_size=2, seed=s.seed)
+    sampler = Sampler(model=stand_in_model(), sampling=Sampling(max_tokens=8), group_size=2, seed=s.seed)
+    grpo = Select(use="flowrl.algorithms.grpo:GRPO" if s.replay.ratio else NULL)
+    learning = Learning(algorithm=grpo, steps=s.steps, groups_per_step=s.groups_per_step, max_staleness=s.max_staleness)
+    prompts = NumberedPrompts(Prompts.Config(), sampler)
     generator = Generator(
         Generator.Config(replicas=s.generators, max_groups=2, engine="flowrl.simulation.fake:FakeGeneration",
                          engine_options={"times": times}),
-        model=stand_in_model(), sampling=Sampling(max_tokens=8), heldout_sampling=Sampling(max_tokens=8),
+        sampler,
     )  # fmt: skip
     scorer = Scorer(Scorer.Config(replicas=s.scorers, mean_s=s.score_s, filter_every=s.filter_every, seed=s.seed))
     learner = learner_class(
         Learner.Config(engine="flowrl.simulation.fake:FakeTraining", engine_options={"times": times},
                        save_rollouts=False, save_every=s.save_every),
-        model=stand_in_model(), algorithm=Select(use="tests.support.flows:NullAlgorithm"), steps=s.steps,
-        groups_per_step=s.groups_per_step, group_size=2, max_staleness=s.max_staleness, temperature=1.0,
-        has_critic=False,
+        sampler, learning,
     )  # fmt: skip
     nodes: dict[str, Stage] = {"prompts": prompts, "generator": generator, "scorer": scorer, "learner": learner}
     samples, edges = scorer.samples, list[Edge]()
     if s.replay.ratio:
-        nodes["replay"] = replay = ReplayBuffer(
-            s.replay, algorithm=Select(use="flowrl.algorithms.grpo:GRPO"), groups_per_step=s.groups_per_step,
-            credits=s.initial, seed=s.seed,
-        )  # fmt: skip
-        edges = [
-            Queue(scorer.samples, replay.fresh, depth=s.initial, window=1),
-            Latest(learner.saves, replay.saves),
-        ]
+        nodes["replay"] = replay = ReplayBuffer(s.replay, sampler, learning)
+        edges = [Queue(scorer.samples, replay.fresh)]
         samples = replay.samples
     return Graph(
         nodes=nodes,
@@ -189,15 +180,9 @@ def flow(s: FlowSettings, learner_class: type[Learner] = ObservedLearner) -> Gra
             *edges,
             Queue(prompts.prompts, generator.prompts, depth=s.depth),
             Queue(generator.rollouts, scorer.rollouts, depth=s.depth),
-            Queue(samples, learner.samples, depth=s.initial, window=s.window, max_staleness=s.max_staleness),
+            Queue(samples, learner.samples, window=s.window),
             Latest(learner.weights, generator.weights),
-            Credits(
-                learner.released,
-                prompts.credits,
-                initial=s.initial,
-                per_version=s.groups_per_step,
-                versions=s.steps if s.is_finite else None,
-            ),
+            Credits(learner.released, prompts.credits, initial=s.initial, is_endless=not s.is_finite),
         ],
         until=learner,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from flowrl.config import Select  # noqa: TC001  # a stage is rebuilt by its constructor's annotations
 from flowrl.data.examples import ExampleRow
 from flowrl.simulation.fake import FakeTraining
 from flowrl.stages.examples import Examples, HeldoutExamples
@@ -82,20 +81,12 @@ class TokenEngine(FakeTraining):
 class NumberedExamples(Examples):
     """The real admission of examples over numbered rows, without a tokenizer."""
 
-    def __init__(self, config: Examples.Config, *, objective: Select) -> None:
-        self.config = config
-        self.objective = objective
-
     def load(self) -> Any:
         return NUMBERED
 
 
 class NumberedHeldout(HeldoutExamples):
     """The real source of held-out examples over numbered rows."""
-
-    def __init__(self, config: HeldoutExamples.Config, *, objective: Select) -> None:
-        self.config = config
-        self.objective = objective
 
     def load(self) -> Any:
         return NUMBERED.heldout

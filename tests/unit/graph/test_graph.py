@@ -9,12 +9,13 @@ import msgspec
 import pytest
 
 from flowrl.errors import GraphError
+from flowrl.graph.edges import UNSAID
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
 from flowrl.graph.plan import GraphPlan, graph_of, plan_of
 from flowrl.graph.ports import In, Out
 from flowrl.graph.show import edge_table, mermaid, staleness_line
 from flowrl.graph.stage import Stage, StageConfig
-from flowrl.graph.staleness import most_credits, staleness_bound
+from flowrl.graph.staleness import Admission, most_credits, staleness_bound
 from flowrl.messages import Credit, Prompt, Rollouts, Samples, Weights
 from tests.support.flows import flow, random_settings
 
@@ -51,12 +52,19 @@ class Sink(Stage):
         pass
 
     optional = frozenset({"weights"})
+    ordered = frozenset({"rollouts"})
     rollouts: In[Rollouts]
     released: Out[Credit]
     weights: Out[Weights]
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, per_version: int, max_staleness: int) -> None:
         self.config = config
+        self.per_version = per_version
+        self.max_staleness = max_staleness
+
+    @property
+    def admission(self) -> Admission:
+        return Admission(self.per_version, None, self.max_staleness)
 
 
 class Loop(Stage):
@@ -70,18 +78,26 @@ class Loop(Stage):
         self.config = config
 
 
+class End(Stage):
+    rollouts: In[Rollouts]
+
+    def __init__(self) -> None:
+        self.config = StageConfig()
+
+
 class Parts:
     """A sound graph and its pieces, to be spoiled one at a time."""
 
-    def __init__(self, *, initial: int = 8, per_version: int = 4, window: int = 1, depth: int = 8,
+    def __init__(self, *, initial: int = UNSAID, per_version: int = 4, window: int | None = None, depth: int = UNSAID,
                  max_staleness: int = 1, sink_replicas: int = 1) -> None:  # fmt: skip
         self.source = Source(Source.Config())
         self.worker = Worker(Worker.Config(replicas=2))
-        self.sink = Sink(Sink.Config(replicas=sink_replicas))
+        config = Sink.Config(replicas=sink_replicas)
+        self.sink = Sink(config, per_version=per_version, max_staleness=max_staleness)
         self.edges: list[Any] = [
             Queue(self.source.prompts, self.worker.prompts, depth=4),
-            Queue(self.worker.rollouts, self.sink.rollouts, depth=depth, window=window, max_staleness=max_staleness),
-            Credits(self.sink.released, self.source.credits, initial=initial, per_version=per_version),
+            Queue(self.worker.rollouts, self.sink.rollouts, depth=depth, window=window),
+            Credits(self.sink.released, self.source.credits, initial=initial),
             Latest(self.sink.weights, self.worker.weights),
         ]
 
@@ -137,6 +153,8 @@ def test_a_spoiled_graph_is_refused_with_its_place(spoil: Callable[[Parts], None
         ),
         ({"initial": 8, "window": 2}, "allow staleness 2"),
         ({"initial": 3}, "3 credits can never fill a step of 4 groups"),
+        ({"window": 6}, "3 credits can never fill a step of 4 groups; lower window"),
+        ({"per_version": 0}, "learns 0 groups"),
         ({"depth": 7}, "depth=7 with 8 credits"),
         ({"sink_replicas": 2}, "2 replicas compete"),
         ({"window": 0}, "window=0"),
@@ -151,8 +169,95 @@ def test_bounds_that_break_or_deadlock_are_refused_with_the_arithmetic(bounds: d
 def test_the_staleness_refusal_says_what_would_be_accepted() -> None:
     with pytest.raises(GraphError) as refused:
         Parts(initial=300, per_version=64, depth=300, max_staleness=2).graph().check()
-    assert "lower initial to 192 or raise max_staleness" in str(refused.value)
+    assert "lower it to 192 or raise max_staleness" in str(refused.value)
     Parts(initial=192, per_version=64, depth=300, max_staleness=2).graph().check()
+
+
+def test_credits_and_depths_that_are_not_said_follow_from_the_learner() -> None:
+    graph = Parts(per_version=16, max_staleness=2, window=3).graph()
+    graph.check()
+    credits = next(edge for edge in graph.edges if isinstance(edge, Credits))
+    queues = [edge for edge in graph.edges if isinstance(edge, Queue)]
+    assert (credits.initial, credits.per_version) == (46, 16)
+    assert [(queue.depth, queue.window, queue.max_staleness) for queue in queues] == [(4, None, None), (46, 3, 2)]
+
+
+def test_an_edge_cannot_say_what_the_learner_learns() -> None:
+    """The copied graph of old: 96 credits and 48 per version in front of a learner that took 16."""
+    parts = Parts(per_version=16, max_staleness=1)
+    with pytest.raises(TypeError, match="per_version"):
+        Credits(parts.sink.released, parts.source.credits, initial=96, per_version=48)  # pyright: ignore
+    parts.edges[2] = Credits(parts.sink.released, parts.source.credits, initial=96)
+    with pytest.raises(GraphError, match="96 credits, 16 per version and window 1 allow staleness 5"):
+        parts.graph().check()
+
+
+def test_credits_of_a_stage_that_does_not_say_what_it_learns_are_refused() -> None:
+    class Silent(Stage):
+        released: Out[Credit]
+
+        def __init__(self, config: StageConfig) -> None:
+            self.config = config
+
+    source, silent = Source(Source.Config()), Silent(StageConfig())
+    with pytest.raises(GraphError, match="does not say how many groups it learns"):
+        Graph(nodes={"s": source, "w": silent}, edges=[Credits(silent.released, source.credits)], until=silent)
+
+
+class Numbers(msgspec.Struct):
+    group_size: int = 1
+
+
+class Told(Loop):
+    def __init__(self, config: StageConfig, numbers: Numbers) -> None:
+        self.config = config
+
+
+def test_two_nodes_that_are_given_different_numbers_are_refused() -> None:
+    def graph(first: int, second: int) -> Graph:
+        one, two = (Told(StageConfig(), Numbers(group_size=size)) for size in (first, second))
+        edges = [Queue(one.prompts, two.rollouts), Queue(two.prompts, one.rollouts, depth=1, most=1)]
+        return Graph(nodes={"one": one, "two": two}, edges=edges, until=one)
+
+    graph(3, 3).check()
+    with pytest.raises(GraphError, match=r"two.numbers: differs from that of one: group_size is 4 and 3"):
+        graph(3, 4).check()
+
+
+def test_ports_that_go_together_are_joined_together() -> None:
+    class Lanes(Worker):
+        optional = frozenset({"weights", "more", "others"})
+        together = (frozenset({"more", "others"}),)
+        more: In[Prompt]
+        others: Out[Rollouts]
+
+    parts = Parts()
+    parts.worker = worker = Lanes(Worker.Config())
+    parts.edges = [
+        Queue(parts.source.prompts, worker.prompts),
+        Queue(worker.rollouts, parts.sink.rollouts),
+        Credits(parts.sink.released, parts.source.credits),
+        Latest(parts.sink.weights, worker.weights),
+    ]
+    parts.graph().check()
+    end = End()
+    parts.edges.append(Queue(worker.others, end.rollouts))
+    graph = dataclasses.replace(parts.graph(), nodes={**parts.graph().nodes, "end": end})
+    with pytest.raises(GraphError, match=r"worker.more: is on no edge, but others is"):
+        graph.check()
+
+
+@pytest.mark.parametrize("window", [2, 5])
+def test_a_port_that_takes_groups_strictly_in_order_has_no_window(window: int) -> None:
+    class Strict(Loop):
+        ordered = frozenset({"rollouts"})
+
+    parts, strict = Parts(), Strict(Loop.Config())
+    parts.edges[1] = Queue(parts.worker.rollouts, strict.rollouts, window=window)
+    parts.edges.append(Queue(strict.prompts, parts.sink.rollouts))
+    graph = dataclasses.replace(parts.graph(), nodes={**parts.graph().nodes, "strict": strict})
+    with pytest.raises(GraphError, match=f"window={window}, but strict.rollouts takes groups strictly in their order"):
+        graph.check()
 
 
 def test_a_cycle_of_queues_is_refused() -> None:
@@ -170,7 +275,7 @@ def test_sharing_with_a_node_that_has_no_devices_is_refused() -> None:
     parts = Parts()
     parts.worker = Worker(Worker.Config(share="nobody"))
     parts.edges[0] = Queue(parts.source.prompts, parts.worker.prompts, depth=4)
-    parts.edges[1] = Queue(parts.worker.rollouts, parts.sink.rollouts, depth=8, window=1, max_staleness=1)
+    parts.edges[1] = Queue(parts.worker.rollouts, parts.sink.rollouts)
     parts.edges[3] = Latest(parts.sink.weights, parts.worker.weights)
     with pytest.raises(GraphError, match="'nobody' is not a node"):
         parts.graph().check()

@@ -16,6 +16,7 @@ from flowrl.stages.advantage import Advantage
 from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
+from flowrl.stages.sampler import Learning, Sampler
 from tests.support.flows import NumberedPrompts, run
 
 if TYPE_CHECKING:
@@ -47,30 +48,24 @@ class Rewarder(Stage):
 
 
 def test_groups_without_contrast_are_filtered_and_never_learned(tmp_path: Path) -> None:
-    prompts = NumberedPrompts(Prompts.Config(), group_size=2, seed=0)
-    generator = Generator(
-        Generator.Config(engine="flowrl.simulation.fake:FakeGeneration"),
-        model=stand_in_model(),
-        sampling=Sampling(max_tokens=4),
-        heldout_sampling=Sampling(),
-    )
+    sampler = Sampler(model=stand_in_model(), sampling=Sampling(max_tokens=4), group_size=2)
+    learning = Learning(algorithm=DAPO, steps=STEPS, groups_per_step=GROUPS, max_staleness=1)
+    prompts = NumberedPrompts(Prompts.Config(), sampler)
+    generator = Generator(Generator.Config(engine="flowrl.simulation.fake:FakeGeneration"), sampler)
     rewarder = Rewarder(Rewarder.Config())
-    advantage = Advantage(Advantage.Config(), algorithm=DAPO, group_size=2, groups_per_step=GROUPS)
-    learner = Learner(
-        Learner.Config(engine="flowrl.simulation.fake:FakeTraining", save_rollouts=False),
-        model=stand_in_model(), algorithm=DAPO, steps=STEPS, groups_per_step=GROUPS, group_size=2, max_staleness=1,
-        temperature=1.0, has_critic=False,
-    )  # fmt: skip
+    advantage = Advantage(Advantage.Config(), sampler, learning)
+    config = Learner.Config(engine="flowrl.simulation.fake:FakeTraining", save_rollouts=False)
+    learner = Learner(config, sampler, learning)
     graph = Graph(
         nodes={"prompts": prompts, "generator": generator, "rewarder": rewarder, "advantage": advantage,
                "learner": learner},
         edges=[
             Queue(prompts.prompts, generator.prompts, depth=4),
             Queue(generator.rollouts, rewarder.rollouts, depth=4),
-            Queue(rewarder.referenced, advantage.referenced, depth=4, window=1),
-            Queue(advantage.samples, learner.samples, depth=4, window=1, max_staleness=1),
+            Queue(rewarder.referenced, advantage.referenced),
+            Queue(advantage.samples, learner.samples),
             Latest(learner.weights, generator.weights),
-            Credits(learner.released, prompts.credits, initial=4, per_version=GROUPS),
+            Credits(learner.released, prompts.credits, is_endless=True),
         ],
         until=learner,
     )  # fmt: skip

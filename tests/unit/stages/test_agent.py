@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flowrl.config import Select
-from flowrl.data.prompts import PromptData, PromptRow
+from flowrl.data.prompts import PromptRow
 from flowrl.engines.base import Sampling
 from flowrl.errors import ConfigError, FlowrlError
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
@@ -27,9 +27,10 @@ from flowrl.stages.agent import Agent
 from flowrl.stages.evaluator import Evaluator
 from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
+from flowrl.stages.sampler import Learning, Sampler
 from flowrl.telemetry.events import Evaluation
 from tests.support import games
-from tests.support.flows import NumberedPrompts, ObservedLearner, run
+from tests.support.flows import NULL, NumberedPrompts, ObservedLearner, run
 from tests.support.tiny import tiny_tokenizer
 
 if TYPE_CHECKING:
@@ -88,34 +89,33 @@ def flow(model: str, environment: str, *, steps: int = 2, per_version: int = 2, 
     seen.clear()
     games.calls.clear()
     times = {"token_s": token_s, "sigma": 0.5, "update_s": update_s}
-    prompts = NumberedPrompts(Prompts.Config(), group_size=2, seed=5)
-    sampling = sampling or Sampling(max_tokens=6)
+    sampler = Sampler(model=model, sampling=sampling or Sampling(max_tokens=6), group_size=2, seed=5)
+    learning = Learning(algorithm=Select(use=NULL), steps=steps, groups_per_step=per_version,
+                        max_staleness=max_staleness)  # fmt: skip
+    prompts = NumberedPrompts(Prompts.Config(), sampler)
     playing = Agent(
         Agent.Config(environment=f"{GAMES}:{environment}", isolation="thread", replicas=replicas, timeout_s=1e6,
                      engine="flowrl.simulation.fake:FakeGeneration", engine_options={"times": times}, **agent),
-        model=model, sampling=sampling, heldout_sampling=sampling,
+        sampler,
     )  # fmt: skip
     recorder = Recorder(Recorder.Config())
     learner = ObservedLearner(
         Learner.Config(engine="flowrl.simulation.fake:FakeTraining", engine_options={"times": times},
                        save_rollouts=False, save_every=0),
-        model=model, algorithm=Select(use="tests.support.flows:NullAlgorithm"), steps=steps,
-        groups_per_step=per_version, group_size=2, max_staleness=max_staleness, temperature=1.0, has_critic=False,
+        sampler, learning,
     )  # fmt: skip
     nodes: dict[str, Stage] = {"prompts": prompts, "agent": playing, "recorder": recorder, "learner": learner}
     edges: list[Any] = [
         Queue(prompts.prompts, playing.prompts, depth=8),
         Queue(playing.rollouts, recorder.scored, depth=8),
-        Queue(recorder.samples, learner.samples, depth=initial, window=1, max_staleness=max_staleness),
+        Queue(recorder.samples, learner.samples),
         Latest(learner.weights, playing.weights),
-        Credits(learner.released, prompts.credits, initial=initial, per_version=per_version, versions=steps),
+        Credits(learner.released, prompts.credits, initial=initial),
     ]
     if evaluates:
-        evaluation = nodes["evaluation"] = HeldoutEvaluator(
-            Evaluator.Config(function="", samples=2), model=model, data=PromptData(), seed=1
-        )
+        evaluation = nodes["evaluation"] = HeldoutEvaluator(Evaluator.Config(function="", samples=2), sampler)
         edges += [
-            Latest(learner.checkpoints, evaluation.checkpoints),
+            Latest(learner.evaluations, evaluation.requests),
             Queue(evaluation.prompts, playing.heldout, depth=2),
             Queue(playing.heldout_rollouts, evaluation.rollouts, depth=64, most=64),
         ]

@@ -13,6 +13,7 @@ from flowrl.algorithms.kto import KTO
 from flowrl.algorithms.process import Process
 from flowrl.algorithms.sft import SFT
 from flowrl.config import Select
+from flowrl.data.examples import ExampleData
 from flowrl.errors import ConfigError, DataError
 from flowrl.graph.graph import Credits, Graph, Queue
 from flowrl.runtime.local import LocalOptions, run_local
@@ -21,6 +22,7 @@ from flowrl.simulation.timed_graph import stand_in_model
 from flowrl.stages.example_reference import ExampleReference
 from flowrl.stages.examples import Examples, HeldoutExamples, example_of, load_objective, mismatched_of, try_rows
 from flowrl.stages.offline_learner import OfflineLearner, counted, measure, step_groups
+from flowrl.stages.sampler import Course
 from flowrl.stages.tokens import example_group
 from flowrl.telemetry.events import Evaluation, Event, Span, Step
 from tests.support.offline import NUMBERED, NumberedExamples, NumberedHeldout, example_row
@@ -36,25 +38,24 @@ STEPS, PER_STEP = 3, 4
 
 
 def graph(objective: str, *, replicas: int = 1, evaluate_every: int = 0, engine: str = FAKE) -> Graph:
-    choice, model = Select(use=objective), stand_in_model()
+    course = Course(model=stand_in_model(), data=ExampleData(num_heldout=len(NUMBERED.heldout)),
+                    objective=Select(use=objective), steps=STEPS, examples_per_step=PER_STEP)  # fmt: skip
     times = {"times": {"score_s": 0.3, "train_s": 0.1}}
-    examples = NumberedExamples(Examples.Config(), objective=choice)
-    heldout = NumberedHeldout(HeldoutExamples.Config(), objective=choice)
-    reference = ExampleReference(
-        ExampleReference.Config(engine=FAKE, engine_options=times, replicas=replicas), model=model
-    )
+    examples = NumberedExamples(Examples.Config(), course)
+    heldout = NumberedHeldout(HeldoutExamples.Config(), course)
+    reference = ExampleReference(ExampleReference.Config(engine=FAKE, engine_options=times, replicas=replicas), course)
     learner = OfflineLearner(
         OfflineLearner.Config(engine=engine, engine_options=times, evaluate_every=evaluate_every),
-        model=model, objective=choice, steps=STEPS, examples_per_step=PER_STEP, num_heldout=len(NUMBERED.heldout),
+        course,
     )  # fmt: skip
     return Graph(
         nodes={"examples": examples, "heldout": heldout, "reference": reference, "learner": learner},
         edges=[
             Queue(examples.examples, reference.examples, depth=2),
-            Queue(reference.referenced, learner.examples, depth=2 * PER_STEP, window=1),
+            Queue(reference.referenced, learner.examples),
             Queue(heldout.examples, reference.heldout, depth=1),
             Queue(reference.heldout_referenced, learner.heldout, depth=1),
-            Credits(learner.released, examples.credits, initial=2 * PER_STEP, per_version=PER_STEP),
+            Credits(learner.released, examples.credits, is_endless=True),
         ],
         until=learner,
     )
@@ -190,10 +191,9 @@ def test_data_that_fits_is_taken(objective: Objective):
 
 
 def test_a_step_of_one_example_cannot_hold_both_kinds():
-    learner = OfflineLearner(
-        OfflineLearner.Config(), model=stand_in_model(), objective=Select(use="flowrl.algorithms.kto:KTO"), steps=1,
-        examples_per_step=1, num_heldout=0,
-    )  # fmt: skip
+    course = Course(model=stand_in_model(), data=ExampleData(num_heldout=0),
+                    objective=Select(use="flowrl.algorithms.kto:KTO"), steps=1, examples_per_step=1)  # fmt: skip
+    learner = OfflineLearner(OfflineLearner.Config(), course)
     with pytest.raises(ConfigError, match="examples_per_step: 1 never holds both"):
         learner.check(lambda _: None)
 

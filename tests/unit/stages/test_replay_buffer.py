@@ -24,6 +24,7 @@ from flowrl.runs.verify import judge
 from flowrl.runtime.ledger import Entry, read_entries, surviving
 from flowrl.stages.learner import Learner
 from flowrl.stages.replay_buffer import Kept, ReplayBuffer, priority, weighted_sample
+from flowrl.stages.sampler import Learning, Sampler
 from tests.support.chaos import Chaos
 from tests.support.flows import FlowSettings, flow, random_settings, run
 from tests.support.recovery import UNLIMITED, faulty_settings, run_faulty
@@ -171,7 +172,8 @@ def test_groups_are_drawn_by_priority_and_those_without_any_never() -> None:
     ],
 )
 def test_replay_without_what_it_needs_is_refused(replay: Any, algorithm: Select, said: str) -> None:
-    stage = ReplayBuffer(ReplayBuffer.Config(**replay), algorithm=algorithm, groups_per_step=4, credits=8, seed=0)
+    learning = Learning(algorithm=algorithm, steps=1, groups_per_step=4, max_staleness=1)
+    stage = ReplayBuffer(ReplayBuffer.Config(**replay), Sampler(model="none"), learning)
     with pytest.raises(ConfigError, match=said):
         stage.check(print)
 

@@ -14,6 +14,7 @@ from flowrl.simulation.timed_graph import stand_in_model
 from flowrl.stages.evaluator import Evaluator
 from flowrl.stages.model_scores import read_normalisation
 from flowrl.stages.reward import Reward, RewardModel
+from flowrl.stages.sampler import Sampler
 from flowrl.telemetry.events import Notice, Span
 from tests.support.alone import rollouts, run_alone
 from tests.support.tiny import tiny_tokenizer
@@ -135,7 +136,7 @@ def test_a_function_that_fails_often_but_not_always_is_gone_on_with(tmp_path: Pa
     assert (len(alone.put), len(alone.rejected)) == (5, 35)
 
 
-DATA = PromptData(source="rows.jsonl")
+ON_DATA = Sampler(model="m", data=PromptData(source="rows.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -156,16 +157,16 @@ def test_a_function_is_tried_on_a_row_of_the_data_before_a_run(
     (tmp_path / "rows.jsonl").write_text('{"prompt": "count", "answer": "1"}\n' * 3)
     config = Reward.Config(function=f"{HERE}:{function}", isolation="thread")
     with pytest.raises(ConfigError, match=f"^reward.function: {HERE}:{function} {said}"):
-        Reward(config, data=DATA).check(lambda line: None)
+        Reward(config, ON_DATA).check(lambda line: None)
     Reward(config).check(lambda line: None)  # where the data are not known, it is loaded only
 
 
 def test_a_function_that_fails_once_passes_with_its_retries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "count"}\n')
-    Reward(reward("second_time", retries=1).config, data=DATA).check(lambda line: None)
+    Reward(reward("second_time", retries=1).config, ON_DATA).check(lambda line: None)
     with pytest.raises(ConfigError, match="raised OSError: busy"):
-        Reward(reward("second_time", retries=0).config, data=DATA).check(lambda line: None)
+        Reward(reward("second_time", retries=0).config, ON_DATA).check(lambda line: None)
 
 
 @pytest.mark.parametrize(
@@ -178,15 +179,15 @@ def test_held_out_samples_are_scored_as_the_policys_are_unless_it_is_said_otherw
 ):
     reward = Reward.Config(function=reward_function, label_column="gold")
     config = Evaluator.Config(function=function)
-    scoring = Evaluator(config, model="m", data=DATA, seed=0, reward=reward)._scoring()
+    scoring = Evaluator(config, ON_DATA, reward=reward)._scoring()
     assert (scoring.function, scoring.label_column) == (found, "gold") if scoring else found is None
 
 
 def test_held_out_prompts_that_nothing_scores_are_refused():
-    evaluator = Evaluator(Evaluator.Config(), model="m", data=DATA, seed=0, reward=Reward.Config(function=""))
+    evaluator = Evaluator(Evaluator.Config(), ON_DATA, reward=Reward.Config(function=""))
     with pytest.raises(ConfigError, match="nothing scores the 64 held-out prompts; name a function, or set data"):
         evaluator.check(lambda line: None)
-    Evaluator(Evaluator.Config(), model="m", data=DATA, seed=0).check(lambda line: None)  # an agent's bring theirs
+    Evaluator(Evaluator.Config(), ON_DATA).check(lambda line: None)  # an agent's bring theirs
 
 
 @pytest.mark.parametrize(("adapter", "memory_bytes"), [("verifiers", 0), ("trl", 1 << 30)])
@@ -219,7 +220,7 @@ def model_with(tmp_path: Path, **settings: Any) -> str:
 
 
 def run_model(tmp_path: Path, model: str, groups: list[Any], *, node: str = "judge", **settings: Any) -> Any:
-    stage = RewardModel(RewardModel.Config(engine=f"{HERE}:FakeScores", **settings), model=model)
+    stage = RewardModel(RewardModel.Config(engine=f"{HERE}:FakeScores", **settings), Sampler(model=model))
     return run_alone(stage, groups, tmp_path, node=node).put[0]
 
 
@@ -259,7 +260,7 @@ def test_scores_are_normalised_by_what_the_models_config_states(normalise: bool,
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 0.0), (0.0, -1.0), ("a", 1.0), (0.0, None)])
 def test_unusable_normalisation_is_refused(mean: Any, std: Any, tmp_path: Path):
-    stage = RewardModel(RewardModel.Config(), model=model_with(tmp_path, mean=mean, std=std))
+    stage = RewardModel(RewardModel.Config(), Sampler(model=model_with(tmp_path, mean=mean, std=std)))
     with pytest.raises(ModelError, match="set normalise=false"):
         stage.check(print)
 

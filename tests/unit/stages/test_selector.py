@@ -19,6 +19,7 @@ from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.reference import Reference
+from flowrl.stages.sampler import Learning, Sampler
 from flowrl.stages.selection_learner import SelectionLearner
 from flowrl.stages.selector import Selection, Selector, choose, narrowed
 from flowrl.telemetry.rollouts import read_samples, step_path
@@ -112,20 +113,19 @@ class Judge(Stage):
 
 
 def graph(*, steps: int, per_step: int, max_staleness: int) -> Graph:
-    credits, model = (max_staleness + 1) * per_step, stand_in_model()
+    sampler = Sampler(model=stand_in_model(), sampling=Sampling(max_tokens=4), group_size=4)
+    learning = Learning(algorithm=Select(use=DPO), steps=steps, groups_per_step=per_step, max_staleness=max_staleness)
     times = {"times": {"token_s": 0.05, "train_s": 0.2}}
-    prompts = NumberedPrompts(Prompts.Config(), group_size=4, seed=0)
+    prompts = NumberedPrompts(Prompts.Config(), sampler)
     generator = Generator(
         Generator.Config(engine="flowrl.simulation.fake:FakeGeneration", engine_options=times, replicas=2),
-        model=model, sampling=Sampling(max_tokens=4), heldout_sampling=Sampling(),
+        sampler,
     )  # fmt: skip
     reward = Judge(Judge.Config())
     select = Selector(Selector.Config(), take="pair")
-    reference = Reference(Reference.Config(engine=FAKE, engine_options=times), model=model, temperature=1.0)
-    learner = SelectionLearner(
-        Learner.Config(engine=FAKE, engine_options=times), model=model, objective=Select(use=DPO), steps=steps,
-        groups_per_step=per_step, num_samples=2, has_reference=True, max_staleness=max_staleness, temperature=1.0,
-    )  # fmt: skip
+    reference = Reference(Reference.Config(engine=FAKE, engine_options=times), sampler)
+    config = Learner.Config(engine=FAKE, engine_options=times)
+    learner = SelectionLearner(config, sampler, learning, num_samples=select.num_kept)
     return Graph(
         nodes={"prompts": prompts, "generator": generator, "reward": reward, "select": select, "reference": reference,
                "learner": learner},
@@ -134,9 +134,9 @@ def graph(*, steps: int, per_step: int, max_staleness: int) -> Graph:
             Queue(generator.rollouts, reward.rollouts, depth=4),
             Queue(reward.scored, select.scored, depth=4),
             Queue(select.selected, reference.scored, depth=4),
-            Queue(reference.referenced, learner.samples, depth=credits, window=1, max_staleness=max_staleness),
+            Queue(reference.referenced, learner.samples),
             Latest(learner.weights, generator.weights),
-            Credits(learner.released, prompts.credits, initial=credits, per_version=per_step, versions=steps),
+            Credits(learner.released, prompts.credits),
         ],
         until=learner,
     )  # fmt: skip
@@ -176,10 +176,10 @@ def test_pairs_are_learned_in_order_and_ties_are_filtered(max_staleness: int, tm
 def test_an_objective_that_cannot_learn_from_the_selection_is_refused(
     objective: str, num_samples: int, has_reference: bool, said: str | None
 ):
-    learner = SelectionLearner(
-        Learner.Config(), model=stand_in_model(), objective=Select(use=objective), steps=1, groups_per_step=1,
-        num_samples=num_samples, has_reference=has_reference, max_staleness=1, temperature=1.0,
-    )  # fmt: skip
+    learning = Learning(algorithm=Select(use=objective), steps=1, groups_per_step=1, max_staleness=1)
+    sampler = Sampler(model=stand_in_model())
+    learner = SelectionLearner(Learner.Config(), sampler, learning, num_samples=num_samples)
+    learner.samples.brings = Referenced if has_reference else Scored
     if said is None:
         learner.check(lambda _: None)
         return

@@ -16,6 +16,7 @@ from flowrl.messages import Buffer, Referenced, Rollouts, Sample, VersionSpan, e
 from flowrl.simulation.timed_graph import stand_in_model
 from flowrl.stages.estimation import group_fields, load_algorithm
 from flowrl.stages.reward import RewardModel
+from flowrl.stages.sampler import Sampler
 from tests.support.alone import rollouts, run_alone
 from tests.support.tiny import tiny_tokenizer
 
@@ -121,7 +122,7 @@ def scored(tmp_path: Path, given: Any, *, node: str = "judge", scale: float = 1.
     config = RewardModel.Config(
         engine=f"{__name__}:FakeValues", engine_options={"scale": scale}, level="step", **settings
     )
-    return run_alone(RewardModel(config, model=str(model)), [given], tmp_path, node=node).put[0]
+    return run_alone(RewardModel(config, Sampler(model=str(model))), [given], tmp_path, node=node).put[0]
 
 
 def p(value: float) -> float:
@@ -178,7 +179,7 @@ def test_the_values_are_those_after_each_token(tmp_path: Path):
     directory = tiny_reward_model(tmp_path / "process", 3)
     given = group("ab\ncd\n")
     config = RewardModel.Config(dtype="float32", level="step", step_total="sum")
-    found = run_alone(RewardModel(config, model=str(directory)), [given], tmp_path, node="judge").put[0]
+    found = run_alone(RewardModel(config, Sampler(model=str(directory))), [given], tmp_path, node="judge").put[0]
     model = LlamaForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
     ids = given.token_ids.tolist() + given.samples[0].token_ids.tolist()
     with torch.no_grad():

@@ -17,8 +17,9 @@ from flowrl.simulation.timed_graph import stand_in_model
 from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
+from flowrl.stages.sampler import Learning, Sampler
 from flowrl.stages.texts import TextSource
-from tests.support.flows import NumberedPrompts, Scorer, run
+from tests.support.flows import NULL, NumberedPrompts, Scorer, run
 from tests.support.offline import Rows, example_row
 
 if TYPE_CHECKING:
@@ -52,28 +53,25 @@ class Noting(FakeTraining):
 
 
 def graph(*, steps: int = STEPS, minibatches: int = 1, save_every: int = 0) -> Graph:
-    prompts = NumberedPrompts(Prompts.Config(), group_size=1, seed=0)
-    generator = Generator(
-        Generator.Config(engine="flowrl.simulation.fake:FakeGeneration"), model=stand_in_model(),
-        sampling=Sampling(max_tokens=4), heldout_sampling=Sampling(),
-    )  # fmt: skip
+    sampler = Sampler(model=stand_in_model(), sampling=Sampling(max_tokens=4))
+    learning = Learning(algorithm=Select(use=NULL), steps=steps, groups_per_step=GROUPS, max_staleness=1)
+    prompts = NumberedPrompts(Prompts.Config(), sampler)
+    generator = Generator(Generator.Config(engine="flowrl.simulation.fake:FakeGeneration"), sampler)
     scorer = Scorer(Scorer.Config())
-    texts = NumberedTexts(TextSource.Config(per_step=PER_STEP), model=stand_in_model())
     learner = Learner(
         Learner.Config(engine=f"{__name__}:Noting", save_rollouts=False, minibatches=minibatches,
                        save_every=save_every),
-        model=stand_in_model(), algorithm=Select(use="tests.support.flows:NullAlgorithm"), steps=steps,
-        groups_per_step=GROUPS, group_size=1, max_staleness=1, temperature=1.0, has_critic=False,
-        texts_per_step=PER_STEP, text_coef=0.5,
+        sampler, learning, TextSource.Config(per_step=PER_STEP, coef=0.5),
     )  # fmt: skip
+    texts = NumberedTexts(learner.beside, model=stand_in_model())
     return Graph(
         nodes={"prompts": prompts, "generator": generator, "scorer": scorer, "texts": texts, "learner": learner},
         edges=[
             Queue(prompts.prompts, generator.prompts, depth=4),
             Queue(generator.rollouts, scorer.rollouts, depth=4),
-            Queue(scorer.samples, learner.samples, depth=4, window=1, max_staleness=1),
+            Queue(scorer.samples, learner.samples),
             Latest(learner.weights, generator.weights),
-            Credits(learner.released, prompts.credits, initial=4, per_version=GROUPS),
+            Credits(learner.released, prompts.credits, is_endless=True),
             Queue(learner.wanted, texts.wanted, depth=1),
             Queue(texts.texts, learner.texts, depth=1, most=1),
         ],
@@ -126,7 +124,7 @@ def test_a_resumed_run_goes_on_with_the_texts_that_come_next(tmp_path: Path):
 def test_fewer_texts_than_minibatches_are_refused():
     stage = graph().until
     assert isinstance(stage, Learner)
-    stage.texts_per_step, stage.config = 1, Learner.Config(minibatches=2)
+    stage.beside, stage.config = TextSource.Config(per_step=1), Learner.Config(minibatches=2)
     with pytest.raises(ConfigError, match=r"texts\.per_step: 1 texts a step are too few for 2 learner\.minibatches"):
         stage.check(lambda _: None)
 

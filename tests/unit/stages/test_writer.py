@@ -22,6 +22,7 @@ from flowrl.runtime.supervisor import newest_start
 from flowrl.simulation.timed_graph import stand_in_model
 from flowrl.stages.generator import Generator
 from flowrl.stages.prompts import Prompts
+from flowrl.stages.sampler import Sampler
 from flowrl.stages.writer import Writer, whole_answers
 from tests.support.chaos import Chaos
 from tests.support.flows import NumberedPrompts, NumberedRows, run
@@ -47,10 +48,9 @@ class ListedRows(NumberedRows):
 class ListedPrompts(NumberedPrompts):
     """The real admission of a data set that ends."""
 
-    def __init__(self, config: Prompts.Config, *, count: int, epochs: int) -> None:
-        super().__init__(config, group_size=3, seed=0)
+    def __init__(self, config: Prompts.Config, sampler: Sampler, *, count: int, epochs: int) -> None:
+        super().__init__(config, sampler, epochs=epochs)
         self.count = count
-        self.epochs = epochs
 
     def load(self) -> Any:
         return ListedRows(self.count)
@@ -79,22 +79,22 @@ class Judge(Stage):
 
 
 def graph(config: Writer.Config, *, count: int, epochs: int = 1, fail_every: int = 0, replicas: int = 2) -> Graph:
-    credits = 2 * config.groups_per_file
-    prompts = ListedPrompts(Prompts.Config(), count=count, epochs=epochs)
+    sampler = Sampler(model=stand_in_model(), data=RAW, sampling=Sampling(max_tokens=4), group_size=3)
+    prompts = ListedPrompts(Prompts.Config(), sampler, count=count, epochs=epochs)
     generator = Generator(
         Generator.Config(replicas=replicas, max_groups=2, engine="flowrl.simulation.fake:FakeGeneration"),
-        model=stand_in_model(), sampling=Sampling(max_tokens=4), heldout_sampling=Sampling(),
+        sampler,
     )  # fmt: skip
     reward = Judge(Judge.Config(fail_every=fail_every))
-    writer = Writer(config, data=RAW)
+    writer = Writer(config, sampler)
     return Graph(
         nodes={"prompts": prompts, "generator": generator, "reward": reward, "writer": writer},
         edges=[
             Queue(prompts.prompts, generator.prompts, depth=3),
             Queue(generator.rollouts, reward.rollouts, depth=3),
-            Queue(reward.scored, writer.scored, depth=credits, window=1),
+            Queue(reward.scored, writer.scored),
             Latest(prompts.ended, writer.ended),
-            Credits(writer.released, prompts.credits, initial=credits, per_version=config.groups_per_file),
+            Credits(writer.released, prompts.credits),
         ],
         until=writer,
     )

@@ -1,0 +1,112 @@
+"""What graphs of online training have in common: their settings, and the nodes that stand beside the main row.
+
+A graph file's `Settings` extends `OnlineSettings` by the nodes of its own; `evaluated`, `texts_for` and `replayed`
+return nodes with their edges, which are empty where the settings ask for none. Imports no heavy library.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+from flowrl.config import Meta, Select
+from flowrl.data.prompts import PromptData
+from flowrl.engines.base import Sampling
+from flowrl.graph.edges import Edge, Latest, Queue
+from flowrl.graph.graph import Piece
+from flowrl.graph.settings import RunSettings
+from flowrl.stages.evaluator import Evaluator
+from flowrl.stages.learner import Learner
+from flowrl.stages.prompts import Prompts
+from flowrl.stages.replay_buffer import ReplayBuffer
+from flowrl.stages.reward import Reward
+from flowrl.stages.sampler import Learning, Sampler
+from flowrl.stages.texts import TextSource
+
+if TYPE_CHECKING:
+    from flowrl.graph.ports import Out
+    from flowrl.graph.stage import Stage
+    from flowrl.messages import Samples
+    from flowrl.stages.agent import Agent
+    from flowrl.stages.generator import Generator
+    from flowrl.stages.serving import Generation
+
+
+class SamplingSettings(RunSettings):
+    """Settings of a graph in which a model answers prompts."""
+
+    model: str = "SmolLM2-135M-Instruct"  # Hugging Face id or local directory
+    data: PromptData = PromptData()
+    sampling: Sampling = Sampling()
+    prompts: Prompts.Config = Prompts.Config()
+
+    def sampler(self, generation: Generation) -> Sampler:
+        """Return what the nodes agree on, with the numbers of the node that samples."""
+        return Sampler(
+            model=self.model,
+            data=self.data,
+            sampling=self.sampling,
+            group_size=generation.group_size,
+            max_model_len=generation.max_model_len,
+            max_turns=getattr(generation, "max_turns", 1),
+            seed=self.seed,
+        )
+
+
+class OnlineSettings(SamplingSettings):
+    """Settings of a graph in which a policy learns from its own samples."""
+
+    steps: Annotated[int, Meta(ge=1)] = 20  # policy versions to publish
+    groups_per_step: Annotated[int, Meta(ge=1)] = 16  # prompt groups learned per policy version
+    max_staleness: Annotated[int, Meta(ge=0)] = 1  # policy versions between sampling and learning
+    learner: Learner.Config = Learner.Config(cpus=1, lr=1e-5)
+    evaluation: Evaluator.Config = Evaluator.Config()
+
+    def learning(self, algorithm: Select) -> Learning:
+        """Return what the nodes that learn agree on."""
+        return Learning(
+            algorithm=algorithm,
+            steps=self.steps,
+            groups_per_step=self.groups_per_step,
+            max_staleness=self.max_staleness,
+        )
+
+
+def evaluated(
+    config: Evaluator.Config, learner: Learner, generator: Generator | Agent, reward: Reward.Config | None = None
+) -> Piece:
+    """Return the evaluation of a learner's versions on held-out prompts, which the generator samples as well."""
+    evaluation = Evaluator(config, generator.sampler, reward=reward)
+    edges: list[Edge] = [
+        Latest(learner.evaluations, evaluation.requests),
+        Queue(evaluation.prompts, generator.heldout, depth=16),
+        Queue(generator.heldout_rollouts, evaluation.rollouts, depth=config.in_flight, most=config.in_flight),
+    ]
+    return Piece({"evaluation": evaluation}, edges)
+
+
+def texts_for(learner: Learner) -> Piece:
+    """Return the source of a learner's pre-training loss, where it has one."""
+    if not learner.beside.per_step:
+        return Piece()
+    texts = TextSource(learner.beside, model=learner.sampler.model)
+    edges: list[Edge] = [
+        Queue(learner.wanted, texts.wanted, depth=1),
+        Queue(texts.texts, learner.texts, depth=1, most=1),
+    ]
+    return Piece({"texts": texts}, edges)
+
+
+class Replayed(NamedTuple):
+    """A replay buffer with its edge, or none, and where the samples go on to the learner."""
+
+    nodes: dict[str, Stage]
+    edges: list[Edge]
+    samples: Out[Samples]
+
+
+def replayed(samples: Out[Samples], config: ReplayBuffer.Config, learner: Learner) -> Replayed:
+    """Put a replay buffer behind what leaves at `samples` on its way to a learner, where there is to be one."""
+    if not config.ratio:
+        return Replayed({}, [], samples)
+    replay = ReplayBuffer(config, learner.sampler, learner.learning)
+    return Replayed({"replay": replay}, [Queue(samples, replay.fresh)], replay.samples)

@@ -1,0 +1,61 @@
+"""What the nodes of a run agree on: whose samples are drawn and how, and what a learner makes of them.
+
+Each is made once, in `build`, and given to every node that needs a part of it; `Graph.check` refuses a graph in which
+two nodes were given different ones. So the numbers that a law depends on exist once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from flowrl.config import Config, Meta, Select
+from flowrl.data.examples import ExampleData
+from flowrl.data.prompts import PromptData
+from flowrl.engines.base import Sampling
+from flowrl.graph.staleness import Admission
+
+
+class Sampler(Config):
+    """The policy whose samples are drawn, the prompts it answers, and how."""
+
+    model: str  # Hugging Face id, local directory or a run's
+    data: PromptData = PromptData()
+    sampling: Sampling = Sampling()
+    group_size: Annotated[int, Meta(ge=1)] = 1  # samples of each prompt
+    max_model_len: Annotated[int, Meta(ge=1)] = 512  # prompt plus response, tokens
+    max_turns: Annotated[int, Meta(ge=1)] = 1  # of the policy in one response
+    seed: int = 0
+
+    @property
+    def max_response(self) -> int:
+        """Return the tokens that the policy samples for the longest response."""
+        return self.max_turns * self.sampling.max_tokens
+
+    @property
+    def room(self) -> int:
+        """Return the tokens that a prompt may have, so that a response still fits."""
+        return self.max_model_len - self.sampling.max_tokens
+
+
+class Learning(Config):
+    """What is learned from the samples, and in which steps."""
+
+    algorithm: Select  # an Algorithm, or an offline Objective where samples are selected
+    steps: Annotated[int, Meta(ge=1)]  # policy versions to publish
+    groups_per_step: Annotated[int, Meta(ge=1)]  # prompt groups learned per policy version
+    max_staleness: Annotated[int, Meta(ge=0)]  # policy versions between sampling and learning
+
+    @property
+    def admission(self) -> Admission:
+        """Return these numbers as the staleness bound takes them."""
+        return Admission(self.groups_per_step, self.steps, self.max_staleness)
+
+
+class Course(Config):
+    """What is learned from given examples, and in which steps."""
+
+    model: str
+    data: ExampleData
+    objective: Select
+    steps: Annotated[int, Meta(ge=1)]  # optimizer steps
+    examples_per_step: Annotated[int, Meta(ge=1)]
