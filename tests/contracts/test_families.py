@@ -84,7 +84,7 @@ def test_a_family_is_read_trained_and_carried_as_it_is(tmp_path, family):
 def test_a_family_carries_a_head_of_scores(tmp_path, family):
     write_family(family, tmp_path)
     engine = opened(tmp_path, head="reward")
-    torch.nn.init.normal_(engine.model.score.weight)
+    torch.nn.init.normal_(engine.model.get_parameter("score.weight"))
     before, name = engine.score(GROUPS), type(engine.model).__name__
     engine.save_model(tmp_path / "saved", card="")
     engine.close()

@@ -29,7 +29,7 @@ def saved(directory, out, head: Any = "policy"):
     engine = TorchEngine(TrainingConfig(model=str(directory), dtype="float32", head=head), where="learner", name="t")
     engine.open(Ranks())
     if head != "policy":
-        torch.nn.init.normal_(engine.model.score.weight)
+        torch.nn.init.normal_(engine.model.get_parameter("score.weight"))
     engine.save_model(out, card="a card")
     engine.close()
     return out

@@ -245,7 +245,7 @@ def test_a_judge_that_takes_another_token_for_an_answer_s_end_says_so(judge_s_en
         tokenizer.save_pretrained(tmp_path / name)
         (tmp_path / name / "config.json").write_text('{"vocab_size": 320}')
     said: list[str] = []
-    stage = RewardModel(RewardModel.Config(), model=str(tmp_path / "judge"), policy=str(tmp_path / "policy"))
+    stage = RewardModel(RewardModel.Config(), Sampler(model=str(tmp_path / "policy")), model=str(tmp_path / "judge"))
     stage.check(said.append)
     found = [line for line in said if "which is <|endoftext|> to it and <|im_end|> to the policy" in line]
     assert len(found) == num_lines
