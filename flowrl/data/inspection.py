@@ -68,6 +68,8 @@ def check_settings(path: str, *, format: str | None, overrides: Sequence[str]) -
     try:
         return resolve(CheckSettings, overrides=[*given, *overrides]).data
     except ConfigError:
+        if format:
+            raise
         with contextlib.suppress(ConfigError):
             return resolve(PromptSettings, overrides=[*source, *overrides]).data
         raise
@@ -200,15 +202,17 @@ def _lengths(lengths: Sequence[int], what: str) -> Iterator[str]:
 def _are_prompts(data: ExampleData) -> bool:
     """Say whether the first row that can be read has something to ask and nothing to learn."""
     source = data.sources[0]
+    if source.format is not None:
+        return source.format == "prompt-only"
     for raw in read_source(data, source, lambda _: None):
         try:
-            format = detect(raw, source.format)
+            format = detect(raw)
         except DataError:
             with contextlib.suppress(DataError):
                 return bool(prompt_column(raw))
             continue
         messages = raw.columns.get("messages") if format.kind == "language-modeling" else None
-        return format.kind == "prompt-only" or (source.format is None and _is_open(messages))
+        return format.kind == "prompt-only" or _is_open(messages)
     return False
 
 

@@ -38,7 +38,7 @@ def test_a_data_set_is_reported_without_escape_codes_off_a_terminal(tiny: Path, 
     ("rows", "arguments", "said"),
     [
         ([PAIR, '{"prompt": '], [], ":2: is not JSON"),
-        ([{"question": "a"}], [], ":1: has the columns question"),
+        ([{"body": "a"}], [], ":1: has the columns body"),
         ([PAIR], ["--format", "unpaired-preference"], "which are not those of unpaired-preference"),
         ([PAIR], ["--format", "pairs"], "data.format: expected one of preference"),
         ([PAIR], ["--set", "data.max_tokens=6"], "tokens, data.max_tokens is 6"),
