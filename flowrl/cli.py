@@ -140,7 +140,9 @@ def _parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", help="look at training data").add_subparsers(required=True, metavar="COMMAND")
     look = data.add_parser("check", help="say what a data set holds and what a run would make of it")
-    look.add_argument("source", metavar="PATH", help="a .jsonl or .parquet file, a directory, or a Hugging Face id")
+    look.add_argument(
+        "source", metavar="PATH", help="a file (JSONL, JSON, CSV, Parquet, ...), a directory, or a Hugging Face id"
+    )
     look.add_argument("--model", default="", help="whose tokenizer and chat template to use (default: the bundled one)")
     look.add_argument("--format", help="take the data as this format (default: found out from the columns)")
     look.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE",

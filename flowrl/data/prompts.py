@@ -241,34 +241,39 @@ def load_prompts(data: PromptData, tokenizer: PreTrainedTokenizerBase) -> Prompt
     return PromptSet(parts=parts, heldout=list(heldout.values()), data=data, report=report)
 
 
-def first_columns(data: PromptData) -> dict[str, Any]:
-    """Return the columns of the first row with a prompt, as reward functions are given them; reads no further.
+def first_columns(data: PromptData) -> list[dict[str, Any]]:
+    """Return the columns of the first row with a prompt of each source, as reward functions get them; reads no further.
 
     Raises:
-        DataError: the source cannot be read, or no row has a prompt.
+        DataError: a source cannot be read, or none of its rows has a prompt.
     """
-    for _, row in read_prompts(data, lambda error: None):
+    return [_first_columns(data, number) for number in range(len(data.sources))]
+
+
+def _first_columns(data: PromptData, number: int) -> dict[str, Any]:
+    for row in _asking(data, number, lambda error: None):
         with contextlib.suppress(DataError):
             prompt_of(data, row)
             return row.columns
-    raise DataError(_where(data), "no row has a prompt", "check data.source and data.prompt_column")
+    where = f"data {data.sources[number].source}"
+    raise DataError(where, "no row has a prompt", "check data.source and data.prompt_column")
 
 
-def read_prompts(data: PromptData, bad: Bad, report: Report | None = None) -> Iterator[tuple[int, RawRow]]:
-    """Yield each row with the number of its source; its prompt is in the column `prompt`, as the data have it."""
-    for number, source in enumerate(data.sources):
-        column = source.prompt_column
-        for row in _raw_rows(data, source, bad):
-            if report is not None:
-                report.digest.add(row.columns, number)
-            try:
-                named = with_names(row, source.columns)
-                column = column or prompt_column(named)
-                yield number, with_prompt(named, column)
-            except DataError as error:
-                bad(error)
+def _asking(data: PromptData, number: int, bad: Bad, report: Report | None = None) -> Iterator[RawRow]:
+    """Yield a source's rows with their prompts in the column `prompt`, as the data have them."""
+    source = data.sources[number]
+    column = source.prompt_column
+    for row in _raw_rows(data, source, bad):
         if report is not None:
-            report.found_in.append(column)
+            report.digest.add(row.columns, number)
+        try:
+            named = with_names(row, source.columns)
+            column = column or prompt_column(named)
+            yield with_prompt(named, column)
+        except DataError as error:
+            bad(error)
+    if report is not None:
+        report.found_in.append(column)
 
 
 def _raw_rows(data: PromptData, source: PromptSource, bad: Bad) -> Iterable[RawRow]:
@@ -278,11 +283,12 @@ def _raw_rows(data: PromptData, source: PromptSource, bad: Bad) -> Iterable[RawR
 
 
 def _rendered(data: PromptData, renderer: Renderer, report: Report) -> Iterator[_Found]:
-    for index, (source, row) in enumerate(read_prompts(data, report.bad, report)):
-        try:
-            yield _Found(source, index, row, _render(data, renderer, row), _digest(row.columns))
-        except DataError as error:
-            report.bad(error)
+    for number in range(len(data.sources)):
+        for index, row in enumerate(_asking(data, number, report.bad, report)):
+            try:
+                yield _Found(number, index, row, _render(data, renderer, row), _digest(row.columns))
+            except DataError as error:
+                report.bad(error)
 
 
 def _digest(value: Any) -> bytes:

@@ -86,7 +86,7 @@ class Agent(Stage):
 
     def _try(self, playing: Playing) -> None:
         """Load the environment, and begin an episode on a row of the data and act in it once."""
-        task = first_columns(self.sampler.data)
+        task = first_columns(self.sampler.data)[0]
         if self.config.isolation == "process":
             first = [] if task is None else [Reset(episode=0, name="check", task=task, seed=0)]
             then = [StepRequest(episode=0, action=MADE[0])] if first else []

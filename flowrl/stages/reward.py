@@ -161,7 +161,7 @@ def try_function(config: Reward.Config, data: PromptData | None, *, where: str) 
     Raises:
         UserError: it does not load, or cannot score such a row.
     """
-    groups = [] if data is None else [made_group(first_columns(data))]
+    groups = [] if data is None else [made_group(columns) for columns in first_columns(data)]
     if config.isolation == "process":
         check_loads(opening_of(config, where), [encode(group) for group in groups], tries=1 + config.retries,
                     timeout_s=config.start_timeout_s)  # fmt: skip

@@ -78,7 +78,7 @@ def test_the_column_that_asks_is_found(jsonl, tokenizer, row, column, asked):
     prompts = load_prompts(data, tokenizer)
     assert prompts.found_in == [column]
     assert prompts.train[0].text == f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
-    assert first_columns(data) == prompts.train[0].columns == {**row, "prompt": prompts.train[0].columns["prompt"]}
+    assert first_columns(data) == [prompts.train[0].columns] == [{**row, "prompt": prompts.train[0].columns["prompt"]}]
 
 
 def test_columns_have_the_names_that_reward_functions_ask_for(jsonl, tokenizer):
@@ -95,6 +95,7 @@ def test_sources_are_mixed_by_weight_each_in_its_own_shape(jsonl, tokenizer):
     mix = [PromptSource(source=one, weight=3), PromptSource(source=two)]
     prompts = load_prompts(PromptData(mix=mix, num_heldout=4), tokenizer)
     assert prompts.found_in == ["question", "problem"]
+    assert [columns["prompt"] for columns in first_columns(PromptData(mix=mix))] == ["a0", "b0"]
     drawn = [prompts.row_at(position).columns["prompt"][0] for position in range(100)]
     assert (drawn.count("a"), drawn.count("b")) == (75, 25)
     with pytest.raises(ConfigError, match=r"data\.mix: is set, and so is one of source"):
