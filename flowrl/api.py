@@ -105,9 +105,9 @@ class Run:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Return its settings, with all defaults."""
-        from flowrl.runs.review import read_settings
+        from flowrl.runtime.rundir import read_settings
 
-        return read_settings(self.path)
+        return read_settings(self.path / "settings.yaml")
 
     @property
     def steps(self) -> list[dict[str, Any]]:

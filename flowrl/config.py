@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 __all__ = ["Config", "ImportPath", "Meta", "Select", "load_class", "load_object", "resolve", "to_tree", "widen"]
 
 C = TypeVar("C", bound="Config")
+ADDRESS = re.compile(
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?:[^/\s?#@]*@)?(?P<host>[^/\s?#]*)(?P<path>[^\s?#]*)(?P<secret>[?#]\S*)?"
+)
 # A setting of this type names user code, module:name or file.py:name; `resolve` finds the file (see flowrl.imports).
 ImportPath = Annotated[str, Meta(extra={"is_import_path": True})]
 
@@ -98,6 +101,24 @@ def widen(kind: type[C], settings: Config, **fields: Any) -> C:
     """Return `settings` as `kind`, which has the same fields and more, given in `fields`."""
     known = set(kind.__struct_fields__)
     return kind(**{**{k: v for k, v in msgspec.structs.asdict(settings).items() if k in known}, **fields})
+
+
+def redacted(tree: Any) -> Any:
+    """Return plain data with whatever may be secret in its addresses left out: user, password, query and fragment.
+
+    >>> redacted({"url": "https://me:pw@judge.example/score?key=abc"})
+    {'url': 'https://judge.example/score?...'}
+    """
+    if isinstance(tree, dict):
+        return {name: redacted(value) for name, value in cast("dict[str, Any]", tree).items()}
+    if isinstance(tree, list):
+        return [redacted(value) for value in cast("list[Any]", tree)]
+    return ADDRESS.sub(_without_secrets, tree) if isinstance(tree, str) else tree
+
+
+def _without_secrets(found: re.Match[str]) -> str:
+    scheme, host, path, secret = found.group("scheme", "host", "path", "secret")
+    return f"{scheme}{host}{path}{secret[0]}..." if secret else f"{scheme}{host}{path}"
 
 
 def to_tree(settings: Config) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from flowrl.config import redacted
 from flowrl.engines.checkpoint import checkpoint_version
 from flowrl.telemetry.intervals import mean_interval, prompt_means
 from flowrl.telemetry.metrics import read_evaluations
@@ -115,4 +116,4 @@ def _all_settings(settings: dict[str, Any]) -> list[str]:
 
     if not settings:
         return []
-    return ["## Settings", "", "```yaml", yaml.safe_dump(settings, sort_keys=False).rstrip(), "```"]
+    return ["## Settings", "", "```yaml", yaml.safe_dump(redacted(settings), sort_keys=False).rstrip(), "```"]

@@ -10,15 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any, cast
 
-import yaml
-
+from flowrl.config import redacted
 from flowrl.data.pieces import pieces_of
 from flowrl.errors import ConfigError, DataError, FlowrlError
 from flowrl.runs.inspection import RecordedRollouts, as_json, as_table, describe_group
 from flowrl.runs.page.page import Subject, write_page
 from flowrl.runs.verify import describe, verify_run
 from flowrl.runtime.ledger import ENDINGS, read_entries, surviving
-from flowrl.runtime.rundir import existing_run, is_held, read_plan
+from flowrl.runtime.rundir import existing_run, is_held, read_plan, read_settings
 from flowrl.telemetry.report import read_ending
 from flowrl.telemetry.state import read_state
 from flowrl.tuning.advice import advice
@@ -44,7 +43,7 @@ def write_review(run: Path, out: Path | None, graph_file: Path | None, *, say: C
     run_dir = existing_run(run).resolve()
     path = out or run_dir / "report.html"
     plan = read_plan(run_dir)
-    settings = read_settings(run_dir)
+    settings = read_settings(run_dir / "settings.yaml")
     say(f"reading {run_dir}")
     subject = _subject(run_dir, plan, settings, graph_file)
     try:
@@ -79,7 +78,7 @@ def inspect_group(run: Path, group_id: int) -> Iterator[str]:
         raise ConfigError("--group", f"{run} has no group {group_id}", "flowrl inspect RUN lists those it recorded")
     if not rows:
         return iter(_without_rows(run_dir, group_id, fate))
-    model = str(read_settings(run_dir).get("model", ""))
+    model = str(read_settings(run_dir / "settings.yaml").get("model", ""))
     return describe_group(rows, fate or "not in the ledger", pieces_of(run_dir, model))
 
 
@@ -114,7 +113,7 @@ def _subject(run_dir: Path, plan: GraphPlan, settings: dict[str, Any], graph_fil
         resume=ending.resume if ending and condition in ("failed", "stopped") else "",
         nodes=list(plan.nodes),
         edges=[(edge.kind, edge.source, edge.target, _bounds(edge)) for edge in plan.edges],
-        settings=[*flattened(settings)],
+        settings=[*flattened(redacted(settings))],
         totals=totals,
         reasons=reasons,
         verdict=verdict,
@@ -157,22 +156,6 @@ def _ledger(run_dir: Path) -> tuple[dict[str, int], list[tuple[str, str, int]], 
 def _reasons(alive: list[Entry]) -> list[tuple[str, str, int]]:
     counts = Counter((entry.event, entry.reason) for entry in alive if entry.event in ("filtered", "failed"))
     return [(event, reason, count) for (event, reason), count in counts.most_common(MOST_REASONS)]
-
-
-def read_settings(run_dir: Path) -> dict[str, Any]:
-    """Return a run's resolved settings.
-
-    Raises:
-        DataError: they cannot be read.
-    """
-    path = run_dir / "settings.yaml"
-    try:
-        found = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise DataError(str(path), f"cannot be read ({error})", "name the directory of a run") from error
-    if not isinstance(found, dict):
-        raise DataError(str(path), "holds no settings", "name the directory of a run")
-    return cast("dict[str, Any]", found)
 
 
 def flattened(settings: dict[str, Any], at: str = "") -> Iterator[tuple[str, str]]:

@@ -26,10 +26,11 @@ import msgspec
 from flowrl.errors import FlowrlError
 from flowrl.graph.plan import plan_of
 from flowrl.graph.program import load_program
-from flowrl.runtime.rundir import as_yaml
+from flowrl.runtime.rundir import PRIVATE, as_yaml
 from flowrl.simulation.profiler import Profiler, places
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.events import Step
+from flowrl.telemetry.files import replace_file
 from flowrl.telemetry.history import read_history, timelines
 from flowrl.telemetry.view import RunView, shares
 from flowrl.tuning.trials import Searcher, TuneRequest, reserved
@@ -117,7 +118,7 @@ def advice_in(hint: str) -> set[str]:
 def _start(run_dir: Path, program: Program) -> subprocess.Popen[str]:
     """Start the process; our end of its standard input, which is closed whenever and however we end, keeps it alive."""
     settings = run_dir / "logs" / "hints.yaml"  # what this attempt runs with
-    settings.write_text(as_yaml(program.settings))
+    replace_file(settings, as_yaml(program.settings).encode(), mode=PRIVATE)
     command = [sys.executable, "-c", BOOT, str(run_dir), str(program.path), str(settings), os.pathsep.join(sys.path)]
     with (run_dir / "logs" / "hints.log").open("ab") as log:
         return subprocess.Popen(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 import pytest
 
-from flowrl.config import Config, Meta, Select, load_class, load_object, resolve, to_tree, widen
+from flowrl.config import Config, Meta, Select, load_class, load_object, redacted, resolve, to_tree, widen
 from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -349,3 +349,19 @@ class Run(Config):
 )
 def test_a_default_may_follow_from_what_is_given_elsewhere(overrides: list[str], most: int):
     assert resolve(Run, overrides=overrides).limits.most == most
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("https://me:pw@judge.example:8443/score?key=abc#top", "https://judge.example:8443/score?..."),
+        ("https://token@judge.example", "https://judge.example"),
+        (
+            "ask http://127.0.0.1:9/score?key=1 or s3://bucket/key#part",
+            "ask http://127.0.0.1:9/score?... or s3://bucket/key#...",
+        ),
+        ("a mail@example.com, 3 / 4 ? 5", "a mail@example.com, 3 / 4 ? 5"),
+    ],
+)
+def test_what_may_be_secret_in_an_address_is_left_out(written: str, shown: str):
+    assert redacted({"judge": {"urls": [written, 3]}}) == {"judge": {"urls": [shown, 3]}}
