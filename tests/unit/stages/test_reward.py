@@ -243,7 +243,8 @@ def test_a_judge_that_takes_another_token_for_an_answer_s_end_says_so(judge_s_en
         tokenizer.chat_template, tokenizer.eos_token = None, end
         shutil.copytree(stand_in_model(), tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-        (tmp_path / name / "config.json").write_text('{"vocab_size": 320}')
+        config = {"vocab_size": 320, "architectures": ["LlamaForSequenceClassification"]}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
     said: list[str] = []
     stage = RewardModel(RewardModel.Config(), Sampler(model=str(tmp_path / "policy")), model=str(tmp_path / "judge"))
     stage.check(said.append)
