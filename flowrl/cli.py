@@ -312,7 +312,7 @@ def _tune(options: argparse.Namespace) -> int:
 
     from flowrl.tuning.picture import picture
     from flowrl.tuning.tune import describe, parse_budget, tune
-    from flowrl.tuning.verification import chosen, verify
+    from flowrl.tuning.verification import chosen, settled, verify
 
     request = parse_budget(
         options.budget,
@@ -322,14 +322,19 @@ def _tune(options: argparse.Namespace) -> int:
         overrides=options.overrides,
     )
     tuning = tune(request)
-    _say(msgspec.json.encode(tuning).decode() if options.json else describe(tuning))
-    if options.picture is not None:
-        options.picture.write_text(picture(tuning))
+    say = _say_aside if options.json else _say
+    if not options.json:
+        _say(describe(tuning))
     if options.verify:
         settings = [trial.setting for trial in chosen(tuning, options.verify)]
-        say = _say_aside if options.json else _say
-        for _ in verify(request, settings, steps=options.verify_steps, runs_dir=options.runs_dir, say=say):
-            pass  # it says what it finds
+        verified = [*verify(request, settings, steps=options.verify_steps, runs_dir=options.runs_dir, say=say)]
+        tuning, lines = settled(tuning, verified)
+        for line in lines:
+            say(line)
+    if options.json:
+        _say(msgspec.json.encode(tuning).decode())
+    if options.picture is not None:
+        options.picture.write_text(picture(tuning))
     return 0
 
 

@@ -6,7 +6,7 @@
 The first form runs the graph for real with the common settings, takes its profile, runs each `--try` for real as well
 (by default `TRIES`, settings of depth, staleness and replicas) and holds it against what the profile predicts for that
 setting; the profile is renewed before every `--renew` of them, since a machine that others share is not equally fast
-for an hour. The second does so for runs that exist. The comparison is that of flowrl/simulation/accuracy.py: learned
+for an hour. The second does so for runs that exist. The comparison is that of flowrl/tuning/verification.py: learned
 samples per second and every node's shares between the first and the last step, of a whole run of as many steps. The
 table ends with the medians of the relative error of throughput and of the difference of idle shares (the part of its
 time in which a node waits for input or for room), over the settings and over their nodes.
@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING
 
 from flowrl.errors import FlowrlError
 from flowrl.graph.program import load_program
-from flowrl.simulation.accuracy import Accuracy, accuracy, describe
 from flowrl.simulation.costs import load_profile
 from flowrl.tuning.trials import TuneRequest
-from flowrl.tuning.verification import verify
+from flowrl.tuning.verification import Accuracy, accuracy, describe, verify
 from perf.machine import machine
 from perf.runs import ROOT, run_graph
 

@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowrl.graph.program import load_program
-from flowrl.simulation.run import simulate
-from flowrl.simulation.timed_run import DirectFlow
+from flowrl.simulation.run import DirectFlow, simulate
 from perf.machine import machine
 from perf.paper import GRAPH, write_settings
 from perf.paper_report import ROLES

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from flowrl.engines.objective import Sums
-    from flowrl.engines.parts import Part
     from flowrl.engines.ranks import RankLink
 
 FITS = 0  # a vote; above it: the budget in tokens to go on with; below it: minus the tokens of what cannot be split
@@ -68,33 +67,31 @@ class FitVote:
         self._is_voting = False
 
     @contextmanager
-    def one_pass(self, part: Part, budget: Budget) -> Iterator[None]:
-        """Run the block as the pass of a part.
+    def one_pass(self, size: Size, vote: int, budget: Budget) -> Iterator[None]:
+        """Run the block as a pass of so much; `vote` is this rank's should it not fit.
 
         Raises:
             NoRoom: it did not fit on some rank.
             StageError: it did not fit although one as large did, so that the ranks had not voted.
         """
         own = FITS
-        is_voted = self._is_voting = not (self._ranks_meet and budget.has_fitted(part.size))
+        is_voted = self._is_voting = not (self._ranks_meet and budget.has_fitted(size))
         try:
             yield
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             if not is_voted:
-                what = (
-                    f"out of memory in a pass of {part.size[0]} tokens, although one as large fitted before ({error})"
-                )
+                what = f"out of memory in a pass of {size[0]} tokens, although one as large fitted before ({error})"
                 raise StageError(
                     self._where, what, "does something else use the device? lower micro_batch_tokens"
                 ) from error
-            own = part.vote
+            own = vote
         finally:
             self._is_voting = False
         if is_voted:
             self._ask(own)
-            budget.note(part.size)
+            budget.note(size)
 
     def before_collective(self) -> None:
         """Let every rank say that it still has room, in a pass that is voted on."""

@@ -18,8 +18,9 @@ import bisect
 import copy
 import inspect
 import threading
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +37,10 @@ if TYPE_CHECKING:
     from flowrl.engines.base import Dtype, TrainingConfig
     from flowrl.engines.packing import Layout, PackedBatch, Reads
     from flowrl.engines.router import Routing
-    from flowrl.engines.teacher import Reading
 
 _loading = threading.Lock()  # transformers sets process-wide state (the meta device) while it loads
+Direction = Literal["forward", "reverse"]  # of the KL between a teacher and the model
+
 MAX_LOGITS = 1 << 26  # float32 logits held at once: 256 MiB, and about three times that with their gradient
 
 
@@ -411,3 +413,28 @@ class TokenReader(nn.Module):
     def logits(self, states_NH: Tensor) -> Tensor:
         """Return the language head's float32 logits."""
         return states_NH.float() if self.language_head is None else self.language_head(states_NH)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The teacher's last states at some response tokens, from which its distribution there is made when needed."""
+
+    reader: TokenReader
+    states_NH: Tensor
+    direction: Direction
+    temperature: float
+
+    def split(self, num_chunks: int) -> list[Reading]:
+        """Return the reading in parts, as the student's states are split."""
+        return [replace(self, states_NH=states) for states in self.states_NH.tensor_split(num_chunks)]
+
+    def divergence(self, student_NV: Tensor) -> Tensor:
+        """Return the KL at each token from the student's log-probs over the vocabulary; the gradient is the student's.
+
+        With p_T = (1/2, 1/2) and p_S = (1/4, 3/4), forward is (log 2 + log 2/3) / 2 = 0.1438.
+        """
+        with torch.no_grad():
+            teacher_NV = torch.log_softmax(self.reader.logits(self.states_NH) / self.temperature, -1)
+        if self.direction == "forward":
+            return (teacher_NV.exp() * (teacher_NV - student_NV)).sum(-1)
+        return (student_NV.exp() * (student_NV - teacher_NV)).sum(-1)

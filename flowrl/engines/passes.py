@@ -123,7 +123,7 @@ class Passes:
         teacher = None if objective is None else self._teacher_of(objective)
         with torch.no_grad():
             for part in self._parts(groups, self._scoring, has_teacher=teacher is not None):
-                with self._room.one_pass(part, self._scoring):
+                with self._room.one_pass(part.size, part.vote, self._scoring):
                     batch = part.pack(self.device)
                     reading = None if objective is None else self._read(batch, objective)
                     values_N, divergence_N = self._module(batch, num_chunks=part.num_chunks, reading=reading)
@@ -205,7 +205,7 @@ class Passes:
         sums: Sums = {}
         self._learned = {}
         for part, count in zip(parts, counts, strict=True):
-            with self._room.one_pass(part, self._learning):
+            with self._room.one_pass(part.size, part.vote, self._learning):
                 loss = self._learn_part(part, objective, global_count, routing)
             if loss is not None:
                 check_count(loss.count, count, chosen.use, self.where)
@@ -218,7 +218,7 @@ class Passes:
         num_tokens = 0.0
         with torch.no_grad():
             for part in parts:
-                with self._room.one_pass(part, self._learning):
+                with self._room.one_pass(part.size, part.vote, self._learning):
                     batch = part.pack(self.device)
                     routed_AE, _ = self._module(batch, num_chunks=part.num_chunks, routing=Routing())
                 counts_AE = counts_AE + routed_AE.cpu().double() * bool(part.rows)

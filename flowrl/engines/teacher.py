@@ -8,23 +8,18 @@ vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 
 from flowrl.engines.agreement import settle
 from flowrl.engines.base import Lora, TrainingConfig
-from flowrl.engines.models import TokenReader, load_model
+from flowrl.engines.models import Direction, Reading, TokenReader, load_model
 from flowrl.errors import ModelError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from flowrl.engines.packing import PackedBatch
-
-Direction = Literal["forward", "reverse"]
 
 
 class Teacher:
@@ -54,28 +49,3 @@ class Teacher:
     def read(self, batch: PackedBatch, *, direction: Direction, temperature: float) -> Reading:
         """Return what the teacher knows at the response tokens of a batch."""
         return Reading(self.reader, self.reader.states(batch), direction, temperature)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The teacher's last states at some response tokens, from which its distribution there is made when needed."""
-
-    reader: TokenReader
-    states_NH: Tensor
-    direction: Direction
-    temperature: float
-
-    def split(self, num_chunks: int) -> list[Reading]:
-        """Return the reading in parts, as the student's states are split."""
-        return [replace(self, states_NH=states) for states in self.states_NH.tensor_split(num_chunks)]
-
-    def divergence(self, student_NV: Tensor) -> Tensor:
-        """Return the KL at each token from the student's log-probs over the vocabulary; the gradient is the student's.
-
-        With p_T = (1/2, 1/2) and p_S = (1/4, 3/4), forward is (log 2 + log 2/3) / 2 = 0.1438.
-        """
-        with torch.no_grad():
-            teacher_NV = torch.log_softmax(self.reader.logits(self.states_NH) / self.temperature, -1)
-        if self.direction == "forward":
-            return (teacher_NV.exp() * (teacher_NV - student_NV)).sum(-1)
-        return (student_NV.exp() * (student_NV - teacher_NV)).sum(-1)

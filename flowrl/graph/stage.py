@@ -47,6 +47,7 @@ from flowrl.telemetry.files import is_full, no_room
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from flowrl.graph.simulated import Costs, Simulated
     from flowrl.graph.staleness import Admission
     from flowrl.telemetry.causes import CauseClock
     from flowrl.telemetry.events import Recorder
@@ -220,6 +221,13 @@ class Stage:
 
     def check(self, say: Say) -> None:
         """Raise a UserError if what this stage needs (model, data, function) is not there; starts nothing."""
+
+    def simulated(self, costs: Costs) -> Simulated | None:
+        """Say what the stage does in a simulation; None: no graph that needs it is predicted.
+
+        It holds for the class that defines it alone: a subclass may do anything else.
+        """
+        return None
 
     async def run(self, context: Context) -> None:
         """Do the stage's work until its input is closed or, for the graph's last node, until it is finished."""

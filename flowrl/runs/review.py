@@ -20,7 +20,7 @@ from flowrl.runtime.ledger import ENDINGS, read_entries, surviving
 from flowrl.runtime.rundir import existing_run, is_held, read_plan, read_settings
 from flowrl.telemetry.report import read_ending
 from flowrl.telemetry.state import read_state
-from flowrl.tuning.advice import advice
+from flowrl.tuning.advisor import advice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import heapq
+import math
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -63,10 +66,14 @@ class Scheduled(asyncio.TimerHandle):
 
 
 class VirtualClockLoop(asyncio.BaseEventLoop):
-    """An asyncio loop whose `time()` is virtual seconds since it was made."""
+    """An asyncio loop whose `time()` is virtual seconds since it was made.
 
-    def __init__(self) -> None:
+    It raises a TimeoutError once it has run for `within_s` real seconds.
+    """
+
+    def __init__(self, within_s: float = math.inf) -> None:
         super().__init__()
+        self._deadline = time.monotonic() + within_s
         self._now_s = 0.0
         self._soon: deque[Scheduled] = deque()
         self._timers: list[tuple[float, int, Scheduled]] = []
@@ -126,6 +133,9 @@ class VirtualClockLoop(asyncio.BaseEventLoop):
         """
         soon, timers = self._soon, self._timers
         while True:
+            if time.monotonic() > self._deadline:
+                self._deadline = math.inf  # what is left is to be cancelled on this loop
+                raise TimeoutError
             if not soon:
                 self._jump()
             due_s = self._now_s + RESOLUTION_S
@@ -165,7 +175,11 @@ class VirtualClockLoop(asyncio.BaseEventLoop):
         """Do nothing: the loop never sleeps, so nothing need wake it."""
 
 
-def run_virtual(main: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end on a fresh virtual clock, like asyncio.run."""
-    with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
+def run_virtual(main: Coroutine[Any, Any, T], *, within_s: float = math.inf) -> T:
+    """Run a coroutine to its end on a fresh virtual clock, like asyncio.run.
+
+    Raises:
+        TimeoutError: it has not come to its end within so many real seconds.
+    """
+    with asyncio.Runner(loop_factory=functools.partial(VirtualClockLoop, within_s)) as runner:
         return runner.run(main)

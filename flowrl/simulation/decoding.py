@@ -36,14 +36,14 @@ class Arrival(NamedTuple):
     pause_s: float = 0.0
 
 
-class Replayed(NamedTuple):
+class ReplayedRequests(NamedTuple):
     """What a replay gave."""
 
     ends_s: list[float]  # one for each arrival
     running: list[tuple[int, float]]  # how many ran, and for how long
 
 
-def replay(arrivals: Sequence[Arrival], cost: tuple[float, float, float], most: int) -> Replayed:
+def replay(arrivals: Sequence[Arrival], cost: tuple[float, float, float], most: int) -> ReplayedRequests:
     """Put requests, in order of arrival, through continuous batching with `most` samples at a time."""
     step_s, sample_s, prompt_token_s = cost
     now = steps = standing_s = 0.0
@@ -80,7 +80,7 @@ def replay(arrivals: Sequence[Arrival], cost: tuple[float, float, float], most: 
                 read.add(who)
                 standing_s += prompt_token_s * arrivals[who].prompt_tokens
             heapq.heappush(running, (steps + length, who))
-    return Replayed(ends_s, seen)
+    return ReplayedRequests(ends_s, seen)
 
 
 def fit_decoding(replicas: Sequence[Sequence[Arrival]], most: int) -> DecodeCost:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flowrl.messages import VersionSpan
+from flowrl.simulation.costs import pace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -31,11 +32,13 @@ SLACK = 4  # roundings that add up until a sample ends
 class Device:
     """Cores or a GPU: `capacity` units, of which every busy replica asks for its width; owned by one event loop.
 
-    `progress` is how far a replica that has been busy all along has come, in seconds of work.
+    `progress` is how far a replica that has been busy all along has come, in seconds of one unit's work. What a replica
+    of a width does alone in a second is `alone(width)` of it.
     """
 
-    def __init__(self, capacity: float) -> None:
+    def __init__(self, capacity: float, slowdown: float = 0.0) -> None:
         self.capacity = capacity
+        self._slowdown = slowdown
         self.busy_s = 0.0  # seconds of the whole capacity
         self._width = 0.0
         self._progress = 0.0
@@ -59,9 +62,13 @@ class Device:
             self.busy_s += spent_s * min(1.0, self._width / self.capacity)
         return self._progress
 
+    def alone(self, width: float) -> float:
+        """Return the speed of a replica of this width while no other computes here."""
+        return pace(width, self.capacity, self._slowdown)
+
     @property
     def _rate(self) -> float:
-        return min(1.0, self.capacity / self._width) if self._width > 0 else 1.0
+        return self.alone(self._width)
 
     @contextmanager
     def busy(self, width: float) -> Generator[None]:
@@ -88,9 +95,10 @@ class Device:
         return alarm
 
     async def take(self, work_s: float, width: float = 1.0) -> None:
-        """Do so much work, which takes longer while others are busy here."""
+        """Do what takes so long alone, and longer while others are busy here."""
         if work_s <= 0:
             return
+        work_s *= self.alone(width)
         done = asyncio.get_running_loop().create_future()
         with self.busy(width):
             alarm = self.call_after(work_s, lambda: None if done.done() else done.set_result(None))
@@ -129,6 +137,7 @@ class _Request:
     prompt_tokens: int
     done: asyncio.Future[None]
     spans: list[list[VersionSpan]]
+    factor: float  # steps of a token
     is_read: bool = False  # its prompt is in the cache
 
 
@@ -137,6 +146,7 @@ class Decoder:
 
     def __init__(self, cost: DecodeCost, device: Device, *, max_running: int, width: float = 1.0) -> None:
         self._cost = cost
+        self._scale = device.alone(width)  # of the cost, which is that of a decoder alone, to the device's progress
         self._device = device
         self._max_running = max_running
         self._width = width
@@ -158,10 +168,13 @@ class Decoder:
         """Return how many samples are decoded now."""
         return len(self._running)
 
-    async def decode(self, lengths: Sequence[int], prompt_tokens: int) -> list[list[VersionSpan]]:
-        """Decode samples of these lengths; returns which version sampled which tokens of each."""
+    async def decode(self, lengths: Sequence[int], prompt_tokens: int, factor: float = 1.0) -> list[list[VersionSpan]]:
+        """Decode samples of these lengths; returns which version sampled which tokens of each.
+
+        A token takes `factor` steps.
+        """
         done = asyncio.get_running_loop().create_future()
-        request = _Request(len(lengths), prompt_tokens, done, [[] for _ in lengths])
+        request = _Request(len(lengths), prompt_tokens, done, [[] for _ in lengths], factor)
         self._settle()
         self._waiting.extend((place, length, request) for place, length in enumerate(lengths))
         self._admit()
@@ -214,7 +227,7 @@ class Decoder:
 
     @property
     def _step_s(self) -> float:
-        return max(1e-12, self._cost.step_s + self._cost.sample_s * len(self._running))
+        return max(1e-12, self._scale * (self._cost.step_s + self._cost.sample_s * len(self._running)))
 
     def _admit(self) -> None:
         """End what is finished, start what there is room for."""
@@ -227,9 +240,9 @@ class Decoder:
             place, length, request = self._waiting.popleft()
             if not request.is_read:
                 request.is_read = True
-                self._reading_s += self._cost.prompt_token_s * request.prompt_tokens
+                self._reading_s += self._scale * self._cost.prompt_token_s * request.prompt_tokens
             self._count += 1
-            entry = (self._steps + length, self._count, self._steps, place, length, request)
+            entry = (self._steps + length * request.factor, self._count, self._steps, place, length, request)
             heapq.heappush(self._running, entry)
         if not self._running and self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
@@ -256,15 +269,15 @@ class Decoder:
         if since <= start:
             request.spans[place] = [VersionSpan(version, 0, length)]
         else:
-            request.spans[place] = self._spans(start, length)
+            request.spans[place] = self._spans(start, length, request.factor)
         request.num_left -= 1
         if request.num_left == 0 and not request.done.done():
             request.done.set_result(None)
 
-    def _spans(self, start: float, length: int) -> list[VersionSpan]:
+    def _spans(self, start: float, length: int, factor: float) -> list[VersionSpan]:
         """Return which version sampled which tokens of a response that was begun at step `start`."""
         first = max(0, bisect.bisect(self._marks, (start, math.inf)) - 1)
-        begins = [max(0, min(length, round(at - start))) for at, _ in self._marks[first:]]
+        begins = [max(0, min(length, round((at - start) / factor))) for at, _ in self._marks[first:]]
         ends = [*begins[1:], length]
         return [
             VersionSpan(version, begin, end)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from flowrl.engines.checkpoint import checkpoint_version
 from flowrl.graph.ports import In, Out
+from flowrl.graph.simulated import Itself
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Referenced, Samples, extend
 from flowrl.stages.estimation import Estimation, keeps_group, load_algorithm, settled
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from flowrl.algorithms.base import Algorithm
+    from flowrl.graph.simulated import Costs
     from flowrl.graph.stage import Context, Say
 
 
@@ -49,6 +51,10 @@ class Advantage(Stage):
     def _load(self) -> Algorithm:
         self.algorithm = settled(self.algorithm, self.sampler.max_response)
         return load_algorithm(self.algorithm, group_size=self.sampler.group_size, has_critic=False)
+
+    def simulated(self, costs: Costs) -> Itself:
+        """Credit nothing."""
+        return Itself({"learning": costs.learning(self.learning)})
 
     async def run(self, context: Context) -> None:
         """Find advantages until the edge closes."""

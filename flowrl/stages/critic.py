@@ -20,6 +20,7 @@ from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEn
 from flowrl.engines.checkpoint import checkpoint_version
 from flowrl.errors import ChannelClosed
 from flowrl.graph.ports import In, Out
+from flowrl.graph.simulated import Itself
 from flowrl.graph.stage import Stage
 from flowrl.messages import Buffer, Referenced, Samples, extend
 from flowrl.stages.estimation import Estimation, is_cut, keeps_group, load_algorithm, settled
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from flowrl.algorithms.base import Algorithm
+    from flowrl.graph.simulated import Costs
     from flowrl.graph.stage import Context, Say
     from flowrl.messages import FloatArray
 
@@ -148,6 +150,11 @@ class Critic(Stage):
         """Serve as a rank other than 0."""
         async with opened(context, self.config.engine, self._settings, self.num_optimizer_steps) as engine:
             await context.compute(engine.follow)
+
+    def simulated(self, costs: Costs) -> Itself:
+        """Value with zeros and train nothing."""
+        shared = {"sampler": costs.sampler(self.sampler), "learning": costs.learning(self.learning)}
+        return Itself({"config": costs.training(self.config), "model": "", **shared})
 
     async def run(self, context: Context) -> None:
         """Value, estimate and train until the edge closes."""

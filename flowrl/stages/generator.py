@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from flowrl.engines.base import GenerationEngine
 from flowrl.graph.ports import In, Out
+from flowrl.graph.simulated import Itself
 from flowrl.graph.stage import Stage
 from flowrl.messages import Prompt, Rollouts, Weights, extend
 from flowrl.stages.sampler import Sampler
@@ -17,6 +18,7 @@ from flowrl.stages.serving import Generation, check_context, record_generation, 
 from flowrl.telemetry.causes import Cause
 
 if TYPE_CHECKING:
+    from flowrl.graph.simulated import Costs
     from flowrl.graph.stage import Context, Say
 
 
@@ -41,6 +43,10 @@ class Generator(Stage):
     def check(self, say: Say) -> None:
         """Prepare the model; its context must hold `max_model_len` tokens."""
         check_context(self.config, self.sampler.model, say, where="generator")
+
+    def simulated(self, costs: Costs) -> Itself:
+        """Sample zeros."""
+        return Itself({"config": costs.generating(self.config), "sampler": costs.sampler(self.sampler)})
 
     async def run(self, context: Context) -> None:
         """Serve until the prompt edges close."""

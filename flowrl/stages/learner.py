@@ -22,6 +22,7 @@ from flowrl.engines.checkpoint import CARD
 from flowrl.engines.weights.manifest import tensor_digests
 from flowrl.errors import ConfigError, RunError, TransferError
 from flowrl.graph.ports import In, Out
+from flowrl.graph.simulated import Itself
 from flowrl.graph.stage import Stage
 from flowrl.messages import FIRST_TEXTS, Buffer, Credit, EvaluationRequest, Samples, Texts, Weights, replays_of
 from flowrl.stages.estimation import advice, check_sampling, load_algorithm, settled
@@ -58,6 +59,7 @@ from flowrl.telemetry.versions import write_digests
 
 if TYPE_CHECKING:
     from flowrl.algorithms.base import Objective
+    from flowrl.graph.simulated import Costs
     from flowrl.graph.stage import Context, Say
     from flowrl.graph.staleness import Admission
     from flowrl.messages import FloatArray
@@ -149,6 +151,11 @@ class Learner(Stage):
         """Serve as a rank other than 0."""
         async with opened(context, self.config.engine, self._settings, self.num_optimizer_steps) as engine:
             await context.compute(engine.follow)
+
+    def simulated(self, costs: Costs) -> Itself:
+        """Train nothing."""
+        shared = {"sampler": costs.sampler(self.sampler), "learning": costs.learning(self.learning)}
+        return Itself({"config": costs.training(self.config, "train"), **shared})
 
     async def run(self, context: Context) -> None:
         """Train until the last version is published, acknowledged and saved, or the user asks to stop."""

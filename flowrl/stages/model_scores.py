@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from flowrl.errors import ModelError, RewardError
 from flowrl.messages import Buffer
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from flowrl.data.steps import StepFinder
     from flowrl.engines.base import TokenGroup
     from flowrl.messages import FloatArray, Rollouts
-    from flowrl.stages.reward import RewardModel
 
 
 class SequenceScores(NamedTuple):
     """Scores by the value at a sequence's last token."""
 
-    config: RewardModel.Config
     where: str
+    weight: float
+    clip: float  # scores beyond +- clip are clipped
     mean: float
     std: float
 
@@ -38,16 +38,16 @@ class SequenceScores(NamedTuple):
 
     def scores(self, found: list[float], group: Rollouts) -> tuple[list[float], None]:
         """Return the samples' scores from what the engine found."""
-        clip = self.config.clip
         normal = [(score - self.mean) / self.std for score in _checked(found, group, self.where)]
-        return [self.config.weight * max(-clip, min(clip, score)) for score in normal], None
+        return [self.weight * max(-self.clip, min(self.clip, score)) for score in normal], None
 
 
 class StepScores(NamedTuple):
     """Scores by the values at the last tokens of a sequence's steps."""
 
-    config: RewardModel.Config
     where: str
+    weight: float
+    step_total: Literal["mean", "sum"]
     finder: StepFinder
 
     def call(self, engine: Any, group: Rollouts) -> tuple[Callable[..., Any], list[TokenGroup]]:
@@ -60,7 +60,7 @@ class StepScores(NamedTuple):
         for row, sample in zip(found[0], group.samples, strict=True):
             ends = self.finder.ends(sample.token_ids.tolist(), mask_of(sample).tolist())
             values = _checked([float(row[end]) for end in ends], group, self.where)
-            share = self.config.weight / (len(ends) if self.config.step_total == "mean" else 1)
+            share = self.weight / (len(ends) if self.step_total == "mean" else 1)
             earned = dict(zip(ends, (share * _probability(value) for value in values), strict=True))
             scores.append(sum(earned.values()))
             placed.append(Buffer.floats([earned.get(place, 0.0) for place in range(len(row))]))

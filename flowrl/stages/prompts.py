@@ -13,12 +13,14 @@ from flowrl.data.models import prepare_model
 from flowrl.data.prompts import PromptSet, load_prompts, load_tokenizer
 from flowrl.errors import DataError
 from flowrl.graph.ports import In, Out
+from flowrl.graph.simulated import Admits
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Credit, End, Prompt
 from flowrl.stages.sampler import Sampler
 from flowrl.telemetry.causes import Cause
 
 if TYPE_CHECKING:
+    from flowrl.graph.simulated import Costs
     from flowrl.graph.stage import Context, Say
 
 
@@ -54,6 +56,10 @@ class Prompts(Stage):
     def load(self) -> PromptSet:
         """Return the data set; group k is its row at position k."""
         return load_prompts(self.sampler.data, load_tokenizer(prepare_model(self.sampler.model)))
+
+    def simulated(self, costs: Costs) -> Admits:
+        """Admit groups of zeros."""
+        return Admits(self.sampler.group_size)
 
     async def run(self, context: Context) -> None:
         """Admit groups until the edges close."""

@@ -13,6 +13,7 @@ from flowrl.data.vocabulary import check_same_vocabulary
 from flowrl.engines.base import Training, TrainingConfig
 from flowrl.graph.edges import Edge, Queue
 from flowrl.graph.ports import In, Out
+from flowrl.graph.simulated import Itself
 from flowrl.graph.stage import Stage
 from flowrl.messages import Buffer, Referenced, Scored, extend
 from flowrl.stages.sampler import Sampler
@@ -22,6 +23,7 @@ from flowrl.telemetry.events import Span
 
 if TYPE_CHECKING:
     from flowrl.graph.ports import Source
+    from flowrl.graph.simulated import Costs
     from flowrl.graph.stage import Context, Say
 
 
@@ -59,6 +61,10 @@ class Reference(Stage):
         """Serve as a rank other than 0."""
         async with opened(context, self.config.engine, self._settings, steps=1) as engine:
             await context.compute(engine.follow)
+
+    def simulated(self, costs: Costs) -> Itself:
+        """Score with zeros."""
+        return Itself({"config": costs.training(self.config), "sampler": costs.sampler(self.sampler), "model": ""})
 
     async def run(self, context: Context) -> None:
         """Score groups until the edge closes."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from flowrl.config import Meta, widen
 from flowrl.errors import ChannelClosed, RewardError
 from flowrl.graph.ports import In, Out
+from flowrl.graph.simulated import PassesOn
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Rollouts, Scored
 from flowrl.rewards.http import Remote, RemoteScorer, Unreachable, check_remote, connected
@@ -21,6 +22,7 @@ from flowrl.stages.reward import Failures, add_scores, score_span
 from flowrl.telemetry.causes import Cause
 
 if TYPE_CHECKING:
+    from flowrl.graph.simulated import Costs
     from flowrl.graph.stage import Context, Say
 
 
@@ -55,6 +57,10 @@ class RemoteReward(Stage):
     def check(self, say: Say) -> None:
         """Check the address and the files; connects to nothing."""
         check_remote(widen(Remote, self.config), "remote reward")
+
+    def simulated(self, costs: Costs) -> PassesOn:
+        """Take the service's time."""
+        return PassesOn("score", lanes=self.config.concurrency)
 
     async def run(self, context: Context) -> None:
         """Score groups until the edge closes."""

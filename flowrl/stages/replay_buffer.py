@@ -22,6 +22,7 @@ from flowrl.config import Meta
 from flowrl.engines.checkpoint import checkpoint_version
 from flowrl.errors import ConfigError
 from flowrl.graph.ports import In, Out
+from flowrl.graph.simulated import Itself
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Samples, decode, encode
 from flowrl.stages.sampler import Learning, Sampler
@@ -30,6 +31,7 @@ from flowrl.stages.tokens import mask_of
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from flowrl.graph.simulated import Costs
     from flowrl.graph.stage import Context, Say
 
 STATE = "groups.msgpack"
@@ -80,6 +82,10 @@ class ReplayBuffer(Stage):
         if not hasattr(self.learning.algorithm.load("algorithm"), "correction"):
             what = f"older policies' samples need a correction, and {self.learning.algorithm.use} has none"
             raise ConfigError("replay", what, "choose another algorithm, or set replay.ratio=0")
+
+    def simulated(self, costs: Costs) -> Itself:
+        """Replay by its own rules."""
+        return Itself({"learning": costs.learning(self.learning)})
 
     async def run(self, context: Context) -> None:
         """Send groups on, with others, until the edge closes."""

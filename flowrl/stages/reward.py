@@ -26,6 +26,7 @@ from flowrl.engines.base import Training, TrainingConfig, open_engine
 from flowrl.errors import ConfigError, LastingError, RewardError
 from flowrl.graph.edges import Edge, Queue
 from flowrl.graph.ports import In, Out
+from flowrl.graph.simulated import Itself, PassesOn
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Prompt, Rollouts, Scored, encode, extend
 from flowrl.model_files import check_classifier
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from flowrl.graph.ports import Source
+    from flowrl.graph.simulated import Costs
     from flowrl.graph.stage import Context, Say
 
 Score = Callable[[Rollouts], Awaitable[list[float]]]
@@ -88,6 +90,10 @@ class Reward(Stage):
     def check(self, say: Say) -> None:
         """Load the function where it will run, and call it once on a row of the data with completions made up."""
         try_function(self.config, self.sampler and self.sampler.data, where="reward.function")
+
+    def simulated(self, costs: Costs) -> PassesOn:
+        """Take the function's time."""
+        return PassesOn("score", lanes=self.config.concurrency)
 
     async def run(self, context: Context) -> None:
         """Score groups until the edge closes."""
@@ -220,9 +226,14 @@ class RewardModel(Stage):
     def _scorer(self, directory: Path, where: str) -> SequenceScores | StepScores:
         if self.config.level == "step":
             finder = StepFinder(load_tokenizer(directory), self.config.step_separator)
-            return StepScores(self.config, where, finder)
+            return StepScores(where, self.config.weight, self.config.step_total, finder)
         mean, std = read_normalisation(directory) if self.config.normalise else (0.0, 1.0)
-        return SequenceScores(self.config, where, mean, std)
+        return SequenceScores(where, self.config.weight, self.config.clip, mean, std)
+
+    def simulated(self, costs: Costs) -> Itself:
+        """Score with zeros."""
+        config = msgspec.structs.replace(costs.training(self.config), level="sequence", normalise=False)
+        return Itself({"config": config, "sampler": costs.sampler(self.sampler), "model": ""})
 
     async def run(self, context: Context) -> None:
         """Score groups until the edge closes."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from flowrl.data.examples import ExampleRow
 from flowrl.graph.ports import In
+from flowrl.graph.simulated import Itself
 from flowrl.messages import Referenced, Scored
 from flowrl.stages.examples import load_objective, try_rows, with_teacher
 from flowrl.stages.learner import Learner
@@ -20,6 +21,7 @@ from flowrl.stages.sampler import Learning, Sampler
 if TYPE_CHECKING:
     from flowrl.algorithms.base import Objective
     from flowrl.data.formats import Kind
+    from flowrl.graph.simulated import Costs
     from flowrl.graph.stage import Context, Say
 
 
@@ -42,6 +44,11 @@ class SelectionLearner(Learner):
         kind: Kind | None = "preference" if are_pairs else None
         row = ExampleRow(prompt_ids=[1], responses=responses, kind=kind, index=0, place="select")
         try_rows(self.load_objective(), [row], has_reference=has_reference)
+
+    def simulated(self, costs: Costs) -> Itself:
+        """Train nothing."""
+        shared = {"sampler": costs.sampler(self.sampler), "learning": costs.learning(self.learning, is_objective=True)}
+        return Itself({"config": costs.training(self.config, "train"), **shared})
 
     async def run(self, context: Context) -> None:
         """Train until the last version is published, acknowledged and saved, or the user asks to stop."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from flowrl import messages
 from flowrl.config import Meta
 from flowrl.graph.ports import In, Out
+from flowrl.graph.simulated import PassesOn
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Scored
 from flowrl.telemetry.events import Span
@@ -22,6 +23,7 @@ from flowrl.telemetry.events import Span
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from flowrl.graph.simulated import Costs
     from flowrl.graph.stage import Context
 
 Take = Literal["best", "pair"]
@@ -51,6 +53,10 @@ class Selector(Stage):
     def num_kept(self) -> int:
         """Return how many samples a group keeps."""
         return {"best": 1, "pair": 2}[self.take]
+
+    def simulated(self, costs: Costs) -> PassesOn:
+        """Take a group's first samples."""
+        return PassesOn(num_samples=self.num_kept, filters=True)
 
     async def run(self, context: Context) -> None:
         """Select until the edge closes."""

@@ -1,9 +1,9 @@
 """Knobs: what of a graph's settings may be changed to make it quicker, and the values that are worth a try.
 
-They are found in the graph, not listed by name: staleness and batch, replicas and ranks, requests in flight, batches of
-scoring, where a scorer sits, and the depth of every queue whose depth is free. Invariants: the first option of a knob
-is what stands in the settings now; options that need more devices than there are, with everything else at its
-smallest, are left out. Used by trials.py, tune.py, hints.py and forecast.py.
+They are found in the graph, not listed by name: staleness and batch, replicas and ranks, threads and the cores that are
+reserved for them, requests in flight, batches of scoring, where a scorer sits, and the depth of every queue whose depth
+is free. Invariants: the first option of a knob is what stands in the settings now; options that need more devices than
+there are, with everything else at its smallest, are left out. Used by trials.py, tune.py and advisor.py.
 """
 
 from __future__ import annotations
@@ -53,9 +53,11 @@ class Knob(msgspec.Struct, frozen=True):
         return self.name.rpartition(".")[2] in BATCH
 
 
-def knobs_of(settings: Any, graph: Graph, *, is_affordable: Callable[[Setting], bool]) -> list[Knob]:
+def knobs_of(
+    settings: Any, graph: Graph, *, cores: float, is_affordable: Callable[[Setting], bool]
+) -> list[Knob]:  # fmt: skip
     """Return the knobs of a graph that have more than one position within the devices there are."""
-    found = [knob for knob in _all_knobs(settings, graph) if len(knob.options) > 1]
+    found = [knob for knob in _all_knobs(settings, graph, cores) if len(knob.options) > 1]
     least = [_least(knob) for knob in found]
     kept: list[Knob] = []
     for place, knob in enumerate(found):
@@ -106,7 +108,7 @@ def with_setting(settings: Any, path: str, value: Value) -> Any:
     return msgspec.structs.replace(settings, **{first: inner})
 
 
-def _all_knobs(settings: Any, graph: Graph) -> Iterable[Knob]:
+def _all_knobs(settings: Any, graph: Graph, cores: float) -> Iterable[Knob]:
     if isinstance(now := get_setting(settings, "max_staleness"), int):
         yield _numbers("max_staleness", now, STALENESS)
     if isinstance(now := get_setting(settings, "groups_per_step"), int):
@@ -116,9 +118,17 @@ def _all_knobs(settings: Any, graph: Graph) -> Iterable[Knob]:
         config: Any = stage.config
         if not stage.is_stateful and (isinstance(config, Serving | Training) or hasattr(config, "batch_groups")):
             counts = COUNTS if config.cpus or config.gpus else FEW
-            yield _numbers(f"{path}.replicas", config.replicas, counts, is_minor=not isinstance(config, Serving))
+            knob = _numbers(f"{path}.replicas", config.replicas, counts, is_minor=not isinstance(config, Serving))
+            knob.options.extend(_on_the_same_cores(path, config))
+            yield knob
         if stage.is_stateful and config.gpus > 0:
             yield _numbers(f"{path}.ranks", config.ranks, [2**power for power in range(9)])
+        if hasattr(config, "threads") and not graph.nodes[config.share or node].config.gpus:
+            counts = [count for count in COUNTS if count <= cores]
+            yield _numbers(f"{path}.threads", config.threads, counts, is_minor=bool(config.share))
+            if config.cpus:
+                shares = [config.cpus / 2, *(float(count) for count in counts)]
+                yield _numbers(f"{path}.cpus", config.cpus, shares, is_minor=True)
         for name in ("max_groups", "max_running"):
             if hasattr(config, name):
                 now = getattr(config, name)
@@ -162,9 +172,18 @@ def _placement(node: str, graph: Graph, path: str) -> Knob | None:
     return Knob(f"{path}.share", [shared, own] if config.share else [own, shared])
 
 
-def _numbers(path: str, now: int, values: Iterable[int], *, is_minor: bool = False) -> Knob:
-    others = sorted({*values} - {now})
-    return Knob(path, [Option(str(value), {path: value}) for value in (now, *others)], is_minor)
+def _on_the_same_cores(path: str, config: Any) -> Iterable[Option]:
+    """Yield more replicas that reserve no more cores together than they do now."""
+    for count in range(config.replicas + 1, 2 * config.replicas + 1):
+        if config.cpus:
+            cpus = round(config.cpus * config.replicas / count, 3)
+            yield Option(f"{count} on the same cores", {f"{path}.replicas": count, f"{path}.cpus": cpus})
+
+
+def _numbers(path: str, now: float, values: Iterable[float], *, is_minor: bool = False) -> Knob:
+    every = [now, *sorted({*values} - {now})]
+    words = [str(value) if isinstance(value, int) else f"{value:g}" for value in every]
+    return Knob(path, [Option(label, {path: value}) for label, value in zip(words, every, strict=True)], is_minor)
 
 
 def _scaled(now: int, factors: Iterable[float]) -> list[int]:
@@ -173,7 +192,7 @@ def _scaled(now: int, factors: Iterable[float]) -> list[int]:
 
 def _least(knob: Knob) -> Setting:
     """Return the changes that need fewest devices."""
-    if knob.name.endswith((".replicas", ".ranks")):
+    if knob.name.endswith((".replicas", ".ranks", ".cpus")):
         return min(knob.options, key=lambda option: next(iter(option.changes.values()))).changes
     if knob.name.endswith(".share"):
         return min(knob.options, key=lambda option: option.changes.get(f"{knob.name[:-6]}.gpus", 0.0)).changes

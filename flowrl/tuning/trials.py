@@ -3,7 +3,7 @@
 A trial is first a look (a couple of steps, enough to tell the good from the bad) and for the few that matter a
 measurement, which goes on until the step time is known well enough. Invariants: every setting passes the graph's own
 checks before it is simulated, and stays within the devices there are, or there is no trial of it; the same setting
-gives the same trial in whichever process. Used by tune.py.
+gives the same trial in whichever process. Used by tune.py and advisor.py.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     mean_staleness: float
     bottleneck: str  # "": only looked at
     max_staleness: int = 0  # of any learned group
-    devices: float = 0.0  # cores and GPUs that are reserved
+    devices: float = 0.0  # GPUs that are reserved, and cores that are or that threads keep busy
     is_measured: bool = True  # not only looked at
 
 
@@ -96,7 +96,8 @@ class Searcher:
 
     def knobs(self) -> list[Knob]:
         """Return the knobs that the graph has."""
-        found = knobs_of(self.program.settings, self.program.graph, is_affordable=self.is_affordable)
+        settings, graph = self.program.settings, self.program.graph
+        found = knobs_of(settings, graph, cores=self._cores, is_affordable=self.is_affordable)
         return [knob for knob in found if not self._only or knob.name.endswith(self._only)]
 
     def build(self, setting: Setting) -> Graph:
@@ -125,7 +126,7 @@ class Searcher:
             mean_staleness=found.mean_staleness,
             bottleneck=found.bottleneck,
             max_staleness=max(found.staleness),
-            devices=sum(reserved(graph)),
+            devices=occupied(graph),
         )
 
     def look(self, setting: Setting) -> Trial | None:
@@ -150,7 +151,7 @@ class Searcher:
             mean_staleness=found.mean_staleness,
             bottleneck=found.bottleneck,
             max_staleness=max(found.staleness),
-            devices=sum(reserved(graph)),
+            devices=occupied(graph),
             is_measured=False,
         )
 
@@ -252,6 +253,24 @@ def effective(graph: Graph) -> bytes:
             limits = {"max_groups": most, "max_running": min(config.max_running, most * config.group_size)}
             nodes[name] = {**nodes[name], "config": {**nodes[name]["config"], **limits}}
     return _encoder.encode((nodes, edges))
+
+
+def fits(graph: Graph, now: Graph, profile: Profile, *, gpus: float) -> bool:
+    """Return whether a graph stays within the profile's cores and so many GPUs, or what the present one reserves."""
+    cores, wanted = reserved(graph)
+    has_cores, has_gpus = reserved(now)
+    return cores <= max(profile.cores, has_cores) and wanted <= max(gpus, has_gpus)
+
+
+def occupied(graph: Graph) -> float:
+    """Return the GPUs that a graph's nodes reserve, and their cores; a thread that no core is reserved for counts."""
+    total = reserved(graph)[1]
+    for stage in graph.nodes.values():
+        config: Any = stage.config
+        if not config.share:
+            threads = 0.0 if config.gpus or not config.cpus else float(getattr(config, "threads", 1))
+            total += max(config.cpus, threads) * config.replicas * config.ranks
+    return total
 
 
 def reserved(graph: Graph) -> tuple[float, float]:

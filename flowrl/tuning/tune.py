@@ -5,8 +5,8 @@ measured, the others only looked at (trials.py): first every knob alone, then al
 as many as the budget allows, drawn evenly, then whatever differs in one knob from the best so far. The batch (groups in
 a step, samples in a group) is only turned alone and never recommended, because it changes what is learned, not only
 how fast. Invariants: nothing recommended would be refused or need more devices than there are; the recommended setting
-is the least stale one within `GOOD_ENOUGH` of the fastest and of its equals the one on the fewest devices, with the
-fewest changes; the same request gives the same tuning.
+is the fastest, and of its equals the one on the fewest devices, with the fewest changes; what less staleness would cost
+is said beside it; the same request gives the same tuning.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Trial", "TuneRequest", "Tuning", "describe", "pareto", "parse_budget", "tune"]
 
-GOOD_ENOUGH = 0.05  # of the best throughput that less staleness may cost
 EQUAL = 0.01  # throughputs no further apart are as good as each other
 LOOKED_CLOSER = 0.05  # below the best look at the same staleness, in throughput, that is still measured
 MOST_MEASURED = 48  # settings besides those that differ from the present in one knob
@@ -50,7 +49,12 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def command(self) -> str:
         """Return the recommended setting as options of `flowrl run`."""
-        return " ".join(f"--set {path}={value}" for path, value in self.recommended.setting.items())
+        return as_options(self.recommended.setting)
+
+
+def as_options(setting: Setting) -> str:
+    """Return a setting as options of `flowrl run`."""
+    return " ".join(f"--set {path}={value}" for path, value in setting.items())
 
 
 def parse_budget(budget: Sequence[str], **rest: Any) -> TuneRequest:
@@ -66,7 +70,7 @@ def parse_budget(budget: Sequence[str], **rest: Any) -> TuneRequest:
         try:
             found[names[name or "settings"]] = int(number) if names[name or "settings"] == "budget" else float(number)
         except (KeyError, ValueError) as error:
-            remedy = "write settings=1000, gpus=16 or cpus=8"
+            remedy = f"write cpus={number}" if name == "cores" else "write settings=1000, gpus=16 or cpus=8"
             raise ConfigError("--budget", f"{part!r} is not understood", remedy) from error
     return TuneRequest(**rest, **found)
 
@@ -91,11 +95,10 @@ def tune(request: TuneRequest) -> Tuning:
     known = {_key(trial.setting): trial for trial in search.found if trial.is_measured and not _changes_batch(trial)}
     known |= {_key(trial.setting): trial for trial in measured}
     front = [simplest(trial, list(known.values())) for trial in pareto(known.values())]
-    best = max(trial.samples_per_s for trial in front)
     return Tuning(
         present=present,
         front=front,
-        recommended=next(trial for trial in front if trial.samples_per_s >= (1 - GOOD_ENOUGH) * best),
+        recommended=front[-1],
         sensitivity={
             name: {label: trial.samples_per_s / present.samples_per_s for label, trial in each.items()}
             for name, each in alone.items()
@@ -240,9 +243,21 @@ def describe(tuning: Tuning) -> str:
     idle = [knob for knob, worth in tuning.sensitivity.items() if all(abs(w - 1) < EQUAL / 2 for w in worth.values())]
     if idle:
         lines.append(f"  nothing: {', '.join(idle)}")
-    gain = tuning.recommended.samples_per_s / tuning.present.samples_per_s - 1
-    lines += ["", f"{tuning.command} ({gain:+.0%})" if tuning.command else "nothing to change: no setting is better"]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *recommendation(tuning)])
+
+
+def recommendation(tuning: Tuning) -> list[str]:
+    """Return what is recommended, and what less staleness than that would cost."""
+    best = tuning.recommended
+    gain = best.samples_per_s / tuning.present.samples_per_s - 1
+    lines = [f"{tuning.command} ({gain:+.0%})" if tuning.command else "nothing to change: no setting is better"]
+    for trial in tuning.front:
+        if trial.mean_staleness < best.mean_staleness - EQUAL:
+            cost = trial.samples_per_s / best.samples_per_s - 1
+            options = as_options(trial.setting) or "as it is"
+            stale = f"{trial.mean_staleness:.2f} in place of {best.mean_staleness:.2f}"
+            lines.append(f"  staleness {stale} costs {-cost:.0%}: {options}")
+    return lines
 
 
 def _line(trial: Trial) -> str:

@@ -83,7 +83,7 @@ def graph(model: Path, *, records: bool = False, reward_type: type[Reward] = Rec
     prompts = NumberedPrompts(Prompts.Config(), sampler)
     generator = Generator(
         Generator.Config(replicas=2, engine="flowrl.simulation.fake:FakeGeneration",
-                         engine_options={"times": {"token_s": 0.001}}),
+                         engine_options={"costs": {"decode": {"step_s": 0.001}}}),
         sampler,
     )  # fmt: skip
     reward = reward_type(Reward.Config(function=f"{__name__}:digits"))

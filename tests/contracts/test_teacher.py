@@ -11,7 +11,7 @@ import torch
 from flowrl.algorithms.full_distillation import FullDistillation
 from flowrl.config import Select, load_class
 from flowrl.engines.base import Ranks, Schedule, TrainingConfig
-from flowrl.engines.teacher import Reading
+from flowrl.engines.models import Reading
 from flowrl.errors import ModelError
 from tests.support.tiny import tiny_model
 from tests.unit.engines.test_packing import random_groups
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from flowrl.engines.base import TokenGroup
-    from flowrl.engines.teacher import Direction
+    from flowrl.engines.models import Direction
 
 pytestmark = pytest.mark.slow
 

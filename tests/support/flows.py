@@ -16,11 +16,12 @@ from flowrl.engines.base import Sampling
 from flowrl.graph.edges import Edge
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
 from flowrl.graph.ports import In, Out
+from flowrl.graph.simulated import PassesOn
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Rollouts, Samples, extend
 from flowrl.runtime.local import LocalOptions, Outcome, run_local
 from flowrl.simulation.clock import run_virtual
-from flowrl.simulation.timed_graph import stand_in_model
+from flowrl.simulation.stand_ins import stand_in_model
 from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
@@ -29,6 +30,7 @@ from flowrl.stages.sampler import Learning, Sampler
 from flowrl.telemetry.events import Event, Span, Step
 
 if TYPE_CHECKING:
+    from flowrl.graph.simulated import Costs
     from flowrl.graph.stage import Context
 
 
@@ -59,6 +61,8 @@ class NumberedPrompts(Prompts):
     def load(self) -> Any:
         return NumberedRows()
 
+    simulated = Prompts.simulated
+
 
 class Scorer(Stage):
     """Turns rollouts into samples after a random time; filters or fails some groups by their number."""
@@ -73,6 +77,9 @@ class Scorer(Stage):
 
     def __init__(self, config: Config) -> None:
         self.config: Scorer.Config = config
+
+    def simulated(self, costs: Costs) -> PassesOn:
+        return PassesOn()
 
     async def run(self, context: Context) -> None:
         async for group in self.rollouts:
@@ -93,6 +100,7 @@ class ObservedLearner(Learner):
     """The real learner; notes the oldest version in every group it is given, by its own reckoning."""
 
     seen: ClassVar[dict[tuple[str, int, int], int]] = {}  # run directory, step, group -> version
+    simulated = Learner.simulated
 
     async def _step(self, context: Context, engine: Any, algorithm: Any, batch: list[Samples], *rest: Any) -> Any:
         for group in batch:
@@ -152,19 +160,22 @@ def random_settings(seed: int) -> FlowSettings:
 
 
 def flow(s: FlowSettings, learner_class: type[Learner] = ObservedLearner) -> Graph:
-    times = {"token_s": s.token_s, "sigma": s.sigma, "update_s": s.update_s, "train_s": s.train_s}
+    costs = {
+        "decode": {"step_s": s.token_s, "log_sigma": s.sigma},
+        "calls": {"update_transfer": {"call_s": s.update_s}, "train": {"call_s": s.train_s * s.groups_per_step}},
+    }
     sampler = Sampler(model=stand_in_model(), sampling=Sampling(max_tokens=8), group_size=2, seed=s.seed)
     grpo = Select(use="flowrl.algorithms.grpo:GRPO" if s.replay.ratio else NULL)
     learning = Learning(algorithm=grpo, steps=s.steps, groups_per_step=s.groups_per_step, max_staleness=s.max_staleness)
     prompts = NumberedPrompts(Prompts.Config(), sampler)
     generator = Generator(
         Generator.Config(replicas=s.generators, max_groups=2, engine="flowrl.simulation.fake:FakeGeneration",
-                         engine_options={"times": times}),
+                         engine_options={"costs": costs}),
         sampler,
     )  # fmt: skip
     scorer = Scorer(Scorer.Config(replicas=s.scorers, mean_s=s.score_s, filter_every=s.filter_every, seed=s.seed))
     learner = learner_class(
-        Learner.Config(engine="flowrl.simulation.fake:FakeTraining", engine_options={"times": times},
+        Learner.Config(engine="flowrl.simulation.fake:FakeTraining", engine_options={"costs": costs},
                        save_rollouts=False, save_every=s.save_every),
         sampler, learning,
     )  # fmt: skip

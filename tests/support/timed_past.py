@@ -16,11 +16,11 @@ from flowrl.runtime.placement import num_cores
 from flowrl.runtime.rundir import create_run_dir, write_plan
 from flowrl.simulation.clock import run_virtual
 from flowrl.simulation.costs import CallCost, DecodeCost, NodeProfile, Profile, Spread
+from flowrl.simulation.fake import CURRENT, SimulationState
 from flowrl.simulation.prediction import Watch
-from flowrl.simulation.profiler import machine_name
-from flowrl.simulation.timed import CURRENT, SimulationState
-from flowrl.simulation.timed_graph import timed_plan
-from flowrl.simulation.timed_run import run_timed
+from flowrl.simulation.profiler import ProfileFile, machine_name
+from flowrl.simulation.run import run_timed
+from flowrl.simulation.stand_ins import timed_plan
 from flowrl.telemetry.sinks import open_sinks
 from flowrl.telemetry.trackers import WandbConfig
 from tests.support.command import GRAPH
@@ -99,6 +99,8 @@ def timed_past(directory: Path, truth: Profile, *overrides: str, is_fitted: bool
     write_plan(directory, program)
     events = events_of(program.graph, truth, steps=program.settings.steps)
     with open_sinks(directory, Settings(), title=directory.name, nodes=list(program.graph.nodes)) as sinks:
+        if is_fitted:
+            sinks.add("profile", lambda: ProfileFile(directory))
         sinks.consume(list(events))
     if not is_fitted:
         known = msgspec.structs.replace(truth, machine=machine_name(num_cores()))

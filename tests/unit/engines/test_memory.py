@@ -157,7 +157,8 @@ def part_of(num_tokens: int) -> Part:
 def passed(room: FitVote, budget: Budget, num_tokens: int, error: Exception | None = None) -> None:
     """Run a pass with two collectives and perhaps an error between them."""
     collective = room.guarded(lambda: None)
-    with room.one_pass(part_of(num_tokens), budget):
+    part = part_of(num_tokens)
+    with room.one_pass(part.size, part.vote, budget):
         collective()
         if error is not None:
             raise error
@@ -208,7 +209,7 @@ def test_memory_that_is_gone_where_ranks_did_not_vote_breaks_them_with_the_reaso
 
     with (
         pytest.raises(StageError, match="out of memory between ranks"),
-        room.one_pass(part_of(70), budget),
+        room.one_pass(part_of(70).size, part_of(70).vote, budget),
     ):
         room.guarded(refused)()
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flowrl.graph.program import load_program
-from flowrl.simulation.accuracy import Accuracy, Pair
 from flowrl.telemetry.causes import Cause
+from flowrl.tuning.verification import Accuracy, Pair
 from perf.prediction import TRIES, idle_errors, main, setting_of, table
 from tests.support.command import GRAPH
 from tests.support.timed_past import ppo_costs, timed_past

@@ -15,7 +15,7 @@ from flowrl.errors import ConfigError
 from flowrl.graph.plan import plan_of
 from flowrl.messages import FIRST_HELDOUT
 from flowrl.simulation.clock import run_virtual
-from flowrl.simulation.costs import CallCost, DecodeCost, NodeProfile, Profile, Spread, load_profile
+from flowrl.simulation.costs import CallCost, DecodeCost, NodeProfile, Profile, Spread, load_profile, pace
 from flowrl.simulation.decoding import Arrival, replay
 from flowrl.simulation.devices import Decoder, Device
 from flowrl.simulation.profiler import Contention, ProfileFile, Profiler, ReplicaDevice, nonnegative, places
@@ -102,6 +102,25 @@ def test_work_is_what_a_span_would_have_taken_alone() -> None:
     assert two.of(spans["learner"][0]) == pytest.approx(4.0)
 
 
+def test_cores_that_all_work_are_slower_by_what_they_lose_to_each_other() -> None:
+    spans = {
+        "learner": [span("learner", "step 0", 0.0, 4.0, 1)],
+        "critic": [span("critic", "value", 2.0, 3.0, 1)],
+    }
+    lossy = Contention(spans, CORES, 2, 0.2)  # type: ignore[arg-type]
+    assert [lossy.of(own[0]) for own in spans.values()] == pytest.approx([3.8, 0.8])
+    wide = {**CORES, "learner": ReplicaDevice("cores", 2.0, {})}
+    assert Contention({"learner": spans["learner"]}, wide, 2, 0.2).of(spans["learner"][0]) == pytest.approx(4.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("width", "cores", "slowdown", "speed"),
+    [(0, 2, 0.2, 1.0), (1, 2, 0.2, 1.0), (2, 2, 0.2, 0.8), (4, 2, 0.2, 0.4), (2, 3, 0.2, 0.9), (2, 1, 0.2, 0.5)],
+)
+def test_the_pace_of_cores_follows_how_many_work(width: int, cores: int, slowdown: float, speed: float) -> None:
+    assert pace(width, cores, slowdown) == pytest.approx(speed)
+
+
 def test_a_gpu_is_shared_only_by_those_that_sit_on_it() -> None:
     graph = {
         "nodes": {
@@ -159,12 +178,13 @@ def test_a_replay_ends_where_the_simulated_engine_does(seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cores", [1.0, 2.0])
-def test_what_a_run_cost_is_found_in_its_events(cores: float) -> None:
-    truth = Profile(format=1, cores=cores, nodes=TRUTH, response_tokens=LENGTHS, prompt_tokens=Spread(quantiles=(5.0,)))
+@pytest.mark.parametrize(("cores", "slowdown"), [(1.0, 0.0), (2.0, 0.0), (2.0, 0.3)])
+def test_what_a_run_cost_is_found_in_its_events(cores: float, slowdown: float) -> None:
+    truth = Profile(format=1, cores=cores, slowdown=slowdown, nodes=TRUTH, response_tokens=LENGTHS,
+                    prompt_tokens=Spread(quantiles=(5.0,)))  # fmt: skip
     profiler = Profiler()
     profiler.consume(told(truth, steps=20))
-    found = profiler.profile(CORES, cores=cores)
+    found = profiler.profile(CORES, cores=cores, slowdown=slowdown)
     train, publish = found.nodes["learner"].calls["train"], found.nodes["learner"].calls["publish"]
     for tokens in (50, 80):  # of a step
         assert train.seconds(tokens) == pytest.approx(TRUTH["learner"].calls["train"].seconds(tokens), rel=0.15)
@@ -190,7 +210,7 @@ def test_what_a_step_costs_is_told_from_scoring_where_every_step_has_as_many_tok
     profiler = Profiler()
     profiler.consume([*made, *scored, *spans])
     where = {node: ReplicaDevice("cores", 1.0, {"engine": "a:A"}) for node in ("generator", "reference", "learner")}
-    found = profiler.profile(where, cores=8)
+    found = profiler.profile(where, cores=8, slowdown=0.0)
     assert msgspec.json.decode(msgspec.json.encode(found), type=Profile) == found
     train = found.nodes["learner"].calls["train"]
     forward_s = found.nodes["reference"].calls["score"].token_s
@@ -208,7 +228,7 @@ def test_steps_of_several_passes_are_told_by_optimizer_step() -> None:
     profiler = Profiler()
     profiler.consume([*made, *spans])
     where = {**CORES, "learner": ReplicaDevice("cores", 1.0, {"epochs": 2, "minibatches": 3})}
-    train = profiler.profile(where, cores=8).nodes["learner"].calls["train"]
+    train = profiler.profile(where, cores=8, slowdown=0.0).nodes["learner"].calls["train"]
     assert train.call_s == pytest.approx(1.0)  # every step took 6 s whatever its tokens: six optimizer steps
     assert train.token_s == pytest.approx(0.0, abs=1e-9)
 
@@ -217,8 +237,8 @@ def test_the_part_of_the_groups_that_is_learned_is_told_from_their_numbers() -> 
     profiler = Profiler()
     profiler.consume([span("learner", f"step {v}", v, v + 0.5, 5 + 4 * v, 7 + 4 * v) for v in range(4)])
     profiler.consume([span("learner", "step 4", 4.0, 4.5, FIRST_HELDOUT)])
-    assert profiler.profile(CORES, cores=8).learned == pytest.approx(8 / 15)  # 5, 7, 9 to 19
-    assert Profiler().profile(CORES, cores=8).learned == 1.0
+    assert profiler.profile(CORES, cores=8, slowdown=0.0).learned == pytest.approx(8 / 15)  # 5, 7, 9 to 19
+    assert Profiler().profile(CORES, cores=8, slowdown=0.0).learned == 1.0
 
 
 def test_what_is_selected_costs_the_tokens_that_are_left_from_then_on() -> None:
@@ -233,7 +253,7 @@ def test_what_is_selected_costs_the_tokens_that_are_left_from_then_on() -> None:
                  args={"tokens": left - 4, "samples": 2, "prompt_tokens": 2}),
             span("learner", f"step {v}", 10.0 * v + 9, 10.0 * v + 9 + 0.02 * left, v),
         ])  # fmt: skip
-    found = profiler.profile(CORES, cores=8).nodes
+    found = profiler.profile(CORES, cores=8, slowdown=0.0).nodes
     assert found["judge"].calls["score"].token_s == pytest.approx(0.01)
     assert found["learner"].calls["train"].token_s == pytest.approx(0.02)
     assert "select" not in found

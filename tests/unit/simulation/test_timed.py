@@ -13,7 +13,7 @@ from flowrl.messages import Buffer, VersionSpan, Weights
 from flowrl.simulation.clock import run_virtual
 from flowrl.simulation.costs import CallCost, DecodeCost, NodeProfile, Profile, Spread
 from flowrl.simulation.devices import Decoder, Device
-from flowrl.simulation.timed import CURRENT, SimulationState, TimedGeneration, TimedTraining, draw_lengths, scatter
+from flowrl.simulation.fake import CURRENT, FakeGeneration, FakeTraining, SimulationState, draw_lengths, scatter
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
@@ -56,6 +56,19 @@ def test_what_comes_later_slows_only_the_rest_of_what_runs() -> None:
 def test_threads_weigh_as_many_cores() -> None:
     cores = Device(4)
     assert ends((0.0, cores.take(1.0, 4)), (0.0, cores.take(1.0, 4))) == pytest.approx([2.0, 2.0])
+
+
+def test_two_that_work_at_once_slow_each_other_on_cores_of_their_own() -> None:
+    cores = Device(2, 0.2)
+    # 2 s of the first and all of the second at 0.8 of the speed, then the first alone for its last 0.4 s
+    assert ends((0.0, cores.take(2.0)), (0.0, cores.take(1.6))) == pytest.approx([2.4, 2.0])
+    assert ends((0.0, Device(2, 0.2).take(1.0, 2))) == pytest.approx([1.0]), "what it costs is what it takes alone"
+
+
+def test_decoding_is_slowed_by_what_computes_beside_it() -> None:
+    cores = Device(2, 0.2)
+    d = decoder(cores, step_s=0.1, sample_s=0.0)
+    assert ends((0.0, d.decode([8], 1)), (0.0, cores.take(0.8))) == pytest.approx([1.0, 1.0])
 
 
 def test_a_cancelled_call_gives_its_share_back() -> None:
@@ -160,10 +173,10 @@ def profile(**node: Any) -> Profile:
     return Profile(format=1, response_tokens=SPREAD, nodes={"generator": NodeProfile(**node)})
 
 
-def generation(scene: SimulationState, **config: Any) -> TimedGeneration:
+def generation(scene: SimulationState, **config: Any) -> FakeGeneration:
     token = CURRENT.set(scene)
     try:
-        return TimedGeneration(GenerationConfig(model="none", **config), where="generator.0", node="generator")
+        return FakeGeneration(GenerationConfig(model="none", **config), where="generator.0", node="generator")
     finally:
         CURRENT.reset(token)
 
@@ -255,10 +268,10 @@ def test_a_training_call_costs_by_its_tokens_and_ranks() -> None:
     costs = {"train": CallCost(call_s=1.0, token_s=0.01), "score": CallCost(token_s=0.1)}
     scene = SimulationState(Profile(format=1, nodes={"learner": NodeProfile(calls=costs)}))
     token = CURRENT.set(scene)
-    engine = TimedTraining(TrainingConfig(model="none"), where="learner.0", node="learner", speed=2.0)
+    engine = FakeTraining(TrainingConfig(model="none"), where="learner.0", node="learner", speed=2.0)
     CURRENT.reset(token)
     group = TokenGroup(prompt_ids=Buffer.ints([1] * 20), responses=[Buffer.ints([0] * 30), Buffer.ints([0] * 10)])
     engine.accumulate([group, group], objective=None)  # type: ignore[arg-type]
-    assert engine.last_work_s == pytest.approx((1.0 + 0.01 * 160) / 2)
+    assert engine.last_duration_s == pytest.approx((1.0 + 0.01 * 160) / 2)
     assert [len(row) for row in engine.score([group])[0]] == [30, 10]
-    assert engine.last_work_s == pytest.approx(0.1 * 80 / 2)
+    assert engine.last_duration_s == pytest.approx(0.1 * 80 / 2)

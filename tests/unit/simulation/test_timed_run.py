@@ -11,9 +11,9 @@ import pytest
 
 from flowrl.errors import ConfigError, FlowrlError
 from flowrl.graph.plan import graph_of, plan_of
+from flowrl.graph.simulated import Itself
 from flowrl.messages import Buffer, Credit, Prompt, Referenced, Rollouts, Sample, Samples, Scored, VersionSpan, encode
-from flowrl.simulation.run import simulate
-from flowrl.simulation.timed_run import WEIGHED, weight_of
+from flowrl.simulation.run import WEIGHED, simulate, weight_of
 from flowrl.telemetry.events import Status
 from tests.support.flows import Scorer
 from tests.support.timed_past import events_of
@@ -57,12 +57,18 @@ def test_a_small_message_weighs_little() -> None:
 class Idle(Scorer):
     """Takes nothing."""
 
+    def simulated(self, costs: Any) -> Itself:
+        return Itself({})
+
     async def run(self, context: Any) -> None:
         await asyncio.get_running_loop().create_future()
 
 
 class Failing(Scorer):
     """Fails at its third group."""
+
+    def simulated(self, costs: Any) -> Itself:
+        return Itself({})
 
     async def run(self, context: Any) -> None:
         count = 0

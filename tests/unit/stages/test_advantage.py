@@ -11,7 +11,7 @@ from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Referenced, Rollouts, extend
 from flowrl.runtime.ledger import read_entries
-from flowrl.simulation.timed_graph import stand_in_model
+from flowrl.simulation.stand_ins import stand_in_model
 from flowrl.stages.advantage import Advantage
 from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner

@@ -22,7 +22,7 @@ from flowrl.runtime.local import LocalOptions, run_local
 from flowrl.simulation.clock import run_virtual
 from flowrl.simulation.costs import Profile
 from flowrl.simulation.run import simulate
-from flowrl.simulation.timed_graph import stand_in_model
+from flowrl.simulation.stand_ins import stand_in_model
 from flowrl.stages.agent import Agent
 from flowrl.stages.evaluator import Evaluator
 from flowrl.stages.learner import Learner
@@ -88,19 +88,20 @@ def flow(model: str, environment: str, *, steps: int = 2, per_version: int = 2, 
          max_staleness: int = 1, **agent: Any) -> Graph:  # fmt: skip
     seen.clear()
     games.calls.clear()
-    times = {"token_s": token_s, "sigma": 0.5, "update_s": update_s}
+    calls = {"update_transfer": {"call_s": update_s}, "train": {"call_s": 0.02 * per_version}}
+    costs = {"decode": {"step_s": token_s, "log_sigma": 0.5}, "calls": calls}
     sampler = Sampler(model=model, sampling=sampling or Sampling(max_tokens=6), group_size=2, seed=5)
     learning = Learning(algorithm=Select(use=NULL), steps=steps, groups_per_step=per_version,
                         max_staleness=max_staleness)  # fmt: skip
     prompts = NumberedPrompts(Prompts.Config(), sampler)
     playing = Agent(
         Agent.Config(environment=f"{GAMES}:{environment}", isolation="thread", replicas=replicas, timeout_s=1e6,
-                     engine="flowrl.simulation.fake:FakeGeneration", engine_options={"times": times}, **agent),
+                     engine="flowrl.simulation.fake:FakeGeneration", engine_options={"costs": costs}, **agent),
         sampler,
     )  # fmt: skip
     recorder = Recorder(Recorder.Config())
     learner = ObservedLearner(
-        Learner.Config(engine="flowrl.simulation.fake:FakeTraining", engine_options={"times": times},
+        Learner.Config(engine="flowrl.simulation.fake:FakeTraining", engine_options={"costs": costs},
                        save_rollouts=False, save_every=0),
         sampler, learning,
     )  # fmt: skip
@@ -162,7 +163,7 @@ def test_new_weights_arrive_in_the_middle_of_an_episode(model: str, tmp_path: Pa
 
 
 def test_a_graph_with_an_environment_is_not_simulated(model: str):
-    with pytest.raises(ConfigError, match="node 'agent': plays an environment"):
+    with pytest.raises(ConfigError, match=r"do not say how they are simulated: agent \(Agent\), recorder \(Recorder\)"):
         simulate(flow(model, "AsyncEcho"), Profile(format=1, nodes={}), steps=2)
 
 

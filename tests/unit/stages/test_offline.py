@@ -18,7 +18,7 @@ from flowrl.errors import ConfigError, DataError
 from flowrl.graph.graph import Credits, Graph, Queue
 from flowrl.runtime.local import LocalOptions, run_local
 from flowrl.simulation.clock import run_virtual
-from flowrl.simulation.timed_graph import stand_in_model
+from flowrl.simulation.stand_ins import stand_in_model
 from flowrl.stages.example_reference import ExampleReference
 from flowrl.stages.examples import Examples, HeldoutExamples, example_of, load_objective, mismatched_of, try_rows
 from flowrl.stages.offline_learner import OfflineLearner, counted, measure, step_groups
@@ -40,12 +40,12 @@ STEPS, PER_STEP = 3, 4
 def graph(objective: str, *, replicas: int = 1, evaluate_every: int = 0, engine: str = FAKE) -> Graph:
     course = Course(model=stand_in_model(), data=ExampleData(num_heldout=len(NUMBERED.heldout)),
                     objective=Select(use=objective), steps=STEPS, examples_per_step=PER_STEP)  # fmt: skip
-    times = {"times": {"score_s": 0.3, "train_s": 0.1}}
+    costs = {"costs": {"calls": {"score": {"call_s": 0.3}, "train": {"call_s": 0.4}}}}
     examples = NumberedExamples(Examples.Config(), course)
     heldout = NumberedHeldout(HeldoutExamples.Config(), course)
-    reference = ExampleReference(ExampleReference.Config(engine=FAKE, engine_options=times, replicas=replicas), course)
+    reference = ExampleReference(ExampleReference.Config(engine=FAKE, engine_options=costs, replicas=replicas), course)
     learner = OfflineLearner(
-        OfflineLearner.Config(engine=engine, engine_options=times, evaluate_every=evaluate_every),
+        OfflineLearner.Config(engine=engine, engine_options=costs, evaluate_every=evaluate_every),
         course,
     )  # fmt: skip
     return Graph(

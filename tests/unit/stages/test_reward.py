@@ -10,7 +10,7 @@ import pytest
 
 from flowrl.data.prompts import PromptData
 from flowrl.errors import ConfigError, LastingError, ModelError, RewardError
-from flowrl.simulation.timed_graph import stand_in_model
+from flowrl.simulation.stand_ins import stand_in_model
 from flowrl.stages.evaluator import Evaluator
 from flowrl.stages.model_scores import read_normalisation
 from flowrl.stages.reward import Reward, RewardModel

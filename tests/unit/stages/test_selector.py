@@ -14,7 +14,7 @@ from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Referenced, Rollouts, Sample, Scored, VersionSpan, extend
 from flowrl.runtime.ledger import read_entries
-from flowrl.simulation.timed_graph import stand_in_model
+from flowrl.simulation.stand_ins import stand_in_model
 from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
@@ -115,16 +115,16 @@ class Judge(Stage):
 def graph(*, steps: int, per_step: int, max_staleness: int) -> Graph:
     sampler = Sampler(model=stand_in_model(), sampling=Sampling(max_tokens=4), group_size=4)
     learning = Learning(algorithm=Select(use=DPO), steps=steps, groups_per_step=per_step, max_staleness=max_staleness)
-    times = {"times": {"token_s": 0.05, "train_s": 0.2}}
+    costs = {"costs": {"decode": {"step_s": 0.05}, "calls": {"train": {"call_s": 0.6}}}}
     prompts = NumberedPrompts(Prompts.Config(), sampler)
     generator = Generator(
-        Generator.Config(engine="flowrl.simulation.fake:FakeGeneration", engine_options=times, replicas=2),
+        Generator.Config(engine="flowrl.simulation.fake:FakeGeneration", engine_options=costs, replicas=2),
         sampler,
     )  # fmt: skip
     reward = Judge(Judge.Config())
     select = Selector(Selector.Config(), take="pair")
-    reference = Reference(Reference.Config(engine=FAKE, engine_options=times), sampler)
-    config = Learner.Config(engine=FAKE, engine_options=times)
+    reference = Reference(Reference.Config(engine=FAKE, engine_options=costs), sampler)
+    config = Learner.Config(engine=FAKE, engine_options=costs)
     learner = SelectionLearner(config, sampler, learning, num_samples=select.num_kept)
     return Graph(
         nodes={"prompts": prompts, "generator": generator, "reward": reward, "select": select, "reference": reference,

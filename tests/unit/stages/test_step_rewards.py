@@ -13,7 +13,7 @@ from flowrl.config import Select
 from flowrl.data.steps import StepFinder
 from flowrl.errors import RewardError
 from flowrl.messages import Buffer, Referenced, Rollouts, Sample, VersionSpan, extend
-from flowrl.simulation.timed_graph import stand_in_model
+from flowrl.simulation.stand_ins import stand_in_model
 from flowrl.stages.estimation import group_fields, load_algorithm
 from flowrl.stages.reward import RewardModel
 from flowrl.stages.sampler import Sampler

@@ -13,7 +13,7 @@ from flowrl.errors import ConfigError, DataError
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
 from flowrl.runtime.supervisor import newest_start
 from flowrl.simulation.fake import FakeTraining
-from flowrl.simulation.timed_graph import stand_in_model
+from flowrl.simulation.stand_ins import stand_in_model
 from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts

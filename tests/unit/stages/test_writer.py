@@ -19,7 +19,7 @@ from flowrl.messages import Buffer, Rollouts, Sample, Scored, extend
 from flowrl.runs.verify import judge
 from flowrl.runtime.ledger import read_entries
 from flowrl.runtime.supervisor import newest_start
-from flowrl.simulation.timed_graph import stand_in_model
+from flowrl.simulation.stand_ins import stand_in_model
 from flowrl.stages.generator import Generator
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.sampler import Sampler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from typing import TYPE_CHECKING, Any
@@ -9,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
+from flowrl.errors import ConfigError
+from flowrl.graph.graph import Graph
 from flowrl.graph.program import load_program
 from flowrl.simulation.costs import load_profile
 from flowrl.simulation.run import simulate
-from flowrl.tuning.forecast import fitting_profile, forecast
+from flowrl.stages.generator import Generator
+from flowrl.tuning import advisor
+from flowrl.tuning.advisor import fitting_profile, forecast
 from tests.support.command import ROOT
 from tests.support.timed_past import ppo, ppo_costs, timed_past
 
@@ -20,8 +25,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from flowrl.graph.edges import Edge
+    from flowrl.graph.stage import Context
+
 Tree = dict[str, Any]
 COSTS = ppo_costs(train_s=0.5)
+
+
+@pytest.fixture(autouse=True)
+def _time_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is busy with other tests takes longer than a user's does."""
+    monkeypatch.setattr(advisor, "FORECAST_S", 100.0)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +85,6 @@ def test_more_replicas_and_other_depths_are_forecast_from_the_same_profile(runs_
         "model=Qwen3-0.6B",
         "sampling.max_tokens=512",
         "generator.engine=flowrl.simulation.fake:FakeGeneration",
-        "generator.threads=2",
         "learner.lora.rank=8",
         "critic.dtype=float16",
         "reward.function=flowrl.rewards.math:math_answer",
@@ -129,3 +142,49 @@ def test_what_goes_wrong_costs_the_forecast_and_not_the_run(runs_dir: Path, tmp_
 def test_nothing_is_said_where_there_is_no_run_or_nothing_to_simulate(runs_dir: Path, tmp_path: Path) -> None:
     assert forecast(ppo(), tmp_path / "nowhere") == []
     assert forecast(load_program(ROOT / "graphs" / "sft.py", overrides=["data.source=x.jsonl"]), runs_dir) == []
+
+
+def test_a_node_with_more_threads_is_forecast_from_the_same_profile(runs_dir: Path) -> None:
+    one, two = (figures(forecast(ppo(f"generator.threads={n}", "max_staleness=4"), runs_dir))[1] for n in (1, 2))
+    assert two > 1.2 * one
+
+
+class Endless(Generator):
+    """A user's own stage, which must not be run to find out how it behaves."""
+
+    async def run(self, context: Context) -> None:
+        raise AssertionError("user code was run on made-up data")
+
+
+def test_a_graph_with_a_stage_that_does_not_say_how_it_is_simulated_is_not_and_that_is_said(runs_dir: Path) -> None:
+    program = ppo()
+    generator: Any = program.graph.nodes["generator"]
+    own = Endless(**generator.arguments)
+    nodes = {**program.graph.nodes, "generator": own}
+    edges = [
+        edge_with(edge, own if program.graph.node_of(edge.source) == "generator" else None,
+                  own if program.graph.node_of(edge.target) == "generator" else None)
+        for edge in program.graph.edges
+    ]  # fmt: skip
+    graph = Graph(nodes=nodes, edges=edges, until=program.graph.until)
+    said = "the graph has stages that do not say how they are simulated: generator (Endless)"
+    assert forecast(msgspec.structs.replace(program, graph=graph), runs_dir) == [f"no prediction: {said}"]
+    with pytest.raises(ConfigError, match="has stages that do not say how they are simulated") as error:
+        simulate(graph, COSTS)
+    assert "\n" not in str(error.value)
+
+
+def edge_with(edge: Edge, source: Any, target: Any) -> Edge:
+    other = copy.copy(edge)
+    for name, stage in (("source", source), ("target", target)):
+        if stage is not None:
+            object.__setattr__(other, name, getattr(stage, getattr(edge, name).name))
+    return other
+
+
+def test_a_forecast_that_takes_too_long_is_given_up_in_one_line(
+    runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(advisor, "FORECAST_S", 0.0)
+    (line,) = forecast(ppo(), runs_dir)
+    assert re.fullmatch(r"no prediction: RunError: simulation: 0 s were not enough .*", line)

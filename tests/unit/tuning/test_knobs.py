@@ -22,7 +22,9 @@ def knobs(*overrides: str, cores: float = 1e9, gpus: float = 1e9) -> dict[str, K
         needed = reserved(graph_with(program, setting))
         return needed[0] <= cores and needed[1] <= gpus
 
-    return {knob.name: knob for knob in knobs_of(program.settings, program.graph, is_affordable=is_affordable)}
+    return {
+        knob.name: knob for knob in knobs_of(program.settings, program.graph, cores=cores, is_affordable=is_affordable)
+    }
 
 
 def values(knob: Knob) -> list[Any]:
@@ -62,9 +64,16 @@ def test_only_queues_whose_depth_is_free_have_a_knob() -> None:
 
 
 def test_positions_that_need_more_devices_than_there_are_are_left_out() -> None:
-    assert max(values(knobs(cores=4)["generator.replicas"])) == 3  # and a core for the learner
+    assert max(values(knobs(cores=4)["generator.replicas"])) == 6  # of half a core each, and as much for the learner
     assert max(values(knobs(*ON_GPUS, gpus=8)["generator.replicas"])) == 6
-    assert "generator.replicas" not in knobs(cores=2)
+    assert set(values(knobs(cores=1.5)["generator.replicas"])) == {1, 2}, "two on the core of the one"
+
+
+def test_threads_and_the_cores_reserved_for_them_have_knobs_on_cores_only() -> None:
+    found = knobs(cores=4)
+    assert values(found["learner.threads"]) == values(found["generator.threads"]) == [1, 2, 3, 4]
+    assert values(found["learner.cpus"]) == [1.0, 0.5, 2.0, 3.0]
+    assert not {"learner.threads", "learner.cpus"} & knobs(*ON_GPUS, cores=4, gpus=8).keys()
 
 
 def test_a_position_counts_as_affordable_if_the_others_at_their_least_leave_room() -> None:

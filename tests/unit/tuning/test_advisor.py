@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from flowrl.graph.plan import plan_of
-from flowrl.tuning.advice import advice
+from flowrl.tuning.advisor import advice
 from tests.unit.simulation.test_run import graph, profile
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def advised(run_dir: Path, costs: Profile) -> list[str]:
 def test_a_second_generator_doubles_a_run_that_waits_for_the_first(tmp_path: Path) -> None:
     now, best = advised(tmp_path, profile(train_s=0.0))
     assert now == "simulated from this run's profile: 5 samples/s as it is"  # 2 groups of 2 in 8 tokens of 0.1 s
-    assert best.startswith("--set generator.replicas=2 is worth +100%")
+    assert best == "a second generator is worth +100% (--set generator.replicas=2)"
 
 
 def test_a_run_that_waits_for_its_learner_needs_no_other_replica(tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from flowrl.errors import DataError
-from flowrl.simulation.accuracy import Accuracy, Pair, accuracy, describe
 from flowrl.telemetry.causes import Cause
+from flowrl.tuning.trials import Trial
+from flowrl.tuning.tune import Tuning
+from flowrl.tuning.verification import Accuracy, Pair, Verified, accuracy, describe, settled
 from tests.support.timed_past import ppo, ppo_costs, timed_past
 
 if TYPE_CHECKING:
@@ -64,6 +66,33 @@ def test_a_prediction_at_wrong_costs_is_found_out(tmp_path: Path) -> None:
     run_dir = timed_past(tmp_path / "run", ppo_costs(token_s=0.05))
     found = accuracy(run_dir, ppo().graph, ppo_costs(token_s=0.02))
     assert found.error > 0.5
+
+
+def trial(samples_per_s: float, stale: float, **setting: Any) -> Trial:
+    return Trial(setting=setting, samples_per_s=samples_per_s, mean_staleness=stale, bottleneck="learner")
+
+
+def ran(each: Trial, samples_per_s: float) -> Verified:
+    found = Accuracy(samples_per_s=Pair(samples_per_s, each.samples_per_s), staleness=Pair(0, 0), shares={})
+    return Verified(setting=each.setting, run_dir="", found=found)
+
+
+def test_what_was_measured_decides_what_is_recommended() -> None:
+    present, sync, wide = trial(1.9, 1.0), trial(1.84, 0.0, max_staleness=0), trial(2.4, 1.0, threads=2)
+    tuning = Tuning(present=present, front=[sync, wide], recommended=wide, sensitivity={}, looked=[], num_trials=3)
+    agreed, lines = settled(tuning, [ran(wide, 2.3), ran(present, 1.97), ran(sync, 1.59)])
+    assert agreed.recommended.setting == wide.setting
+    assert agreed.recommended.samples_per_s == 2.3
+    assert lines[2:] == [
+        "  --set threads=2 (+17%)",
+        "    staleness 0.00 in place of 1.00 costs 31%: --set max_staleness=0",
+    ]
+    other, lines = settled(tuning, [ran(wide, 1.4), ran(present, 1.97)])
+    assert other.recommended.setting == {}
+    assert lines[2] == "  contradicted: threads=2 makes 1.40 samples/s, as it is 1.97"
+    assert lines[3] == "  nothing to change: no setting is better"
+    alone, lines = settled(tuning, [ran(wide, 1.4)])
+    assert alone.recommended.setting == {}, "it is slower than the present one is predicted to be"
 
 
 def test_a_run_of_one_step_cannot_be_compared(tmp_path: Path) -> None:
