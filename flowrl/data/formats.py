@@ -197,6 +197,10 @@ def normalise(row: RawRow, format: Format, kind: Kind | None = None) -> NormalRo
     }
     if format.kind == "language-modeling":
         whole = _whole(row)
+        if kind is None and isinstance(row.columns.get("label"), bool):
+            what = "has a label beside a text, and which part of it that judges cannot be told"
+            remedy = "give prompt, completion and label, or set data.format=language-modeling to learn every text"
+            raise DataError(row.place, what, remedy)
         _check_said(row, whole, "messages" if format.is_conversational else "text")
         return NormalRow(prompt=_empty(format), responses=[whole], **common)
     if format.kind == "prompt-only":

@@ -213,6 +213,9 @@ def test_rows_of_a_data_set_are_all_written_alike():
 def test_a_label_beside_messages_judges_the_last_of_them():
     row = normal(messages=ASK + BLUE, label=False)
     assert (row.prompt, row.responses, row.labels) == (ASK, [BLUE], [0.0])
+    with pytest.raises(DataError, match="has a label beside a text"):
+        normal(text="a", label=False)
+    assert normal(text="a", label=3).labels == []
     with pytest.raises(DataError, match="does not end with an answer"):
         normal(messages=ASK, label=True)
 
