@@ -139,6 +139,17 @@ class ExampleSet:
         """Return the number of training examples."""
         return len(self.train)
 
+    def told(self) -> Iterator[str]:
+        """Yield what a run says of its examples before it starts."""
+        formats = "; ".join(dict.fromkeys(map(str, self.formats)))
+        yield f"examples: {len(self.train)} to train on, {len(self.heldout)} held out ({formats})"
+        reasons: tuple[Reason, ...] = ("bad", "too long", "labelled false", "prompt held out")
+        left_out = [f"{self.counts[reason]} {reason}" for reason in reasons if self.counts[reason]]
+        if left_out:
+            yield f"examples: left out {', '.join(left_out)}"
+        if self.counts["repeated"]:
+            yield f"examples: {self.counts['repeated']} rows are others once more, and are learned once more"
+
     def row_at(self, position: int) -> ExampleRow:
         """Return the training example at `position` of the endless order: sources mixed, every epoch shuffled anew."""
         source, place = self._mixture.at(position)

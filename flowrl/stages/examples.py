@@ -101,6 +101,8 @@ class Examples(Stage):
         objective = load_objective(self.course.objective)
         rows = self.load()
         self.data_digest = rows.digest
+        for line in rows.told():
+            say(line)
         try_rows(objective, [*rows.train, *rows.heldout], has_reference=self.has_reference)
         for part in (rows.train, rows.heldout) if objective.needs_mismatched else ():
             if part:

@@ -48,6 +48,9 @@ class Rows:
         self.train = train
         self.heldout = heldout or []
 
+    def told(self) -> list[str]:
+        return []
+
     def row_at(self, position: int) -> ExampleRow:
         return self.train[position % len(self.train)]
 

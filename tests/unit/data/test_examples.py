@@ -184,7 +184,11 @@ def test_rows_that_are_repeated_are_learned_as_often_and_held_out_once(load):
     assert (len(examples), len({str(row.responses) for row in examples.train})) == (14, 7)
     assert len({str(row.responses) for row in examples.heldout}) == 3
     assert examples.counts["repeated"] == 10
-    assert examples.counts["prompt held out"] == 3
+    assert list(examples.told()) == [
+        "examples: 14 to train on, 3 held out (prompt-completion, standard)",
+        "examples: left out 3 prompt held out",
+        "examples: 10 rows are others once more, and are learned once more",
+    ]
 
 
 def test_split_order_and_digest_are_the_data_s_whatever_the_template(load, tmp_path):
