@@ -59,7 +59,7 @@ def check_same_run(run_dir: Path, program: Program) -> Changes:
     fixed = [path for path in changes if is_fixed(path)]
     if fixed:
         old, new = changes[fixed[0]]
-        also = f", and so are {', '.join(fixed[1:])}" if fixed[1:] else ""
+        also = f" (other than in the run, too: {', '.join(fixed[1:])})" if fixed[1:] else ""
         what = f"is {_shown(new)}, but the run has {_shown(old)}{also}"
         remedy = "its data or its figures would not be the same any more: leave it out, or start a new run"
         raise ConfigError(fixed[0], what, f"{remedy} with model={run_dir}")

@@ -58,7 +58,7 @@ def test_what_changes_data_groups_or_figures_is_refused_by_name(run: Path, overr
 
 
 def test_all_that_is_refused_is_named(run: Path):
-    with pytest.raises(ConfigError, match=r"has 0, and so are data\.seed, generator\.group_size"):
+    with pytest.raises(ConfigError, match=r"has 0 \(other than in the run, too: data\.seed, generator\.group_size\)"):
         check_same_run(run, program("seed=1", "data.seed=1", "generator.group_size=2", "steps=3", run=run))
 
 
