@@ -55,7 +55,6 @@ class Sinks:
         self._now = now
         self._sinks: dict[str, EventSink] = {}
         self._notices: list[Notice] = []
-        self._has_told_of_cuts = False
 
     def add(self, name: str, open_sink: Callable[[], EventSink]) -> None:
         """Open a sink and add it; events go to the sinks in the order they were added, and they close in it."""
@@ -76,9 +75,6 @@ class Sinks:
         """Fold events, and the notices made since the last call, into the view and pass them to every sink."""
         events = [*events, *self._take_notices()]
         self.view.fold(events)
-        if self.view.cut_responses and not self._has_told_of_cuts:
-            self._has_told_of_cuts = True
-            self.warn("responses", self.view.cut_responses)
         for name, sink in list(self._sinks.items()):
             try:
                 sink.consume(events)

@@ -24,6 +24,7 @@ MIN_ENTROPY = 0.2  # of what it was
 MAX_DRIFT = 2.0  # times, or one so many-th, of the length that it was
 MAX_IDLE = 0.7  # share of groups
 MAX_CUT = 0.5  # share of answers
+NEARLY_ALL = 0.9  # share of a single step's answers: no noise
 MAX_CLIPPED = 0.1  # share of scores
 MIN_EXPLAINED = 0.05  # of the returns' variance
 CRITIC_STEPS = 10  # that a critic is given before it is judged
@@ -80,7 +81,8 @@ def idle_groups(steps: Sequence[Step]) -> str:
 
 def cut_answers(steps: Sequence[Step]) -> str:
     """Say that most answers are cut before their end."""
-    share = recent(steps, "response_tokens.cut")
+    newest = steps[-1].metrics.get("response_tokens.cut", 0.0) if steps else 0.0
+    share = newest if newest >= NEARLY_ALL else recent(steps, "response_tokens.cut")
     if share is None or share <= MAX_CUT:
         return ""
     found = f"{share:.0%} of the answers are cut at their limit of tokens or turns and scored without an end"

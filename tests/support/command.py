@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flowrl.graph.program import load_program
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -85,10 +87,10 @@ def tiny_settings(model: Path, graph: Path = GRAPH, **more: object) -> Sequence[
         "agent.kv_cache_bytes": 64 << 20,
         **more,
     }
-    nodes = graph.read_text()
+    known = load_program(graph).settings.__struct_fields__
     return [
         part
         for name, value in settings.items()
-        if f"{name.partition('.')[0]}: " in nodes
+        if name.partition(".")[0] in known
         for part in ("--set", f"{name}={value}")
     ]

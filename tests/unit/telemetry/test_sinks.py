@@ -91,17 +91,6 @@ def test_a_note_reaches_every_sink_and_warns_of_nothing() -> None:
     assert sinks.view.num_warnings == 0
 
 
-def test_mostly_cut_responses_are_warned_of_once_with_the_setting_to_raise() -> None:
-    sinks, memory = Sinks(RunView()), Memory()
-    sinks.add("memory", lambda: memory)
-    for version, share in enumerate((0.3, 0.94, 0.97), start=1):
-        sinks.consume([step(version, at=float(version), response_tokens__cut=share)])
-    sinks.consume([])
-    said = "94% of the responses in step 2 were cut off before their end: raise sampling.max_tokens"
-    assert memory.texts == [said]
-    assert sinks.view.num_warnings == 1
-
-
 def test_what_a_sink_says_at_its_close_reaches_those_still_open() -> None:
     sinks, memory = Sinks(RunView()), Memory()
     sinks.add("timeline", lambda: Talkative(sinks))

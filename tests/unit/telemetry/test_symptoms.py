@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flowrl.telemetry.events import Evaluation, Step
-from flowrl.telemetry.symptoms import SYMPTOMS, Symptoms, reward_hacking
+from flowrl.telemetry.symptoms import SYMPTOMS, Symptoms, cut_answers, reward_hacking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -105,3 +105,10 @@ def test_steps_that_a_rollback_took_back_do_not_count():
     steps = run(groups__idle=[0.0] * 6 + [1.0] * 14)
     sink.consume([*steps[:8], *steps[:8], *steps[:8]])
     assert sink_found == []
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.94, "94% of the answers are cut"), (0.6, "")])
+def test_answers_that_are_nearly_all_cut_are_told_after_the_first_step(share: float, said: str) -> None:
+    said_of = cut_answers([Step(version=1, num_steps=9, time_s=0.0, metrics={"response_tokens.cut": share})])
+    assert said_of.startswith(said)
+    assert ("raise sampling.max_tokens" in said_of) == bool(said)
