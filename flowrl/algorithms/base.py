@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Head = Literal["policy", "value", "reward"]  # log-probs; values read before each token; values read after it
 # What an example shows: responses to imitate, one better than another, single ones judged good or bad, judged steps.
 Lesson = Literal["demonstrations", "pairs", "labelled responses", "labelled steps"]
+Direction = Literal["forward", "reverse", "jsd"]  # of the divergence between teacher and student
 REMEDIES = {  # for a column that is not there
     "drift_limit": "the learner gives it; a loss of your own asks for it with needs_drift",
     "reference": "use a graph with a reference node, such as graphs/preference.py",
@@ -124,9 +125,14 @@ class Objective(Config):
         return ""
 
     @property
-    def divergence(self) -> Literal["forward", "reverse"]:
-        """Return which way round the KL to the teacher goes."""
+    def divergence(self) -> Direction:
+        """Return which way round the KL to the teacher goes, or that it is the Jensen-Shannon divergence."""
         return "forward"
+
+    @property
+    def teacher_share(self) -> float:
+        """Return the teacher's share in the mixture of the Jensen-Shannon divergence."""
+        return 0.5
 
     @property
     def is_beside(self) -> bool:

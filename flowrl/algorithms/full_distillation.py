@@ -2,9 +2,11 @@
 
     forward  KL(teacher || student) = sum_v p_T(v) (log p_T(v) - log p_S(v))     (Hinton 2015, 1503.02531)
     reverse  KL(student || teacher) = sum_v p_S(v) (log p_S(v) - log p_T(v))     (MiniLLM, 2306.08543)
+    jsd      b KL(teacher || M) + (1 - b) KL(student || M), M = b p_T + (1 - b) p_S    (GKD, 2306.13649, equation 1)
     loss = mix KL + (1 - mix) NLL, mean over the step's masked tokens
 
-Forward covers all the teacher does, reverse seeks what it does most. On given responses (graphs/sft.py) this is
+Forward covers all the teacher does, reverse seeks what it does most, jsd is bounded and between them. Both are taken at
+one temperature, the samples' unless `at_temperature` gives another. On given responses (graphs/sft.py) this is
 distillation from data; on the student's own samples (graphs/distill_online.py) on-policy distillation (GKD, 2306.13649,
 whose gradient likewise goes through the loss and not through the sampling); there mix=1, for the NLL of one's own
 samples teaches nothing.
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from flowrl.algorithms.base import Loss, LossBatch, Objective
+from flowrl.algorithms.base import Direction, Loss, LossBatch, Objective
 from flowrl.algorithms.functional import masked
 from flowrl.config import Meta
 from flowrl.errors import ConfigError
@@ -30,7 +32,9 @@ class FullDistillation(Objective):
     """Exact KL to a teacher's distribution at the response tokens."""
 
     teacher: str = ""  # Hugging Face id or local directory, or a run's directory
-    direction: Literal["forward", "reverse"] = "forward"
+    direction: Literal["forward", "reverse", "jsd"] = "forward"
+    share: Annotated[float, Meta(gt=0, lt=1)] = 0.5  # b of jsd
+    at_temperature: Annotated[float, Meta(ge=0)] = 0.0  # of both distributions; 0: what samples are drawn with
     mix: Annotated[float, Meta(gt=0, le=1)] = 0.5  # of the KL; the rest is the likelihood of the tokens
 
     @property
@@ -45,9 +49,19 @@ class FullDistillation(Objective):
         return self.teacher
 
     @property
-    def divergence(self) -> Literal["forward", "reverse"]:
-        """Return which KL the engine is to form."""
+    def divergence(self) -> Direction:
+        """Return which divergence the engine is to form."""
         return self.direction
+
+    @property
+    def teacher_share(self) -> float:
+        """Return b."""
+        return self.share
+
+    @property
+    def temperature(self) -> float | None:
+        """Return what both models' logits are divided by."""
+        return self.at_temperature or None
 
     def loss(self, batch: LossBatch) -> Loss:
         """Return the mixed loss as a sum over masked tokens and their number.

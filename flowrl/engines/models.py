@@ -17,10 +17,11 @@ from __future__ import annotations
 import bisect
 import copy
 import inspect
+import math
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +35,12 @@ from flowrl.model_files import has_tokenizer, is_classifier, quiet_transformers
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from flowrl.algorithms.base import Direction
     from flowrl.engines.base import Dtype, TrainingConfig
     from flowrl.engines.packing import Layout, PackedBatch, Reads
     from flowrl.engines.router import Routing
 
 _loading = threading.Lock()  # transformers sets process-wide state (the meta device) while it loads
-Direction = Literal["forward", "reverse"]  # of the KL between a teacher and the model
 
 MAX_LOGITS = 1 << 26  # float32 logits held at once: 256 MiB, and about three times that with their gradient
 
@@ -422,6 +423,7 @@ class Reading:
     reader: TokenReader
     states_NH: Tensor
     direction: Direction
+    share: float  # the teacher's in the mixture of jsd
     temperature: float
 
     def split(self, num_chunks: int) -> list[Reading]:
@@ -429,12 +431,18 @@ class Reading:
         return [replace(self, states_NH=states) for states in self.states_NH.tensor_split(num_chunks)]
 
     def divergence(self, student_NV: Tensor) -> Tensor:
-        """Return the KL at each token from the student's log-probs over the vocabulary; the gradient is the student's.
+        """Return the divergence at each token from the student's log-probs over the vocabulary.
 
-        With p_T = (1/2, 1/2) and p_S = (1/4, 3/4), forward is (log 2 + log 2/3) / 2 = 0.1438.
+        The gradient is the student's. With p_T = (1/2, 1/2) and p_S = (1/4, 3/4), forward is (log 2 + log 2/3) / 2,
+        0.1438.
         """
         with torch.no_grad():
             teacher_NV = torch.log_softmax(self.reader.logits(self.states_NH) / self.temperature, -1)
+        if self.direction == "jsd":
+            mixture_NV = torch.logaddexp(teacher_NV + math.log(self.share), student_NV + math.log1p(-self.share))
+            teacher_N = (teacher_NV.exp() * (teacher_NV - mixture_NV)).sum(-1)
+            student_N = (student_NV.exp() * (student_NV - mixture_NV)).sum(-1)
+            return self.share * teacher_N + (1.0 - self.share) * student_N
         if self.direction == "forward":
             return (teacher_NV.exp() * (teacher_NV - student_NV)).sum(-1)
         return (student_NV.exp() * (student_NV - teacher_NV)).sum(-1)

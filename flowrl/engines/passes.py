@@ -146,7 +146,8 @@ class Passes:
         if teacher is None:
             return None
         temperature = self.config.temperature if objective.temperature is None else objective.temperature
-        return teacher.read(batch, direction=objective.divergence, temperature=temperature)
+        direction, share = objective.divergence, objective.teacher_share
+        return teacher.read(batch, direction=direction, share=share, temperature=temperature)
 
     def _parts(
         self, groups: Sequence[TokenGroup], budget: Budget, *, whole_groups: bool = False, has_teacher: bool = False

@@ -15,10 +15,11 @@ import torch
 
 from flowrl.engines.agreement import settle
 from flowrl.engines.base import Lora, TrainingConfig
-from flowrl.engines.models import Direction, Reading, TokenReader, load_model
+from flowrl.engines.models import Reading, TokenReader, load_model
 from flowrl.errors import ModelError
 
 if TYPE_CHECKING:
+    from flowrl.algorithms.base import Direction
     from flowrl.engines.packing import PackedBatch
 
 
@@ -46,6 +47,6 @@ class Teacher:
         settle(self.reader, self.reader, settings, where=f"{where}.teacher")
 
     @torch.no_grad()
-    def read(self, batch: PackedBatch, *, direction: Direction, temperature: float) -> Reading:
+    def read(self, batch: PackedBatch, *, direction: Direction, share: float, temperature: float) -> Reading:
         """Return what the teacher knows at the response tokens of a batch."""
-        return Reading(self.reader, self.reader.states(batch), direction, temperature)
+        return Reading(self.reader, self.reader.states(batch), direction, share, temperature)

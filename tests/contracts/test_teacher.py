@@ -13,6 +13,8 @@ from flowrl.config import Select, load_class
 from flowrl.engines.base import Ranks, Schedule, TrainingConfig
 from flowrl.engines.models import Reading
 from flowrl.errors import ModelError
+from tests.support import slow_preference as slow
+from tests.support.slow_algorithms import gradient
 from tests.support.tiny import tiny_model
 from tests.unit.engines.test_packing import random_groups
 
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from flowrl.algorithms.base import Direction
     from flowrl.engines.base import TokenGroup
-    from flowrl.engines.models import Direction
 
 pytestmark = pytest.mark.slow
 
@@ -141,11 +143,33 @@ def test_a_teacher_of_another_vocabulary_is_refused(tiny: Path, tmp_path: Path):
     engine.close()
 
 
-@pytest.mark.parametrize(("direction", "expected"), [("forward", 0.143841), ("reverse", 0.130812)])
+@pytest.mark.parametrize(("direction", "expected"), [("forward", 0.143841), ("reverse", 0.130812), ("jsd", 0.033822)])
 def test_the_hand_case(direction: Direction, expected: float):
     class Even:
         def logits(self, states_NH: torch.Tensor) -> torch.Tensor:
             return torch.zeros(1, 2)
 
-    reading = Reading(Even(), torch.zeros(1, 1), direction, 1.0)  # type: ignore[arg-type]
+    reading = Reading(Even(), torch.zeros(1, 1), direction, 0.5, 1.0)  # type: ignore[arg-type]
     assert float(reading.divergence(torch.tensor([[0.25, 0.75]]).log())) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_the_jensen_shannon_divergence_and_its_gradient_equal_the_slow_ones(share: float):
+    torch.manual_seed(3)
+    taught_V, logits_V = torch.randn(7), torch.randn(7, requires_grad=True)
+
+    class Head:
+        def logits(self, states_NH: torch.Tensor) -> torch.Tensor:
+            return taught_V[None]
+
+    reading = Reading(Head(), torch.zeros(1, 1), "jsd", share, 2.0)  # type: ignore[arg-type]
+    found = reading.divergence((logits_V / 2.0).log_softmax(-1)[None])
+    teacher = (taught_V.double() / 2.0).softmax(-1).tolist()
+
+    def of(rows: list[list[float]]) -> float:
+        return slow.jsd(teacher, (torch.tensor(rows[0], dtype=torch.float64) / 2.0).softmax(-1).tolist(), share)
+
+    logits = [logits_V.detach().double().tolist()]
+    assert float(found.detach()) == pytest.approx(of(logits), abs=1e-6)
+    (gradient_V,) = torch.autograd.grad(found.sum(), [logits_V])
+    assert gradient_V.tolist() == pytest.approx(gradient(of, logits)[0], abs=1e-6)

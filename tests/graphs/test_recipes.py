@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from flowrl.algorithms.base import Algorithm
+from flowrl.algorithms.pairs import PairObjective
 from flowrl.algorithms.ppo import PPO
 from flowrl.config import load_object
 from flowrl.graph.program import Program, load_program
@@ -20,6 +22,7 @@ from flowrl.stages.evaluator import Evaluator
 from flowrl.stages.generator import Generator
 from flowrl.stages.reward import Reward
 from tests.support.command import ROOT
+from tests.support.defined import defined
 from tests.support.published import PUBLISHED, published_model
 
 if TYPE_CHECKING:
@@ -119,6 +122,16 @@ def test_the_paper_recipe_has_the_papers_numbers_and_gpus() -> None:
         gpus[place.node] = gpus.get(place.node, 0.0) + place.gpus
     placed = {"learner": 4, "critic": 4, "reference": 2, "reward_model_0": 2, "generator": 4}
     assert {node: count for node, count in gpus.items() if count} == placed
+
+
+def test_every_method_has_a_recipe() -> None:
+    """Each online algorithm and each objective over pairs is the algorithm of a recipe."""
+    parts = [part for recipe in RECIPES for part in yaml.safe_load(recipe.read_text()).values()]
+    used = {load_object(part["use"], "use") for part in parts if isinstance(part, dict) and "use" in part}
+    kinds = {kind for kind in defined(Algorithm) if kind.advantages is not Algorithm.advantages}
+    kinds |= {kind for kind in defined(PairObjective) if kind.loss is not PairObjective.loss}
+    # A reward model's objective is its graph's default; distillation on-policy is a recipe of the whole vocabulary.
+    assert {kind.__name__ for kind in kinds - used} == {"OnPolicyDistillation", "Pairwise"}
 
 
 def test_every_trick_of_the_paper_is_on_in_the_ppo_recipe() -> None:

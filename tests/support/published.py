@@ -27,6 +27,23 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "vocab_size": 151936, "max_position_embeddings": 40960, "rope_theta": 1000000, "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     },
+    "meta-llama/Llama-2-7b-chat-hf": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
+        "max_position_embeddings": 4096, "tie_word_embeddings": False, "torch_dtype": "float16",
+    },
+    "mistralai/Mistral-7B-Instruct-v0.3": {
+        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "vocab_size": 32768, "max_position_embeddings": 32768, "rope_theta": 1000000.0, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    },
+    "tiiuae/falcon-7b-instruct": {
+        "architectures": ["FalconForCausalLM"], "model_type": "falcon", "hidden_size": 4544, "num_hidden_layers": 32,
+        "num_attention_heads": 71, "num_key_value_heads": 71, "multi_query": True, "new_decoder_architecture": False,
+        "parallel_attn": True, "alibi": False, "bias": False, "vocab_size": 65024, "max_position_embeddings": 2048,
+        "torch_dtype": "bfloat16",
+    },
     "mistralai/Mixtral-8x7B-Instruct-v0.1": {
         "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 4096,
         "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,

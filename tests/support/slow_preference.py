@@ -49,6 +49,43 @@ def dpo(lp: Rows, ref: Rows, masks: list[Mask], pairs: Pairs, *, beta: float, e:
     return total, len(kept)
 
 
+def pairwise_kin(kind: str, lp: Rows, ref: Rows, masks: list[Mask], pairs: Pairs, **p: float) -> tuple[float, float]:
+    """The further losses over pairs, each as its paper writes it."""
+    total = 0.0
+    kept = complete(pairs, masks)
+    for good, bad in kept:
+        won, lost = (p.get("beta", 1.0) * gap(lp[i], ref[i], masks[i]) for i in (good, bad))
+        sums = [summed(lp[i], masks[i]) for i in (good, bad)]
+        means = [total_lp / len(sampled(masks[i])) for total_lp, i in zip(sums, (good, bad), strict=True)]
+        if kind == "hinge":
+            total += max(0.0, 1 - (won - lost))
+        elif kind == "robust":
+            e = p["e"]
+            total += (-(1 - e) * math.log(sigmoid(won - lost)) + e * math.log(sigmoid(lost - won))) / (1 - 2 * e)
+        elif kind == "simpo":
+            total -= math.log(sigmoid(p["beta"] * means[0] - p["beta"] * means[1] - p["gamma"]))
+        elif kind == "cpo":
+            total -= math.log(sigmoid(p["beta"] * (sums[0] - sums[1]))) + p["nll"] * means[0]
+        elif kind == "orpo":
+            odds = [math.exp(m) / (1 - math.exp(m)) for m in means]
+            total -= means[0] + p["lam"] * math.log(sigmoid(math.log(odds[0] / odds[1])))
+        elif kind == "apo_zero":
+            total += 1 - sigmoid(won) + sigmoid(lost)
+        elif kind == "apo_down":
+            total += sigmoid(won) + 1 - sigmoid(won - lost)
+        elif kind == "normalised":
+            sizes = [len(sampled(masks[i])) for i in (good, bad)]
+            total -= math.log(sigmoid(won / sizes[0] - lost / sizes[1]))
+    return total, len(kept)
+
+
+def jsd(teacher: Row, student: Row, share: float) -> float:
+    """Of two distributions over a vocabulary, given as probabilities."""
+    mixture = [share * t + (1 - share) * s for t, s in zip(teacher, student, strict=True)]
+    to_teacher = sum(t * math.log(t / m) for t, m in zip(teacher, mixture, strict=True))
+    return share * to_teacher + (1 - share) * sum(s * math.log(s / m) for s, m in zip(student, mixture, strict=True))
+
+
 def ipo(lp: Rows, ref: Rows, masks: list[Mask], pairs: Pairs, *, beta: float, reduction: str) -> tuple[float, float]:
     total = 0.0
     kept = complete(pairs, masks)

@@ -55,3 +55,6 @@ def test_a_teacher_must_be_named() -> None:
         _ = FullDistillation().teacher_model
     assert FullDistillation(teacher="any", direction="reverse").teacher_model == "any"
     assert FullDistillation(direction="reverse").divergence == "reverse"
+    jsd = FullDistillation(direction="jsd", share=0.3, at_temperature=2.0)
+    assert (jsd.divergence, jsd.teacher_share, jsd.temperature) == ("jsd", 0.3, 2.0)
+    assert FullDistillation().temperature is None

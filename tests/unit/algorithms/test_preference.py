@@ -8,11 +8,17 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from flowrl.algorithms.apo import APO
 from flowrl.algorithms.base import LossBatch, Objective
+from flowrl.algorithms.cpo import CPO
 from flowrl.algorithms.dpo import DPO
+from flowrl.algorithms.hinge import Hinge
 from flowrl.algorithms.ipo import IPO
 from flowrl.algorithms.kto import KTO
+from flowrl.algorithms.orpo import ORPO
 from flowrl.algorithms.pairwise import Pairwise
+from flowrl.algorithms.robust_dpo import RobustDPO
+from flowrl.algorithms.simpo import SimPO
 from flowrl.errors import ConfigError
 from tests.support import slow_preference as slow
 from tests.support.pair_batches import pair_batch, rows_taken
@@ -59,6 +65,53 @@ def test_dpo_and_its_gradient_equal_the_slow_ones(beta: float, smoothing: float,
         batch,
         lambda lp: slow.dpo(lp, reference, masks, PAIRS, beta=beta, e=smoothing, nll=nll),
     )
+
+
+KIN = [
+    ("hinge", Hinge(beta=0.7), {"beta": 0.7}),
+    ("robust", RobustDPO(beta=0.5, flipped=0.2), {"beta": 0.5, "e": 0.2}),
+    ("simpo", SimPO(beta=2.0, gamma=0.4), {"beta": 2.0, "gamma": 0.4}),
+    ("cpo", CPO(beta=0.3, nll_coef=0.6), {"beta": 0.3, "nll": 0.6}),
+    ("orpo", ORPO(lam=0.4), {"lam": 0.4}),
+    ("apo_zero", APO(beta=0.5), {"beta": 0.5}),
+    ("apo_down", APO(beta=0.5, anchor="down"), {"beta": 0.5}),
+    ("normalised", DPO(beta=2.0, reduction="mean"), {"beta": 2.0}),
+]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("kind", "objective", "settings"), KIN, ids=[kind for kind, _, _ in KIN])
+def test_the_losses_over_pairs_and_their_gradients_equal_the_slow_ones(
+    kind: str, objective: Objective, settings: dict[str, float], seed: int
+):
+    batch = pair_batch(seed)
+    reference, masks = rows_of(batch.columns["reference"]), mask_rows(batch.mask_BT)
+    assert_equals_slow(objective, batch, lambda lp: slow.pairwise_kin(kind, lp, reference, masks, PAIRS, **settings))
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [  # the chosen token went from e^-1 to e^-0.5, the rejected one from e^-1 to e^-2
+        (Hinge(beta=0.1), 1.0 - 0.15),
+        (Hinge(beta=1.0), 0.0),
+        (RobustDPO(beta=1.0, flipped=0.0), math.log1p(math.exp(-1.5))),
+        (SimPO(beta=1.0, gamma=1.5), math.log(2.0)),
+        (CPO(beta=1.0, nll_coef=2.0), math.log1p(math.exp(-1.5)) + 1.0),
+        (ORPO(lam=0.0), 0.5),
+        (APO(beta=1.0), 1.0 - 1.0 / (1.0 + math.exp(-0.5)) + 1.0 / (1.0 + math.exp(1.0))),
+        (APO(beta=1.0, anchor="down"), 1.0 / (1.0 + math.exp(-0.5)) + 1.0 - 1.0 / (1.0 + math.exp(-1.5))),
+        (DPO(beta=1.0, reduction="mean"), math.log1p(math.exp(-1.5))),
+    ],
+)
+def test_losses_of_one_pair_by_hand(objective: Objective, expected: float):
+    assert same(objective.loss(pair((-0.5, -2.0))).total, expected)
+
+
+def test_orpo_of_a_certain_answer_is_finite():
+    batch = pair((0.0, -0.1))
+    found = ORPO().loss(batch)
+    assert torch.isfinite(found.total)
+    assert torch.isfinite(gradient_of(found.total, batch)).all()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
