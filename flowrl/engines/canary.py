@@ -30,20 +30,26 @@ class Gap(msgspec.Struct, frozen=True):
 NO_CANARY = Gap(float("nan"), float("nan"))
 
 
+def gap_of(canary: Canary, logprobs: Sequence[float]) -> Gap:
+    """Return how far log-probs lie apart from the learner's; of another number of them, infinitely far."""
+    expected = canary.logprobs.numpy().astype(np.float64)
+    found = np.asarray(logprobs, dtype=np.float64)
+    if found.shape != expected.shape:
+        return Gap(float("inf"), float("inf"))
+    apart = np.abs(found - expected)
+    return Gap(float(apart.mean()), float(apart.max()))
+
+
 def compare(canary: Canary, logprobs: Sequence[float], *, version: int, where: str) -> Gap:
     """Return the gap between the learner's log-probs and these.
 
     Raises:
         ProofError: the mean gap is above `max_mean_gap`, is not a number, or the lengths differ.
     """
-    expected = canary.logprobs.numpy().astype(np.float64)
-    found = np.asarray(logprobs, dtype=np.float64)
-    if found.shape != expected.shape:
-        raise ProofError(
-            where, f"the canary of version {version} has {len(expected)} log-probs, the engine gave {len(found)}"
-        )
-    apart = np.abs(found - expected)
-    gap = Gap(float(apart.mean()), float(apart.max()))
+    if len(logprobs) != len(canary.logprobs):
+        what = f"the canary of version {version} has {len(canary.logprobs)} log-probs, the engine gave {len(logprobs)}"
+        raise ProofError(where, what)
+    gap = gap_of(canary, logprobs)
     if not gap.mean <= canary.max_mean_gap:  # so written that NaN fails
         raise ProofError(
             where,

@@ -119,7 +119,7 @@ def _fill(units: list[list[Piece]], layout: Layout, budget: int) -> list[MicroBa
     waiting = units
     while waiting:
         length = max(piece.length for piece in waiting[0])
-        max_rows = max(1, budget // length)
+        max_rows = 1 if layout == "alone" else max(1, budget // length)  # one, or ranks would differ in forwards
         batch: MicroBatch = []
         later: list[list[Piece]] = []
         for unit in waiting:

@@ -79,6 +79,11 @@ class Passes:
 
     # What a subclass provides.
 
+    @property
+    def _ranks_meet_in_passes(self) -> bool:
+        """Say whether a forward or backward waits for other ranks."""
+        return False
+
     def _start_training(self) -> None:
         """Make the optimizer."""
         raise NotImplementedError
@@ -153,9 +158,13 @@ class Passes:
         self, groups: Sequence[TokenGroup], budget: Budget, *, whole_groups: bool = False, has_teacher: bool = False
     ) -> list[Part]:
         calls = self.reader.num_chunks
+        layout = self._layout(max(len(g.prompt_ids) + max(len(r) for r in g.responses) for g in groups))
+        if layout == "alone" and whole_groups and self._ranks_meet_in_passes and self.line.world_size > 1:
+            what = f"{type(self.model).__name__} runs these sequences one by one, and ranks would wait for each other"
+            raise StageError(self.where, what, "take zero_stage 0 or 1, one rank, or shorter sequences")
         return deal(
             groups,
-            layout=self._layout(max(len(g.prompt_ids) + max(len(r) for r in g.responses) for g in groups)),
+            layout=layout,
             reads=reads_of(self.config),
             budget=budget.num_tokens,
             rank=self.line.rank,

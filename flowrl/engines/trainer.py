@@ -97,11 +97,6 @@ class Trainer(Passes):
 
     # What a subclass provides.
 
-    @property
-    def _ranks_meet_in_passes(self) -> bool:
-        """Say whether a forward or backward waits for other ranks."""
-        return False
-
     def _load(self) -> PreTrainedModel:
         return load_model(self.config, where=self.where, dtype=self.dtype, device=self.device)
 

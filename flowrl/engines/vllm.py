@@ -23,9 +23,9 @@ import msgspec
 from flowrl.ending import sample_text
 from flowrl.engines import vllm_settings
 from flowrl.engines.base import GenerationConfig, Sampling, UpdateReport
-from flowrl.engines.canary import NO_CANARY, Gap, compare
+from flowrl.engines.canary import NO_CANARY, Gap, compare, gap_of
 from flowrl.errors import FlowrlError, ModelError, ProofError, StageError, TransferError
-from flowrl.messages import Buffer, Sample, VersionSpan, Weights
+from flowrl.messages import Buffer, Canary, Sample, VersionSpan, Weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,6 +48,7 @@ class VllmEngine:
         self._num_running = 0
         self._ids = count()
         self._broken: FlowrlError | None = None
+        self._loaded_gap: Gap | None = None  # the canary of version 0 with the weights that `open` loaded
         self._unproved: int | None = None
         self._proved = asyncio.Event()
         self._engine: Any = None
@@ -243,6 +244,9 @@ class VllmEngine:
             self._proved.set()
 
     async def _update(self, weights: Weights) -> UpdateReport:
+        if self.version is None and weights.version == 0 and weights.canary is not None:
+            loaded = await self._answer(weights.canary, await self._send_canary(weights), "of what was loaded")
+            self._loaded_gap = gap_of(weights.canary, loaded)
         in_pause = self._shares_nccl(weights)
         fetch_s = 0.0 if in_pause else await self._fetch(weights)
         self._unproved = weights.version
@@ -348,16 +352,29 @@ class VllmEngine:
     async def _prove(self, weights: Weights, scored: Any) -> Gap:
         if weights.canary is None:
             return NO_CANARY
+        logprobs = await self._answer(weights.canary, scored, f"of version {weights.version}")
+        try:
+            return compare(weights.canary, logprobs, version=weights.version, where=self.where)
+        except ProofError as error:
+            if self._loaded_gap is None or self._loaded_gap.mean <= weights.canary.max_mean_gap:
+                raise
+            what = (
+                f"vLLM computes {self.config.model} otherwise than transformers: with the weights as they lie there, "
+                f"before any were sent, the canary differs by {self._loaded_gap.mean:.3g} nats on average "
+                f"(max {self._loaded_gap.max:.3g}), {weights.canary.max_mean_gap:.3g} are allowed"
+            )
+            remedy = "this build of vLLM does not serve such a model right; take another model, or vLLM for GPUs"
+            raise ProofError(self.where, what, remedy) from error
+
+    async def _answer(self, canary: Canary, scored: Any, which: str) -> list[float]:
+        """Wait for the log-probs of a canary that was queued."""
         try:
             async with asyncio.timeout(self.config.transfer_timeout_s):
                 output: RequestOutput = await scored.get()
         except TimeoutError as error:
-            raise ProofError(
-                self.where, f"the canary of version {weights.version} had no answer within the deadline"
-            ) from error
+            raise ProofError(self.where, f"the canary {which} had no answer within the deadline") from error
         except Exception as error:
             raise StageError(self.where, f"the canary failed ({type(error).__name__}: {error})") from error
-        token_ids = weights.canary.token_ids.tolist()
         positions = list(output.prompt_logprobs or [])[1:]  # the first token has nothing before it
-        logprobs = [row[token].logprob for token, row in zip(token_ids[1:], positions, strict=True) if row is not None]
-        return compare(weights.canary, logprobs, version=weights.version, where=self.where)
+        pairs = zip(canary.token_ids.tolist()[1:], positions, strict=True)
+        return [row[token].logprob for token, row in pairs if row is not None]

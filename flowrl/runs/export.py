@@ -19,7 +19,7 @@ from flowrl.data.adapters import is_adapter
 from flowrl.data.models import inspect_model, prepare_model
 from flowrl.engines.checkpoint import checkpoint_version, complete_checkpoints, damage, newest_sound
 from flowrl.errors import ConfigError, ResourceError
-from flowrl.runs.model_card import adapter_card, merged_card, model_card
+from flowrl.runs.model_card import adapter_card, loading_of, merged_card, model_card
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -139,6 +139,6 @@ def _describe(out: Path, say: Say) -> None:
     card = inspect_model(out)
     kind = "SequenceClassification" if card.architecture.endswith("SequenceClassification") else "CausalLM"
     say(f"{card.architecture}, {card.num_parameters:,} parameters in {card.dtype}")
-    say(f'load it with AutoModelFor{kind}.from_pretrained("{out}")')
+    say(loading_of(out).replace("DIRECTORY", str(out)))
     if kind == "CausalLM":
         say(f"serve it with vllm serve {out}")

@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 
 LOADING = {
     "policy": "Load it with `AutoModelForCausalLM.from_pretrained`, or serve it with vLLM.",
-    "classifier": "Load it with `AutoModelForSequenceClassification.from_pretrained` (one label): the score of a"
-    " response is the value at its last token.",
-    "value": "Load it with `AutoModelForSequenceClassification.from_pretrained` (one label): the value before a token"
-    " is read at the token before it.",
+    "classifier": "The score of a response is the value at its last token.",
+    "value": "The value before a token is read at the token before it.",
     "adapter": "A LoRA adapter of rank {rank}: load it with `PeftModel.from_pretrained(base, directory)`.",
 }
 
@@ -31,7 +29,28 @@ def model_card(checkpoint: Path, node: str) -> str:
     settings = json.loads((checkpoint / node / "model" / "config.json").read_text())
     is_classifier = (settings.get("architectures") or [""])[0].endswith("ForSequenceClassification")
     kind = ("value" if node else "classifier") if is_classifier else "policy"
-    return _card(checkpoint, node, "transformers", LOADING[kind])
+    how = f"{loading_of(checkpoint / node / 'model')}. " if is_classifier else ""
+    return _card(checkpoint, node, "transformers", f"{how}{LOADING[kind]}{_padding(settings) if is_classifier else ''}")
+
+
+def loading_of(directory: Path) -> str:
+    """Return how a model is loaded, which for a head of scores that transformers has no class for takes two lines."""
+    import transformers
+
+    (architecture, *_) = json.loads((directory / "config.json").read_text()).get("architectures") or [""]
+    if not architecture.endswith("ForSequenceClassification"):
+        return 'load it with AutoModelForCausalLM.from_pretrained("DIRECTORY")'
+    if hasattr(transformers, architecture):
+        return 'load it with AutoModelForSequenceClassification.from_pretrained("DIRECTORY") (one label)'
+    return (
+        f'transformers has no {architecture}: load its body with AutoModel.from_pretrained("DIRECTORY") and multiply'
+        " its last states with `score.weight` of the safetensors; flowrl takes it as it is"
+    )
+
+
+def _padding(settings: dict[str, Any]) -> str:
+    """Return what to know of a classifier without a token to pad with."""
+    return "" if settings.get("pad_token_id") is not None else " It has no padding token: score sequences one by one."
 
 
 def adapter_card(checkpoint: Path, node: str) -> str:

@@ -213,7 +213,6 @@ class RewardModel(Stage):
     def check(self, say: Say) -> None:
         """Prepare the model, which must read the policy's tokens."""
         directory = prepare_model(self.model, say=say)
-        check_classifier(directory, "reward_models")
         if self.model != self.sampler.model:
             policy = prepare_model(self.sampler.model, say=say)
             check_same_vocabulary(policy, directory, "reward_models")
@@ -221,6 +220,7 @@ class RewardModel(Stage):
             if ours.end_id not in theirs.stops:
                 what = f"{theirs.end or 'nothing'} to it and {ours.end or 'nothing'} to the policy"
                 say(f"{self.model} judges an answer at the token that ends it, which is {what}")
+        check_classifier(directory, "reward_models")
         self._scorer(directory, "reward model")
 
     def _scorer(self, directory: Path, where: str) -> SequenceScores | StepScores:

@@ -5,7 +5,8 @@ What each gave stands in docs/models.md, a row for each family here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,9 +21,6 @@ from flowrl.graph.stage import Ranks
 from tests.support.families import FAMILIES, write_family
 from tests.unit.engines.test_packing import random_groups
 from tests.unit.engines.test_trainer import WeightedTokens, choose
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = [
     pytest.mark.slow,
@@ -112,3 +110,9 @@ def test_a_family_carries_adapters_that_merge_into_what_it_saves(tmp_path, famil
     engine.close()
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
     assert gap_to_own(merged, GROUPS, after) <= 2e-4
+
+
+def test_each_family_has_its_row_in_the_book():
+    book = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    for family in FAMILIES:
+        assert f"| {family.replace('LMHeadModel', '').removesuffix('ForCausalLM')} |" in book, family
