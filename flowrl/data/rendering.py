@@ -318,6 +318,13 @@ class Renderer:
         if answer is not None:
             what = f"the chat template leaves out what message {len(messages) - 1} thinks"
             raise DataError(row.place, what, PREFIX_REMEDY)
+        if mouth:
+            what = (
+                f"the chat template begins the answer with {mouth.group().strip()}, which message {len(messages) - 1}"
+            )
+            raise DataError(
+                row.place, f"{what} does not end", "write what it thinks, or have the template not begin it"
+            )
         _check_prefix(row, closed, opened, len(messages) - 1)
         return closed
 

@@ -10,6 +10,7 @@ Named in node configs as `engine="flowrl.engines.torch:TorchEngine"`; reward-mod
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -146,7 +147,12 @@ def _move_gradient_to(master: Tensor) -> Callable[[Tensor], None]:
 
 
 class SequenceScoringEngine:
-    """A reward model: one number for each whole sequence, read at its last token; or one after every token."""
+    """A reward model: one number for each whole sequence, or one after every token.
+
+    A sequence is read where transformers reads it, and so where the model was trained: at the last token that is not
+    the padding its config names. What flowrl saves names none that a text holds, so there it is the last token; models
+    of others often pad with the token that ends an answer, and judge at the one before it.
+    """
 
     def __init__(self, config: TrainingConfig, *, where: str) -> None:
         self._where = where
@@ -160,11 +166,17 @@ class SequenceScoringEngine:
             ModelError: the directory holds no sequence classifier, whose scores would all be 0.
         """
         check_classifier(Path(self._model), self._where)
+        settings = json.loads((Path(self._model) / "config.json").read_bytes())
+        self._padding: int | None = {**settings, **(settings.get("text_config") or {})}.get("pad_token_id")
         self._engine.open(Ranks())
 
     def score_sequences(self, group: TokenGroup) -> list[float]:
-        """Return the value at the last token of prompt + response, one number for each response."""
-        return [float(values[-1]) for values in self.score([group])[0]]
+        """Return the value at the last token of each response that is not padding; of nothing else, at its first."""
+        rows = zip(group.responses, self.score([group])[0], strict=True)
+        return [float(values[self._last(response.tolist())]) for response, values in rows]
+
+    def _last(self, token_ids: Sequence[int]) -> int:
+        return max((place for place, token in enumerate(token_ids) if token != self._padding), default=0)
 
     def score(self, groups: Sequence[TokenGroup]) -> list[list[FloatArray]]:
         """Return the value after every response token, [group][sample] -> float32 [tokens]."""

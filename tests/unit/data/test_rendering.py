@@ -440,8 +440,10 @@ def test_what_an_assistant_thought_is_learned_though_the_template_drops_it_from_
             assert tokenizer.decode(found.prompt_ids).endswith(f"assistant\n{mouth}")
             assert tokenizer.decode(found.responses[0]) == "hm</think>b<|im_end|>"
         earlier = [*ask, said("assistant", "hm</think>b"), *ask, said("assistant", "c</think>d")]
-        with pytest.raises(DataError, match=r"leaves out what message 1 thinks|otherwise once"):
+        with pytest.raises(DataError, match=r"leaves out what message 1 thinks|begins the answer with <think>"):
             made.encode(row(messages=earlier))
+    with pytest.raises(DataError, match=r"begins the answer with <think>, which message 1 does not end; write what"):
+        made.encode(row(prompt=ask, completion=[said("assistant", "b")]))
 
 
 @pytest.mark.parametrize("keeps", [False, True])

@@ -14,7 +14,7 @@ import torch
 
 from flowrl.algorithms.base import Loss, LossBatch, Objective
 from flowrl.config import Select
-from flowrl.engines.base import Ranks, Schedule, TrainingConfig
+from flowrl.engines.base import Ranks, Schedule, TokenGroup, TrainingConfig
 from flowrl.engines.torch import SequenceScoringEngine, TorchEngine
 from flowrl.engines.trainer import lr_ratio
 from flowrl.errors import ConfigError, ModelError, StageError
@@ -328,6 +328,26 @@ def test_a_reward_model_scores_each_sequence_at_its_last_token(tiny_reward_model
         rows = [item.prompt_ids.tolist() + response.tolist() for response in item.responses]
         expected = [model(input_ids=torch.tensor([row])).logits.item() for row in rows]
         assert engine.score_sequences(item) == pytest.approx(expected, abs=1e-5)
+    engine.close()
+
+
+def test_a_reward_model_of_others_that_pads_with_the_end_is_read_where_it_was_trained(tiny_reward_model, tmp_path):
+    """Of transformers' classifiers, the last token that is not padding: the one before the end."""
+    from transformers import LlamaForSequenceClassification
+
+    padded = shutil.copytree(tiny_reward_model, tmp_path / "padded")
+    settings = json.loads((padded / "config.json").read_text())
+    (padded / "config.json").write_text(json.dumps(settings | {"pad_token_id": 2}))
+    engine = SequenceScoringEngine(TrainingConfig(model=str(padded), head="value", dtype="float32"), where="reward")
+    engine.open()
+    model = LlamaForSequenceClassification.from_pretrained(padded)
+    answers = [[40, 41, 2], [40, 41, 2, 2], [40, 41]]
+    ours = engine.score_sequences(
+        TokenGroup(prompt_ids=Buffer.ints([5, 9]), responses=[Buffer.ints(answer) for answer in answers])
+    )
+    theirs = [model(input_ids=torch.tensor([[5, 9, *answer]])).logits.item() for answer in answers]
+    assert ours == pytest.approx(theirs, abs=1e-5)
+    assert ours == pytest.approx(ours[:1] * 3, abs=1e-5)
     engine.close()
 
 
