@@ -18,8 +18,7 @@ from flowrl.ending import ending_of, render_options, sample_text
 from tests.support.templates import FAMILIES, tokenizer_of
 
 DAY = PromptData().date
-words = st.text("ab y\n.é中:]", min_size=1, max_size=8)
-texts = words.filter(str.strip)
+texts = st.text("ab y\n.é中:]", min_size=1, max_size=8).filter(str.strip)
 few = hypothesis.settings(max_examples=8, deadline=None)
 each_family = pytest.mark.parametrize("name", FAMILIES)
 spaces = st.sampled_from(["byte", "first"])
@@ -118,7 +117,7 @@ def test_a_prompt_is_the_same_tokens_online_and_offline(name: str, data: st.Data
 @pytest.mark.slow
 @each_family
 @few
-@hypothesis.given(data=st.data(), wrote=words, is_cut=st.booleans())
+@hypothesis.given(data=st.data(), wrote=texts, is_cut=st.booleans())
 def test_what_was_sampled_is_learned_again_as_it_was(name: str, data: st.DataObject, wrote: str, is_cut: bool):
     family, tokenizer = FAMILIES[name], tokenizer_of(name)
     *prompt, _ = data.draw(conversations(has_system=family.has_system))
