@@ -104,7 +104,11 @@ def check_data(data: ExampleData | PromptData, tokenizer: PreTrainedTokenizerBas
     for line in describe(examples, data):
         say(line)
     template = read_template(data.chat_template) if data.chat_template else None
-    say(f"ends       {ending_of(tokenizer, template=template)}")
+    ending = ending_of(tokenizer, template=template)
+    say(f"ends       {ending}")
+    lasts = [each[-1] for row in (*examples.train, *examples.heldout) for each in row.responses if not row.step_labels]
+    if num_cut := sum(last not in ending.stops for last in lasts):
+        say(f"           {num_cut} of {len(lasts)} responses were cut, and are learned without an end")
     if examples.train:
         row = min(examples.train, key=lambda row: row.index)
         how = "in green" if colour else "between ⟦ and ⟧"

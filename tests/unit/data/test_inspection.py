@@ -49,11 +49,18 @@ def test_report_has_format_counts_lengths_and_an_example(check):
     assert "left out   none" in report
     assert "repeated   1 rows are others once more, and are learned once more" in report
     assert "tokens     least 22, median 45, greatest 45 (prompt and the longest response)" in report
+    assert "ends       <|im_end|> (the chat template's)" in report
+    assert "were cut" not in report
     assert "data.jsonl:1, with what is learned between ⟦ and ⟧" in report
     assert report.endswith(
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦b<|im_end|>⟧\n"
         "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n⟦d<|im_end|>⟧"
     )
+
+
+def test_report_counts_what_is_learned_without_an_end(check):
+    rows = [{"prompt": "a", "completion": "b", "finish": finish} for finish in ("stop", "length", None)]
+    assert "           1 of 3 responses were cut, and are learned without an end" in check(rows)
 
 
 def test_what_is_learned_is_coloured_on_a_terminal_only(check):
