@@ -16,7 +16,6 @@ import msgspec
 
 from flowrl.errors import ConfigError, DataError, printable
 from flowrl.runs.query import COUNTED, column, parse, unknown_column
-from flowrl.runs.tokens import ENVIRONMENT, token_ratios
 from flowrl.telemetry.rollouts import step_of
 from flowrl.telemetry.text import shortened
 
@@ -183,3 +182,21 @@ def _token_lines(row: dict[str, Any], pieces: Pieces | None) -> Iterator[str]:
 def _indented(text: str) -> Iterator[str]:
     for line in text.splitlines() or [""]:
         yield f"  | {line}"
+
+
+ENVIRONMENT = -1  # the version of tokens that no policy sampled
+LARGEST = 50.0  # nats: beyond, a ratio is only said to be huge
+
+
+def token_ratios(row: dict[str, Any]) -> list[float | None]:
+    """Return each token's importance ratio, learner over generator, None where the learner's part is not recorded.
+
+    Log-probs of -1.0 and -2.0 make exp(1) = 2.718.
+    """
+    learner = row.get("learner_logprobs")
+    if learner is None:
+        return [None] * len(row["token_ids"])
+    return [
+        None if version == ENVIRONMENT else math.exp(min(ours - theirs, LARGEST))
+        for ours, theirs, version in zip(learner, row["logprobs"], row["token_versions"], strict=True)
+    ]

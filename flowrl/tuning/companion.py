@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from flowrl.telemetry.events import Event
     from flowrl.telemetry.sinks import Sinks
 
+NEVER = 2  # the process's exit code where the graph cannot be simulated
 FIRST_STEPS = 3
 FIRST_S = 60.0  # from the first step on: a run that is over by then needs no advice
 # Not `python -m`: that finds flowrl only where it is installed or in the working directory, and may find another one.
@@ -48,18 +49,19 @@ class Advised(RunCompanion):
     """Predicts a run from the runs beside it, measures its costs, and says which setting would make it quicker."""
 
     def foretell(self, program: Program, runs_dir: Path) -> Iterable[str]:
-        """Return the prediction; see `advisor.forecast`."""
+        """Return the prediction, where runs were made before; see `advisor.forecast`."""
+        if not any(runs_dir.glob("*/profile.json")):
+            return ()
         from flowrl.tuning.advisor import forecast
 
         return forecast(program, runs_dir)
 
     def add_sinks(self, program: Program, run_dir: Path, sinks: Sinks) -> None:
-        """Add the profile, and hints where the graph can be simulated and its settings want them."""
+        """Add the profile, and hints where the settings want them."""
         from flowrl.simulation.profiler import ProfileFile
-        from flowrl.simulation.stand_ins import lacking
 
         sinks.add("profile", lambda: ProfileFile(run_dir))
-        if program.settings.hints and not lacking(program.graph):
+        if program.settings.hints:
             sinks.add("hints", lambda: Hints(run_dir, program, tell=functools.partial(sinks.note, HINT)))
 
 
@@ -111,6 +113,8 @@ class Hints:
         child, self._child = self._child, None
         said, _ = child.communicate()
         hint = said.strip()
+        if child.returncode == NEVER:
+            self._next = sys.maxsize
         if child.returncode == 0 and hint and changes_in(hint) != self._told:
             self._told = changes_in(hint)
             self._tell(hint)
@@ -145,14 +149,19 @@ def main(arguments: list[str]) -> int:
 
 
 def answer(arguments: list[str]) -> int:
-    """Print a hint for a run that is going on; 1 where none can be had."""
+    """Print a hint for a run that is going on; 1 where none can be had, `NEVER` where none can be had later either."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C in the terminal is for us as well
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
+        from flowrl.graph.program import load_program
+        from flowrl.simulation.stand_ins import lacking
         from flowrl.tuning.advisor import hint
 
         gc.freeze()
         run_dir, graph_file, settings = map(Path, arguments)
+        if what := lacking(load_program(graph_file, config=settings).graph):
+            print(f"the graph {what}", file=sys.stderr)
+            return NEVER
         print(hint(run_dir, graph_file, settings))
     except (FlowrlError, OSError) as error:
         print(error, file=sys.stderr)

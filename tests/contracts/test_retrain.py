@@ -11,8 +11,7 @@ from flowrl.engines.torch import TorchEngine
 from flowrl.errors import ConfigError, DataError
 from flowrl.graph.program import Program, load_program
 from flowrl.graph.settings import RunSettings
-from flowrl.runs.comparison import first_difference
-from flowrl.runs.retrain import RetrainRequest, retrain
+from flowrl.runs.retrain import RetrainRequest, first_difference, retrain
 from flowrl.runtime.launch import drive
 from flowrl.runtime.local import LocalOptions, run_local
 from flowrl.runtime.rundir import create_run_dir, write_plan

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flowrl.cli import main
-from flowrl.runs.comparison import first_difference
+from flowrl.runs.retrain import first_difference
 from flowrl.runs.verify import verify_run
 from flowrl.runtime.ledger import read_entries
 from tests.support.command import GRAPH, descendants_of, flowrl, tiny_settings

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from flowrl.runs.tokens import ENVIRONMENT, token_ratios
+from flowrl.runs.inspection import ENVIRONMENT, token_ratios
 from flowrl.telemetry.charts import number
 from flowrl.telemetry.rollouts import step_of
 

@@ -217,3 +217,7 @@ def test_a_graph_without_costs_is_refused_by_name(tmp_path: Path) -> None:
     (run_dir / "timeline.json").write_text("[\n")
     with pytest.raises(ConfigError, match="no costs of node"):
         hinted(run_dir)
+
+
+def test_a_run_with_no_run_beside_it_is_told_nothing(tmp_path: Path) -> None:
+    assert list(companion.Advised().foretell(ppo(), tmp_path)) == []
