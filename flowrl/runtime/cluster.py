@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import shutil
 import signal
 import threading
@@ -221,6 +222,7 @@ class Cluster:
 def _start_ray(address: str | None) -> None:
     if address is None:
         _stay_on_loopback()
+    _keep_token_private()
     ray._private.worker.print_to_stdstream = _unheard  # what it tells of dead workers, the supervisor tells better
     logging.getLogger("ray").setLevel(logging.ERROR)  # before it starts; `logging_level` holds only from then on
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -238,6 +240,21 @@ def _start_ray(address: str | None) -> None:
         configure_logging=False,
         **({} if address else local),
     )
+
+
+def _keep_token_private() -> None:
+    """Let nobody but its owner read the token that keeps others out of Ray; Ray itself leaves that to the umask."""
+    token = Path.home() / ".ray" / "auth_token"
+    token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not token.exists():
+        private = token.with_name(f".auth_token.{os.getpid()}")
+        private.touch(mode=0o600)
+        private.write_text(secrets.token_hex(32))
+        with contextlib.suppress(FileExistsError):  # another run's has just been made
+            os.link(private, token)  # whole, or not there
+        private.unlink()
+    with contextlib.suppress(PermissionError):  # somebody else keeps it for us
+        token.chmod(0o600)
 
 
 def _unheard(*said: Any, **more: Any) -> None:

@@ -283,6 +283,7 @@ class RayCrew:
                 with contextlib.suppress(RayError):
                     remove_placement_group(attempt.group)
         await self._bury()
+        self._claim.begin_attempt()  # what could not be reached writes no more, before anybody looks where to go on
 
     async def _bury(self) -> None:
         """See that no process of the run but this one is left; those of this machine are killed.

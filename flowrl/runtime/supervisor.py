@@ -171,12 +171,13 @@ class Supervisor:
                 await self._crew.open(start)
                 totals = await self._attempt(start)
                 return Outcome(totals, self._options.stopping.is_set(), self._recoveries)
-            except _Rollback as lost:
-                start = self._go_back(lost)
-            except HostLost as lost:
-                start = self._go_back(_Rollback("flow", lost))
+            except _Rollback as rollback:
+                lost = rollback
+            except HostLost as error:
+                lost = _Rollback("flow", error)
             finally:
                 await self._crew.close()
+            start = self._go_back(lost)  # only now: what is not dead yet might make a further checkpoint
 
     async def _attempt(self, start: Start) -> dict[str, int]:
         running: dict[asyncio.Future[None], str] = {

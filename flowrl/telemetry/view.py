@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 RECENT_STEPS = 10  # intervals between steps behind the rate and the estimate of the end: they follow a change of pace
 RECENT_STATUSES = 30  # statuses behind a replica's rate: half a minute at one a second
 MOSTLY_CUT = 0.5  # of a step's responses: more than rambling explains
+MOST_EVALUATIONS = 20  # held beside the first; metrics.jsonl has them all
 MOST_REPEATED = 1000  # steps that a rollback takes back at most
 NOT_WORKING = (Cause.START.value, Cause.RECOVERY.value)
 
@@ -159,7 +160,7 @@ class RunView:
                     self.edges[event.edge] = event
                 case Evaluation():
                     self._see(event.time_s)
-                    self.evaluations[event.version] = event
+                    self._keep(event)
                 case Notice():
                     self._see(event.time_s)
                     self.num_warnings += event.level != "info"
@@ -168,7 +169,13 @@ class RunView:
     def recall(self, evaluations: Iterable[Evaluation]) -> None:
         """Take in evaluations of the part of a resumed run that came before; they are no part of its time."""
         for evaluation in evaluations:
-            self.evaluations[evaluation.version] = evaluation
+            self._keep(evaluation)
+
+    def _keep(self, evaluation: Evaluation) -> None:
+        """Keep an evaluation: the first one, and the newest `MOST_EVALUATIONS`."""
+        self.evaluations[evaluation.version] = evaluation
+        while len(self.evaluations) > MOST_EVALUATIONS + 1:
+            del self.evaluations[sorted(self.evaluations)[1]]
 
     def _see(self, time_s: float) -> None:
         self.started_s = time_s if self.started_s is None else min(self.started_s, time_s)
