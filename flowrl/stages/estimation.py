@@ -50,11 +50,20 @@ def load_algorithm(choice: Select, *, group_size: int | None = None, has_critic:
     return algorithm
 
 
-def advice(objective: Objective) -> list[str]:
+STALE = 4  # versions at which the kinds of correction were measured to differ (docs/learning.md)
+
+
+def advice(objective: Objective, *, max_staleness: int = 0) -> list[str]:
     """Return what a user of these settings ought to know before a run."""
-    is_free = getattr(objective, "needs_critic", False) and not getattr(objective, "needs_reference", True)
-    text = "algorithm.kl.coef is 0: nothing keeps the policy near the reference, and PPO without any KL term tends to "
-    return [f"{text}drift into text that only the reward likes; set algorithm.kl.coef=0.01"] if is_free else []
+    found: list[str] = []
+    if getattr(objective, "needs_critic", False) and not getattr(objective, "needs_reference", True):
+        text = "algorithm.kl.coef is 0: nothing keeps the policy near the reference, and PPO without any KL term tends "
+        found.append(f"{text}to drift into text that only the reward likes; set algorithm.kl.coef=0.01")
+    correction = getattr(objective, "correction", None)
+    if correction is not None and max_staleness >= STALE and correction.kind == "truncated":
+        text = f"max_staleness is {max_staleness} and correction.kind truncated, which bounds no token's distance from "
+        found.append(f"{text}the policy that sampled it; take algorithm.correction.kind=behaviour (docs/learning.md)")
+    return found
 
 
 def settled(choice: Select, max_tokens: int) -> Select:

@@ -125,7 +125,7 @@ class Learner(Stage):
         check_saving(self.config, model, "learner")
         check_masters(self.sampler.model, say)
         objective = self.load_objective()
-        for line in advice(objective):
+        for line in advice(objective, max_staleness=self.learning.max_staleness):
             say(f"warning: {line}")
         for line in objective.idle_settings(self.config.minibatches * self.config.epochs):
             say(line)

@@ -177,6 +177,13 @@ def test_ppo_without_any_kl_is_warned_of_and_group_algorithms_are_not():
     assert advice(GRPO(kl=KL())) == []
 
 
+def test_old_samples_without_a_bound_about_the_policy_that_sampled_are_warned_of():
+    truncated = GRPO(correction=Correction(kind="truncated"))
+    assert "take algorithm.correction.kind=behaviour" in advice(truncated, max_staleness=4)[0]
+    assert advice(truncated, max_staleness=1) == []
+    assert advice(GRPO(), max_staleness=8) == []
+
+
 @pytest.mark.parametrize(
     ("algorithm", "is_refused"),
     [
