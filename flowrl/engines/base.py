@@ -10,36 +10,44 @@ This module loads no torch: stages import it while a graph is being built.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import msgspec
 
-from flowrl.config import Config, Meta, Select, load_class
+from flowrl.config import Config, ImportPath, Meta, Select, load_class
+from flowrl.errors import ConfigError
 from flowrl.graph.stage import Ranks, StageConfig
+from flowrl.imports import suggest
 from flowrl.messages import Buffer, Sample, Weights
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from flowrl.messages import FloatArray
 
 __all__ = [
+    "Computing",
     "GenerationConfig",
     "GenerationEngine",
     "Lora",
     "Ranks",
     "Sampling",
     "Schedule",
+    "Scoring",
     "Serving",
     "TokenGroup",
     "Training",
     "TrainingConfig",
     "TrainingEngine",
     "UpdateReport",
+    "check_engine",
     "open_engine",
 ]
 
+# What stages give to an engine's constructor; anything else that it takes is an option of its own.
+GIVEN = {"config", "where", "name", "num_receivers", "receiver_index", "say"}
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -167,10 +175,33 @@ class Lora(Config):
             raise ValueError(f"bits {self.bits} and start {self.start!r} need an adapter; give its rank")
 
 
-class Training(StageConfig):
+class Computing(StageConfig):
+    """Settings of a node that computes with a training engine, whether it trains or only scores."""
+
+    engine: ImportPath = "flowrl.engines.torch:TorchEngine"
+    engine_options: dict[str, Any] = {}  # further arguments of the engine's constructor
+    dtype: Dtype = "auto"
+    zero_stage: Annotated[int, Meta(ge=0, le=3)] = 2
+    micro_batch_tokens: Annotated[int, Meta(ge=1)] = 2048  # tokens in one forward and backward
+    offload_parameters: bool = False  # those not in use on the CPU (DeepSpeed, zero_stage 3)
+    trust_remote_code: bool = False
+    threads: Annotated[int, Meta(ge=1)] = 1
+
+
+class Scoring(Computing):
+    """Settings of a node whose model is frozen."""
+
+    bits: Literal[0, 4, 8] = 0  # the model is held in so many bits, as a policy with lora.bits; 0: in dtype
+
+    @property
+    def lora(self) -> Lora:
+        """Return the adapter that a quantised model has: a new one, which changes nothing."""
+        return Lora(rank=1, bits=self.bits) if self.bits else Lora()
+
+
+class Training(Computing):
     """Settings of a node that trains with a training engine."""
 
-    engine_options: dict[str, Any] = {}  # further arguments of the engine's constructor
     lr: Annotated[float, Meta(ge=0)] = 1e-6
     lora: Lora = Lora()
     schedule: Schedule = Schedule()
@@ -178,18 +209,12 @@ class Training(StageConfig):
     adam_eps: Annotated[float, Meta(gt=0)] = 1e-8
     weight_decay: Annotated[float, Meta(ge=0)] = 0.0  # of matrices; norms, biases and embeddings are left out
     max_grad_norm: Annotated[float, Meta(ge=0)] = 1.0  # the gradient is scaled down to it; 0: never
-    dtype: Dtype = "auto"
-    zero_stage: Annotated[int, Meta(ge=0, le=3)] = 2
-    micro_batch_tokens: Annotated[int, Meta(ge=1)] = 2048  # tokens in one forward and backward
     gradient_checkpointing: bool = False  # keep only the inputs of layers and compute the rest again in backward
     checkpoint_every: Annotated[int, Meta(ge=1)] = 1  # with gradient_checkpointing: the first of so many layers only
     offload_optimizer: bool = False  # its state and its step on the CPU (DeepSpeed, zero_stage 1 to 3)
-    offload_parameters: bool = False  # those not in use on the CPU (DeepSpeed, zero_stage 3)
     freeze: list[str] = []  # parameters that are not trained, by name: ["model.embed_tokens.*", "model.layers.[01].*"]
     ema_decay: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # of an average of the weights, saved as ema_model; 0: none
     router_aux_loss: Annotated[float, Meta(ge=0)] = 0.0  # weight of the loss that uses experts evenly; 0: none
-    trust_remote_code: bool = False
-    threads: Annotated[int, Meta(ge=1)] = 1
     seed: int = 0  # of a new adapter, and of the order in which a step's groups come into minibatches
     transport: Literal["auto", "shm", "broadcast"] = "auto"  # auto: shared memory on CPUs, NCCL broadcast on GPUs
     transfer_timeout_s: Annotated[float, Meta(gt=0)] = 120.0  # for one weight transfer
@@ -282,6 +307,22 @@ class TrainingEngine(Protocol):
     def close(self) -> None:
         """Release the ranks, the transport and the model."""
         ...
+
+
+def check_engine(path: str, options: Mapping[str, Any], where: str) -> None:
+    """Import an engine's class and hold a node's `engine_options` against what its constructor takes.
+
+    Raises:
+        ConfigError: it does not import, or it takes no such option.
+    """
+    taken = inspect.signature(load_class(path, f"{where}.engine")).parameters.values()
+    known = {each.name for each in taken if each.kind is not each.VAR_KEYWORD} - GIVEN
+    if any(each.kind is each.VAR_KEYWORD for each in taken):
+        return
+    for name in options:
+        if name not in known:
+            what = f"{path} takes no option {name!r}{suggest(name, known) if known else '; it has none'}"
+            raise ConfigError(f"{where}.engine_options.{name}", what, "leave it out")
 
 
 def open_engine(path: str, *, where: str, **arguments: Any) -> Any:

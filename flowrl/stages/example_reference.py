@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 from flowrl.config import Meta, widen
 from flowrl.data.models import prepare_model
 from flowrl.data.vocabulary import check_same_vocabulary
-from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine
+from flowrl.engines.base import Scoring, TokenGroup, TrainingConfig, TrainingEngine
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
 from flowrl.messages import Buffer, Example, extend
 from flowrl.stages.sampler import Course
-from flowrl.stages.training import check_adapter, opened
+from flowrl.stages.training import check_engine_of, opened
 from flowrl.telemetry.events import Span
 
 if TYPE_CHECKING:
@@ -28,10 +28,9 @@ if TYPE_CHECKING:
 class ExampleReference(Stage):
     """Scores given responses with a frozen model."""
 
-    class Config(Training):
-        """Settings of the reference node; nothing is trained, so the learning rate and schedule are not used."""
+    class Config(Scoring):
+        """Settings of the reference node."""
 
-        engine: str = "flowrl.engines.torch:TorchEngine"
         batch_examples: Annotated[int, Meta(ge=1)] = (
             1  # scored together when ready; above 1 the last bits depend on timing
         )
@@ -50,13 +49,13 @@ class ExampleReference(Stage):
 
     def check(self, say: Say) -> None:
         """Prepare the model, which must read the policy's tokens."""
-        check_adapter(self.config, "reference")
+        check_engine_of(self.config, "reference")
         directory = prepare_model(self.model, say=say)
         if self.model != self.course.model:
             check_same_vocabulary(prepare_model(self.course.model, say=say), directory, "reference_model")
 
     def _settings(self) -> TrainingConfig:
-        return widen(TrainingConfig, self.config, model=str(prepare_model(self.model)))
+        return widen(TrainingConfig, self.config, lora=self.config.lora, model=str(prepare_model(self.model)))
 
     async def follow(self, context: Context) -> None:
         """Serve as a rank other than 0."""

@@ -44,7 +44,7 @@ from flowrl.stages.step import (
 from flowrl.stages.texts import TextSource
 from flowrl.stages.tokens import example_group
 from flowrl.stages.training import (
-    check_adapter,
+    check_engine_of,
     check_experts,
     check_masters,
     check_saving,
@@ -119,7 +119,7 @@ class Learner(Stage):
         if 0 < self.beside.per_step < minibatches:
             what = f"{self.beside.per_step} texts a step are too few for {minibatches} learner.minibatches"
             raise ConfigError("texts.per_step", what, "give each minibatch one or more")
-        check_adapter(self.config, "learner")
+        check_engine_of(self.config, "learner")
         model = prepare_model(self.sampler.model, say=say)
         check_experts(self.config, model, "learner")
         check_saving(self.config, model, "learner")

@@ -25,7 +25,7 @@ from flowrl.stages.sampler import Course
 from flowrl.stages.saving import save_checkpoint
 from flowrl.stages.tokens import example_group, group_batch, padded, with_constant
 from flowrl.stages.training import (
-    check_adapter,
+    check_engine_of,
     check_experts,
     check_masters,
     check_saving,
@@ -86,7 +86,7 @@ class OfflineLearner(Stage):
 
     def check(self, say: Say) -> None:
         """Prepare the model and load the objective."""
-        check_adapter(self.config, "learner")
+        check_engine_of(self.config, "learner")
         model = prepare_model(self.course.model, say=say)
         check_experts(self.config, model, "learner")
         check_saving(self.config, model, "learner")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 from flowrl.config import Meta, widen
 from flowrl.data.models import prepare_model
 from flowrl.data.vocabulary import check_same_vocabulary
-from flowrl.engines.base import Training, TrainingConfig
+from flowrl.engines.base import Scoring, TrainingConfig
 from flowrl.graph.edges import Edge, Queue
 from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import Itself
@@ -18,7 +18,7 @@ from flowrl.graph.stage import Stage
 from flowrl.messages import Buffer, Referenced, Scored, extend
 from flowrl.stages.sampler import Sampler
 from flowrl.stages.tokens import token_group
-from flowrl.stages.training import check_adapter, opened
+from flowrl.stages.training import check_engine_of, opened
 from flowrl.telemetry.events import Span
 
 if TYPE_CHECKING:
@@ -30,10 +30,9 @@ if TYPE_CHECKING:
 class Reference(Stage):
     """Scores sampled tokens with a frozen model."""
 
-    class Config(Training):
-        """Settings of the reference node; nothing is trained, so the learning rate and schedule are not used."""
+    class Config(Scoring):
+        """Settings of the reference node."""
 
-        engine: str = "flowrl.engines.torch:TorchEngine"
         batch_groups: Annotated[int, Meta(ge=1)] = (
             1  # scored together when ready; above 1 the last bits depend on timing
         )
@@ -48,14 +47,14 @@ class Reference(Stage):
 
     def check(self, say: Say) -> None:
         """Prepare the model, which must read the policy's tokens."""
-        check_adapter(self.config, "reference")
+        check_engine_of(self.config, "reference")
         directory = prepare_model(self.model, say=say)
         if self.model != self.sampler.model:
             check_same_vocabulary(prepare_model(self.sampler.model, say=say), directory, "reference_model")
 
     def _settings(self) -> TrainingConfig:
-        model = str(prepare_model(self.model))
-        return widen(TrainingConfig, self.config, model=model, temperature=self.sampler.sampling.temperature)
+        model, temperature = str(prepare_model(self.model)), self.sampler.sampling.temperature
+        return widen(TrainingConfig, self.config, lora=self.config.lora, model=model, temperature=temperature)
 
     async def follow(self, context: Context) -> None:
         """Serve as a rank other than 0."""
@@ -84,7 +83,7 @@ class Reference(Stage):
                     context.done += 1
 
 
-class Scoring(NamedTuple):
+class MaybeReference(NamedTuple):
     """A reference with the edge to it, or none, and where the scored samples go on."""
 
     nodes: dict[str, Stage]
@@ -92,9 +91,9 @@ class Scoring(NamedTuple):
     scored: Source[Scored]
 
 
-def referenced(scored: Source[Scored], config: Reference.Config, sampler: Sampler, *, model: str) -> Scoring:
+def referenced(scored: Source[Scored], config: Reference.Config, sampler: Sampler, *, model: str) -> MaybeReference:
     """Put a reference behind what leaves at `scored`, where a model for it is named."""
     if not model:
-        return Scoring({}, [], scored)
+        return MaybeReference({}, [], scored)
     reference = Reference(config, sampler, model=model)
-    return Scoring({"reference": reference}, [Queue(scored, reference.scored)], reference.referenced)
+    return MaybeReference({"reference": reference}, [Queue(scored, reference.scored)], reference.referenced)

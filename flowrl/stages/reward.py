@@ -22,7 +22,7 @@ from flowrl.data.prompts import PromptData, first_columns, load_tokenizer
 from flowrl.data.steps import StepFinder
 from flowrl.data.vocabulary import check_same_vocabulary
 from flowrl.ending import ending_of
-from flowrl.engines.base import Training, TrainingConfig, open_engine
+from flowrl.engines.base import Scoring, TrainingConfig, open_engine
 from flowrl.errors import ConfigError, LastingError, RewardError
 from flowrl.graph.edges import Edge, Queue
 from flowrl.graph.ports import In, Out
@@ -36,6 +36,7 @@ from flowrl.rewards.isolated import IsolatedFunction, check_loads, untaken
 from flowrl.rewards.worker import Opening
 from flowrl.stages.model_scores import SequenceScores, StepScores, read_normalisation
 from flowrl.stages.sampler import Sampler
+from flowrl.stages.training import check_engine_of
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.events import Notice, Span
 from flowrl.telemetry.quarantine import quarantine
@@ -188,7 +189,7 @@ class RewardModel(Stage):
     at its last token, and a sample's score is what its steps earn.
     """
 
-    class Config(Training):
+    class Config(Scoring):
         """Settings of a reward-model node."""
 
         name: str = ""  # of the score; "" takes the node's name
@@ -212,6 +213,7 @@ class RewardModel(Stage):
 
     def check(self, say: Say) -> None:
         """Prepare the model, which must read the policy's tokens."""
+        check_engine_of(self.config, "reward_model")
         directory = prepare_model(self.model, say=say)
         if self.model != self.sampler.model:
             policy = prepare_model(self.sampler.model, say=say)
@@ -240,7 +242,8 @@ class RewardModel(Stage):
         with context.clock.charge(Cause.START):
             directory = await context.compute(prepare_model, self.model)
             scorer: Any = await context.compute(self._scorer, directory, context.where)
-            settings = widen(TrainingConfig, self.config, model=str(directory), head="value")
+            lora, model = self.config.lora, str(directory)
+            settings = widen(TrainingConfig, self.config, lora=lora, model=model, head="value")
             engine = open_engine(self.config.engine, where=context.where, config=settings,
                                  **self.config.engine_options)  # fmt: skip
             await context.compute(engine.open)

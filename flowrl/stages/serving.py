@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from flowrl.config import ImportPath, Meta, widen
 from flowrl.data.models import inspect_model, prepare_model
-from flowrl.engines.base import GenerationConfig, GenerationEngine, Serving, open_engine
+from flowrl.engines.base import GenerationConfig, GenerationEngine, Serving, check_engine, open_engine
 from flowrl.errors import ChannelClosed, ConfigError
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.events import Span
@@ -37,7 +37,8 @@ class Generation(Serving):
 
 
 def check_context(config: Generation, model: str, say: Say, *, where: str) -> None:
-    """Prepare the model; its context must hold `max_model_len` tokens."""
+    """Prepare the model; its context must hold `max_model_len` tokens, and the engine take its options."""
+    check_engine(config.engine, config.engine_options, where)
     card = inspect_model(prepare_model(model, say=say))
     if card.max_context and config.max_model_len > card.max_context:
         what = f"{config.max_model_len} tokens, but {model} has a context of {card.max_context}"

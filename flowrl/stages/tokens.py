@@ -9,12 +9,17 @@ from flowrl.errors import RunError
 from flowrl.messages import Buffer, Example, Referenced, Rollouts, Sample, Samples
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     import torch
 
     from flowrl.algorithms.base import LossBatch
     from flowrl.messages import FloatArray
+
+
+# Columns of `LossBatch` that a user's stage cannot give.
+OURS = {"behaviour", "mask", "reference", "advantages", "returns", "values", "age", "drift_limit", "proximal", "label",
+        "step_label", "reference_point"}  # fmt: skip
 
 
 def token_group(group: Rollouts, **columns: list[Buffer]) -> TokenGroup:
@@ -33,11 +38,11 @@ def token_group(group: Rollouts, **columns: list[Buffer]) -> TokenGroup:
     return TokenGroup(
         prompt_ids=group.token_ids,
         responses=[sample.token_ids for sample in group.samples],
-        columns={**_of_samples(group, reserved=known), **known, **columns},
+        columns={**_of_samples(group), **known, **columns},
     )
 
 
-def _of_samples(group: Rollouts, *, reserved: Iterable[str]) -> dict[str, list[Buffer]]:
+def _of_samples(group: Rollouts) -> dict[str, list[Buffer]]:
     """Return the columns that a user's stage gave the samples.
 
     Raises:
@@ -47,8 +52,8 @@ def _of_samples(group: Rollouts, *, reserved: Iterable[str]) -> dict[str, list[B
     names = dict.fromkeys(name for sample in group.samples for name in sample.columns)
     for name in names:
         where = f"column {name!r} of group {group.group_id}"
-        if name in reserved:
-            raise RunError(where, "has the name of a column that every sample has", "give it another")
+        if name in OURS:
+            raise RunError(where, "has the name of a column of ours", "give it another")
         found[name] = []
         for place, sample in enumerate(group.samples):
             value, length = sample.columns.get(name), len(sample.token_ids)

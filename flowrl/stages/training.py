@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from flowrl.data.models import inspect_model, prepare_model
-from flowrl.engines.base import Training, TrainingConfig, TrainingEngine, open_engine
+from flowrl.engines.base import Scoring, Training, TrainingConfig, TrainingEngine, check_engine, open_engine
 from flowrl.engines.checkpoint import read_version, write_version
 from flowrl.errors import ConfigError
 from flowrl.telemetry.causes import Cause
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from flowrl.messages import M
 
 
-def check_adapter(settings: Training, where: str) -> None:
-    """Insist on what a node's adapter needs on this machine.
+def check_engine_of(settings: Scoring | Training, where: str) -> None:
+    """Insist on a node's engine and its options, and on what its adapter needs on this machine.
 
     Raises:
         ConfigError: its settings ask for what is not here.
     """
+    check_engine(settings.engine, settings.engine_options, where)
     lora = settings.lora
     if lora.start and not (Path(lora.start) / "adapter_config.json").is_file():
         what = f"{lora.start} has no adapter_config.json"

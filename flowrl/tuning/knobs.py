@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from flowrl.engines.base import Serving, Training
+from flowrl.engines.base import Computing, Serving
 from flowrl.graph.edges import Queue
 from flowrl.graph.program import build_graph
 
@@ -116,7 +116,7 @@ def _all_knobs(settings: Any, graph: Graph, cores: float) -> Iterable[Knob]:
     for path, node in _paths(settings, graph).items():
         stage = graph.nodes[node]
         config: Any = stage.config
-        if not stage.is_stateful and (isinstance(config, Serving | Training) or hasattr(config, "batch_groups")):
+        if not stage.is_stateful and (isinstance(config, Serving | Computing) or hasattr(config, "batch_groups")):
             counts = COUNTS if config.cpus or config.gpus else FEW
             knob = _numbers(f"{path}.replicas", config.replicas, counts, is_minor=not isinstance(config, Serving))
             knob.options.extend(_on_the_same_cores(path, config))

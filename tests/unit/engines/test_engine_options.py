@@ -1,0 +1,74 @@
+"""An engine's options are held against its constructor before anything starts; a frozen model has nothing to train."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from flowrl.config import resolve, widen
+from flowrl.engines.base import Lora, TrainingConfig, check_engine
+from flowrl.errors import ConfigError
+from flowrl.graph.settings import RunSettings
+from flowrl.stages.critic import Critic
+from flowrl.stages.example_reference import ExampleReference
+from flowrl.stages.reference import Reference
+from flowrl.stages.reward import RewardModel
+
+if TYPE_CHECKING:
+    from flowrl.engines.base import Scoring
+
+HERE = f"{__name__}:Engine"
+
+
+class Engine:
+    """An engine of a user's own, with one option."""
+
+    def __init__(self, config: Any, *, where: str, level: int = 1) -> None:
+        pass
+
+
+class Plain:
+    """One that has none."""
+
+    def __init__(self, config: Any, *, where: str, receiver_index: int = 0) -> None:
+        pass
+
+
+class Settings(RunSettings):
+    reference: Reference.Config = Reference.Config()
+    reward_model: RewardModel.Config = RewardModel.Config()
+    critic: Critic.Config = Critic.Config()
+
+
+def test_an_option_that_the_engine_takes_is_accepted() -> None:
+    check_engine(HERE, {"level": 3}, "learner")
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "said"),
+    [
+        (HERE, {"levl": 3}, r"learner.engine_options.levl: .*takes no option 'levl', did you mean 'level'\?"),
+        (HERE, {"where": "x"}, "takes no option 'where'"),
+        (f"{__name__}:Plain", {"stage": 1}, "takes no option 'stage'; it has none"),
+        (f"{__name__}:Nothing", {}, "has no 'Nothing'"),
+    ],
+)
+def test_an_option_that_it_does_not_take_is_refused(path: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_engine(path, options, "learner")
+
+
+@pytest.mark.parametrize("setting", ["reference.lr=5", "reward_model.schedule.kind=cosine", "reference.lora.rank=4"])
+def test_what_is_frozen_has_no_settings_of_training(setting: str) -> None:
+    with pytest.raises(ConfigError, match="has no setting"):
+        resolve(Settings, overrides=[setting])
+    assert resolve(Settings, overrides=["critic.lr=5"]).critic.lr == 5
+
+
+@pytest.mark.parametrize("kind", [Reference.Config, ExampleReference.Config, RewardModel.Config])
+def test_a_quantised_frozen_model_has_an_adapter_that_changes_nothing(kind: type[Scoring]) -> None:
+    config = kind(bits=4, micro_batch_tokens=77)
+    told = widen(TrainingConfig, config, lora=config.lora, model="m")
+    assert (told.lora, told.micro_batch_tokens) == (Lora(rank=1, bits=4), 77)
+    assert kind().lora == Lora()
