@@ -65,7 +65,9 @@ def tiny_counter(directory: Path, seed: int, *, share_shown: float = SHARE_SHOWN
     `share_shown` of the digits it was trained on are right on purpose; with 0.95 it is a teacher.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     if directory.exists():
         return directory
@@ -89,7 +91,8 @@ def tiny_counter(directory: Path, seed: int, *, share_shown: float = SHARE_SHOWN
         loss.backward()
         optimizer.step()
     model.save_pretrained(directory)
-    (directory / "tokenizer.json").write_text("{}")  # never read: prompts and rewards are tokens
+    words = {str(token): token for token in range(VOCABULARY)}  # never used: prompts and rewards are tokens
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="0"))).save_pretrained(directory)
     return directory
 
 

@@ -44,7 +44,7 @@ def test_it_works_and_nothing_it_says_is_heard(tmp_path: Path, capfd: pytest.Cap
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        (refuses, 'model /a: is not right; "quoted"\nin two lines; mend it'),
+        (refuses, r'model /a: is not right; "quoted"\nin two lines; mend it'),
         (fails, "model a: cannot be prepared (exit code 1: KeyError: 'gone'); see `flowrl doctor`"),
         (dies, "model a: cannot be prepared (exit code 9: it said nothing); see `flowrl doctor`"),
     ],

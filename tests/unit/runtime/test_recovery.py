@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from flowrl.runtime.local import Carry, LocalCrew
 
 MEMORY = Path("/dev/shm")
-FULL = 10_000  # schedules of the slow tier
+FULL = 10_000  # schedules
 SHARES = 20  # tests they are spread over, for several processes
+LONG_FROM = 100 + FULL // 5  # those from here on are for `scripts/test.sh --all`
 
 
 @pytest.mark.parametrize("first", range(0, 30, 5))
@@ -42,7 +43,13 @@ def test_thirty_faulty_schedules_keep_the_laws(first: int, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(100, 100 + FULL, FULL // SHARES))
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param(first, marks=[pytest.mark.long] if first >= LONG_FROM else [])
+        for first in range(100, 100 + FULL, FULL // SHARES)
+    ],
+)
 def test_ten_thousand_faulty_schedules_keep_the_laws(first: int) -> None:
     wrong: list[str] = []
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as directory:

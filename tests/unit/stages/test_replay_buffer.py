@@ -108,7 +108,7 @@ class Deaths(Chaos):
 
     async def strike(self, crew: LocalCrew) -> None:
         while self.deaths:
-            await asyncio.sleep(2.9)  # long enough for a checkpoint in each attempt
+            await asyncio.sleep(2.2)  # long enough for a checkpoint in each attempt
             self.deaths -= 1
             await (crew.kill("replay.0") if self.deaths else _lose(crew))
 
