@@ -35,6 +35,7 @@ from flowrl.rewards.function import RewardFunction
 
 if TYPE_CHECKING:
     import io
+    from collections.abc import Iterator
 
 MAX_FRAME_BYTES = 1 << 30  # what is longer is not a frame: something else was written to the socket
 GRACE_S = 2.0  # beyond the time limit, before a call without a parent ends by itself
@@ -134,7 +135,8 @@ def main() -> None:
     faulthandler.enable()  # on SIGABRT, by which the parent ends what takes too long: the log says where it was
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.register_at_fork(after_in_child=lambda: os.close(channel.detach()))  # else our death would go unnoticed
-    threading.Thread(target=_die_with, args=(channel.fileno(),), name="parent", daemon=True).start()
+    with _signals_held_back():
+        threading.Thread(target=_die_with, args=(channel.fileno(),), name="parent", daemon=True).start()
     stream = channel.makefile("rb")
     body = read_frame(stream.read)
     if body:
@@ -176,7 +178,8 @@ def _playing(opening: Playing) -> Serve:
 
 
 def _answer(serve: Serve, body: bytes, runner: asyncio.Runner, timeout_s: float) -> Reply:
-    faulthandler.dump_traceback_later(min(timeout_s + GRACE_S, MOST_S), exit=True)  # a timer that needs no lock
+    with _signals_held_back():
+        faulthandler.dump_traceback_later(min(timeout_s + GRACE_S, MOST_S), exit=True)  # a timer that needs no lock
     try:
         return serve(body, runner)
     except FlowrlError as error:
@@ -189,6 +192,20 @@ def _answer(serve: Serve, body: bytes, runner: asyncio.Runner, timeout_s: float)
 def _refused(error: FlowrlError) -> Refused:
     is_config = isinstance(error, ConfigError)
     return Refused(is_config=is_config, where=error.where, what=error.what, remedy=error.remedy)
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Start threads in this block: they inherit that no signal is for them.
+
+    One that takes user code's alarm in the main thread's place, as the timer's does before it has got to hold signals
+    back itself, leaves it unnoticed for as long as user code computes without a pause.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _die_with(descriptor: int) -> None:

@@ -100,6 +100,11 @@ def test_a_worker_scores_as_the_function_does(name: str, scores: list[float], tm
     assert score(name, tmp_path) == scores
 
 
+def test_no_thread_of_ours_takes_a_signal_in_the_main_thread_s_place(tmp_path: Path):
+    """A loop that waits for its alarm without a pause would never hear of it."""
+    assert score("takers_of_alarms", tmp_path) == [2.0, 0.0], "the timer and the one that waits for the parent's end"
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

@@ -150,6 +150,14 @@ def alarm(completions: list[str]) -> list[float]:
     return caught * len(completions)
 
 
+def takers_of_alarms(completions: list[str]) -> list[float]:
+    """Score with how many threads besides the main one would take an alarm in its place."""
+    others = [task for task in Path("/proc/self/task").iterdir() if int(task.name) != os.getpid()]
+    masks = [re.search(r"^SigBlk:\s*(\w+)", (task / "status").read_text(), re.MULTILINE) for task in others]
+    taking = sum(not int(mask[1], 16) >> signal.SIGALRM - 1 & 1 for mask in masks if mask)
+    return [float(len(others)), float(taking)]
+
+
 def writes_to_channel(completions: list[str]) -> list[float]:
     for descriptor in range(3, 10):
         try:
