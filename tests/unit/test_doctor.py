@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -47,6 +48,28 @@ def test_every_check_answers_in_single_lines(check):
     findings = list(check())
     assert findings
     assert all("\n" not in str(finding) for finding in findings)
+
+
+def test_a_ray_that_lets_everybody_in_must_be_mended(monkeypatch: pytest.MonkeyPatch):
+    def found() -> list[str]:
+        monkeypatch.setattr(doctor, "CHECKS", [check for check in LIGHT if "ray" in check.__name__])
+        lines: list[str] = []
+        return [str(diagnose(lines.append)), *lines]
+
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    assert found()[0] == "0"
+    for mode, code in (("token", "0"), ("disabled", "1")):
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        assert found()[0] == code
+    assert "RAY_AUTH_MODE=disabled" in found()[1]
+
+
+def test_every_check_there_is_is_in_the_list():
+    written = {
+        each for name, each in vars(doctor).items() if name.startswith("_") and inspect.isgeneratorfunction(each)
+    }
+    assert written == set(doctor.CHECKS)
+    assert len(doctor.CHECKS) == len(written), "each once"
 
 
 def test_a_cuda_companion_beside_a_cpu_torch_must_go():
