@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from flowrl.errors import ConfigError, DataError, printable
-from flowrl.runs.query import COUNTED, column, parse, unknown_column
+from flowrl.errors import ConfigError, DataError, one_line, printable
+from flowrl.runs.query import COUNTED, MOST_NUMBER, column, parse, unknown_column
 from flowrl.telemetry.rollouts import step_of
 from flowrl.telemetry.text import shortened
 
@@ -97,6 +97,8 @@ class RecordedRollouts:
         """Return every recorded sample of a group; of one that was learned again, all times."""
         import pyarrow.compute as pc
 
+        if abs(group_id) > MOST_NUMBER:
+            return []
         wanted = list(self.columns)
         return self._data.to_table(columns=wanted, filter=pc.field("group_id") == group_id).to_pylist()
 
@@ -122,7 +124,7 @@ def as_table(listing: Listing, *, width: int | None = None) -> Iterator[str]:
     for place, name in enumerate(sorted(texts, key=widths.__getitem__)):  # what a short one leaves, a long one gets
         widths[name] = min(widths[name], max(CELL, room // (len(texts) - place) - 2))
         room -= widths[name] + 2
-    yield "  ".join(_fitted(name, widths[name], is_text=name in texts) for name in listing.columns).rstrip()
+    yield one_line("  ".join(_fitted(name, widths[name], is_text=name in texts) for name in listing.columns).rstrip())
     for row in cells:
         yield "  ".join(_fitted(row[n], widths[n], is_text=n in texts) for n in listing.columns).rstrip()
     shown = f", the first {len(listing.rows)} shown" if len(listing.rows) < listing.num_chosen else ""
@@ -132,7 +134,8 @@ def as_table(listing: Listing, *, width: int | None = None) -> Iterator[str]:
 def as_json(listing: Listing) -> Iterator[str]:
     """Yield a listing as one JSON object a line."""
     for row in listing.rows:
-        yield msgspec.json.encode(row).decode()
+        text = msgspec.json.encode(row).decode()
+        yield "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def _cell(value: Any) -> str:
@@ -148,7 +151,7 @@ def _fitted(cell: str, width: int, *, is_text: bool) -> str:
 def describe_group(rows: list[dict[str, Any]], fate: str, pieces: Pieces | None) -> Iterator[str]:
     """Yield one group in full as lines: prompt, samples, rewards, tokens with version and ratio, and its fate."""
     first = rows[0]
-    yield f"group {first['group_id']}: {fate}"
+    yield one_line(f"group {first['group_id']}: {fate}")
     prompt = "".join(pieces(first["prompt_token_ids"])) if pieces else first["prompt"]
     yield f"prompt, {len(first['prompt_token_ids'])} tokens"
     yield from _indented(printable(prompt) if prompt else "(its text is not recorded)")
@@ -156,9 +159,9 @@ def describe_group(rows: list[dict[str, Any]], fate: str, pieces: Pieces | None)
         yield ""
         scores = [f"{name} {_cell(value)}" for name, value in row.items()
                   if name.startswith("score.") and value is not None]  # fmt: skip
-        yield f"sample {row['sample']}: reward {_cell(row['reward'])} ({', '.join(scores)})"
+        yield one_line(f"sample {row['sample']}: reward {_cell(row['reward'])} ({', '.join(scores)})")
         facts = f"mean advantage {_cell(row['advantage_mean'])}, staleness {row['staleness']}, ended by {row['finish']}"
-        yield f"  {facts}, {row['generator']}, learned in step {row['learned_in_step']}"
+        yield one_line(f"  {facts}, {row['generator']}, learned in step {row['learned_in_step']}")
         yield from _indented(printable(row["response"] or ""))
         yield from _token_lines(row, pieces)
 

@@ -39,6 +39,8 @@ ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Div: lambda a, b: a.cast("float64") / b,  # Arrow would divide whole numbers as whole numbers
 }
 FUNCTIONS = ("len", "abs", "matches")
+MOST_DEPTH = 64  # levels: the reader and Arrow go down into each by a call of their own
+MOST_NUMBER = 2**63 - 1
 MOST_CHARACTERS = 2000  # of an expression; deeper nesting than that allows would need a longer one
 HELP = "such as 'reward < 0 and staleness > 0'"
 
@@ -58,7 +60,32 @@ def parse(text: str, columns: Mapping[str, str]) -> Any:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ConfigError("--where", f"{text!r} is no expression ({error.args[0]})", f"write one {HELP}") from error
+    _check_size(tree.body)
     return _Reader(columns).condition(tree.body)
+
+
+def _check_size(whole: ast.expr) -> None:
+    """See that the expression and its constants are of a size that can be evaluated."""
+    rest: list[tuple[ast.AST, int]] = [(whole, 1)]
+    while rest:
+        node, depth = rest.pop()
+        if depth > MOST_DEPTH:
+            raise ConfigError("--where", f"is nested more than {MOST_DEPTH} deep", f"write an expression {HELP}")
+        match node:
+            case ast.Constant(value=int(value)) if value > MOST_NUMBER:
+                raise ConfigError("--where", "has a number of more than 64 bits", "write it with an exponent, as 1e20")
+            case ast.Constant(value=str(value)) if not _is_text(value):
+                raise ConfigError("--where", f"{value!r} is half a character and in no text", "write the whole of it")
+            case _:
+                rest += [(child, depth + 1) for child in ast.iter_child_nodes(node)]
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def column(name: str, columns: Mapping[str, str]) -> Any:

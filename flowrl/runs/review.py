@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from flowrl.config import redacted
 from flowrl.data.pieces import pieces_of
-from flowrl.errors import ConfigError, DataError, FlowrlError
+from flowrl.errors import ConfigError, DataError, FlowrlError, one_line
 from flowrl.runs.inspection import RecordedRollouts, as_json, as_table, describe_group
 from flowrl.runs.page.page import Subject, write_page
 from flowrl.runs.verify import describe, verify_run
@@ -84,7 +84,7 @@ def inspect_group(run: Path, group_id: int) -> Iterator[str]:
 
 def _without_rows(run_dir: Path, group_id: int, fate: str) -> list[str]:
     why = "this run records none" if fate.startswith("learned") else "only what is learned is recorded"
-    lines = [f"group {group_id}: {fate}", f"there are no samples of it: {why}"]
+    lines = [one_line(f"group {group_id}: {fate}"), f"there are no samples of it: {why}"]
     quarantined = run_dir / "quarantine" / f"group-{group_id}.json"
     return [*lines, f"what could not be handled is in {quarantined}"] if quarantined.exists() else lines
 

@@ -20,7 +20,7 @@ from flowrl.engines.checkpoint import checkpoint_version, checkpoints_in, damage
 from flowrl.errors import DataError
 from flowrl.runtime.ledger import ENDINGS, Cut, Entry, read_entries, surviving
 from flowrl.runtime.rundir import digest_of, existing_run, is_held, read_plan, read_settings, read_starts
-from flowrl.telemetry.files import REPLACED
+from flowrl.telemetry.files import REPLACED, UNREADABLE
 from flowrl.telemetry.metrics import read_steps
 from flowrl.telemetry.report import read_ending
 from flowrl.telemetry.rollouts import read_groups, step_of, step_path
@@ -197,7 +197,7 @@ def _compare_checkpoints(directory: Path, entries: list[Entry], verdict: Verdict
         verdict.strays += [f"checkpoints/{checkpoint.name}/{name}" for name in strays(checkpoint)]
         try:
             cut = msgspec.json.decode(read_cut(checkpoint), type=Cut)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except UNREADABLE as error:
             verdict.disagreeing.append(f"checkpoints/{checkpoint.name}/cut.json: is no cut ({error})")
             continue
         newest = max(newest, checkpoint_version(checkpoint))

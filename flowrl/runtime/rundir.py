@@ -23,7 +23,7 @@ import msgspec
 from flowrl.config import to_tree
 from flowrl.errors import ConfigError, DataError, ResourceError
 from flowrl.graph.plan import GraphPlan, plan_of
-from flowrl.telemetry.files import RecordFile, check_fence, fence, replace_file, seal, unseal
+from flowrl.telemetry.files import UNREADABLE, RecordFile, check_fence, fence, replace_file, seal, unseal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -190,7 +190,7 @@ def read_plan(run_dir: Path) -> GraphPlan:
     path = run_dir / "graph.json"
     try:
         return msgspec.json.decode(path.read_bytes(), type=GraphPlan)
-    except (OSError, msgspec.DecodeError, RecursionError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise DataError(str(path), f"cannot be read ({error})", "name the directory of a run") from error
 
 

@@ -24,6 +24,7 @@ from flowrl.messages import decode
 from flowrl.runtime.flow import Released, node_name, replica_name
 from flowrl.runtime.ledger import Cut, whole_lines
 from flowrl.telemetry.events import Event, Notice, Recovery
+from flowrl.telemetry.files import UNREADABLE
 from flowrl.telemetry.quarantine import quarantine
 
 if TYPE_CHECKING:
@@ -325,7 +326,7 @@ def newest_start(run_dir: Path, tell: Callable[[str, str, str], None]) -> Start:
         tell("warning", "checkpoints", f"{checkpoint.name}/{stray} belongs to no checkpoint; left alone")
     try:
         cut = msgspec.json.decode(read_cut(checkpoint), type=Cut)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise DataError(str(checkpoint / "cut.json"), f"is no cut ({error})", "resume with --from-start") from error
     whole_lines(run_dir / "ledger.jsonl", cut)
     return Start(cut=cut, checkpoint=checkpoint)

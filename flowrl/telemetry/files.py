@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 REPLACED = "replaced"
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+UNREADABLE = (ValueError, RecursionError)  # what decoding a damaged JSON text may raise, one that is no text included
 _fences: list[tuple[Path, int]] = []  # the attempt that this process belongs to; at most one
 
 

@@ -15,6 +15,7 @@ import msgspec
 
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.events import EdgeStatus, Span, Status
+from flowrl.telemetry.files import UNREADABLE
 from flowrl.telemetry.metrics import events_in
 from flowrl.telemetry.view import words
 
@@ -132,7 +133,7 @@ def _records(path: Path) -> Iterator[_Record]:
                 continue
             try:
                 yield _decoder.decode(line.rstrip(b",\n"))
-            except msgspec.DecodeError:  # a bracket, or a line that a kill cut short
+            except UNREADABLE:  # a bracket, or a line that a kill cut short
                 continue
 
 

@@ -96,7 +96,9 @@ def clock_line(title: str, elapsed_s: float) -> Text:
     """Draw the line above the frame: the run and how long it has been going."""
     from rich.text import Text
 
-    return Text(f"{title}  {format_duration(elapsed_s)} elapsed", style="bold", overflow="ellipsis", no_wrap=True)
+    return Text(
+        f"{one_line(title)}  {format_duration(elapsed_s)} elapsed", style="bold", overflow="ellipsis", no_wrap=True
+    )
 
 
 def frame(view: RunView, *, now_s: float, max_rows: int = MAX_ROWS) -> RenderableType:
@@ -106,7 +108,7 @@ def frame(view: RunView, *, now_s: float, max_rows: int = MAX_ROWS) -> Renderabl
 
     parts: list[RenderableType] = [_figures(view, now_s)]
     if starting := view.starting(now_s):
-        parts.append(Text(starting, style="blue"))
+        parts.append(Text(one_line(starting), style="blue"))
     if view.replicas:
         parts += ["", _replica_table(view.replicas, max_rows)]
     if view.edges:
@@ -182,8 +184,8 @@ def _cells(row: Sequence[ReplicaView]) -> list[Text]:
     running = sum(replica.running for replica in row)
     version = min(replica.version for replica in row)
     return [
-        Text(first.name if len(row) == 1 else f"{first.node} x{len(row)}"),
-        Text(now, style=STYLES.get(common, "")),
+        Text(one_line(first.name if len(row) == 1 else f"{first.node} x{len(row)}")),
+        Text(one_line(now), style=STYLES.get(common, "")),
         *(Text(f"{share:.0%}", style="" if share >= 0.005 else "dim") for share in shown),
         Text(str(sum(replica.done for replica in row))),
         Text(f"{sum(replica.rate_per_s for replica in row):.1f}"),
@@ -208,5 +210,6 @@ def _edge_table(view: RunView) -> RenderableType:
         bar = ProgressBar(
             total=max(1, edge.depth), completed=edge.items, width=20, complete_style=style, finished_style=style
         )
-        table.add_row(edge.edge, bar, Text(f"{edge.items}/{edge.depth}"), Text(f"{edge.size_bytes / 2**20:.1f} MiB"))
+        name = Text(one_line(edge.edge))  # a plain string would be read as markup
+        table.add_row(name, bar, Text(f"{edge.items}/{edge.depth}"), Text(f"{edge.size_bytes / 2**20:.1f} MiB"))
     return table

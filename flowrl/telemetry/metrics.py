@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowrl.telemetry.events import Evaluation, Notice, Status, Step
-from flowrl.telemetry.files import RecordFile
+from flowrl.telemetry.files import UNREADABLE, RecordFile
 from flowrl.telemetry.intervals import mean_interval, prompt_means
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class _StepLine(msgspec.Struct, tag_field="kind", tag="step"):
     metrics: dict[str, float | None]  # null: not a finite number
     time_s: float = 0.0
     num_steps: int = 0
-    staleness: dict[str, int] = {}
+    staleness: dict[int, int] = {}
 
 
 class _EvaluationLine(msgspec.Struct, tag_field="kind", tag="evaluation"):
@@ -128,7 +128,7 @@ def events_in(lines: Iterable[bytes]) -> Iterator[Step | Evaluation | Notice]:
         match row:
             case _StepLine():
                 known = {name: value for name, value in row.metrics.items() if value is not None}
-                stale = [int(age) for age, count in row.staleness.items() for _ in range(count)]
+                stale = [age for age, count in row.staleness.items() for _ in range(count)]
                 yield Step(version=row.version, num_steps=row.num_steps, time_s=row.time_s, metrics=known,
                            staleness=stale)  # fmt: skip
             case _EvaluationLine():
@@ -152,5 +152,5 @@ def _rows(lines: Iterable[bytes]) -> Iterator[_Line]:
     for line in lines:
         try:
             yield _decoder.decode(line)
-        except msgspec.DecodeError:  # a status, or a line that a kill cut short
+        except UNREADABLE:  # a status, or a line that a kill cut short
             continue

@@ -60,7 +60,7 @@ class PlainLines:
         if self._said_s is None and not starting:
             self._said_s = now_s
         elif self._said_s is None or now_s - self._said_s >= (WAIT_LINE_S if starting else QUIET_LINE_S):
-            self._say(starting or state_line(self._view))
+            self._say(one_line(starting or state_line(self._view)))
 
 
 def state_line(view: RunView) -> str:

@@ -14,7 +14,7 @@ import msgspec
 
 from flowrl.errors import one_line
 from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.files import replace_file
+from flowrl.telemetry.files import UNREADABLE, replace_file
 from flowrl.telemetry.intervals import mean_interval, paired_interval, prompt_means
 from flowrl.telemetry.text import shortened
 from flowrl.telemetry.view import format_duration, shares, words
@@ -76,7 +76,7 @@ def read_ending(run_dir: Path) -> Ending | None:
     """Return how a run ended, or None where it has not, or was killed before it could say."""
     try:
         return msgspec.json.decode((run_dir / "ending.json").read_bytes(), type=Ending)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *UNREADABLE):
         return None
 
 

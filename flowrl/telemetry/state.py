@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from flowrl.telemetry.events import EdgeStatus, Status
-from flowrl.telemetry.files import is_full, replace_file
+from flowrl.telemetry.files import UNREADABLE, is_full, replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,5 +81,5 @@ def read_state(run_dir: Path) -> State | None:
     """Return a run's newest state, or None where it has none that can be read."""
     try:
         return msgspec.json.decode(state_path(run_dir).read_bytes(), type=State)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *UNREADABLE):
         return None

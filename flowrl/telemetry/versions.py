@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from flowrl.telemetry.files import RecordFile
+from flowrl.telemetry.files import UNREADABLE, RecordFile
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,7 +50,7 @@ def read_digests(run_dir: Path) -> dict[int, dict[str, str]]:
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             each = msgspec.json.decode(line, type=VersionLine)
-        except msgspec.DecodeError:
+        except UNREADABLE:
             continue
         found[each.version] = each.tensors
     return found

@@ -13,6 +13,8 @@ from flowrl.errors import ConfigError, DataError
 from flowrl.runs.inspection import RecordedRollouts, as_json, as_table, describe_group
 from flowrl.telemetry.rollouts import step_path, write_rollouts
 from tests.support.past_run import HOSTILE, sampled
+from tests.unit.telemetry.test_hostile_text import HOSTILE as ESCAPES
+from tests.unit.telemetry.test_hostile_text import check_harmless
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,3 +94,29 @@ def test_importance_ratios_are_shown_where_they_were_recorded(run_dir: Path) -> 
     row = {**RecordedRollouts(run_dir).group(5)[0], "learner_logprobs": [-0.5, -0.5], "token_versions": [-1, 2]}
     lines = list(describe_group([row], "learned in step 2", None))
     assert [line.split() for line in lines[-2:]] == [["5", "env"], ["6", "2", "0.3679", "1.649"]]
+
+
+@pytest.mark.parametrize("where", ["staleness + 9223372036854775807 > 0", "reward / 0 > 1"])
+def test_numbers_that_cannot_be_computed_are_refused(run_dir: Path, where: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be evaluated"):
+        RecordedRollouts(run_dir).choose(where, limit=1, columns=[])
+    assert RecordedRollouts(run_dir).group(10**30) == []
+
+
+def test_hostile_text_in_any_column_is_shown_harmless_and_stays_json(tmp_path: Path) -> None:
+    groups = [sampled(0, 0, rewards=(0.0, 1.0), text=ESCAPES)]
+    path = step_path(tmp_path / "rollouts", 0)
+    write_rollouts(path, groups, 0)
+    table = pq.ParquetFile(path).read()
+    for name in ("generator", "finish"):  # somebody wrote into the file
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array([ESCAPES] * table.num_rows))
+    pq.write_table(table.append_column(f"score.{ESCAPES}", pa.array([0.5] * table.num_rows)), path)
+    recorded = RecordedRollouts(tmp_path)
+    columns = ["response", "generator", "finish", "reward", f"score.{ESCAPES}"]
+    listing = recorded.choose("", limit=9, columns=columns)
+    shown = [*as_table(listing, width=200), *as_json(listing)]
+    shown += describe_group(recorded.group(0), f"filtered: {ESCAPES}", lambda ids: [ESCAPES] * len(ids))
+    for line in shown:
+        check_harmless(line)
+        assert "\n" not in line
+    assert json.loads(next(as_json(listing)))["generator"] == ESCAPES

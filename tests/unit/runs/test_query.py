@@ -114,6 +114,15 @@ def test_a_comparison_with_a_missing_value_chooses_nothing() -> None:
         ("'a' in reward", "cannot stand behind 'in'"),
         ("(" * 300 + "reward" + ")" * 300 + " < 0", "is no expression"),
         ("not " * 700 + "reward < 0", "characters"),
+        ("-" * 1000 + "reward < 0", "nested more than"),
+        ("reward" + "+1" * 900 + " > 0", "nested more than"),
+        ("a" + ".a" * 900 + " > 0", "nested more than"),
+        ("reward > 1" + "0" * 400, "more than 64 bits"),
+        ("reward > 0x" + "f" * 1800, "more than 64 bits"),
+        ("staleness in (1, 99999999999999999999)", "more than 64 bits"),
+        ("-99999999999999999999 < staleness", "more than 64 bits"),
+        (r"response == '\ud800'", "half a character"),
+        (r"matches(response, '\ud800')", "half a character"),
     ],
 )
 def test_what_is_not_of_the_language_is_refused(text: str, said: str) -> None:
@@ -121,3 +130,32 @@ def test_what_is_not_of_the_language_is_refused(text: str, said: str) -> None:
         parse(text, KINDS)
     assert said in str(caught.value)
     assert str(caught.value).startswith("--where: ")
+
+
+def test_whatever_is_asked_is_answered_or_refused() -> None:
+    """A seeded fuzzer over words of the language and some that are not."""
+    seed = 12
+    draw = random.Random(seed)
+    words = ["reward", "staleness", "response", "token_ids", "score.exact", "1", "'a'", "1e308", "9" * 20, "None",
+             "True", "(1, 2)", "()", r"'\ud800'"]  # fmt: skip
+    joins = [*"+-*/<>", "<=", "==", "**", " in ", " not in ", " is ", " and ", " or "]
+
+    def some(depth: int) -> str:
+        kind = draw.random() if depth else 0.0
+        if kind < 0.2:
+            return draw.choice(words)
+        if kind < 0.7:
+            return f"({some(depth - 1)}{draw.choice(joins)}{some(depth - 1)})"
+        return f"{draw.choice(['not ', '-', 'abs', 'len', 'foo'])}({some(depth - 1)})"
+
+    num_answered = 0
+    for turn in range(250):
+        text = f"{draw.choice(['reward', some(2)])} {draw.choice([*'<>', *joins])} {some(draw.randrange(3))}"
+        try:
+            chosen(text, table(rows=3))
+            num_answered += 1
+        except (ConfigError, pa.ArrowException):  # what Arrow says, `RecordedRollouts` passes on
+            continue
+        except Exception as error:
+            raise AssertionError(f"seed {seed}, turn {turn}: {text!r}") from error
+    assert num_answered > 5

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
+from flowrl.errors import printable
 from flowrl.runs.watch import watch
+from flowrl.telemetry.events import EdgeStatus
 from flowrl.telemetry.metrics import MetricsFile
 from flowrl.telemetry.state import StateFile
 from flowrl.telemetry.view import RunView
 from tests.unit.telemetry.streams import edge, evaluation, notice, status, step
+from tests.unit.telemetry.test_hostile_text import HOSTILE, check_harmless, events
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,3 +138,43 @@ def test_a_run_from_before_there_was_a_state_is_judged_by_its_report(
     if has_report:
         (tmp_path / "report.txt").write_text("finished")
     assert watch(tmp_path, is_held=lambda: False, say=lambda line: None) == end
+
+
+@pytest.mark.parametrize("has_table", [False, True])
+def test_hostile_text_in_a_runs_files_is_shown_harmless(tmp_path: Path, has_table: bool) -> None:
+    named = [
+        status(HOSTILE, at=101.0, computing=1.0),
+        EdgeStatus(edge=HOSTILE, time_s=101.0, items=1, depth=2, size_bytes=3),
+    ]
+    run = Run(tmp_path, [*named, *events(HOSTILE)], work(102.0))
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=False, width=200, height=50) if has_table else None
+    end, said = run.watched(console=console)
+    assert end == "ended"
+    for line in said:
+        check_harmless(printable(line))  # as `say` prints it
+        assert "flowrl: all is well" not in line.splitlines()
+    check_harmless(screen.getvalue())
+
+
+DEEP = b"[" * 100_000
+DAMAGED = [
+    DEEP, b'{"kind":"step","x":' + DEEP, b"\xff\xfe", b'{"kind":"step","version":1,"metrics":{"a":1e999}}',
+    b'{"kind":"notice","level":"info","where":"\xff","text":"a","time_s":1}', b"null", b"",
+    b'{"kind":"step","version":1,"metrics":{},"staleness":{"x":3}}', b'{"started_s":0,"x":' + DEEP,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_file_is_passed_over(tmp_path: Path, damage: bytes) -> None:
+    run = Run(tmp_path, [*work(101.0), step(1, at=101.0)])
+
+    def go_on(seconds: float) -> None:
+        run.go_on(seconds)
+        with (tmp_path / "metrics.jsonl").open("ab") as file:
+            file.write(damage + b"\n")
+        (tmp_path / "state.json").write_bytes(damage)
+
+    end, said = run.watched(wait=go_on)
+    assert end == "killed", "its last state cannot be read, and it left no report"
+    assert any(line.startswith("step 1/40") for line in said)
