@@ -157,8 +157,8 @@ def resolve(
 
 def _imply(tree: dict[str, Any], kind: type[Config]) -> None:
     """Put defaults that what is given implies into `tree`, where it has no value of its own."""
-    for name, annotation in _fields(kind).items():
-        inner, given = _struct_type(annotation), tree.get(name)
+    parts = [("", kind, tree), *((name, _struct_type(each), tree.get(name)) for name, each in _fields(kind).items())]
+    for name, inner, given in parts:
         if inner is None or not isinstance(given, dict):
             continue
         for path, value in inner.implied(cast("dict[str, Any]", given)).items():

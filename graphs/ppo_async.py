@@ -6,7 +6,8 @@ A prompt group is admitted against a credit; at `max_staleness` m there are (m +
 sample is ever more than m policy versions old when it is learned (0 is synchronous training).
 """
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import msgspec
 
@@ -21,6 +22,8 @@ from flowrl.stages.reference import Reference
 from flowrl.stages.reward import Reward, RewardModel, scorers
 from flowrl.stages.texts import TextSource
 
+MINIBATCHES = 8  # of the critic, which learns too little in one optimizer step a version
+
 
 class Settings(OnlineSettings):
     critic_model: str = ""  # a reward model or base model to start the critic from; "": the policy's
@@ -33,8 +36,16 @@ class Settings(OnlineSettings):
     reward: Reward.Config = Reward.Config()  # function="": none
     reward_model: RewardModel.Config = RewardModel.Config(share="learner")  # of every reward model
     reference: Reference.Config = Reference.Config(share="learner")
-    critic: Critic.Config = Critic.Config(share="learner", lr=2e-5, minibatches=8)
+    critic: Critic.Config = Critic.Config(share="learner", lr=2e-5, minibatches=MINIBATCHES)
     texts: TextSource.Config = TextSource.Config()  # a pre-training loss beside the policy's; per_step=0: none
+
+    @classmethod
+    def implied(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the most minibatches of the critic, up to MINIBATCHES, that divide a step's groups."""
+        groups = given.get("groups_per_step")
+        if not isinstance(groups, int):
+            return {}
+        return {"critic.minibatches": next(n for n in range(MINIBATCHES, 0, -1) if groups % n == 0)}
 
 
 def build(s: Settings) -> Graph:

@@ -49,6 +49,8 @@ ONE = {"generator.group_size": 1}
 SMALL_GROUP = r"compares the samples of a group, but group_size is 1; set generator\.group_size .* to 2 or more"
 CUT = r"top_p or top_k cuts the distribution .*; set top_p=1 and top_k=0, or algorithm\.correction\.kind=truncated"
 
+WEIGHED = {"algorithm.correction.kind": "truncated", "learner.minibatches": 2}
+
 
 @pytest.mark.parametrize(
     ("graph", "settings", "said"),
@@ -75,6 +77,11 @@ CUT = r"top_p or top_k cuts the distribution .*; set top_p=1 and top_k=0, or alg
         ),
         ("ppo_async", {"learner.router_aux_loss": 0.01}, "learner.router_aux_loss: .* no experts .*; leave it 0"),
         ("ppo_async", {"critic.router_aux_loss": 0.01}, "critic.router_aux_loss: .* no experts .*; leave it 0"),
+        (
+            "ppo_async",
+            {"groups_per_step": 12, "critic.minibatches": 8},
+            "critic.minibatches: 8 minibatches do not divide 12 groups_per_step; choose a divisor",
+        ),
         ("ppo_async", {"reward.function": ""}, r"nothing scores the samples; give reward\.function or reward_models"),
     ],
 )
@@ -90,7 +97,9 @@ def test_wrong_use_is_refused_with_a_remedy(graph: str, settings: dict[str, Any]
         ("group_async", {"algorithm": ALGORITHM["CISPO"], "sampling.top_p": 0.9}),
         ("group_async", {"algorithm": ALGORITHM["teacher"], "generator.group_size": 1}),
         ("group_async", {"replay.ratio": 0.5}),
-        ("ppo_async", {"sampling.top_p": 0.9}),
+        ("ppo_async", {"sampling.top_p": 0.9, **WEIGHED}),
+        ("ppo_async", {"groups_per_step": 3}),
+        ("ppo_async", {"groups_per_step": 12, "critic.minibatches": 4}),
     ],
 )
 def test_what_is_near_to_wrong_use_but_right_is_taken_in_silence(

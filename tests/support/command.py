@@ -80,7 +80,6 @@ def tiny_settings(model: Path, graph: Path = GRAPH, **more: object) -> Sequence[
         "generator.dtype": "float32",
         "learner.dtype": "float32",
         "critic.dtype": "float32",
-        "critic.minibatches": 1,
         "reference.dtype": "float32",
         "generator.kv_cache_bytes": 64 << 20,
         "agent.group_size": 2,

@@ -247,8 +247,7 @@ def test_tuning_recommends_a_setting_that_is_no_slower(tmp_path: Path, capsys: p
     path = tmp_path / "profile.yaml"
     path.write_text(HAND)
     assert main(["tune", str(GRAPH), "--profile", str(path), "--budget", "12", "--json",
-                 "--set", "groups_per_step=2", "--set", "max_staleness=0",
-                 "--set", "critic.minibatches=1"]) == 0  # fmt: skip
+                 "--set", "groups_per_step=2", "--set", "max_staleness=0"]) == 0  # fmt: skip
     found = json.loads(capsys.readouterr().out)
     assert found["recommended"]["samples_per_s"] >= found["present"]["samples_per_s"] * 0.95
     assert found["sensitivity"]["max_staleness"]["1"] > 1.05
