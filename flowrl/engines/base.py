@@ -277,7 +277,7 @@ class TrainingEngine(Protocol):
         ...
 
     def apply(self) -> dict[str, float]:
-        """Take the optimizer step for what has been accumulated; returns lr and grad_norm."""
+        """Take the optimizer step for what has been accumulated; returns lr and, where one was taken, grad_norm."""
         ...
 
     def publish(self, version: int, canary: Buffer | None) -> Weights:

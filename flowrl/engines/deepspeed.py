@@ -19,7 +19,7 @@ import torch
 from flowrl.engines.deepspeed_interrupt import clear_gradients, guard_collectives, leave_pass
 from flowrl.engines.deepspeed_state import StateNote, read_state, write_state
 from flowrl.engines.savings import decay_groups, offloading
-from flowrl.engines.trainer import Trainer
+from flowrl.engines.trainer import LossScale, Trainer
 from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -116,6 +116,8 @@ class DeepSpeedEngine(Trainer):
             dist_init_required=False,
         )
         self._module = self._engine
+        if self._loss_scale() is not None:
+            self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # `apply` says it with a remedy
         if self.line.world_size > 1:
             self._release_collectives = guard_collectives(self._room.guarded)
         if self._adapter is not None:
@@ -141,6 +143,10 @@ class DeepSpeedEngine(Trainer):
             group["lr"] = lr
         self._engine.step()
         return float(self._norm if self.config.zero_stage == 0 else self._engine.get_global_grad_norm())
+
+    def _loss_scale(self) -> LossScale | None:
+        scaler: Any = getattr(self._engine.optimizer, "loss_scaler", None)
+        return LossScale(scaler.cur_scale, scaler.min_scale) if getattr(scaler, "dynamic", False) else None
 
     def _whole(self, named: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
         if self.config.zero_stage < 3:

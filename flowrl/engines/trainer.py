@@ -14,7 +14,7 @@ import math
 import os
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import msgspec
 import torch
@@ -56,6 +56,13 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     canary: Buffer | None = None
     directory: str = ""
     card: str = ""
+
+
+class LossScale(NamedTuple):
+    """The factor by which a loss is multiplied so that its gradients do not vanish in float16."""
+
+    now: float
+    least: float  # an overflow here is none of the scale
 
 
 def lr_ratio(schedule: Schedule, step: int) -> float:
@@ -103,6 +110,10 @@ class Trainer(Passes):
     def _step(self, lr: float) -> float:
         """Clip, step and clear the gradients; returns the gradient's norm before clipping."""
         raise NotImplementedError
+
+    def _loss_scale(self) -> LossScale | None:
+        """Return the factor of the loss where it adapts to what overflows (float16), else None."""
+        return None
 
     def _whole(self, named: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
         """Yield parameters whole, in the model's dtype; collective where parameters are sharded."""
@@ -277,8 +288,11 @@ class Trainer(Passes):
     def apply(self) -> dict[str, float]:
         """Take the optimizer step for what has been accumulated; returns lr and grad_norm.
 
+        Where the loss is scaled, a gradient that overflows at this scale takes no step and lowers it: then there is no
+        grad_norm, and skipped_frac is 1.
+
         Raises:
-            StageError: the gradient is not finite.
+            StageError: the gradient is not finite, whatever the scale.
         """
         self._check_schedule()
         answers = self._lead(Command(name="apply"))
@@ -289,18 +303,23 @@ class Trainer(Passes):
         lr = self.config.lr * lr_ratio(self.config.schedule, self._num_steps)
         if self._num_steps == 0:
             self._update_average()  # it starts from the weights as they were loaded
+        scale = self._loss_scale()
         grad_norm = self._step(lr)
-        if not math.isfinite(grad_norm):
+        is_finite = math.isfinite(grad_norm)
+        if not is_finite and (scale is None or scale.now <= scale.least):
             what = f"the gradient's norm is {grad_norm} in optimizer step {self._num_steps}"
             raise StageError(self.where, what, "resume from the last checkpoint with a lower lr or max_grad_norm")
+        self._since_step = []
+        scaled = {} if scale is None else {"loss_scale": scale.now, "skipped_frac": float(not is_finite)}
+        if not is_finite:
+            return {"lr": lr, **scaled}
         if not self._has_stepped:  # the optimizer's state is in memory now
             self._scoring.forget_fitted()
             self._learning.forget_fitted()
             self._has_stepped = True
         self._num_steps += 1
-        self._since_step = []
         self._update_average()
-        return {"lr": lr, "grad_norm": grad_norm}
+        return {"lr": lr, "grad_norm": grad_norm, **scaled}
 
     def _update_average(self) -> None:
         if self._average is None:

@@ -145,8 +145,12 @@ def step_choice(choice: Select, objective: Objective, batch: Sequence[Scored]) -
 
 
 def mean_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return the mean of each metric over a step's updates, and of `lr` the last."""
-    means = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+    """Return the mean of each metric over those of a step's updates that have it, and of `lr` the last."""
+    found: dict[str, list[float]] = {}
+    for update in updates:
+        for name, value in update.items():
+            found.setdefault(name, []).append(value)
+    means = {name: sum(values) / len(values) for name, values in found.items()}
     return means | {name: updates[-1][name] for name in ("lr",) if name in means}
 
 

@@ -261,6 +261,59 @@ def on_two_ranks(task: str, path: str, model: Path, directory: Path, **settings:
     return pickle.loads((directory / "result").read_bytes())
 
 
+@pytest.fixture
+def float16(monkeypatch) -> None:
+    """Let DeepSpeed train in float16 on processors that are slow at it, which it refuses."""
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+
+
+def scaled_engine(model: Path, power: int, zero_stage: int, **settings: Any):
+    engine = engine_of(DEEPSPEED, model, dtype="float16", zero_stage=zero_stage, **settings)
+    engine._further = {**engine._further, "fp16": {"initial_scale_power": power, "hysteresis": 1}}
+    engine.open(Ranks())
+    return engine
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_an_overflow_in_float16_takes_no_step_and_lowers_the_scale(model, tmp_path, float16, zero_stage):
+    engine = scaled_engine(model, 20, zero_stage)
+    before, skipped = flat(engine.score(GROUPS)), 0
+    while "grad_norm" not in (figures := two_halves(engine)):
+        assert figures == {"lr": pytest.approx(1e-3), "loss_scale": 2.0 ** (20 - skipped), "skipped_frac": 1.0}
+        assert flat(engine.score(GROUPS)) == before
+        skipped += 1
+    assert 0 < skipped < 20
+    after = flat(engine.score(GROUPS))
+    engine.close()
+    plain = scaled_engine(model, 20 - skipped, zero_stage)
+    expected = two_halves(plain)
+    assert expected["skipped_frac"] == 0.0
+    assert figures == expected
+    assert after == flat(plain.score(GROUPS)) != before
+    plain.close()
+
+
+def test_an_overflow_in_float16_at_the_least_scale_ends_the_run_with_a_remedy(model, float16):
+    engine = scaled_engine(model, 2, 2)
+    objective = choose(WeightedTokens, entropy=1e30)  # too much for float16 whatever the scale
+    for scale in (4.0, 2.0):
+        engine.accumulate(GROUPS, objective)
+        assert engine.apply()["loss_scale"] == scale
+    engine.accumulate(GROUPS, objective)
+    with pytest.raises(StageError, match="norm is inf in optimizer step 0; resume from the last checkpoint"):
+        engine.apply()
+    engine.close()
+
+
+def two_halves(engine) -> dict[str, float]:
+    """Take a step for what two calls accumulate."""
+    for groups in (GROUPS[:4], GROUPS[4:]):
+        engine.accumulate(groups, choose(WeightedTokens, entropy=0.01))
+    return engine.apply()
+
+
 @pytest.mark.parametrize(
     ("head", "path", "zero_stage", "scarce"),
     [

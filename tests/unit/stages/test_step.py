@@ -117,6 +117,10 @@ def test_a_steps_metrics_are_the_mean_of_its_updates_and_the_last_learning_rate(
     updates = [{"loss": 1.0, "lr": 0.1}, {"loss": 2.0, "lr": 0.3}]
     assert mean_metrics(updates) == {"loss": 1.5, "lr": 0.3}
     assert mean_metrics(updates[:1]) == updates[0]
+    left_out = {"loss": 6.0, "lr": 0.3, "skipped_frac": 1.0}  # a step that float16 did not take has no norm
+    taken = {"loss": 2.0, "lr": 0.3, "skipped_frac": 0.0, "grad_norm": 5.0}
+    expected = {"loss": 4.0, "lr": 0.3, "skipped_frac": 0.5, "grad_norm": 5.0}
+    assert mean_metrics([left_out, taken]) == expected == mean_metrics([taken, left_out])
 
 
 def test_the_effective_sample_size_follows_from_the_weights():
