@@ -231,7 +231,7 @@ class Canary(msgspec.Struct, frozen=True, kw_only=True):
 
     token_ids: Buffer  # int32 [T]
     logprobs: Buffer  # float32 [T-1], temperature 1
-    max_mean_gap: float  # nats; the greatest mean |difference| that counts as the same weights
+    max_mean_gap: float  # nats; the greatest mean |difference| of two implementations of any model in this dtype
 
 
 class Weights(Message):

@@ -100,6 +100,7 @@ class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
     transfer_s: float  # receiving and loading the bytes
     mean_gap: float  # nats, canary against the learner; nan without a canary
     max_gap: float
+    allowed_gap: float = float("nan")  # mean_gap above which the version would not be served
 
 
 class GenerationEngine(Protocol):

@@ -49,6 +49,7 @@ class VllmEngine:
         self._ids = count()
         self._broken: FlowrlError | None = None
         self._loaded_gap: Gap | None = None  # the canary of version 0 with the weights that `open` loaded
+        self._first_gap: Gap | None = None  # of the first version proved
         self._unproved: int | None = None
         self._proved = asyncio.Event()
         self._engine: Any = None
@@ -270,7 +271,12 @@ class VllmEngine:
         gap = await self._prove(weights, scored)
         self.version = weights.version
         return UpdateReport(
-            version=weights.version, pause_s=pause_s, transfer_s=fetch_s + load_s, mean_gap=gap.mean, max_gap=gap.max
+            version=weights.version,
+            pause_s=pause_s,
+            transfer_s=fetch_s + load_s,
+            mean_gap=gap.mean,
+            max_gap=gap.max,
+            allowed_gap=gap.allowed,
         )
 
     def _shares_nccl(self, weights: Weights) -> bool:
@@ -354,7 +360,9 @@ class VllmEngine:
             return NO_CANARY
         logprobs = await self._answer(weights.canary, scored, f"of version {weights.version}")
         try:
-            return compare(weights.canary, logprobs, version=weights.version, where=self.where)
+            gap = compare(weights.canary, logprobs, version=weights.version, where=self.where, first=self._first_gap)
+            self._first_gap = self._first_gap or gap
+            return gap
         except ProofError as error:
             if self._loaded_gap is None or self._loaded_gap.mean <= weights.canary.max_mean_gap:
                 raise

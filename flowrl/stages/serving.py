@@ -99,6 +99,7 @@ async def _follow_weights(context: Context, engine: GenerationEngine, port: In[W
                     "transfer_s": report.transfer_s,
                     "canary_mean_gap": report.mean_gap,
                     "canary_max_gap": report.max_gap,
+                    "canary_allowed_gap": report.allowed_gap,
                 },
             )
         )
