@@ -29,8 +29,11 @@ def model_card(checkpoint: Path, node: str) -> str:
     settings = json.loads((checkpoint / node / "model" / "config.json").read_text())
     is_classifier = (settings.get("architectures") or [""])[0].endswith("ForSequenceClassification")
     kind = ("value" if node else "classifier") if is_classifier else "policy"
-    how = f"{loading_of(checkpoint / node / 'model')}. " if is_classifier else ""
-    return _card(checkpoint, node, "transformers", f"{how}{LOADING[kind]}{_padding(settings) if is_classifier else ''}")
+    if not is_classifier:
+        return _card(checkpoint, node, "transformers", LOADING[kind])
+    how = loading_of(checkpoint / node / "model")
+    loading = f"{how[0].upper()}{how[1:]}. {LOADING[kind]}{_padding(settings)}"
+    return _card(checkpoint, node, "transformers", loading)
 
 
 def loading_of(directory: Path) -> str:

@@ -141,7 +141,9 @@ def test_a_reward_model_is_exported_with_its_head(runs: Runs, tmp_path: Path, ca
     run = runs("reward_model", "judge", rows)
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
     assert "AutoModelForSequenceClassification" in capsys.readouterr().out
-    assert "the score of a response is the value at its last token" in (tmp_path / "out" / "README.md").read_text()
+    loading = 'Load it with AutoModelForSequenceClassification.from_pretrained("DIRECTORY") (one label).'
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{loading} The score of a response is the value at its last token." in card
     head = weights_of(tmp_path / "out")["score.weight"]
     assert head.any()
     assert torch.equal(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").score.weight, head)
