@@ -170,21 +170,28 @@ def _imply(tree: dict[str, Any], kind: type[Config]) -> None:
 def _pinned(settings: C, default: Any, at: str, places: Sequence[Path]) -> C:
     """Return settings whose import paths lead to the same files in every process."""
     changes: dict[str, Any] = {}
-    for name, annotation in get_type_hints(type(settings), include_extras=True).items():
-        value, here = getattr(settings, name, None), f"{at}.{name}" if at else name
+    for name in settings.__struct_fields__:
+        value, here = getattr(settings, name), f"{at}.{name}" if at else name
         if isinstance(value, Select):
             example = getattr(default, name, value)
             use = value.use if ":" in value.use else named_beside(value.use, example.use, here)
             pinned: Any = Select(use=pin(use, here, places), options=value.options)
         elif isinstance(value, Config):
             pinned = _pinned(value, getattr(default, name, value), here, places)
-        elif isinstance(value, str) and _is_import_path(annotation):
+        elif isinstance(value, str) and _names_code(type(settings), name):
             pinned = pin(value, here, places)
         else:
             continue
         if pinned != value:
             changes[name] = pinned
     return msgspec.structs.replace(settings, **changes) if changes else settings
+
+
+@functools.cache
+def _names_code(kind: type[Config], field: str) -> bool:
+    """Say whether a field names code; it goes on to where a subclass gives it another default as plain text."""
+    bases = (base for base in kind.__mro__ if issubclass(base, Config))
+    return any(_is_import_path(get_type_hints(base, include_extras=True).get(field)) for base in bases)
 
 
 def _is_import_path(annotation: Any) -> bool:

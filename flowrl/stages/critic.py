@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from flowrl.config import Meta, Select, widen
+from flowrl.config import ImportPath, Meta, Select, widen
 from flowrl.data.models import prepare_model
 from flowrl.data.vocabulary import check_same_vocabulary
 from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine
@@ -93,7 +93,7 @@ class Critic(Stage):
         """Settings of the critic node."""
 
         lr: float = 9e-6  # OpenRLHF paper, section 3.3: larger than the policy's
-        engine: str = "flowrl.engines.deepspeed:DeepSpeedEngine"
+        engine: ImportPath = "flowrl.engines.deepspeed:DeepSpeedEngine"
         objective: Select = Select(use="flowrl.algorithms.value:ValueLoss")
         minibatches: Annotated[int, Meta(ge=0)] = 0  # optimizer steps in one pass over a step's groups; 0: the policy's
         epochs: Annotated[int, Meta(ge=0)] = 0  # passes; 0: the policy's

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Annotated
 
-from flowrl.config import Meta, Select, widen
+from flowrl.config import ImportPath, Meta, Select, widen
 from flowrl.data.models import prepare_model
 from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine
 from flowrl.engines.checkpoint import CARD
@@ -74,7 +74,7 @@ class Learner(Stage):
     class Config(Training):
         """Settings of the learner node."""
 
-        engine: str = "flowrl.engines.deepspeed:DeepSpeedEngine"
+        engine: ImportPath = "flowrl.engines.deepspeed:DeepSpeedEngine"
         epochs: Annotated[int, Meta(ge=1)] = 1  # passes over a step's groups
         minibatches: Annotated[int, Meta(ge=1)] = 1  # optimizer steps in one pass; must divide groups_per_step
         freeze_steps: Annotated[int, Meta(ge=0)] = 0  # first steps in which only the critic learns

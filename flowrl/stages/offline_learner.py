@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from flowrl.config import Meta, widen
+from flowrl.config import ImportPath, Meta, widen
 from flowrl.data.examples import read_template
 from flowrl.data.models import prepare_model
 from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine
@@ -60,7 +60,7 @@ class OfflineLearner(Stage):
     class Config(Training):
         """Settings of the learner node."""
 
-        engine: str = "flowrl.engines.deepspeed:DeepSpeedEngine"
+        engine: ImportPath = "flowrl.engines.deepspeed:DeepSpeedEngine"
         save_every: Annotated[int, Meta(ge=0)] = 0  # steps between checkpoints; 0: only at the end
         keep_checkpoints: Annotated[int, Meta(ge=1)] = 2
         evaluate_every: Annotated[int, Meta(ge=0)] = 0  # steps between evaluations; 0: before and after

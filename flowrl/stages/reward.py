@@ -201,7 +201,7 @@ class RewardModel(Stage):
         step_separator: str = "\n"  # level=step: ends a step, as data.step_separator when the model was trained
         # level=step: of what a sample's steps earn; with their sum more steps earn more
         step_total: Literal["mean", "sum"] = "mean"
-        engine: str = "flowrl.engines.torch:SequenceScoringEngine"
+        engine: ImportPath = "flowrl.engines.torch:SequenceScoringEngine"
 
     rollouts: In[Rollouts]
     scored: Out[Scored]

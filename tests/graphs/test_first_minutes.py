@@ -168,6 +168,71 @@ def test_own_data_and_own_reward_and_nothing_else_make_a_run_with_a_held_out_sco
         assert not [line for line in said if stray in line]
 
 
+ENGINES = """
+from flowrl.engines.torch import SequenceScoringEngine, TorchEngine
+class Mine(TorchEngine):
+    def __init__(self, *arguments, note="", **options):
+        super().__init__(*arguments, **options)
+        assert note in ("", "mine")
+class Judge(SequenceScoringEngine):
+    pass
+"""
+STAGE = """
+from flowrl.graph.ports import In, Out
+from flowrl.graph.stage import Stage, StageConfig
+from flowrl.messages import Scored
+class Passing(Stage):
+    class Config(StageConfig):
+        shout: bool = False
+    scored: In[Scored]
+    passed: Out[Scored]
+    async def run(self, context):
+        async for group in self.scored:
+            await self.passed.put(group)
+"""
+
+
+def own_parts(here: Path) -> Path:
+    """Write engines, a stage and a graph that has it, each in a file of its own; returns the graph's."""
+    (here / "my_engine.py").write_text(ENGINES)
+    (here / "my_stage.py").write_text(STAGE)
+    text = GROUP.read_text()
+    for before, after in (
+        ("import msgspec\n", "import msgspec\nfrom my_stage import Passing\n"),
+        ("    reference: ", "    passing: Passing.Config = Passing.Config()\n    reference: "),
+        ("row = dict(", "passing = Passing(s.passing)\n    row = dict(passing=passing, "),
+        ("Queue(scoring.scored, reference.scored)", "Queue(scoring.scored, passing.scored),\n"
+         "            Queue(passing.passed, reference.scored)"),
+    ):  # fmt: skip
+        assert text.count(before) == 1
+        text = text.replace(before, after)
+    (here / "my_graph.py").write_text(text)
+    return here / "my_graph.py"
+
+
+def test_engines_and_a_stage_of_ones_own_are_found_where_their_user_stands(tiny: Path, here: Path):
+    (here / "my_rewards.py").write_text(TRL)
+    graph = own_parts(here)
+    given = {"reward__function": "my_rewards:score", "learner__engine": "my_engine:Mine",
+             "reference__engine": "my_engine.py:Mine", "reward_model__engine": "./my_engine.py:Judge",
+             "learner__engine_options": "{note: mine}"}  # fmt: skip
+    code, said = flowrl(here, "check", graph, *settings(tiny, graph, **given))
+    assert code == 0, said
+    code, said = flowrl(here, "check", graph, *settings(tiny, graph, **{**given, "learner__engine": "my_engine:Main"}))
+    assert (code, "did you mean 'Mine'?" in said[-1]) == (2, True), said
+
+
+def test_engines_and_a_stage_of_ones_own_make_a_run(tiny: Path, here: Path):
+    (here / "my_rewards.py").write_text(TRL)
+    graph = own_parts(here)
+    given = settings(tiny, graph, reward__function="my_rewards:score", runtime="local", hints="false", steps=1,
+                     learner__engine="my_engine:Mine", reference__engine="./my_engine.py:Mine",
+                     learner__engine_options="{note: mine}")  # fmt: skip
+    code, said = flowrl(here, "run", graph, *given, "--name", "own")
+    assert code == 0, said
+    assert f"{here}/my_engine.py:Mine" in (here / "runs" / "own" / "settings.yaml").read_text()
+
+
 def test_a_recipe_that_needs_another_run_says_which_command_makes_it(tiny: Path, here: Path):
     recipe = ROOT / "graphs" / "recipes" / "smollm2-distill.yaml"
     code, said = flowrl(here, "run", ROOT / "graphs" / "sft.py", "--config", recipe, "--set", f"model={tiny}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +12,11 @@ import pytest
 from flowrl.config import Config, ImportPath, Select, resolve
 from flowrl.errors import ConfigError
 from flowrl.imports import classes_like, load_class, load_object, named_beside, path_of, pin
+from flowrl.stages.critic import Critic
+from flowrl.stages.learner import Learner
+from flowrl.stages.offline_learner import OfflineLearner
+from flowrl.stages.reference import Reference
+from flowrl.stages.reward import RewardModel
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +33,19 @@ class Node(Config):
 class Settings(Config):
     algorithm: Select = Select(use=GRPO)
     reward: Node = Node()
+
+
+class Mine(Node):
+    function: str = "flowrl.rewards.verify:math_answer"  # another default, written as one would
+
+
+class All(Settings):
+    mine: Mine = Mine()
+    critic: Critic.Config = Critic.Config()
+    judge: RewardModel.Config = RewardModel.Config()
+    learner: Learner.Config = Learner.Config()
+    offline: OfflineLearner.Config = OfflineLearner.Config()
+    reference: Reference.Config = Reference.Config()
 
 
 @pytest.fixture
@@ -120,6 +139,13 @@ def test_settings_are_pinned_wherever_they_name_user_code(here: Path):
     assert found.algorithm == Select(use=pinned, options={"beta": 2})
     assert found.reward == Node(function=pinned, second=pinned, name="my_things:x")
     assert resolve(Settings, places=places(here)) == Settings()
+
+
+def test_a_setting_that_names_code_does_so_in_every_node_that_has_it(here: Path):
+    (here / "here" / "my_things.py").write_text("")
+    names = ["mine.function", *(f"{node}.engine" for node in ("critic", "judge", "learner", "offline", "reference"))]
+    found = resolve(All, overrides=[f"{name}=my_things:x" for name in names], places=places(here))
+    assert {attrgetter(name)(found) for name in names} == {f"{here}/here/my_things.py:x"}
 
 
 @pytest.mark.parametrize(
