@@ -140,6 +140,7 @@ class Graph:
             if not stage.ports:
                 remedy = "annotate what it takes and gives: rollouts: In[Rollouts], scored: Out[Scored]"
                 raise GraphError(node, f"{name} declares no port", remedy)
+            self._check_copies(node, stage)
             if not stage.is_stateful or stage is self.until:
                 continue
             if type(stage).save is Stage.save:
@@ -147,6 +148,18 @@ class Graph:
             if not self.until.is_stateful:
                 what = f"keeps state for which {self.until_node} writes no checkpoints"
                 raise GraphError(node, what, "let a stateful node end the run")
+
+    def _check_copies(self, node: str, stage: Stage) -> None:
+        """Insist that a stage can be as many processes as its settings say."""
+        name, config = type(stage).__name__, stage.config
+        if config.ranks > 1 and type(stage).follow is Stage.follow:
+            what = f"{config.ranks}, but {name} is no stage whose ranks march together"
+            raise GraphError(f"{node}.ranks", what, "leave it 1")
+        why = "ends the run" if stage is self.until else "keeps state" if stage.is_stateful else "does its work once"
+        if config.replicas > 1 and (stage.is_single or stage.is_stateful or stage is self.until):
+            is_marching = type(stage).follow is not Stage.follow
+            remedy = "leave it 1, and use ranks for more devices" if is_marching else "leave it 1"
+            raise GraphError(f"{node}.replicas", f"{config.replicas}, but {name} {why}", remedy)
 
     def _check_ports(self) -> None:
         joined: dict[str, list[Edge]] = defaultdict(list)

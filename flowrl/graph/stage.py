@@ -186,6 +186,7 @@ class Stage:
     ordered: ClassVar[frozenset[str]] = frozenset()  # ports at which groups arrive in the order of their ids
     # Whether it holds what cannot be made again from its messages: if it dies, the run goes back to a checkpoint.
     is_stateful: ClassVar[bool] = False
+    is_single: ClassVar[bool] = False  # replicas would each do all of its work, or break its order; so would state
     data_digest: str = ""  # of the rows that `check` has read, which a resumed run must find again
     saves: In[Save]  # only of a stateful stage, as the next; a graph joins them
     saving: Out[Save]  # where it is the graph's last node: asks all the others for their part of a checkpoint

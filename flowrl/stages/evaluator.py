@@ -45,6 +45,7 @@ class Evaluator(Stage):
         # As reward.function; null: the reward's own; "": the scores that the rollouts bring from their environment
         function: ImportPath | None = None
 
+    is_single = True
     requests: In[EvaluationRequest]
     prompts: Out[Prompt]
     rollouts: In[Rollouts]  # at most `in_flight` are on their way here

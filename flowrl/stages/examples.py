@@ -87,6 +87,7 @@ class Examples(Stage):
     class Config(StageConfig):
         """Settings of the examples node."""
 
+    is_single = True
     credits: In[Credit]
     examples: Out[Example]
 
@@ -130,6 +131,7 @@ class HeldoutExamples(Stage):
     class Config(StageConfig):
         """Settings of the held-out node."""
 
+    is_single = True
     examples: Out[Example]
 
     def __init__(self, config: Config, course: Course) -> None:

@@ -30,6 +30,7 @@ class Prompts(Stage):
     class Config(StageConfig):
         """Settings of the prompts node."""
 
+    is_single = True
     optional = frozenset({"ended"})
     credits: In[Credit]
     prompts: Out[Prompt]

@@ -26,6 +26,7 @@ class Recorded(Stage):
     class Config(StageConfig):
         """Settings of the recorded node."""
 
+    is_single = True
     credits: In[Credit]
     samples: Out[Samples]
 

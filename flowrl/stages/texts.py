@@ -35,6 +35,7 @@ class TextSource(Stage):
         # Plain text (column text), conversations or demonstrations, of which the responses are learned.
         data: ExampleData = ExampleData(num_heldout=0)
 
+    is_single = True
     wanted: In[Texts]
     texts: Out[Texts]
 

@@ -13,14 +13,18 @@ from flowrl.graph.edges import UNSAID
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
 from flowrl.graph.plan import GraphPlan, graph_of, plan_of
 from flowrl.graph.ports import In, Out
+from flowrl.graph.program import load_program
 from flowrl.graph.show import edge_table, mermaid, staleness_line
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.graph.staleness import Admission, most_credits, staleness_bound
 from flowrl.messages import Credit, Prompt, Rollouts, Samples, Weights
+from tests.support.command import ROOT
 from tests.support.flows import flow, random_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+GRAPHS = ROOT / "graphs"
 
 
 class Source(Stage):
@@ -156,7 +160,7 @@ def test_a_spoiled_graph_is_refused_with_its_place(spoil: Callable[[Parts], None
         ({"window": 6}, "3 credits can never fill a step of 4 groups; lower window"),
         ({"per_version": 0}, "learns 0 groups"),
         ({"depth": 7}, "depth=7 with 8 credits"),
-        ({"sink_replicas": 2}, "2 replicas compete"),
+        ({"sink_replicas": 2}, "sink.replicas: 2, but Sink ends the run; leave it 1"),
         ({"window": 0}, "window=0"),
     ],
 )
@@ -164,6 +168,36 @@ def test_bounds_that_break_or_deadlock_are_refused_with_the_arithmetic(bounds: d
     with pytest.raises(GraphError) as refused:
         Parts(**bounds).graph().check()
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("graph", "override", "said"),
+    [
+        ("ppo_async", "generator.ranks=2", "generator.ranks: 2, but Generator is no stage whose ranks march together"),
+        ("ppo_async", "reward.ranks=2", "reward.ranks: 2, but Reward is no"),
+        ("ppo_async", "reward_model.ranks=2", "reward_model_0.ranks: 2, but RewardModel is no"),
+        ("ppo_async", "prompts.ranks=2", "prompts.ranks: 2, but Prompts is no"),
+        ("ppo_async", "prompts.replicas=2", "prompts.replicas: 2, but Prompts does its work once; leave it 1"),
+        ("ppo_async", "evaluation.replicas=2", "evaluation.replicas: 2, but Evaluator does its work once"),
+        ("ppo_async", "critic.replicas=2", "critic.replicas: 2, but Critic keeps state; leave it 1, and use ranks"),
+        ("ppo_async", "learner.replicas=2", "learner.replicas: 2, but Learner ends the run; leave it 1, and use ranks"),
+        ("group_async", "advantage.replicas=2", "advantage.replicas: 2, but Advantage keeps state; leave it 1"),
+        ("agent_async", "agent.ranks=2", "agent.ranks: 2, but Agent is no"),
+        ("generate", "generator.ranks=2", "generator.ranks: 2, but"),
+    ],
+)
+def test_processes_that_a_stage_cannot_be_are_refused(graph: str, override: str, said: str) -> None:
+    models = ["reward_models=[x]"] if "reward_model." in override else []
+    with pytest.raises(GraphError) as refused:
+        load_program(GRAPHS / f"{graph}.py", overrides=[override, *models])
+    assert str(refused.value).startswith(said)
+
+
+def test_replicas_compete_where_a_stage_allows_it_but_never_for_an_ordered_queue() -> None:
+    parts = Parts()
+    object.__setattr__(parts.edges[0], "window", 1)
+    with pytest.raises(GraphError, match=r"window=1\) but 2 replicas compete for it"):
+        parts.graph().check()
 
 
 def test_the_staleness_refusal_says_what_would_be_accepted() -> None:
