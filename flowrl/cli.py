@@ -194,10 +194,13 @@ def _show(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     from flowrl.runtime.launch import check_program, describe
+    from flowrl.tuning.companion import Advised
 
     program = _load(options)
     _say(describe(program))
     check_program(program, say=_say, address=None)
+    for line in Advised().foretell(program, Path("runs")):
+        _say(line)
     _say("ok: nothing was started")
     return 0
 

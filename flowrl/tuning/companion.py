@@ -49,12 +49,15 @@ class Advised(RunCompanion):
     """Predicts a run from the runs beside it, measures its costs, and says which setting would make it quicker."""
 
     def foretell(self, program: Program, runs_dir: Path) -> Iterable[str]:
-        """Return the prediction, where runs were made before; see `advisor.forecast`."""
-        if not any(runs_dir.glob("*/profile.json")):
-            return ()
-        from flowrl.tuning.advisor import forecast
+        """Return the prediction, where runs were made before (`advisor.forecast`), else an estimate."""
+        from flowrl.tuning.estimate import estimate
 
-        return forecast(program, runs_dir)
+        if any(runs_dir.glob("*/profile.json")):
+            from flowrl.tuning.advisor import forecast
+
+            if lines := forecast(program, runs_dir):
+                return lines
+        return [estimate(program)]
 
     def add_sinks(self, program: Program, run_dir: Path, sinks: Sinks) -> None:
         """Add the profile, and hints where the settings want them."""

@@ -219,5 +219,6 @@ def test_a_graph_without_costs_is_refused_by_name(tmp_path: Path) -> None:
         hinted(run_dir)
 
 
-def test_a_run_with_no_run_beside_it_is_told_nothing(tmp_path: Path) -> None:
-    assert list(companion.Advised().foretell(ppo(), tmp_path)) == []
+def test_a_run_with_no_run_beside_it_is_told_an_estimate_or_why_there_is_none(tmp_path: Path) -> None:
+    (line,) = companion.Advised().foretell(ppo("model=/nowhere"), tmp_path)
+    assert line.startswith("how long it will take cannot be said before a first run")

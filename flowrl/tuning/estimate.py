@@ -1,0 +1,147 @@
+"""A rough word on how long a run will take where no earlier run tells: from its model, its tokens and its cores.
+
+Invariants: within an order of magnitude of the truth on a CPU like the one of docs/benchmarks.md, with what was assumed
+in the same line; where that cannot be, the line says so and why; it costs a moment and never the run. Called by
+companion.py and `flowrl check`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from flowrl.data.examples import read_source
+from flowrl.data.models import inspect_model, prepare_model
+from flowrl.engines.base import Scoring, Serving, Training
+from flowrl.runtime.placement import num_cores
+from flowrl.stages.sampler import Course, Sampler
+from flowrl.telemetry.view import format_duration
+
+if TYPE_CHECKING:
+    from flowrl.data.examples import ExampleData
+    from flowrl.graph.graph import Graph
+    from flowrl.graph.program import Program
+    from flowrl.graph.stage import Stage
+
+# Tokens a second on one core for a model of SIZE parameters, as measured in docs/benchmarks.md; larger ones are slower.
+SIZE = 135e6
+DECODED, TRAINED = 250.0, 130.0
+SCORED = 3 * TRAINED  # a forward is a third of a training step
+MOST = 30.0  # times as quick a model can be for being small
+STEP_S = 1.0  # of every step, whatever the model
+PROMPT = 80  # tokens, with the chat template
+OBSERVATION = 32  # tokens of an environment's between two turns, with the chat template
+CHARACTERS = 4.0  # in a token
+LOOKED = 32  # examples whose length is looked at
+ENGINES = "flowrl.engines."
+
+
+class Load(NamedTuple):
+    """What a run is to do in each step, in tokens of a sequence."""
+
+    steps: int
+    samples: int
+    response: float  # sampled
+    whole: float  # of one sample, with its part of the prompt
+    heldout: int  # samples that are drawn for the evaluations of the whole run
+
+
+def estimate(program: Program) -> str:
+    """Return a line on how long the run may take, or why that cannot be said."""
+    try:
+        return _line(program.graph, num_cores())
+    except Exception as error:  # an estimate may fail as it likes and must never cost the run
+        return f"how long it will take cannot be said before a first run ({type(error).__name__}: {error})"
+
+
+def _line(graph: Graph, cores: int) -> str:
+    load = _load(graph)
+    why = "it has no number of steps" if load is None else _unknown(graph)
+    if why or load is None:
+        return f"how long it will take cannot be said before a first run: {why}"
+    per_device: dict[str, float] = defaultdict(float)
+    first_s, model = 0.0, (_given(graph, Sampler) or _given(graph, Course)).model
+    for name, stage in graph.nodes.items():
+        step_s, evaluation_s = _node_s(stage, model, load)
+        per_device[stage.config.share or name] += step_s
+        first_s += evaluation_s
+    total_s = sum(per_device.values())
+    admission = graph.until.admission
+    is_synchronous = admission is not None and admission.max_staleness == 0
+    step_s = STEP_S + (total_s if is_synchronous else max(*per_device.values(), total_s / cores))
+    size = inspect_model(prepare_model(model)).num_parameters
+    sampled = f" ({load.response:.0f} of them sampled)" if load.response else ""
+    return (
+        f"about {_in_words(load.steps * step_s + first_s)}, give or take a factor of three: {load.steps} steps of "
+        f"{load.samples} samples x {load.whole:.0f} tokens{sampled}, a model of {size / 1e6:.3g} million parameters, "
+        f"{cores} cores; another run will be told from this one"
+    )
+
+
+def _in_words(seconds: float) -> str:
+    """Return a duration no more exactly than it is known: `12 minutes`, `2h05m`."""
+    minutes = max(1, round(seconds / 60))
+    return format_duration(60.0 * minutes) if minutes >= 90 else f"{minutes} minute{'s' * (minutes > 1)}"
+
+
+def _unknown(graph: Graph) -> str:
+    """Return what of a graph nothing is known about; "" where all is."""
+    for name, stage in graph.nodes.items():
+        if stage.config.gpus:
+            return f"{name} has GPUs"
+        engine = getattr(stage.config, "engine", ENGINES)
+        if not engine.startswith(ENGINES):
+            return f"{name} has {engine}"
+    return ""
+
+
+def _given(graph: Graph, kind: type[Any]) -> Any:
+    """Return what the graph's nodes are given of a kind, which is one and the same for all; None: nothing."""
+    values = (value for stage in graph.nodes.values() for value in stage.arguments.values())
+    return next((value for value in values if isinstance(value, kind)), None)
+
+
+def _load(graph: Graph) -> Load | None:
+    admission = graph.until.admission
+    if admission is None or not admission.versions:
+        return None
+    sampler, course = _given(graph, Sampler), _given(graph, Course)
+    if sampler is None:
+        tokens = _example_tokens(course.data) if course else 0.0
+        return Load(admission.versions, admission.per_version, 0.0, tokens, course.data.num_heldout) if course else None
+    sampled = float(sampler.max_response)
+    observed = (sampler.max_turns - 1) * OBSERVATION
+    whole = min(sampled + observed + PROMPT / sampler.group_size, float(sampler.max_model_len))
+    repeated = max((getattr(stage.config, "samples", 0) for stage in graph.nodes.values()), default=0)
+    every: int = getattr(graph.until.config, "evaluate_every", 0)
+    evaluations = 1 + (-(-admission.versions // every) if every else 1)
+    heldout = evaluations * repeated * sampler.data.num_heldout
+    return Load(admission.versions, admission.per_version * sampler.group_size, sampled, whole, heldout)
+
+
+def _example_tokens(data: ExampleData) -> float:
+    """Return the mean tokens of the first examples, by their characters."""
+    rows = read_source(data, data.sources[0], bad=lambda error: None)
+    sizes = [len(msgspec.json.encode(row.columns)) / CHARACTERS for row in itertools.islice(rows, LOOKED)]
+    return min(sum(sizes) / max(1, len(sizes)), 2.0 * data.max_tokens)
+
+
+def _node_s(stage: Stage, model: str, load: Load) -> tuple[float, float]:
+    """Return the seconds that a node works in each step, and in the evaluations of the whole run."""
+    config = stage.config
+    if not isinstance(config, Serving | Training | Scoring):
+        return 0.0, 0.0
+    size = inspect_model(prepare_model(getattr(stage, "model", "") or model)).num_parameters
+    width = config.threads * config.ranks * config.replicas
+    faster = width * min(MOST, SIZE / max(1, size))
+    if isinstance(config, Serving):
+        return load.samples * load.response / (DECODED * faster), load.heldout * load.response / (DECODED * faster)
+    tokens = load.samples * load.whole
+    if isinstance(config, Scoring):
+        return tokens / (SCORED * faster), 0.0
+    passes: int = getattr(config, "epochs", 1)
+    evaluated = 0.0 if load.response else 2 * load.heldout * load.whole / (SCORED * faster)
+    return passes * tokens / (TRAINED * faster), evaluated
