@@ -3,8 +3,8 @@
 Data come from OpenAI's wire format, from Parquet, which gives every object the fields that any of them has, and from
 hands. Invariants: a content is a string (null is "", text parts are joined, a part that is no text is refused); a tool
 call is {"type": "function", "function": {"name", "arguments"}} with the arguments an object, every key of it kept;
-`weight` is 0 or 1; no other null is left among a message's own fields. Called by formats.py for examples and by
-prompts.py for prompts.
+`weight` is 0 or 1; no other null is left among a message's own fields. ShareGPT's messages (from, value) are messages
+too. Called by formats.py for examples and by prompts.py for prompts.
 """
 
 from __future__ import annotations
@@ -23,6 +23,32 @@ WEIGHTS = ("weight", "train", "loss")  # what OpenAI and Mistral, axolotl and ms
 SYSTEM_ROLES = ("system", "developer")
 THOUGHTS = {"reasoning_content", "reasoning", "thinking"}  # what an assistant thought, where it is apart from content
 ALIEN = {"function_call": "tool_calls", "functions": "the column tools"}  # fields that no template reads
+
+SPEAKERS = {  # in ShareGPT's data
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
+    "system": "system", "observation": "tool", "tool": "tool",
+}  # fmt: skip
+
+
+def renamed(value: Any, place: str) -> Any:
+    """Return ShareGPT's messages (from, value), or a single one, with role and content; anything else as it is.
+
+    Raises:
+        DataError: one of them is from somebody unknown.
+    """
+    given = cast("list[Any]", value if isinstance(value, list) else [value])
+    if not given or not all(isinstance(each, dict) and {"from", "value"} <= each.keys() for each in given):
+        return value
+    return [_spoken(message, f"message {k}", place) for k, message in enumerate(given)]
+
+
+def _spoken(message: dict[str, Any], which: str, place: str) -> dict[str, Any]:
+    speaker = message["from"]
+    if speaker not in SPEAKERS:
+        remedy = f"{', '.join(SPEAKERS)} are known; write a call as tool_calls of a message with role and content"
+        raise DataError(place, f"{which} is from {speaker!r}", remedy)
+    others = {name: each for name, each in message.items() if name not in ("from", "value")}
+    return {"role": SPEAKERS[speaker], "content": message["value"], **others}
 
 
 def messages_of(row: RawRow, name: str) -> Conversation:

@@ -10,6 +10,7 @@ The types and column names are those of TRL's documentation ("Dataset formats an
     language-modeling     messages, or text
     prompt-only           prompt
 
+ShareGPT's column `conversations` is read as `messages`, or as the `prompt` of chosen and rejected, with its `system`.
 A row with the columns of several types is of the first that fits, in this order. Columns `tools` and
 `chat_template_kwargs` go to the chat template, `finish` (or `finish_reason`) says that a response was sampled and
 whether it was cut; others are left alone; a null is as good as a column that is not there.
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import msgspec
 
-from flowrl.data.conversations import Conversation, messages_of, noun, options_of, tools_of
+from flowrl.data.conversations import Conversation, messages_of, noun, options_of, renamed, tools_of, with_system
 from flowrl.errors import DataError
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ SHAPES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
 WORDS = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
 # Where prompts for online training are looked for, in this order.
 PROMPT_COLUMNS = ("prompt", "messages", "context_messages", "question", "problem", "instruction", "query", "input")
+SHAREGPT = "conversations"
+SPOKEN = (SHAREGPT, "messages", "context_messages", "prompt", "completion", "chosen", "rejected")  # may hold messages
 SHOWN_COLUMNS = 12  # of a row, in an error
 
 
@@ -107,14 +110,22 @@ class NormalRow(msgspec.Struct, frozen=True, kw_only=True):
 def with_names(row: RawRow, names: Mapping[str, str]) -> RawRow:
     """Return a row with columns under other names as well, `names` saying which is whose: {"answer": "solution"}.
 
+    ShareGPT's names are known without being given.
+
     Raises:
-        DataError: it lacks one of them.
+        DataError: it lacks one of them, or a message is from somebody unknown.
     """
     missing = [theirs for theirs in names.values() if theirs not in row.columns]
     if missing:
         what = f"no column {missing[0]!r} (columns: {', '.join(row.columns) or 'none'})"
         raise DataError(row.place, what, "mend data.columns")
-    return msgspec.structs.replace(row, columns=row.columns | {ours: row.columns[names[ours]] for ours in names})
+    columns = row.columns | {ours: row.columns[names[ours]] for ours in names}
+    columns |= {name: renamed(columns[name], row.place) for name in SPOKEN if columns.get(name)}
+    ours, said, system = "prompt" if columns.get("chosen") else "messages", columns.get(SHAREGPT), columns.get("system")
+    if said and columns.get(ours) is None:
+        is_told = isinstance(system, str) and system and isinstance(said, list) and "role" in cast("list[Any]", said)[0]
+        columns[ours] = with_system(cast("Conversation", said), cast("str", system)) if is_told else said
+    return msgspec.structs.replace(row, columns=columns)
 
 
 def prompt_column(row: RawRow) -> str:

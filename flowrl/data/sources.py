@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import json
 import sys
 import zlib
 from contextlib import contextmanager
@@ -193,8 +194,23 @@ def _read_row(line: bytes, place: str, remedy: str, bad: Bad) -> Iterator[RawRow
             bad(DataError(place, found, "write one JSON object for each row, or set data.on_bad=skip"))
         elif flaw := _flaw(cast("dict[str, Any]", row), place, num_brackets=line.count(b"[") + line.count(b"{")):
             bad(flaw)
+        elif name := _twice(line):
+            bad(DataError(place, f"gives {name!r} twice in one object", "write it once, or set data.on_bad=skip"))
         else:
             yield RawRow(place, cast("dict[str, Any]", row))
+
+
+def _twice(line: bytes) -> str:
+    """Return a key that an object in JSON has twice, of which readers take one and lose the other; "" where none."""
+    found: list[str] = []
+
+    def look(pairs: list[tuple[str, Any]]) -> None:
+        if len(dict(pairs)) < len(pairs):
+            names = [name for name, _ in pairs]
+            found.append(next(name for place, name in enumerate(names) if name in names[:place]))
+
+    json.loads(line, object_pairs_hook=look)
+    return found[0] if found else ""
 
 
 def _read_table(path: Path, file: BinaryIO, delimiter: str, bad: Bad) -> Iterator[RawRow]:

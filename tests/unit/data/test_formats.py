@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flowrl.data.formats import detect, good_response, normalise
+from flowrl.data.formats import detect, good_response, normalise, with_names
 from flowrl.data.sources import RawRow
 from flowrl.errors import DataError
 
@@ -64,6 +64,44 @@ def test_format_is_told_by_columns_and_their_types_alone(name: str, columns: dic
 def test_row_with_columns_of_several_formats_is_of_the_first_unless_another_is_asked_for(columns, kind, override):
     assert detect(raw(**columns)).kind == kind
     assert detect(raw(**columns), override).kind == override
+
+
+def told(*turns: tuple[str, str]) -> list[dict[str, Any]]:
+    return [{"from": speaker, "value": text} for speaker, text in turns]
+
+
+SKY = ("human", "What colour is the sky?")
+
+
+@pytest.mark.parametrize(
+    ("columns", "same"),
+    [
+        ({"conversations": told(SKY, ("gpt", "Blue."))}, {"messages": ASK + BLUE}),
+        ({"conversations": ASK + BLUE}, {"messages": ASK + BLUE}),
+        ({"messages": told(SKY, ("gpt", "Blue."))}, {"messages": ASK + BLUE}),
+        ({"conversations": told(SKY, ("gpt", "Blue.")), "messages": None}, {"messages": ASK + BLUE}),
+        (
+            {"conversations": told(SKY, ("gpt", "Blue.")), "system": "Be brief."},
+            {"messages": [{"role": "system", "content": "Be brief."}, *ASK, *BLUE]},
+        ),
+        (
+            {"conversations": told(SKY), "chosen": told(("gpt", "Blue."))[0], "rejected": told(("gpt", "Green."))[0]},
+            {"prompt": ASK, "chosen": BLUE, "rejected": GREEN},
+        ),
+        (
+            {"conversations": [*told(SKY), {**told(("gpt", "Blue."))[0], "weight": 0}, *told(SKY, ("gpt", "Blue."))]},
+            {"messages": [*ASK, {**BLUE[0], "weight": 0}, *ASK, *BLUE]},
+        ),
+    ],
+)
+def test_sharegpt_is_read_as_messages(columns: dict[str, Any], same: dict[str, Any]):
+    row = with_names(raw(**columns), {})
+    assert normalise(row, detect(row)) == normal(**same)
+
+
+def test_a_speaker_whom_sharegpt_does_not_have_is_refused():
+    with pytest.raises(DataError, match=r"a.jsonl:7: message 1 is from 'function_call'; human, user, gpt"):
+        with_names(raw(conversations=told(SKY, ("function_call", "{}"))), {})
 
 
 def test_null_column_is_as_good_as_none():

@@ -58,6 +58,13 @@ def test_report_has_format_counts_lengths_and_an_example(check):
     )
 
 
+def test_sharegpt_is_detected(check):
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    report = check([{"conversations": turns, "id": 1}, {"conversations": turns * 2, "id": 2}])
+    assert "format     language-modeling, conversational (detected): " in report
+    assert "rows       2 to train on, 0 held out" in report
+
+
 def test_report_counts_what_is_learned_without_an_end(check):
     rows = [{"prompt": "a", "completion": "b", "finish": finish} for finish in ("stop", "length", None)]
     assert "           1 of 3 responses were cut, and are learned without an end" in check(rows)
@@ -131,6 +138,7 @@ def test_prompts_without_responses_are_reported_as_prompts(check):
     ("row", "wanted"),
     [
         ({"messages": [said("user", "a?")]}, ["--set reward.function=my_rewards.py:score"]),
+        ({"conversations": [{"from": "human", "value": "a?"}]}, ["--set reward.function=my_rewards.py:score"]),
         ({"question": "a?", "answer": "b"}, ["--set reward.function=flowrl.rewards.verify:exact_answer"]),
         ({"problem": "a?", "solution": "b"}, ["--set data.columns.answer=solution", "verify:exact_answer"]),
         (

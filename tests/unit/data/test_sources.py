@@ -153,6 +153,9 @@ def test_the_files_of_a_split_are_told_by_whole_words(tmp_path):
         ("x.json", b'[{"prompt": "a"}, 3]', "x.json row 1: holds a int"),
         ("x.jsonl", b'{"a": 1}\n{"n": 18446744073709551616}', "x.jsonl:2: column 'n' holds an integer beyond 64"),
         ("x.jsonl", b'{"a": ' + 5000 * b"[" + 5000 * b"]" + b"}", "x.jsonl:1: is nested more than 64 deep"),
+        ("x.jsonl", b'{"a": 1}\n{"a": 1, "b": 2, "a": 3}', "x.jsonl:2: gives 'a' twice in one object"),
+        ("x.jsonl", b'{"m": [{"role": "user", "role": "tool"}]}', "x.jsonl:1: gives 'role' twice in one object"),
+        ("x.json", b'[{"a": 1, "a": 1}]', "x.json row 0: gives 'a' twice in one object"),
         ("x.json", b'[{"a": ' + 100 * b"[" + 100 * b"]" + b"}]", "x.json row 0: is nested more than 64 deep"),
     ],
 )  # fmt: skip
