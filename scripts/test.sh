@@ -37,7 +37,7 @@ pytest_tier contracts "2 min" "not gpu" --numprocesses 2 --dist loadfile
 pytest_tier graphs "40 s" "not gpu" --numprocesses 2 --dist loadfile
 pytest_tier ray "5 min" "not gpu" --numprocesses 2 --dist loadfile
 if nvidia-smi -L >/dev/null 2>&1 && [[ -d tests/gpu ]]; then pytest_tier gpu "3 min" gpu; fi
-tier README "2 min" bash scripts/readme_commands.sh
+tier pages "2 min" python scripts/tested_pages.py
 
 if [[ "${1:-}" == --all ]]; then
     tier "long tests" "5 min" python -m pytest tests -m "long and not gpu" --tb=short --durations=5
