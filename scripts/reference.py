@@ -1,7 +1,7 @@
 """Write the generated pages of the book: every command, setting, algorithm and error, from the code itself.
 
 Invariants: what stands there is what the code takes today; a setting, an option or an error without words is an error
-of the build. Called by scripts/docs.sh with the directory of the pages.
+of the build, and so is a page that no menu names. Called by scripts/docs.sh with the directory of the pages.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import inspect
 import pkgutil
 import sys
 import textwrap
+import tomllib
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
@@ -48,6 +49,16 @@ def main(pages: Path) -> None:
         (directory / f"{name}.md").write_text(text)
     if missing:
         raise Undocumented(f"{len(missing)} settings have no comment beside them:\n  " + "\n  ".join(missing))
+    there = {str(path.relative_to(pages)) for path in pages.rglob("*.md")}
+    named = set(_pages_of(tomllib.loads((ROOT / "docs" / "zensical.toml").read_text())["project"]["nav"]))
+    if there != named:
+        raise Undocumented(f"the menu of docs/zensical.toml and the pages differ: {', '.join(sorted(there ^ named))}")
+
+
+def _pages_of(menu: Any) -> list[str]:
+    if isinstance(menu, str):
+        return [menu]
+    return [page for each in (menu.values() if isinstance(menu, dict) else menu) for page in _pages_of(each)]
 
 
 # Commands.
@@ -156,7 +167,9 @@ def _kind(annotation: Any) -> str:
         return f"{origin.__name__} of {', '.join(_kind(each) for each in arguments if each is not ...)}"
     if arguments:
         return " or ".join(_kind(each) for each in arguments)
-    return "none" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
+    if annotation is type(None):
+        return "none"
+    return getattr(annotation, "__qualname__", str(annotation)).removesuffix(".Config")
 
 
 def _default(field: msgspec.structs.FieldInfo) -> str:

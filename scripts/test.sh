@@ -30,13 +30,14 @@ pytest_tier() {
     tier "$1" "$2" python -m pytest "tests/$1" -m "(${3:-not gpu}) and not long" --tb=short --durations=5 "${@:4}"
 }
 
-printf 'test: check, slow units, contracts, graphs, ray, README: about 13 minutes\n'
+printf 'test: check, slow units, contracts, graphs, ray, book, pages: about 13 minutes\n'
 tier check "75 s" bash scripts/check.sh
 tier "slow units" "3 min" python -m pytest tests/unit -m "slow and not gpu and not long" --tb=short --numprocesses 2
 pytest_tier contracts "2 min" "not gpu" --numprocesses 2 --dist loadfile
 pytest_tier graphs "40 s" "not gpu" --numprocesses 2 --dist loadfile
 pytest_tier ray "5 min" "not gpu" --numprocesses 2 --dist loadfile
 if nvidia-smi -L >/dev/null 2>&1 && [[ -d tests/gpu ]]; then pytest_tier gpu "3 min" gpu; fi
+tier book "10 s" bash scripts/docs.sh
 tier pages "2 min" python scripts/tested_pages.py
 
 if [[ "${1:-}" == --all ]]; then

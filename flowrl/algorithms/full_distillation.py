@@ -32,7 +32,7 @@ class FullDistillation(Objective):
     """Exact KL to a teacher's distribution at the response tokens."""
 
     teacher: str = ""  # Hugging Face id or local directory, or a run's directory
-    direction: Literal["forward", "reverse", "jsd"] = "forward"
+    direction: Literal["forward", "reverse", "jsd"] = "forward"  # forward covers the teacher's modes, reverse seeks one
     share: Annotated[float, Meta(gt=0, lt=1)] = 0.5  # b of jsd
     at_temperature: Annotated[float, Meta(ge=0)] = 0.0  # of both distributions; 0: what samples are drawn with
     mix: Annotated[float, Meta(gt=0, le=1)] = 0.5  # of the KL; the rest is the likelihood of the tokens

@@ -31,7 +31,7 @@ class KTO(Objective):
     beta: Annotated[float, Meta(gt=0)] = 0.1  # per nat: greater keeps the policy closer to the reference
     # The paper balances unequal numbers of labels: desirable_weight * num_desirable between 1 and 4/3 of the other's.
     desirable_weight: Annotated[float, Meta(ge=0)] = 1.0
-    undesirable_weight: Annotated[float, Meta(ge=0)] = 1.0
+    undesirable_weight: Annotated[float, Meta(ge=0)] = 1.0  # of the loss of undesirable responses
 
     @property
     def needs_mismatched(self) -> bool:

@@ -25,7 +25,7 @@ class PPO(PolicyGradient):
 
     gamma: Annotated[float, Meta(ge=0, le=1)] = 1.0  # discount of a later token's reward
     lam: Annotated[float, Meta(ge=0, le=1)] = 0.95  # 1: returns less values, least bias; 0: one-step differences
-    whiten_advantages: bool = True
+    whiten_advantages: bool = True  # to mean 0 and std 1 over the tokens of a step
     bootstrap_cut: bool = False  # answers that were cut go on in the critic's eyes, instead of ending with nothing
     kl: KL = KL(coef=0.01)
 

@@ -55,9 +55,9 @@ class ExampleSource(Config):
     source: str  # as data.source
     weight: Annotated[float, Meta(gt=0)] = 1.0  # its share of what is learned, relative to the others
     format: Kind | None = None  # None: found out
-    split: str = "train"
-    subset: str = ""
-    columns: dict[str, str] = {}
+    split: str = "train"  # as data.split
+    subset: str = ""  # as data.subset
+    columns: dict[str, str] = {}  # as data.columns
 
 
 class ExampleData(Config):

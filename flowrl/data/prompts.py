@@ -52,10 +52,10 @@ class PromptSource(Config):
 
     source: str  # as data.source
     weight: Annotated[float, Meta(gt=0)] = 1.0  # its share of what is sampled, relative to the others
-    split: str = "train"
-    subset: str = ""
-    prompt_column: str = ""
-    columns: dict[str, str] = {}
+    split: str = "train"  # as data.split
+    subset: str = ""  # as data.subset
+    prompt_column: str = ""  # as data.prompt_column
+    columns: dict[str, str] = {}  # as data.columns
 
 
 class PromptData(Config):

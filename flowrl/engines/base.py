@@ -56,8 +56,8 @@ class Sampling(Config):
 
     # Response tokens at most, the stop token included; 256 where data.source, data.mix or data.tasks is set
     max_tokens: Annotated[int, Meta(ge=1)] = 16
-    temperature: Annotated[float, Meta(gt=0)] = 1.0
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    temperature: Annotated[float, Meta(gt=0)] = 1.0  # logits are divided by it; below 1 surer answers, less exploration
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0  # the likeliest tokens of this total probability; 1: all
     top_k: Annotated[int, Meta(ge=0)] = 0  # 0: no limit
     stop_token_ids: list[int] = []  # besides those where the model's answers end
     special_tokens: Literal["keep", "drop"] = "keep"  # in a sample's text, as <tool_call>; its end is never there
@@ -76,12 +76,12 @@ class Serving(StageConfig):
     dtype: Dtype = "auto"  # auto: bfloat16 where the processor has it, else float32
     max_model_len: Annotated[int, Meta(ge=8)] = 512  # prompt plus response, tokens
     max_running: Annotated[int, Meta(ge=1)] = 64  # samples decoded together
-    kv_cache_bytes: Annotated[int, Meta(ge=1 << 20)] = 512 << 20
+    kv_cache_bytes: Annotated[int, Meta(ge=1 << 20)] = 512 << 20  # on CPUs; on GPUs see gpu_memory_utilization
     on_update: Literal["keep", "wait", "abort"] = "keep"  # requests in flight when new weights arrive
     layout: Literal["processes", "thread"] = "thread"  # where vLLM's core runs; GPUs take "processes"
-    tensor_parallel: Annotated[int, Meta(ge=1)] = 1
-    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.85
-    trust_remote_code: bool = False
+    tensor_parallel: Annotated[int, Meta(ge=1)] = 1  # GPUs that one replica's model is split over
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.85  # share of a GPU's memory for the engine
+    trust_remote_code: bool = False  # run the Python code that the model's directory brings
     threads: Annotated[int, Meta(ge=1)] = 1  # CPU threads for its kernels
     transfer_timeout_s: Annotated[float, Meta(gt=0)] = 120.0  # for one weight update
 
@@ -149,10 +149,10 @@ class Schedule(Config):
     2404.06395) stays, and falls linearly over the last `decay_ratio` of the steps.
     """
 
-    kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    warmup_steps: Annotated[int, Meta(ge=0)] = 0
+    kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # of the way from the peak to the end
+    warmup_steps: Annotated[int, Meta(ge=0)] = 0  # optimizer steps from 0 up to lr
     total_steps: Annotated[int, Meta(ge=0)] = 0  # 0: filled in by the stage from the run's number of steps
-    final_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.1
+    final_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.1  # of lr, at the end; cosine, linear and wsd
     decay_ratio: Annotated[float, Meta(gt=0, le=1)] = 0.1  # of wsd
 
 
@@ -179,14 +179,15 @@ class Lora(Config):
 class Computing(StageConfig):
     """Settings of a node that computes with a training engine, whether it trains or only scores."""
 
-    engine: ImportPath = "flowrl.engines.torch:TorchEngine"
+    engine: ImportPath = "flowrl.engines.torch:TorchEngine"  # module:Class of the training engine
     engine_options: dict[str, Any] = {}  # further arguments of the engine's constructor
-    dtype: Dtype = "auto"
+    dtype: Dtype = "auto"  # auto: bfloat16 where the processor has it, else float32
+    # DeepSpeed: 1 shards the optimizer over the ranks, 2 gradients too, 3 weights too
     zero_stage: Annotated[int, Meta(ge=0, le=3)] = 2
     micro_batch_tokens: Annotated[int, Meta(ge=1)] = 2048  # tokens in one forward and backward
     offload_parameters: bool = False  # those not in use on the CPU (DeepSpeed, zero_stage 3)
-    trust_remote_code: bool = False
-    threads: Annotated[int, Meta(ge=1)] = 1
+    trust_remote_code: bool = False  # run the Python code that the model's directory brings
+    threads: Annotated[int, Meta(ge=1)] = 1  # CPU threads of each rank
 
 
 class Scoring(Computing):
@@ -203,11 +204,11 @@ class Scoring(Computing):
 class Training(Computing):
     """Settings of a node that trains with a training engine."""
 
-    lr: Annotated[float, Meta(ge=0)] = 1e-6
+    lr: Annotated[float, Meta(ge=0)] = 1e-6  # peak learning rate of AdamW
     lora: Lora = Lora()
     schedule: Schedule = Schedule()
-    betas: tuple[float, float] = (0.9, 0.95)
-    adam_eps: Annotated[float, Meta(gt=0)] = 1e-8
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW: decay of the mean and of the square of gradients
+    adam_eps: Annotated[float, Meta(gt=0)] = 1e-8  # added to the root of AdamW's mean square
     weight_decay: Annotated[float, Meta(ge=0)] = 0.0  # of matrices; norms, biases and embeddings are left out
     max_grad_norm: Annotated[float, Meta(ge=0)] = 1.0  # the gradient is scaled down to it; 0: never
     gradient_checkpointing: bool = False  # keep only the inputs of layers and compute the rest again in backward

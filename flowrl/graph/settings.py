@@ -25,7 +25,7 @@ class RunSettings(Config):
     needs: dict[str, str] = {}  # directories that other runs make -> the command that makes each
     hints: bool = True  # say while the run goes on which setting would make it quicker
     wandb: WandbConfig = WandbConfig()
-    tensorboard: bool = False
+    tensorboard: bool = False  # curves into the run directory, for `tensorboard --logdir`
     mlflow: str = ""  # tracking URI such as sqlite:///mlflow.db; "": none
     trackio: str = ""  # project there; "": none
     prometheus_port: Annotated[int, Meta(ge=0, le=65535)] = 0  # figures at http://127.0.0.1:PORT/metrics; 0: none

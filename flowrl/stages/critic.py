@@ -97,9 +97,8 @@ class Critic(Stage):
         objective: Select = Select(use="flowrl.algorithms.value:ValueLoss")
         minibatches: Annotated[int, Meta(ge=0)] = 0  # optimizer steps in one pass over a step's groups; 0: the policy's
         epochs: Annotated[int, Meta(ge=0)] = 0  # passes; 0: the policy's
-        batch_groups: Annotated[int, Meta(ge=1)] = (
-            1  # valued together when ready; above 1 the last bits depend on timing
-        )
+        # valued together when ready; above 1 the last bits depend on timing
+        batch_groups: Annotated[int, Meta(ge=1)] = 1
         save_model: bool = False  # with each checkpoint, for `flowrl export --node critic` or a later run's critic
 
     ordered = frozenset({"referenced"})

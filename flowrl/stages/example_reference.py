@@ -31,9 +31,8 @@ class ExampleReference(Stage):
     class Config(Scoring):
         """Settings of the reference node."""
 
-        batch_examples: Annotated[int, Meta(ge=1)] = (
-            1  # scored together when ready; above 1 the last bits depend on timing
-        )
+        # scored together when ready; above 1 the last bits depend on timing
+        batch_examples: Annotated[int, Meta(ge=1)] = 1
 
     optional = frozenset({"heldout", "heldout_referenced"})
     together = (optional,)

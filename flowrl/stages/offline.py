@@ -17,7 +17,7 @@ class OfflineSettings(RunSettings):
 
     model: str = "SmolLM2-135M-Instruct"  # Hugging Face id or local directory
     steps: Annotated[int, Meta(ge=1)] = 100  # optimizer steps
-    examples_per_step: Annotated[int, Meta(ge=1)] = 16
+    examples_per_step: Annotated[int, Meta(ge=1)] = 16  # examples learned in one optimizer step
     objective: Select = Select(use="flowrl.algorithms.sft:SFT")
     data: ExampleData = ExampleData()
     examples: Examples.Config = Examples.Config()

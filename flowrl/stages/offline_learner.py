@@ -62,7 +62,7 @@ class OfflineLearner(Stage):
 
         engine: ImportPath = "flowrl.engines.deepspeed:DeepSpeedEngine"
         save_every: Annotated[int, Meta(ge=0)] = 0  # steps between checkpoints; 0: only at the end
-        keep_checkpoints: Annotated[int, Meta(ge=1)] = 2
+        keep_checkpoints: Annotated[int, Meta(ge=1)] = 2  # newest ones kept
         evaluate_every: Annotated[int, Meta(ge=0)] = 0  # steps between evaluations; 0: before and after
 
     optional = frozenset({"heldout"})

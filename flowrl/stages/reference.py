@@ -33,9 +33,8 @@ class Reference(Stage):
     class Config(Scoring):
         """Settings of the reference node."""
 
-        batch_groups: Annotated[int, Meta(ge=1)] = (
-            1  # scored together when ready; above 1 the last bits depend on timing
-        )
+        # scored together when ready; above 1 the last bits depend on timing
+        batch_groups: Annotated[int, Meta(ge=1)] = 1
 
     scored: In[Scored]
     referenced: Out[Referenced]

@@ -34,7 +34,7 @@ class RemoteReward(Stage):
 
         url: str = ""
         name: str = ""  # of the score; "" takes the node's name
-        weight: float = 1.0
+        weight: float = 1.0  # the score is multiplied by it
         protocol: Literal["flowrl", "openrlhf"] = "flowrl"
         label_column: str = "answer"
         batch_groups: Annotated[int, Meta(ge=1)] = 8  # in one request, when they are ready

@@ -64,7 +64,7 @@ class Reward(Stage):
         adapter: Adapter = "auto"
         label_column: str = "answer"  # for openrlhf's `labels` and verl's `ground_truth`; "": no labels
         name: str = ""  # of the score; "" takes the function's own name
-        weight: float = 1.0
+        weight: float = 1.0  # the score is multiplied by it
         timeout_s: Annotated[float, Meta(gt=0)] = 60.0  # for one group
         retries: Annotated[int, Meta(ge=0)] = 1  # calls after the first that failed
         on_error: Literal["skip", "stop"] = "skip"  # after the retries: quarantine the group, or end the run
@@ -193,8 +193,8 @@ class RewardModel(Stage):
         """Settings of a reward-model node."""
 
         name: str = ""  # of the score; "" takes the node's name
-        weight: float = 1.0
-        level: Literal["sequence", "step"] = "sequence"
+        weight: float = 1.0  # the score is multiplied by it
+        level: Literal["sequence", "step"] = "sequence"  # one score for an answer, or one for each of its steps
         # level=sequence: scores beyond +- clip are clipped (OpenRLHF paper, section 3.3)
         clip: Annotated[float, Meta(gt=0)] = 10.0
         normalise: bool = True  # level=sequence: by the mean and std in the model's config.json, where it has them

@@ -33,7 +33,7 @@ class Generation(Serving):
 
     group_size: Annotated[int, Meta(ge=1)] = 8  # samples of each prompt
     max_groups: Annotated[int, Meta(ge=1)] = 16  # prompt groups in flight in one replica
-    engine: ImportPath = "flowrl.engines.vllm:VllmEngine"
+    engine: ImportPath = "flowrl.engines.vllm:VllmEngine"  # module:Class of the generation engine
 
 
 def check_context(config: Generation, model: str, say: Say, *, where: str) -> None:

@@ -42,7 +42,7 @@ class Writer(Stage):
         """Settings of the writer node."""
 
         take: Literal["all", "best", "pair"] = "all"  # of each group's samples
-        groups_per_file: Annotated[int, Meta(ge=1)] = 64
+        groups_per_file: Annotated[int, Meta(ge=1)] = 64  # prompt groups in one JSONL file
 
     ordered = frozenset({"scored"})
     is_stateful = True

@@ -67,7 +67,7 @@ def length_drift(steps: Sequence[Step]) -> str:
     if first is None or now is None or first / MAX_DRIFT <= now <= first * MAX_DRIFT:
         return ""
     found = f"answers have gone from {first:.0f} to {now:.0f} tokens"
-    return f"{found}: read some (flowrl rollouts) and see whether the reward pays for length"
+    return f"{found}: read some (flowrl inspect RUN) and see whether the reward pays for length"
 
 
 def idle_groups(steps: Sequence[Step]) -> str:

@@ -34,7 +34,7 @@ class WandbConfig(Config):
     """Settings of the Weights & Biases tracker."""
 
     mode: Literal["off", "online", "offline"] = "off"  # offline: kept in the run directory for `wandb sync`
-    project: str = "flowrl"
+    project: str = "flowrl"  # of the run there
     name: str = ""  # of the run there; "": as it is called here
 
 
