@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_SPANS = 20_000  # newest ones kept of each node
+MAX_STATUSES = 20_000  # newest ones kept of each node: hours at one a second
+MAX_STEPS = 20_000  # newest ones kept
 MAX_DECODING = 400  # newest requests that decoding is fitted to: the fit takes a few seconds
 MAX_RUNNING = 1 << 20  # where the plan does not say
 LEAST_CALLS = 5  # for a fit; with fewer after the first step, those of the warm-up are taken as well
@@ -94,8 +96,10 @@ class Profiler:
         self._spans: defaultdict[str, deque[Span]] = defaultdict(lambda: deque(maxlen=MAX_SPANS))
         self._tokens: dict[int, int] = {}  # of a group's prompts and responses
         self._selected: dict[int, tuple[float, int]] = {}  # when samples of a group were selected, and their tokens
-        self._steps_s: list[float] = []
-        self._charged: defaultdict[str, list[tuple[float, float, float]]] = defaultdict(list)  # time, compute, update
+        self._steps_s: deque[float] = deque(maxlen=MAX_STEPS)
+        self._charged: defaultdict[str, deque[tuple[float, float, float]]] = defaultdict(
+            lambda: deque(maxlen=MAX_STATUSES)
+        )  # time, compute, update
 
     @property
     def num_steps(self) -> int:
@@ -203,11 +207,11 @@ class Profiler:
 
     def _publishing(self, node: str, kinds: dict[str, list[Span]]) -> dict[str, CallCost]:
         """Return what a version costs the learner besides its step: what it computed outside of any span."""
-        first_s, last_s = self._steps_s[0], self._steps_s[-1]
+        first_s, last_s = self._known_since_s(node), self._steps_s[-1]
         inside = [s for s in [*kinds["train"], *kinds["checkpoint"]] if first_s < s.end_s <= last_s + 1e-3]
         computed_s = self._between(node, first_s, last_s, column=1)
         named_s = sum(s.end_s - s.start_s - self._between(node, s.start_s, s.end_s, column=2) for s in inside)
-        rest_s = max(0.0, computed_s - named_s) / max(1, self.num_steps - 1)
+        rest_s = max(0.0, computed_s - named_s) / max(1, sum(step_s > first_s for step_s in self._steps_s))
         updates: defaultdict[str, float] = defaultdict(float)
         for spans in self._spans.values():
             for span in spans:
@@ -217,6 +221,15 @@ class Profiler:
         waits = [s.end_s - s.start_s - rest_s - updates[s.name.rpartition(" ")[2]] for s in kinds["publish"][1:]]
         median = sorted(waits)[len(waits) // 2] if waits else 0.0
         return {"publish": _mean([rest_s]), "transfer": _mean([max(0.0, median)])}
+
+    def _known_since_s(self, node: str) -> float:
+        """Return the step from which on nothing of a node is forgotten, at the earliest the first."""
+        since_s = self._steps_s[0]
+        if len(self._charged[node]) == MAX_STATUSES:
+            since_s = max(since_s, self._charged[node][0][0])
+        if len(self._spans[node]) == MAX_SPANS:
+            since_s = max(since_s, self._spans[node][0].end_s)
+        return next((step_s for step_s in self._steps_s if step_s >= since_s), self._steps_s[-1])
 
     def _between(self, node: str, start_s: float, end_s: float, *, column: int) -> float:
         """Return the seconds charged from one moment to another, between the statuses by proportion."""

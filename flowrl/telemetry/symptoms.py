@@ -2,7 +2,8 @@
 
 A symptom is a pure function of the steps so far (and the evaluations), oldest first, that returns a sentence or "".
 Figures of single steps are noisy, so means over WINDOW steps are compared. `Symptoms` is the sink that asks them after
-each step; what it finds is told once, and again only where it has gone and come back.
+each step; what it finds is told once, and again only where it has gone and come back. It keeps the first steps and
+evaluations and the newest, so its size does not grow with the length of the run.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from flowrl.telemetry.events import Evaluation, Step
 from flowrl.telemetry.intervals import paired_interval
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from flowrl.telemetry.events import Event
 
@@ -27,6 +30,9 @@ MAX_CUT = 0.5  # share of answers
 NEARLY_ALL = 0.9  # share of a single step's answers: no noise
 MAX_CLIPPED = 0.1  # share of scores
 MIN_EXPLAINED = 0.05  # of the returns' variance
+FIRST_STEPS = 5 * WINDOW  # kept: what a run began with
+NEWEST_STEPS = 40 * WINDOW  # kept besides; a figure may be missing in many
+MOST_EVALUATIONS = 20  # kept beside the first
 CRITIC_STEPS = 10  # that a critic is given before it is judged
 
 
@@ -109,14 +115,11 @@ def idle_critic(steps: Sequence[Step]) -> str:
     return f"{found}; raise critic.minibatches, critic.epochs or critic.lr, or take graphs/group_async.py"
 
 
-def reward_hacking(steps: Sequence[Step], evaluations: Sequence[Evaluation]) -> str:
-    """Say that the training reward rises while the held-out score falls beyond its interval."""
+def reward_hacking(rewards: Mapping[int, float | None], evaluations: Sequence[Evaluation]) -> str:
+    """Say that the training reward, by version, rises while the held-out score falls beyond its interval."""
     if len(evaluations) < 2:
         return ""
     last = evaluations[-1]
-    rewards = {
-        evaluation.version: recent(up_to(steps, evaluation.version), "reward.mean") for evaluation in evaluations
-    }
     now = rewards[last.version]
     for earlier in evaluations[:-1]:
         change, before = paired_interval(earlier.scores, last.scores), rewards[earlier.version]
@@ -147,16 +150,24 @@ class Symptoms:
         self._warn = warn
         self._steps: list[Step] = []
         self._evaluations: list[Evaluation] = []
+        self._rewards: dict[int, float | None] = {}  # of late, at the version of each evaluation
         self._told: set[str] = set()
 
     def consume(self, events: list[Event]) -> None:
         """Take in steps and evaluations; after a rollback those of the lost versions are forgotten."""
         for event in events:
             if isinstance(event, Step):
-                self._steps = [*up_to(self._steps, event.version - 1), event]
+                self._steps = [*up_to(self._steps, event.version - 1), msgspec.structs.replace(event, staleness=[])]
+                del self._steps[FIRST_STEPS:-NEWEST_STEPS]
+                if event.version in self._rewards:  # it was evaluated before its step was told
+                    self._rewards[event.version] = recent(self._steps, "reward.mean")
                 self._ask()
             elif isinstance(event, Evaluation):
-                self._evaluations = [e for e in self._evaluations if e.version < event.version] + [event]
+                before = [e for e in self._evaluations if e.version < event.version]
+                self._evaluations = [*before, msgspec.structs.replace(event, completions=[])]
+                del self._evaluations[1:-MOST_EVALUATIONS]
+                self._rewards[event.version] = recent(up_to(self._steps, event.version), "reward.mean")
+                self._rewards = {e.version: self._rewards[e.version] for e in self._evaluations}
                 self._ask()
 
     def close(self) -> None:
@@ -164,7 +175,7 @@ class Symptoms:
 
     def _ask(self) -> None:
         found = {symptom.__name__: symptom(self._steps) for symptom in SYMPTOMS}
-        found["reward_hacking"] = reward_hacking(self._steps, self._evaluations)
+        found["reward_hacking"] = reward_hacking(self._rewards, self._evaluations)
         for name, text in found.items():
             if text and name not in self._told:
                 self._warn("learner", text)

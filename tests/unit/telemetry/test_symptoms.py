@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flowrl.telemetry.events import Evaluation, Step
-from flowrl.telemetry.symptoms import SYMPTOMS, Symptoms, cut_answers, reward_hacking
+from flowrl.telemetry.symptoms import SYMPTOMS, Symptoms, cut_answers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -92,11 +92,11 @@ def test_a_reward_that_rises_while_the_held_out_score_falls_is_hacked():
     assert len(found) == 1
     assert "has risen from 0.3" in found[0]
     assert "while the held-out score fell by 0.583" in found[0]
-    assert reward_hacking(falling, scored) == ""
-    assert reward_hacking(rising, scored[::-1][:1]) == ""
-    assert reward_hacking(rising, [evaluation(6, HARD), evaluation(20, EASY)]) == ""
+    assert told(falling, scored) == []
+    assert told(rising, scored[::-1][:1]) == []
+    assert told(rising, [evaluation(6, HARD), evaluation(20, EASY)]) == []
     noisy = [evaluation(6, EASY), evaluation(20, [0.9, 1.0, 0.7, 0.9, 0.9, 0.8])]
-    assert reward_hacking(rising, noisy) == "", "within the interval"
+    assert told(rising, noisy) == [], "within the interval"
 
 
 def test_steps_that_a_rollback_took_back_do_not_count():
