@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import logging
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -454,3 +455,16 @@ def test_the_layout_with_processes_serves_and_updates_as_the_thread_does(model, 
     reports, samples = loop.run(scenario())
     assert max(report.max_gap for report in reports) < TOLERANCE
     assert max(policy.gap(PROMPTS[5], sample) for sample in samples) < TOLERANCE
+
+
+def test_vllm_does_not_warn_of_layers_that_are_sent_nothing() -> None:
+    import vllm.model_executor.model_loader.reload.layerwise as reload
+
+    import flowrl.engines.weights.receiver  # noqa: F401
+
+    said = "%s: Failed to load weights"
+    assert said in Path(reload.__file__).read_text(), "vLLM words it otherwise now"
+    record = logging.makeLogRecord({"name": reload.logger.name, "msg": said, "levelno": logging.WARNING})
+    assert not logging.getLogger(reload.__name__).filter(record)
+    assert reload.logger.filter(logging.makeLogRecord({"msg": "something else"}))
+    assert not reload.logger.filter(record)
