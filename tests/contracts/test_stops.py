@@ -113,3 +113,58 @@ def test_a_stop_that_takes_longer_than_its_grace_ends_the_run_as_it_is(tmp_path:
     assert ending is not None
     assert ending.failure == "aborted"
     assert "not stopped 0 s after SIGTERM: ended as it is" in (tmp_path / "out").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_checkpoint_is_written_costs_nothing(tmp_path: Path, number: int) -> None:
+    """It comes as soon as anything of the first checkpoint is there."""
+    run = Driven(tmp_path)
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not any(tmp_path.glob("checkpoints/*")) and not any(tmp_path.glob("checkpoints/.*")):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.001)
+    run.process.send_signal(number)
+    assert run.ends() == 0
+    check_stopped(tmp_path)
+    again = Driven(tmp_path, "resume")
+    again.until('"version":12,')
+    again.process.send_signal(number)
+    assert again.ends() == 0
+    check_stopped(tmp_path)
+
+
+def test_a_second_run_in_the_same_directory_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    run = Driven(tmp_path)
+    run.until('"version":2,')
+    for told in ((), ("resume",)):
+        second = subprocess.run(
+            [sys.executable, "-m", "tests.support.driven", str(tmp_path), "local", *told], cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=PATIENCE_S,
+        )  # fmt: skip
+        assert second.returncode == 2, second.stderr
+        assert str(run.process.pid) in second.stderr or "lock" in second.stderr, second.stderr
+        assert len(second.stderr.splitlines()) == 1
+    before = len(read_entries(tmp_path / "ledger.jsonl"))
+    run.until('"version":8,')
+    run.process.send_signal(signal.SIGTERM)
+    assert run.ends() == 0
+    check_stopped(tmp_path)
+    entries = read_entries(tmp_path / "ledger.jsonl")
+    assert len(entries) > before
+    assert not any(entry.event == "rollback" for entry in entries), "nobody began again in it"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="making a directory immutable needs to be root")
+def test_a_run_directory_that_becomes_read_only_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    if subprocess.run(["chattr", "+i", str(tmp_path / "checkpoints")], capture_output=True).returncode:
+        pytest.skip("this file system has no immutable directories")
+    try:
+        run = Driven(tmp_path)
+        assert run.ends() != 0, "its first checkpoint cannot be written"
+    finally:
+        subprocess.run(["chattr", "-i", str(tmp_path / "checkpoints")], check=True)
+    ending = read_ending(tmp_path)
+    assert ending is not None
+    assert f"{tmp_path}/checkpoints" in ending.failure
+    assert "Operation not permitted" in ending.failure
