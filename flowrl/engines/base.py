@@ -182,6 +182,8 @@ class Computing(StageConfig):
     engine: ImportPath = "flowrl.engines.torch:TorchEngine"  # module:Class of the training engine
     engine_options: dict[str, Any] = {}  # further arguments of the engine's constructor
     dtype: Dtype = "auto"  # auto: bfloat16 where the processor has it, else float32
+    # in which a policy's logits are multiplied; auto: float32 where that copy of the head is up to 256 MiB, else dtype
+    head_dtype: Literal["auto", "float32", "model"] = "auto"
     # DeepSpeed: 1 shards the optimizer over the ranks, 2 gradients too, 3 weights too
     zero_stage: Annotated[int, Meta(ge=0, le=3)] = 2
     micro_batch_tokens: Annotated[int, Meta(ge=1)] = 2048  # tokens in one forward and backward

@@ -4,10 +4,10 @@
 (sequence classification with one label, used as one linear head on every position; read before a token it is V(s_t),
 read after it a reward). `TokenReader` runs the body once on a packed batch and applies the head only where a response
 token is read, so logits of prompts are never computed. Invariants: safetensors only, no remote code unless asked, no
-dropout (log-probs of a sample must be those of the network that sampled it), logits and log-softmax in float32, and
-never more than `max_logits` logits held at once. A language head is the model's own forward around a body that hands
-states back, so that whatever a family does to its logits is done here too; whether it all is what the model itself
-says is looked at when an engine opens (agreement.py).
+dropout (log-probs of a sample must be those of the network that sampled it), logits and log-softmax in float32, the
+product that gives the logits too where `head_dtype` says so, and never more than `max_logits` logits held at once. A
+language head is the model's own forward around a body that hands states back, so that whatever a family does to its
+logits is done here too; whether it all is what the model itself says is looked at when an engine opens (agreement.py).
 
 Called by the training engines. Shapes: R rows, L row length, H hidden size, V vocabulary, N response tokens.
 """
@@ -92,6 +92,8 @@ def load_model(config: TrainingConfig, *, where: str, dtype: torch.dtype, device
         raise ModelError(where, f"{directory} cannot be loaded as a {config.head} model ({error})", remedy) from error
     if config.head != "policy":
         _prepare_score(model, where, keep=is_classifier(directory))
+    elif config.head_dtype == "float32" or (config.head_dtype == "auto" and _has_small_head(model)):
+        _widen_head(model)
     if config.lora.bits:
         forget_quantization(model)
     nn.Module.to(model, device)
@@ -172,6 +174,19 @@ def _prepare_score(model: PreTrainedModel, where: str, *, keep: bool) -> None:
             for parameter in score.parameters():
                 parameter.zero_()
     score.__class__ = _FloatLinear
+
+
+def _has_small_head(model: PreTrainedModel) -> bool:
+    """Say whether a float32 copy of the language head's weight is no more than the logits that may be held at once."""
+    settings = model.config.get_text_config()
+    return int(settings.vocab_size) * int(settings.hidden_size) <= MAX_LOGITS
+
+
+def _widen_head(model: PreTrainedModel) -> None:
+    """Have the language head multiply in float32 (MiniMax-M1, 2506.13585, section 3.2), where it is a plain layer."""
+    layer: Any = model.get_output_embeddings()
+    if type(layer) is nn.Linear:
+        layer.__class__ = _FloatLinear
 
 
 def gathered(parameters: list[nn.Parameter]) -> Any:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flowrl.engines.packing import pack, plan
 from tests.unit.engines.test_trainer import GROUPS, WeightedTokens, choose, gradients, opened
 
 VOCAB, MOST_TOKENS = 320, 7
@@ -53,3 +54,34 @@ def test_logits_of_more_tokens_than_the_bound_never_exist_and_gradients_are_thos
     assert parts[0] == pytest.approx(whole[0], abs=1e-6)
     for name, expected in whole[1].items():
         torch.testing.assert_close(parts[1][name], expected, atol=1e-6, rtol=1e-5)
+
+
+def far_from_exact(directory, head_dtype: str) -> float:
+    """Return how far the log-probs of a bfloat16 model lie from those of its states by a head in float64, in nats."""
+    engine = opened(directory, dtype="bfloat16", head_dtype=head_dtype)
+    reader = engine.reader
+    batch = one_batch(reader)
+    with torch.no_grad():
+        states_NH, head = reader.states(batch), reader.model.get_output_embeddings()
+        exact_NV = (states_NH.double() @ head.weight.double().T).log_softmax(-1)
+        found_N, _ = reader(batch)
+    exact_N = exact_NV.gather(-1, batch.target_N[:, None]).squeeze(-1)
+    engine.close()
+    return float((found_N.double() - exact_N).abs().mean())
+
+
+def one_batch(reader):
+    ((rows,),) = plan(GROUPS[:1], layout="padded", reads="before", budget=1 << 20)
+    return pack(GROUPS[:1], rows, layout="padded", reads="before", device=reader.model.device)
+
+
+def test_a_head_that_multiplies_in_float32_rounds_nothing(tiny_llama):
+    assert far_from_exact(tiny_llama, "auto") < 1e-6 < 1e-4 < far_from_exact(tiny_llama, "model")
+
+
+def test_a_large_head_multiplies_in_the_models_dtype_unless_told_otherwise(tiny_llama, monkeypatch):
+    from flowrl.engines import models
+
+    monkeypatch.setattr(models, "MAX_LOGITS", VOCAB * 64 - 1)
+    assert far_from_exact(tiny_llama, "auto") > 1e-4
+    assert far_from_exact(tiny_llama, "float32") < 1e-6
