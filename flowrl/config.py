@@ -60,11 +60,11 @@ class ConfigMeta(msgspec.StructMeta):
 class Config(msgspec.Struct, metaclass=ConfigMeta):
     """Base of every settings struct."""
 
-    @classmethod
-    def implied(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return other defaults that what is given of these settings implies, by address from the outermost settings.
+    def implied(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return other defaults that what is given of these settings, which are themselves the defaults, implies.
 
-        They hold where nobody sets them, and stand in a run's settings.yaml like all others.
+        By address from the outermost settings, or from these with a dot before it (`.lr`). They hold where nobody sets
+        them, and stand in a run's settings.yaml like all others.
         """
         return {}
 
@@ -146,8 +146,9 @@ def resolve(
         if not separator:
             raise ConfigError(f"--set {override}", "no value given", "write --set path=value")
         _assign(tree, kind, path.strip(), _parse_set(text, f"--set {path}"), where=f"--set {override}", text=text)
+    defaults = _default_tree(kind)
     _imply(tree, kind)
-    merged = _settled(_merge(_default_tree(kind), tree), kind)
+    merged = _settled(_merge(defaults, tree), kind)
     try:
         settings = msgspec.convert(merged, kind, strict=False)
     except (msgspec.ValidationError, ValueError) as error:
@@ -157,13 +158,15 @@ def resolve(
 
 def _imply(tree: dict[str, Any], kind: type[Config]) -> None:
     """Put defaults that what is given implies into `tree`, where it has no value of its own."""
-    parts = [("", kind, tree), *((name, _struct_type(each), tree.get(name)) for name, each in _fields(kind).items())]
-    for name, inner, given in parts:
-        if inner is None or not isinstance(given, dict):
+    defaults, fields = kind(), _fields(kind)
+    parts = [("", defaults, tree), *((name, getattr(defaults, name), tree.get(name)) for name in fields)]
+    for name, default, given in parts:
+        if not isinstance(default, Config) or not isinstance(given, dict):
             continue
-        for path, value in inner.implied(cast("dict[str, Any]", given)).items():
+        for address, value in default.implied(cast("dict[str, Any]", given)).items():
+            path = f"{name}{address}" if address.startswith(".") else address
             outer, _, last = path.partition(".")
-            if outer in _fields(kind) and last not in tree.get(outer, {}):
+            if outer in fields and last not in tree.get(outer, {}):
                 _assign(tree, kind, path, value, where=name)
 
 

@@ -39,8 +39,7 @@ class Settings(OnlineSettings):
     critic: Critic.Config = Critic.Config(share="learner", lr=2e-5, minibatches=MINIBATCHES)
     texts: TextSource.Config = TextSource.Config()  # a pre-training loss beside the policy's; per_step=0: none
 
-    @classmethod
-    def implied(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    def implied(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the most minibatches of the critic, up to MINIBATCHES, that divide a step's groups."""
         groups = given.get("groups_per_step")
         if not isinstance(groups, int):

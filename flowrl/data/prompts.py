@@ -84,8 +84,7 @@ class PromptData(Config):
             what = "is set, and so is one of source, split, subset, prompt_column and columns"
             raise ConfigError("data.mix", what, "set these in each source of the mix")
 
-    @classmethod
-    def implied(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    def implied(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return room for answers where the tasks are not those that come with flowrl, whose answers are numbers."""
         return {"sampling.max_tokens": OWN_ANSWER_TOKENS} if given.keys() & {"source", "mix", "tasks"} else {}
 

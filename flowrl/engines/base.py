@@ -11,7 +11,7 @@ This module loads no torch: stages import it while a graph is being built.
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, cast
 
 import msgspec
 
@@ -203,6 +203,11 @@ class Scoring(Computing):
         return Lora(rank=1, bits=self.bits) if self.bits else Lora()
 
 
+# An adapter's learning rate over that of full training (Schulman et al. 2025, "LoRA Without Regret"). Twenty versions
+# at the learner's 1e-5 left the held-out score of SmolLM2-135M where it was (0.145 to 0.141), at 1e-4 it rose to 0.531.
+ADAPTER_RATE = 10
+
+
 class Training(Computing):
     """Settings of a node that trains with a training engine."""
 
@@ -222,6 +227,12 @@ class Training(Computing):
     seed: int = 0  # of a new adapter, and of the order in which a step's groups come into minibatches
     transport: Literal["auto", "shm", "broadcast"] = "auto"  # auto: shared memory on CPUs, NCCL broadcast on GPUs
     transfer_timeout_s: Annotated[float, Meta(gt=0)] = 120.0  # for one weight transfer
+
+    def implied(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return an adapter's learning rate where one is trained."""
+        lora = given.get("lora")
+        rank = cast("dict[str, Any]", lora).get("rank") if isinstance(lora, dict) else 0
+        return {".lr": float(f"{ADAPTER_RATE * self.lr:g}")} if isinstance(rank, int) and rank > 0 else {}
 
 
 class TrainingConfig(Training):

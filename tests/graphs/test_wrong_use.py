@@ -108,6 +108,24 @@ def test_what_is_near_to_wrong_use_but_right_is_taken_in_silence(
     assert checked(graph, tiny, settings) == []
 
 
+@pytest.mark.parametrize(
+    ("graph", "given", "node", "lr"),
+    [
+        ("group_async", ["learner.lora.rank=8"], "learner", 1e-4),
+        ("group_async", ["learner.lora.rank=8", "learner.lr=3e-5"], "learner", 3e-5),
+        ("group_async", ["learner.lora.alpha=8"], "learner", 1e-5),
+        ("group_async", ["learner={lora: {rank: 8}}"], "learner", 1e-4),
+        ("ppo_async", ["learner.lora.rank=8"], "critic", 2e-5),
+        ("ppo_async", ["critic.lora.rank=8", "groups_per_step=4"], "critic", 2e-4),
+        ("preference", ["learner.lora.rank=8"], "learner", 1e-5),
+        ("sft", ["learner.lora.rank=0"], "learner", 1e-5),
+    ],
+)
+def test_an_adapter_has_ten_times_the_default_learning_rate(graph: str, given: list[str], node: str, lr: float) -> None:
+    settings = load_program(ROOT / "graphs" / f"{graph}.py", overrides=given).settings
+    assert getattr(settings, node).lr == lr
+
+
 @pytest.mark.parametrize("setting", ["critic_model", "reference_model", "reward_models"])
 def test_a_model_that_reads_other_tokens_than_the_policys_is_refused(setting: str, tiny: Path, tmp_path: Path) -> None:
     other = shutil.copytree(tiny, tmp_path / "other")

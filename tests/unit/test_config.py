@@ -324,18 +324,25 @@ def test_widen_copies_the_shared_fields_and_adds_the_rest():
 class Source(Config):
     source: str = "given"
 
-    @classmethod
-    def implied(cls, given):
+    def implied(self, given):
         return {"limits.most": 256, "elsewhere.most": 1} if "source" in given else {}
 
 
 class Limits(Config):
     most: int = 16
+    least: int = 1
+
+    def implied(self, given):
+        return {".least": self.most // 8} if "most" in given else {}
 
 
 class Run(Config):
     data: Source = Source()
     limits: Limits = Limits()
+    small: bool = False
+
+    def implied(self, given):
+        return {"limits.most": 2} if given.get("small") else {}
 
 
 @pytest.mark.parametrize(
@@ -345,10 +352,17 @@ class Run(Config):
         (["data.source=mine"], 256),
         (["data.source=mine", "limits.most=16"], 16),
         (["data={source: mine}"], 256),
+        (["small=true"], 2),
+        (["small=true", "limits.most=5"], 5),
     ],
 )
 def test_a_default_may_follow_from_what_is_given_elsewhere(overrides: list[str], most: int):
     assert resolve(Run, overrides=overrides).limits.most == most
+
+
+def test_a_default_that_follows_from_settings_beside_it_is_addressed_from_there():
+    assert resolve(Run, overrides=["limits.most=40"]).limits == Limits(most=40, least=2)
+    assert resolve(Run, overrides=["limits.most=40", "limits.least=3"]).limits.least == 3
 
 
 @pytest.mark.parametrize(
