@@ -211,7 +211,7 @@ ADAPTER_RATE = 10
 class Training(Computing):
     """Settings of a node that trains with a training engine."""
 
-    lr: Annotated[float, Meta(ge=0)] = 1e-6  # peak learning rate of AdamW
+    lr: Annotated[float, Meta(ge=0)] = 1e-6  # peak learning rate of AdamW; ten times the default with an adapter
     lora: Lora = Lora()
     schedule: Schedule = Schedule()
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW: decay of the mean and of the square of gradients

@@ -51,18 +51,29 @@ def load_algorithm(choice: Select, *, group_size: int | None = None, has_critic:
 
 
 STALE = 4  # versions at which the kinds of correction were measured to differ (docs/learning.md)
+MEASURED = 8  # the greatest staleness there
+SHORT = 2  # optimizer steps a version in which a policy hardly leaves the one that sampled
 
 
-def advice(objective: Objective, *, max_staleness: int = 0) -> list[str]:
+def advice(objective: Objective, *, max_staleness: int = 0, num_updates: int = 1) -> list[str]:
     """Return what a user of these settings ought to know before a run."""
     found: list[str] = []
     if getattr(objective, "needs_critic", False) and not getattr(objective, "needs_reference", True):
         text = "algorithm.kl.coef is 0: nothing keeps the policy near the reference, and PPO without any KL term tends "
         found.append(f"{text}to drift into text that only the reward likes; set algorithm.kl.coef=0.01")
-    correction = getattr(objective, "correction", None)
-    if correction is not None and max_staleness >= STALE and correction.kind == "truncated":
-        text = f"max_staleness is {max_staleness} and correction.kind truncated, which bounds no token's distance from "
-        found.append(f"{text}the policy that sampled it; take algorithm.correction.kind=behaviour (docs/learning.md)")
+    kind = getattr(getattr(objective, "correction", None), "kind", "")
+    what = better = ""
+    if max_staleness > MEASURED and kind in ("truncated", "behaviour"):
+        what = f"was measured up to {MEASURED} only"
+        better = "second_moment or divergence, whose papers go further"
+    elif max_staleness >= STALE and kind == "truncated":
+        what, better = "bounds no token's distance from the policy that sampled it", "behaviour"
+    elif max_staleness >= STALE and kind == "behaviour" and num_updates > SHORT:
+        what = f"may stop many tokens in {num_updates} optimizer steps a version, as clip_frac_* tell"
+        better = "interpolated where that is above a tenth"
+    if better:
+        text = f"max_staleness is {max_staleness} and correction.kind {kind}, which {what}"
+        found.append(f"{text}; take algorithm.correction.kind={better} (docs/learning.md)")
     return found
 
 

@@ -125,9 +125,10 @@ class Learner(Stage):
         check_saving(self.config, model, "learner")
         check_masters(self.sampler.model, say)
         objective = self.load_objective()
-        for line in advice(objective, max_staleness=self.learning.max_staleness):
+        num_updates = self.config.minibatches * self.config.epochs
+        for line in advice(objective, max_staleness=self.learning.max_staleness, num_updates=num_updates):
             say(f"warning: {line}")
-        for line in objective.idle_settings(self.config.minibatches * self.config.epochs):
+        for line in objective.idle_settings(num_updates):
             say(line)
 
     def load_objective(self) -> Objective:

@@ -177,11 +177,26 @@ def test_ppo_without_any_kl_is_warned_of_and_group_algorithms_are_not():
     assert advice(GRPO(kl=KL())) == []
 
 
-def test_old_samples_without_a_bound_about_the_policy_that_sampled_are_warned_of():
-    truncated = GRPO(correction=Correction(kind="truncated"))
-    assert "take algorithm.correction.kind=behaviour" in advice(truncated, max_staleness=4)[0]
-    assert advice(truncated, max_staleness=1) == []
-    assert advice(GRPO(), max_staleness=8) == []
+@pytest.mark.parametrize(
+    ("kind", "max_staleness", "num_updates", "better"),
+    [
+        ("behaviour", 1, 16, ""),
+        ("truncated", 1, 1, ""),
+        ("truncated", 4, 1, "behaviour"),
+        ("behaviour", 8, 2, ""),
+        ("behaviour", 4, 4, "interpolated where that is above a tenth"),
+        ("interpolated", 8, 4, ""),
+        ("behaviour", 9, 1, "second_moment or divergence, whose papers go further"),
+        ("truncated", 9, 1, "second_moment or divergence, whose papers go further"),
+        ("second_moment", 64, 1, ""),
+    ],
+)
+def test_old_samples_under_a_correction_that_is_not_for_them_are_warned_of(kind, max_staleness, num_updates, better):
+    algorithm = GRPO(correction=Correction(kind=kind))
+    said = advice(algorithm, max_staleness=max_staleness, num_updates=num_updates)
+    assert [line.partition("; take algorithm.correction.kind=")[2] for line in said] == (
+        [f"{better} (docs/learning.md)"] if better else []
+    )
 
 
 @pytest.mark.parametrize(
