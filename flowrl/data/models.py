@@ -20,10 +20,10 @@ import msgspec
 
 from flowrl.data.adapters import base_of, is_adapter, merged_model
 from flowrl.data.aside import run_aside
-from flowrl.errors import ModelError
+from flowrl.errors import DataError, ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     Say = Callable[[str], None]
 
@@ -38,7 +38,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
 
     directory: str
     architecture: str  # "LlamaForCausalLM"
-    max_context: int  # tokens; 0 where the config states none
+    max_context: int  # tokens that its positions reach; 0 where nothing limits them
     vocab_size: int
     tied: bool  # input and output embeddings are one tensor
     dtype: str  # "bfloat16"
@@ -120,18 +120,41 @@ def inspect_model(directory: Path) -> ModelCard:
     for shard in _shards(directory, where):
         tensors.update(_read_header(shard, where))
     architectures = config.get("architectures") or [config.get("model_type", "unknown")]
-    context_names = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
     tied = config.get("tie_word_embeddings", "lm_head.weight" not in tensors)
     return ModelCard(
         directory=str(directory),
         architecture=str(architectures[0]),
-        max_context=next((int(text[n]) for n in context_names if text.get(n)), 0),
+        max_context=_num_positions(text),
         vocab_size=int(text.get("vocab_size", 0)),
         tied=bool(tied),
         dtype=str(text.get("dtype") or text.get("torch_dtype") or "unknown"),
         num_parameters=sum(_num_elements(t["shape"]) for t in tensors.values()),
         has_chat_template=_has_chat_template(directory, where),
     )
+
+
+def _num_positions(text: dict[str, Any]) -> int:
+    names = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+    most = next((int(text[name]) for name in names if text.get(name)), 0)
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type")) in ("linear", "dynamic", "yarn"):  # as vLLM counts
+        most = max(most, int(rope.get("original_max_position_embeddings", most) * rope.get("factor", 1.0)))
+    return 0 if text.get("alibi") else most
+
+
+def check_reach(card: ModelCard, place: str, token_ids: Iterable[int], num_tokens: int) -> None:
+    """Insist that a model has an embedding for each token of a row of data, and positions for all of them.
+
+    Raises:
+        DataError: it has not.
+    """
+    largest = max(token_ids, default=0)
+    if 0 < card.vocab_size <= largest:
+        what = f"token {largest} is in it, and {card.directory} embeds {card.vocab_size} (0 to {card.vocab_size - 1})"
+        raise DataError(place, what, "take the tokenizer that the model was made with, or resize its embeddings")
+    if 0 < card.max_context < num_tokens:
+        what = f"has {num_tokens} tokens, and {card.directory} positions for {card.max_context}"
+        raise DataError(place, what, "leave longer rows out, or have them cut (data.on_long)")
 
 
 def _looks_like_path(name: str) -> bool:

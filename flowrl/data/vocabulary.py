@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def check_same_vocabulary(policy: Path, other: Path, where: str) -> None:
+def check_same_vocabulary(policy: Path, other: Path, where: str, *, longest: int = 0) -> None:
     """Insist that another model gives each of the policy's tokens the policy's id, and has an embedding for it.
 
-    Embeddings may be padded to different sizes, and the other model may know more tokens.
+    Embeddings may be padded to different sizes, and the other model may know more tokens. It has positions for
+    sequences of the `longest` that there may be.
 
     Raises:
         ModelError: it does not.
@@ -34,9 +35,12 @@ def check_same_vocabulary(policy: Path, other: Path, where: str) -> None:
         found = f"is {theirs[token]}" if token in theirs else "is none"
         what = f"{other} gives {len(apart)} of the policy's {len(ours)} tokens another id: {token!r} is {ours[token]} "
         raise ModelError(where, f"{what}in {policy} and {found} there", remedy)
-    needed, rows = max(ours.values(), default=-1) + 1, inspect_model(other).vocab_size
-    if rows < needed:
-        raise ModelError(where, f"{other} embeds {rows} tokens, the policy's tokenizer has {needed}", remedy)
+    needed, card = max(ours.values(), default=-1) + 1, inspect_model(other)
+    if card.vocab_size < needed:
+        raise ModelError(where, f"{other} embeds {card.vocab_size} tokens, the policy's tokenizer has {needed}", remedy)
+    if 0 < card.max_context < longest:
+        what = f"{other} has positions for {card.max_context} tokens, and a prompt with its response may have {longest}"
+        raise ModelError(where, what, "lower sampling.max_tokens or data.max_prompt_tokens, or choose another model")
 
 
 @functools.lru_cache(maxsize=4)

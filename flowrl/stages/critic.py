@@ -125,7 +125,9 @@ class Critic(Stage):
         if self.config.save_model:
             check_saving(self.config, directory, "critic")
         if self.model != self.sampler.model:
-            check_same_vocabulary(prepare_model(self.sampler.model, say=say), directory, "critic_model")
+            check_same_vocabulary(
+                prepare_model(self.sampler.model, say=say), directory, "critic_model", longest=self.sampler.longest
+            )
         self._load()
         objective = self.config.objective.load("critic.objective")
         check_divides(self.minibatches, self.learning.groups_per_step, "critic.minibatches")

@@ -8,12 +8,13 @@ the first response of the next row that has another prompt.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from flowrl.data.examples import ExampleRow, ExampleSet, load_examples
-from flowrl.data.models import prepare_model
+from flowrl.data.models import check_reach, inspect_model, prepare_model
 from flowrl.data.prompts import load_tokenizer
 from flowrl.data.vocabulary import check_same_vocabulary
 from flowrl.errors import ConfigError, DataError
@@ -26,6 +27,7 @@ from flowrl.telemetry.causes import Cause
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from flowrl.algorithms.base import Lesson, Objective
     from flowrl.config import Select
@@ -98,12 +100,13 @@ class Examples(Stage):
 
     def check(self, say: Say) -> None:
         """Load the tokenizer and the data set, and try the objective on one row of each kind."""
-        prepare_model(self.course.model, say=say)
+        directory = prepare_model(self.course.model, say=say)
         objective = load_objective(self.course.objective)
         rows = self.load()
         self.data_digest = rows.digest
         for line in rows.told():
             say(line)
+        check_rows(directory, [*rows.train, *rows.heldout])
         try_rows(objective, [*rows.train, *rows.heldout], has_reference=self.has_reference)
         for part in (rows.train, rows.heldout) if objective.needs_mismatched else ():
             if part:
@@ -193,6 +196,17 @@ def example_of(row: ExampleRow, group_id: int, other: ExampleRow | None) -> Exam
 
 def _masks(row: ExampleRow) -> Iterator[list[int]]:
     return iter(row.masks if row.masks is not None else [[1] * len(response) for response in row.responses])
+
+
+def check_rows(model: Path, rows: Sequence[ExampleRow]) -> None:
+    """Insist that a model has embeddings and positions for every row.
+
+    Raises:
+        DataError: it has not.
+    """
+    card = inspect_model(model)
+    for row in rows:
+        check_reach(card, row.place, chain(row.prompt_ids, *row.responses), row.num_tokens)
 
 
 def try_rows(objective: Objective, rows: Sequence[ExampleRow], *, has_reference: bool) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flowrl.data.models import prepare_model
+from flowrl.data.models import check_reach, inspect_model, prepare_model
 from flowrl.data.prompts import PromptSet, load_prompts, load_tokenizer
 from flowrl.errors import DataError
 from flowrl.graph.ports import In, Out
@@ -43,11 +43,14 @@ class Prompts(Stage):
 
     def check(self, say: Say) -> None:
         """Load the model's tokenizer and the data set; its longest prompt must fit the generators."""
-        prepare_model(self.sampler.model, say=say)
+        directory = prepare_model(self.sampler.model, say=say)
         rows = self.load()
         self.data_digest = rows.digest
         for line in rows.told():
             say(line)
+        card = inspect_model(directory)
+        for row in (*rows.train, *rows.heldout):
+            check_reach(card, row.place, row.token_ids, len(row.token_ids))
         longest = max([*rows.train, *rows.heldout], key=lambda row: len(row.token_ids))
         if len(longest.token_ids) > self.sampler.room:
             what = f"{longest.place} has {len(longest.token_ids)} tokens, but generator.max_model_len less "

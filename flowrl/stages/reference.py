@@ -49,7 +49,9 @@ class Reference(Stage):
         check_engine_of(self.config, "reference")
         directory = prepare_model(self.model, say=say)
         if self.model != self.sampler.model:
-            check_same_vocabulary(prepare_model(self.sampler.model, say=say), directory, "reference_model")
+            check_same_vocabulary(
+                prepare_model(self.sampler.model, say=say), directory, "reference_model", longest=self.sampler.longest
+            )
 
     def _settings(self) -> TrainingConfig:
         model, temperature = str(prepare_model(self.model)), self.sampler.sampling.temperature

@@ -217,7 +217,7 @@ class RewardModel(Stage):
         directory = prepare_model(self.model, say=say)
         if self.model != self.sampler.model:
             policy = prepare_model(self.sampler.model, say=say)
-            check_same_vocabulary(policy, directory, "reward_models")
+            check_same_vocabulary(policy, directory, "reward_models", longest=self.sampler.longest)
             ours, theirs = ending_of(load_tokenizer(policy)), ending_of(load_tokenizer(directory))
             if ours.end_id not in theirs.stops:
                 what = f"{theirs.end or 'nothing'} to it and {ours.end or 'nothing'} to the policy"

@@ -36,6 +36,12 @@ class Sampler(Config):
         """Return the tokens that a prompt may have, so that a response still fits."""
         return self.max_model_len - self.sampling.max_tokens
 
+    @property
+    def longest(self) -> int:
+        """Return the tokens that a prompt and a response may have together."""
+        both = self.data.max_prompt_tokens + self.sampling.max_tokens
+        return self.max_model_len if self.max_turns > 1 else min(self.max_model_len, both)
+
 
 class Learning(Config):
     """What is learned from the samples, and in which steps."""

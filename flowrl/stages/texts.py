@@ -17,7 +17,7 @@ from flowrl.errors import ConfigError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import FIRST_TEXTS, Texts
-from flowrl.stages.examples import example_of, try_rows
+from flowrl.stages.examples import check_rows, example_of, try_rows
 from flowrl.telemetry.causes import Cause
 
 if TYPE_CHECKING:
@@ -54,9 +54,10 @@ class TextSource(Stage):
         if self.config.data.num_heldout:
             what = f"{self.config.data.num_heldout} texts would be held out, and nothing evaluates on them"
             raise ConfigError("texts.data.num_heldout", what, "set it to 0")
-        prepare_model(self.model, say=say)
+        directory = prepare_model(self.model, say=say)
         rows = self.load()
         self.data_digest = rows.digest
+        check_rows(directory, rows.train)
         try_rows(Pretraining(), rows.train, has_reference=False)
 
     def load(self) -> ExampleSet:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from flowrl.data.models import check_reach, inspect_model
 from flowrl.data.vocabulary import check_same_vocabulary
-from flowrl.errors import ModelError
+from flowrl.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,3 +48,31 @@ def test_another_vocabulary_is_refused(tokens: list[str], rows: int, sentence: s
     with pytest.raises(ModelError, match=sentence) as caught:
         check_same_vocabulary(policy, model(tmp_path / "critic", tokens, rows=rows), "critic_model")
     assert str(caught.value).endswith("choose a model with the policy's tokenizer")
+
+
+def test_a_model_with_positions_for_less_than_may_come_is_refused(tmp_path: Path):
+    policy, critic = model(tmp_path / "policy", ["a", "b"]), model(tmp_path / "critic", ["a", "b"])
+    settings = {"model_type": "llama", "vocab_size": 64, "max_position_embeddings": 32}
+    (critic / "config.json").write_text(json.dumps(settings))
+    check_same_vocabulary(policy, critic, "critic_model", longest=32)
+    with pytest.raises(ModelError, match=r"positions for 32 tokens, and a prompt with its response may have 33"):
+        check_same_vocabulary(policy, critic, "critic_model", longest=33)
+    scaled = {**settings, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    (critic / "config.json").write_text(json.dumps(scaled))
+    check_same_vocabulary(policy, critic, "critic_model", longest=64)
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        ([1, 64, 2], "a.jsonl:3: token 64 is in it, and .* embeds 64 \\(0 to 63\\); take the tokenizer that the model"),
+        ([1] * 33, "a.jsonl:3: has 33 tokens, and .* positions for 32; leave longer rows out"),
+    ],
+)
+def test_data_beyond_a_models_tokens_and_positions_are_refused(ids: list[int], said: str, tmp_path: Path):
+    policy = model(tmp_path / "policy", ["a", "b"])
+    settings = {"model_type": "llama", "vocab_size": 64, "max_position_embeddings": 32}
+    (policy / "config.json").write_text(json.dumps(settings))
+    check_reach(inspect_model(policy), "a.jsonl:3", [63] * 32, 32)
+    with pytest.raises(DataError, match=said):
+        check_reach(inspect_model(policy), "a.jsonl:3", ids, len(ids))
