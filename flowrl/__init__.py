@@ -8,6 +8,8 @@
 
 Importing this package loads nothing heavier than msgspec; torch, ray, vllm and deepspeed are loaded by the
 processes that use them.
+
+Tests: tests/graphs/test_python_api.py
 """
 
 from typing import TYPE_CHECKING, Any

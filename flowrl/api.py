@@ -6,6 +6,8 @@
 Settings have the addresses of `--set`; a value may be a mapping of its parts, or a function or class from a file.
 Errors are those of the command line (`FlowrlError`). Where an event loop runs already, as in a notebook, a run has a
 thread of its own; an interrupt then stops it as Ctrl-C does. Called by users; imports little until it is called.
+
+Tests: tests/graphs/test_python_api.py
 """
 
 from __future__ import annotations

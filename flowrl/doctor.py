@@ -3,6 +3,8 @@
 Each check is one line: `ok`, `note` (works, but know this) or `FIX` with what to do; the exit code is 1 when something
 has to be fixed. Checks read versions and counters only; of the heavy libraries torch alone is imported, because an
 installation whose torch does not load is the commonest fault. Called by the CLI.
+
+Tests: tests/unit/test_doctor.py
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ map of special tokens names it; where the template leaves that to the next messa
 the tokenizer's EOS, and what generation_config.json names. Invariants: generation stops at every token that is taught
 as an end, and a saved model says so; what a template writes behind that token is nobody's answer. Called by the
 renderer, the turn format, generation engines and whoever saves a model.
+
+Tests: tests/unit/test_ending.py
 """
 
 from __future__ import annotations

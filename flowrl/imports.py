@@ -5,6 +5,8 @@ where the command is given: in the working directory first, then beside the grap
 So every process (Ray actors, reward workers) loads that same file, whatever its own directory and PYTHONPATH. A class
 of the package that a setting's default comes from may be given by its name alone: `algorithm=grpo`.
 Invariant: a file is one module in a process, however it is named. Called by `config.resolve` and by whoever loads.
+
+Tests: tests/unit/test_imports.py
 """
 
 from __future__ import annotations

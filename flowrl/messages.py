@@ -16,6 +16,8 @@ Invariants: `group_id` is the prompt's place in the run's prompt order and names
 `samples`, `scores[...]` and every per-sample list have one entry for each sample of the group, in the same order.
 Held-out groups are numbered from `FIRST_HELDOUT`, so that no edge and no ledger takes one for a training group.
 Stages build and read messages; only the runtime calls `encode` and `decode`.
+
+Tests: tests/unit/test_messages.py
 """
 
 from __future__ import annotations

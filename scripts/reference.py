@@ -227,7 +227,7 @@ def algorithms(missing: list[str]) -> str:
             if inspect.isabstract(kind) or kind.loss is Objective.loss or kind.__name__.startswith("_"):
                 continue
             lines += [f"## {kind.__name__}", "", f"`{loaded.__name__}:{kind.__name__}`", "",
-                      "```text", inspect.getdoc(loaded) or "", "```", ""]  # fmt: skip
+                      "```text", (inspect.getdoc(loaded) or "").partition("\n\nTests: ")[0], "```", ""]  # fmt: skip
             if msgspec.structs.fields(kind):
                 lines += [*_table(kind, missing), ""]
     return "\n".join(lines)

@@ -5,6 +5,8 @@ sampled. Invariants: tokens under mask 0 inside a sequence (an environment's) ar
 next step is the next sampled token; a sequence without sampled tokens has no part in a group's baseline. Arithmetic
 is in float64 and the result has the dtype of its input: equal rewards give advantages of exactly 0. Called by the
 algorithms' `advantages`.
+
+Tests: tests/unit/algorithms/test_advantages.py
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@
 
 DPO sees the difference of a pair alone, and may lower both; here each response is anchored at the reference. The mean
 is over pairs.
+
+Tests: tests/unit/algorithms/test_preference.py
 """
 
 from __future__ import annotations

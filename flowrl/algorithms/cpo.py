@@ -3,6 +3,8 @@
     loss = -log sigmoid(beta (lp_w - lp_l)) - nll_coef lp_w / |y_w|, log-probs summed over response tokens
 
 The second term keeps the chosen response likely, as a mean over its tokens. The mean is over pairs.
+
+Tests: tests/unit/algorithms/test_preference.py
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ would cut off the tail, which the reverse KL is largest in. So the teacher is lo
 engine, reads the same packed batches, and the KL is formed a chunk of tokens at a time (engines/teacher.py): exact, at
 the price of the teacher's weights on every rank. Where those do not fit, distillation.py estimates the KL from the
 sampled token alone, with the teacher anywhere. The teacher shares the student's vocabulary.
+
+Tests: tests/unit/algorithms/test_full_distillation.py
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@
     loss = max(0, 1 - h)
 
 Where DPO drives a margin on without end, this one lets a pair rest once its margin is 1. The mean is over pairs.
+
+Tests: tests/unit/algorithms/test_preference.py
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@
 Where DPO drives a pair's margin on without end, this one stops at 1 / (2 beta). The paper sums log-probs over tokens;
 its authors' implementation takes their mean, so that the target does not depend on length, and so does ours by default:
 `reduction`. A response's reward is beta (lp - ref), reduced alike. The mean is over pairs.
+
+Tests: tests/unit/algorithms/test_preference.py
 """
 
 from __future__ import annotations

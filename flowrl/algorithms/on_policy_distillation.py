@@ -19,6 +19,8 @@ vocabulary, and no account of how a token changes the positions after it (gamma 
 reference node with another model, which shares the policy's vocabulary. Samples of older policies are corrected for
 like those of any algorithm here. With `reward_coef` a sample's reward less its group's mean is added to each token.
 `advantages` sees the policy that sampled only; `loss` makes up the difference.
+
+Tests: tests/unit/algorithms/test_supervised.py
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@
     loss = -m_w - lam log sigmoid(log odds_w - log odds_l)
 
 No reference and no SFT before it. A response's reward is lam times its log odds. The mean is over pairs.
+
+Tests: tests/unit/algorithms/test_preference.py
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ The batch's `logprobs_BT` are the model's values, read after each token; a respo
 token under the mask. The column "label" of the chosen response, where the data has one, is the margin (Llama 2: greater
 for pairs that annotators found further apart); without it the margin is 0. Scores are defined up to a constant; the
 last term keeps them about 0 (Eisenstein 2023, 2312.09244, section 2). The mean is over pairs.
+
+Tests: tests/unit/algorithms/test_preference.py
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@
 Its gradient is added to that of the policy's loss, each divided by its own number of tokens: how many texts there are
 beside how many samples does not change what `coef` means. The paper's 27.8 weighs sums over batches of other sizes.
 Whatever temperature samples are drawn at, a text's likelihood is the model's own.
+
+Tests: tests/unit/algorithms/test_supervised.py
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@
 
 e is the probability that a label is flipped. Its mean over flips is DPO's loss on the right labels; cDPO (in dpo.py)
 adds where this takes away, and aims at a margin instead. The mean is over pairs.
+
+Tests: tests/unit/algorithms/test_preference.py
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ that no environment placed lies on the last sampled token alone, the KL penalty 
 2405.11143, section 3.3); nothing is clipped unless asked for. What follows the run (`Shaping.running`, the adaptive KL
 coefficient) changes between steps only, by pure functions of the step before. Called by the algorithms' `advantages`,
 `keeps` and `adapted`.
+
+Tests: tests/unit/algorithms/test_shaping.py
 """
 
 from __future__ import annotations

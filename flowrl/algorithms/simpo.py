@@ -5,6 +5,8 @@
 
 The reward is what generation goes by, the mean log-prob, so length alone earns nothing. The paper's gamma is 0.3 to 1.6
 times beta by the model, and its beta 2 to 10. The mean is over pairs.
+
+Tests: tests/unit/algorithms/test_preference.py
 """
 
 from __future__ import annotations

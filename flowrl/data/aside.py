@@ -2,6 +2,8 @@
 
 What they print (progress bars, warnings about accelerators) is kept from the run's first lines, and torch's memory goes
 with the process. Called where a model is converted or merged.
+
+Tests: tests/unit/data/test_aside.py
 """
 
 from __future__ import annotations

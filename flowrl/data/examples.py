@@ -4,6 +4,8 @@ Invariants: `row_at(position)` is a pure function of the data, the settings and 
 anywhere; no training example has the prompt of a held-out one; a row is learned as often as it is there; a row that
 cannot be used stops the load or is counted with its reason, as the settings say. Called by the examples stages,
 `flowrl check` and `flowrl data check`.
+
+Tests: tests/unit/data/test_examples.py
 """
 
 from __future__ import annotations

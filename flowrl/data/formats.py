@@ -16,6 +16,8 @@ A row with the columns of several types is of the first that fits, in this order
 whether it was cut; others are left alone; a null is as good as a column that is not there.
 Invariant: what `normalise` returns has at least one response or step, and the types that `NormalRow` states. Called by
 `load_examples` and `flowrl data check`.
+
+Tests: tests/unit/data/test_formats.py
 """
 
 from __future__ import annotations

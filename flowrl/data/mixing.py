@@ -4,6 +4,8 @@ Invariants: `at(position)` is a pure function of the sizes, the weights, the see
 resumes anywhere; of the first n positions every source has its share, to within one row at the end of a block and to
 within a block everywhere; the rows of a source come in complete permutations, one after the other, whatever stands
 between them. Called by `ExampleSet`.
+
+Tests: tests/unit/data/test_mixing.py
 """
 
 from __future__ import annotations

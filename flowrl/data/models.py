@@ -4,6 +4,8 @@
 config.json, safetensors and a tokenizer; `inspect_model` reads its card from the JSON and the safetensors headers.
 Invariant: what is returned is complete. A model made here is written aside and renamed, so that a killed conversion
 leaves nothing half done, and several processes that ask at once make it once. Called by stages and `flowrl check`.
+
+Tests: tests/unit/data/test_models.py
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ Invariants: `row_at(position)` is a pure function of the data, the settings and 
 anywhere; rows are told apart by all their columns, and each is learned as often as it is there; no training prompt has
 the same text as a held-out one; a row that cannot be used stops the load or is counted in `skipped`, as the settings
 say. Called by the prompts and evaluator stages and by `flowrl check`.
+
+Tests: tests/unit/data/test_prompts.py
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ is refused. Where the template cannot give back what was said (it drops the thin
 place) the last answer is its own words behind the prompt, and so is every sampled one (a row with `finish`); one that
 was cut is given no end. Strings are taken as they are, with the tokenizer's own first token before, unless they begin
 with it, and EOS behind. Called by `load_prompts`, `load_examples` and the turn format.
+
+Tests: tests/unit/data/test_rendering.py
 """
 
 from __future__ import annotations

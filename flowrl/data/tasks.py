@@ -2,6 +2,8 @@
 
 Invariant: the rows depend on the specs, the number and the seed alone, and no two have the same question. Called by
 `load_prompts`; `flowrl.rewards.verify` scores the answers.
+
+Tests: tests/unit/data/test_prompts.py
 """
 
 from __future__ import annotations

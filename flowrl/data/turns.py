@@ -6,6 +6,8 @@ next turn. Invariants: the tokens depend on the observation alone; appended turn
 conversation rendered at once, as far as the policy's text tokenizes to what it sampled. That a template only ever
 appends, in the same way at any length, and ends a turn with a token of its own is checked when a `TurnFormat` is made.
 Called by the agent stage.
+
+Tests: tests/unit/data/test_turns.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Whether two models read the same tokens: critics, references, teachers and reward models take the policy's token ids.
 
 Called by the stages that hold such a model, when a run is checked.
+
+Tests: tests/unit/data/test_vocabulary.py
 """
 
 from __future__ import annotations

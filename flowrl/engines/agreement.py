@@ -5,6 +5,8 @@ beside a longer one, in whatever mode training is in, twice. What does not agree
 the language head by the model's whole forward, the layout by rows run one by one. What differs then is refused with the
 numbers, whatever the family calls its scaling, its dropout or its positions. `check_fit` refuses tokens and positions
 that the model has none of. Called by trainer and teacher, on every rank; collective where parameters are sharded.
+
+Tests: tests/unit/engines/test_agreement.py
 """
 
 from __future__ import annotations

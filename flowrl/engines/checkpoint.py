@@ -5,6 +5,8 @@ for each stateful node, `cut.json` (where the flow stood) and `manifest.json`, t
 other file. Invariants: a directory is written aside, brought to the disk, and renamed last, so a kill leaves either all
 of it or nothing under its name; a checkpoint is used only when every file agrees with the manifest. What is kept: the
 newest few and the best. Written by the learner, read by the runtimes and by `flowrl verify`.
+
+Tests: tests/unit/engines/test_checkpoint.py
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ The engine is opened on a model, beside a learner of plain torch that publishes 
 `flowrl.engines.base.GenerationEngine` is tried as a run relies on it. Returned are the laws that it breaks, in words;
 none is a pass. A small model serves (seconds); float32, so that two implementations agree closely. Called by tests, the
 project's own and those of whoever writes an engine.
+
+Tests: tests/contracts/test_generation_engines.py
 """
 
 from __future__ import annotations

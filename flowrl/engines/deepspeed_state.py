@@ -4,6 +4,8 @@ Each rank writes its own shard in DeepSpeed's format; `state.json` beside them s
 of another number of ranks is first converted by rank 0 into DeepSpeed's universal format, one file a parameter, in a
 directory of its own beside the checkpoint, whose files are sealed. Invariant: a state is loaded whole or an error says
 why not. Called by the DeepSpeed engine, on every rank together.
+
+Tests: tests/unit/engines/test_deepspeed_state.py
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ ranks for each collective, so they are held only in passes larger than any that 
 from the plan; a run's later steps have next to none.
 
 Called by trainer. Nothing here knows of gradients, of DeepSpeed or of what is computed.
+
+Tests: tests/unit/engines/test_memory.py
 """
 
 from __future__ import annotations

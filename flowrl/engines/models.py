@@ -10,6 +10,8 @@ language head is the model's own forward around a body that hands states back, s
 logits is done here too; whether it all is what the model itself says is looked at when an engine opens (agreement.py).
 
 Called by the training engines. Shapes: R rows, L row length, H hidden size, V vocabulary, N response tokens.
+
+Tests: tests/unit/engines/test_models.py
 """
 
 from __future__ import annotations

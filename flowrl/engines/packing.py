@@ -17,6 +17,8 @@ that is the prompt's last position) for log-probs and for V(s_t), or "after" it 
 last position read is not computed at all, so with "before" a response's last token is never fed.
 
 Called by trainer and models. Shapes: R rows, L row length, N response tokens, B responses, T longest response.
+
+Tests: tests/unit/engines/test_packing.py
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 Only layers that stay frozen are quantized, never heads; what leaves the engine is dequantized first, so that generators
 and saved models hold plain weights, the very ones that the learner computes with. Called by models and lora;
 `check_quantization` by the stages before a run.
+
+Tests: tests/unit/engines/test_lora.py
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Each is asked for by a setting of `Training` and refused where it would do nothing. Called by trainer and the DeepSpeed
 engine, once, on the loaded model.
+
+Tests: tests/unit/engines/test_savings.py
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ and carries it out with them; an error found by the check leaves the ranks usabl
 is in passes.
 
 Called by the learner, critic, reference and reward-model stages.
+
+Tests: tests/unit/engines/test_trainer.py
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ being proved is returned only when the canary has agreed; after a failed proof n
 received and verified before generation pauses, so that the pause covers loading only.
 
 Called by the generator, evaluator and reference stages; lives on their event loop.
+
+Tests: tests/contracts/test_vllm_engine.py
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ Invariants that `check` proves, each refused with its arithmetic: every required
 messages it takes; a value that several nodes are given under one name is one value; every cycle goes through a Latest
 or Credits edge, or through a queue that never fills; staleness cannot exceed what the learner allows; an ordered queue
 has room for every group that may be ahead of the one it waits for. `flowrl check` and every runtime call it first.
+
+Tests: tests/unit/graph/test_graph.py
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ replica, the oldest group's first. Latest: `put` returns when every live reader 
 a newer one; `get` waits for a value newer than the last one this replica got. Credits: `get` waits for the right to
 admit one group, `put` gives the rights of the named groups back. Cancelling any of them loses no message. After an
 edge is closed, `put` raises ChannelClosed at once and `get` does when nothing is left.
+
+Tests: tests/unit/graph/test_ports.py
 """
 
 from __future__ import annotations

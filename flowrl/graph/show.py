@@ -1,4 +1,7 @@
-"""A graph for people: the edge table, the plan of what would start, and a Mermaid diagram."""
+"""A graph for people: the edge table, the plan of what would start, and a Mermaid diagram.
+
+Tests: tests/unit/graph/test_graph.py
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 `Stage.simulated(costs)` returns one of three words, or None: then no graph that needs the stage is predicted. The words
 are read by flowrl/simulation/stand_ins.py, which also makes the `costs`; they load nothing.
+
+Tests: tests/unit/simulation/test_timed_run.py
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ none.
 Invariants: each episode has an instance of its own, which sees one call at a time; what a call returns is checked, and
 a call that raises ends the episode. Called by the worker process (flowrl.rewards.worker) and, where the isolation is
 "thread", in the stage's own; flowrl.rewards.sessions is the other side.
+
+Tests: tests/unit/rewards/test_environments.py
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ A function takes the columns it names, or all with **kwargs; it may be `async`. 
 apply" and counts as 0, because a group's rewards are the sum of all named scores. Invariant: a call returns one finite
 number for each sample or raises RewardError; it never invents one. Called by the reward worker process, and in the
 stage's own process where `isolation` is "thread".
+
+Tests: tests/unit/rewards/test_function.py
 """
 
 from __future__ import annotations

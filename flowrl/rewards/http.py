@@ -13,6 +13,8 @@ Redirects are not followed, and what leaves this machine goes over TLS unless `a
 
 Invariant: a call returns one finite number for each sample of each group or raises RewardError, within a time bounded
 by the settings. Called by the RemoteReward stage.
+
+Tests: tests/unit/rewards/test_http.py
 """
 
 from __future__ import annotations

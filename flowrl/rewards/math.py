@@ -6,6 +6,8 @@
 to sympy's evaluating parser and ends what takes too long by a signal: both are reasons why this runs in a worker
 process and in its main thread (`isolation=process`, the default). Invariants: what is marked as the final answer is
 read as the data's answer is; an `answer` in the data that is none is an error, never a wrong completion.
+
+Tests: tests/contracts/test_reward_workers.py
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ or ####, else the whole text; so a completion that was asked for only the answer
 keeps answers short. Partial credit is deliberately not given: it would reward long or hedging answers. A column
 `answer` holds a text (marked or not), a number, or a list of texts of which each is right; what is no answer is an
 error, never a wrong completion. Called by `RewardFunction` under their import paths.
+
+Tests: tests/unit/rewards/test_verify.py
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ Comparisons (chained ones too), `and`, `or`, `not`, `in`, `is None`, `+ - * /`, 
 an expression is never run as Python; it is parsed, every node of it is on a list of known ones, and it becomes a
 `pyarrow.compute.Expression`, so that the worst it can do is to be refused. As in SQL, a comparison with a missing
 value chooses nothing. Called by inspection.py.
+
+Tests: tests/unit/runs/test_query.py
 """
 
 from __future__ import annotations

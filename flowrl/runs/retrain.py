@@ -5,6 +5,8 @@ them without being sampled, with a source of recorded groups in place of everyth
 nodes get the same messages in the same order and the same settings as in the run, so where the numerics are
 deterministic (float32 on CPUs) losses and weights are bit-equal; a difference is then a fault of learner or machine,
 and equality says that whatever went wrong came with the data. Called by `flowrl retrain`.
+
+Tests: tests/contracts/test_retrain.py
 """
 
 from __future__ import annotations

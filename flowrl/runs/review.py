@@ -3,6 +3,8 @@
 The page is drawn by telemetry/page and rollouts are found by runs/inspection.py; what these cannot know (whether a
 process of the run lives, the ledger, the simulator's advice, the tokenizer) is gathered here. Invariant: nothing in the
 run's directory is changed but the page that is written; a run may be going on. Called by `flowrl report` and `inspect`.
+
+Tests: tests/unit/runs/test_review.py
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ written apart from it: the record of the run's starts (how stale a sample might 
 groups each step was trained on), every checkpoint (its files, and how far the ledger had come), the published versions,
 the figures, the ending. Invariant: a run is clean only where every witness is there and all agree; what cannot be read
 is an error with file and place. Called by `flowrl verify`, and by the tests after every simulated schedule.
+
+Tests: tests/unit/runs/test_verify.py
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 What the view shows is read from the run's own files, the newest state of replicas and queues from state.json, steps,
 evaluations and notices from metrics.jsonl; nothing is asked of the run and nothing written, so any number may watch.
 Files do not wake a reader, so they are looked at once a second, as often as they change. Called by `flowrl watch`.
+
+Tests: tests/unit/runs/test_watch.py
 """
 
 from __future__ import annotations

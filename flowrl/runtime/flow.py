@@ -8,6 +8,8 @@ queue and returns its credit (laws 1 to 3).
 
 Any movement resets the stall timer; when nothing has moved for `stall_timeout_s`, every waiter gets a StallError that
 names who waits for what.
+
+Tests: tests/unit/runtime/test_flow.py
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ so do cuts and admissions. A rollback is an entry too: it voids everything after
 what is in flight, not what has ended.
 
 The flow owns the ledger and alone writes to it; `read_entries` and `surviving` are for whoever reads one.
+
+Tests: tests/unit/runtime/test_ledger.py
 """
 
 from __future__ import annotations

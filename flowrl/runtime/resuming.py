@@ -3,6 +3,8 @@
 Invariants: a run's groups are admitted from one order of one data set, and its figures mean the same from the first
 step to the last, or it is not resumed; what may differ (rates, replicas, limits) stands in `attempts/`, one file for
 each attempt after the first, and `settings.yaml` and `graph.json` are those of the newest. Called by launch.
+
+Tests: tests/unit/runtime/test_resuming.py
 """
 
 from __future__ import annotations

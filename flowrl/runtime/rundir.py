@@ -4,6 +4,8 @@ A new run never writes into a directory that holds another; a resumed one contin
 the attempt before has ended. The driver alone holds `driver.lock`; every other process of the run holds a shared lock
 on `lock`, so that whoever gets it alone has proof that they are dead. `lock` holds the number of the present attempt:
 a process that cannot be proved dead, on a machine that is cut off, reads there that it must write no more.
+
+Tests: tests/unit/runtime/test_rundir.py
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ is carried out once, however often it arrives, is the gate's business (calls.py)
 
 Ray's actor calls could carry them too, at about ten times the cost (decision 0001); Ray starts, places and watches the
 processes (ray.py) and carries what is said twice a second. The hub opens a `Listener`, a replica a `Connection`.
+
+Tests: tests/contracts/test_wire.py
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ beside a number of samples that changed all the time. So the recorded requests a
 (simulation/devices.py in outline, without an event loop), and the three costs are those whose ends are nearest to the
 recorded ones, scaled so that the replicas are busy as long. Times are seconds of work, the contention for cores
 already taken out. Called by the profiler.
+
+Tests: tests/unit/simulation/test_profiler.py
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 `Watch` is what the simulated replicas record into: it takes every replica's seconds by cause at both ends of the
 measured window, the steps in between, and looks at the queues. Used by simulate.py.
+
+Tests: tests/unit/simulation/test_run.py
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ straight to the flow, since nothing is lost or dies here, and messages are hande
 Invariants: the order of events follows from the graph, the profile and the seeds alone, so the same request gives the
 same prediction; whatever the graph, a prediction ends within its seconds of real time. `flowrl simulate` prints one;
 tuning/ searches with many.
+
+Tests: tests/unit/simulation/test_run.py
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ Arithmetic on one group at a time, in the order in which the learner takes them;
 algorithm has one, is the learner's. A group that the algorithm does not keep (dynamic sampling) is rejected as
 filtered: its credit returns, its place is skipped. What an algorithm learns from step to step (an adaptive KL
 coefficient) is this node's state, saved with every checkpoint.
+
+Tests: tests/unit/stages/test_advantage.py
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ new weights arrive in the middle of episodes as they do in the middle of respons
 Invariants: a group leaves as complete episodes with the environment's score, or is rejected as failed with its task
 kept on disk; all samples of a group begin with the same observation; serving.py and episodes.py have the rest. User
 code runs in worker processes, never in the engine's. Held-out prompts are played alike. Replicas compete for prompts.
+
+Tests: tests/unit/stages/test_agent.py
 """
 
 from __future__ import annotations

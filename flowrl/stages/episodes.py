@@ -3,6 +3,8 @@
 Invariants: the policy's tokens stand in the episode as the engine sampled them, with their log-probs and versions; the
 environment's are under mask 0, log-prob 0 and in no version's span; an episode ends with the policy's last token; a
 turn's reward lies on its last token. Called by the agent stage.
+
+Tests: tests/unit/stages/test_episodes.py
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 Invariant: the advantages of a step follow from settings that follow from the groups of the steps before it alone, in
 prompt order. So an adaptive KL coefficient and running score normalisation are the same whatever the timing, and a
 checkpoint of version v needs the settings of step v, which a node that runs ahead still knows.
+
+Tests: tests/unit/stages/test_estimation.py
 """
 
 from __future__ import annotations

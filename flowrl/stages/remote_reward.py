@@ -3,6 +3,8 @@
 Invariant: as for `Reward`, a group leaves with exactly one more named score per sample or is rejected as failed with
 its input on disk; where the server refuses a batch, its groups are asked for one by one, so that none fails for
 another's sake. A server that stays away says nothing about the groups: by default the run stops and can be resumed.
+
+Tests: tests/contracts/test_remote_rewards.py
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ step v may draw from: a resumed run draws the same. Stands between what credits 
 
 Sampling by advantage follows prioritised replay (Schaul 2015, 1511.05952), with exponent 1 and the mean |advantage| of
 a group's tokens as its priority; what makes up for the age of the samples is the algorithm's correction.
+
+Tests: tests/unit/stages/test_replay_buffer.py
 """
 
 from __future__ import annotations

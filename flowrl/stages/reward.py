@@ -4,6 +4,8 @@ Invariant: a group leaves with exactly one more named score per sample, or is re
 disk; a reward function's failure never loses a group silently, and one that fails group after group ends the run.
 Several reward nodes in a row each add their own name. User code runs in worker processes of this node, never in an
 engine's. Replicas compete for groups.
+
+Tests: tests/unit/stages/test_reward.py
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ Rejection sampling is SFT on the best of n samples, iterative DPO is DPO on the 
 newest policy while the next samples are drawn. Everything else is the learner's: order, staleness, credits, versions,
 checkpoints. As there, log-probs are those of the distribution that is sampled from (`temperature`). The tokens are the
 sampled ones: a response that was cut is not given an end.
+
+Tests: tests/unit/stages/test_selector.py
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ filtered with the reason: the best is not good enough, or the two do not differ.
 is skipped. What the policy's rewards are without the selection stands in the group's metrics; what is left of the group
 is told as a span, from which a profile knows the tokens of the nodes behind. Replicas compete for groups. `choose` is
 also how the writer of graphs/generate.py selects.
+
+Tests: tests/unit/stages/test_selector.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """What the learner does to one step's groups before and after the engine: columns, settings, figures.
 
 Invariant: nothing here depends on when a group arrived, only on the groups of the step and the learner's version.
+
+Tests: tests/unit/stages/test_step.py
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 Invariant: text k of step v is the row at position v * per_step + k of the data set's order, so the place in the data
 follows from the learner's version: a resumed run goes on with the texts that the stopped one would have taken, and a
 source that died and was restarted answers the same requests. A graph with `texts.per_step=0` has no such node.
+
+Tests: tests/unit/stages/test_texts.py
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ an end. Invariants: file k holds the groups that the ledger says were learned in
 what is left; it is on the disk before they are settled, and a checkpoint follows it; files of a history that was given
 up are deleted. So each group is written exactly once, or is in the ledger as filtered or failed. Its return ends the
 run.
+
+Tests: tests/unit/stages/test_writer.py
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ A `CauseClock` is in one cause at any moment and the seconds of all causes add u
 shares add up to 100 % by construction. Code marks what it does with `with clock.charge(Cause.WAIT_INPUT)`; where
 several marks overlap (a generator with many requests in flight), the first in `PRIORITY` wins, and where none is set
 the replica is computing. The runtime marks waits on edges; stages mark only what the runtime cannot see.
+
+Tests: tests/unit/telemetry/test_causes.py
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ Steps, evaluations and notices come from metrics.jsonl, spans, causes of time an
 those of resumed starts. Invariants: events come start by start and in the order of the files; a file that is missing
 or was cut short by a kill gives what it has; nothing is held in memory but the metrics. The timeline rounds: causes to
 0.1 % of the time between two statuses, and what a replica did before its first status is left out. Called by page.py.
+
+Tests: tests/unit/telemetry/test_history.py
 """
 
 from __future__ import annotations

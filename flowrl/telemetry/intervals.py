@@ -4,6 +4,8 @@ Samples of one prompt are not independent, so the unit is the prompt: each promp
 the interval is Student's t over them, mean +- t(0.975, n - 1) * s / sqrt(n). Before and after are the same prompts,
 so their difference is taken prompt by prompt, which takes the prompts' own difficulty out of the noise. The interval
 says how a policy would do on more prompts like these; it does not cover what another training seed would give.
+
+Tests: tests/unit/telemetry/test_intervals.py
 """
 
 from __future__ import annotations

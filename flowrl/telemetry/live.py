@@ -6,6 +6,8 @@ recovery), groups done and their rate, requests in flight and policy version; th
 newest hint. Other notices scroll by above it. `frame` draws a view, a pure function; `LiveView` puts frames on the
 terminal. A frame is drawn on the event loop when events arrive, and only the clock line by rich's refreshing thread, so
 the view is never read while it changes.
+
+Tests: tests/unit/telemetry/test_live.py
 """
 
 from __future__ import annotations

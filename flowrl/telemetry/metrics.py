@@ -4,6 +4,8 @@ Each object has a `kind`: "step" (version, metrics, how many groups were learned
 (mean and interval over prompts, every score, a few completions), "notice", and at the end "status", one for each
 replica. Every line is written whole as it comes, so a killed run loses none; on a full disk lines wait, `MOST_WAITING`
 bytes of them; a resumed run appends. NaN and infinity become null, which JSON has no other word for.
+
+Tests: tests/unit/telemetry/test_metrics.py
 """
 
 from __future__ import annotations

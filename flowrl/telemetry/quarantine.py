@@ -1,6 +1,8 @@
 """Quarantine: groups that could not be scored or that kept killing their stage, one readable JSON file each.
 
 Invariant: a file is whole or not there. Written by the reward stages and by the supervisor.
+
+Tests: tests/unit/telemetry/test_quarantine.py
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 `report` is a pure function of the view and of what only the launcher knows (the ledger's totals, the checkpoint); what
 a run does not have is left out. Every figure says what it is a share or a mean of, and every sum that ought to come
 out is checked and said.
+
+Tests: tests/unit/telemetry/test_report.py
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Read with `pyarrow.parquet`, pandas or DuckDB; nothing in it is pickled. A file appears whole under its name or not at
 all. The learner writes it after each step.
+
+Tests: tests/unit/telemetry/test_rollouts.py
 """
 
 from __future__ import annotations

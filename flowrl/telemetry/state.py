@@ -3,6 +3,8 @@
 Invariants: the file is whole at any moment; it is at most `INTERVAL_S` behind the process that drives the run, and the
 last one written says that the run has ended, so that one which does not say so and does not change is of a run that was
 killed. `Sinks` feeds it; watch.py reads it.
+
+Tests: tests/unit/telemetry/test_state.py
 """
 
 from __future__ import annotations

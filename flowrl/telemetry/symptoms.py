@@ -4,6 +4,8 @@ A symptom is a pure function of the steps so far (and the evaluations), oldest f
 Figures of single steps are noisy, so means over WINDOW steps are compared. `Symptoms` is the sink that asks them after
 each step; what it finds is told once, and again only where it has gone and come back. It keeps the first steps and
 evaluations and the newest, so its size does not grow with the length of the run.
+
+Tests: tests/unit/telemetry/test_symptoms.py
 """
 
 from __future__ import annotations

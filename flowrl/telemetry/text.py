@@ -1,4 +1,7 @@
-"""Text for the terminal: everything is printed by `say`, which lets nothing foreign through and never fails."""
+"""Text for the terminal: everything is printed by `say`, which lets nothing foreign through and never fails.
+
+Tests: tests/unit/telemetry/test_hostile_text.py
+"""
 
 from __future__ import annotations
 

@@ -8,6 +8,8 @@ each replica's time went to.
 Invariants: spans on one thread never overlap; every arrow starts and ends inside a span; the file is the array form of
 the trace format, which readers accept without its closing bracket, so that a killed run leaves a readable file. Times
 are whole microseconds.
+
+Tests: tests/unit/telemetry/test_timeline.py
 """
 
 from __future__ import annotations

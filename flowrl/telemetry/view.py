@@ -3,6 +3,8 @@
 Invariants: a pure fold, with no clock, terminal or file of its own, so the same events give the same view whatever the
 batches; its size does not grow with the length of the run; a replica that was restarted goes on counting where its
 predecessor stopped. `Sinks` feeds it; live.py, plain.py and report.py only read it.
+
+Tests: tests/unit/telemetry/test_view.py
 """
 
 from __future__ import annotations

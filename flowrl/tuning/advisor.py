@@ -5,6 +5,8 @@ after (`advice`) from its own profile. Invariants: no gain below `WORTH_SAYING` 
 that `flowrl check` would refuse here, by the graph or for want of cores and GPUs; a replica that brings a core or a GPU
 is told apart from it; silence, or one line, rather than a guess. The batch is never changed: it changes what is
 learned. Used by companion.py and runs/review.py.
+
+Tests: tests/unit/tuning/test_advisor.py
 """
 
 from __future__ import annotations

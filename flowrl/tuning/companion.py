@@ -6,6 +6,8 @@ or without this companion is the same run; the driver never waits; a hint is ask
 `FIRST_S` seconds at the earliest, and again whenever there are twice as many steps; when it fails there is no hint, and
 logs/hints.log says why; the process ends with the run, and with the driver however that ends. Handed to
 runtime/launch.py by the command line.
+
+Tests: tests/unit/tuning/test_hints.py
 """
 
 from __future__ import annotations

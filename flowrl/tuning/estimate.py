@@ -3,6 +3,8 @@
 Invariants: within an order of magnitude of the truth on a CPU like the one of docs/benchmarks.md, with what was assumed
 in the same line; where that cannot be, the line says so and why; it costs a moment and never the run. Called by
 companion.py and `flowrl check`.
+
+Tests: tests/unit/tuning/test_estimate.py
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ A trial is first a look (a couple of steps, enough to tell the good from the bad
 measurement, which goes on until the step time is known well enough. Invariants: every setting passes the graph's own
 checks before it is simulated, and stays within the devices there are, or there is no trial of it; the same setting
 gives the same trial in whichever process. Used by tune.py and advisor.py.
+
+Tests: tests/unit/tuning/test_trials.py
 """
 
 from __future__ import annotations

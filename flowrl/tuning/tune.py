@@ -7,6 +7,8 @@ a step, samples in a group) is only turned alone and never recommended, because 
 how fast. Invariants: nothing recommended would be refused or need more devices than there are; the recommended setting
 is the fastest, and of its equals the one on the fewest devices, with the fewest changes; what less staleness would cost
 is said beside it; the same request gives the same tuning.
+
+Tests: tests/unit/tuning/test_tune.py
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ the last step, as a run's report gives them; the prediction is of a whole run of
 run in the order of the tuning, one after the other, with nothing beside them; what a run learned is deleted when it has
 ended, since each would keep gigabytes that nobody asked for; what was measured decides, not what was predicted. Used by
 `flowrl tune --verify` and perf/prediction.
+
+Tests: tests/unit/tuning/test_verification.py
 """
 
 from __future__ import annotations

@@ -87,3 +87,14 @@ def test_no_two_classes_have_one_name() -> None:
     ]
     counts = Counter(name for name, _ in places)
     assert {name for name, _ in places if counts[name] > 1} == TWICE
+
+
+@pytest.mark.slow
+def test_what_a_module_says_holds_it_is_a_test_that_imports_it():
+    known = set(modules())
+    for name, tree in modules().items():
+        for line in (ast.get_docstring(tree) or "").splitlines():
+            if line.startswith("Tests: "):
+                path = ROOT.parent / line.removeprefix("Tests: ")
+                assert path.is_file(), f"{name}: there is no {path}"
+                assert name in imports_of(ast.parse(path.read_text()), known), f"{name} is not imported by {path}"

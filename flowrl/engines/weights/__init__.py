@@ -3,6 +3,8 @@
 Two transports with one manifest: shared memory (one machine, CPUs or GPUs) and broadcast (gloo or NCCL). The sender
 lives in the learner's process and never imports vLLM; vLLM's receiver is its weight-transfer engine in `receiver`, any
 other engine takes a version in with `Receiver`. Called by the training engines (`open_sender`) and generation engines.
+
+Tests: tests/contracts/test_weights.py
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ store's address in the manifest; each receiver announces itself in the store; wh
 has passed, `transfer` writes the plan (who is in which group) and broadcasts to those in it. Invariants: no wait is
 without a deadline; the dead are left out and the living go on; a group is formed anew when its members change or it
 failed; a receiver that is late, restarted or in a broken group pulls the same buckets from the sender's server.
+
+Tests: tests/contracts/test_weights.py
 """
 
 from __future__ import annotations

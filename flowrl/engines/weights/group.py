@@ -2,6 +2,8 @@
 
 Invariant: every wait has a deadline; a group that failed once is aborted and never used again. gloo on CPUs and NCCL
 on GPUs have the same surface here. Called by both sides of the broadcast transport.
+
+Tests: tests/contracts/test_weights.py
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 A collective reaches those who are in its group when it starts; a generator that restarted meanwhile, or whose group
 broke, asks here for the same bytes. One request a connection: a line of JSON with the token and the version; the
 answer is the buckets one after the other, or nothing when the version is not held. Called by `broadcast`.
+
+Tests: tests/contracts/test_hostile_wire.py
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ Two phases. `prefetch` starts a thread that receives a version into host memory 
 worker goes on generating, and reports the outcome over a socket of the serving process. `update_weights` then only
 loads those buffers, between `start_weight_update` and `finish_weight_update`, while generation is paused. So a version
 that does not arrive, or arrives damaged, never touches the model. Imported by vLLM workers only.
+
+Tests: tests/contracts/test_vllm_engine.py
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 The axis is run time: seconds since the first event, with the gaps between the starts of a resumed run taken out.
 Invariants: a bin of a node holds the seconds that its replicas were charged with in it, no more and no less; memory
 does not grow with the run, but for one entry a policy version. Fed by record.py with the events of history.py.
+
+Tests: tests/unit/runs/page/test_activity.py
 """
 
 from __future__ import annotations

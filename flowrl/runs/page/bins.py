@@ -2,6 +2,8 @@
 
 Invariants: the sum of a row's bins is the sum of what was added to it; there are never more than `most` bins, for when
 time goes beyond the last one, neighbours are added together and every bin is twice as wide. Used by activity.py.
+
+Tests: tests/unit/runs/page/test_activity.py
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ Invariants: whatever a run holds is escaped by the template engine, and the page
 one that is in this package, by its hash; what a run does not have is left out and said under "Not in this report"; the
 size is bounded by the limits of charts.py, strips.py and samples.py, however long the run was. What only the layers
 above know (the ledger, the tuner's advice, the tokenizer) comes in as a `Subject`. Called by `flowrl report`.
+
+Tests: tests/unit/runs/page/test_page.py
 """
 
 from __future__ import annotations

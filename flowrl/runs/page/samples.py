@@ -4,6 +4,8 @@ Steps are taken evenly over the run, the first and the last among them; of a ste
 and the one that is oldest; of a group the best and the worst sample. So what is shown is chosen to be looked at and is
 no random sample, which the page says. Invariants: at most `MOST_STEPS * GROUPS_A_STEP * SAMPLES_A_GROUP` samples of
 `MOST_TOKENS` tokens each; a file that cannot be read is left out. Called by page.py.
+
+Tests: tests/unit/runs/page/test_page.py
 """
 
 from __future__ import annotations

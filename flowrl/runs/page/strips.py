@@ -2,6 +2,8 @@
 
 Invariants: pure functions of `Activity`; one rectangle for each run of equal bins, in the grid of an SVG that is
 `Activity.nodes` bins wide and 100 high. Called by page.py.
+
+Tests: tests/unit/runs/page/test_activity.py
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ Invariants: an accepted key is accepted once; it is waiting, held by exactly one
 never exceed `depth` or `max_bytes` (one item larger than `max_bytes` passes alone); an ordered queue delivers keys in
 order within its window and always has room for a key it could deliver now; a suspect key is held by a consumer that
 holds nothing else.
+
+Tests: tests/unit/runtime/test_channels.py
 """
 
 from __future__ import annotations
