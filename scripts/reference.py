@@ -1,4 +1,4 @@
-"""Write the generated pages of the book: every command, setting, algorithm and error, from the code itself.
+"""Write the generated pages of the book: every command, setting, algorithm, error and recipe, from the code.
 
 Invariants: what stands there is what the code takes today; a setting, an option or an error without words is an error
 of the build, and so is a page that no menu names. Called by scripts/docs.sh with the directory of the pages.
@@ -36,9 +36,10 @@ class Undocumented(Exception):
 
 
 def main(pages: Path) -> None:
-    """Write reference/*.md; raises Undocumented with everything that lacks words."""
+    """Write reference/*.md and recipes.md; raises Undocumented with everything that lacks words."""
     directory = pages / "reference"
     directory.mkdir(exist_ok=True)
+    (pages / "recipes.md").write_text(recipes())
     missing: list[str] = []
     for name, text in (
         ("commands", commands()),
@@ -210,6 +211,43 @@ def _own_comments(kind: type[Config]) -> Words:
             if words:
                 found[node.target.id] = words[0].upper() + words[1:]
     return found
+
+
+# Recipes.
+
+
+def recipes() -> str:
+    """Return every recipe with its model, data, devices and memory plan, and whether it was run."""
+    measured = (ROOT / "docs" / "learning.md").read_text()
+    lines = [
+        "# Recipes",
+        "",
+        "YAML files in `graphs/recipes/`, taken with `--config`; the first lines of each say where it is from and how "
+        "to run it. Measured ones are in [learning](learning.md). One that was only checked has never trained here.",
+        "",
+        "| recipe | graph | model | data | GPUs | memory of the learner | run |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted((ROOT / "graphs" / "recipes").glob("*.yaml")):
+        text = path.read_text()
+        graph = text.partition("graphs/")[2].partition(".py")[0]
+        program = load_program(ROOT / "graphs" / f"{graph}.py", config=path)
+        settings: Any = program.settings
+        nodes = [node.config for node in program.graph.nodes.values()]
+        gpus = sum(node.gpus * node.ranks * node.replicas for node in nodes if not node.share)
+        was_run = "checked only" if "NOT RUN" in text else "measured" if path.name in measured else "on two cores"
+        cells = (f"`{path.stem}`", f"`{graph}`", settings.model, settings.data.source, f"{gpus:g}",
+                 _memory_plan(settings.learner), was_run)  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _memory_plan(learner: Any) -> str:
+    plan = [f"ZeRO {learner.zero_stage} over {learner.ranks}"] if learner.ranks > 1 else []
+    plan += ["checkpointed layers"] if learner.gradient_checkpointing else []
+    plan += ["optimizer on the CPU"] if learner.offload_optimizer else []
+    plan += [f"LoRA {learner.lora.rank}"] if learner.lora.rank else []
+    return ", ".join(plan) or "all on one device"
 
 
 # Algorithms and errors.

@@ -269,7 +269,7 @@ class TrainingEngine(Protocol):
         ...
 
     def score(self, groups: Sequence[TokenGroup]) -> list[list[FloatArray]]:
-        """Return log-probs or values of every response token, [group][sample] -> float32 [tokens]."""
+        """Return log-probs or values of every response token, `[group][sample]` -> float32 [tokens]."""
         ...
 
     def compare(self, groups: Sequence[TokenGroup], objective: Select) -> list[list[FloatArray]]:
