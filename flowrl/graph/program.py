@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ def load_program(path: Path, *, config: Path | None = None, overrides: Sequence[
     if not (isinstance(kind, type) and issubclass(kind, RunSettings)):
         raise GraphError(str(path), "its Settings does not extend RunSettings",
                          "write class Settings(RunSettings) from flowrl.graph.settings")  # fmt: skip
-    settings = resolve(kind, config=config, overrides=overrides, places=places)
+    settings = _guarded(path, "Settings", partial(resolve, kind, config=config, overrides=overrides, places=places))
     graph = _guarded(path, "build", build_graph, module, settings)
     graph.check()
     graph_of(plan_of(graph))  # every process will rebuild its stage from the plan
