@@ -28,7 +28,15 @@ from flowrl.stages.learner import Learner
 from flowrl.stages.sampler import Learning, Sampler
 from flowrl.stages.step import check_divides, learned_group, mean_metrics, minibatches
 from flowrl.stages.tokens import token_group
-from flowrl.stages.training import check_engine_of, check_experts, check_saving, load_state, opened, save_state
+from flowrl.stages.training import (
+    check_engine_of,
+    check_experts,
+    check_saving,
+    check_schedule,
+    load_state,
+    opened,
+    save_state,
+)
 from flowrl.telemetry.events import Span
 
 if TYPE_CHECKING:
@@ -120,6 +128,7 @@ class Critic(Stage):
     def check(self, say: Say) -> None:
         """Prepare the model, which must read the policy's tokens, and load the algorithm."""
         check_engine_of(self.config, "critic")
+        check_schedule(self.config, self.num_optimizer_steps, "critic")
         directory = prepare_model(self.model, say=say)
         check_experts(self.config, directory, "critic")
         if self.config.save_model:

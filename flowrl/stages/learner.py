@@ -48,6 +48,7 @@ from flowrl.stages.training import (
     check_experts,
     check_masters,
     check_saving,
+    check_schedule,
     load_state,
     opened,
     take_step,
@@ -120,6 +121,7 @@ class Learner(Stage):
             what = f"{self.beside.per_step} texts a step are too few for {minibatches} learner.minibatches"
             raise ConfigError("texts.per_step", what, "give each minibatch one or more")
         check_engine_of(self.config, "learner")
+        check_schedule(self.config, self.num_optimizer_steps, "learner")
         model = prepare_model(self.sampler.model, say=say)
         check_experts(self.config, model, "learner")
         check_saving(self.config, model, "learner")

@@ -29,6 +29,7 @@ from flowrl.stages.training import (
     check_experts,
     check_masters,
     check_saving,
+    check_schedule,
     load_state,
     opened,
     take_step,
@@ -87,6 +88,7 @@ class OfflineLearner(Stage):
     def check(self, say: Say) -> None:
         """Prepare the model and load the objective."""
         check_engine_of(self.config, "learner")
+        check_schedule(self.config, self.course.steps, "learner")
         model = prepare_model(self.course.model, say=say)
         check_experts(self.config, model, "learner")
         check_saving(self.config, model, "learner")

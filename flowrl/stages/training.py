@@ -84,6 +84,18 @@ def check_saving(settings: Training, model: Path, where: str) -> None:
     try_saving(model, where, trust_remote_code=settings.trust_remote_code)
 
 
+def check_schedule(settings: Training, num_steps: int, where: str) -> None:
+    """Insist that the learning rate reaches its peak in a run of so many optimizer steps.
+
+    Raises:
+        ConfigError: the warm-up is longer than the run.
+    """
+    warmup, total = settings.schedule.warmup_steps, settings.schedule.total_steps or num_steps
+    if warmup > min(total, num_steps):
+        what = f"{warmup} optimizer steps, but the run takes {min(total, num_steps)}: lr would never reach its peak"
+        raise ConfigError(f"{where}.schedule.warmup_steps", what, "lower it, or give the run more steps")
+
+
 @asynccontextmanager
 async def opened(
     context: Context, engine_path: str, settings: Callable[[], TrainingConfig], steps: int

@@ -9,8 +9,10 @@ from flowrl.algorithms.corrections import Correction
 from flowrl.algorithms.grpo import GRPO
 from flowrl.algorithms.ppo import PPO
 from flowrl.config import Select
-from flowrl.engines.base import TokenGroup
+from flowrl.engines.base import Schedule, TokenGroup
+from flowrl.errors import ConfigError
 from flowrl.messages import Buffer, Sample, Samples, VersionSpan
+from flowrl.stages.learner import Learner
 from flowrl.stages.step import (
     ages,
     derived,
@@ -22,6 +24,7 @@ from flowrl.stages.step import (
     with_drift_limit,
     with_proximal,
 )
+from flowrl.stages.training import check_schedule
 from tests.unit.stages.test_estimation import ADAPTIVE, adaptive, group
 
 
@@ -131,3 +134,10 @@ def test_the_effective_sample_size_follows_from_the_weights():
 def test_a_mismatch_that_was_measured_on_no_token_is_not_told():
     assert derived({"fresh_frac": 0.0, "mismatch_kl": 0.0}) == {"fresh_frac": 0.0}
     assert derived({"fresh_frac": 0.5, "mismatch_kl": 0.25})["mismatch_kl"] == 0.25
+
+
+def test_a_warm_up_longer_than_the_run_is_refused():
+    settings = Learner.Config(schedule=Schedule(warmup_steps=10))
+    check_schedule(settings, 10, "learner")
+    with pytest.raises(ConfigError, match="10 optimizer steps, but the run takes 4: lr would never reach its peak"):
+        check_schedule(settings, 4, "learner")
