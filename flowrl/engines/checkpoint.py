@@ -122,11 +122,11 @@ class CheckpointWriter:
     def _prune(self) -> None:
         known = complete_checkpoints(self._directory)
         best = max(known, key=lambda path: (_score(path), path.name))
-        for old in [*known[: -self._keep], *self._directory.glob("*.replaced-*")]:
+        for old in known[: -self._keep]:
             if old != best:
-                shutil.rmtree(
-                    old, ignore_errors=True
-                )  # a file server keeps what somebody has open; the next one tries again
+                os.replace(old, _unused(old))  # at once: a kill while it is removed leaves no half of it
+        for old in self._directory.glob("*.replaced-*"):
+            shutil.rmtree(old, ignore_errors=True)  # what somebody has open on a file server goes the next time
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:

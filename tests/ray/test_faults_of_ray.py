@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -81,9 +82,14 @@ def ray_processes(pid: int) -> dict[str, int]:
 
 
 def left_behind() -> set[str]:
-    """Return the names of what Ray and the weights' transport have put where others put theirs too."""
+    """Return what Ray and the weights' transport have put where others put theirs too, and whose process is gone.
+
+    Their names hold the process's number; what belongs to one that lives is another test's.
+    """
     roots = (Path("/tmp/ray"), Path("/dev/shm"))
-    return {str(path) for root in roots if root.exists() for path in root.iterdir() if path.name != "session_latest"}
+    found = [path for root in roots if root.exists() for path in root.iterdir() if path.name != "session_latest"]
+    owners = {path: re.search(r"[-_](\d+)(?:-[0-9a-f]{12})?$", path.name) for path in found}
+    return {str(path) for path, pid in owners.items() if pid is None or not Path(f"/proc/{pid[1]}").exists()}
 
 
 def test_ctrl_c_during_set_up_stops_at_once(tmp_path: Path) -> None:
