@@ -62,8 +62,8 @@ def far_from_exact(directory, head_dtype: str) -> float:
     reader = engine.reader
     batch = one_batch(reader)
     with torch.no_grad():
-        states_NH, head = reader.states(batch), reader.model.get_output_embeddings()
-        exact_NV = (states_NH.double() @ head.weight.double().T).log_softmax(-1)
+        states_NH, head = reader.states(batch), reader.model.get_parameter("lm_head.weight")
+        exact_NV = (states_NH.double() @ head.double().T).log_softmax(-1)
         found_N, _ = reader(batch)
     exact_N = exact_NV.gather(-1, batch.target_N[:, None]).squeeze(-1)
     engine.close()

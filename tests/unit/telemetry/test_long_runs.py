@@ -13,6 +13,7 @@ import pytest
 from flowrl.simulation import profiler
 from flowrl.simulation.profiler import Profiler
 from flowrl.telemetry import symptoms, timeline, view
+from flowrl.telemetry.events import Status
 from flowrl.telemetry.metrics import MetricsFile
 from flowrl.telemetry.sinks import Sinks
 from flowrl.telemetry.state import StateFile
@@ -105,8 +106,10 @@ def test_a_profile_of_the_newest_part_is_a_profile(monkeypatch: pytest.MonkeyPat
             monkeypatch.setattr(profiler, name, NEWEST)
     events: list[Event] = []
     for event in hour(1, 80):
-        is_learners = getattr(event, "node", "") == "learner" and hasattr(event, "seconds")
-        events.append(status("learner", at=event.time_s, computing=event.time_s / 4) if is_learners else event)
+        if isinstance(event, Status) and event.node == "learner":
+            events.append(status("learner", at=event.time_s, computing=event.time_s / 4))
+        else:
+            events.append(event)
     sink = Profiler()
     sink.consume(events)
     costs = sink.profile({}, cores=4.0, slowdown=0.0).nodes["learner"].calls
