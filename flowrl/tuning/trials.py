@@ -82,6 +82,18 @@ class TuneRequest(msgspec.Struct, frozen=True, kw_only=True):
     only: list[str] = []  # the ends of the names of knobs to turn, such as ".replicas"; []: all
 
 
+def _trial(setting: Setting, graph: Graph, found: Prediction, *, is_measured: bool) -> Trial:
+    return Trial(
+        setting=setting,
+        samples_per_s=found.samples_per_s,
+        mean_staleness=found.mean_staleness,
+        bottleneck=found.bottleneck,
+        max_staleness=max(found.staleness),
+        devices=occupied(graph),
+        is_measured=is_measured,
+    )
+
+
 class Searcher:
     """A graph file and a profile, loaded once in each process."""
 
@@ -122,14 +134,7 @@ class Searcher:
         graph = self.build(setting)
         with _collected_after():
             found = simulate(graph, self.profile, steps=steps, precision=PRECISION, detail="causes")
-        return Trial(
-            setting=setting,
-            samples_per_s=found.samples_per_s,
-            mean_staleness=found.mean_staleness,
-            bottleneck=found.bottleneck,
-            max_staleness=max(found.staleness),
-            devices=occupied(graph),
-        )
+        return _trial(setting, graph, found, is_measured=True)
 
     def look(self, setting: Setting) -> Trial | None:
         """Simulate a setting for a moment, with messages that arrive at once; None where it is refused or too large.
@@ -147,15 +152,7 @@ class Searcher:
                 self._looked[key] = found
         except FlowrlError:
             return None
-        return Trial(
-            setting=setting,
-            samples_per_s=found.samples_per_s,
-            mean_staleness=found.mean_staleness,
-            bottleneck=found.bottleneck,
-            max_staleness=max(found.staleness),
-            devices=occupied(graph),
-            is_measured=False,
-        )
+        return _trial(setting, graph, found, is_measured=False)
 
     def try_measuring(self, setting: Setting) -> Trial | None:
         """Measure a setting; None where it is refused or needs too much."""
