@@ -193,11 +193,17 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
+    from flowrl.errors import ResourceError
     from flowrl.runtime.launch import check_program, describe
+    from flowrl.runtime.placement import check_computes, load_placed
     from flowrl.tuning.companion import Advised
 
-    program = _load(options)
+    program = load_placed(options.graph, config=options.config, overrides=options.overrides)
     _say(describe(program))
+    try:
+        check_computes(program.graph)
+    except ResourceError as error:  # of this installation, not of the graph
+        _say(f"warning: a run would be refused: {error}")
     check_program(program, say=_say, address=None)
     for line in Advised().foretell(program, Path("runs")):
         _say(line)

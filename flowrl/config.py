@@ -40,7 +40,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["Config", "ImportPath", "Meta", "Select", "load_class", "load_object", "resolve", "to_tree", "widen"]
+__all__ = [
+    "AUTO", "Config", "ImportPath", "Meta", "Select", "given", "load_class", "load_object", "resolve", "takes_auto",
+    "to_tree", "widen",
+]  # fmt: skip
 
 C = TypeVar("C", bound="Config")
 ADDRESS = re.compile(
@@ -48,6 +51,8 @@ ADDRESS = re.compile(
 )
 # A setting of this type names user code, module:name or file.py:name; `resolve` finds the file (see flowrl.imports).
 ImportPath = Annotated[str, Meta(extra={"is_import_path": True})]
+# Annotates a setting that takes the word `auto` too, which leaves it to what is implied: by other settings, by devices.
+AUTO = Meta(extra={"takes_auto": True})
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
@@ -128,16 +133,11 @@ def to_tree(settings: Config) -> dict[str, Any]:
     return cast("dict[str, Any]", msgspec.to_builtins(settings))
 
 
-def resolve(
-    kind: type[C], *, config: Path | None = None, overrides: Sequence[str] = (), places: Sequence[Path] = ()
-) -> C:
-    """Build settings of type `kind` from defaults, then a YAML file, then `path=value` overrides.
-
-    User code is looked for in the directories `places`, then among what is installed.
+def given(kind: type[Config], *, config: Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what a YAML file and then `path=value` overrides give of the settings of type `kind`, as a tree.
 
     Raises:
-        ConfigError: an unknown path (with the nearest known one), a wrong type, a value out of range, defaults that are
-            missing, or user code that is not where it was looked for.
+        ConfigError: an unknown path (with the nearest known one), or a file that cannot be read.
     """
     tree: dict[str, Any] = {}
     if config is not None:
@@ -148,8 +148,28 @@ def resolve(
         if not separator:
             raise ConfigError(f"--set {override}", "no value given", "write --set path=value")
         _assign(tree, kind, path.strip(), _parse_set(text, f"--set {path}"), where=f"--set {override}", text=text)
+    return _without_auto(tree, kind)
+
+
+def resolve(
+    kind: type[C], *, config: Path | None = None, overrides: Sequence[str] = (), places: Sequence[Path] = (),
+    implied: Mapping[str, Any] | None = None,
+) -> C:  # fmt: skip
+    """Build settings of type `kind` from defaults, then a YAML file, then `path=value` overrides.
+
+    User code is looked for in the directories `places`, then among what is installed. `implied` are further defaults,
+    by address, that hold where nothing else is given.
+
+    Raises:
+        ConfigError: an unknown path (with the nearest known one), a wrong type, a value out of range, defaults that are
+            missing, or user code that is not where it was looked for.
+    """
+    tree = given(kind, config=config, overrides=overrides)
     defaults = _default_tree(kind)
     _imply(tree, kind)
+    for path, value in (implied or {}).items():
+        if not is_given(tree, path):
+            _assign(tree, kind, path, value, where=path)
     merged = _settled(_merge(defaults, tree), kind)
     try:
         settings = msgspec.convert(merged, kind, strict=False)
@@ -170,6 +190,41 @@ def _imply(tree: dict[str, Any], kind: type[Config]) -> None:
             outer, _, last = path.partition(".")
             if outer in fields and last not in tree.get(outer, {}):
                 _assign(tree, kind, path, value, where=name)
+
+
+def is_given(tree: Mapping[str, Any], path: str) -> bool:
+    """Say whether a tree of what was given has a value at a path.
+
+    >>> is_given({"learner": {"lr": 1.0}}, "learner.lr"), is_given({"learner": {}}, "learner.lr")
+    (True, False)
+    """
+    first, _, rest = path.partition(".")
+    if not rest or first not in tree:
+        return first in tree
+    inner = tree[first]
+    return not isinstance(inner, dict) or is_given(cast("dict[str, Any]", inner), rest)
+
+
+def _without_auto(tree: dict[str, Any], kind: type[Config]) -> dict[str, Any]:
+    """Return what was given without the settings that are left to what is implied."""
+    fields = _fields(kind)
+    kept: dict[str, Any] = {}
+    for name, value in tree.items():
+        inner = _struct_type(fields.get(name))
+        if value == "auto" and takes_auto(kind, name):
+            continue
+        is_part = inner is not None and isinstance(value, dict)
+        kept[name] = _without_auto(cast("dict[str, Any]", value), inner) if is_part and inner is not None else value
+    return kept
+
+
+@functools.cache
+def takes_auto(kind: type[Config], field: str) -> bool:
+    """Say whether a setting takes the word `auto` for what its device implies."""
+    annotation = get_type_hints(kind, include_extras=True).get(field)
+    return any(
+        (getattr(each, "extra", None) or {}).get("takes_auto") for each in getattr(annotation, "__metadata__", ())
+    )
 
 
 def _pinned(settings: C, default: Any, at: str, places: Sequence[Path]) -> C:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, cast
 
 import msgspec
 
-from flowrl.config import Config, ImportPath, Meta, Select, load_class
+from flowrl.config import AUTO, Config, ImportPath, Meta, Select, load_class
 from flowrl.errors import ConfigError
 from flowrl.graph.stage import Ranks, StageConfig
 from flowrl.imports import suggest
@@ -48,6 +48,7 @@ __all__ = [
 
 # What stages give to an engine's constructor; anything else that it takes is an option of its own.
 GIVEN = {"config", "where", "name", "num_receivers", "receiver_index", "say"}
+LEAST_CACHE_BYTES = 1 << 20  # for keys and values; less holds no sequence
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -75,15 +76,27 @@ class Serving(StageConfig):
     engine_options: dict[str, Any] = {}  # further arguments of the engine's constructor
     dtype: Dtype = "auto"  # auto: bfloat16 where the processor has it, else float32
     max_model_len: Annotated[int, Meta(ge=8)] = 512  # prompt plus response, tokens
-    max_running: Annotated[int, Meta(ge=1)] = 64  # samples decoded together
-    kv_cache_bytes: Annotated[int, Meta(ge=1 << 20)] = 512 << 20  # on CPUs; on GPUs see gpu_memory_utilization
+    max_running: Annotated[int, Meta(ge=1), AUTO] = 64  # samples decoded together; auto: 256 on GPUs
+    # for keys and values; 0, and auto on GPUs: what gpu_memory_utilization leaves
+    kv_cache_bytes: Annotated[int, Meta(ge=0), AUTO] = 512 << 20
     on_update: Literal["keep", "wait", "abort"] = "keep"  # requests in flight when new weights arrive
-    layout: Literal["processes", "thread"] = "thread"  # where vLLM's core runs; GPUs take "processes"
-    tensor_parallel: Annotated[int, Meta(ge=1)] = 1  # GPUs that one replica's model is split over
-    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.85  # share of a GPU's memory for the engine
+    # where vLLM's core runs; auto: processes on GPUs and for tensor_parallel
+    layout: Annotated[Literal["processes", "thread"], AUTO] = "thread"
+    tensor_parallel: Annotated[int, Meta(ge=1), AUTO] = 1  # GPUs that one replica's model is split over; auto: its gpus
+    # share of a GPU's memory for the engine; auto: less where others compute on it
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1), AUTO] = 0.85
     trust_remote_code: bool = False  # run the Python code that the model's directory brings
-    threads: Annotated[int, Meta(ge=1)] = 1  # CPU threads for its kernels
+    threads: Annotated[int, Meta(ge=1), AUTO] = 1  # CPU threads for its kernels; auto: up to 8 beside a GPU
     transfer_timeout_s: Annotated[float, Meta(gt=0)] = 120.0  # for one weight update
+
+    def __post_init__(self) -> None:
+        if 0 < self.kv_cache_bytes < LEAST_CACHE_BYTES:
+            raise ValueError(f"kv_cache_bytes {self.kv_cache_bytes}: give {LEAST_CACHE_BYTES} or more, or 0")
+
+    def implied(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the layout of an engine that needs several processes."""
+        is_split = isinstance(ranks := given.get("tensor_parallel"), int) and ranks > 1
+        return {".layout": "processes"} if is_split else {}
 
 
 class GenerationConfig(Serving):
@@ -186,10 +199,13 @@ class Computing(StageConfig):
     head_dtype: Literal["auto", "float32", "model"] = "auto"
     # DeepSpeed: 1 shards the optimizer over the ranks, 2 gradients too, 3 weights too
     zero_stage: Annotated[int, Meta(ge=0, le=3)] = 2
+    overlap_comm: Annotated[bool, AUTO] = (
+        False  # gradients are summed while backward goes on (DeepSpeed); auto: on GPUs
+    )
     micro_batch_tokens: Annotated[int, Meta(ge=1)] = 2048  # tokens in one forward and backward
     offload_parameters: bool = False  # those not in use on the CPU (DeepSpeed, zero_stage 3)
     trust_remote_code: bool = False  # run the Python code that the model's directory brings
-    threads: Annotated[int, Meta(ge=1)] = 1  # CPU threads of each rank
+    threads: Annotated[int, Meta(ge=1), AUTO] = 1  # CPU threads of each rank; auto: up to 8 beside a GPU
 
 
 class Scoring(Computing):

@@ -101,7 +101,11 @@ class DeepSpeedEngine(Trainer):
             "bf16": {"enabled": self.dtype == torch.bfloat16},
             "fp16": {"enabled": self.dtype == torch.float16},
             "data_types": {"grad_accum_dtype": "fp32"},
-            "zero_optimization": {"stage": self.config.zero_stage, "overlap_comm": False, **offloading(self.config)},
+            "zero_optimization": {
+                "stage": self.config.zero_stage,
+                "overlap_comm": self.config.overlap_comm,
+                **offloading(self.config),
+            },
             "steps_per_print": NEVER,
         }
         return _merge(ours, self._further)

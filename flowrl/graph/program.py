@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from flowrl.config import resolve
+from flowrl.config import given, resolve
 from flowrl.errors import ConfigError, FlowrlError, GraphError
 from flowrl.graph.edges import Queue
 from flowrl.graph.graph import Graph, with_bounds
@@ -18,9 +18,13 @@ from flowrl.graph.settings import RunSettings
 from flowrl.imports import add_places, load_afresh
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from flowrl.graph.edges import Edge
+
+    # Says what devices imply for the settings of a graph: the graph, its nodes by where their settings stand, and what
+    # is given -> defaults by address.
+    Placing = Callable[[Graph, Mapping[str, str], Mapping[str, Any]], Mapping[str, Any]]
 
 
 class Program(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,8 +35,12 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     graph: Any  # Graph
 
 
-def load_program(path: Path, *, config: Path | None = None, overrides: Sequence[str] = ()) -> Program:
+def load_program(
+    path: Path, *, config: Path | None = None, overrides: Sequence[str] = (), placing: Placing | None = None
+) -> Program:
     """Load a graph file, resolve its settings, build its graph and check it.
+
+    `placing` is asked, with the graph as it would be without devices, what these imply for its settings.
 
     Raises:
         GraphError: the file is missing, has no Settings or build, or raises.
@@ -50,11 +58,39 @@ def load_program(path: Path, *, config: Path | None = None, overrides: Sequence[
     if not (isinstance(kind, type) and issubclass(kind, RunSettings)):
         raise GraphError(str(path), "its Settings does not extend RunSettings",
                          "write class Settings(RunSettings) from flowrl.graph.settings")  # fmt: skip
-    settings = _guarded(path, "Settings", partial(resolve, kind, config=config, overrides=overrides, places=places))
+    read = partial(resolve, kind, config=config, overrides=overrides, places=places)
+    settings = _guarded(path, "Settings", read)
     graph = _guarded(path, "build", build_graph, module, settings)
     graph.check()
+    if placing is not None:
+        found = placing(graph, node_paths(settings, graph), given(kind, config=config, overrides=overrides))
+        settings = _guarded(path, "Settings", partial(read, implied=found))
+        graph = _guarded(path, "build", build_graph, module, settings)
+        graph.check()
     graph_of(plan_of(graph))  # every process will rebuild its stage from the plan
     return Program(path=path, settings=settings, graph=graph)
+
+
+def get_setting(settings: Any, path: str) -> Any:
+    """Return the value at a path, or None where there is none."""
+    for name in path.split("."):
+        known = cast("dict[str, Any]", settings) if isinstance(settings, dict) else {}
+        settings = known.get(name) if isinstance(settings, dict) else getattr(settings, name, None)
+    return settings
+
+
+def node_paths(settings: Any, graph: Graph) -> dict[str, str]:
+    """Return path -> a node whose settings stand there: its name, or that of several with a number behind it.
+
+    `reward_model` are the settings of `reward_model_0` and `reward_model_1`.
+    """
+    found: dict[str, str] = {}
+    for node, stage in graph.nodes.items():
+        for path in (node, node.rstrip("0123456789").removesuffix("_")):
+            if type(get_setting(settings, path)) is type(stage.config):
+                found.setdefault(path, node)
+                break
+    return found
 
 
 def build_graph(module: Any, settings: Any) -> Graph:

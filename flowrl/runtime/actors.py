@@ -65,6 +65,11 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     remedy: str
 
 
+def seen_devices() -> tuple[str, list[str]]:
+    """Return the machine that a process is on and the GPUs that Ray has given to it, as CUDA names them."""
+    return ray.get_runtime_context().get_node_id(), os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+
+
 class HubActor:
     """The flow of one attempt, in one process. Ray calls its methods concurrently on one loop."""
 

@@ -28,12 +28,14 @@ import ray as _ray
 from ray.exceptions import RayError
 
 from flowrl.errors import ResourceError, RunError
-from flowrl.runtime.placement import check_resources, num_cores
+from flowrl.runtime.devices import num_cores, visible_machine
+from flowrl.runtime.placement import check_resources, places
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from flowrl.graph.graph import Graph
+    from flowrl.runtime.devices import Machine
 
 ray: Any = _ray  # its own types are partial
 
@@ -45,7 +47,11 @@ CONTROLLED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 class Unanswered(RunError):
-    """A call to an actor was not answered in time."""
+    """A call to an actor was not answered within `within_s`."""
+
+    def __init__(self, where: str, what: str, *, within_s: float) -> None:
+        super().__init__(where, what)
+        self.within_s = within_s
 
 
 async def ask(call: Any, *arguments: Any, where: str, within_s: float) -> Any:
@@ -66,7 +72,7 @@ async def answer_of(reference: Any, *, where: str, within_s: float) -> Any:
             finished, _ = await asyncio.wait([answer], timeout=within_s / SLICES)
             if finished:
                 return answer.result()
-        raise Unanswered(where, f"not heard from for {within_s:.0f} s")
+        raise Unanswered(where, f"not heard from for {within_s:.0f} s", within_s=within_s)
     finally:
         answer.cancel()
 
@@ -78,8 +84,12 @@ async def _await(reference: Any) -> Any:
 class Cluster:
     """A Ray of this machine alone, started here, or one that runs at `address`."""
 
-    def __init__(self, graph: Graph, address: str | None, *, start_s: float = START_S) -> None:
+    def __init__(
+        self, graph: Graph, address: str | None, *, start_s: float = START_S, machine: Machine | None = None
+    ) -> None:
+        """Start nothing yet; `machine` is what Ray is told of a machine's GPUs, those that are visible by default."""
         self._graph = graph
+        self._machine = machine
         self._address = address
         self._start_s = start_s
         self._thread: threading.Thread | None = None
@@ -159,7 +169,7 @@ class Cluster:
 
     def _begin(self) -> None:
         if self._address is None:
-            check_resources(self._graph)
+            check_resources(self._graph, self._machine)
             sweep()
         self._ready, self._end = Future(), threading.Event()
         self._thread = threading.Thread(target=self._live, args=(self._ready, self._end), name="ray", daemon=True)
@@ -169,7 +179,7 @@ class Cluster:
         """Start Ray, keep it until the end, stop it: the body of its thread."""
         signal.pthread_sigmask(signal.SIG_BLOCK, CONTROLLED)  # its processes are started with the mask of this thread
         try:
-            _start_ray(self._address)
+            _start_ray(self._address, num_gpus=self._num_gpus())
             self._note_processes()
             ready.set_result(None)
         except BaseException as error:
@@ -178,6 +188,12 @@ class Cluster:
             end.wait()
         with contextlib.suppress(Exception):  # what is left of it is killed by `stop`
             ray.shutdown()
+
+    def _num_gpus(self) -> int:
+        """Return the GPUs that Ray is told of: all where a node has some, else none."""
+        if not any(place.gpus for place in places(self._graph)):
+            return 0
+        return len((self._machine or visible_machine()).gpus)
 
     def _note_processes(self) -> None:
         node = ray._private.worker._global_node
@@ -219,7 +235,7 @@ class Cluster:
                     os.kill(pid, signal.SIGKILL)
 
 
-def _start_ray(address: str | None) -> None:
+def _start_ray(address: str | None, *, num_gpus: int) -> None:
     if address is None:
         _stay_on_loopback()
     _keep_token_private()
@@ -229,6 +245,7 @@ def _start_ray(address: str | None) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let everything else on the machine go first
     local: dict[str, Any] = {
         "num_cpus": num_cores(),
+        "num_gpus": num_gpus,
         "include_dashboard": False,
         "object_store_memory": 512 << 20,
         "_node_ip_address": "127.0.0.1",

@@ -27,7 +27,7 @@ from flowrl.errors import ConfigError, FlowrlError
 from flowrl.graph.program import Program, load_program
 from flowrl.graph.show import edge_table, node_table, staleness_line
 from flowrl.runtime.ledger import Cut
-from flowrl.runtime.placement import check_resources, quiet_libraries
+from flowrl.runtime.placement import check_computes, check_resources, load_placed, quiet_libraries
 from flowrl.runtime.resuming import check_same_data, check_same_run, record_attempt
 from flowrl.runtime.rundir import claim, create_run_dir, existing_run, recorded_settings, write_plan
 from flowrl.runtime.supervisor import Options, Start, newest_start
@@ -110,14 +110,14 @@ def launch(request: RunRequest, *, say: Say, companion: RunCompanion) -> Path:
             config = request.config or recorded_settings(run_dir)
             claimed = held.enter_context(contextlib.closing(claim(run_dir, say)))
             resume = _resumed(request, run_dir, say)
-            program = load_program(request.graph, config=config, overrides=request.overrides)
+            program = _load(request, config)
             changes = check_same_run(run_dir, program)
             _check(program, request, say)
             check_same_data(run_dir, program)
             for line in record_attempt(run_dir, changes, version=resume.cut.version if resume.cut else 0):
                 say(line)
         else:
-            program, resume = load_program(request.graph, config=request.config, overrides=request.overrides), None
+            program, resume = _load(request, request.config), None
             _check(program, request, say)
             name = request.name or f"{request.graph.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
             run_dir = create_run_dir(request.runs_dir / name).resolve()
@@ -133,8 +133,16 @@ def launch(request: RunRequest, *, say: Say, companion: RunCompanion) -> Path:
     return run_dir
 
 
+def _load(request: RunRequest, config: Path | None) -> Program:
+    """Load the program; on a cluster, whose devices this machine does not know, what is left to auto is not placed."""
+    load = load_placed if request.address is None else load_program
+    return load(request.graph, config=config, overrides=request.overrides)
+
+
 def _check(program: Program, request: RunRequest, say: Say) -> None:
     say(f"checking {request.graph}")
+    if request.address is None:
+        check_computes(program.graph)
     check_program(program, say=say, address=request.address)
 
 

@@ -25,11 +25,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from flowrl import errors
 from flowrl.errors import FlowrlError, ResourceError, StageError, StallError
 from flowrl.graph.plan import plan_of
-from flowrl.runtime.actors import Failure, HubActor, ReplicaActor, ReplicaPlan
+from flowrl.runtime.actors import Failure, HubActor, ReplicaActor, ReplicaPlan, seen_devices
 from flowrl.runtime.cluster import Cluster, Unanswered, answer_of, ask
 from flowrl.runtime.flow import Released, node_name
 from flowrl.runtime.local import num_readers
-from flowrl.runtime.placement import Place, environment, places
+from flowrl.runtime.placement import Place, by_node, environment, places
 from flowrl.runtime.rundir import Claim, holders
 from flowrl.runtime.supervisor import Death, HostLost, Options, Outcome, Start, Supervisor, report_interval_s
 from flowrl.runtime.wire import Address
@@ -71,7 +71,8 @@ class Attempt:
 
     number: int
     group: PlacementGroup | None
-    bundles: dict[tuple[str, int, int], int]
+    own: list[Place]  # the processes that have reserved devices, one bundle of the group each
+    devices: dict[tuple[str, int], str] = field(default_factory=dict[tuple[str, int], str])  # by host and seat
     hub: Handle = None
     kinds: dict[str, str] = field(default_factory=dict[str, str])
     wire: Address | None = None  # where the hub takes calls to the flow
@@ -107,18 +108,11 @@ class RayCrew:
             await self._cluster.restart()
         await self._bury()
         own = [p for p in places(self._graph) if p.host == p.node and (p.cpus or p.gpus)]
-        group = placement_group([_bundle(p, self._graph) for p in own], strategy="PACK") if own else None
-        bundles = {(p.node, p.replica, p.rank): index for index, p in enumerate(own)}
-        now = self._attempt = Attempt(number=self._claim.begin_attempt(), group=group, bundles=bundles)
-        try:
-            if group is not None:
-                await answer_of(cast("Any", group).ready(), where="placement", within_s=PLACE_S)
-        except Unanswered as error:
-            asked = ", ".join(f"{p.node} {_bundle(p, self._graph)}" for p in own)
-            what = f"what the nodes ask for was not free within {PLACE_S:.0f} s ({asked})"
-            raise ResourceError(
-                "placement", what, "lower replicas, ranks, cpus or gpus, or free the cluster"
-            ) from error
+        _check_cluster(own)
+        group = placement_group([_bundle(p) for p in own], strategy="PACK") if own else None
+        now = self._attempt = Attempt(number=self._claim.begin_attempt(), group=group, own=own)
+        if group is not None:
+            await self._reserve(now, cast("Any", group))
         hub_type = ray.remote(num_cpus=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})(HubActor)
         cut = msgspec.json.encode(start.cut)
         arguments = (msgspec.json.encode(self._plan), str(self._run_dir), cut, now.number, self._options.start_number)
@@ -127,6 +121,31 @@ class RayCrew:
         now.wire = Address(*await self._ask_hub("open", self._options.stall_timeout_s, within_s=BORN_S))
         now.kinds = await self._ask_hub("kinds", addresses)
         now.passing_on = asyncio.create_task(self._pass_on_stop())
+
+    async def _reserve(self, attempt: Attempt, group: Any) -> None:
+        """Wait until the devices are reserved, and learn which they are.
+
+        Raises:
+            ResourceError: they are not free in time, or a process's are on two machines.
+        """
+        on_gpus = [p for p in attempt.own if p.gpus]
+        try:
+            await answer_of(group.ready(), where="placement", within_s=PLACE_S)
+            seen = await asyncio.gather(*(_look(group, attempt.own.index(p), p.gpus) for p in on_gpus))
+        except Unanswered as error:
+            asked = ", ".join(f"{p.node}.{p.replica} {_bundle(p)}" for p in attempt.own)
+            what = f"what the nodes ask for was not free within {error.within_s:.0f} s ({asked})"
+            raise ResourceError(
+                "placement", what, "lower replicas, ranks, cpus or gpus, or free the cluster"
+            ) from error
+        machines: dict[tuple[str, int], str] = {}
+        for p, (machine, names) in zip(on_gpus, seen, strict=True):
+            for seat, name in zip(p.seats, names, strict=True):
+                attempt.devices[p.node, seat], machines[p.node, seat] = name, machine
+        for p in places(self._graph):
+            if len({machines[p.host, seat] for seat in p.seats}) > 1:
+                what = f"its {len(p.seats)} GPUs are on several machines"
+                raise ResourceError(f"{p.node}.{p.replica}", what, "lower tensor_parallel, or give it GPUs of its own")
 
     async def _ask_hub(self, method: str, *arguments: Any, within_s: float | None = None) -> Any:
         """Ask the flow's host.
@@ -202,13 +221,10 @@ class RayCrew:
         )
         choice: dict[str, Any] = {
             "num_cpus": place.cpus,
-            "num_gpus": place.gpus,
             "max_concurrency": 64,
-            "runtime_env": {"env_vars": environment(stage.config, on_gpu=place.gpus > 0)},
+            "runtime_env": {"env_vars": environment(stage.config, devices=[attempt.devices[s] for s in _seats(place)])},
         }
-        bundle = attempt.bundles.get((place.node, place.replica, place.rank))
-        if bundle is None:
-            bundle = attempt.bundles.get((place.host, place.replica, place.rank))
+        bundle = _bundle_of(place, attempt.own)
         if attempt.group is not None and bundle is not None:
             choice["scheduling_strategy"] = PlacementGroupSchedulingStrategy(attempt.group, bundle)
         actor_type: Any = ray.remote(ReplicaActor)
@@ -331,7 +347,51 @@ def _belongs(place: Place, replica: str) -> bool:
     return f"{place.node}.{place.replica}" == replica
 
 
-def _bundle(place: Place, graph: Graph) -> dict[str, float]:
-    """Return the resources of a host's bundle: its own and its sharers' part of the GPUs."""
-    gpus = graph.nodes[place.node].config.gpus
-    return {name: amount for name, amount in (("CPU", place.cpus), ("GPU", gpus)) if amount}
+async def _look(group: Any, bundle: int, gpus: int) -> tuple[str, list[str]]:
+    """Return which machine's GPUs a bundle has; it has them for as long as the group lives."""
+    where = PlacementGroupSchedulingStrategy(group, bundle)
+    look = ray.remote(seen_devices).options(num_cpus=0, num_gpus=gpus, max_retries=0, scheduling_strategy=where)
+    return await ask(look, where="placement", within_s=BORN_S)
+
+
+def _bundle(place: Place) -> dict[str, float]:
+    """Return the resources of a host's bundle."""
+    return {name: amount for name, amount in (("CPU", place.cpus), ("GPU", float(place.gpus))) if amount}
+
+
+def _seats(place: Place) -> list[tuple[str, int]]:
+    return [(place.host, seat) for seat in place.seats]
+
+
+def _bundle_of(place: Place, own: list[Place]) -> int | None:
+    """Return the bundle that a process sits in: its own, that of its first seat, or its host's of the same place."""
+
+    def fits(bundle: Place) -> bool:
+        if place.host == place.node:
+            return bundle == place
+        if place.seats:
+            return bundle.node == place.host and place.seats[0] in bundle.seats
+        return (bundle.node, bundle.replica, bundle.rank) == (place.host, place.replica, place.rank)
+
+    return next((index for index, bundle in enumerate(own) if fits(bundle)), None)
+
+
+def _check_cluster(own: list[Place]) -> None:
+    """Hold what the processes reserve against what the cluster has, in all and on each of its machines.
+
+    Raises:
+        ResourceError: it would be waited for in vain.
+    """
+    machines: list[dict[str, float]] = [each["Resources"] for each in ray.nodes() if each["Alive"]]
+    for name, words in (("CPU", "cores"), ("GPU", "GPUs")):
+        have = sum(each.get(name, 0.0) for each in machines)
+        asked = [(p.node, float(_bundle(p).get(name, 0.0))) for p in own]
+        total = sum(amount for _, amount in asked)
+        if total > have + 1e-9:
+            what = f"{total:g} {words} are asked for ({by_node(asked)}), the cluster has {have:g}"
+            raise ResourceError("placement", what, "lower replicas or ranks, or let nodes share devices")
+    for p in own:
+        wanted = _bundle(p)
+        if not any(all(each.get(name, 0.0) >= amount for name, amount in wanted.items()) for each in machines):
+            raise ResourceError("placement", f"no machine of the cluster has {wanted} for one process of {p.node}",
+                                "lower its gpus, tensor_parallel or cpus")  # fmt: skip

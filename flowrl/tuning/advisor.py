@@ -21,7 +21,7 @@ import msgspec
 from flowrl.errors import FlowrlError
 from flowrl.graph.edges import Credits
 from flowrl.graph.plan import GraphPlan, graph_of, plan_of
-from flowrl.graph.program import load_program
+from flowrl.graph.program import get_setting, load_program
 from flowrl.runtime.placement import num_cores, num_gpus
 from flowrl.runtime.rundir import read_plan
 from flowrl.simulation.costs import load_profile
@@ -32,7 +32,7 @@ from flowrl.simulation.stand_ins import lacking, optional_nodes
 from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.history import read_history, timelines
 from flowrl.telemetry.view import RunView, format_duration, shares
-from flowrl.tuning.knobs import get_setting, graph_with, knobs_of
+from flowrl.tuning.knobs import graph_with, knobs_of
 from flowrl.tuning.trials import TuneRequest, fits, reserved
 from flowrl.tuning.tune import describe, tune
 

@@ -17,7 +17,7 @@ import msgspec
 
 from flowrl.engines.base import Computing, Serving
 from flowrl.graph.edges import Queue
-from flowrl.graph.program import build_graph
+from flowrl.graph.program import build_graph, get_setting, node_paths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -92,14 +92,6 @@ def graph_with(program: Program, changes: Setting) -> Graph:
     return graph
 
 
-def get_setting(settings: Any, path: str) -> Any:
-    """Return the value at a path, or None where there is none."""
-    for name in path.split("."):
-        known = cast("dict[str, Any]", settings) if isinstance(settings, dict) else {}
-        settings = known.get(name) if isinstance(settings, dict) else getattr(settings, name, None)
-    return settings
-
-
 def with_setting(settings: Any, path: str, value: Value) -> Any:
     """Return settings with the value at a path; a mapping on the way is made where there is none."""
     first, _, rest = path.partition(".")
@@ -115,7 +107,7 @@ def _all_knobs(settings: Any, graph: Graph, cores: float) -> Iterable[Knob]:
         yield _numbers("max_staleness", now, STALENESS)
     if isinstance(now := get_setting(settings, "groups_per_step"), int):
         yield _numbers("groups_per_step", now, _scaled(now, (0.5, 2.0)))
-    for path, node in _paths(settings, graph).items():
+    for path, node in node_paths(settings, graph).items():
         stage = graph.nodes[node]
         config: Any = stage.config
         if not stage.is_stateful and (isinstance(config, Serving | Computing) or hasattr(config, "batch_groups")):
@@ -146,20 +138,6 @@ def _all_knobs(settings: Any, graph: Graph, cores: float) -> Iterable[Knob]:
         if isinstance(edge, Queue) and edge.window is None and edge.most is None:
             path = f"depths.{graph.address(edge.target)}"
             yield _numbers(path, edge.depth, _scaled(edge.depth, FACTORS), is_minor=True)
-
-
-def _paths(settings: Any, graph: Graph) -> dict[str, str]:
-    """Return path -> a node whose settings stand there: its name, or that of several with a number behind it.
-
-    `reward_model` are the settings of `reward_model_0` and `reward_model_1`.
-    """
-    found: dict[str, str] = {}
-    for node, stage in graph.nodes.items():
-        for path in (node, node.rstrip("0123456789").removesuffix("_")):
-            if type(get_setting(settings, path)) is type(stage.config):
-                found.setdefault(path, node)
-                break
-    return found
 
 
 def _placement(node: str, graph: Graph, path: str) -> Knob | None:

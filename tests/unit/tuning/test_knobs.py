@@ -8,7 +8,8 @@ import pytest
 
 from flowrl.errors import ConfigError
 from flowrl.graph.edges import Queue
-from flowrl.tuning.knobs import Knob, Setting, get_setting, graph_with, knobs_of, with_setting
+from flowrl.graph.program import get_setting
+from flowrl.tuning.knobs import Knob, Setting, graph_with, knobs_of, with_setting
 from flowrl.tuning.trials import reserved
 from tests.support.timed_past import ppo
 

@@ -1,0 +1,68 @@
+"""What a run may compute on is what NVML and CUDA_VISIBLE_DEVICES leave, and what keeps it from that is one line."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from flowrl.errors import ResourceError
+from flowrl.runtime.devices import GIB, Machine, check_usable, unusable, visible_machine
+from tests.support.devices import PretendedNvml, machine
+
+
+def seen(nvml: PretendedNvml, visible: str | None = None) -> Machine:
+    return visible_machine(nvml, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+
+
+@pytest.mark.parametrize(
+    ("visible", "indices"),
+    [(None, [0, 1, 2]), ("2,0", [2, 0]), ("GPU-1", [1]), ("1,-1,2", [1]), ("", []), ("-1", []), ("0, 1", [0, 1])],
+)
+def test_the_visible_gpus_are_cudas_in_its_order(visible: str | None, indices: list[int]) -> None:
+    assert [gpu.index for gpu in seen(PretendedNvml([80, 80, 80]), visible).gpus] == indices
+
+
+def test_a_gpu_that_is_named_and_not_there_is_refused() -> None:
+    with pytest.raises(ResourceError, match=r"CUDA_VISIBLE_DEVICES: there is no GPU '8', 2 are present"):
+        seen(PretendedNvml([80, 80]), "0,8")
+
+
+def test_a_machine_without_gpus_says_why() -> None:
+    assert seen(PretendedNvml()).why_none == "no device"
+    assert seen(PretendedNvml([80]), "").why_none == "CUDA_VISIBLE_DEVICES= hides all"
+    none = seen(PretendedNvml(failure="Driver Not Loaded"))
+    assert none.gpus == ()
+    assert "driver" in none.why_none
+    assert "Driver Not Loaded" in none.why_none
+
+
+def test_one_slice_that_is_named_is_a_gpu_with_its_own_memory() -> None:
+    (gpu,) = seen(PretendedNvml([80], slices={0: 2}), "MIG-0-1,MIG-0-0").gpus
+    assert (gpu.total_bytes, gpu.slices) == (40 * GIB, 0)
+
+
+@pytest.mark.parametrize(
+    ("nvml", "words"),
+    [
+        (PretendedNvml([80, 80], slices={1: 2}), "GPU 1 is split into 2 MIG slices"),
+        (PretendedNvml([80, 80], uses={0: 9 * GIB}), f"{9 * GIB} of {80 * GIB} bytes of GPU 0 are in use by others"),
+        (PretendedNvml([80, 24]), "GPU 0 has 80 GiB and GPU 1 24 GiB"),
+    ],
+)
+def test_gpus_that_cannot_be_reserved_whole_and_alike_are_refused_in_a_line(nvml: PretendedNvml, words: str) -> None:
+    with pytest.raises(ResourceError, match=words) as refused:
+        check_usable(seen(nvml))
+    assert "\n" not in str(refused.value)
+    assert refused.value.remedy
+
+
+def test_what_a_display_holds_is_not_somebody_elses_work() -> None:
+    check_usable(seen(PretendedNvml([24, 23.5], uses={0: GIB})))
+
+
+def test_a_driver_of_an_older_cuda_than_torchs_is_said_and_a_newer_one_serves() -> None:
+    old, new = (msgspec.structs.replace(machine(80), driver_cuda=cuda) for cuda in ("12.8", "14.1"))
+    assert "the driver serves CUDA 12.8, torch is built for 13.0" in unusable(old)
+    assert unusable(new) == ""
+    assert "torch is built for CPUs" in unusable(msgspec.structs.replace(machine(80), torch_cuda=""))
+    assert unusable(Machine(torch_cuda="13.0")) == ""

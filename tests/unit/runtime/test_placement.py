@@ -1,0 +1,123 @@
+"""Every shipped graph finds its place on one to sixteen GPUs; what the user sets stays; a GPU is shared whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from flowrl.errors import ConfigError, FlowrlError, ResourceError
+from flowrl.runtime.placement import check_resources, load_placed, places
+from tests.support.devices import machine
+
+if TYPE_CHECKING:
+    from flowrl.graph.program import Program
+
+GRAPHS = Path(__file__).resolve().parents[3] / "graphs"
+
+
+def placed(graph: str, num_gpus: int, *overrides: str, **how: Any) -> Program:
+    return load_placed(GRAPHS / f"{graph}.py", overrides=overrides, machine=machine(*[80] * num_gpus, **how))
+
+
+def seats(program: Program, node: str) -> list[tuple[int, ...]]:
+    return [place.seats for place in places(program.graph) if place.node == node]
+
+
+@pytest.mark.parametrize(
+    ("graph", "num_gpus"),
+    [*((path.stem, 8) for path in sorted(GRAPHS.glob("*.py"))), *(("ppo_async", n) for n in (1, 2, 3, 16))],
+)
+def test_every_graph_places_itself_and_uses_every_gpu(graph: str, num_gpus: int) -> None:
+    program = placed(graph, num_gpus)
+    check_resources(program.graph, machine(*[80] * num_gpus))
+    assert sum(place.gpus for place in places(program.graph)) == num_gpus
+    for place in places(program.graph):
+        config: Any = program.graph.nodes[place.node].config
+        if hasattr(config, "engine"):
+            assert place.seats, f"{place.node} computes on a GPU"
+            assert config.threads >= 1
+
+
+def test_two_or_more_gpus_are_split_and_one_is_shared_whole() -> None:
+    one, eight = placed("ppo_async", 1), placed("ppo_async", 8)
+    assert (one.settings.learner.gpus, one.settings.generator.share, one.settings.generator.gpus) == (1, "learner", 0)
+    assert {name: seats(one, name) for name in ("learner", "generator", "critic")} == {
+        "learner": [(0,)], "generator": [(0,)], "critic": [(0,)],
+    }  # fmt: skip
+    assert one.settings.generator.gpu_memory_utilization < 0.5 < eight.settings.generator.gpu_memory_utilization
+    assert seats(eight, "generator") == [(0,), (1,), (2,), (3,)]
+    assert seats(eight, "learner") == seats(eight, "critic") == seats(eight, "reference") == [(0,), (1,), (2,), (3,)]
+
+
+def test_what_is_left_to_auto_is_settled_and_written_with_the_settings() -> None:
+    s = placed("group_async", 2, "learner.gpus=auto", "generator.kv_cache_bytes=auto").settings
+    generator, learner = s.generator, s.learner
+    assert (generator.layout, generator.max_running, generator.kv_cache_bytes) == ("processes", 256, 0)
+    assert (learner.gpus, learner.threads, learner.overlap_comm) == (1, 8, True)
+    without = placed("group_async", 0, "generator.layout=auto", "learner.overlap_comm=auto").settings
+    assert (without.generator.layout, without.generator.max_running) == ("thread", 64)
+    assert (without.learner.gpus, without.learner.overlap_comm) == (0, False)
+    with pytest.raises(ConfigError, match=r"learner\.lr"):
+        placed("group_async", 2, "learner.lr=auto")
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "overrides", "expected"),
+    [
+        (8, ["learner.ranks=2"], {"learner": 2, "generator": 6}),
+        (8, ["generator.replicas=2"], {"learner": 6, "generator": 2}),
+        (8, ["generator.tensor_parallel=4"], {"learner": 4, "generator": 4}),
+        (8, ["generator.gpus=2"], {"learner": 6, "generator": 2}),
+        (8, ["generator.tensor_parallel=8"], {"learner": 8, "generator": 0}),
+        (8, ["learner.gpus=1", "learner.ranks=1"], {"learner": 1, "generator": 7}),
+        (4, ["critic.gpus=1", "critic.share="], {"critic": 1, "learner": 1, "generator": 2}),
+        (2, ["learner.gpus=0", "critic.gpus=0", "reference.gpus=0"], {"learner": 0, "generator": 2}),
+    ],
+)
+def test_what_the_user_sets_stays_and_the_rest_is_placed_around_it(
+    num_gpus: int, overrides: list[str], expected: dict[str, int]
+) -> None:
+    program = placed("ppo_async", num_gpus, *overrides)
+    check_resources(program.graph, machine(*[80] * num_gpus))
+    found = {node: sum(p.gpus for p in places(program.graph) if p.node == node) for node in expected}
+    assert found == expected
+    for override in overrides:
+        path, _, text = override.partition("=")
+        node, _, name = path.partition(".")
+        assert str(getattr(getattr(program.settings, node), name)) == text
+
+
+def test_a_split_model_sees_as_many_whole_gpus_as_it_has_parts() -> None:
+    apart = placed("group_async", 8, "generator.tensor_parallel=2")
+    assert seats(apart, "generator") == [(0, 1), (2, 3)]
+    together = placed("group_async", 8, "generator.tensor_parallel=4", "generator.share=learner")
+    assert seats(together, "generator") == [(0, 1, 2, 3)]
+    assert seats(together, "learner") == [(i,) for i in range(8)]
+
+
+def test_sharers_spread_over_the_gpus_of_their_host() -> None:
+    program = placed("ppo_async", 4, "learner.ranks=4", "generator.share=learner", "generator.replicas=8")
+    assert [seat for (seat,) in seats(program, "generator")] == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "overrides", "words"),
+    [
+        (2, ["learner.gpus=2"], "learner.gpus: 2 GPUs for one rank, which computes on one; set learner.gpus=1 and"),
+        (2, ["learner.ranks=16", "learner.gpus=1"], "are asked for .*learner 16"),
+        (0, ["learner.gpus=1"], r"1 GPUs are asked for \(learner 1\), none is present"),
+        (2, ["generator.gpus=1", "generator.tensor_parallel=2"], "1 GPUs, but a replica's model is split over 2"),
+        (2, ["generator.tensor_parallel=4", "generator.share=learner"], "4 GPUs, but learner has 2"),
+    ],
+)
+def test_more_than_is_there_is_refused_in_a_line(num_gpus: int, overrides: list[str], words: str) -> None:
+    with pytest.raises((ConfigError, ResourceError), match=words) as refused:
+        check_resources(placed("ppo_async", num_gpus, *overrides).graph, machine(*[80] * num_gpus))
+    assert isinstance(refused.value, FlowrlError)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_run_in_one_process_is_left_as_it_is() -> None:
+    assert placed("group_async", 8, "runtime=local").settings.learner.gpus == 0
