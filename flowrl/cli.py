@@ -13,9 +13,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowrl.errors import FlowrlError
-from flowrl.telemetry.text import let_go_of_output
-from flowrl.telemetry.text import say as _say
+from flowrl.errors import FlowrlError, let_go_of_output
+from flowrl.errors import say as _say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

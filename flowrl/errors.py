@@ -1,13 +1,30 @@
-"""Every exception flowrl raises on purpose, in one tree.
+"""What a user is told: every exception flowrl raises on purpose, in one tree, and the one way to print a text.
 
 An error says where, what is wrong with the numbers, and what to do. `UserError` is something the user can mend
 before anything has started (exit code 2); `RunError` happened while a run was under way (exit code 1).
+Invariant: everything is printed by `say`, which lets nothing foreign through and never fails.
 
     FlowrlError
     ├── UserError          ConfigError  GraphError  DataError  ModelError  ResourceError
     ├── RunError           StageError  RewardError  LastingError  ProofError  TransferError  StallError
     └── ChannelClosed      the far side of an edge has ended; a stage normally lets it end its loop
+
+Tests: tests/unit/telemetry/test_hostile_text.py
 """
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import TextIO
+
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})  # how the system says that a disk, or a share of it, is full
 
 
 def printable(text: str) -> str:
@@ -96,3 +113,42 @@ class StallError(RunError):
 
 class ChannelClosed(FlowrlError):
     """The edge was closed and holds nothing more."""
+
+
+def say(text: str, *, aside: bool = False) -> None:
+    """Print text, on standard error with `aside`; whoever would read it may be gone, or its disk full.
+
+    Our own line breaks are kept; a foreign text within must be one line already (`errors.one_line`).
+    """
+    stream = sys.stderr if aside else sys.stdout
+    try:
+        print(printable(text), file=stream, flush=True)
+    except UnicodeEncodeError:
+        with contextlib.suppress(OSError, ValueError):
+            print(printable(text).encode("ascii", "backslashreplace").decode(), file=stream, flush=True)
+    except (OSError, ValueError) as error:
+        if not isinstance(error, OSError) or error.errno not in FULL:
+            _let_go(stream)
+
+
+def let_go_of_output() -> None:
+    """See that what could not be printed does not fail the end of the process."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            _let_go(stream)
+
+
+def _let_go(stream: TextIO) -> None:
+    """Send what is still to come nowhere: the terminal or the reader is gone."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def shortened(text: str, most: int) -> str:
+    """Return text on one line and of `most` characters at most; a text that was cut ends in "..."."""
+    flat = " ".join(printable(text).split())
+    return flat if len(flat) <= most else flat[: most - 3] + "..."

@@ -12,7 +12,7 @@ from flowrl.stages.generator import Generator
 from flowrl.stages.online import OnlineSettings, evaluated
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.reward import Reward
-from flowrl.stages.selection_learner import SelectionLearner
+from flowrl.stages.selector import SelectionLearner
 
 ON_ITS_SAMPLES = {"direction": "reverse", "mix": 1.0}
 

@@ -15,8 +15,7 @@ from flowrl.stages.online import OnlineSettings, evaluated
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.reference import Reference
 from flowrl.stages.reward import Reward
-from flowrl.stages.selection_learner import SelectionLearner
-from flowrl.stages.selector import Selector
+from flowrl.stages.selector import SelectionLearner, Selector
 
 
 class Settings(OnlineSettings):

@@ -11,10 +11,10 @@ The reference scores the next examples while the learner trains on the last ones
 from flowrl.config import Select
 from flowrl.data.examples import ExampleData
 from flowrl.graph.graph import Credits, Graph, Queue
-from flowrl.stages.example_reference import ExampleReference
 from flowrl.stages.examples import Examples, HeldoutExamples
 from flowrl.stages.offline import OfflineSettings
 from flowrl.stages.offline_learner import OfflineLearner
+from flowrl.stages.reference import ExampleReference
 
 
 class Settings(OfflineSettings):  # an example is a pair, or a labelled response

@@ -12,8 +12,7 @@ from flowrl.stages.generator import Generator
 from flowrl.stages.online import OnlineSettings, evaluated
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.reward import Reward
-from flowrl.stages.selection_learner import SelectionLearner
-from flowrl.stages.selector import Selector
+from flowrl.stages.selector import SelectionLearner, Selector
 
 
 class Settings(OnlineSettings):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flowrl.config import to_tree
 from flowrl.telemetry.events import Event, Span, Step
-from flowrl.telemetry.history import read_history
+from flowrl.telemetry.timeline import read_history
 from perf.dschat_workload import StepTimes, Workload
 from perf.runs import ROOT, run_graph
 

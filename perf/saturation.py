@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from flowrl.errors import DataError
-from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.history import read_history
+from flowrl.telemetry.events import Cause
+from flowrl.telemetry.timeline import read_history
 from flowrl.telemetry.view import RunView
 from perf.machine import machine
 from perf.runs import ROOT, run_graph

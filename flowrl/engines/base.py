@@ -11,6 +11,7 @@ This module loads no torch: stages import it while a graph is being built.
 from __future__ import annotations
 
 import inspect
+import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, cast
 
 import msgspec
@@ -167,6 +168,23 @@ class Schedule(Config):
     total_steps: Annotated[int, Meta(ge=0)] = 0  # 0: filled in by the stage from the run's number of steps
     final_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.1  # of lr, at the end; cosine, linear and wsd
     decay_ratio: Annotated[float, Meta(gt=0, le=1)] = 0.1  # of wsd
+
+    def ratio(self, step: int) -> float:
+        """Return the learning rate of optimizer step `step` (0, 1, ...) over its peak.
+
+        With 2 warm-up steps of 10 and final_ratio 0.1: 0.5, 1.0, 1.0, ... down to 0.1 at step 10; with wsd and
+        decay_ratio 0.2 it is 1.0 up to step 8 and 0.55 at step 9.
+        """
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.kind == "constant":
+            return 1.0
+        begin = self.warmup_steps
+        if self.kind == "wsd":
+            begin = max(begin, round(self.total_steps * (1 - self.decay_ratio)))
+        progress = min(1.0, max(0.0, (step - begin) / max(1, self.total_steps - begin)))
+        left = 0.5 * (1 + math.cos(math.pi * progress)) if self.kind == "cosine" else 1 - progress
+        return self.final_ratio + (1 - self.final_ratio) * left
 
 
 class Lora(Config):

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import gc
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
+from flowrl.engines.packing import Size
 from flowrl.errors import ResourceError, StageError
 
 if TYPE_CHECKING:
@@ -40,14 +41,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS)
-
-
-class Size(NamedTuple):
-    """What the memory of a pass goes by, each at its most over the ranks."""
-
-    num_tokens: int  # rows times their length
-    num_pairs: int  # rows times the square of their length
-    num_read: int  # response tokens
 
 
 class NoRoom(Exception):

@@ -16,6 +16,10 @@ States are read at one position for each response token: "before" it (the state 
 that is the prompt's last position) for log-probs and for V(s_t), or "after" it for reward models. What follows the
 last position read is not computed at all, so with "before" a response's last token is never fed.
 
+`deal` gives this rank its parts of a call, the micro-batches of one pass each. Every rank has the same number of parts,
+and calls the head equally often in the parts of one place, because ZeRO-3 gathers parameters at each call; where a rank
+has nothing left to do, its part is a sequence of two tokens that counts for nothing.
+
 Called by trainer and models. Shapes: R rows, L row length, N response tokens, B responses, T longest response.
 
 Tests: tests/unit/engines/test_packing.py
@@ -30,14 +34,15 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import torch
 
+from flowrl.engines.base import TokenGroup
 from flowrl.errors import StageError
+from flowrl.messages import Buffer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
-    from flowrl.engines.base import TokenGroup
 
 Layout = Literal["shared", "padded", "alone"]
 Reads = Literal["before", "after"]
@@ -289,3 +294,69 @@ def unpack(batches: Iterable[tuple[PackedBatch, Tensor]]) -> dict[tuple[int, int
         for key, row, num_tokens in zip(batch.samples, values_BT, lengths, strict=True):
             found[key] = row[:num_tokens].copy()
     return found
+
+
+IDLE_GROUP = TokenGroup(prompt_ids=Buffer.ints([0]), responses=[Buffer.ints([0])])
+
+
+class Size(NamedTuple):
+    """What the memory of a pass goes by, each at its most over the ranks."""
+
+    num_tokens: int  # rows times their length
+    num_pairs: int  # rows times the square of their length
+    num_read: int  # response tokens
+
+
+@dataclass(frozen=True)
+class Part:
+    """One rank's micro-batch of one pass."""
+
+    groups: Sequence[TokenGroup]
+    rows: MicroBatch  # empty: there is only step to be kept
+    layout: Layout
+    reads: Reads
+    num_chunks: int  # calls of the head
+    vote: int  # should it not fit: the budget that takes it apart, or minus its tokens
+    size: Size  # the same on every rank
+
+    def pack(self, device: torch.device) -> PackedBatch:
+        """Return its tensors."""
+        if self.rows:
+            return pack(self.groups, self.rows, layout=self.layout, reads=self.reads, device=device)
+        ((idle,),) = plan([IDLE_GROUP], layout=self.layout, reads=self.reads, budget=1)
+        return pack([IDLE_GROUP], idle, layout=self.layout, reads=self.reads, device=device)
+
+
+def deal(
+    groups: Sequence[TokenGroup],
+    *,
+    layout: Layout,
+    reads: Reads,
+    budget: int,
+    rank: int,
+    world_size: int,
+    whole_groups: bool,
+    head_calls: Callable[[int], int],
+) -> list[Part]:
+    """Return this rank's parts; `head_calls` says how many calls of the head so many response tokens take."""
+
+    def size(rows: MicroBatch) -> Size:
+        pieces = [piece for row in rows for piece in row]
+        length = max((sum(piece.length for piece in row) for row in rows), default=0)
+        num_read = sum(len(groups[piece.group].responses[sample]) for piece in pieces for sample in piece.samples)
+        return Size(len(rows) * length, len(rows) * length * length, num_read)
+
+    dealt = plan(groups, layout=layout, reads=reads, budget=budget, world_size=world_size, whole_groups=whole_groups)
+    sizes = [Size(*map(max, *(size(rows) for rows in column), Size(0, 0, 0))) for column in zip(*dealt, strict=True)]
+    return [
+        Part(
+            groups=groups,
+            rows=column[rank],
+            layout=layout,
+            reads=reads,
+            num_chunks=max(1, head_calls(most.num_read)),
+            vote=halved(column[rank], whole_groups=whole_groups),
+            size=most,
+        )
+        for column, most in zip(zip(*dealt, strict=True), sizes, strict=True)
+    ]

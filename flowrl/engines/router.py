@@ -14,7 +14,7 @@ transformers forms the means over all layers together, so that one layer's favou
 layer is balanced by itself, as in both papers.
 
 Tokens count as if every sequence were run alone: a prompt's once for each of its responses, padding never. Called by
-passes and models. Shapes: A layers with experts, E experts, T positions (rows times their length), k = top_k.
+trainer and models. Shapes: A layers with experts, E experts, T positions (rows times their length), k = top_k.
 
 Tests: tests/unit/engines/test_router.py
 """

@@ -1,11 +1,17 @@
-"""What the training engines share: commands to the ranks, steps, publishing, saving.
+"""What the training engines share: rank 0 leads, every rank carries out; a step is `accumulate`, then `apply`.
 
 `Trainer` implements `TrainingEngine`; a subclass says how gradients are accumulated, how a step is taken and how
-state is stored. Every public method runs on rank 0, which checks its arguments, hands the command to the followers
-and carries it out with them; an error found by the check leaves the ranks usable. What a rank computes for a command
-is in passes.
+state is stored. Every public method runs on rank 0, which checks its arguments, hands a command to the followers and
+carries it out with them; an error found by the check leaves the ranks usable.
 
-Called by the learner, critic, reference and reward-model stages.
+Invariant (law 7): the gradient is that of sum(total) / sum(count) over all groups, so neither micro-batches, packing
+nor ranks can change it. The global count is needed before the first backward, because ZeRO does not let gradients be
+scaled afterwards. So each micro-batch's count is first asked of the objective with log-probs of zero, which costs no
+forward, and an objective whose count then differs on the true log-probs is refused. A count may therefore depend on
+masks and columns only. A call whose micro-batches do not fit into memory is made again with smaller ones (memory.py);
+since that clears the gradient, the calls since the last step are kept, and all of them are made again.
+
+Called by the learner, critic, reference and reward-model stages. Shapes: N response tokens, B responses, T longest.
 
 Tests: tests/unit/engines/test_trainer.py
 """
@@ -14,9 +20,10 @@ from __future__ import annotations
 
 import math
 import os
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import msgspec
 import torch
@@ -26,38 +33,78 @@ from flowrl.engines.agreement import check_fit, settle
 from flowrl.engines.average import Average, is_saved
 from flowrl.engines.base import TokenGroup
 from flowrl.engines.lora import Adapter
-from flowrl.engines.memory import FitVote
-from flowrl.engines.models import TokenReader, choose_dtype, load_model
-from flowrl.engines.objective import Sums, divide
-from flowrl.engines.passes import Passes, RankValues
+from flowrl.engines.memory import Budget, FitVote, NoRoom
+from flowrl.engines.models import TokenReader, choose_dtype, load_model, reads_of
+from flowrl.engines.objective import Sums, add_loss, check_count, count_ahead, divide, loss_batch
+from flowrl.engines.packing import LAYOUTS, PackedBatch, Part, deal, unpack
 from flowrl.engines.publishing import Publisher, as_saved, carried_buffers, score_canary, write_model
 from flowrl.engines.ranks import RankLink
-from flowrl.engines.router import check_router
+from flowrl.engines.router import Routing, check_router
 from flowrl.engines.savings import check_offload, freeze, recompute
+from flowrl.engines.teacher import Teacher
 from flowrl.errors import ConfigError, StageError
 from flowrl.messages import Buffer, Weights, decode, encode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from flowrl.engines.base import Schedule, TrainingConfig
+    from flowrl.algorithms.base import Loss, Objective
+    from flowrl.engines.base import TrainingConfig
+    from flowrl.engines.models import Reading
+    from flowrl.engines.packing import Layout
     from flowrl.graph.stage import Ranks, Say
     from flowrl.messages import FloatArray
 
+A = TypeVar("A")
+T = TypeVar("T")
+Found = dict[tuple[int, int], "FloatArray"]  # by group and sample: a value for each response token
+Rows = list[tuple[int, int, Buffer]]  # the same between ranks
 
-class Command(msgspec.Struct, frozen=True, kw_only=True):
-    """What rank 0 asks of every rank."""
 
-    name: str
-    groups: list[TokenGroup] = []
+class _Score(msgspec.Struct, frozen=True, tag=True):
+    """Score groups, or compare them with an objective's teacher."""
+
+    groups: list[TokenGroup]
     objective: Select | None = None
-    version: int = 0
-    canary: Buffer | None = None
-    directory: str = ""
-    card: str = ""
+
+
+class _Accumulate(msgspec.Struct, frozen=True, tag=True):
+    groups: list[TokenGroup]
+    objective: Select
+
+
+class _Apply(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+class _Publish(msgspec.Struct, frozen=True, tag=True):
+    version: int
+    canary: Buffer | None
+
+
+class _SaveModel(msgspec.Struct, frozen=True, tag=True):
+    directory: str
+    card: str
+
+
+class _SaveState(msgspec.Struct, frozen=True, tag=True):
+    directory: str
+
+
+class _LoadState(msgspec.Struct, frozen=True, tag=True):
+    directory: str
+
+
+class _Close(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+Command = _Score | _Accumulate | _Apply | _Publish | _SaveModel | _SaveState | _LoadState | _Close
+_pack = msgspec.msgpack.encode
+_unpack_command = msgspec.msgpack.Decoder(Command).decode
 
 
 class LossScale(NamedTuple):
@@ -67,47 +114,68 @@ class LossScale(NamedTuple):
     least: float  # an overflow here is none of the scale
 
 
-def lr_ratio(schedule: Schedule, step: int) -> float:
-    """Return the learning rate of optimizer step `step` (0, 1, ...) over its peak.
-
-    With 2 warm-up steps of 10 and final_ratio 0.1: 0.5, 1.0, 1.0, ... down to 0.1 at step 10; with wsd and decay_ratio
-    0.2 it is 1.0 up to step 8 and 0.55 at step 9.
-    """
-    if step < schedule.warmup_steps:
-        return (step + 1) / schedule.warmup_steps
-    if schedule.kind == "constant":
-        return 1.0
-    begin = schedule.warmup_steps
-    if schedule.kind == "wsd":
-        begin = max(begin, round(schedule.total_steps * (1 - schedule.decay_ratio)))
-    progress = min(1.0, max(0.0, (step - begin) / max(1, schedule.total_steps - begin)))
-    left = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.kind == "cosine" else 1 - progress
-    return schedule.final_ratio + (1 - schedule.final_ratio) * left
-
-
-class Trainer(Passes):
+class Trainer:
     """One rank of a training engine; subclasses add the optimizer."""
 
     backend_of_one = False  # whether even one rank alone needs a process group
     can_offload: ClassVar[dict[str, int]] = {}  # setting -> the least ZeRO stage it needs
 
+    device: torch.device
+    dtype: torch.dtype
+    model: PreTrainedModel
+    reader: TokenReader
+    _module: nn.Module  # what forward goes through: the reader, or the backend's wrapper of it
     _adapter: Adapter | None
+    _publisher: Publisher
+    _room: FitVote
 
     def __init__(
         self, config: TrainingConfig, *, where: str, name: str, num_receivers: int = 1, say: Say | None = None
     ) -> None:
         """Load nothing yet; `say` is told in words what the user should know."""
-        super().__init__(config, where=where, say=say or (lambda text: None))
+        self.config = config
+        self.where = where
+        self._say = say or (lambda text: None)
         self._name = name
         self._num_receivers = num_receivers
+        self._line: RankLink | None = None
+        self._is_training = False  # whether the optimizer exists: engines that only score never make one
+        self._scoring = Budget(config.micro_batch_tokens, where=where)
+        self._learning = Budget(config.micro_batch_tokens, where=where)
+        self._since_step: list[_Accumulate] = []  # what the gradient is of
+        self._learned: Found = {}  # what the last call's loss was of
         self._num_steps = 0  # optimizer steps taken, the schedule's clock
         self._has_stepped = False  # in this process
+        self._teacher: Teacher | None = None
         self._average = Average(config.ema_decay) if config.ema_decay else None
 
     # What a subclass provides.
 
+    @property
+    def _ranks_meet_in_passes(self) -> bool:
+        """Say whether a forward or backward waits for other ranks."""
+        return False
+
     def _load(self) -> PreTrainedModel:
         return load_model(self.config, where=self.where, dtype=self.dtype, device=self.device)
+
+    def _opened(self) -> None:
+        """Do what must be done once the model is loaded."""
+
+    def _start_training(self) -> None:
+        """Make the optimizer."""
+        raise NotImplementedError
+
+    def _backward(self, loss: Tensor) -> None:
+        """Add the gradient of this rank's part of the loss; the parts of all ranks add up."""
+        raise NotImplementedError
+
+    def _leave_pass(self) -> None:
+        """Clear away what a forward or backward that was broken off has left besides gradients."""
+
+    def _clear_gradients(self) -> None:
+        """Forget every gradient since the last step."""
+        raise NotImplementedError
 
     def _step(self, lr: float) -> float:
         """Clip, step and clear the gradients; returns the gradient's norm before clipping."""
@@ -133,7 +201,7 @@ class Trainer(Passes):
             self.__dict__.pop(name, None)
         self._teacher = None
 
-    # Opening, following, closing.
+    # Opening, leading, following, closing.
 
     def open(self, ranks: Ranks) -> None:
         """Load the model on this rank and join the others."""
@@ -170,62 +238,50 @@ class Trainer(Passes):
             settle(self.reader, self._module, self.config, where=self.where)
             self._line.gather(b"")
 
-    def _opened(self) -> None:
-        """Do what must be done once the model is loaded."""
-
-    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield each parameter of the plain model once, whole; adapters are merged in."""
-        if self._adapter is not None:
-            return self._adapter.merged(self._whole)
-        return self._whole([*self.model.named_parameters()])
+    @property
+    def line(self) -> RankLink:
+        """Return this rank's connection."""
+        if self._line is None:
+            raise StageError(self.where, "the engine is not open", "call open first")
+        return self._line
 
     def follow(self) -> None:
         """Serve as a rank other than 0 until rank 0 closes; returns then."""
-        while True:
+        command: Command | None = None
+        while not isinstance(command, _Close):
             with self.line.guard("following"):
-                command = msgspec.msgpack.decode(self.line.receive(), type=Command)
-            with self.line.guard(command.name):
+                command = _unpack_command(self.line.receive())
+            with self.line.guard(_words(command)):
                 self.line.gather(self._carry_out(command))
-            if command.name == "close":
-                return
 
     def _lead(self, command: Command) -> list[bytes]:
         """Have every rank carry out a command; returns their answers, rank 0's first."""
         if self.line.rank != 0:
-            raise StageError(self.where, f"{command.name} was called on rank {self.line.rank}", "call it on rank 0")
-        if command.groups:
+            raise StageError(self.where, f"{_words(command)} was called on rank {self.line.rank}", "call it on rank 0")
+        if isinstance(command, _Score | _Accumulate):
             check_fit(command.groups, self.reader, self.where)
-        self.line.send(msgspec.msgpack.encode(command))
-        with self.line.guard(command.name):
+        self.line.send(_pack(command))
+        with self.line.guard(_words(command)):
             return self.line.gather(self._carry_out(command))
 
     def _carry_out(self, command: Command) -> bytes:
-        match command.name:
-            case "score":
-                return msgspec.msgpack.encode(self._score_here(command.groups))
-            case "compare" if command.objective is not None:
-                return msgspec.msgpack.encode(self._score_here(command.groups, command.objective))
-            case "accumulate" if command.objective is not None:
-                return msgspec.msgpack.encode(self._accumulate_here(command.groups, command.objective))
-            case "apply":
-                return msgspec.msgpack.encode(self._apply_here())
-            case "publish":
-                return self._publish_here(command.version, command.canary)
-            case "save_model":
-                self._save_model_here(Path(command.directory), command.card)
-            case "save_state":
-                self._ensure_training()
-                self._write_state(Path(command.directory))
-                if self._average is not None and self._average.tensors:
-                    self._average.write(Path(command.directory))
-            case "load_state":
-                self._ensure_training()
-                self._read_state(Path(command.directory))
-                self._read_average(Path(command.directory))
-            case "close":
+        match command:
+            case _Score():
+                return _pack(self._score(command))
+            case _Accumulate():
+                return _pack(self._accumulate(command))
+            case _Apply():
+                return _pack(self._apply())
+            case _Publish():
+                return self._publish(command)
+            case _SaveModel():
+                self._save_model(Path(command.directory), command.card)
+            case _SaveState():
+                self._save_state(Path(command.directory))
+            case _LoadState():
+                self._load_state(Path(command.directory))
+            case _Close():
                 pass
-            case _:
-                raise StageError(self.where, f"unknown command {command.name!r}")
         return b""
 
     def close(self) -> None:
@@ -236,39 +292,107 @@ class Trainer(Passes):
         try:
             self._publisher.close()
             if line.rank == 0 and not line.is_broken:
-                line.send(msgspec.msgpack.encode(Command(name="close")))
+                line.send(_pack(_Close()))
                 line.gather(b"")
         finally:
             self._unload()
             line.close()
 
-    def _check_schedule(self) -> None:
-        schedule = self.config.schedule
-        if schedule.kind != "constant" and schedule.total_steps == 0:
-            what = f"the {schedule.kind} schedule has total_steps=0"
-            raise ConfigError(f"{self.where}.schedule", what, "give total_steps or kind=constant")
+    # Passes: forward over a call's groups, in parts that fit into memory.
+
+    def _parts(
+        self, groups: Sequence[TokenGroup], budget: Budget, *, whole_groups: bool = False, has_teacher: bool = False
+    ) -> list[Part]:
+        calls = self.reader.num_chunks
+        layout = self._layout(max(len(g.prompt_ids) + max(len(r) for r in g.responses) for g in groups))
+        if layout == "alone" and whole_groups and self._ranks_meet_in_passes and self.line.world_size > 1:
+            what = f"{type(self.model).__name__} runs these sequences one by one, and ranks would wait for each other"
+            raise StageError(self.where, what, "take zero_stage 0 or 1, one rank, or shorter sequences")
+        return deal(
+            groups,
+            layout=layout,
+            reads=reads_of(self.config),
+            budget=budget.num_tokens,
+            rank=self.line.rank,
+            world_size=self.line.world_size,
+            whole_groups=whole_groups,
+            head_calls=(lambda num_tokens: calls(2 * num_tokens)) if has_teacher else calls,  # logits of both are held
+        )
+
+    def _layout(self, longest: int) -> Layout:
+        readers = [self.reader, *([] if self._teacher is None else [self._teacher.reader])]
+        return LAYOUTS[max(LAYOUTS.index(reader.layout(longest)) for reader in readers)]
+
+    def _attempt(self, budget: Budget, work: Callable[[A], T], argument: A) -> T | None:
+        """Return `work(argument)`, or None where memory did not suffice for it and the budget is smaller now."""
+        try:
+            return work(argument)
+        except NoRoom as failure:
+            votes = failure.votes
+        self._leave_pass()  # here, where the frames of the failed pass are gone, and its activations with them
+        found = budget.shrink(votes)
+        if self.line.rank == 0:
+            self._say(found)
+        return None
+
+    def _teacher_of(self, objective: Objective) -> Teacher | None:
+        """Return the objective's teacher, loading it where it is not there yet; None where it has none."""
+        name = objective.teacher_model
+        if name and (self._teacher is None or self._teacher.directory != name):
+            size = int(self.model.config.get_text_config().vocab_size)
+            self._teacher = Teacher(
+                name, self.config, where=self.where, dtype=self.dtype, device=self.device, vocab_size=size
+            )
+        return self._teacher if name else None
+
+    def _read(self, batch: PackedBatch, objective: Objective | None) -> Reading | None:
+        """Return what the objective's teacher knows at the tokens of a batch."""
+        teacher = None if objective is None else self._teacher_of(objective)
+        if teacher is None or objective is None:
+            return None
+        temperature = self.config.temperature if objective.temperature is None else objective.temperature
+        direction, share = objective.divergence, objective.teacher_share
+        return teacher.read(batch, direction=direction, share=share, temperature=temperature)
 
     # Scoring.
 
     def score(self, groups: Sequence[TokenGroup]) -> list[list[FloatArray]]:
         """Return log-probs or values of every response token, [group][sample] -> float32 [tokens]."""
-        if not groups:
-            return []
-        return self._rows(Command(name="score", groups=list(groups)))
+        return self._rows(_Score(list(groups))) if groups else []
 
     def compare(self, groups: Sequence[TokenGroup], objective: Select) -> list[list[FloatArray]]:
         """Return the KL between the objective's teacher and the model at every response token, as `score` does."""
-        return self._rows(Command(name="compare", groups=list(groups), objective=objective))
+        return self._rows(_Score(list(groups), objective))
 
-    def _rows(self, command: Command) -> list[list[FloatArray]]:
-        answers = self._lead(command)
-        rows: dict[tuple[int, int], FloatArray] = {}
-        for answer in answers:
-            for group, sample, values in msgspec.msgpack.decode(answer, type=RankValues).rows:
-                rows[group, sample] = values.numpy()
+    def _rows(self, command: _Score) -> list[list[FloatArray]]:
+        rows = {
+            (group, sample): values.numpy()
+            for answer in self._lead(command)
+            for group, sample, values in msgspec.msgpack.decode(answer, type=Rows)
+        }
         return [[rows[g, s] for s in range(len(group.responses))] for g, group in enumerate(command.groups)]
 
-    # Training.
+    def _score(self, command: _Score) -> Rows:
+        objective: Objective | None = command.objective and command.objective.load(f"{self.where}.objective")
+        found = None
+        while found is None:
+            found = self._attempt(self._scoring, partial(self._score_parts, objective), command.groups)
+        return [(group, sample, Buffer.floats(values)) for (group, sample), values in found.items()]
+
+    @torch.no_grad()
+    def _score_parts(self, objective: Objective | None, groups: Sequence[TokenGroup]) -> Found:
+        done: list[tuple[PackedBatch, Tensor]] = []
+        has_teacher = objective is not None and self._teacher_of(objective) is not None
+        for part in self._parts(groups, self._scoring, has_teacher=has_teacher):
+            with self._room.one_pass(part.size, part.vote, self._scoring):
+                batch = part.pack(self.device)
+                reading = self._read(batch, objective)
+                values_N, divergence_N = self._module(batch, num_chunks=part.num_chunks, reading=reading)
+            if part.rows:
+                done.append((batch, values_N if divergence_N is None else divergence_N))
+        return unpack(done)
+
+    # A step: forward and backward over groups, as often as the caller likes, and then the optimizer's.
 
     def accumulate(self, groups: Sequence[TokenGroup], objective: Select) -> dict[str, float]:
         """Run forward and backward over the groups; the gradient is that of total / count over all of them.
@@ -280,10 +404,98 @@ class Trainer(Passes):
             raise StageError(self.where, "no groups to learn from", "give at least one")
         objective.load(f"{self.where}.objective")
         self._check_schedule()
-        answers = self._lead(Command(name="accumulate", groups=list(groups), objective=objective))
+        answers = self._lead(_Accumulate(list(groups), objective))
         return divide(msgspec.msgpack.decode(answer, type=Sums) for answer in answers)
 
-    def learned(self) -> dict[tuple[int, int], FloatArray]:
+    def _check_schedule(self) -> None:
+        schedule = self.config.schedule
+        if schedule.kind != "constant" and schedule.total_steps == 0:
+            what = f"the {schedule.kind} schedule has total_steps=0"
+            raise ConfigError(f"{self.where}.schedule", what, "give total_steps or kind=constant")
+
+    def _accumulate(self, call: _Accumulate) -> Sums:
+        self._ensure_training()
+        calls = [call]
+        while (sums := self._attempt(self._learning, self._learn_all, calls)) is None:
+            self._clear_gradients()
+            calls = [*self._since_step, call]
+        self._since_step.append(call)
+        return sums | self._learning.figures()
+
+    def _ensure_training(self) -> None:
+        if not self._is_training:
+            self._start_training()
+            self._is_training = True
+
+    def _learn_all(self, calls: list[_Accumulate]) -> Sums:
+        """Add the gradient of each call; returns the sums of the last."""
+        return [self._learn(call.groups, call.objective) for call in calls][-1]
+
+    def _learn(self, groups: Sequence[TokenGroup], chosen: Select) -> Sums:
+        objective: Objective = chosen.load(f"{self.where}.objective")
+        has_teacher = self._teacher_of(objective) is not None
+        parts = self._parts(groups, self._learning, whole_groups=objective.needs_whole_groups, has_teacher=has_teacher)
+        counts = [count_ahead(objective, groups, part.pack(self.device)) if part.rows else 0.0 for part in parts]
+        global_count = self.line.sum(sum(counts))
+        if global_count <= 0:
+            what = f"the objective counts nothing in {len(groups)} groups"
+            raise StageError(self.where, what, "are all masks 0?")
+        routing = self._count_routes(parts) if self.config.router_aux_loss and not objective.is_beside else None
+        sums: Sums = {}
+        self._learned = {}
+        for part, count in zip(parts, counts, strict=True):
+            with self._room.one_pass(part.size, part.vote, self._learning):
+                loss = self._learn_part(part, objective, global_count, routing)
+            if loss is not None:
+                check_count(loss.count, count, chosen.use, self.where)
+                add_loss(sums, loss)
+        return sums
+
+    def _count_routes(self, parts: list[Part]) -> Routing:
+        """Return what share of the step's tokens each expert gets, and how many tokens there are."""
+        counts_AE = torch.zeros(())
+        num_tokens = 0.0
+        with torch.no_grad():
+            for part in parts:
+                with self._room.one_pass(part.size, part.vote, self._learning):
+                    batch = part.pack(self.device)
+                    routed_AE, _ = self._module(batch, num_chunks=part.num_chunks, routing=Routing())
+                counts_AE = counts_AE + routed_AE.cpu().double() * bool(part.rows)
+                num_tokens += float(batch.copies_RL.sum()) * bool(part.rows)
+        *counts, num_tokens = self.line.sums([*counts_AE.flatten().tolist(), num_tokens])
+        shares_AE = (torch.tensor(counts) / num_tokens).view(counts_AE.shape).float().to(self.device)
+        return Routing(shares_AE, num_tokens)
+
+    def _learn_part(
+        self, part: Part, objective: Objective, global_count: float, routing: Routing | None
+    ) -> Loss | None:
+        batch = part.pack(self.device)
+        reading = self._read(batch, objective)
+        values_N, further_N, *routed = self._module(
+            batch,
+            needs_entropy=objective.needs_entropy,
+            num_chunks=part.num_chunks,
+            temperature=objective.temperature,
+            reading=reading,
+            routing=routing,
+        )
+        if not part.rows:
+            # Every output takes part, or ZeRO-3 would gather parameters at other moments than on busy ranks.
+            outputs = [output.sum() for output in (values_N, further_N, *routed) if output is not None]
+            self._backward(torch.stack(outputs).sum() * 0.0)
+            return None
+        further_BT = None if further_N is None else batch.spread(further_N)
+        values = loss_batch(part.groups, batch, batch.spread(values_N), further_BT if reading is None else None)
+        loss = objective.loss(values if reading is None else values._replace(divergence_BT=further_BT))
+        total = loss.total / global_count
+        if routing is not None:
+            total = total + self.config.router_aux_loss * routed[0] / routing.num_tokens
+            loss.metrics["router_loss"] = (routed[0], batch.copies_RL.sum())
+        self._backward(total)
+        self._learned |= unpack([(batch, values_N.detach())])
+        return loss
+
+    def learned(self) -> Found:
         """Return the log-probs or values that the last `accumulate` learned from, as far as rank 0 has them."""
         return self._learned
 
@@ -297,12 +509,11 @@ class Trainer(Passes):
             StageError: the gradient is not finite, whatever the scale.
         """
         self._check_schedule()
-        answers = self._lead(Command(name="apply"))
-        return msgspec.msgpack.decode(answers[0], type=dict[str, float])
+        return msgspec.msgpack.decode(self._lead(_Apply())[0], type=dict[str, float])
 
-    def _apply_here(self) -> dict[str, float]:
+    def _apply(self) -> dict[str, float]:
         self._ensure_training()
-        lr = self.config.lr * lr_ratio(self.config.schedule, self._num_steps)
+        lr = self.config.lr * self.config.schedule.ratio(self._num_steps)
         if self._num_steps == 0:
             self._update_average()  # it starts from the weights as they were loaded
         scale = self._loss_scale()
@@ -324,33 +535,38 @@ class Trainer(Passes):
         return {"lr": lr, "grad_norm": grad_norm, **scaled}
 
     def _update_average(self) -> None:
-        if self._average is None:
-            return
-        weights = self._parameters()
-        if self.line.rank == 0:
-            self._average.update(weights)
-        for _ in weights:  # takes its part in the gathering
-            pass
+        if self._average is not None:
+            self._on_rank_0(self._average.update, self._parameters())
 
-    # Publishing.
+    # Publishing and saving: the whole weights, on rank 0.
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each parameter of the plain model once, whole; adapters are merged in."""
+        if self._adapter is not None:
+            return self._adapter.merged(self._whole)
+        return self._whole([*self.model.named_parameters()])
+
+    def _on_rank_0(self, take: Callable[[Iterator[tuple[str, Tensor]]], T], tensors: Iterator[Any]) -> T | None:
+        """Let rank 0 take tensors; the others take their part in gathering them."""
+        if self.line.rank == 0:
+            return take(tensors)
+        for _ in tensors:
+            pass
+        return None
 
     def publish(self, version: int, canary: Buffer | None) -> Weights:
         """Offer the current weights as `version`; returns the message for the generators."""
-        answers = self._lead(Command(name="publish", version=version, canary=canary))
-        weights = decode(answers[0])
+        weights = decode(self._lead(_Publish(version, canary))[0])
         assert isinstance(weights, Weights)
         return weights
 
-    def _publish_here(self, version: int, tokens: Buffer | None) -> bytes:
+    def _publish(self, command: _Publish) -> bytes:
         canary = None
-        if tokens is not None:
-            canary = score_canary(self._module, tokens, dtype=self.dtype, device=self.device)
+        if command.canary is not None:
+            canary = score_canary(self._module, command.canary, dtype=self.dtype, device=self.device)
         tensors = as_saved(self.model, chain(self._parameters(), carried_buffers(self.model)))
-        if self.line.rank == 0:
-            return encode(self._publisher.publish(version, tensors, canary))
-        for _ in tensors:  # takes its part in the gathering
-            pass
-        return b""
+        weights = self._on_rank_0(lambda each: self._publisher.publish(command.version, each, canary), tensors)
+        return b"" if weights is None else encode(weights)
 
     def transfer(self, version: int) -> None:
         """Wait until the bytes of `version` no longer depend on the parameters; rank 0 only, any thread."""
@@ -360,23 +576,18 @@ class Trainer(Passes):
         """Forget the bytes of every version before `version`; rank 0 only, any thread."""
         self._publisher.retire(version)
 
-    # Saving.
-
     def save_model(self, directory: Path, *, card: str) -> None:
         """Write Hugging Face format: safetensors, config, tokenizer, model card.
 
         Beside it `adapter` and `ema_model`, the average of the weights, where there are such.
         """
-        self._lead(Command(name="save_model", directory=str(directory), card=card))
+        self._lead(_SaveModel(str(directory), card))
 
-    def _save_model_here(self, directory: Path, card: str) -> None:
+    def _save_model(self, directory: Path, card: str) -> None:
         extra: dict[str, Any] = {"source": self.config.model, "card": card, "chat_template": self.config.chat_template}
         extra |= {"trust_remote_code": self.config.trust_remote_code}
-        whole: dict[str, Tensor] = {}
-        for name, tensor in self._parameters():
-            if self.line.rank == 0:
-                whole[name] = tensor.cpu().clone()
-        if self.line.rank == 0:
+        whole = self._on_rank_0(lambda each: {name: tensor.cpu().clone() for name, tensor in each}, self._parameters())
+        if whole is not None:
             write_model(self.model, whole, directory, **extra)
         if self._adapter is not None:
             trained = {name: tensor.clone() for name, tensor in self._whole(self._adapter.parameters())}
@@ -388,13 +599,21 @@ class Trainer(Passes):
 
     def save_state(self, directory: Path) -> None:
         """Write everything needed to go on training: weights, optimizer, schedule."""
-        self._lead(Command(name="save_state", directory=str(directory)))
+        self._lead(_SaveState(str(directory)))
+
+    def _save_state(self, directory: Path) -> None:
+        self._ensure_training()
+        self._write_state(directory)
+        if self._average is not None and self._average.tensors:
+            self._average.write(directory)
 
     def load_state(self, directory: Path) -> None:
         """Read what `save_state` wrote."""
-        self._lead(Command(name="load_state", directory=str(directory)))
+        self._lead(_LoadState(str(directory)))
 
-    def _read_average(self, directory: Path) -> None:
+    def _load_state(self, directory: Path) -> None:
+        self._ensure_training()
+        self._read_state(directory)
         if self._average is None:
             return
         self._average.tensors = {}
@@ -407,3 +626,9 @@ class Trainer(Passes):
         self._update_average()
         if self.line.rank == 0:
             self._say(f"{directory} has no average of the weights: it starts at step {self._num_steps}")
+
+
+def _words(command: Command) -> str:
+    """Return what a command is called in messages: `_SaveModel` is "save model"."""
+    name = type(command).__name__.strip("_")
+    return "".join(f" {c.lower()}" if c.isupper() else c for c in name).strip()

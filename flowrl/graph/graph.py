@@ -5,6 +5,8 @@ messages it takes; a value that several nodes are given under one name is one va
 or Credits edge, or through a queue that never fills; staleness cannot exceed what the learner allows; an ordered queue
 has room for every group that may be ahead of the one it waits for. `flowrl check` and every runtime call it first.
 
+`RunSettings` are the settings that every graph has, whatever its topology; a graph file's `Settings` extends it.
+
 Tests: tests/unit/graph/test_graph.py
 """
 
@@ -14,20 +16,43 @@ import copy
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import msgspec
 
+from flowrl.config import Config, Meta
 from flowrl.errors import GraphError
 from flowrl.graph.edges import DEPTH, UNSAID, Credits, Edge, Latest, Queue
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
 from flowrl.graph.staleness import staleness_bound
+from flowrl.telemetry.trackers import WandbConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from flowrl.graph.ports import Port
+
+
+class RunSettings(Config):
+    """What a run needs to know besides its graph."""
+
+    seed: int = 0  # data order, sampling and initialisation follow from it
+    runtime: Literal["ray", "local"] = "ray"  # processes as Ray actors, or tasks of one process
+    stall_timeout_s: Annotated[float, Meta(gt=0)] = 1800.0  # nothing moves on any edge for so long: stop and say why
+    heartbeat_timeout_s: Annotated[float, Meta(gt=0)] = 60.0  # a replica not heard from for so long is replaced
+    stop_grace_s: Annotated[float, Meta(gt=0)] = 600.0  # a stop by Ctrl-C, SIGTERM or SIGHUP may take so long
+    max_restarts: Annotated[int, Meta(ge=0)] = 3  # of one node, or from a checkpoint, with no learned step between
+    # node -> port -> depth of the queue into it, where it is to differ from the graph file's: depths.reward.rollouts=32
+    depths: dict[str, dict[str, Annotated[int, Meta(ge=1)]]] = {}
+    needs: dict[str, str] = {}  # directories that other runs make -> the command that makes each
+    hints: bool = True  # say while the run goes on which setting would make it quicker
+    wandb: WandbConfig = WandbConfig()
+    tensorboard: bool = False  # curves into the run directory, for `tensorboard --logdir`
+    mlflow: str = ""  # tracking URI such as sqlite:///mlflow.db; "": none
+    trackio: str = ""  # project there; "": none
+    prometheus_port: Annotated[int, Meta(ge=0, le=65535)] = 0  # figures at http://127.0.0.1:PORT/metrics; 0: none
+
 
 __all__ = ["Credits", "Graph", "Latest", "Piece", "Queue"]
 

@@ -24,7 +24,7 @@ from flowrl.messages import Message
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from flowrl.graph.stage import Stage
+    from flowrl.graph.staleness import Admission
 
 M = TypeVar("M", bound=Message)
 M_co = TypeVar("M_co", bound=Message, covariant=True)
@@ -47,10 +47,17 @@ class ReceiveEnd(Protocol):
     async def reject(self, message: Message, kind: str, reason: str) -> None: ...
 
 
+class Owner(Protocol):
+    """The stage that a port belongs to, as far as a port's edges must know it."""
+
+    @property
+    def admission(self) -> Admission | None: ...
+
+
 class Port:
     """The address of one port: the stage it belongs to and its name there."""
 
-    def __init__(self, owner: Stage, name: str, message: type[Message], *, is_optional: bool, is_ordered: bool) -> None:
+    def __init__(self, owner: Owner, name: str, message: type[Message], *, is_optional: bool, is_ordered: bool) -> None:
         self.owner = owner
         self.name = name
         self.message = message

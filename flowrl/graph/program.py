@@ -1,4 +1,8 @@
-"""A graph file: a `Settings` class and a function `build(settings) -> Graph`, loaded by path."""
+"""A graph file: a `Settings` class and a function `build(settings) -> Graph`, loaded by path.
+
+Its graph as plain data (`plan_of`, `graph_of`) is shown, stored with a run and rebuilt in another process, without
+pickle.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,9 @@ import msgspec
 
 from flowrl.config import given, resolve
 from flowrl.errors import ConfigError, FlowrlError, GraphError
-from flowrl.graph.edges import Queue
-from flowrl.graph.graph import Graph, with_bounds
-from flowrl.graph.plan import graph_of, plan_of
-from flowrl.graph.settings import RunSettings
+from flowrl.graph.edges import Credits, Latest, Queue
+from flowrl.graph.graph import Graph, RunSettings, with_bounds
+from flowrl.graph.stage import Specification, from_specification, specification
 from flowrl.imports import add_places, load_afresh
 
 if TYPE_CHECKING:
@@ -25,6 +28,57 @@ if TYPE_CHECKING:
     # Says what devices imply for the settings of a graph: the graph, its nodes by where their settings stand, and what
     # is given -> defaults by address.
     Placing = Callable[[Graph, Mapping[str, str], Mapping[str, Any]], Mapping[str, Any]]
+
+
+EDGE_KINDS: dict[str, type[Any]] = {"queue": Queue, "latest": Latest, "credits": Credits}
+
+
+class EdgePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """One edge by the addresses of its ends."""
+
+    kind: str
+    source: str
+    target: str
+    bounds: dict[str, Any]
+
+
+class GraphPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole graph."""
+
+    nodes: dict[str, Specification]
+    edges: list[EdgePlan]
+    until: str
+
+
+def plan_of(graph: Graph) -> GraphPlan:
+    """Return the graph as plain data."""
+    edges: list[EdgePlan] = []
+    for edge in graph.edges:
+        kind = next(name for name, edge_type in EDGE_KINDS.items() if type(edge) is edge_type)
+        bounds = {name: value for name, value in vars(edge).items() if name not in ("source", "target")}
+        edges.append(
+            EdgePlan(kind=kind, source=graph.address(edge.source), target=graph.address(edge.target), bounds=bounds)
+        )
+    nodes = {name: specification(stage) for name, stage in graph.nodes.items()}
+    return GraphPlan(nodes=nodes, edges=edges, until=graph.until_node)
+
+
+def graph_of(plan: GraphPlan) -> Graph:
+    """Rebuild the graph.
+
+    Raises:
+        GraphError: an edge names a port that does not exist.
+    """
+    nodes = {name: from_specification(spec, name) for name, spec in plan.nodes.items()}
+
+    def port(address: str) -> Any:
+        node, _, name = address.partition(".")
+        if node not in nodes or name not in nodes[node].ports:
+            raise GraphError(address, "is not a port of this graph")
+        return nodes[node].ports[name]
+
+    edges = [EDGE_KINDS[e.kind](port(e.source), port(e.target), **e.bounds) for e in plan.edges]
+    return Graph(nodes=nodes, edges=edges, until=nodes[plan.until])
 
 
 class Program(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +111,7 @@ def load_program(
     kind: Any = module.Settings
     if not (isinstance(kind, type) and issubclass(kind, RunSettings)):
         raise GraphError(str(path), "its Settings does not extend RunSettings",
-                         "write class Settings(RunSettings) from flowrl.graph.settings")  # fmt: skip
+                         "write class Settings(RunSettings) from flowrl.graph.graph")  # fmt: skip
     read = partial(resolve, kind, config=config, overrides=overrides, places=places)
     settings = _guarded(path, "Settings", read)
     graph = _guarded(path, "build", build_graph, module, settings)

@@ -49,8 +49,7 @@ if TYPE_CHECKING:
 
     from flowrl.graph.simulated import Costs, Simulated
     from flowrl.graph.staleness import Admission
-    from flowrl.telemetry.causes import CauseClock
-    from flowrl.telemetry.events import Recorder
+    from flowrl.telemetry.events import CauseClock, Recorder
 
 T = TypeVar("T")
 ROOM_RETRY_S = 2.0  # between two looks at a full disk

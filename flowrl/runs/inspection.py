@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from flowrl.errors import ConfigError, DataError, one_line, printable
+from flowrl.errors import ConfigError, DataError, one_line, printable, shortened
 from flowrl.runs.query import COUNTED, MOST_NUMBER, column, parse, unknown_column
-from flowrl.telemetry.rollouts import step_of
-from flowrl.telemetry.text import shortened
+from flowrl.telemetry.records import step_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

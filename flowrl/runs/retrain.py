@@ -21,9 +21,8 @@ import msgspec
 
 from flowrl.engines.checkpoint import checkpoint_version, complete_checkpoints, damage
 from flowrl.errors import ConfigError, DataError
-from flowrl.graph.plan import EdgePlan, GraphPlan, graph_of
-from flowrl.graph.program import Program
-from flowrl.graph.settings import RunSettings
+from flowrl.graph.graph import RunSettings
+from flowrl.graph.program import EdgePlan, GraphPlan, Program, graph_of
 from flowrl.graph.stage import Specification, from_specification
 from flowrl.messages import Buffer
 from flowrl.runtime.launch import Say, check_program, drive
@@ -33,9 +32,8 @@ from flowrl.runtime.supervisor import Start
 from flowrl.stages.critic import Critic
 from flowrl.stages.learner import Learner
 from flowrl.telemetry.metrics import read_steps
-from flowrl.telemetry.rollouts import read_samples, step_of, step_path
+from flowrl.telemetry.records import read_digests, read_samples, step_of, step_path
 from flowrl.telemetry.trackers import WandbConfig
-from flowrl.telemetry.versions import read_digests
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

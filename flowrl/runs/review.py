@@ -20,15 +20,15 @@ from flowrl.runs.page.page import Subject, write_page
 from flowrl.runs.verify import describe, verify_run
 from flowrl.runtime.ledger import ENDINGS, read_entries, surviving
 from flowrl.runtime.rundir import existing_run, is_held, read_plan, read_settings
+from flowrl.telemetry.metrics import read_state
 from flowrl.telemetry.report import read_ending
-from flowrl.telemetry.state import read_state
 from flowrl.tuning.advisor import advice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from flowrl.graph.plan import EdgePlan, GraphPlan
+    from flowrl.graph.program import EdgePlan, GraphPlan
     from flowrl.runtime.ledger import Entry
 
 MOST_REASONS = 20  # rows of groups that were not learned

@@ -24,9 +24,8 @@ from flowrl.runtime.ledger import ENDINGS, Cut, Entry, read_entries, surviving
 from flowrl.runtime.rundir import digest_of, existing_run, is_held, read_plan, read_settings, read_starts
 from flowrl.telemetry.files import REPLACED, UNREADABLE
 from flowrl.telemetry.metrics import read_steps
+from flowrl.telemetry.records import read_digests, read_groups, step_of, step_path
 from flowrl.telemetry.report import read_ending
-from flowrl.telemetry.rollouts import read_groups, step_of, step_path
-from flowrl.telemetry.versions import read_digests
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

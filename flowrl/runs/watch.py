@@ -14,10 +14,8 @@ import time
 from typing import TYPE_CHECKING, Literal
 
 from flowrl.telemetry.events import Evaluation, Notice
-from flowrl.telemetry.live import LiveView
-from flowrl.telemetry.metrics import events_in
-from flowrl.telemetry.plain import PlainLines
-from flowrl.telemetry.state import INTERVAL_S, read_state
+from flowrl.telemetry.metrics import INTERVAL_S, events_in, read_state
+from flowrl.telemetry.terminal import LiveView, PlainLines
 from flowrl.telemetry.view import RunView, format_duration
 
 if TYPE_CHECKING:
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from flowrl.telemetry.events import Event
-    from flowrl.telemetry.state import State
+    from flowrl.telemetry.metrics import State
 
 SILENT_S = 10.0  # a driver that has written no state for so long is said to be silent
 SHOWN_BEFORE = 12  # of the events before the watching began, the newest

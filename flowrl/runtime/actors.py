@@ -22,7 +22,7 @@ import ray as _ray
 
 from flowrl import errors
 from flowrl.errors import FlowrlError
-from flowrl.graph.plan import GraphPlan, graph_of
+from flowrl.graph.program import GraphPlan, graph_of
 from flowrl.graph.stage import Context, Ranks, Specification, from_specification
 from flowrl.runtime.calls import CallClient, CallGate
 from flowrl.runtime.flow import Flow
@@ -31,8 +31,7 @@ from flowrl.runtime.placement import Place
 from flowrl.runtime.replica import Threads, run_replica
 from flowrl.runtime.rundir import hold
 from flowrl.runtime.wire import Address, Connection, Listener
-from flowrl.telemetry.causes import CauseClock
-from flowrl.telemetry.events import Recorder, encode_events
+from flowrl.telemetry.events import CauseClock, Recorder, encode_events
 
 if TYPE_CHECKING:
     from flowrl.runtime.calls import FlowCalls

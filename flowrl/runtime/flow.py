@@ -23,11 +23,9 @@ from typing import TYPE_CHECKING
 from flowrl.errors import ChannelClosed, GraphError, StallError
 from flowrl.graph.edges import Credits, Latest, Queue
 from flowrl.messages import decode
-from flowrl.runtime.channels.credits import CreditsChannel
-from flowrl.runtime.channels.queue import QueueChannel
-from flowrl.runtime.channels.register import RegisterChannel
-from flowrl.runtime.channels.waiters import Waiters
+from flowrl.runtime.channels import CreditsChannel, RegisterChannel, Waiters
 from flowrl.runtime.ledger import Cut
+from flowrl.runtime.queue import QueueChannel
 from flowrl.telemetry.events import EdgeStatus, Notice
 
 if TYPE_CHECKING:

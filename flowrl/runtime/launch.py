@@ -36,7 +36,7 @@ from flowrl.telemetry.sinks import Sinks, open_sinks
 from flowrl.telemetry.trackers import check_trackers
 
 if TYPE_CHECKING:
-    from flowrl.graph.settings import RunSettings
+    from flowrl.graph.graph import RunSettings
     from flowrl.runtime.rundir import Claim
     from flowrl.runtime.supervisor import Outcome
     from flowrl.telemetry.view import RunView

@@ -21,7 +21,7 @@ import msgspec
 
 from flowrl.errors import GraphError
 from flowrl.graph.edges import Latest
-from flowrl.graph.plan import plan_of
+from flowrl.graph.program import plan_of
 from flowrl.graph.stage import Context, Ranks, from_specification
 from flowrl.messages import Weights
 from flowrl.runtime.calls import Call, CallClient, CallGate
@@ -29,8 +29,7 @@ from flowrl.runtime.flow import Flow, Released, node_name
 from flowrl.runtime.ledger import Ledger
 from flowrl.runtime.replica import Threads, VirtualThreads, run_replica
 from flowrl.runtime.supervisor import Death, HostLost, Options, Outcome, Start, Supervisor
-from flowrl.telemetry.causes import CauseClock
-from flowrl.telemetry.events import Recorder
+from flowrl.telemetry.events import CauseClock, Recorder
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine

@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from flowrl import errors
 from flowrl.errors import FlowrlError, ResourceError, StageError, StallError
-from flowrl.graph.plan import plan_of
+from flowrl.graph.program import plan_of
 from flowrl.runtime.actors import Failure, HubActor, ReplicaActor, ReplicaPlan, seen_devices
 from flowrl.runtime.cluster import Cluster, Unanswered, answer_of, ask
 from flowrl.runtime.flow import Released, node_name

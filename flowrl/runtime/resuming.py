@@ -17,7 +17,7 @@ import msgspec
 
 from flowrl.config import Config, resolve, to_tree
 from flowrl.errors import ConfigError, DataError
-from flowrl.graph.plan import plan_of
+from flowrl.graph.program import plan_of
 from flowrl.runtime.rundir import read_plan
 from flowrl.telemetry.files import replace_file
 

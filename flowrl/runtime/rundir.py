@@ -24,7 +24,7 @@ import msgspec
 
 from flowrl.config import to_tree
 from flowrl.errors import ConfigError, DataError, ResourceError
-from flowrl.graph.plan import GraphPlan, plan_of
+from flowrl.graph.program import GraphPlan, plan_of
 from flowrl.telemetry.files import UNREADABLE, RecordFile, check_fence, fence, replace_file, seal, unseal
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from flowrl.runtime.flow import Released, node_name, replica_name
 from flowrl.runtime.ledger import Cut, whole_lines
 from flowrl.telemetry.events import Event, Notice, Recovery
 from flowrl.telemetry.files import UNREADABLE
-from flowrl.telemetry.quarantine import quarantine
+from flowrl.telemetry.records import quarantine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

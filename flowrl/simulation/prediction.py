@@ -17,16 +17,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.events import EdgeStatus, Recorder, Step
+from flowrl.telemetry.events import Cause, EdgeStatus, Recorder, Step
 from flowrl.telemetry.view import format_duration, words
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from flowrl.simulation.fake import SimulationState
-    from flowrl.telemetry.causes import CauseClock
-    from flowrl.telemetry.events import Event
+    from flowrl.telemetry.events import CauseClock, Event
 
 LEAST_STEPS = 6  # measured before their scatter says anything
 NORMAL_95 = 1.96

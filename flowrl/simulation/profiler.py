@@ -24,8 +24,7 @@ import msgspec
 from flowrl.messages import FIRST_HELDOUT
 from flowrl.simulation.costs import FORMAT, CallCost, DecodeCost, NodeProfile, Profile, Spread, pace
 from flowrl.simulation.decoding import Arrival, fit_decoding
-from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.events import Span, Status, Step
+from flowrl.telemetry.events import Cause, Span, Status, Step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -21,27 +21,26 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from flowrl.engines.base import Serving
 from flowrl.errors import RunError
 from flowrl.graph.edges import Credits
-from flowrl.graph.plan import graph_of
+from flowrl.graph.program import graph_of
 from flowrl.graph.stage import Context, Ranks, from_specification
 from flowrl.graph.staleness import staleness_bound
 from flowrl.messages import Rollouts, buffer_fields
-from flowrl.runtime.binding import Wire
 from flowrl.runtime.flow import Flow, replica_name
 from flowrl.runtime.ledger import Ledger
 from flowrl.runtime.local import num_readers
-from flowrl.runtime.replica import run_replica
+from flowrl.runtime.replica import Wire, run_replica
 from flowrl.simulation.clock import run_virtual
 from flowrl.simulation.costs import PARALLEL, CallCost, NodeProfile, Profile
 from flowrl.simulation.fake import CURRENT, FakeTraining, SimulationState
 from flowrl.simulation.prediction import Prediction, Watch
 from flowrl.simulation.stand_ins import optional_nodes, timed_plan
-from flowrl.telemetry.causes import Cause, CauseClock
+from flowrl.telemetry.events import Cause, CauseClock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from flowrl.graph.graph import Graph
-    from flowrl.graph.plan import GraphPlan
+    from flowrl.graph.program import GraphPlan
     from flowrl.messages import Message
     from flowrl.runtime.calls import FlowCalls
 

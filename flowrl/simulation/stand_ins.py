@@ -22,15 +22,14 @@ from flowrl.config import Select, load_class
 from flowrl.engines.base import Serving
 from flowrl.errors import ConfigError
 from flowrl.graph.edges import Credits
-from flowrl.graph.plan import GraphPlan, plan_of
 from flowrl.graph.ports import In, Out
+from flowrl.graph.program import GraphPlan, plan_of
 from flowrl.graph.simulated import Admits, Itself, PassesOn
 from flowrl.graph.stage import Specification, Stage, StageConfig
 from flowrl.messages import Buffer, Credit, Message, Prompt, Rollouts, Scored, extend, narrowed
 from flowrl.simulation.costs import CallCost, NodeProfile, Profile, Spread, pace, speedup
 from flowrl.simulation.fake import CURRENT, NOTHING, TOKEN_BYTES, is_learned
-from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.events import Span
+from flowrl.telemetry.events import Cause, Span
 
 if TYPE_CHECKING:
     from flowrl.graph.graph import Graph

@@ -3,8 +3,12 @@
 The episodes of many groups run at once, each turn a request of its own, so the engine batches whatever turns are open;
 new weights arrive in the middle of episodes as they do in the middle of responses, and every token knows its version.
 Invariants: a group leaves as complete episodes with the environment's score, or is rejected as failed with its task
-kept on disk; all samples of a group begin with the same observation; serving.py and episodes.py have the rest. User
-code runs in worker processes, never in the engine's. Held-out prompts are played alike. Replicas compete for prompts.
+kept on disk; all samples of a group begin with the same observation. User code runs in worker processes, never in the
+engine's. Held-out prompts are played alike. Replicas compete for prompts.
+
+In an episode the policy's tokens stand as the engine sampled them, with their log-probs and versions; the environment's
+are under mask 0, log-prob 0 and in no version's span. It ends with the policy's last token, and a turn's reward lies on
+its last token.
 
 Tests: tests/unit/stages/test_agent.py
 """
@@ -12,7 +16,8 @@ Tests: tests/unit/stages/test_agent.py
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -21,25 +26,128 @@ from flowrl.data.models import prepare_model
 from flowrl.data.prompts import first_columns, load_tokenizer
 from flowrl.data.turns import TurnFormat
 from flowrl.engines.base import GenerationEngine, Sampling
-from flowrl.errors import ConfigError, RewardError
+from flowrl.errors import ConfigError, DataError, RewardError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
-from flowrl.messages import Buffer, Prompt, Sample, Scored, Weights, extend
+from flowrl.messages import Buffer, Prompt, Sample, Scored, VersionSpan, Weights, extend
 from flowrl.rewards.environments import Reset, StepRequest
 from flowrl.rewards.function import MADE
 from flowrl.rewards.isolated import check_loads, untaken
 from flowrl.rewards.sessions import IsolatedEnvironments, LocalEnvironments, Lost
 from flowrl.rewards.worker import Playing
-from flowrl.stages.episodes import Limits, Played, play
 from flowrl.stages.reward import Failures
 from flowrl.stages.sampler import Sampler
 from flowrl.stages.serving import Generation, check_context, record_generation, serve_each, serving
-from flowrl.telemetry.causes import Cause
+from flowrl.telemetry.events import Cause
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from flowrl.graph.stage import Context, Say
+    from flowrl.rewards.sessions import Episode
+
+
+# Added to a sample's seed from turn to turn: odd and large, so that turns meet no other sample's seeds.
+TURN_STRIDE = 0x9E3779B97F4A7C15
+SEEDS = 1 << 62  # seeds are below it
+
+
+class Generate(Protocol):
+    """Sample one turn of at most `max_tokens` tokens."""
+
+    async def __call__(self, prompt_ids: Sequence[int], *, seed: int, max_tokens: int) -> Sample: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Where an episode is cut."""
+
+    max_turns: int
+    turn_tokens: int  # sampled in one turn
+    total_tokens: int  # behind the prompt, the environment's included; 0: only what the context leaves
+    context_tokens: int  # prompt and episode together
+
+
+class Played(NamedTuple):
+    """An episode as it is learned."""
+
+    prompt_ids: list[int]
+    sample: Sample
+    placed: Buffer  # float32, each turn's reward on its last token
+    reward: float  # their sum
+
+
+class Transcript:
+    """What an episode adds to its prompt so far."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._mask: list[float] = []
+        self._rewards: list[float] = []
+        self._spans: list[VersionSpan] = []
+
+    def add_turn(self, turn: Sample, reward: float) -> None:
+        """Add what the policy sampled and what it earned."""
+        start = len(self.token_ids)
+        self.token_ids += turn.token_ids.tolist()
+        self._logprobs += turn.logprobs.tolist()
+        self._mask += [1.0] * len(turn.token_ids)
+        self._rewards += [*[0.0] * (len(turn.token_ids) - 1), reward]
+        self._spans += [VersionSpan(span.version, start + span.start, start + span.end) for span in turn.versions]
+
+    def add_environment(self, token_ids: Sequence[int]) -> None:
+        """Add what stands between two turns."""
+        self.token_ids += token_ids
+        for column in (self._logprobs, self._mask, self._rewards):
+            column += [0.0] * len(token_ids)
+
+    def played(self, prompt_ids: list[int], *, finish: str, text: str) -> Played:
+        """Return the episode."""
+        sample = Sample(
+            token_ids=Buffer.ints(self.token_ids),
+            logprobs=Buffer.floats(self._logprobs),
+            versions=self._spans,
+            finish=finish,
+            text=text,
+            mask=Buffer.floats(self._mask),
+        )
+        return Played(prompt_ids, sample, Buffer.floats(self._rewards), sum(self._rewards))
+
+
+async def play(
+    prompt: Prompt, place: int, *, episode: Episode, turns: TurnFormat, generate: Generate, limits: Limits, where: str
+) -> Played:
+    """Play sample `place` of a prompt's group to its end.
+
+    Raises:
+        RewardError: the environment failed, or its first observation cannot be rendered or leaves no room.
+    """
+    observed = await episode.reset(prompt.columns, prompt.seed)
+    try:
+        prompt_ids = turns.first([*observed.messages] or observed.observation, where=where)
+    except DataError as error:
+        raise RewardError(where, f"reset: {error.what}", error.remedy) from error
+    room = limits.context_tokens - len(prompt_ids)
+    if room < 1:
+        what = f"the first observation has {len(prompt_ids)} tokens, max_model_len is {limits.context_tokens}"
+        raise RewardError(where, what, "shorten it or raise max_model_len")
+    room = min(room, limits.total_tokens or room)
+    transcript = Transcript()
+    for number in range(limits.max_turns):
+        left = room - len(transcript.token_ids)
+        seed = (prompt.seed + place + number * TURN_STRIDE) % SEEDS
+        turn = await generate([*prompt_ids, *transcript.token_ids], seed=seed, max_tokens=min(limits.turn_tokens, left))
+        observed = await episode.step(turn.text)
+        transcript.add_turn(turn, observed.reward)
+        if observed.done:
+            break
+        between = turns.between(turn.token_ids.tolist(), observed.observation)
+        if number + 1 == limits.max_turns or len(transcript.token_ids) + len(between) >= room:
+            break
+        transcript.add_environment(between)
+    finish = "stop" if observed.done else "length"
+    return transcript.played(prompt_ids, finish=finish, text=turns.text(transcript.token_ids))
 
 
 class Agent(Stage):

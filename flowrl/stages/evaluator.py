@@ -24,8 +24,7 @@ from flowrl.messages import FIRST_HELDOUT, Buffer, EvaluationRequest, Prompt, Ro
 from flowrl.rewards.isolated import IsolatedFunction
 from flowrl.stages.reward import Reward, call, opening_of, try_function
 from flowrl.stages.sampler import Sampler
-from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.events import Evaluation, Notice
+from flowrl.telemetry.events import Cause, Evaluation, Notice
 
 if TYPE_CHECKING:
     from flowrl.graph.stage import Context, Say

@@ -23,7 +23,7 @@ from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import FIRST_HELDOUT, Buffer, Credit, Example
 from flowrl.stages.sampler import Course
 from flowrl.stages.tokens import example_group, group_batch, with_constant
-from flowrl.telemetry.causes import Cause
+from flowrl.telemetry.events import Cause
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

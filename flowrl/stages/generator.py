@@ -15,7 +15,7 @@ from flowrl.graph.stage import Stage
 from flowrl.messages import Prompt, Rollouts, Weights, extend
 from flowrl.stages.sampler import Sampler
 from flowrl.stages.serving import Generation, check_context, record_generation, serve_each, serving
-from flowrl.telemetry.causes import Cause
+from flowrl.telemetry.events import Cause
 
 if TYPE_CHECKING:
     from flowrl.graph.simulated import Costs

@@ -53,10 +53,8 @@ from flowrl.stages.training import (
     opened,
     take_step,
 )
-from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.events import Notice, Span, Step
-from flowrl.telemetry.rollouts import forget_steps, step_path, write_rollouts
-from flowrl.telemetry.versions import write_digests
+from flowrl.telemetry.events import Cause, Notice, Span, Step
+from flowrl.telemetry.records import forget_steps, step_path, write_digests, write_rollouts
 
 if TYPE_CHECKING:
     from flowrl.algorithms.base import Objective

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from flowrl.config import Meta, Select
 from flowrl.data.examples import ExampleData
-from flowrl.graph.settings import RunSettings
+from flowrl.graph.graph import RunSettings
 from flowrl.stages.examples import Examples, HeldoutExamples
 from flowrl.stages.offline_learner import OfflineLearner
 from flowrl.stages.sampler import Course

@@ -12,8 +12,7 @@ from flowrl.config import Meta, Select
 from flowrl.data.prompts import PromptData
 from flowrl.engines.base import Sampling
 from flowrl.graph.edges import Edge, Latest, Queue
-from flowrl.graph.graph import Piece
-from flowrl.graph.settings import RunSettings
+from flowrl.graph.graph import Piece, RunSettings
 from flowrl.stages.evaluator import Evaluator
 from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts

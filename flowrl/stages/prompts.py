@@ -17,7 +17,7 @@ from flowrl.graph.simulated import Admits
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Credit, End, Prompt
 from flowrl.stages.sampler import Sampler
-from flowrl.telemetry.causes import Cause
+from flowrl.telemetry.events import Cause
 
 if TYPE_CHECKING:
     from flowrl.graph.simulated import Costs

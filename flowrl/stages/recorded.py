@@ -14,7 +14,7 @@ import msgspec
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Credit, Samples, Weights
-from flowrl.telemetry.rollouts import read_samples, step_path
+from flowrl.telemetry.records import read_samples, step_path
 
 if TYPE_CHECKING:
     from flowrl.graph.stage import Context

@@ -1,22 +1,25 @@
-"""Reference: adds a frozen model's log-probs of the sampled tokens: the policy as it began, or a teacher's.
+"""Reference: adds a frozen model's log-probs to what a policy sampled, or to the responses of given examples.
 
-Replicas compete for groups.
+The model is the policy as it began, or a teacher. Invariant: a message leaves with one log-prob for each token of each
+of its responses, the mismatched ones of examples included. Held-out examples take the same path between ports of their
+own, where those are joined. Replicas compete for messages.
 """
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from flowrl.config import Meta, widen
 from flowrl.data.models import prepare_model
 from flowrl.data.vocabulary import check_same_vocabulary
-from flowrl.engines.base import Scoring, TrainingConfig
+from flowrl.engines.base import Scoring, TokenGroup, TrainingConfig, TrainingEngine
 from flowrl.graph.edges import Edge, Queue
 from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import Itself
 from flowrl.graph.stage import Stage
-from flowrl.messages import Buffer, Referenced, Scored, extend
-from flowrl.stages.sampler import Sampler
+from flowrl.messages import Buffer, Example, Referenced, Scored, extend
+from flowrl.stages.sampler import Course, Sampler
 from flowrl.stages.tokens import token_group
 from flowrl.stages.training import check_engine_of, opened
 from flowrl.telemetry.events import Span
@@ -98,3 +101,67 @@ def referenced(scored: Source[Scored], config: Reference.Config, sampler: Sample
         return MaybeReference({}, [], scored)
     reference = Reference(config, sampler, model=model)
     return MaybeReference({"reference": reference}, [Queue(scored, reference.scored)], reference.referenced)
+
+
+class ExampleReference(Stage):
+    """Scores given responses with a frozen model."""
+
+    class Config(Scoring):
+        """Settings of the reference node."""
+
+        # scored together when ready; above 1 the last bits depend on timing
+        batch_examples: Annotated[int, Meta(ge=1)] = 1
+
+    optional = frozenset({"heldout", "heldout_referenced"})
+    together = (optional,)
+    examples: In[Example]
+    referenced: Out[Example]
+    heldout: In[Example]
+    heldout_referenced: Out[Example]
+
+    def __init__(self, config: Config, course: Course, *, model: str = "") -> None:
+        self.config: ExampleReference.Config = config
+        self.course = course
+        self.model = model or course.model  # "": the policy as it begins
+
+    def check(self, say: Say) -> None:
+        """Prepare the model, which must read the policy's tokens."""
+        check_engine_of(self.config, "reference")
+        directory = prepare_model(self.model, say=say)
+        if self.model != self.course.model:
+            check_same_vocabulary(prepare_model(self.course.model, say=say), directory, "reference_model")
+
+    def _settings(self) -> TrainingConfig:
+        return widen(TrainingConfig, self.config, lora=self.config.lora, model=str(prepare_model(self.model)))
+
+    async def follow(self, context: Context) -> None:
+        """Serve as a rank other than 0."""
+        async with opened(context, self.config.engine, self._settings, steps=1) as engine:
+            await context.compute(engine.follow)
+
+    async def run(self, context: Context) -> None:
+        """Score examples until the edges close."""
+        async with (
+            opened(context, self.config.engine, self._settings, steps=1) as engine,
+            asyncio.TaskGroup() as lanes,
+        ):
+            lanes.create_task(self._lane(context, engine, self.examples, self.referenced))
+            if self.heldout.is_connected:
+                lanes.create_task(self._lane(context, engine, self.heldout, self.heldout_referenced))
+
+    async def _lane(
+        self, context: Context, engine: TrainingEngine, examples: In[Example], referenced: Out[Example]
+    ) -> None:
+        while True:
+            batch = await examples.get_some(self.config.batch_examples)
+            start_s = context.now()
+            groups = [TokenGroup(prompt_ids=each.token_ids, responses=each.responses) for each in batch]
+            rows = await context.compute(engine.score, groups)
+            context.recorder.record(
+                Span(node=context.node, replica=context.replica, name="reference", start_s=start_s,
+                     end_s=context.now(), groups=[each.group_id for each in batch])
+            )  # fmt: skip
+            for each, logprobs in zip(batch, rows, strict=True):
+                buffers = [Buffer.floats(row) for row in logprobs]
+                await referenced.put(extend(Example, each, ref_logprobs=buffers))
+                context.done += 1

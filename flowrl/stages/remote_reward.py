@@ -21,7 +21,7 @@ from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Rollouts, Scored
 from flowrl.rewards.http import Remote, RemoteScorer, Unreachable, check_remote, connected
 from flowrl.stages.reward import Failures, add_scores, score_span
-from flowrl.telemetry.causes import Cause
+from flowrl.telemetry.events import Cause
 
 if TYPE_CHECKING:
     from flowrl.graph.simulated import Costs

@@ -39,9 +39,8 @@ from flowrl.rewards.worker import Opening
 from flowrl.stages.model_scores import SequenceScores, StepScores, read_normalisation
 from flowrl.stages.sampler import Sampler
 from flowrl.stages.training import check_engine_of
-from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.events import Notice, Span
-from flowrl.telemetry.quarantine import quarantine
+from flowrl.telemetry.events import Cause, Notice, Span
+from flowrl.telemetry.records import quarantine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Selector: keeps of a group's samples the best one, or the best and the worst as a pair, for the learner behind it.
+"""Selector and its learner: the best of a group's samples, or the best and the worst as a pair, and what learns them.
 
 Best of n is what rejection sampling learns from (RAFT, 2304.06767; Llama 2, 2307.09288, section 3.2.3), the pair what
 iterative DPO does. Invariant: a group leaves with the samples to learn from, the best one first, or is rejected as
@@ -6,6 +6,11 @@ filtered with the reason: the best is not good enough, or the two do not differ.
 is skipped. What the policy's rewards are without the selection stands in the group's metrics; what is left of the group
 is told as a span, from which a profile knows the tokens of the nodes behind. Replicas compete for groups. `choose` is
 also how the writer of graphs/generate.py selects.
+
+`SelectionLearner` trains with an offline objective on what the policy has just sampled (SFT on the best, DPO on the
+pair) and sends its versions to the generators, which draw the next samples meanwhile. Everything else is the learner's:
+order, staleness, credits, versions, checkpoints. As there, log-probs are those of the distribution that is sampled from
+(`temperature`). The tokens are the sampled ones: a response that was cut is not given an end.
 
 Tests: tests/unit/stages/test_selector.py
 """
@@ -16,17 +21,24 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from flowrl import messages
 from flowrl.config import Meta
+from flowrl.data.examples import ExampleRow
 from flowrl.graph.ports import In, Out
-from flowrl.graph.simulated import PassesOn
+from flowrl.graph.simulated import Itself, PassesOn
 from flowrl.graph.stage import Stage, StageConfig
-from flowrl.messages import Scored
+from flowrl.messages import Referenced, Scored
+from flowrl.stages.examples import load_objective, try_rows, with_teacher
+from flowrl.stages.learner import Learner
+from flowrl.stages.sampler import Learning, Sampler
 from flowrl.telemetry.events import Span
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from flowrl.algorithms.base import Objective
+    from flowrl.data.formats import Kind
     from flowrl.graph.simulated import Costs
-    from flowrl.graph.stage import Context
+    from flowrl.graph.stage import Context, Say
+
 
 Take = Literal["best", "pair"]
 
@@ -104,3 +116,38 @@ def narrowed(group: Scored, places: Sequence[int]) -> Scored:
     rewards = group.rewards
     metrics = {"reward.sampled": sum(rewards) / len(rewards), "reward.best": max(rewards)}
     return messages.narrowed(group, places, metrics={**group.metrics, **metrics})
+
+
+class SelectionLearner(Learner):
+    """Trains the policy with an offline objective on selected samples."""
+
+    samples: In[Scored]  # pyright: ignore[reportIncompatibleVariableOverride]  # takes every message the learner takes
+
+    def __init__(self, config: Learner.Config, sampler: Sampler, learning: Learning, *, num_samples: int) -> None:
+        super().__init__(config, sampler, learning)
+        self.num_samples = num_samples  # of each group that are learned
+
+    def check(self, say: Say) -> None:
+        """Prepare the model and try the objective on a group as it will come."""
+        super().check(say)
+        with_teacher(self.algorithm, self.sampler.model, say=say)
+        responses = [[2 + k] for k in range(self.num_samples)]
+        has_reference = issubclass(self.samples.brings, Referenced)
+        are_pairs = has_reference and self.num_samples == 2  # the best and the worst of a group
+        kind: Kind | None = "preference" if are_pairs else None
+        row = ExampleRow(prompt_ids=[1], responses=responses, kind=kind, index=0, place="select")
+        try_rows(self.load_objective(), [row], has_reference=has_reference)
+
+    def simulated(self, costs: Costs) -> Itself:
+        """Train nothing."""
+        shared = {"sampler": costs.sampler(self.sampler), "learning": costs.learning(self.learning, is_objective=True)}
+        return Itself({"config": costs.training(self.config, "train"), **shared})
+
+    async def run(self, context: Context) -> None:
+        """Train until the last version is published, acknowledged and saved, or the user asks to stop."""
+        self.algorithm = await context.compute(with_teacher, self.algorithm, self.sampler.model)
+        await super().run(context)
+
+    def load_objective(self) -> Objective:
+        """Return what is minimised."""
+        return load_objective(self.algorithm)

@@ -15,8 +15,7 @@ from flowrl.config import ImportPath, Meta, widen
 from flowrl.data.models import inspect_model, prepare_model
 from flowrl.engines.base import GenerationConfig, GenerationEngine, Serving, check_engine, open_engine
 from flowrl.errors import ChannelClosed, ConfigError
-from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.events import Span
+from flowrl.telemetry.events import Cause, Span
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence

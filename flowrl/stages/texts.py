@@ -20,7 +20,7 @@ from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import FIRST_TEXTS, Texts
 from flowrl.stages.examples import check_rows, example_of, try_rows
-from flowrl.telemetry.causes import Cause
+from flowrl.telemetry.events import Cause
 
 if TYPE_CHECKING:
     from flowrl.graph.stage import Context, Say

@@ -15,8 +15,7 @@ from flowrl.data.models import inspect_model, prepare_model
 from flowrl.engines.base import Scoring, Training, TrainingConfig, TrainingEngine, check_engine, open_engine
 from flowrl.engines.checkpoint import read_version, write_version
 from flowrl.errors import ConfigError
-from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.events import Notice
+from flowrl.telemetry.events import Cause, Notice
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

@@ -27,8 +27,7 @@ from flowrl.stages.sampler import Sampler
 from flowrl.stages.saving import save_parts
 from flowrl.stages.selector import Selection, choose
 from flowrl.stages.step import step_metrics
-from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.events import Notice, Span, Step
+from flowrl.telemetry.events import Cause, Notice, Span, Step
 from flowrl.telemetry.files import set_aside
 
 if TYPE_CHECKING:

@@ -11,21 +11,19 @@ Used by whatever writes into a run's directory: ledger, metrics, timeline, rollo
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 from collections import deque
 from typing import TYPE_CHECKING
 from zlib import crc32
 
-from flowrl.errors import RunError
+from flowrl.errors import FULL, RunError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
 REPLACED = "replaced"
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 UNREADABLE = (ValueError, RecursionError)  # what decoding a damaged JSON text may raise, one that is no text included
 _fences: list[tuple[Path, int]] = []  # the attempt that this process belongs to; at most one
 

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from flowrl.errors import one_line
-from flowrl.telemetry.causes import Cause
+from flowrl.errors import one_line, shortened
+from flowrl.telemetry.events import Cause
 from flowrl.telemetry.files import UNREADABLE, replace_file
 from flowrl.telemetry.intervals import mean_interval, paired_interval, prompt_means
-from flowrl.telemetry.text import shortened
 from flowrl.telemetry.view import format_duration, shares, words
 
 if TYPE_CHECKING:

@@ -14,13 +14,11 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from flowrl.errors import say
 from flowrl.telemetry.events import Notice
-from flowrl.telemetry.live import LiveView
-from flowrl.telemetry.metrics import MetricsFile, read_evaluations
-from flowrl.telemetry.plain import PlainLines, notice_line
-from flowrl.telemetry.state import StateFile
+from flowrl.telemetry.metrics import MetricsFile, StateFile, read_evaluations
 from flowrl.telemetry.symptoms import Symptoms
-from flowrl.telemetry.text import say
+from flowrl.telemetry.terminal import LiveView, PlainLines, notice_line
 from flowrl.telemetry.timeline import Timeline
 from flowrl.telemetry.trackers import TrackerSettings, add_trackers
 from flowrl.telemetry.view import RunView

@@ -2,7 +2,7 @@
 
 Invariants: a pure fold, with no clock, terminal or file of its own, so the same events give the same view whatever the
 batches; its size does not grow with the length of the run; a replica that was restarted goes on counting where its
-predecessor stopped. `Sinks` feeds it; live.py, plain.py and report.py only read it.
+predecessor stopped. `Sinks` feeds it; terminal.py and report.py only read it.
 
 Tests: tests/unit/telemetry/test_view.py
 """
@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from typing import TYPE_CHECKING
 
-from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.events import HINT, EdgeStatus, Evaluation, Notice, Span, Status, Step
+from flowrl.telemetry.events import HINT, Cause, EdgeStatus, Evaluation, Notice, Span, Status, Step
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

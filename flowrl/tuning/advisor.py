@@ -20,8 +20,7 @@ import msgspec
 
 from flowrl.errors import FlowrlError
 from flowrl.graph.edges import Credits
-from flowrl.graph.plan import GraphPlan, graph_of, plan_of
-from flowrl.graph.program import get_setting, load_program
+from flowrl.graph.program import GraphPlan, get_setting, graph_of, load_program, plan_of
 from flowrl.runtime.placement import num_cores, num_gpus
 from flowrl.runtime.rundir import read_plan
 from flowrl.simulation.costs import load_profile
@@ -29,8 +28,8 @@ from flowrl.simulation.prediction import bottleneck_line
 from flowrl.simulation.profiler import Profiler, machine_name, places
 from flowrl.simulation.run import simulate
 from flowrl.simulation.stand_ins import lacking, optional_nodes
-from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.history import read_history, timelines
+from flowrl.telemetry.events import Cause
+from flowrl.telemetry.timeline import read_history, timelines
 from flowrl.telemetry.view import RunView, format_duration, shares
 from flowrl.tuning.knobs import graph_with, knobs_of
 from flowrl.tuning.trials import TuneRequest, fits, reserved

@@ -24,8 +24,7 @@ import msgspec
 from flowrl.engines.base import Serving
 from flowrl.errors import FlowrlError
 from flowrl.graph.edges import Credits
-from flowrl.graph.plan import plan_of
-from flowrl.graph.program import load_program
+from flowrl.graph.program import load_program, plan_of
 from flowrl.simulation.costs import load_profile
 from flowrl.simulation.run import simulate
 from flowrl.tuning.knobs import Knob, Setting, graph_with, knobs_of

@@ -25,8 +25,8 @@ from flowrl.errors import DataError, RunError
 from flowrl.graph.program import load_program
 from flowrl.simulation.costs import load_profile
 from flowrl.simulation.run import simulate
-from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.history import read_history
+from flowrl.telemetry.events import Cause
+from flowrl.telemetry.timeline import read_history
 from flowrl.telemetry.view import RunView, shares, words
 from flowrl.tuning.knobs import Setting
 from flowrl.tuning.tune import recommendation

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from flowrl.errors import ChannelClosed
-from flowrl.graph.plan import plan_of
+from flowrl.graph.program import plan_of
 from flowrl.messages import Credit, encode
 from flowrl.runtime.calls import CallClient, CallGate
 from flowrl.runtime.flow import Flow

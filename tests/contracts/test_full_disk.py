@@ -17,9 +17,8 @@ from flowrl.runtime.ledger import Cut, Ledger, read_entries
 from flowrl.telemetry.events import Notice, Span, Step
 from flowrl.telemetry.files import RecordFile, is_full, replace_file
 from flowrl.telemetry.metrics import MetricsFile, read_steps
-from flowrl.telemetry.rollouts import read_groups, write_rollouts
+from flowrl.telemetry.records import read_digests, read_groups, write_digests, write_rollouts
 from flowrl.telemetry.timeline import Timeline
-from flowrl.telemetry.versions import read_digests, write_digests
 from tests.contracts.test_stops import Driven, check_stopped
 from tests.support.past_run import sampled
 

@@ -9,8 +9,8 @@ import pytest
 
 from flowrl.engines.torch import TorchEngine
 from flowrl.errors import ConfigError, DataError
+from flowrl.graph.graph import RunSettings
 from flowrl.graph.program import Program, load_program
-from flowrl.graph.settings import RunSettings
 from flowrl.runs.retrain import RetrainRequest, first_difference, retrain
 from flowrl.runtime.launch import drive
 from flowrl.runtime.local import LocalOptions, run_local

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from flowrl.errors import ConfigError
-from flowrl.graph.settings import RunSettings
+from flowrl.graph.graph import RunSettings
 from flowrl.telemetry.events import EdgeStatus
 from flowrl.telemetry.trackers import (
     MlflowSink,

@@ -19,8 +19,7 @@ import torch
 
 from flowrl.engines.weights import open_sender
 from flowrl.engines.weights.base import digest, pack, unpack, verify
-from flowrl.engines.weights.broadcast import BroadcastFetcher
-from flowrl.engines.weights.group import BroadcastGroup
+from flowrl.engines.weights.broadcast import BroadcastFetcher, BroadcastGroup
 from flowrl.engines.weights.manifest import decode_manifest
 from flowrl.engines.weights.shm import ShmFetcher, ShmSender
 from flowrl.errors import ConfigError, ProofError, ResourceError, TransferError

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 MINIMAL = """
-from flowrl.graph.settings import RunSettings
+from flowrl.graph.graph import RunSettings
 class Settings(RunSettings):
     pass
 """

@@ -15,8 +15,7 @@ import yaml
 
 from flowrl.config import to_tree
 from flowrl.errors import FlowrlError
-from flowrl.graph.plan import plan_of
-from flowrl.graph.program import load_program
+from flowrl.graph.program import load_program, plan_of
 from tests.support.command import ROOT
 
 if TYPE_CHECKING:

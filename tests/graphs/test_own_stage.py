@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
-from flowrl.graph.plan import plan_of
-from flowrl.graph.program import load_program
+from flowrl.graph.program import load_program, plan_of
 from flowrl.messages import Buffer, Sample, encode
 from tests.support.command import ROOT
 
@@ -42,7 +41,7 @@ GRAPH = """
 from my_stages import Judge
 from flowrl.graph import ports
 from flowrl.graph.graph import Graph, Queue
-from flowrl.graph.settings import RunSettings
+from flowrl.graph.graph import RunSettings
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Rollouts, Scored
 
@@ -61,7 +60,7 @@ def build(s: Settings) -> Graph:
 ELSEWHERE = """
 import sys, msgspec
 from pathlib import Path
-from flowrl.graph.plan import GraphPlan, graph_of
+from flowrl.graph.program import GraphPlan, graph_of
 from flowrl.messages import Scored, decode
 message = decode(Path(sys.argv[2]).read_bytes())
 assert isinstance(message, Scored)

@@ -14,7 +14,7 @@ from flowrl.graph.program import load_program
 from flowrl.runtime.local import LocalOptions, run_local
 from flowrl.stages.tokens import token_group
 from flowrl.telemetry.events import Event, Step
-from flowrl.telemetry.rollouts import read_samples, step_path
+from flowrl.telemetry.records import read_samples, step_path
 from tests.support.command import ROOT
 from tests.support.tiny import tiny_model
 

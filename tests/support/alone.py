@@ -14,8 +14,7 @@ from flowrl.errors import ChannelClosed
 from flowrl.graph.stage import Context, Ranks
 from flowrl.messages import Buffer, Rollouts, Sample, VersionSpan
 from flowrl.runtime.replica import Threads
-from flowrl.telemetry.causes import CauseClock
-from flowrl.telemetry.events import Event, Recorder
+from flowrl.telemetry.events import CauseClock, Event, Recorder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from flowrl.messages import Rollouts
 from flowrl.runtime.calls import Call, CallGate
-from flowrl.runtime.channels.credits import CreditsChannel
-from flowrl.runtime.channels.queue import QueueChannel
-from flowrl.runtime.channels.register import RegisterChannel
+from flowrl.runtime.channels import CreditsChannel, RegisterChannel
+from flowrl.runtime.queue import QueueChannel
 
 if TYPE_CHECKING:
     from collections.abc import Callable

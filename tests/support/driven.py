@@ -11,14 +11,13 @@ from pathlib import Path
 
 import msgspec
 
-from flowrl.errors import FlowrlError
+from flowrl.errors import FlowrlError, let_go_of_output, say
+from flowrl.graph.graph import RunSettings
 from flowrl.graph.program import Program
-from flowrl.graph.settings import RunSettings
 from flowrl.runtime.launch import drive
 from flowrl.runtime.rundir import claim, write_plan
 from flowrl.runtime.supervisor import newest_start
 from flowrl.stages.learner import Learner
-from flowrl.telemetry.text import let_go_of_output, say
 from tests.support.flows import FlowSettings, flow
 
 SETTINGS = FlowSettings(

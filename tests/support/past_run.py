@@ -9,8 +9,8 @@ from flowrl.messages import Buffer, Sample, Samples, VersionSpan
 from flowrl.runtime.ledger import Ledger
 from flowrl.runtime.rundir import create_run_dir, write_plan
 from flowrl.telemetry.events import Status, Step
+from flowrl.telemetry.records import step_path, write_rollouts
 from flowrl.telemetry.report import Ending, write_ending
-from flowrl.telemetry.rollouts import step_path, write_rollouts
 from flowrl.telemetry.sinks import open_sinks
 from flowrl.telemetry.trackers import WandbConfig
 from tests.support.command import ROOT

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from flowrl.graph.plan import graph_of
-from flowrl.graph.program import load_program
+from flowrl.graph.program import graph_of, load_program
 from flowrl.runtime.placement import num_cores
 from flowrl.runtime.rundir import create_run_dir, write_plan
 from flowrl.simulation.clock import run_virtual

@@ -3,20 +3,22 @@
 How a version travels: `publish` packs it into host buckets (the parameters may change from then on) and names the
 store's address in the manifest; each receiver announces itself in the store; when all are there, or half the deadline
 has passed, `transfer` writes the plan (who is in which group) and broadcasts to those in it. Invariants: no wait is
-without a deadline; the dead are left out and the living go on; a group is formed anew when its members change or it
-failed; a receiver that is late, restarted or in a broken group pulls the same buckets from the sender's server.
+without a deadline; the dead are left out and the living go on; a group outside torch's default one is formed anew when
+its members change or it failed once; a receiver that is late, restarted or in a broken group pulls the same buckets
+from the sender's server.
 
 Tests: tests/contracts/test_weights.py
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import socket
 import time
 import uuid
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -24,13 +26,75 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from flowrl.engines.weights.base import pack, verify
-from flowrl.engines.weights.group import BroadcastGroup
 from flowrl.engines.weights.manifest import AnyManifest, BroadcastManifest, encode_manifest
 from flowrl.engines.weights.pull import PullServer, pull
 from flowrl.errors import ResourceError, TransferError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
+
+
+# NCCL's watchdog ends the whole process when an operation passes the group's own timeout; ours comes first and ends
+# only the group.
+WATCHDOG_FACTOR = 10
+
+
+class BroadcastGroup:
+    """Rank `rank` of `size` processes that meet under `prefix` in a store; rank 0 is the source."""
+
+    def __init__(
+        self, store: Store, prefix: str, *, rank: int, size: int, device: torch.device, host: str, timeout_s: float
+    ) -> None:
+        self._rank = rank
+        self._device = device
+        self._timeout = datetime.timedelta(seconds=timeout_s)
+        inner = PrefixStore(prefix, store)
+        make = _nccl if device.type == "cuda" else _gloo
+        self._group: Any = make(inner, rank, size, host, self._timeout)
+
+    def broadcast(self, buffers: Sequence[torch.Tensor]) -> None:
+        """Send the host buffers, or fill them on every other rank; one bucket of device memory at most.
+
+        Raises:
+            RuntimeError: a member is gone or the deadline passed.
+        """
+        for raw in buffers:
+            # A host tensor is its own device copy on CPUs.
+            staged = raw.to(self._device) if self._rank == 0 else torch.empty_like(raw, device=self._device)
+            target = raw if self._device.type == "cpu" else staged
+            options = dist.BroadcastOptions()
+            options.rootRank = 0
+            options.rootTensor = 0
+            self._group.broadcast([target], options).wait(self._timeout)
+            if self._rank != 0 and target is not raw:
+                raw.copy_(target)
+
+    def close(self) -> None:
+        """Abort the group; whoever waits for it gets an error."""
+        with contextlib.suppress(RuntimeError):  # it may have failed already
+            self._group.abort()
+
+
+def local_address(host: str) -> str:
+    """Return this machine's address on the way to `host`; no packet is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))
+        return probe.getsockname()[0]
+
+
+def _gloo(store: Store, rank: int, size: int, host: str, timeout: datetime.timedelta) -> Any:
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._timeout = timeout
+    options._devices = [gloo.create_device(hostname=local_address(host))]
+    return gloo(store, rank, size, options)
+
+
+def _nccl(store: Store, rank: int, size: int, host: str, timeout: datetime.timedelta) -> Any:
+    nccl: Any = dist.ProcessGroupNCCL  # chooses its own interface (NCCL_SOCKET_IFNAME), whatever `host` is
+    options = nccl.Options()
+    options._timeout = timeout * WATCHDOG_FACTOR
+    return nccl(store, rank, size, options)
 
 
 class Member(msgspec.Struct, frozen=True, array_like=True):

@@ -18,8 +18,7 @@ from flowrl.telemetry.report import verdict
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from flowrl.runs.page.activity import Activity
-    from flowrl.runs.page.record import Record
+    from flowrl.runs.page.activity import Activity, Record
     from flowrl.telemetry.charts import Points
     from flowrl.telemetry.events import Evaluation, Step
 

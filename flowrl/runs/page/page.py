@@ -2,7 +2,7 @@
 
 Invariants: whatever a run holds is escaped by the template engine, and the page's own policy lets no script run but the
 one that is in this package, by its hash; what a run does not have is left out and said under "Not in this report"; the
-size is bounded by the limits of charts.py, strips.py and samples.py, however long the run was. What only the layers
+size is bounded by the limits of charts.py, activity.py and samples.py, however long the run was. What only the layers
 above know (the ledger, the tuner's advice, the tokenizer) comes in as a `Subject`. Called by `flowrl report`.
 
 Tests: tests/unit/runs/page/test_page.py
@@ -21,12 +21,10 @@ import msgspec
 
 from flowrl.errors import printable
 from flowrl.runs.page import figures
-from flowrl.runs.page.record import Record
+from flowrl.runs.page.activity import MOST_ROWS, Record, node_strips, queue_strips
 from flowrl.runs.page.samples import MOST_TOKENS, RATIO_BOUNDS, has_ratios, shown_groups
-from flowrl.runs.page.strips import MOST_ROWS, node_strips, queue_strips
-from flowrl.telemetry.causes import Cause
 from flowrl.telemetry.charts import duration_ticks
-from flowrl.telemetry.events import Span
+from flowrl.telemetry.events import Cause, Span
 from flowrl.telemetry.report import bottleneck
 from flowrl.telemetry.view import format_duration, words
 
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from flowrl.runs.page.samples import Pieces, ShownGroup
-
 HERE = Path(__file__).parent
 STACKED = (Cause.COMPUTE, Cause.UPDATE, Cause.WAIT_INPUT, Cause.WAIT_ROOM, Cause.RECOVERY, Cause.START)
 

@@ -17,7 +17,7 @@ import msgspec
 
 from flowrl.runs.inspection import ENVIRONMENT, token_ratios
 from flowrl.telemetry.charts import number
-from flowrl.telemetry.rollouts import step_of
+from flowrl.telemetry.records import step_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from flowrl.engines.base import Ranks
-from flowrl.engines.deepspeed_state import StateNote, read_state
+from flowrl.engines.deepspeed import StateNote, read_state
 from flowrl.engines.ranks import RankLink
 from flowrl.errors import StageError
 

@@ -9,10 +9,9 @@ import pytest
 from flowrl.config import resolve, widen
 from flowrl.engines.base import Lora, TrainingConfig, check_engine
 from flowrl.errors import ConfigError
-from flowrl.graph.settings import RunSettings
+from flowrl.graph.graph import RunSettings
 from flowrl.stages.critic import Critic
-from flowrl.stages.example_reference import ExampleReference
-from flowrl.stages.reference import Reference
+from flowrl.stages.reference import ExampleReference, Reference
 from flowrl.stages.reward import RewardModel
 
 if TYPE_CHECKING:

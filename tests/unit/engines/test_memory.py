@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from flowrl.engines.base import Ranks, Schedule, TrainingConfig
-from flowrl.engines.memory import Budget, FitVote, NoRoom, Size, is_out_of_memory
-from flowrl.engines.packing import halved, plan
-from flowrl.engines.parts import Part
+from flowrl.engines.memory import Budget, FitVote, NoRoom, is_out_of_memory
+from flowrl.engines.packing import Part, Size, halved, plan
 from flowrl.engines.torch import TorchEngine
 from flowrl.errors import ResourceError, StageError
 from flowrl.messages import Buffer

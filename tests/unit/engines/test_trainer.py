@@ -16,7 +16,6 @@ from flowrl.algorithms.base import Loss, LossBatch, Objective
 from flowrl.config import Select
 from flowrl.engines.base import Ranks, Schedule, TokenGroup, TrainingConfig
 from flowrl.engines.torch import SequenceScoringEngine, TorchEngine
-from flowrl.engines.trainer import lr_ratio
 from flowrl.errors import ConfigError, ModelError, StageError
 from flowrl.messages import Buffer
 from tests.support.tiny import CHAT_TEMPLATE
@@ -359,19 +358,19 @@ def test_a_language_model_is_refused_as_a_reward_model(tiny_llama):
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
     schedule = Schedule(kind="cosine", warmup_steps=2, total_steps=10, final_ratio=0.1)
-    ratios = [lr_ratio(schedule, step) for step in range(12)]
+    ratios = [schedule.ratio(step) for step in range(12)]
     assert ratios[:3] == [0.5, 1.0, 1.0]
     assert ratios[6] == pytest.approx(0.55)
     assert ratios[10] == ratios[11] == pytest.approx(0.1)
-    assert lr_ratio(Schedule(kind="constant", warmup_steps=4), 0) == 0.25
+    assert Schedule(kind="constant", warmup_steps=4).ratio(0) == 0.25
 
 
 def test_the_learning_rate_falls_in_a_line_or_at_the_end_only():
     linear = Schedule(kind="linear", warmup_steps=2, total_steps=10, final_ratio=0.2)
-    assert [lr_ratio(linear, step) for step in (0, 2, 6, 10, 99)] == pytest.approx([0.5, 1.0, 0.6, 0.2, 0.2])
+    assert [linear.ratio(step) for step in (0, 2, 6, 10, 99)] == pytest.approx([0.5, 1.0, 0.6, 0.2, 0.2])
     wsd = Schedule(kind="wsd", warmup_steps=2, total_steps=10, final_ratio=0.1, decay_ratio=0.4)
-    assert [lr_ratio(wsd, step) for step in (0, 2, 6, 8, 10)] == pytest.approx([0.5, 1.0, 1.0, 0.55, 0.1])
-    assert lr_ratio(Schedule(kind="wsd", total_steps=10, decay_ratio=0.2), 9) == pytest.approx(0.55)
+    assert [wsd.ratio(step) for step in (0, 2, 6, 8, 10)] == pytest.approx([0.5, 1.0, 1.0, 0.55, 0.1])
+    assert Schedule(kind="wsd", total_steps=10, decay_ratio=0.2).ratio(9) == pytest.approx(0.55)
 
 
 def test_no_clipping_steps_by_the_whole_gradient(tiny_llama):

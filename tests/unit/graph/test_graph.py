@@ -11,9 +11,8 @@ import pytest
 from flowrl.errors import GraphError
 from flowrl.graph.edges import UNSAID
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
-from flowrl.graph.plan import GraphPlan, graph_of, plan_of
 from flowrl.graph.ports import In, Out
-from flowrl.graph.program import load_program
+from flowrl.graph.program import GraphPlan, graph_of, load_program, plan_of
 from flowrl.graph.show import edge_table, mermaid, staleness_line
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.graph.staleness import Admission, most_credits, staleness_bound

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flowrl.graph.program import load_program
-from flowrl.telemetry.causes import Cause
+from flowrl.telemetry.events import Cause
 from flowrl.tuning.verification import Accuracy, Pair
 from perf.prediction import TRIES, idle_errors, main, setting_of, table
 from tests.support.command import GRAPH

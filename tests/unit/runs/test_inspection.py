@@ -11,7 +11,7 @@ import pytest
 
 from flowrl.errors import ConfigError, DataError
 from flowrl.runs.inspection import RecordedRollouts, as_json, as_table, describe_group
-from flowrl.telemetry.rollouts import step_path, write_rollouts
+from flowrl.telemetry.records import step_path, write_rollouts
 from tests.support.past_run import HOSTILE, sampled
 from tests.unit.telemetry.test_hostile_text import HOSTILE as ESCAPES
 from tests.unit.telemetry.test_hostile_text import check_harmless

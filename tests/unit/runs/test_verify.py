@@ -13,8 +13,8 @@ from flowrl.engines.checkpoint import CheckpointWriter
 from flowrl.errors import UserError
 from flowrl.runs.verify import describe, verify_run
 from flowrl.runtime.ledger import Cut, Entry, encode_entry, read_entries
+from flowrl.telemetry.records import write_digests
 from flowrl.telemetry.report import Ending, write_ending
-from flowrl.telemetry.versions import write_digests
 from tests.support.past_run import past_run
 
 if TYPE_CHECKING:

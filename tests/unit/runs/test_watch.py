@@ -11,8 +11,7 @@ from rich.console import Console
 from flowrl.errors import printable
 from flowrl.runs.watch import watch
 from flowrl.telemetry.events import EdgeStatus
-from flowrl.telemetry.metrics import MetricsFile
-from flowrl.telemetry.state import StateFile
+from flowrl.telemetry.metrics import MetricsFile, StateFile
 from flowrl.telemetry.view import RunView
 from tests.unit.telemetry.streams import edge, evaluation, notice, status, step
 from tests.unit.telemetry.test_hostile_text import HOSTILE, check_harmless, events

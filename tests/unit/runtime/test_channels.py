@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flowrl.errors import ChannelClosed, RunError
-from flowrl.runtime.channels.credits import CreditsChannel
-from flowrl.runtime.channels.queue import QueueChannel
-from flowrl.runtime.channels.register import RegisterChannel
+from flowrl.runtime.channels import CreditsChannel, RegisterChannel
+from flowrl.runtime.queue import QueueChannel
 from flowrl.simulation.clock import run_virtual
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ import pytest
 
 from flowrl.errors import RunError
 from flowrl.graph.staleness import staleness_bound
-from flowrl.runtime.channels.credits import CreditsChannel
-from flowrl.runtime.channels.register import RegisterChannel
+from flowrl.runtime.channels import CreditsChannel, RegisterChannel
 from tests.support.flows import flow, random_settings, run
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from flowrl.errors import ConfigError
-from flowrl.graph.plan import plan_of
+from flowrl.graph.program import plan_of
 from flowrl.messages import FIRST_HELDOUT
 from flowrl.simulation.clock import run_virtual
 from flowrl.simulation.costs import CallCost, DecodeCost, NodeProfile, Profile, Spread, load_profile, pace

@@ -17,7 +17,7 @@ from flowrl.graph.program import load_program
 from flowrl.simulation.costs import CallCost, DecodeCost, NodeProfile, Profile, Spread
 from flowrl.simulation.run import simulate
 from flowrl.simulation.stand_ins import lacking
-from flowrl.telemetry.causes import Cause
+from flowrl.telemetry.events import Cause
 from flowrl.tuning.tune import Trial, pareto
 from tests.support.flows import FlowSettings, flow, random_settings
 

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from flowrl.errors import ConfigError, FlowrlError
-from flowrl.graph.plan import graph_of, plan_of
+from flowrl.graph.program import graph_of, plan_of
 from flowrl.graph.simulated import Itself
 from flowrl.messages import Buffer, Credit, Prompt, Referenced, Rollouts, Sample, Samples, Scored, VersionSpan, encode
 from flowrl.simulation.run import WEIGHED, simulate, weight_of

@@ -12,8 +12,8 @@ from flowrl.data.turns import TurnFormat
 from flowrl.errors import RewardError
 from flowrl.messages import Buffer, Prompt, Sample, VersionSpan
 from flowrl.rewards.environments import Observed
-from flowrl.stages.episodes import Limits, play
-from flowrl.telemetry.rollouts import token_versions
+from flowrl.stages.agent import Limits, play
+from flowrl.telemetry.records import token_versions
 from tests.support.tiny import tiny_tokenizer
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from flowrl.graph.graph import Credits, Graph, Queue
 from flowrl.runtime.local import LocalOptions, run_local
 from flowrl.simulation.clock import run_virtual
 from flowrl.simulation.stand_ins import stand_in_model
-from flowrl.stages.example_reference import ExampleReference
 from flowrl.stages.examples import Examples, HeldoutExamples, example_of, load_objective, mismatched_of, try_rows
 from flowrl.stages.offline_learner import OfflineLearner, counted, measure, step_groups
+from flowrl.stages.reference import ExampleReference
 from flowrl.stages.sampler import Course
 from flowrl.stages.tokens import example_group
 from flowrl.telemetry.events import Evaluation, Event, Span, Step

@@ -101,7 +101,7 @@ def test_columns_and_a_users_fields_ride_from_a_stage_to_the_loss_and_the_disk(t
     rows = pq.read_table(tmp_path / "rollouts" / "step-000000.parquet").to_pylist()
     assert [row["column.rank"] for row in rows] == [0.0, 1.0, 0.0, 1.0]
     assert all(row["column.place"] == list(range(len(row["token_ids"]))) for row in rows)
-    from flowrl.telemetry.rollouts import read_samples
+    from flowrl.telemetry.records import read_samples
 
     learned: list[Any] = list(read_samples(tmp_path / "rollouts" / "step-000000.parquet"))
     assert {group.marked_by for group in learned} == {"marker.0"}

@@ -20,9 +20,8 @@ from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.reference import Reference
 from flowrl.stages.sampler import Learning, Sampler
-from flowrl.stages.selection_learner import SelectionLearner
-from flowrl.stages.selector import Selection, Selector, choose, narrowed
-from flowrl.telemetry.rollouts import read_samples, step_path
+from flowrl.stages.selector import Selection, SelectionLearner, Selector, choose, narrowed
+from flowrl.telemetry.records import read_samples, step_path
 from tests.support.flows import NumberedPrompts, run
 
 if TYPE_CHECKING:

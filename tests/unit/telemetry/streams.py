@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 
-from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.events import EdgeStatus, Evaluation, Event, Notice, Span, Status, Step
+from flowrl.telemetry.events import Cause, EdgeStatus, Evaluation, Event, Notice, Span, Status, Step
 
 EDGE = "generator.rollouts -> reward.rollouts"
 

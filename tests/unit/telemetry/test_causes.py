@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from flowrl.telemetry.causes import PRIORITY, Cause, CauseClock
+from flowrl.telemetry.events import PRIORITY, Cause, CauseClock
 
 
 class Hand:

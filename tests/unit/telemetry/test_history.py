@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flowrl.telemetry.events import EdgeStatus, Span, Status, Step
-from flowrl.telemetry.history import read_history, read_timeline, timelines
 from flowrl.telemetry.sinks import open_sinks
+from flowrl.telemetry.timeline import read_history, read_timeline, timelines
 from flowrl.telemetry.trackers import WandbConfig
 from flowrl.telemetry.view import RunView, shares
 from tests.unit.telemetry.streams import random_run, status, step

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
-from flowrl.errors import FlowrlError, one_line, printable
+from flowrl.errors import FlowrlError, one_line, printable, say, shortened
 from flowrl.telemetry.events import Evaluation, Notice, Step
-from flowrl.telemetry.live import LiveView
-from flowrl.telemetry.plain import PlainLines
 from flowrl.telemetry.report import Ending, report
-from flowrl.telemetry.text import say, shortened
+from flowrl.telemetry.terminal import LiveView, PlainLines
 from flowrl.telemetry.view import RunView
 
 if TYPE_CHECKING:

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.events import HINT, Notice
-from flowrl.telemetry.live import LiveView, frame
-from flowrl.telemetry.plain import PlainLines
+from flowrl.telemetry.events import HINT, Cause, Notice
+from flowrl.telemetry.terminal import LiveView, PlainLines, frame
 from flowrl.telemetry.view import RunView
 from tests.unit.telemetry.streams import EDGE, edge, evaluation, notice, status, step
 

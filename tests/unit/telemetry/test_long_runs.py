@@ -14,9 +14,8 @@ from flowrl.simulation import profiler
 from flowrl.simulation.profiler import Profiler
 from flowrl.telemetry import symptoms, timeline, view
 from flowrl.telemetry.events import Status
-from flowrl.telemetry.metrics import MetricsFile
+from flowrl.telemetry.metrics import MetricsFile, StateFile
 from flowrl.telemetry.sinks import Sinks
-from flowrl.telemetry.state import StateFile
 from flowrl.telemetry.symptoms import Symptoms
 from flowrl.telemetry.timeline import Timeline
 from flowrl.telemetry.view import RunView

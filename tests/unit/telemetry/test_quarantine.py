@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from flowrl.errors import RewardError
-from flowrl.telemetry.quarantine import quarantine
+from flowrl.telemetry.records import quarantine
 from tests.support.alone import rollouts
 
 if TYPE_CHECKING:

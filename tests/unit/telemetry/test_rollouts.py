@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flowrl.messages import Buffer, Sample, Samples, VersionSpan
-from flowrl.telemetry.rollouts import token_versions, write_rollouts
+from flowrl.telemetry.records import token_versions, write_rollouts
 
 if TYPE_CHECKING:
     from pathlib import Path

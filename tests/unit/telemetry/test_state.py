@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flowrl.telemetry.state import StateFile, read_state, state_path
+from flowrl.telemetry.metrics import StateFile, read_state, state_path
 from flowrl.telemetry.view import RunView
 from tests.unit.telemetry.streams import edge, status
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flowrl.errors import ConfigError
-from flowrl.graph.settings import RunSettings
+from flowrl.graph.graph import RunSettings
 from flowrl.telemetry.trackers import TensorBoardSink, WandbConfig, check_trackers, figures_of
 from tests.unit.telemetry.streams import evaluation, notice, step
 

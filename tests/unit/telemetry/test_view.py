@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from flowrl.telemetry.causes import Cause
+from flowrl.telemetry.events import Cause
 from flowrl.telemetry.view import RunView, format_duration, shares
 from tests.unit.telemetry.streams import evaluation, notice, random_run, span, status, step
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
-from flowrl.graph.plan import plan_of
+from flowrl.graph.program import plan_of
 from flowrl.tuning.advisor import advice
 from tests.unit.simulation.test_run import graph, profile
 

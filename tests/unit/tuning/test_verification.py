@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flowrl.errors import DataError
-from flowrl.telemetry.causes import Cause
+from flowrl.telemetry.events import Cause
 from flowrl.tuning.trials import Trial
 from flowrl.tuning.tune import Tuning
 from flowrl.tuning.verification import Accuracy, Pair, Verified, accuracy, describe, settled

@@ -6,11 +6,9 @@ import random
 
 import pytest
 
-from flowrl.runs.page.activity import Activity
-from flowrl.runs.page.bins import Bins
-from flowrl.runs.page.strips import node_strips, queue_strips
-from flowrl.telemetry.causes import Cause
-from flowrl.telemetry.history import Happened
+from flowrl.runs.page.activity import Activity, Bins, node_strips, queue_strips
+from flowrl.telemetry.events import Cause
+from flowrl.telemetry.timeline import Happened
 from tests.unit.telemetry.streams import EDGE, edge, span, status
 
 

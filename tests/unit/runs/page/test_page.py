@@ -13,7 +13,7 @@ import pytest
 
 from flowrl.runs.page.page import Subject, page, write_page
 from flowrl.runs.page.samples import MOST_TOKENS, ratio_class, shown_groups
-from flowrl.telemetry.rollouts import step_path, write_rollouts
+from flowrl.telemetry.records import step_path, write_rollouts
 from tests.support.past_run import HOSTILE, SECTIONS, past_run, sampled
 
 if TYPE_CHECKING:

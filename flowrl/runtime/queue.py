@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flowrl.errors import ChannelClosed
-from flowrl.runtime.channels.waiters import Waiters
+from flowrl.runtime.channels import Waiters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

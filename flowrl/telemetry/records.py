@@ -1,18 +1,30 @@
-"""The learned samples on disk, one Parquet file a step, one row a sample.
+"""What a run keeps of its groups and versions: learned samples, groups set aside, digests of published weights.
 
-Read with `pyarrow.parquet`, pandas or DuckDB; nothing in it is pickled. A file appears whole under its name or not at
-all. The learner writes it after each step.
+`step-000012.parquet` has the learned samples of a step, one row a sample. Read it with `pyarrow.parquet`, pandas or
+DuckDB; nothing in it is pickled. It appears whole under its name or not at all. The learner writes it after each step.
+
+`versions.jsonl` has a line for each policy version, with the digests of its tensors. Two runs that agree in them have
+published the same weights, bit for bit; where they do not, the first tensor that differs is known by name. A version
+that was published again after a rollback has a line for each time; the last one counts.
+
+`quarantine/` has a readable JSON file, whole or not there, for each group that could not be scored or that kept killing
+its stage. Written by the reward stages and by the supervisor.
 
 Tests: tests/unit/telemetry/test_rollouts.py
+Tests: tests/unit/telemetry/test_quarantine.py
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 from typing import TYPE_CHECKING, Any, cast
 
+import msgspec
+
 from flowrl.messages import Buffer, Samples, decode, encode
-from flowrl.telemetry.files import new_file, set_aside
+from flowrl.telemetry.files import UNREADABLE, RecordFile, new_file, replace_file, set_aside
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +33,7 @@ if TYPE_CHECKING:
     from flowrl.messages import FloatArray, Sample, Scored
 
     Ours = Mapping[tuple[int, int], FloatArray]  # (group id, sample) -> the learner's log-probs
+    from flowrl.messages import Message
 
 
 def write_rollouts(path: Path, rows: Sequence[Scored], version: int, ours: Ours | None = None) -> None:
@@ -161,3 +174,66 @@ def read_groups(path: Path) -> set[int]:
     import pyarrow.parquet as pq
 
     return set(pq.read_table(path, columns=["group_id"]).column("group_id").to_pylist())
+
+
+SHOWN_DIGITS = 16  # of a digest: 64 bits tell any two versions of a run apart
+
+
+class VersionLine(msgspec.Struct, frozen=True):
+    """One published version."""
+
+    version: int
+    tensors: dict[str, str]  # name -> first digits of the blake3 digest of its bytes
+
+
+def write_digests(run_dir: Path, version: int, digests: dict[str, str]) -> None:
+    """Append a version; an engine that has no tensors writes nothing.
+
+    Raises:
+        OSError: the disk is full; nothing was written.
+    """
+    if not digests:
+        return
+    line = VersionLine(version, {name: digest[:SHOWN_DIGITS] for name, digest in digests.items()})
+    with contextlib.closing(RecordFile(run_dir / "versions.jsonl")) as file:
+        file.append(msgspec.json.encode(line) + b"\n")
+        if file.is_waiting:
+            raise OSError(errno.ENOSPC, file.trouble)  # whoever writes waits and writes the line again
+
+
+def read_digests(run_dir: Path) -> dict[int, dict[str, str]]:
+    """Return version -> tensor -> digest; a line cut short by a kill is passed over."""
+    path = run_dir / "versions.jsonl"
+    found: dict[int, dict[str, str]] = {}
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            each = msgspec.json.decode(line, type=VersionLine)
+        except UNREADABLE:
+            continue
+        found[each.version] = each.tensors
+    return found
+
+
+def quarantine(run_dir: Path, group_id: int, group: Message, *, where: str, error: Exception) -> Path:
+    """Write down a group, the replica that could not take it and the last error; returns the file."""
+    directory = run_dir / "quarantine"
+    directory.mkdir(parents=True, exist_ok=True)
+    record = {"group_id": group_id, "where": where, "error": str(error), "input": _as_data(group)}
+    path = directory / f"group-{group_id}.json"
+    replace_file(path, msgspec.json.format(msgspec.json.encode(record)))
+    return path
+
+
+def _as_data(value: Any) -> Any:
+    """Return a message as dictionaries and lists, with its buffers as numbers."""
+    match value:
+        case Buffer():
+            return value.tolist()
+        case msgspec.Struct():
+            return {name: _as_data(getattr(value, name)) for name in value.__struct_fields__}
+        case list():
+            return [_as_data(each) for each in value]
+        case dict():
+            return {name: _as_data(each) for name, each in value.items()}
+        case _:
+            return value
