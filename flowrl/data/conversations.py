@@ -4,7 +4,7 @@ Data come from OpenAI's wire format, from Parquet, which gives every object the 
 hands. Invariants: a content is a string (null is "", text parts are joined, a part that is no text is refused); a tool
 call is {"type": "function", "function": {"name", "arguments"}} with the arguments an object, every key of it kept;
 `weight` is 0 or 1; no other null is left among a message's own fields. ShareGPT's messages (from, value) are messages
-too. Called by formats.py for examples and by prompts.py for prompts.
+too, and roles have their usual names (Human and model are the user and the assistant). Called by formats.py for examples and by prompts.py for prompts.
 """
 
 from __future__ import annotations
@@ -24,31 +24,42 @@ SYSTEM_ROLES = ("system", "developer")
 THOUGHTS = {"reasoning_content", "reasoning", "thinking"}  # what an assistant thought, where it is apart from content
 ALIEN = {"function_call": "tool_calls", "functions": "the column tools"}  # fields that no template reads
 
-SPEAKERS = {  # in ShareGPT's data
-    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
-    "system": "system", "observation": "tool", "tool": "tool",
+ROLES = ("system", "developer", "user", "assistant", "tool")  # that every template may be given
+SPEAKERS = {  # other names of them, whatever their case
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "chatbot": "assistant",
+    "model": "assistant", "ai": "assistant", **{role: role for role in ROLES},
 }  # fmt: skip
 
 
 def renamed(value: Any, place: str) -> Any:
-    """Return ShareGPT's messages (from, value), or a single one, with role and content; anything else as it is.
+    """Return messages with role and content and with the roles' usual names; anything else as it is.
+
+    ShareGPT writes them with from and value, and may write a single one without a list.
 
     Raises:
-        DataError: one of them is from somebody unknown.
+        DataError: one of ShareGPT's is from somebody unknown.
     """
     given = cast("list[Any]", value if isinstance(value, list) else [value])
-    if not given or not all(isinstance(each, dict) and {"from", "value"} <= each.keys() for each in given):
-        return value
-    return [_spoken(message, f"message {k}", place) for k, message in enumerate(given)]
+    if given and all(isinstance(each, dict) and {"from", "value"} <= each.keys() for each in given):
+        return [_spoken(message, f"message {k}", place) for k, message in enumerate(given)]
+    return [_named(each) for each in given] if isinstance(value, list) else value
+
+
+def _named(message: Any) -> Any:
+    role = cast("dict[str, Any]", message).get("role") if isinstance(message, dict) else None
+    known = SPEAKERS.get(role.casefold()) if isinstance(role, str) else None
+    return {**message, "role": known} if known and known != role else message
 
 
 def _spoken(message: dict[str, Any], which: str, place: str) -> dict[str, Any]:
     speaker = message["from"]
-    if speaker not in SPEAKERS:
-        remedy = f"{', '.join(SPEAKERS)} are known; write a call as tool_calls of a message with role and content"
+    known = {**SPEAKERS, "observation": "tool"}
+    role = known.get(speaker.casefold()) if isinstance(speaker, str) else None
+    if role is None:
+        remedy = f"{', '.join(known)} are known; write a call as tool_calls of a message with role and content"
         raise DataError(place, f"{which} is from {speaker!r}", remedy)
     others = {name: each for name, each in message.items() if name not in ("from", "value")}
-    return {"role": SPEAKERS[speaker], "content": message["value"], **others}
+    return {"role": role, "content": message["value"], **others}
 
 
 def messages_of(row: RawRow, name: str) -> Conversation:
@@ -175,6 +186,9 @@ def _weighed(row: RawRow, where: str, message: dict[str, Any]) -> dict[str, Any]
             message["weight"] = int(value)
         elif value is not None:
             raise DataError(row.place, f"{where} has {name}={value!r}", "0 (not learned) or 1 was expected")
+        if message.get("weight") and message["role"] != "assistant":
+            what = f"{where}, the {message['role']}'s, has {name}={value!r}, and only the assistant's are learned"
+            raise DataError(row.place, what, "leave it out, or write 0")
     return message
 
 

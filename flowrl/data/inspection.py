@@ -206,20 +206,26 @@ def _lengths(lengths: Sequence[int], what: str) -> Iterator[str]:
 
 
 def _are_prompts(data: ExampleData) -> bool:
-    """Say whether the first row that can be read has something to ask and nothing to learn."""
+    """Say whether there is something to ask in the rows that can be read, and nothing to learn.
+
+    The first row decides; one with a prompt alone has lost what is learned if others have it.
+    """
     source = data.sources[0]
     if source.format is not None:
         return source.format == "prompt-only"
+    are_prompts = False
     for raw in read_source(data, source, lambda _: None):
         try:
             format = detect(raw)
         except DataError:
             with contextlib.suppress(DataError):
-                return bool(prompt_column(raw))
+                return are_prompts or bool(prompt_column(raw))
             continue
         messages = raw.columns.get("messages") if format.kind == "language-modeling" else None
-        return format.kind == "prompt-only" or _is_open(messages)
-    return False
+        if format.kind != "prompt-only":
+            return _is_open(messages)
+        are_prompts = True
+    return are_prompts
 
 
 def _is_open(messages: Any) -> bool:

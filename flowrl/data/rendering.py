@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from flowrl.data.conversations import THOUGHTS
+from flowrl.data.conversations import ROLES, THOUGHTS
 from flowrl.data.formats import num_shared
 from flowrl.ending import (
     ASKED,
@@ -370,6 +370,7 @@ class Renderer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self._template_of(row)
+        _check_roles(row, messages, template)
         given = {**self._tokenizer.special_tokens_map, **self._clock, **row.template_options}
         with _refusals(row.place, messages):
             texts, marks = render_jinja_template(
@@ -388,9 +389,10 @@ class Renderer:
         calls = [call["function"]["name"] for message in messages for call in message.get("tool_calls", [])]
         if lost := [name for name in calls if name not in text]:
             raise DataError(row.place, f"has tool_calls, which the chat template does not write ({lost[0]})", remedy)
-        system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-        if system.strip() not in text:
-            raise DataError(row.place, "has a system message, which the chat template does not write", remedy)
+        for place, message in enumerate(messages):  # of the assistant, templates leave out former thinking
+            if message["role"] not in ("assistant", "tool") and not _is_within(message["content"].strip(), text):
+                what = f"has a {message['role']} message ({place}), which the chat template does not write"
+                raise DataError(row.place, what, remedy)
 
     def _check_thoughts(self, row: NormalRow, message: dict[str, Any], answer: str) -> None:
         for name in sorted(THOUGHTS & message.keys()):
@@ -497,6 +499,23 @@ class Renderer:
     def _text(self, ids: list[int]) -> str:
         decoded: Any = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return cast("str", decoded)
+
+
+def _check_roles(row: NormalRow, messages: Conversation, template: str) -> None:
+    """Refuse a role that is none of the usual ones and that the template does not name: many write any as it is."""
+    for place, role in enumerate(message["role"] for message in messages):
+        if role not in ROLES and not re.search(rf"""(["']){re.escape(role)}\1""", template):
+            what = f"message {place} has the role {role!r}, which the chat template does not name"
+            raise DataError(row.place, what, f"give it one of {', '.join(ROLES)}")
+
+
+def _is_within(content: str, text: str) -> bool:
+    """Return whether a content stands in a text, white space and marks apart if need be."""
+    return content in text or _words(content) in _words(text)
+
+
+def _words(text: str) -> str:
+    return "".join(filter(str.isalnum, text))
 
 
 def _closes(content: str, mouth: re.Match[str]) -> bool:

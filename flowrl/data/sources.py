@@ -60,7 +60,7 @@ def read_rows(source: str, *, split: str, subset: str, bad: Bad) -> Iterator[Raw
         yield from _read_directory(path, split, bad)
     elif path.is_file():
         yield from _read_file(path, split, bad)
-    elif _format(path) in FORMATS or path.suffix == ".gz" or source.startswith(("/", ".", "~")):
+    elif _format(path) in (*FORMATS, ".gz") or source.startswith(("/", ".", "~")):
         raise DataError(f"data {source}", "no such file or directory", "check data.source")
     else:
         yield from _read_hub(source, split, subset, bad)
@@ -93,8 +93,8 @@ def is_of_split(name: str, split: str) -> bool:
 
 def _format(path: Path) -> str:
     """Return a file's format by its name: ".csv" for a.csv and a.csv.gz."""
-    inner = Path(path.stem) if path.suffix == ".gz" else path
-    return inner.suffix if path.suffix != ".gz" or inner.suffix in TEXT_FORMATS else path.suffix
+    *_, inner, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    return inner if last == ".gz" and inner in TEXT_FORMATS else last
 
 
 def _read_file(path: Path, split: str, bad: Bad) -> Iterator[RawRow]:
@@ -146,7 +146,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     Raises:
         DataError: it is no UTF-8.
     """
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as opened:
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as opened:
         file = cast("BinaryIO", opened)
         head = file.read(4)
         if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head:
@@ -220,7 +220,7 @@ def _read_table(path: Path, file: BinaryIO, delimiter: str, bad: Bad) -> Iterato
     csv.field_size_limit(sys.maxsize)
     table = csv.reader((line.decode("utf-8") for line in file), delimiter=delimiter, strict=True)
     try:
-        names = next(table, [])
+        names = [name.strip() for name in next(table, [])]
         if doubled := [name for name in names if names.count(name) > 1]:
             raise DataError(f"{path}:1", f"names the column {doubled[0]!r} twice", "rename one of them")
         before = table.line_num

@@ -92,15 +92,19 @@ SKY = ("human", "What colour is the sky?")
             {"conversations": [*told(SKY), {**told(("gpt", "Blue."))[0], "weight": 0}, *told(SKY, ("gpt", "Blue."))]},
             {"messages": [*ASK, {**BLUE[0], "weight": 0}, *ASK, *BLUE]},
         ),
+        (
+            {"messages": [{**ASK[0], "role": "Human"}, {**BLUE[0], "role": "model"}]},
+            {"messages": [*ASK, *BLUE]},
+        ),
     ],
 )
-def test_sharegpt_is_read_as_messages(columns: dict[str, Any], same: dict[str, Any]):
+def test_other_names_of_roles_are_read_as_the_usual_ones(columns: dict[str, Any], same: dict[str, Any]):
     row = with_names(raw(**columns), {})
     assert normalise(row, detect(row)) == normal(**same)
 
 
 def test_a_speaker_whom_sharegpt_does_not_have_is_refused():
-    with pytest.raises(DataError, match=r"a.jsonl:7: message 1 is from 'function_call'; human, user, gpt"):
+    with pytest.raises(DataError, match=r"a.jsonl:7: message 1 is from 'function_call'; human, gpt"):
         with_names(raw(conversations=told(SKY, ("function_call", "{}"))), {})
 
 
@@ -222,6 +226,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"prompt": "a", "completions": ["b", "c"], "labels": [1]}, ["holds 1 for 2 steps"]),
     ({"prompt": "a", "completions": ["b"], "labels": [2]}, ["step 0 is labelled 2", "0 to 1"]),
     ({"prompt": "a", "completions": ["b"], "labels": [None]}, ["no step has a label"]),
+    ({"messages": [{**ASK[0], "weight": 1}, *BLUE]}, ["message 0, the user's, has weight=1", "only the assistant's"]),
     ({"messages": ASK + BLUE, "tools": "{"}, ["column 'tools' holds a string", "a list of JSON schemas"]),
     ({"messages": ASK + BLUE, "tools": [1]}, ["column 'tools' holds a list", "JSON schemas"]),
     ({"messages": ASK + BLUE, "chat_template_kwargs": "x"}, ["'chat_template_kwargs' holds a string", "an object"]),

@@ -96,6 +96,11 @@ def test_every_row_is_looked_at_and_then_it_ends_as_a_run_would(check):
     assert "cut        1 to max_tokens=20" in report
 
 
+def test_a_first_row_that_lacks_what_others_have_does_not_make_prompts_of_all(check):
+    with pytest.raises(DataError, match=":1: is prompt-only, standard: it has no response to learn"):
+        check([{"prompt": "a", "chosen": "b", "rejected": None}, {"prompt": "a", "chosen": "b", "rejected": "c"}])
+
+
 @pytest.mark.parametrize("other", [{"prompt": "a"}, {"prompt": "a", "completion": "c" * 50}])
 def test_one_kind_of_row_that_stops_a_run_is_enough(check, other):
     with pytest.raises(DataError, match="1 of its rows would stop a run"):

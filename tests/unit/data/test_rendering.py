@@ -173,7 +173,17 @@ def test_pair_shares_its_prompt_and_has_one_rendering_each(tokenizer):
             "refuses the roles",
         ),
         ([said("user", "a"), said("assistant", "b")], "{{ raise_exception('no!') }}", "refuses the roles"),
-        ([said("user", "a"), said("assistant", "b")], "{% generation %}{% endgeneration %}x", "writes nothing"),
+        ([said("user", "a"), said("assistant", "b")], "a{% generation %}{% endgeneration %}x", "writes nothing"),
+        (
+            [said("user", "a"), said("asistant", "b"), said("assistant", "c")],
+            None,
+            "message 1 has the role 'asistant', which the chat template does not name",
+        ),
+        (
+            [said("user", "a"), said("developer", "b"), said("assistant", "c")],
+            "{% for m in messages if m.role != 'developer' %}{{ m.role + m.content }}<|im_end|>{% endfor %}",
+            "has a developer message (1), which the chat template does not write",
+        ),
     ],
 )
 def test_conversation_that_cannot_be_masked_exactly_is_refused(tokenizer, messages, template, what):

@@ -86,7 +86,7 @@ def test_text_leaves_special_tokens_out():
     assert TurnFormat(TOKENIZER, role="user").text(sampled("7")) == "7"
 
 
-STRIPS = CHAT_TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else '' }}")
+STRIPS = CHAT_TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] if loop.last or m['role'] == 'user' }}")
 COUNTS = CHAT_TEMPLATE.replace(
     "{{ m['role'] }}", "{{ m['role'] }}{{ loop.index if m['role'] == 'user' and loop.index > 1 }}"
 )
