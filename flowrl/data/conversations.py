@@ -4,7 +4,8 @@ Data come from OpenAI's wire format, from Parquet, which gives every object the 
 hands. Invariants: a content is a string (null is "", text parts are joined, a part that is no text is refused); a tool
 call is {"type": "function", "function": {"name", "arguments"}} with the arguments an object, every key of it kept;
 `weight` is 0 or 1; no other null is left among a message's own fields. ShareGPT's messages (from, value) are messages
-too, and roles have their usual names (Human and model are the user and the assistant). Called by formats.py for examples and by prompts.py for prompts.
+too, and roles have their usual names (Human and model are the user and the assistant). Called by formats.py for
+examples and by prompts.py for prompts.
 """
 
 from __future__ import annotations

@@ -80,12 +80,14 @@ class VllmEngine:
                 self._engine = self._core.connect()
             tokenizer = self._engine.get_tokenizer()
             await self._init_transfer()
+            await self._try_request()
         except Exception as error:
+            what = f"vLLM could not serve {self.config.model} ({self._cause(error)})"
             await self.close()
             raise ModelError(
                 self.where,
-                f"vLLM could not serve {self.config.model} ({type(error).__name__}: {error})",
-                "check the model's architecture, kv_cache_bytes and max_model_len",
+                what,
+                f"check the model's architecture, kv_cache_bytes and max_model_len{vllm_settings.hint(self.config)}",
             ) from error
         self._tokenizer = tokenizer
         self._stop_ids = vllm_settings.stop_token_ids(self.config.model, tokenizer)
@@ -115,6 +117,18 @@ class VllmEngine:
             }
         )
         await self._engine.init_weight_transfer_engine(request)
+
+    async def _try_request(self) -> None:
+        """Have the model run once: vLLM loads what it then has no kernels for."""
+        parameters = vllm_settings.sampling_parameters(Sampling(max_tokens=2), seed=0, stop_ids=[])
+        prompt = {"prompt_token_ids": [0, 1, 2][: self.config.max_model_len - 1], "cache_salt": "trial"}
+        async for _ in self._engine.generate(prompt, parameters, "trial"):
+            pass
+
+    def _cause(self, error: Exception) -> str:
+        """Return what ended the engine's core, if something did, in place of an error that only says that it ended."""
+        cause = getattr(self._core, "failure", None) or error
+        return f"{type(cause).__name__}: {cause}"
 
     @property
     def _socket_path(self) -> Path:
@@ -190,7 +204,7 @@ class VllmEngine:
                 last = output
         except (EngineDeadError, EngineGenerateError, RuntimeError, ValueError) as error:
             self._check_serving()
-            raise StageError(self.where, f"request {request_id} failed ({type(error).__name__}: {error})") from error
+            raise StageError(self.where, f"request {request_id} failed ({self._cause(error)})") from error
         assert last is not None, "vLLM ends a request with an output"
         return last.outputs[0]
 
@@ -267,7 +281,7 @@ class VllmEngine:
             if isinstance(error, FlowrlError):
                 raise
             raise StageError(
-                self.where, f"version {weights.version} could not be loaded ({type(error).__name__}: {error})"
+                self.where, f"version {weights.version} could not be loaded ({self._cause(error)})"
             ) from error
         pause_s = time.monotonic() - pause_start_s
         gap = await self._prove(weights, scored)
@@ -384,7 +398,7 @@ class VllmEngine:
         except TimeoutError as error:
             raise ProofError(self.where, f"the canary {which} had no answer within the deadline") from error
         except Exception as error:
-            raise StageError(self.where, f"the canary failed ({type(error).__name__}: {error})") from error
+            raise StageError(self.where, f"the canary failed ({self._cause(error)})") from error
         positions = list(output.prompt_logprobs or [])[1:]  # the first token has nothing before it
         pairs = zip(canary.token_ids.tolist()[1:], positions, strict=True)
         return [row[token].logprob for token, row in pairs if row is not None]

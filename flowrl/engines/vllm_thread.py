@@ -117,6 +117,7 @@ class ThreadedCore:
         self._addresses = EngineZmqAddresses(inputs=[f"ipc://{sockets}/in"], outputs=[f"ipc://{sockets}/out"])
         self._started: Future[_Core] = Future()
         self._thread = threading.Thread(target=self._run, name="vllm-core", daemon=True)
+        self.failure: Exception | None = None  # what ended the core
 
     def start(self) -> None:
         """Load the model; blocks until the core waits for requests, and raises whatever kept it from that."""
@@ -153,7 +154,8 @@ class ThreadedCore:
             core.run_busy_loop()
         except SystemExit:
             pass  # how the loop ends when it is asked to
-        except Exception:  # the client raises EngineDeadError in whoever waits; vLLM logged the cause
+        except Exception as error:  # the client raises EngineDeadError in whoever waits, which does not say why
+            self.failure = error
             core._send_engine_dead()
         finally:
             core.shutdown()

@@ -36,9 +36,16 @@ class Generation(Serving):
 
 
 def check_context(config: Generation, model: str, say: Say, *, where: str) -> None:
-    """Prepare the model; its context must hold `max_model_len` tokens, and the engine take its options."""
+    """Prepare the model; its context must hold `max_model_len` tokens, and the engine take its options and settings."""
     check_engine(config.engine, config.engine_options, where)
-    card = inspect_model(prepare_model(model, say=say))
+    directory = prepare_model(model, say=say)
+    open_engine(
+        config.engine,
+        config=widen(GenerationConfig, config, model=str(directory)),
+        where=where,
+        **config.engine_options,
+    )
+    card = inspect_model(directory)
     if card.max_context and config.max_model_len > card.max_context:
         what = f"{config.max_model_len} tokens, but {model} has a context of {card.max_context}"
         raise ConfigError(f"{where}.max_model_len", what, f"lower it to {card.max_context} or less")

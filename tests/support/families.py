@@ -21,7 +21,7 @@ SMALL_MAMBA: dict[str, Any] = {
     "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16,
 }  # fmt: skip
 LINEAR: dict[str, Any] = {
-    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
     "layer_types": ["linear_attention", "full_attention"],
 }  # fmt: skip
 SLIDING: dict[str, Any] = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
@@ -155,8 +155,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def write_family(family: str, directory: Path) -> Any:
-    """Write a tiny model of a family with random weights; returns it."""
+def write_family(family: str, directory: Path, **settings: Any) -> Any:
+    """Write a tiny model of a family with random weights, `settings` of its config changed; returns it."""
     import torch
     import transformers
 
@@ -164,7 +164,7 @@ def write_family(family: str, directory: Path) -> Any:
     kind = getattr(transformers, family)
     size = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "initializer_range": 0.2}
-    instance = kind(kind.config_class(**{**size, **heads, **FAMILIES[family]})).eval()
+    instance = kind(kind.config_class(**{**size, **heads, **FAMILIES[family], **settings})).eval()
     instance.save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return instance

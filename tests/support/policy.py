@@ -24,10 +24,14 @@ CANARY_IDS = [40 + (7 * i) % 200 for i in range(24)]
 class Policy:
     """The learner's side: a model at some version, and its sender."""
 
-    def __init__(self, model: Path, *, transport: str = "shm", num_receivers: int = 1, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self, model: Path, *, transport: str = "shm", num_receivers: int = 1, timeout_s: float = 30.0,
+        max_mean_gap: float = 1e-3,
+    ) -> None:  # fmt: skip
         self.hf: Any = AutoModelForCausalLM.from_pretrained(model)
         self.version = -1
         self.transport = transport
+        self.max_mean_gap = max_mean_gap  # of the canaries, nats
         self.sender = open_sender(
             transport, name="learner", num_receivers=num_receivers, timeout_s=timeout_s, device="cpu"
         )
@@ -45,7 +49,7 @@ class Policy:
         canary = Canary(
             token_ids=Buffer.ints(CANARY_IDS),
             logprobs=Buffer.floats(self.logprobs(CANARY_IDS[:1], CANARY_IDS[1:])),
-            max_mean_gap=1e-3,
+            max_mean_gap=self.max_mean_gap,
         )
         return Weights(
             version=self.version,
