@@ -6,7 +6,8 @@ A method is a kind of correction, with GRPO, or an algorithm's path (flowrl.algo
 for each seed, bound and method (perf/staleness_task.py says what of it is real), prints
 the final scores with their intervals over seeds and the change against synchronous training, paired by seed, and
 writes `staleness.json` and `staleness.svg`. The score of a version is the mean reward of the groups it sampled, so it
-is on-policy at every bound; the final one is the mean over the last tenth of the versions.
+is on-policy at every bound; the final one is the mean over the last tenth of the versions. Each run is kept in
+`staleness_runs.jsonl` as it ends and not run again.
 """
 
 from __future__ import annotations
@@ -99,6 +100,11 @@ def run_once(setting: Setting, directory: Path) -> Ran:
     )
 
 
+def read_runs(path: Path) -> list[Ran]:
+    """Return the runs that were done before, so that a comparison may be cut off and go on."""
+    return msgspec.json.Decoder(Ran).decode_lines(path.read_bytes()) if path.exists() else []
+
+
 def summary(runs: Sequence[Ran]) -> list[Row]:
     """Return a row for each bound and method."""
     synchronous = {ran.setting.seed: ran.final for ran in runs if ran.setting.staleness == 0}
@@ -156,10 +162,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(argv)
     print(machine())
+    options.out.mkdir(parents=True, exist_ok=True)
+    kept = options.out / "staleness_runs.jsonl"
+    done = {ran.setting: ran for ran in read_runs(kept)}
     runs: list[Ran] = []
     with tempfile.TemporaryDirectory(prefix="flowrl-staleness-") as directory:
         for setting in settings(options):
+            if setting in done:
+                runs.append(done[setting])
+                continue
             runs.append(ran := run_once(setting, Path(directory)))
+            with kept.open("ab") as file:
+                file.write(msgspec.json.encode(ran) + b"\n")
             print(
                 f"seed {setting.seed} staleness {setting.staleness} ({ran.mean_staleness:.2f} measured) "
                 f"{setting.method}: final {ran.final:.3f}, least ESS {ran.min_ess:.2f}, {ran.seconds:.0f} s",
@@ -173,7 +187,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{row.staleness:9d}  {row.method:14s}  {shown(row.final, '{:.3f}'):24s}  "
             f"{shown(row.change, '{:+.3f}'):26s}  {shown(row.whole, '{:.3f}')}"
         )
-    options.out.mkdir(parents=True, exist_ok=True)
     found = {"machine": machine(), "runs": runs, "summary": rows}
     (options.out / "staleness.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1))
     title = f"Counting: score of each policy version, {options.seeds} seeds"

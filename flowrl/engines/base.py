@@ -71,6 +71,29 @@ class Sampling(Config):
         return self.top_p < 1.0 or self.top_k > 0
 
 
+class Lora(Config):
+    """Low-rank adapters in place of full training: W stays as it is, W + scale * B A is learned."""
+
+    rank: Annotated[int, Meta(ge=0)] = 0  # of B A; 0: every weight is trained
+    alpha: Annotated[int, Meta(ge=1)] = 32  # scale is alpha / rank
+    use_rslora: bool = False  # scale is alpha / sqrt(rank), which lets high ranks learn as fast as low ones
+    # layers by the end of their names (["q_proj", "v_proj"]), or every linear layer but the head
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    start: str = ""  # directory of a peft adapter to go on from; "": a new one, which changes nothing at first
+    bits: Literal[0, 4, 8] = 0  # QLoRA: W is held in so many bits (bitsandbytes, CUDA); 0: in dtype
+    # What a policy's version brings its generators: A and B alone, which they apply beside their own W, or weights with
+    # these merged in and rounded to dtype; auto: the adapter where the generators' engine serves it on this model.
+    publish: Literal["auto", "adapter", "merged"] = "auto"
+    dropout: float = 0.0  # must stay 0
+
+    def __post_init__(self) -> None:
+        if self.dropout:
+            what = f"dropout {self.dropout}: the network that is trained would not be the one that samples"
+            raise ValueError(f"{what}; leave it 0")
+        if not self.rank and (self.bits or self.start):
+            raise ValueError(f"bits {self.bits} and start {self.start!r} need an adapter; give its rank")
+
+
 class Serving(StageConfig):
     """Settings of a node that samples with a generation engine."""
 
@@ -104,6 +127,7 @@ class GenerationConfig(Serving):
     """What a generation engine needs to open: the node's settings and the model."""
 
     model: str  # local directory in Hugging Face format
+    adapter: Lora = Lora()  # that each version brings, and nothing else; of rank 0: versions bring the whole model
 
 
 class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -185,26 +209,6 @@ class Schedule(Config):
         progress = min(1.0, max(0.0, (step - begin) / max(1, self.total_steps - begin)))
         left = 0.5 * (1 + math.cos(math.pi * progress)) if self.kind == "cosine" else 1 - progress
         return self.final_ratio + (1 - self.final_ratio) * left
-
-
-class Lora(Config):
-    """Low-rank adapters in place of full training: W stays as it is, W + scale * B A is learned and published."""
-
-    rank: Annotated[int, Meta(ge=0)] = 0  # of B A; 0: every weight is trained
-    alpha: Annotated[int, Meta(ge=1)] = 32  # scale is alpha / rank
-    use_rslora: bool = False  # scale is alpha / sqrt(rank), which lets high ranks learn as fast as low ones
-    # layers by the end of their names (["q_proj", "v_proj"]), or every linear layer but the head
-    targets: Literal["all-linear"] | list[str] = "all-linear"
-    start: str = ""  # directory of a peft adapter to go on from; "": a new one, which changes nothing at first
-    bits: Literal[0, 4, 8] = 0  # QLoRA: W is held in so many bits (bitsandbytes, CUDA); 0: in dtype
-    dropout: float = 0.0  # must stay 0
-
-    def __post_init__(self) -> None:
-        if self.dropout:
-            what = f"dropout {self.dropout}: the network that is trained would not be the one that samples"
-            raise ValueError(f"{what}; leave it 0")
-        if not self.rank and (self.bits or self.start):
-            raise ValueError(f"bits {self.bits} and start {self.start!r} need an adapter; give its rank")
 
 
 class Computing(StageConfig):
@@ -372,6 +376,30 @@ def check_engine(path: str, options: Mapping[str, Any], where: str) -> None:
         if name not in known:
             what = f"{path} takes no option {name!r}{suggest(name, known) if known else '; it has none'}"
             raise ConfigError(f"{where}.engine_options.{name}", what, "leave it out")
+
+
+def travelling(lora: Lora, *, engine: str, model: Path, where: str) -> Lora:
+    """Return the adapter that generators of an engine are sent as it is, or none where they are sent merged weights.
+
+    An engine that serves adapters says on which models: by `unserved(lora, model)`, why it does not, or "".
+
+    Raises:
+        ConfigError: lora.publish asks for an adapter that they would not serve.
+    """
+    if not lora.rank or lora.publish == "merged":
+        return Lora()
+    why = unserved(lora, engine=engine, model=model)
+    if why and lora.publish == "adapter":
+        raise ConfigError(f"{where}.lora.publish", f"is adapter, but {why}", "set it to merged")
+    return Lora() if why else lora
+
+
+def unserved(lora: Lora, *, engine: str, model: Path) -> str:
+    """Return why generators of an engine do not serve an adapter beside a model; "": they do."""
+    if not engine:
+        return "the graph's Sampler names no engine that would serve it"
+    ask = getattr(load_class(engine, "generator.engine"), "unserved", None)
+    return ask(lora, model) if ask else f"{engine} serves no adapters"
 
 
 def open_engine(path: str, *, where: str, **arguments: Any) -> Any:

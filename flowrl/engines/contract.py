@@ -48,10 +48,12 @@ class _Suite:
     """One engine, one learner, and what was found."""
 
     def __init__(self, path: str, model: Path, settings: dict[str, Any]) -> None:
-        learner = TrainingConfig(model=str(model), dtype="float32")
+        config = GenerationConfig(model=str(model), **{"dtype": "float32", "kv_cache_bytes": 32 << 20, **settings})
+        publish = "adapter" if config.adapter.rank else "merged"
+        lora = msgspec.structs.replace(config.adapter, publish=publish)
+        learner = TrainingConfig(model=str(model), dtype="float32", lora=lora)
         self.learner = TorchEngine(learner, where="contract.learner", name=f"contract-{id(self):x}")
         self.learner.open(Ranks())
-        config = GenerationConfig(model=str(model), **{"dtype": "float32", "kv_cache_bytes": 32 << 20, **settings})
         self.engine = open_engine(path, config=config, where="contract.engine", **config.engine_options)
         self.broken: list[str] = []
 
@@ -91,12 +93,15 @@ class _Suite:
         )
 
     def _publish(self, version: int) -> Any:
+        adapts = self.learner.config.lora.rank > 0
         if version:
             with torch.no_grad():
                 for parameter in self.learner.model.parameters():
-                    parameter.mul_(
-                        1.0 + 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(version))
-                    )
+                    noise = 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(version))
+                    if not adapts:
+                        parameter.mul_(1.0 + noise)
+                    elif parameter.requires_grad:  # an adapter's half is zero at first
+                        parameter.add_(noise)
         weights = self.learner.publish(version, CANARY)
         self.learner.transfer(version)
         return weights

@@ -117,13 +117,17 @@ class Adapter:
             else:
                 yield f"{layer}.{rest}", tensor
 
-    def write(self, directory: Path, whole: Iterable[tuple[str, Tensor]]) -> None:
-        """Write `parameters`, given whole, in peft's format."""
+    def stored(self, whole: Whole) -> Iterator[tuple[str, Tensor]]:
+        """Yield `parameters` whole, under their names in an adapter's file."""
+        return ((_stored_name(name), tensor) for name, tensor in whole(self.parameters()))
+
+    def write(self, directory: Path, stored: Iterable[tuple[str, Tensor]]) -> None:
+        """Write what `stored` yields in peft's format."""
         from safetensors.torch import save_file
 
         directory.mkdir(parents=True, exist_ok=True)
         self._config.save_pretrained(str(directory))
-        tensors = {_stored_name(name): tensor.cpu().contiguous() for name, tensor in whole}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in stored}
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
         base = self._config.base_model_name_or_path
         (directory / "README.md").write_text(CARD.format(base=base, rank=self._config.r))

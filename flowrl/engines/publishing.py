@@ -1,9 +1,9 @@
 """What leaves a training engine: versions for the generators, and models on disk.
 
 `Publisher` owns the transport, which it opens at the first version. Invariants: parameters travel under the names and
-in the shapes of a saved checkpoint, tied ones once; every version can carry a canary, the log-probs of a fixed
-sequence at temperature 1, whatever temperature the policy is trained at. Called by trainer on rank 0; `cast_saved` by
-`flowrl export`.
+in the shapes of a saved checkpoint, tied ones once, or an adapter's alone under peft's names; every version can carry a
+canary, the log-probs of a fixed sequence at temperature 1, whatever temperature the policy is trained at. Called by
+trainer on rank 0; `cast_saved` by `flowrl export`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class Publisher:
             name=self._name,
             num_receivers=self._num_receivers,
             timeout_s=self._config.transfer_timeout_s,
-            device=self._device,
+            # An adapter is small, and the process that takes it in for a generator has no device.
+            device="cpu" if self._config.lora.publish == "adapter" else self._device,
             host=self._host,
         )
 

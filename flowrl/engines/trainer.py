@@ -564,7 +564,10 @@ class Trainer:
         canary = None
         if command.canary is not None:
             canary = score_canary(self._module, command.canary, dtype=self.dtype, device=self.device)
-        tensors = as_saved(self.model, chain(self._parameters(), carried_buffers(self.model)))
+        if self._adapter is not None and self.config.lora.publish == "adapter":
+            tensors = self._adapter.stored(self._whole)
+        else:
+            tensors = as_saved(self.model, chain(self._parameters(), carried_buffers(self.model)))
         weights = self._on_rank_0(lambda each: self._publisher.publish(command.version, each, canary), tensors)
         return b"" if weights is None else encode(weights)
 
@@ -590,7 +593,7 @@ class Trainer:
         if whole is not None:
             write_model(self.model, whole, directory, **extra)
         if self._adapter is not None:
-            trained = {name: tensor.clone() for name, tensor in self._whole(self._adapter.parameters())}
+            trained = {name: tensor.clone() for name, tensor in self._adapter.stored(self._whole)}
             if self.line.rank == 0:
                 self._adapter.write(directory.with_name("adapter"), trained.items())
         if self._average is not None and self._average.tensors:

@@ -3,7 +3,8 @@
 Invariants: every token carries the version that sampled it and its log-prob under the distribution sampled from; a
 sample is drawn with its own seed, so it is the same alone or in a batch; a sample with a token of a version still
 being proved is returned only when the canary has agreed; after a failed proof nothing is served any more. A version is
-received and verified before generation pauses, so that the pause covers loading only.
+received and verified before generation pauses, so that the pause covers loading only: by vLLM's workers, or, where
+versions bring an adapter alone, here.
 
 Called by the generator, evaluator and reference stages; lives on their event loop.
 
@@ -23,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowrl.ending import sample_text
-from flowrl.engines import vllm_settings
+from flowrl.engines import vllm_adapters, vllm_settings
 from flowrl.engines.base import GenerationConfig, Sampling, UpdateReport
 from flowrl.engines.canary import NO_CANARY, Gap, compare, gap_of
+from flowrl.engines.weights import Receiver
 from flowrl.errors import FlowrlError, ModelError, ProofError, StageError, TransferError
 from flowrl.messages import Buffer, Canary, Sample, VersionSpan, Weights
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vllm.outputs import CompletionOutput, RequestOutput
+
+    from flowrl.engines.base import Lora
 
 
 class VllmEngine:
@@ -54,10 +58,17 @@ class VllmEngine:
         self._first_gap: Gap | None = None  # of the first version proved
         self._unproved: int | None = None
         self._proved = asyncio.Event()
+        self._receiver = Receiver(where, replica=receiver_index, timeout_s=config.transfer_timeout_s)  # of adapters
+        self._adapter: Path | None = None  # that is served
         self._engine: Any = None
         self._core: Any = None
         self._replies: asyncio.Server | None = None
         self._outcomes: asyncio.Queue[bytes] = asyncio.Queue(maxsize=1 + config.tensor_parallel)
+
+    @staticmethod
+    def unserved(lora: Lora, model: Path) -> str:
+        """Return why an adapter cannot be served beside a model; "": it can."""
+        return vllm_adapters.unserved(lora, model)
 
     @property
     def num_running(self) -> int:
@@ -144,6 +155,7 @@ class VllmEngine:
             from flowrl.engines.vllm_thread import close_client
 
             close_client(engine)
+        self._receiver.close()
         if self._replies is not None:
             self._replies.close()
             self._replies = None
@@ -200,7 +212,7 @@ class VllmEngine:
 
         last: RequestOutput | None = None
         try:
-            async for output in self._engine.generate(prompt, parameters, request_id):
+            async for output in self._engine.generate(prompt, parameters, request_id, lora_request=self._applied()):
                 last = output
         except (EngineDeadError, EngineGenerateError, RuntimeError, ValueError) as error:
             self._check_serving()
@@ -307,6 +319,10 @@ class VllmEngine:
 
     async def _fetch(self, weights: Weights) -> float:
         """Have every worker receive and verify the version; return how long the slowest took."""
+        if self.config.adapter.rank:
+            start_s = time.monotonic()
+            await asyncio.to_thread(self._fetch_adapter, weights)
+            return time.monotonic() - start_s
         from flowrl.engines.weights.receiver import Prefetched
 
         while not self._outcomes.empty():  # of an update that was cancelled or timed out
@@ -333,6 +349,18 @@ class VllmEngine:
             ) from error
         return max(seconds)
 
+    def _fetch_adapter(self, weights: Weights) -> None:
+        """Receive and verify a version's adapter, and write it where vLLM will read it."""
+        tensors = dict(self._receiver.receive(weights))
+        vllm_adapters.write_adapter(self._adapter_of(weights.version), self.config.adapter, tensors)
+
+    def _adapter_of(self, version: int) -> Path:
+        return self._directory / f"adapter-{version}"
+
+    def _applied(self) -> Any:
+        """Return the adapter as a request names it, or None where there is none."""
+        return vllm_adapters.request_for(self._adapter) if self._adapter else None
+
     async def _hear(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Take a worker's report of a prefetch."""
         await self._outcomes.put(await reader.readline())
@@ -343,6 +371,9 @@ class VllmEngine:
 
         try:
             async with asyncio.timeout(self.config.transfer_timeout_s):
+                if self.config.adapter.rank:
+                    await self._load_adapter(version)
+                    return
                 await self._engine.start_weight_update()
                 await self._engine.update_weights(WeightTransferUpdateRequest({"version": version}))
                 await self._engine.finish_weight_update(str(version))
@@ -352,6 +383,23 @@ class VllmEngine:
                 f"version {version} was not loaded within {self.config.transfer_timeout_s:g} s",
                 "raise transfer_timeout_s",
             ) from error
+
+    async def _load_adapter(self, version: int) -> None:
+        """Have vLLM apply a version's adapter in place of the one before, also to what is being decoded."""
+        before, self._adapter = self._adapter, self._adapter_of(version)
+        remedy = "set learner.lora.publish=merged"
+        try:
+            await self._engine.add_lora(vllm_adapters.request_for(self._adapter, is_new=True))
+        except Exception as error:
+            what = f"vLLM does not take the adapter of version {version} ({type(error).__name__}: {error})"
+            raise StageError(self.where, what, remedy) from error
+        left_out = (await self._engine.collective_rpc("flowrl_left_out"))[0]
+        if left_out:
+            what = f"vLLM would leave out {len(left_out)} layers of the adapter, such as {left_out[0]}"
+            raise StageError(self.where, what, remedy)
+        await self._engine.update_weight_version(str(version))
+        if before not in (None, self._adapter):
+            shutil.rmtree(before, ignore_errors=True)
 
     async def _send_canary(self, weights: Weights) -> Any:
         """Queue the canary before generation resumes, so that it is in the first step under the new weights."""
@@ -368,6 +416,7 @@ class VllmEngine:
             f"canary-{weights.version}-{next(self._ids)}",
             {"prompt_token_ids": token_ids, "cache_salt": f"canary-{weights.version}"},
             vllm_settings.canary_parameters(),
+            lora_request=self._applied(),
             priority=vllm_settings.CANARY_PRIORITY,
         )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowrl.ending import ending_of
+from flowrl.engines.vllm_adapters import engine_options
 from flowrl.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -145,6 +146,7 @@ def engine_arguments(config: GenerationConfig) -> AsyncEngineArgs:
         use_tqdm_on_load=False,
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
         worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
+        **engine_options(config.adapter, Path(config.model)),
         **choices,
     )
     if on_cpu and arguments.create_model_config().has_inner_state:

@@ -124,6 +124,7 @@ class Critic(Stage):
         self.algorithm = learning.algorithm
         self.minibatches = config.minibatches or policy.minibatches
         self.epochs = config.epochs or policy.epochs
+        check_divides(self.minibatches, learning.groups_per_step, "critic.minibatches")
 
     def check(self, say: Say) -> None:
         """Prepare the model, which must read the policy's tokens, and load the algorithm."""
@@ -139,7 +140,6 @@ class Critic(Stage):
             )
         self._load()
         objective = self.config.objective.load("critic.objective")
-        check_divides(self.minibatches, self.learning.groups_per_step, "critic.minibatches")
         if self.minibatches * self.epochs == 1 and getattr(objective, "clip", 0.0):
             what = "with one optimizer step a version no value has moved yet when it is clipped"
             say(f"critic.objective.clip: no effect, for {what}; set critic.minibatches or critic.epochs to 2 or more")

@@ -15,9 +15,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Annotated
 
+import msgspec
+
 from flowrl.config import ImportPath, Meta, Select, widen
 from flowrl.data.models import prepare_model
-from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine
+from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine, unserved
 from flowrl.engines.checkpoint import CARD
 from flowrl.engines.weights.manifest import tensor_digests
 from flowrl.errors import ConfigError, RunError, TransferError
@@ -57,6 +59,8 @@ from flowrl.telemetry.events import Cause, Notice, Span, Step
 from flowrl.telemetry.records import forget_steps, step_path, write_digests, write_rollouts
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from flowrl.algorithms.base import Objective
     from flowrl.graph.simulated import Costs
     from flowrl.graph.stage import Context, Say
@@ -97,6 +101,7 @@ class Learner(Stage):
     def __init__(
         self, config: Config, sampler: Sampler, learning: Learning, beside: TextSource.Config = NO_TEXTS
     ) -> None:
+        check_divides(config.minibatches, learning.groups_per_step, "learner.minibatches")
         self.config: Learner.Config = config
         self.sampler = sampler
         self.learning = learning
@@ -114,7 +119,6 @@ class Learner(Stage):
     def check(self, say: Say) -> None:
         """Prepare the model, load the algorithm, hold the step's division against its size."""
         minibatches = self.config.minibatches
-        check_divides(minibatches, self.learning.groups_per_step, "learner.minibatches")
         if 0 < self.beside.per_step < minibatches:
             what = f"{self.beside.per_step} texts a step are too few for {minibatches} learner.minibatches"
             raise ConfigError("texts.per_step", what, "give each minibatch one or more")
@@ -124,12 +128,24 @@ class Learner(Stage):
         check_experts(self.config, model, "learner")
         check_saving(self.config, model, "learner")
         check_masters(self.sampler.model, say)
+        self._check_publishing(model, say)
         objective = self.load_objective()
         num_updates = self.config.minibatches * self.config.epochs
         for line in advice(objective, max_staleness=self.learning.max_staleness, num_updates=num_updates):
             say(f"warning: {line}")
         for line in objective.idle_settings(num_updates):
             say(line)
+
+    def _check_publishing(self, model: Path, say: Say) -> None:
+        """Say it where an adapter does not travel as it is, and insist on it where it must."""
+        lora = self.config.lora
+        if not lora.rank or lora.publish == "merged" or self.sampler.travelling(model).rank:
+            return
+        if lora.publish == "adapter":
+            what = "is adapter, but the graph's Sampler was not given the learner's adapter"
+            raise ConfigError("learner.lora.publish", what, "give it adapter=settings.learner.lora, or set merged")
+        why = unserved(lora, engine=self.sampler.engine, model=model)
+        say(f"learner.lora: versions travel as whole models, merged and rounded to dtype, for {why}")
 
     def load_objective(self) -> Objective:
         """Return what is minimised."""
@@ -139,8 +155,11 @@ class Learner(Stage):
         return algorithm
 
     def _settings(self) -> TrainingConfig:
-        model = str(prepare_model(self.sampler.model))
-        return widen(TrainingConfig, self.config, model=model, temperature=self.sampler.sampling.temperature)
+        model = prepare_model(self.sampler.model)
+        publish = "adapter" if self.sampler.travelling(model).rank else "merged"
+        lora = msgspec.structs.replace(self.config.lora, publish=publish)
+        temperature = self.sampler.sampling.temperature
+        return widen(TrainingConfig, self.config, model=str(model), temperature=temperature, lora=lora)
 
     @property
     def num_optimizer_steps(self) -> int:

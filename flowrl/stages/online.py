@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
+import msgspec
+
 from flowrl.config import Meta, Select
 from flowrl.data.prompts import PromptData
 from flowrl.engines.base import Sampling
@@ -48,6 +50,7 @@ class SamplingSettings(RunSettings):
             max_model_len=generation.max_model_len,
             max_turns=getattr(generation, "max_turns", 1),
             seed=self.seed,
+            engine=generation.engine,
         )
 
 
@@ -59,6 +62,10 @@ class OnlineSettings(SamplingSettings):
     max_staleness: Annotated[int, Meta(ge=0)] = 1  # policy versions between sampling and learning
     learner: Learner.Config = Learner.Config(cpus=1, lr=1e-5)
     evaluation: Evaluator.Config = Evaluator.Config()
+
+    def sampler(self, generation: Generation) -> Sampler:
+        """Return what the nodes agree on, the adapter that the learner trains among it."""
+        return msgspec.structs.replace(super().sampler(generation), adapter=self.learner.lora)
 
     def learning(self, algorithm: Select) -> Learning:
         """Return what the nodes that learn agree on."""

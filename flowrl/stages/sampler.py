@@ -6,13 +6,16 @@ two nodes were given different ones. So the numbers that a law depends on exist 
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from flowrl.config import Config, Meta, Select
 from flowrl.data.examples import ExampleData
 from flowrl.data.prompts import PromptData
-from flowrl.engines.base import Sampling
+from flowrl.engines.base import Lora, Sampling, travelling
 from flowrl.graph.staleness import Admission
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class Sampler(Config):
@@ -25,6 +28,12 @@ class Sampler(Config):
     max_model_len: Annotated[int, Meta(ge=1)] = 512  # prompt plus response, tokens
     max_turns: Annotated[int, Meta(ge=1)] = 1  # of the policy in one response
     seed: int = 0
+    engine: str = ""  # of the nodes that sample, module:Class
+    adapter: Lora = Lora()  # that its learner trains; rank 0: the whole model, or nothing
+
+    def travelling(self, model: Path) -> Lora:
+        """Return the adapter that versions bring as it is, or none where they bring merged weights (engines.base)."""
+        return travelling(self.adapter, engine=self.engine, model=model, where="learner")
 
     @property
     def max_response(self) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from flowrl.config import ImportPath, Meta, widen
 from flowrl.data.models import inspect_model, prepare_model
-from flowrl.engines.base import GenerationConfig, GenerationEngine, Serving, check_engine, open_engine
+from flowrl.engines.base import GenerationConfig, GenerationEngine, Lora, Serving, check_engine, open_engine
 from flowrl.errors import ChannelClosed, ConfigError
 from flowrl.telemetry.events import Cause, Span
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flowrl.graph.ports import In
     from flowrl.graph.stage import Context, Say
     from flowrl.messages import Prompt, Sample, Weights
+    from flowrl.stages.sampler import Sampler
 
     Serve = Callable[[Prompt], Awaitable[None]]
 
@@ -53,17 +54,18 @@ def check_context(config: Generation, model: str, say: Say, *, where: str) -> No
 
 @asynccontextmanager
 async def serving(
-    context: Context, config: Generation, *, model: str, weights: In[Weights]
+    context: Context, config: Generation, sampler: Sampler, weights: In[Weights]
 ) -> AsyncIterator[GenerationEngine]:
     """Open an engine and have it serve every version that arrives; entered once it serves the first.
 
     Where no edge brings weights, it serves the model as it is.
     """
     with context.clock.charge(Cause.START):
-        directory = await context.compute(prepare_model, model)
+        directory = await context.compute(prepare_model, sampler.model)
+        adapter = sampler.travelling(directory) if weights.is_connected else Lora()
         engine: GenerationEngine = open_engine(
             config.engine,
-            config=widen(GenerationConfig, config, model=str(directory)),
+            config=widen(GenerationConfig, config, model=str(directory), adapter=adapter),
             where=context.where,
             receiver_index=context.replica,
             **config.engine_options,

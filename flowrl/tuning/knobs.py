@@ -85,11 +85,19 @@ def graph_with(program: Program, changes: Setting) -> Graph:
     """
     settings: Any = program.settings
     module = sys.modules[type(settings).__module__]
-    for path, value in changes.items():
+    for path, value in (changes | _followed(settings, changes)).items():
         settings = with_setting(settings, path, value)
     graph = build_graph(module, settings)
     graph.check()
     return graph
+
+
+def _followed(settings: Any, changes: Setting) -> Setting:
+    """Return what changes along, as it will where the changes are given: settings that still are as others imply."""
+    plain = type(settings)()
+    before = plain.implied({path: get_setting(settings, path) for path in changes})
+    after = plain.implied(changes)
+    return {path: value for path, value in after.items() if get_setting(settings, path) == before.get(path)}
 
 
 def with_setting(settings: Any, path: str, value: Value) -> Any:

@@ -82,6 +82,11 @@ WEIGHED = {"algorithm.correction.kind": "truncated", "learner.minibatches": 2}
             {"groups_per_step": 12, "critic.minibatches": 8},
             "critic.minibatches: 8 minibatches do not divide 12 groups_per_step; choose a divisor",
         ),
+        (
+            "ppo_async",
+            {"learner.lora.rank": 600, "learner.lora.publish": "adapter"},
+            "learner.lora.publish: is adapter, but vLLM takes ranks up to 512; set it to merged",
+        ),
         ("ppo_async", {"reward.function": ""}, r"nothing scores the samples; give reward\.function or reward_models"),
     ],
 )

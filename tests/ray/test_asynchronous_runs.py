@@ -12,6 +12,7 @@ import pytest
 
 from flowrl.engines.checkpoint import checkpoint_version, newest_sound
 from flowrl.runs.verify import verify_run
+from flowrl.telemetry.versions import read_digests
 from tests.support.command import GRAPH, ROOT, descendants_of, flowrl, tiny_settings
 
 if TYPE_CHECKING:
@@ -96,9 +97,12 @@ def test_the_critic_less_graph_trains_an_adapter_and_replays(tiny: Path, tmp_pat
     result = flowrl(
         "run", graph, "--name", "run", *settings, "--set", "algorithm=flowrl.algorithms.rloo:RLOO", cwd=tmp_path
     )
-    assert result.code == 0, result.text  # vLLM takes the merged weights: each version has proved its canary
+    assert result.code == 0, result.text  # vLLM takes the adapters: each version has proved its canary
     assert "2 of 2 steps" in result.text
     assert (tmp_path / "runs" / "run" / "checkpoints" / "step-000002" / "adapter" / "adapter_config.json").is_file()
+    versions = read_digests(tmp_path / "runs" / "run")
+    assert all(".lora_" in name for tensors in versions.values() for name in tensors), "nothing else has travelled"
+    assert len(versions) == 3
     verdict = verify_run(tmp_path / "runs" / "run")
     assert verdict.is_clean
     assert verdict.counts["replayed"] == 4, "the first step's groups, along with the second's"

@@ -33,6 +33,7 @@ from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process
 from vllm.model_executor.model_loader.reload.utils import get_layer_size, get_layer_tensors
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
+from flowrl.engines.vllm_adapters import left_out
 from flowrl.engines.weights.base import WeightFetcher, unpack
 from flowrl.engines.weights.broadcast import BroadcastFetcher
 from flowrl.engines.weights.manifest import AnyManifest, ShmManifest, decode_manifest
@@ -172,10 +173,15 @@ class WorkerExtension:
     """Methods added to vLLM's worker; importing this module there registers the engine."""
 
     weight_transfer_engine: Any
+    model_runner: Any
 
     def flowrl_prefetch(self, wire: str) -> None:
         """Start receiving a version (see FlowrlWeightTransferEngine.prefetch)."""
         self.weight_transfer_engine.prefetch(wire)
+
+    def flowrl_left_out(self) -> list[str]:
+        """Return the layers of the adapter that this worker does not apply."""
+        return left_out(self.model_runner)
 
 
 class DirectCopies(TorchDispatchMode):

@@ -17,6 +17,7 @@ from flowrl.engines.base import Lora, Ranks, Schedule, Training, TrainingConfig
 from flowrl.engines.canary import compare
 from flowrl.engines.quantization import check_quantization
 from flowrl.engines.torch import TorchEngine
+from flowrl.engines.weights import Receiver
 from flowrl.errors import ConfigError, ModelError
 from flowrl.messages import Buffer
 from tests.support.tiny import tiny_model, tiny_tokenizer
@@ -220,6 +221,21 @@ def test_a_published_version_proves_itself_by_digest_and_canary(tiny_llama):
     assert weights.canary is not None
     taken = logprobs[range(len(ids) - 1), ids[1:]].tolist()
     assert compare(weights.canary, taken, version=0, where="test").max < 1e-5
+    engine.close()
+
+
+def test_an_adapter_that_travels_is_the_one_in_its_file_byte_for_byte(tiny_llama, tmp_path):
+    from safetensors.torch import load_file
+
+    engine = opened(tiny_llama, Lora(rank=4, alpha=8, publish="adapter"))
+    weights = engine.publish(0, Buffer.ints([5, 6, 7]))
+    arrived = dict(Receiver("test").receive(weights))
+    engine.save_model(tmp_path / "model", card="card")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert arrived.keys() == saved.keys()
+    assert all(torch.equal(arrived[name], saved[name]) for name in saved)
+    alone = sum(tensor.nbytes for tensor in saved.values())
+    assert alone <= weights.size_bytes < alone + 64 * len(saved), "no byte of the model, but for where tensors begin"
     engine.close()
 
 

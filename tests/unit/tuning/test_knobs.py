@@ -20,7 +20,10 @@ def knobs(*overrides: str, cores: float = 1e9, gpus: float = 1e9) -> dict[str, K
     program = ppo(*overrides)
 
     def is_affordable(setting: Setting) -> bool:
-        needed = reserved(graph_with(program, setting))
+        try:
+            needed = reserved(graph_with(program, setting))
+        except ConfigError:
+            return False
         return needed[0] <= cores and needed[1] <= gpus
 
     return {
@@ -50,6 +53,23 @@ def test_every_position_is_one_that_the_graph_takes() -> None:
     assert len(options) > 40
     for option in options:
         graph_with(program, option.changes)
+
+
+@pytest.mark.parametrize(
+    ("given", "groups", "minibatches"),
+    [
+        (("groups_per_step=18",), 9, 3),  # the most up to 8 that divide 18 are 6, and 9 has 3
+        (("groups_per_step=16",), 32, 8),
+        (("groups_per_step=16", "critic.minibatches=2"), 8, 2),  # set by hand, it stays
+    ],
+)
+def test_the_critics_minibatches_follow_the_groups_of_a_step(given, groups, minibatches) -> None:
+    graph = graph_with(ppo(*given), {"groups_per_step": groups})
+    assert graph.nodes["critic"].config.minibatches == minibatches
+
+
+def test_a_step_that_the_minibatches_do_not_divide_is_no_position() -> None:
+    assert values(knobs("groups_per_step=16", "learner.minibatches=16")["groups_per_step"]) == [16, 32]
 
 
 def test_what_changes_what_is_learned_is_marked() -> None:
