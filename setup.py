@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = ("*.py", "recipes/*")
+SHIPPED = ("*.py", "*.yaml", "recipes/*")
 
 
 class WithGraphs(build_py):

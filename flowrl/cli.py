@@ -1,5 +1,5 @@
 """The command line: `flowrl run | check | show | report | inspect | watch | verify | export`, and
-`simulate | tune | bench | data | graphs | init | doctor`.
+`simulate | tune | bench | data | judge | graphs | init | doctor`.
 
 Bad input is one line on standard error (where, what, what to do) and exit code 2; a failed run is one line and exit
 code 1; a run the user stopped twice is 130. `--debug` adds the traceback. Nothing heavier than msgspec is imported
@@ -148,6 +148,13 @@ def _parser() -> argparse.ArgumentParser:
                       help="one setting as in a graph, e.g. data.max_tokens=512; may be repeated")  # fmt: skip
     look.add_argument("--debug", action="store_true", help="show tracebacks")
     look.set_defaults(command=_check_data)
+
+    judge = commands.add_parser("judge", help="say how far a judge agrees with preferences that people labelled")
+    judge.add_argument("source", metavar="PATH", help="preferences: a file, a directory, or a Hugging Face id")
+    judge.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE",
+                       help="one setting: server.url, server.model, rubric.way, ...; may be repeated")  # fmt: skip
+    judge.add_argument("--debug", action="store_true", help="show tracebacks")
+    judge.set_defaults(command=_judge)
 
     graphs = commands.add_parser("graphs", help="list the graphs and recipes that come with flowrl")
     graphs.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -364,6 +371,13 @@ def _check_data(options: argparse.Namespace) -> int:
     data = check_settings(options.source, format=options.format, overrides=options.overrides)
     tokenizer = load_tokenizer(prepare_model(options.model or DEFAULT_MODEL, say=_say))
     check_data(data, tokenizer, _say, colour=sys.stdout.isatty())
+    return 0
+
+
+def _judge(options: argparse.Namespace) -> int:
+    from flowrl.runs.judges import judge_preferences
+
+    judge_preferences(options.source, options.overrides, _say)
     return 0
 
 

@@ -341,22 +341,31 @@ def _check_once(node: Any, path: str, lines: dict[str, int], where: str) -> None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        loaded = _parse_yaml(path.read_bytes(), str(path))
-    except OSError as error:
-        raise ConfigError(str(path), f"cannot be read ({error.strerror})", "check --config") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(where, f"is not valid YAML ({reason})", "mend the line") from error
+    loaded = read_yaml(path, "check --config")
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
         raise ConfigError(str(path), "must be a mapping of settings")
     return cast("dict[str, Any]", loaded)
+
+
+def read_yaml(path: Path, remedy: str) -> Any:
+    """Return what a YAML file holds.
+
+    Raises:
+        ConfigError: it cannot be read, which `remedy` answers, is not YAML, or gives something twice.
+    """
+    import yaml
+
+    try:
+        return _parse_yaml(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be read ({error.strerror})", remedy) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(where, f"is not valid YAML ({reason})", "mend the line") from error
 
 
 def _parse_set(text: str, where: str) -> Any:

@@ -17,10 +17,12 @@ from flowrl.config import Meta
 from flowrl.data.prompts import PromptData
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
 from flowrl.stages.generator import Generator
+from flowrl.stages.judge import Judge, ModelJudge
 from flowrl.stages.online import SamplingSettings
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.reference import Reference, referenced
-from flowrl.stages.reward import Reward, RewardModel, scorers
+from flowrl.stages.reward import Reward, RewardModel
+from flowrl.stages.scorers import scorers
 from flowrl.stages.writer import Writer
 
 
@@ -32,6 +34,8 @@ class Settings(SamplingSettings):
     generator: Generator.Config = Generator.Config(cpus=1, group_size=4)
     reward: Reward.Config = Reward.Config()  # function="": none
     reward_model: RewardModel.Config = RewardModel.Config()
+    judge: Judge.Config = Judge.Config()  # server.url="": none
+    model_judge: ModelJudge.Config = ModelJudge.Config()  # model="": none
     reference: Reference.Config = Reference.Config()
     writer: Writer.Config = Writer.Config()
 
@@ -40,7 +44,8 @@ def build(s: Settings) -> Graph:
     sampler = s.sampler(s.generator)
     prompts = Prompts(s.prompts, sampler, epochs=s.epochs)
     generator = Generator(s.generator, sampler)
-    scoring = scorers(generator.rollouts, sampler, s.reward, s.reward_model, s.reward_models)
+    models = (s.reward_model, s.reward_models)
+    scoring = scorers(generator.rollouts, sampler, s.reward, *models, judge=s.judge, model_judge=s.model_judge)
     reference = referenced(scoring.scored, s.reference, sampler, model=s.reference_model)
     writer = Writer(s.writer, sampler)
     return Graph(

@@ -12,12 +12,14 @@ from flowrl.config import Select
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
 from flowrl.stages.advantage import Advantage
 from flowrl.stages.generator import Generator
+from flowrl.stages.judge import Judge, ModelJudge
 from flowrl.stages.learner import Learner
 from flowrl.stages.online import OnlineSettings, evaluated, replayed, texts_for
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.reference import Reference
 from flowrl.stages.replay_buffer import ReplayBuffer
-from flowrl.stages.reward import Reward, RewardModel, scorers
+from flowrl.stages.reward import Reward, RewardModel
+from flowrl.stages.scorers import scorers
 from flowrl.stages.texts import TextSource
 
 
@@ -29,6 +31,8 @@ class Settings(OnlineSettings):
     generator: Generator.Config = Generator.Config(cpus=1, group_size=8)
     reward: Reward.Config = Reward.Config()  # function="": none
     reward_model: RewardModel.Config = RewardModel.Config(share="learner")  # of every reward model
+    judge: Judge.Config = Judge.Config()  # server.url="": none
+    model_judge: ModelJudge.Config = ModelJudge.Config()  # model="": none
     reference: Reference.Config = Reference.Config(share="learner")
     advantage: Advantage.Config = Advantage.Config()
     replay: ReplayBuffer.Config = ReplayBuffer.Config()  # learned groups learned once more; ratio=0: none
@@ -39,7 +43,8 @@ def build(s: Settings) -> Graph:
     sampler, learning = s.sampler(s.generator), s.learning(s.algorithm)
     prompts = Prompts(s.prompts, sampler)
     generator = Generator(s.generator, sampler)
-    scoring = scorers(generator.rollouts, sampler, s.reward, s.reward_model, s.reward_models, s.reward_weights)
+    models = (s.reward_model, s.reward_models, s.reward_weights)
+    scoring = scorers(generator.rollouts, sampler, s.reward, *models, judge=s.judge, model_judge=s.model_judge)
     reference = Reference(s.reference, sampler, model=s.reference_model)
     advantage = Advantage(s.advantage, sampler, learning)
     learner = Learner(s.learner, sampler, learning, beside=s.texts)

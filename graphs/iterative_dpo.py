@@ -10,18 +10,22 @@ Staleness is bounded as in graphs/ppo_async.py: `max_staleness=0` samples, then 
 from flowrl.config import Select
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
 from flowrl.stages.generator import Generator
+from flowrl.stages.judge import Judge, ModelJudge
 from flowrl.stages.learner import Learner
 from flowrl.stages.online import OnlineSettings, evaluated
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.reference import Reference
 from flowrl.stages.reward import Reward
+from flowrl.stages.scorers import scorers
 from flowrl.stages.selector import SelectionLearner, Selector
 
 
 class Settings(OnlineSettings):
     objective: Select = Select(use="flowrl.algorithms.dpo:DPO")
     generator: Generator.Config = Generator.Config(cpus=1, group_size=8)
-    reward: Reward.Config = Reward.Config()
+    reward: Reward.Config = Reward.Config()  # function="": none
+    judge: Judge.Config = Judge.Config()  # server.url="": none
+    model_judge: ModelJudge.Config = ModelJudge.Config()  # model="": none
     select: Selector.Config = Selector.Config()
     reference: Reference.Config = Reference.Config(share="learner")
     learner: Learner.Config = Learner.Config(cpus=1, lr=1e-6)
@@ -31,18 +35,18 @@ def build(s: Settings) -> Graph:
     sampler, learning = s.sampler(s.generator), s.learning(s.objective)
     prompts = Prompts(s.prompts, sampler)
     generator = Generator(s.generator, sampler)
-    reward = Reward(s.reward, sampler)
+    scoring = scorers(generator.rollouts, sampler, s.reward, judge=s.judge, model_judge=s.model_judge)
     select = Selector(s.select, take="pair")
     reference = Reference(s.reference, sampler)
     learner = SelectionLearner(s.learner, sampler, learning, num_samples=select.num_kept)
     evaluation = evaluated(s.evaluation, learner, generator, s.reward)
-    row = dict(prompts=prompts, generator=generator, reward=reward, select=select, reference=reference)
+    row = dict(prompts=prompts, generator=generator, **scoring.nodes, select=select, reference=reference)
     return Graph(
         nodes=dict(**row, learner=learner, **evaluation.nodes),
         edges=[
             Queue(prompts.prompts, generator.prompts),
-            Queue(generator.rollouts, reward.rollouts),
-            Queue(reward.scored, select.scored),
+            *scoring.edges,
+            Queue(scoring.scored, select.scored),
             Queue(select.selected, reference.scored),
             Queue(reference.referenced, learner.samples),
             Latest(learner.weights, generator.weights),

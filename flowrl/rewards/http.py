@@ -47,12 +47,10 @@ MAX_ANSWER_BYTES = 64 << 20  # some hundred bytes a score are plenty; more is no
 TRY_AGAIN = frozenset({408, 429})  # besides every 5xx
 
 
-class Remote(Config):
-    """A scoring server and how it is asked."""
+class Server(Config):
+    """An HTTP server and how patiently it is asked."""
 
     url: str = ""  # https://host/path; http:// only on this machine, or with allow_plain_http
-    protocol: Literal["flowrl", "openrlhf"] = "flowrl"
-    label_column: str = "answer"  # with protocol=openrlhf: the column that becomes `labels`; "": none
     timeout_s: Annotated[float, Meta(gt=0)] = 60.0  # for one request
     retries: Annotated[int, Meta(ge=0)] = 5  # requests after the first, where the server is away or busy
     backoff_s: Annotated[float, Meta(gt=0)] = 1.0  # before the first retry; twice as long before each further one
@@ -60,6 +58,13 @@ class Remote(Config):
     allow_plain_http: bool = False  # send prompts, answers and the token unencrypted to another host
     token_file: str = ""  # holds a token, sent as "Authorization: Bearer ..."; "": none
     ca_file: str = ""  # certificates in PEM to trust instead of the system's; "": the system's
+
+
+class Remote(Server):
+    """A scoring server and how it is asked."""
+
+    protocol: Literal["flowrl", "openrlhf"] = "flowrl"
+    label_column: str = "answer"  # with protocol=openrlhf: the column that becomes `labels`; "": none
 
 
 class ServerReply(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,14 +90,59 @@ class _Rewards(msgspec.Struct):
     rewards: list[float | None]
 
 
+class Asker:
+    """Posts requests to a server until each is answered; safe to call for several at a time."""
+
+    def __init__(self, server: Server, post: Post, where: str, *, seed: int = 0) -> None:
+        self._server = server
+        self._post = post
+        self._random = random.Random(seed)
+        self.where = f"{where} ({shown_url(server.url)})"
+
+    async def __call__(self, request: bytes) -> bytes:
+        """Return the body of the first answer with status 200.
+
+        Raises:
+            Unreachable: no attempt was answered.
+            RewardError: the server refused the request.
+        """
+        num_attempts = self._server.retries + 1
+        trouble = ""
+        for attempt in range(num_attempts):
+            retry_after = None
+            try:
+                async with asyncio.timeout(self._server.timeout_s):
+                    answer = await self._post(request)
+            except TimeoutError:
+                trouble = f"no answer after {self._server.timeout_s:g} s"
+            except OSError as error:
+                trouble = f"{type(error).__name__}: {str(error)[:SHOWN_CHARS]}"
+            else:
+                if answer.status == 200:
+                    return answer.body
+                said = f"status {answer.status}: {answer.body[:SHOWN_CHARS].decode(errors='replace')}"
+                if answer.status not in TRY_AGAIN and answer.status < 500:
+                    raise RewardError(self.where, f"attempt {attempt + 1}: {said}", "see the server's log")
+                trouble, retry_after = said, answer.retry_after
+            if attempt + 1 < num_attempts:
+                await asyncio.sleep(self._wait_s(attempt, retry_after))
+        what = f"attempt {num_attempts} of {num_attempts}: {trouble}"
+        raise Unreachable(self.where, what, "start the server, or raise timeout_s or retries")
+
+    def _wait_s(self, attempt: int, retry_after: str | None) -> float:
+        """Return how long to wait after an attempt: as the server asks, or doubling with half of it random."""
+        asked_s = seconds_asked(retry_after, now_s=time.time())
+        if asked_s is None:
+            asked_s = self._server.backoff_s * 2.0 ** min(attempt, 60) * self._random.uniform(0.5, 1.0)
+        return min(asked_s, self._server.max_wait_s)
+
+
 class RemoteScorer:
     """Asks a server for scores; safe to call for several batches at a time."""
 
     def __init__(self, remote: Remote, post: Post, where: str, *, seed: int = 0) -> None:
         self._remote = remote
-        self._post = post
-        self._where = f"{where} ({shown_url(remote.url)})"
-        self._random = random.Random(seed)
+        self._ask = Asker(remote, post, where, seed=seed)
 
     async def __call__(self, groups: Sequence[Rollouts]) -> list[list[float]]:
         """Score every sample of every group, in order.
@@ -101,44 +151,11 @@ class RemoteScorer:
             Unreachable: no attempt was answered.
             RewardError: the server refused the request, or answered something else than one number per sample.
         """
-        request = request_body(groups, self._remote)
         num_samples = sum(len(group.samples) for group in groups)
-        body = await self._answered(request)
-        scores = checked(scores_of(body, self._remote, self._where), num_samples, self._where)
+        body = await self._ask(request_body(groups, self._remote))
+        scores = checked(scores_of(body, self._remote, self._ask.where), num_samples, self._ask.where)
         parts = iter(scores)
         return [[next(parts) for _ in group.samples] for group in groups]
-
-    async def _answered(self, request: bytes) -> bytes:
-        """Return the body of the first answer with status 200."""
-        num_attempts = self._remote.retries + 1
-        trouble = ""
-        for attempt in range(num_attempts):
-            retry_after = None
-            try:
-                async with asyncio.timeout(self._remote.timeout_s):
-                    answer = await self._post(request)
-            except TimeoutError:
-                trouble = f"no answer after {self._remote.timeout_s:g} s"
-            except OSError as error:
-                trouble = f"{type(error).__name__}: {str(error)[:SHOWN_CHARS]}"
-            else:
-                if answer.status == 200:
-                    return answer.body
-                said = f"status {answer.status}: {answer.body[:SHOWN_CHARS].decode(errors='replace')}"
-                if answer.status not in TRY_AGAIN and answer.status < 500:
-                    raise RewardError(self._where, f"attempt {attempt + 1}: {said}", "see the server's log")
-                trouble, retry_after = said, answer.retry_after
-            if attempt + 1 < num_attempts:
-                await asyncio.sleep(self._wait_s(attempt, retry_after))
-        what = f"attempt {num_attempts} of {num_attempts}: {trouble}"
-        raise Unreachable(self._where, what, "start the server, or raise timeout_s or retries")
-
-    def _wait_s(self, attempt: int, retry_after: str | None) -> float:
-        """Return how long to wait after an attempt: as the server asks, or doubling with half of it random."""
-        asked_s = seconds_asked(retry_after, now_s=time.time())
-        if asked_s is None:
-            asked_s = self._remote.backoff_s * 2.0 ** min(attempt, 60) * self._random.uniform(0.5, 1.0)
-        return min(asked_s, self._remote.max_wait_s)
 
 
 def request_body(groups: Sequence[Rollouts], remote: Remote) -> bytes:
@@ -190,26 +207,26 @@ def seconds_asked(retry_after: str | None, *, now_s: float) -> float | None:
         return None
 
 
-def check_remote(remote: Remote, where: str) -> None:
+def check_server(server: Server, where: str) -> None:
     """Check the address and read the files, without a connection.
 
     Raises:
         ConfigError: the address is not one that prompts may be sent to, or a file cannot be read.
     """
     try:
-        address = urlsplit(remote.url)
+        address = urlsplit(server.url)
         host, _ = address.hostname, address.port  # the port is read when asked for
     except ValueError as error:
-        raise ConfigError(f"{where}.url", f"{remote.url!r} is not an address ({error})") from error
+        raise ConfigError(f"{where}.url", f"{server.url!r} is not an address ({error})") from error
     if address.scheme not in ("http", "https") or not host:
-        raise ConfigError(f"{where}.url", f"{remote.url!r} is not an address", "write https://host/path")
+        raise ConfigError(f"{where}.url", f"{server.url!r} is not an address", "write https://host/path")
     if address.username or address.password:
         raise ConfigError(f"{where}.url", f"holds a password for {host}", "put a token into a file and set token_file")
-    if address.scheme == "http" and not is_this_machine(host) and not remote.allow_plain_http:
-        what = f"{shown_url(remote.url)} sends prompts and answers unencrypted to another host"
+    if address.scheme == "http" and not is_this_machine(host) and not server.allow_plain_http:
+        what = f"{shown_url(server.url)} sends prompts and answers unencrypted to another host"
         raise ConfigError(f"{where}.url", what, "use https://, or set allow_plain_http=true in a network you trust")
-    read_token(remote, where)
-    _trusted(remote, where)
+    read_token(server, where)
+    _trusted(server, where)
 
 
 def is_this_machine(host: str) -> bool:
@@ -225,48 +242,48 @@ def shown_url(url: str) -> str:
     return urlunsplit(urlsplit(url)._replace(query="", fragment=""))
 
 
-def read_token(remote: Remote, where: str) -> str | None:
+def read_token(server: Server, where: str) -> str | None:
     """Return the token in `token_file`, None where none is set.
 
     Raises:
         ConfigError: the file cannot be read or does not hold one line.
     """
-    if not remote.token_file:
+    if not server.token_file:
         return None
     try:
-        lines = Path(remote.token_file).read_text().split()
+        lines = Path(server.token_file).read_text().split()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where}.token_file", f"{remote.token_file} cannot be read ({error})") from error
+        raise ConfigError(f"{where}.token_file", f"{server.token_file} cannot be read ({error})") from error
     if len(lines) != 1:
-        what = f"{remote.token_file} holds {len(lines)} words"
+        what = f"{server.token_file} holds {len(lines)} words"
         raise ConfigError(f"{where}.token_file", what, "write the token alone into it")
     return lines[0]
 
 
-def _trusted(remote: Remote, where: str) -> ssl.SSLContext | None:
+def _trusted(server: Server, where: str) -> ssl.SSLContext | None:
     """Return what certificates are held against, None for plain HTTP."""
     import ssl
 
-    if not remote.url.startswith("https:"):
+    if not server.url.startswith("https:"):
         return None
     try:
-        return ssl.create_default_context(cafile=remote.ca_file or None)
+        return ssl.create_default_context(cafile=server.ca_file or None)
     except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"{where}.ca_file", f"{remote.ca_file} holds no certificates ({error})") from error
+        raise ConfigError(f"{where}.ca_file", f"{server.ca_file} holds no certificates ({error})") from error
 
 
 @asynccontextmanager
-async def connected(remote: Remote, where: str, *, num_connections: int) -> AsyncIterator[Post]:
+async def connected(server: Server, where: str, *, num_connections: int) -> AsyncIterator[Post]:
     """Yield what posts to the server over kept connections; they are closed with the block.
 
     Raises:
-        ConfigError: as `check_remote`.
+        ConfigError: as `check_server`.
     """
     import aiohttp
 
-    check_remote(remote, where)
-    trusted = _trusted(remote, where)
-    token = read_token(remote, where)
+    check_server(server, where)
+    trusted = _trusted(server, where)
+    token = read_token(server, where)
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
     connector = aiohttp.TCPConnector(limit=num_connections, ssl=trusted if trusted is not None else True)
     no_timeout = aiohttp.ClientTimeout(total=None, sock_connect=None)  # the scorer has one for the whole request
@@ -274,19 +291,18 @@ async def connected(remote: Remote, where: str, *, num_connections: int) -> Asyn
 
         async def post(request: bytes) -> ServerReply:
             try:
-                async with session.post(remote.url, data=request, allow_redirects=False) as response:
-                    body = b""
+                async with session.post(server.url, data=request, allow_redirects=False) as response:
+                    body = bytearray()
                     async for chunk in response.content.iter_chunked(1 << 16):
                         body += chunk
                         if len(body) > MAX_ANSWER_BYTES:
                             what = f"answered more than {MAX_ANSWER_BYTES >> 20} MiB"
-                            raise RewardError(f"{where} ({shown_url(remote.url)})", what, "answer the scores alone")
-                    return ServerReply(
-                        status=response.status, retry_after=response.headers.get("Retry-After"), body=body
-                    )
+                            raise RewardError(f"{where} ({shown_url(server.url)})", what, "answer the scores alone")
+                    retry_after = response.headers.get("Retry-After")
+                    return ServerReply(status=response.status, retry_after=retry_after, body=bytes(body))
             except aiohttp.ClientSSLError as error:  # trying again would not help
                 what, remedy = f"TLS: {str(error)[:SHOWN_CHARS]}", "set ca_file to the authority that signed for it"
-                raise RewardError(f"{where} ({shown_url(remote.url)})", what, remedy) from error
+                raise RewardError(f"{where} ({shown_url(server.url)})", what, remedy) from error
             except aiohttp.ClientError as error:
                 raise ConnectionError(f"{type(error).__name__}: {str(error)[:SHOWN_CHARS]}") from error
 

@@ -176,8 +176,8 @@ class Agent(Stage):
             if self.isolation == "thread" and self.memory_bytes:
                 raise ConfigError("agent.memory_bytes", "limits a process", "set isolation=process, or memory_bytes=0")
 
-    optional = frozenset({"heldout", "heldout_rollouts"})
-    together = (optional,)
+    optional = frozenset({"heldout", "heldout_rollouts", "weights"})
+    together = (frozenset({"heldout", "heldout_rollouts"}),)
     prompts: In[Prompt]
     rollouts: Out[Scored]
     heldout: In[Prompt]

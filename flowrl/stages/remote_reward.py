@@ -19,7 +19,7 @@ from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import PassesOn
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Rollouts, Scored
-from flowrl.rewards.http import Remote, RemoteScorer, Unreachable, check_remote, connected
+from flowrl.rewards.http import Remote, RemoteScorer, Unreachable, check_server, connected
 from flowrl.stages.reward import Failures, add_scores, score_span
 from flowrl.telemetry.events import Cause
 
@@ -58,7 +58,7 @@ class RemoteReward(Stage):
 
     def check(self, say: Say) -> None:
         """Check the address and the files; connects to nothing."""
-        check_remote(widen(Remote, self.config), "remote reward")
+        check_server(widen(Remote, self.config), "remote reward")
 
     def simulated(self, costs: Costs) -> PassesOn:
         """Take the service's time."""

@@ -13,8 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
-from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
@@ -26,7 +25,6 @@ from flowrl.data.vocabulary import check_same_vocabulary
 from flowrl.ending import ending_of
 from flowrl.engines.base import Scoring, TrainingConfig, open_engine
 from flowrl.errors import ConfigError, LastingError, RewardError
-from flowrl.graph.edges import Edge, Queue
 from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import Itself, PassesOn
 from flowrl.graph.stage import Stage, StageConfig
@@ -43,10 +41,8 @@ from flowrl.telemetry.events import Cause, Notice, Span
 from flowrl.telemetry.records import quarantine
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
-    from flowrl.graph.ports import Source
     from flowrl.graph.simulated import Costs
     from flowrl.graph.stage import Context, Say
 
@@ -321,40 +317,3 @@ def score_span(context: Context, start_s: float, groups: list[Rollouts]) -> Span
         end_s=context.now(),
         groups=[group.group_id for group in groups],
     )
-
-
-class Scorers(NamedTuple):
-    """Nodes that score a policy's samples, in the order in which samples pass them, and where they leave the last."""
-
-    nodes: dict[str, Stage]
-    edges: list[Edge]
-    scored: Out[Scored]
-
-
-def scorers(
-    rollouts: Source[Rollouts],
-    sampler: Sampler,
-    reward: Reward.Config,
-    reward_model: RewardModel.Config,
-    models: Sequence[str],
-    weights: Sequence[float] = (),
-) -> Scorers:
-    """Return the nodes that score what leaves at `rollouts`: the function's where there is one, then each model's.
-
-    A model without a weight of its own has `reward_model.weight`.
-
-    Raises:
-        ConfigError: nothing scores, or weights are neither none nor one for each model.
-    """
-    if weights and len(weights) != len(models):
-        raise ConfigError("reward_weights", f"has {len(weights)} for {len(models)} reward_models", "give one each")
-    if not (reward.function or models):
-        raise ConfigError("reward", "nothing scores the samples", "give reward.function or reward_models")
-    found: dict[str, Reward | RewardModel] = {"reward": Reward(reward, sampler)} if reward.function else {}
-    for k, (name, weight) in enumerate(zip(models, weights or [reward_model.weight] * len(models), strict=True)):
-        weighted = msgspec.structs.replace(reward_model, weight=weight)
-        found[f"reward_model_{k}"] = RewardModel(weighted, sampler, model=name)
-    in_a_row = list(found.values())
-    edges: list[Edge] = [Queue(rollouts, in_a_row[0].rollouts)]
-    edges += [Queue(before.scored, after.rollouts) for before, after in pairwise(in_a_row)]
-    return Scorers({**found}, edges, in_a_row[-1].scored)

@@ -17,22 +17,27 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from flowrl.config import Meta
+from flowrl.data.models import prepare_model
+from flowrl.data.prompts import load_tokenizer
 from flowrl.data.written import asked_and_answered, template_columns, write_rows
+from flowrl.ending import ending_of, sample_text
 from flowrl.engines.checkpoint import read_version, write_version
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
 from flowrl.graph.staleness import Admission
-from flowrl.messages import Credit, End, Referenced, Scored
+from flowrl.messages import Credit, End, Referenced, Sample, Scored
 from flowrl.stages.sampler import Sampler
 from flowrl.stages.saving import save_parts
 from flowrl.stages.selector import Selection, choose
 from flowrl.stages.step import step_metrics
+from flowrl.stages.tokens import mask_of
 from flowrl.telemetry.events import Cause, Notice, Span, Step
 from flowrl.telemetry.files import set_aside
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from flowrl.data.formats import Text
     from flowrl.graph.stage import Context
 
 
@@ -43,6 +48,7 @@ class Writer(Stage):
         """Settings of the writer node."""
 
         take: Literal["all", "best", "pair"] = "all"  # of each group's samples
+        turns: Literal["all", "last"] = "all"  # of an episode; "last": what the policy wrote last is the completion
         groups_per_file: Annotated[int, Meta(ge=1)] = 64  # prompt groups in one JSONL file
 
     ordered = frozenset({"scored"})
@@ -55,6 +61,7 @@ class Writer(Stage):
         self.config: Writer.Config = config
         self.sampler = sampler
         self._num_groups: int | None = None  # of the whole run, once the source has said so
+        self._tokenizer: Any = None  # where only the last turn is kept
         self._num_files = 0  # of the whole run, as far as it is known
 
     @property
@@ -66,6 +73,8 @@ class Writer(Stage):
         """Write until every group has ended, or the user asks to stop."""
         with context.clock.charge(Cause.START):
             context.version = 0
+            if self.config.turns == "last":
+                self._tokenizer = await context.compute(load_tokenizer, prepare_model(self.sampler.model))
             if context.resume_from is not None:
                 context.version = await context.compute(read_version, context.resume_from / context.node)
             await context.compute(forget_files, context.run_dir / "data", context.version)
@@ -128,9 +137,19 @@ class Writer(Stage):
             return []
         return [self._row(group, places[0]) if self.config.take == "best" else self._pair(group, *places)]
 
+    def _written(self, group: Scored, sample: Sample) -> tuple[Text, Text]:
+        """Return the prompt and what of a sample is the completion."""
+        if self._tokenizer is None:
+            return asked_and_answered(self.sampler.data, group.columns, sample.text)
+        sampled = mask_of(sample).tolist()
+        start = next((k + 1 for k in reversed(range(len(sampled))) if not sampled[k]), 0)
+        text = sample_text(self._tokenizer, sample.token_ids.tolist()[start:], ending_of(self._tokenizer).stops)
+        columns = {name: value for name, value in group.columns.items() if name != "answer_prefix"}  # began the first
+        return asked_and_answered(self.sampler.data, columns, text)
+
     def _row(self, group: Scored, place: int) -> dict[str, Any]:
         sample = group.samples[place]
-        prompt, completion = asked_and_answered(self.sampler.data, group.columns, sample.text)
+        prompt, completion = self._written(group, sample)
         logprobs = {"logprob": float(sample.logprobs.numpy().sum(dtype="float64"))}
         if isinstance(group, Referenced):
             logprobs["ref_logprob"] = float(group.ref_logprobs[place].numpy().sum(dtype="float64"))
@@ -149,8 +168,8 @@ class Writer(Stage):
         }
 
     def _pair(self, group: Scored, best: int, worst: int) -> dict[str, Any]:
-        prompt, chosen = asked_and_answered(self.sampler.data, group.columns, group.samples[best].text)
-        _, rejected = asked_and_answered(self.sampler.data, group.columns, group.samples[worst].text)
+        prompt, chosen = self._written(group, group.samples[best])
+        _, rejected = self._written(group, group.samples[worst])
         return {
             "prompt": prompt,
             "chosen": chosen,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,3 +73,22 @@ def test_the_selected_samples_are_learned(graph: str, tiny: Path, tmp_path: Path
         references = [buffer.numpy() for group in groups for buffer in group.ref_logprobs]
         assert np.concatenate(rows) == pytest.approx(np.concatenate(references), abs=1e-5)
     assert second["loss"] != first["loss"]
+
+
+def test_of_a_critique_the_last_turn_is_written_and_nothing_that_was_not_revised(tiny: Path, tmp_path: Path):
+    settings = {
+        "runtime": "local", "model": tiny, "data.num_train": 6, "sampling.max_tokens": 4, "agent.max_model_len": 512,
+        "agent.engine": "flowrl.simulation.fake:FakeGeneration", "agent.isolation": "thread",
+    }  # fmt: skip
+    program = load_program(ROOT / "graphs" / "critique.py", overrides=[f"{name}={v}" for name, v in settings.items()])
+    events: list[Event] = []
+    options = LocalOptions(run_dir=tmp_path, consume=events.extend, stall_timeout_s=60.0)
+    asyncio.run(run_local(program.graph, options))
+    rows = [json.loads(line) for line in (tmp_path / "data" / "train-000000.jsonl").read_text().splitlines()]
+    assert len(rows) == 6
+    assert {row["score.Revision"] for row in rows} == {1.0}
+    for row in rows:
+        (answer,) = row["completion"]
+        assert answer["role"] == "assistant"
+        assert len(answer["content"]) <= 4
+        assert row["num_tokens"] > 100  # the whole episode was played

@@ -14,7 +14,7 @@ from flowrl.rewards.http import (
     RemoteScorer,
     ServerReply,
     Unreachable,
-    check_remote,
+    check_server,
     read_token,
     request_body,
     seconds_asked,
@@ -160,7 +160,7 @@ def test_the_last_attempts_trouble_is_named():
     ["https://judge.example/", "http://localhost:8000/", "http://127.0.0.1/", "http://127.8.9.1/", "http://[::1]:80/x"],
 )
 def test_tls_and_this_machine_are_allowed(url: str):
-    check_remote(Remote(url=url), "reward")
+    check_server(Remote(url=url), "reward")
 
 
 @pytest.mark.parametrize(
@@ -179,13 +179,13 @@ def test_tls_and_this_machine_are_allowed(url: str):
 )
 def test_other_addresses_are_refused(url: str, said: str):
     with pytest.raises(ConfigError) as caught:
-        check_remote(Remote(url=url), "reward")
+        check_server(Remote(url=url), "reward")
     assert said in str(caught.value)
     assert "secret" not in str(caught.value)
 
 
 def test_plain_http_to_another_host_can_be_allowed():
-    check_remote(Remote(url="http://10.0.0.7:5000/get_reward", allow_plain_http=True), "reward")
+    check_server(Remote(url="http://10.0.0.7:5000/get_reward", allow_plain_http=True), "reward")
 
 
 def test_secrets_in_an_address_are_not_shown():
@@ -208,4 +208,4 @@ def test_a_token_is_one_word_of_a_file(tmp_path: Path):
 def test_a_file_without_certificates_is_refused(tmp_path: Path):
     (tmp_path / "ca.pem").write_text("nothing")
     with pytest.raises(ConfigError, match="holds no certificates"):
-        check_remote(Remote(url=URL, ca_file=str(tmp_path / "ca.pem")), "reward")
+        check_server(Remote(url=URL, ca_file=str(tmp_path / "ca.pem")), "reward")

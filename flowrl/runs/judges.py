@@ -1,0 +1,129 @@
+"""How far a judge agrees with people: asked about preferences that somebody labelled, before a run believes it.
+
+Every pair is judged as in a graph, in whichever way the rubric says; a pair whose two answers score alike counts half.
+Invariants: which answer people preferred does not show in how the judge is asked; what it cannot judge is counted, and
+counts neither for nor against it. Called by `flowrl judge`.
+
+Tests: tests/contracts/test_judges.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from typing import TYPE_CHECKING
+
+from flowrl.config import Config, resolve
+from flowrl.data.examples import ExampleData, read_source
+from flowrl.data.formats import detect, normalise
+from flowrl.errors import DataError, RewardError
+from flowrl.rewards.chat import ChatServer, chatting
+from flowrl.rewards.http import Unreachable
+from flowrl.rewards.judging import Asked, Judgement, Rubric
+from flowrl.stages.judge import text_of
+from flowrl.telemetry.intervals import mean_interval
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from flowrl.data.formats import NormalRow
+
+SHOWN = 3  # pairs on which judge and people part
+SHOWN_CHARS = 160
+
+
+class JudgeSettings(Config):
+    """What `flowrl judge --set` takes; names are those of a judge's node."""
+
+    server: ChatServer = ChatServer()
+    rubric: Rubric = Rubric(way="pairs")
+    data: ExampleData = ExampleData()
+    most: int = 200  # pairs, drawn from all by data.seed; 0: all
+    in_flight: int = 8  # pairs judged at a time
+
+
+def judge_preferences(source: str, overrides: Sequence[str], say: Callable[[str], None]) -> None:
+    """Ask the judge about every pair, and say how often it agrees.
+
+    Raises:
+        ConfigError: a setting is unknown, or the server's are wrong.
+        DataError: these are no preferences.
+        Unreachable: the server does not answer.
+    """
+    settings = resolve(JudgeSettings, overrides=[f"data.source={source}", *overrides])
+    pairs = _pairs(settings)
+    say(f"{len(pairs)} pairs, judged by {settings.server.model or 'nobody'} ({settings.rubric.way})")
+    asyncio.run(_judged(settings, pairs, say))
+
+
+def _pairs(settings: JudgeSettings) -> list[NormalRow]:
+    def bad(error: DataError) -> None:
+        raise error
+
+    (origin,) = settings.data.sources
+    rows: list[NormalRow] = []
+    format = None
+    for raw in read_source(settings.data, origin, bad):
+        format = format or detect(raw, origin.format)
+        if format.kind != "preference":
+            what = f"is {format}: nobody said which of two answers is better"
+            raise DataError(raw.place, what, "give rows with prompt, chosen and rejected")
+        rows.append(normalise(raw, format, origin.format))
+    if not rows:
+        raise DataError(origin.source, "holds no rows", "give preferences")
+    random.Random(settings.data.seed).shuffle(rows)
+    return rows[: settings.most or None]
+
+
+async def _judged(settings: JudgeSettings, pairs: list[NormalRow], say: Callable[[str], None]) -> None:
+    agreed: list[float] = []
+    parted: list[str] = []
+    refused: list[str] = []
+    waiting = iter(enumerate(pairs))
+
+    async def lane(judgement: Judgement) -> None:
+        for number, row in waiting:
+            turned = random.Random(number).random() < 0.5
+            answers = [text_of(each) for each in row.responses]
+            asked = Asked(text_of(row.asked), answers[::-1] if turned else answers)
+            try:
+                scores = await judgement(asked)
+            except Unreachable:
+                raise
+            except RewardError as error:
+                refused.append(error.what)
+                continue
+            chosen, rejected = reversed(scores) if turned else scores
+            agreed.append(0.5 if chosen == rejected else float(chosen > rejected))
+            if chosen < rejected:
+                parted.append(
+                    f"{row.place}: the judge prefers {answers[1][:SHOWN_CHARS]!r} to {answers[0][:SHOWN_CHARS]!r}"
+                )
+            if (done := len(agreed) + len(refused)) % 50 == 0:
+                say(f"{done} of {len(pairs)} pairs")
+
+    async with chatting(settings.server, "judge", now=time.monotonic) as chat:
+        judgement = Judgement(chat, settings.rubric, "judge")
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(settings.in_flight):
+                    tasks.create_task(lane(judgement))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        for line in _outcome(agreed, parted, refused):
+            say(line)
+        say(judgement.tally.said())
+        say(f"{chat.prompt_tokens} tokens were read and {chat.completion_tokens} written by the judge")
+
+
+def _outcome(agreed: list[float], parted: list[str], refused: list[str]) -> list[str]:
+    lines = [f"{len(refused)} pairs could not be judged, the first because {refused[0]}"] if refused else []
+    if not agreed:
+        raise RewardError("judge", "could judge none of the pairs", f"the first because {refused[0]}")
+    mean = mean_interval(agreed)
+    ties = sum(each == 0.5 for each in agreed)
+    low, high = max(0.0, mean.low), min(1.0, mean.high)
+    share = f"{mean.mean:.1%} of {len(agreed)} pairs [{low:.1%}, {high:.1%}]"
+    lines.append(f"agrees with the labels in {share}; {ties} ties count half")
+    return lines + parted[:SHOWN]

@@ -1,0 +1,276 @@
+"""Judges: a named score for every sample from a language model's verdicts (RLAIF), asked by URL or run here.
+
+`Judge` asks an OpenAI-compatible server, `ModelJudge` a model of its own on a generation engine; by what, in which way
+and what a score then is stands in flowrl.rewards.judging. In the row of scorers a judge gives any graph AI feedback:
+the reward of PPO and GRPO, the pairs of iterative DPO, the data that graphs/generate.py writes.
+
+Invariants: as for `Reward`, a group leaves with exactly one more named score per sample, or is rejected as failed with
+its input on disk; an unreadable verdict is counted and is never a score. What the judge cannot be trusted in is said:
+verdicts that follow the order, scores that follow the length or contradict the other scorers.
+
+Tests: tests/contracts/test_judges.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from flowrl.config import Meta
+from flowrl.data.formats import NormalRow
+from flowrl.data.models import prepare_model
+from flowrl.data.prompts import load_tokenizer
+from flowrl.data.rendering import Renderer
+from flowrl.engines.base import GenerationEngine, Sampling
+from flowrl.errors import ChannelClosed, ConfigError, RewardError
+from flowrl.graph.ports import In, Out
+from flowrl.graph.simulated import PassesOn
+from flowrl.graph.stage import Stage, StageConfig
+from flowrl.messages import Rollouts, Scored, Weights
+from flowrl.rewards.chat import ChatServer, chatting, check_chat
+from flowrl.rewards.judging import Asked, Judgement, Rubric, correlated
+from flowrl.stages.reward import Failures, add_scores, score_span
+from flowrl.stages.serving import Generation, check_context, serving
+from flowrl.telemetry.events import Cause, Notice
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from flowrl.graph.simulated import Costs
+    from flowrl.graph.stage import Context, Say
+    from flowrl.rewards.judging import Messages, Tally, Voice
+
+REPORT_EVERY = 32  # groups between two lines of what the judge can be trusted in
+FEW = 20  # groups, pairs or verdicts that say nothing yet
+FOLLOWS_LENGTH = 0.5  # mean correlation of score and length within a group
+FOLLOWS_ORDER = 0.3  # share of pairs whose verdict turns with their order
+UNREADABLE = 0.05  # share of verdicts
+
+
+class _Judging(Stage):
+    """What judges have in common, whatever their voice is."""
+
+    config: Any
+    rollouts: In[Rollouts]
+    scored: Out[Scored]
+
+    def simulated(self, costs: Costs) -> PassesOn:
+        """Take the judge's time."""
+        return PassesOn("score", lanes=self.config.in_flight)
+
+    async def _score(self, context: Context, voice: Voice) -> None:
+        """Judge groups until the edge closes."""
+        judgement = Judgement(voice, self.config.rubric, context.where)
+        failures = Failures(context, on_error=self.config.on_error)
+        watch = _Watch(context, judgement.tally)
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(self.config.in_flight):
+                tasks.create_task(self._lane(context, judgement, failures, watch))
+        watch.report()
+
+    async def _lane(self, context: Context, judgement: Judgement, failures: Failures, watch: _Watch) -> None:
+        name = self.config.name or context.node
+        while True:
+            try:
+                group = await self.rollouts.get()
+            except ChannelClosed:  # raised further, it would cut off the other lanes' requests
+                return
+            start_s = context.now()
+            try:
+                with context.clock.charge(Cause.COMPUTE):
+                    scores = await judgement(asked_of(group, self.config.rubric))
+            except RewardError as error:
+                await failures.give_up(self.rollouts, group, error)
+                continue
+            failures.forget()
+            watch.note(group, scores)
+            await self.scored.put(add_scores(group, name, [self.config.weight * score for score in scores]))
+            context.done += 1
+            context.recorder.record(score_span(context, start_s, [group]))
+
+
+class Judge(_Judging):
+    """Scores by asking a server that speaks OpenAI's chat completions."""
+
+    class Config(StageConfig):
+        """Settings of a judge behind a URL."""
+
+        server: ChatServer = ChatServer()
+        rubric: Rubric = Rubric()
+        name: str = ""  # of the score; "" takes the node's name
+        weight: float = 1.0  # the score is multiplied by it
+        in_flight: Annotated[int, Meta(ge=1)] = 8  # groups judged at a time
+        on_error: Literal["skip", "stop"] = "stop"  # quarantine a group that cannot be judged, or end the run
+
+    def __init__(self, config: Config) -> None:
+        self.config: Judge.Config = config
+
+    def check(self, say: Say) -> None:
+        """Check the address and read the principles; connects to nothing."""
+        check_chat(self.config.server, "judge.server")
+        self.config.rubric.principles("judge.rubric.constitution")
+
+    async def run(self, context: Context) -> None:
+        """Judge groups until the edge closes."""
+        async with AsyncExitStack() as stack:
+            with context.clock.charge(Cause.START):
+                open_chat = chatting(self.config.server, context.where, now=context.now, seed=context.replica)
+                chat = await stack.enter_async_context(open_chat)
+            await self._score(context, chat)
+            text = f"{chat.prompt_tokens} tokens were read and {chat.completion_tokens} written by the judge"
+            context.recorder.record(Notice(level="info", where=context.where, text=text, time_s=context.now()))
+
+
+class ModelJudge(_Judging):
+    """Scores by a model of its own, which is served as it is."""
+
+    class Config(Generation):
+        """Settings of a judge that runs here."""
+
+        model: str = ""  # Hugging Face id, local directory or a run's
+        rubric: Rubric = Rubric()
+        max_tokens: Annotated[int, Meta(ge=1)] = 256  # of one answer of the judge
+        name: str = ""  # of the score; "" takes the node's name
+        weight: float = 1.0  # the score is multiplied by it
+        in_flight: Annotated[int, Meta(ge=1)] = 8  # groups judged at a time
+        on_error: Literal["skip", "stop"] = "skip"  # quarantine a group that cannot be judged, or end the run
+
+    optional = frozenset({"weights"})
+    weights: In[Weights]
+
+    def __init__(self, config: Config) -> None:
+        self.config: ModelJudge.Config = config
+
+    def check(self, say: Say) -> None:
+        """Prepare the model, whose template must take a question, and read the principles."""
+        check_context(self.config, self.config.model, say, where="model_judge")
+        if self.config.max_tokens >= self.config.max_model_len:
+            what = (
+                f"{self.config.max_tokens} leaves no room for a question in max_model_len={self.config.max_model_len}"
+            )
+            raise ConfigError("model_judge.max_tokens", what, "lower it, or raise model_judge.max_model_len")
+        _Speaker(self.config, None).prompt_ids([{"role": "user", "content": "?"}])
+        self.config.rubric.principles("model_judge.rubric.constitution")
+
+    async def run(self, context: Context) -> None:
+        """Judge groups until the edge closes."""
+        async with self._voice(context) as voice:
+            await self._score(context, voice)
+
+    @asynccontextmanager
+    async def _voice(self, context: Context) -> AsyncIterator[Voice]:
+        async with serving(context, self.config, model=self.config.model, weights=self.weights) as engine:
+            yield await context.compute(_Speaker, self.config, engine)
+
+
+class _Speaker:
+    """A served model as a voice: the likeliest answer to what it is asked."""
+
+    def __init__(self, config: ModelJudge.Config, engine: GenerationEngine | None) -> None:
+        self._engine = engine
+        self._room = config.max_model_len - config.max_tokens
+        self._sampling = Sampling(max_tokens=config.max_tokens, top_k=1)
+        self._renderer = Renderer(load_tokenizer(prepare_model(config.model)))
+        self._num_asked = 0
+
+    def prompt_ids(self, messages: Messages) -> list[int]:
+        """Return a conversation's tokens, with the judge's turn opened."""
+        text = self._renderer.prompt_text(NormalRow(place="judge", prompt=[*messages]))
+        return self._renderer.prompt_ids(text, is_rendered=True)
+
+    async def __call__(self, messages: Messages) -> str:
+        """Return what the model answers.
+
+        Raises:
+            RewardError: the question does not fit.
+        """
+        assert self._engine is not None
+        prompt_ids = self.prompt_ids(messages)
+        if len(prompt_ids) > self._room:
+            what = f"a question of {len(prompt_ids)} tokens, but there is room for {self._room}"
+            raise RewardError("judge", what, "raise max_model_len, or lower rubric.max_chars")
+        self._num_asked += 1
+        (sample,) = await self._engine.generate(request_id=f"judge-{self._num_asked}", prompt_ids=prompt_ids,
+                                                num_samples=1, seed=0, sampling=self._sampling)  # fmt: skip
+        return sample.text
+
+
+def asked_of(group: Rollouts, rubric: Rubric) -> Asked:
+    """Return a group as a judge sees it.
+
+    Raises:
+        RewardError: the data has no such `reference_column`.
+    """
+    reference = ""
+    if name := rubric.reference_column:
+        if name not in group.columns:
+            what = f"the data has no column {name!r}; it has {', '.join(sorted(group.columns)) or 'none'}"
+            raise RewardError("judge", what, "name one in rubric.reference_column")
+        reference = str(group.columns[name])
+    return Asked(text_of(group.columns.get("prompt", "")), [sample.text for sample in group.samples], reference)
+
+
+def text_of(text: Any) -> str:
+    """Return what was asked or answered as one text; of a conversation each message under its role."""
+    if isinstance(text, str):
+        return text
+    if len(text) == 1:
+        return str(text[0].get("content") or "")
+    return "\n\n".join(f"[{each.get('role', '')}]\n{each.get('content') or ''}" for each in text)
+
+
+class _Watch:
+    """Says from time to time what a judge can be trusted in, and each fault of its kind once."""
+
+    def __init__(self, context: Context, tally: Tally) -> None:
+        self._context = context
+        self._tally = tally
+        self._num_groups = 0
+        self._agreements: list[float] = []  # with the scorers before, by group
+        self._told: set[str] = set()
+
+    def note(self, group: Rollouts, scores: list[float]) -> None:
+        """Take note of a group's scores."""
+        self._num_groups += 1
+        if isinstance(group, Scored):
+            agreement = correlated(scores, group.rewards)
+            self._agreements = self._agreements[-999:] + ([] if agreement is None else [agreement])
+        self._warn()
+        if self._num_groups % REPORT_EVERY == 0:
+            self.report()
+
+    def report(self) -> None:
+        """Say how it stands."""
+        if self._num_groups:
+            agreed = f", agreement with the other scores {_mean(self._agreements):+.2f}" if self._agreements else ""
+            self._say("info", f"{self._num_groups} groups judged: {self._tally.said()}{agreed}")
+
+    def _warn(self) -> None:
+        tally = self._tally
+        if len(tally.longer) >= FEW and (mean := _mean(tally.longer)) > FOLLOWS_LENGTH:
+            what = f"scores follow the length of answers (correlation {mean:+.2f} within a group)"
+            self._warn_once(f"{what}; say in a principle that length does not count, or add a penalty")
+        if tally.pairs >= FEW and (share := tally.flipped / tally.pairs) > FOLLOWS_ORDER:
+            what = f"{share:.0%} of the pairs turn with their order and count as ties"
+            self._warn_once(f"{what}; take a stronger judge, or rubric.way=points")
+        if tally.verdicts >= FEW and tally.unreadable / tally.verdicts > UNREADABLE:
+            what = f"{tally.unreadable} of {tally.verdicts} verdicts cannot be read"
+            self._warn_once(f"{what}; raise max_tokens, or take a stronger judge")
+        if len(self._agreements) >= FEW and (mean := _mean(self._agreements)) < 0:
+            what = f"the judge contradicts the other scores (correlation {mean:+.2f} within a group)"
+            self._warn_once(f"{what}; one of them is being gamed, or they measure different things")
+
+    def _warn_once(self, text: str) -> None:
+        kind = text.rpartition(";")[2]
+        if kind not in self._told:
+            self._told.add(kind)
+            self._say("warning", text)
+
+    def _say(self, level: str, text: str) -> None:
+        context = self._context
+        context.recorder.record(Notice(level=level, where=context.where, text=text, time_s=context.now()))
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
