@@ -12,7 +12,7 @@ import pytest
 
 from flowrl.engines.checkpoint import checkpoint_version, newest_sound
 from flowrl.runs.verify import verify_run
-from flowrl.telemetry.versions import read_digests
+from flowrl.telemetry.records import read_digests
 from tests.support.command import GRAPH, ROOT, descendants_of, flowrl, tiny_settings
 
 if TYPE_CHECKING:
