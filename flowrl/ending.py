@@ -33,7 +33,7 @@ CALL_STYLES = [(as_json, content) for as_json in (False, True) for content in ("
 DATE = date(2026, 1, 1)  # what a template that asks for today's date is told, unless `data.date` says another
 
 
-class Ending(msgspec.Struct, frozen=True, kw_only=True):
+class AnswerEnd(msgspec.Struct, frozen=True, kw_only=True):
     """Where the answers of one model end."""
 
     stops: dict[int, str]  # the tokens that end an answer, each with its text
@@ -66,7 +66,7 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
 
 def ending_of(
     tokenizer: PreTrainedTokenizerBase, *, template: str | None = None, directory: Path | str | None = None
-) -> Ending:
+) -> AnswerEnd:
     """Return where a model's answers end.
 
     Args:
@@ -81,7 +81,7 @@ def ending_of(
     ends = _written_ends(tokenizer, template, sorted(added, key=len, reverse=True), set(stops.values()))
     stops = {added[end]: end for end in (ends.get("end"), ends.get("call_end")) if end} | stops
     eos_text = "" if eos is None else stops[eos]
-    return Ending(stops=stops, is_written="end" in ends, **{"end": eos_text, **ends})
+    return AnswerEnd(stops=stops, is_written="end" in ends, **{"end": eos_text, **ends})
 
 
 def sample_text(tokenizer: Any, token_ids: Sequence[int], stops: Container[int], *, keeps_special: bool = True) -> str:
@@ -125,7 +125,7 @@ def template_errors() -> tuple[type[Exception], ...]:
 
 
 def _written_ends(tokenizer: Any, template: str | None, added: list[str], known: set[str]) -> dict[str, Any]:
-    """Return what the chat template writes behind an answer, as fields of `Ending`; nothing where it ends none."""
+    """Return what the chat template writes behind an answer, as fields of `AnswerEnd`; nothing where it ends none."""
     if not (template or tokenizer.chat_template):
         return {}
 

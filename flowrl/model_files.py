@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from flowrl.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".ckpt", ".npz"}
 WRITTEN = {"config.json", "README.md", "trainer_state.json"}  # by whoever saves the model, or of no use to another
@@ -75,3 +75,13 @@ def is_classifier(directory: str | Path) -> bool:
     except (OSError, ValueError):
         return False
     return any(name.endswith("ForSequenceClassification") for name in settings.get("architectures") or [])
+
+
+def num_positions(text: Mapping[str, Any]) -> int:
+    """Return how many tokens the positions of a model reach, by its text config; 0 where nothing limits them."""
+    names = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+    most = next((int(text[name]) for name in names if text.get(name)), 0)
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type")) in ("linear", "dynamic", "yarn"):  # as vLLM counts
+        most = max(most, int(rope.get("original_max_position_embeddings", most) * rope.get("factor", 1.0)))
+    return 0 if text.get("alibi") else most

@@ -27,7 +27,7 @@ class Settings(OfflineSettings):  # an example is a pair, or a labelled response
 
 def build(s: Settings) -> Graph:
     course = s.course()
-    examples = Examples(s.examples, course, has_reference=True)
+    examples = Examples(s.examples, course)
     heldout = HeldoutExamples(s.heldout, course)
     reference = ExampleReference(s.reference, course, model=s.reference_model)
     learner = OfflineLearner(s.learner, course)

@@ -9,7 +9,7 @@ paper sets no lower bound (low = 1) and tunes the upper one without stating it; 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from flowrl.algorithms.advantages import group_standardised
 from flowrl.algorithms.policy import PolicyGradient
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class CISPO(PolicyGradient):
     """Clipped importance-sampling policy optimisation."""
 
+    has_own_region: ClassVar = True  # weights are clipped
+    compares_group: ClassVar = True  # the baseline is the group's mean
     clip_low: Annotated[float, Meta(ge=0, le=1)] = 1.0  # weights are at least 1 - this
     clip_high: Annotated[float, Meta(ge=0)] = 4.0  # weights are at most 1 + this
 
@@ -32,16 +34,6 @@ class CISPO(PolicyGradient):
         super().__post_init__()
         if self.dual_clip:
             raise ValueError(f"dual_clip {self.dual_clip}: CISPO clips weights, not the surrogate; set it to 0")
-
-    @property
-    def has_own_region(self) -> bool:
-        """Return True: weights are clipped."""
-        return True
-
-    @property
-    def needs_group(self) -> bool:
-        """Return True: the baseline is the group's mean."""
-        return True
 
     @property
     def needs_full_sampling(self) -> bool:

@@ -11,7 +11,7 @@ Advantages are GRPO's; there is no KL term.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from flowrl.algorithms.advantages import group_standardised
 from flowrl.algorithms.policy import PolicyGradient
@@ -24,13 +24,9 @@ if TYPE_CHECKING:
 class DAPO(PolicyGradient):
     """Decoupled clip and dynamic sampling policy optimisation."""
 
+    compares_group: ClassVar = True  # the baseline is the group's mean
     clip_high: Annotated[float, Meta(ge=0)] = 0.28  # ratios count up to 1 + this
     filter_groups: bool = True  # leave out groups whose rewards are all equal
-
-    @property
-    def needs_group(self) -> bool:
-        """Return True: the baseline is the group's mean."""
-        return True
 
     def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return the standardised reward of each sample on each of its tokens."""

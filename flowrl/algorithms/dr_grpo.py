@@ -9,7 +9,7 @@ of the sequence's length removes the bias towards long wrong answers. The paper 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from flowrl.algorithms.advantages import group_centred
 from flowrl.algorithms.policy import PolicyGradient
@@ -22,12 +22,8 @@ if TYPE_CHECKING:
 class DrGRPO(PolicyGradient):
     """GRPO done right."""
 
+    compares_group: ClassVar = True  # the baseline is the group's mean
     normalisation: Normalisation = "constant"
-
-    @property
-    def needs_group(self) -> bool:
-        """Return True: the baseline is the group's mean."""
-        return True
 
     def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return the reward of each sample less the group's mean, on each of its tokens."""

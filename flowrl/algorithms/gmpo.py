@@ -10,7 +10,7 @@ is wider than PPO's. Only the side on which learning moves away is clipped, as i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 class GMPO(PolicyGradient):
     """Geometric-mean policy optimisation."""
 
+    has_own_region: ClassVar = True  # log ratios are clipped before their mean
+    compares_group: ClassVar = True  # the baseline is the group's mean
     width: Annotated[float, Meta(gt=0)] = 0.4  # nats; a token's log ratio counts up to this on the side it is pushed to
     normalisation: Normalisation = "sequence"
 
@@ -35,16 +37,6 @@ class GMPO(PolicyGradient):
         super().__post_init__()
         if self.normalisation != "sequence":
             raise ValueError(f"normalisation {self.normalisation}: GMPO's mean is a sequence's; use sequence, or GRPO")
-
-    @property
-    def has_own_region(self) -> bool:
-        """Return True: log ratios are clipped before their mean."""
-        return True
-
-    @property
-    def needs_group(self) -> bool:
-        """Return True: the baseline is the group's mean."""
-        return True
 
     @property
     def bounds(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ equation 3, with a mean over the tokens of each sequence, then over sequences; b
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from flowrl.algorithms.advantages import group_standardised
 from flowrl.algorithms.policy import KL, PolicyGradient
@@ -21,13 +21,9 @@ if TYPE_CHECKING:
 class GRPO(PolicyGradient):
     """Group relative policy optimisation."""
 
+    compares_group: ClassVar = True  # the baseline is the group's mean
     normalisation: Normalisation = "sequence"
     kl: KL = KL(coef=0.04, placement="loss", estimator="k3")
-
-    @property
-    def needs_group(self) -> bool:
-        """Return True: the baseline is the group's mean."""
-        return True
 
     def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return the standardised reward of each sample on each of its tokens."""

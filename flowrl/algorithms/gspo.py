@@ -10,7 +10,7 @@ token's ratio. Short answers, and samples some versions old, leave so narrow a r
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from flowrl.algorithms.advantages import group_standardised
 from flowrl.algorithms.functional import log_ratio
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 class GSPO(PolicyGradient):
     """Group sequence policy optimisation."""
 
+    has_own_region: ClassVar = True  # whole sequences are clipped
+    compares_group: ClassVar = True  # the baseline is the group's mean
     clip_low: Annotated[float, Meta(ge=0, le=1)] = 3e-4  # sequence ratios count down to 1 - this
     clip_high: Annotated[float, Meta(ge=0)] = 4e-4  # sequence ratios count up to 1 + this
     normalisation: Normalisation = "sequence"
@@ -35,16 +37,6 @@ class GSPO(PolicyGradient):
         super().__post_init__()
         if self.normalisation != "sequence":
             raise ValueError(f"normalisation {self.normalisation}: GSPO's ratio is a sequence's; use sequence, or GRPO")
-
-    @property
-    def has_own_region(self) -> bool:
-        """Return True: whole sequences are clipped."""
-        return True
-
-    @property
-    def needs_group(self) -> bool:
-        """Return True: the baseline is the group's mean."""
-        return True
 
     def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return the standardised reward of each sample on each of its tokens."""

@@ -9,7 +9,7 @@ what an asynchronous run adds.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from flowrl.algorithms.advantages import length_weighted
 from flowrl.algorithms.policy import PolicyGradient
@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 class OPO(PolicyGradient):
     """Policy gradient with the optimal reward baseline."""
 
-    @property
-    def needs_group(self) -> bool:
-        """Return True: the baseline is the group's weighted mean."""
-        return True
+    compares_group: ClassVar = True  # the baseline is the group's weighted mean
 
     def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return the reward of each sample less the group's mean by length, on each of its tokens."""

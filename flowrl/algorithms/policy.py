@@ -12,7 +12,7 @@ metrics nor gradient; the count depends on masks alone. Shapes: B sequences, T r
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 
@@ -67,6 +67,9 @@ class KL(Config):
 class PolicyGradient(Algorithm):
     """Settings, loss and parts of the advantages of every algorithm that weights log-probs by them."""
 
+    has_own_region: ClassVar[bool] = False  # whether what bounds the ratio is what the algorithm is about
+    compares_group: ClassVar[bool] = False  # whether a sample's advantage depends on the others of its group
+
     clip_low: Annotated[float, Meta(ge=0, le=1)] = 0.2  # ratios count down to 1 - this
     clip_high: Annotated[float, Meta(ge=0)] = 0.2  # ratios count up to 1 + this
     dual_clip: Annotated[float, Meta(ge=0)] = 0.0  # c > 1: for A < 0 the surrogate is at least c A; 0: off
@@ -97,11 +100,6 @@ class PolicyGradient(Algorithm):
         return CLIPS if self.dual_clip else CLIPS[:2]
 
     @property
-    def has_own_region(self) -> bool:
-        """Return whether what bounds the ratio is what this algorithm is about."""
-        return False
-
-    @property
     def needs_entropy(self) -> bool:
         """Return whether the loss has an entropy bonus."""
         return self.entropy_coef > 0
@@ -113,8 +111,8 @@ class PolicyGradient(Algorithm):
 
     @property
     def needs_group(self) -> bool:
-        """Return whether groups are filtered by how their samples differ."""
-        return self.filter_groups
+        """Return whether the samples of a group are compared, to find their advantages or to filter groups."""
+        return self.compares_group or self.filter_groups
 
     @property
     def needs_full_sampling(self) -> bool:

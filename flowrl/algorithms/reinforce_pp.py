@@ -11,7 +11,7 @@ step: the mean of whole returns would punish every late turn, from which less is
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import msgspec
 
@@ -43,15 +43,12 @@ class ReinforcePP(PolicyGradient):
 class ReinforcePPBaseline(ReinforcePP):
     """REINFORCE++-baseline: the group's mean comes off each score, then as REINFORCE++ with gamma = 1."""
 
+    compares_group: ClassVar = True  # the baseline is the group's mean
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.gamma != 1.0:
             raise ValueError(f"gamma {self.gamma}: REINFORCE++-baseline is defined for gamma 1; use ReinforcePP")
-
-    @property
-    def needs_group(self) -> bool:
-        """Return True: the baseline is the group's mean."""
-        return True
 
     def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return each token's return less the group's mean, of whole scores or of returns to go by turn."""

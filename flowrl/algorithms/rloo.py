@@ -9,7 +9,7 @@ the same there. The mean over the step's tokens is the paper's sum over tokens u
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from flowrl.algorithms.advantages import leave_one_out
 from flowrl.algorithms.policy import KL, PolicyGradient
@@ -21,12 +21,8 @@ if TYPE_CHECKING:
 class RLOO(PolicyGradient):
     """REINFORCE leave-one-out."""
 
+    compares_group: ClassVar = True  # the baseline is the mean of the group's other samples
     kl: KL = KL(coef=0.05)
-
-    @property
-    def needs_group(self) -> bool:
-        """Return True: the baseline is the mean of the group's other samples."""
-        return True
 
     def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return the reward of each sample less the mean of the others', on each of its tokens."""

@@ -9,7 +9,7 @@ f is a clip without an edge: its slope is 1 at rho = 1 and falls off on both sid
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 
@@ -29,19 +29,11 @@ FADED = 0.5  # of the slope: a token below this is told as clipped
 class SAPO(PolicyGradient):
     """Soft adaptive policy optimisation."""
 
+    has_own_region: ClassVar = True  # the gate bounds the ratio
+    compares_group: ClassVar = True  # the baseline is the group's mean
     tau_positive: Annotated[float, Meta(gt=0)] = 1.0  # how soon good tokens stop counting
     tau_negative: Annotated[float, Meta(gt=0)] = 1.05  # and bad ones
     normalisation: Normalisation = "sequence"
-
-    @property
-    def has_own_region(self) -> bool:
-        """Return True: the gate bounds the ratio."""
-        return True
-
-    @property
-    def needs_group(self) -> bool:
-        """Return True: the baseline is the group's mean."""
-        return True
 
     @property
     def bounds(self) -> tuple[str, ...]:

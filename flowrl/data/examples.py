@@ -33,7 +33,7 @@ from flowrl.data.formats import (
     with_names,
 )
 from flowrl.data.made import is_made, made_examples
-from flowrl.data.mixing import Mixture
+from flowrl.data.mixing import Mixture, split
 from flowrl.data.prompts import GENERATED, REASONING_GYM
 from flowrl.data.rendering import Encoded, Renderer
 from flowrl.data.sources import DataDigest, RawRow, read_rows
@@ -125,7 +125,7 @@ class ExampleSet:
     """The training and held-out examples of all sources."""
 
     def __init__(
-        self, *, parts: list[list[ExampleRow]], heldout: list[ExampleRow], data: ExampleData, report: Report
+        self, *, parts: list[list[ExampleRow]], heldout: list[ExampleRow], data: ExampleData, report: ExampleFindings
     ) -> None:
         self.train = [row for part in parts for row in part]
         self.heldout = heldout
@@ -158,7 +158,7 @@ class ExampleSet:
         return self._parts[source][place]
 
 
-class Report:
+class ExampleFindings:
     """What is found out while loading."""
 
     def __init__(self) -> None:
@@ -192,30 +192,22 @@ def load_examples(data: ExampleData, tokenizer: PreTrainedTokenizerBase) -> Exam
         DataError: a source or a row cannot be used, or too few examples remain.
         ModelError: the tokenizer lacks a chat template or an EOS token that is needed.
     """
-    report = Report()
+    report = ExampleFindings()
     found = _read(data, report)
     for name in data.condition_on:
         report.ranges[name] = score_range(name, [each.row for each in found])
     found.sort(key=lambda each: _digest(each.row.asked) + each.digest)
     report.counts["repeated"] = len(found) - len({each.digest for each in found})
-    heldout: dict[bytes, ExampleRow] = {}
-    held_prompts: set[bytes] = set()
-    parts: list[list[ExampleRow]] = [[] for _ in data.sources]
-    num_train = 0
-    for each, row in _tokenized(data, found, tokenizer, report):
-        prompt = _digest(each.row.asked)
-        if len(heldout) < data.num_heldout and each.digest not in heldout:
-            heldout[each.digest] = row
-            held_prompts.add(prompt)
-        elif prompt in held_prompts:
-            report.counts["prompt held out"] += 1
-        else:
-            parts[each.source].append(row)
-            num_train += 1
-            if num_train == data.num_train:
-                break
-    _check_enough(data, len(heldout), num_train, report)
-    return ExampleSet(parts=parts, heldout=list(heldout.values()), data=data, report=report)
+    rows = split(
+        _tokenized(data, found, tokenizer, report),
+        num_sources=len(data.sources),
+        num_heldout=data.num_heldout,
+        num_train=data.num_train,
+        prompt_of=lambda each, _: _digest(each.row.asked),
+    )
+    report.counts["prompt held out"] += rows.num_left_out
+    _check_enough(data, len(rows.heldout), rows.num_train, report)
+    return ExampleSet(parts=rows.parts, heldout=rows.heldout, data=data, report=report)
 
 
 def read_source(data: ExampleData, source: ExampleSource, bad: Bad) -> Iterable[RawRow]:
@@ -231,7 +223,7 @@ def read_source(data: ExampleData, source: ExampleSource, bad: Bad) -> Iterable[
             bad(error)
 
 
-def _read(data: ExampleData, report: Report) -> list[_Found]:
+def _read(data: ExampleData, report: ExampleFindings) -> list[_Found]:
     """Return the usable rows of all sources, and count the others."""
     found: list[_Found] = []
     seen = DataDigest()
@@ -282,7 +274,7 @@ def _digest(value: Any) -> bytes:
 
 
 def _tokenized(
-    data: ExampleData, rows: Sequence[_Found], tokenizer: PreTrainedTokenizerBase, report: Report
+    data: ExampleData, rows: Sequence[_Found], tokenizer: PreTrainedTokenizerBase, report: ExampleFindings
 ) -> Iterator[tuple[_Found, ExampleRow]]:
     """Yield each row that can be learned with its tokens."""
     renderer = Renderer(
@@ -370,7 +362,7 @@ def read_template(file: str) -> str:
         raise DataError(f"data.chat_template {file}", f"cannot be read ({reason})", "give a Jinja file") from error
 
 
-def _check_enough(data: ExampleData, num_heldout: int, num_train: int, report: Report) -> None:
+def _check_enough(data: ExampleData, num_heldout: int, num_train: int, report: ExampleFindings) -> None:
     where = "data.mix" if data.mix else f"data {data.source}"
     num_left_out = report.counts["prompt held out"]
     there = f"{num_heldout + num_train + num_left_out} different usable examples"

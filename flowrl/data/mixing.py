@@ -1,9 +1,10 @@
-"""The order in which the rows of several sources are learned: endless, by probability, the same at every start.
+"""Which rows are held out, and the order in which those of several sources are learned: endless, by probability.
 
-Invariants: `at(position)` is a pure function of the sizes, the weights, the seed and the position, so that a run
-resumes anywhere; of the first n positions every source has its share, to within one row at the end of a block and to
-within a block everywhere; the rows of a source come in complete permutations, one after the other, whatever stands
-between them. Called by `ExampleSet`.
+Invariants: no prompt that is held out is learned. `split` takes rows as they come, so whoever sorts them first is held
+to no order of the source. `at(position)` is a pure function of the sizes, the weights, the seed and the position, so
+that a run resumes anywhere. Of the first n positions every source has its share, to within one row at the end of a
+block and to within a block everywhere. The rows of a source come in complete permutations, one after the other,
+whatever stands between them. Called by whoever loads prompts or examples.
 
 Tests: tests/unit/data/test_mixing.py
 """
@@ -13,16 +14,76 @@ from __future__ import annotations
 import functools
 import math
 import random
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from flowrl.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Hashable, Iterable, Sequence
 
 MIN_BLOCK = 100  # positions whose shares are exact; longer where a source's weight is below 1/100
+
+
+class Origin(Protocol):
+    """Where a row comes from."""
+
+    @property
+    def source(self) -> int: ...
+
+    @property
+    def digest(self) -> bytes:
+        """Return what tells rows that are the same."""
+        ...
+
+
+From = TypeVar("From", bound=Origin)
+R = TypeVar("R")
+
+
+@dataclass
+class Split(Generic[R]):
+    """Rows to train on and rows held out."""
+
+    parts: list[list[R]]  # to train on, of each source
+    heldout: list[R] = field(default_factory=list[R])
+    num_left_out: int = 0  # further rows that ask what a held-out one asks
+
+    @property
+    def num_train(self) -> int:
+        """Return the rows to train on."""
+        return sum(map(len, self.parts))
+
+
+def split(
+    rows: Iterable[tuple[From, R]],
+    *,
+    num_sources: int,
+    num_heldout: int,
+    num_train: int,
+    prompt_of: Callable[[From, R], Hashable],
+) -> Split[R]:
+    """Hold the first different rows out, train on the others; reads no further than `num_train` of them (0: all)."""
+    found = Split[R]([[] for _ in range(num_sources)])
+    held: set[bytes] = set()
+    held_prompts: set[Hashable] = set()
+    left = num_train
+    for each, row in rows:
+        prompt = prompt_of(each, row)
+        if len(held) < num_heldout and each.digest not in held:
+            held.add(each.digest)
+            held_prompts.add(prompt)
+            found.heldout.append(row)
+        elif prompt in held_prompts:
+            found.num_left_out += 1
+        else:
+            found.parts[each.source].append(row)
+            left -= 1
+            if left == 0:
+                break
+    return found
 
 
 class Mixture:

@@ -23,6 +23,7 @@ import msgspec
 from flowrl.data.adapters import base_of, is_adapter, merged_model
 from flowrl.data.aside import run_aside
 from flowrl.errors import DataError, ModelError
+from flowrl.model_files import num_positions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -126,22 +127,13 @@ def inspect_model(directory: Path) -> ModelCard:
     return ModelCard(
         directory=str(directory),
         architecture=str(architectures[0]),
-        max_context=_num_positions(text),
+        max_context=num_positions(text),
         vocab_size=int(text.get("vocab_size", 0)),
         tied=bool(tied),
         dtype=str(text.get("dtype") or text.get("torch_dtype") or "unknown"),
         num_parameters=sum(_num_elements(t["shape"]) for t in tensors.values()),
         has_chat_template=_has_chat_template(directory, where),
     )
-
-
-def _num_positions(text: dict[str, Any]) -> int:
-    names = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
-    most = next((int(text[name]) for name in names if text.get(name)), 0)
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type")) in ("linear", "dynamic", "yarn"):  # as vLLM counts
-        most = max(most, int(rope.get("original_max_position_embeddings", most) * rope.get("factor", 1.0)))
-    return 0 if text.get("alibi") else most
 
 
 def check_reach(card: ModelCard, place: str, token_ids: Iterable[int], num_tokens: int) -> None:

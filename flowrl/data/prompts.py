@@ -21,7 +21,7 @@ import msgspec
 from flowrl.config import Config, Meta
 from flowrl.data.conversations import messages_of, noun, options_of, tools_of, with_system
 from flowrl.data.formats import NormalRow, prompt_column, with_names, with_prompt
-from flowrl.data.mixing import Mixture
+from flowrl.data.mixing import Mixture, split
 from flowrl.data.rendering import Renderer
 from flowrl.data.sources import DataDigest, RawRow, read_rows
 from flowrl.data.tasks import Task, make_rows
@@ -115,7 +115,7 @@ class PromptSet:
     """The training and held-out prompts of all sources."""
 
     def __init__(
-        self, *, parts: list[list[PromptRow]], heldout: list[PromptRow], data: PromptData, report: Report
+        self, *, parts: list[list[PromptRow]], heldout: list[PromptRow], data: PromptData, report: PromptFindings
     ) -> None:
         self.train = [row for part in parts for row in part]
         self.heldout = heldout
@@ -146,7 +146,7 @@ class PromptSet:
         return self._parts[source][place]
 
 
-class Report:
+class PromptFindings:
     """What is found out while loading."""
 
     def __init__(self, data: PromptData) -> None:
@@ -218,28 +218,21 @@ def load_prompts(data: PromptData, tokenizer: PreTrainedTokenizerBase) -> Prompt
     if data.chat_template and not tokenizer.chat_template:
         remedy = "take an instruction-tuned model, or set data.chat_template=false to use prompts as they are"
         raise ModelError(f"tokenizer {tokenizer.name_or_path}", "has no chat template", remedy)
-    report = Report(data)
+    report = PromptFindings(data)
     renderer = Renderer(tokenizer, day=data.date)
     found = list(_rendered(data, renderer, report))
     found.sort(key=lambda each: _digest(each.row.columns["prompt"]) + each.digest)
     report.num_repeated = len(found) - len({each.digest for each in found})
-    heldout: dict[bytes, PromptRow] = {}
-    parts: list[list[PromptRow]] = [[] for _ in data.sources]
-    held_texts: set[str] = set()
-    num_train = 0
-    for each, row in _tokenized(found, data, tokenizer, renderer, report.bad):
-        if len(heldout) < data.num_heldout and each.digest not in heldout:
-            heldout[each.digest] = row
-            held_texts.add(row.text)
-        elif row.text in held_texts:
-            report.num_left_out += 1
-        else:
-            parts[each.source].append(row)
-            num_train += 1
-            if num_train == data.num_train:
-                break
-    _check_enough(data, len(heldout), num_train, report)
-    return PromptSet(parts=parts, heldout=list(heldout.values()), data=data, report=report)
+    rows = split(
+        _tokenized(found, data, tokenizer, renderer, report.bad),
+        num_sources=len(data.sources),
+        num_heldout=data.num_heldout,
+        num_train=data.num_train,
+        prompt_of=lambda _, row: row.text,
+    )
+    report.num_left_out = rows.num_left_out
+    _check_enough(data, len(rows.heldout), rows.num_train, report)
+    return PromptSet(parts=rows.parts, heldout=rows.heldout, data=data, report=report)
 
 
 def first_columns(data: PromptData) -> list[dict[str, Any]]:
@@ -260,7 +253,7 @@ def _first_columns(data: PromptData, number: int) -> dict[str, Any]:
     raise DataError(where, "no row has a prompt", "check data.source and data.prompt_column")
 
 
-def _asking(data: PromptData, number: int, bad: Bad, report: Report | None = None) -> Iterator[RawRow]:
+def _asking(data: PromptData, number: int, bad: Bad, report: PromptFindings | None = None) -> Iterator[RawRow]:
     """Yield a source's rows with their prompts in the column `prompt`, as the data have them."""
     source = data.sources[number]
     column = source.prompt_column
@@ -283,7 +276,7 @@ def _raw_rows(data: PromptData, source: PromptSource, bad: Bad) -> Iterable[RawR
     return read_rows(source.source, split=source.split, subset=source.subset, bad=bad)
 
 
-def _rendered(data: PromptData, renderer: Renderer, report: Report) -> Iterator[_Found]:
+def _rendered(data: PromptData, renderer: Renderer, report: PromptFindings) -> Iterator[_Found]:
     for number in range(len(data.sources)):
         for index, row in enumerate(_asking(data, number, report.bad, report)):
             try:
@@ -356,7 +349,7 @@ def _where(data: PromptData) -> str:
     return "data.mix" if data.mix else f"data {data.source}"
 
 
-def _check_enough(data: PromptData, num_heldout: int, num_train: int, report: Report) -> None:
+def _check_enough(data: PromptData, num_heldout: int, num_train: int, report: PromptFindings) -> None:
     where, skipped = _where(data), report.skipped
     there = f"{num_heldout + num_train} usable prompts"
     also = f" ({report.num_left_out} more ask what one held out asks)" if report.num_left_out else ""

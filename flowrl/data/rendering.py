@@ -35,7 +35,7 @@ from flowrl.ending import (
     CALLED,
     DATE,
     HEARD,
-    Ending,
+    AnswerEnd,
     ending_of,
     render_options,
     template_errors,
@@ -94,7 +94,7 @@ class Renderer:
         self._clock = render_options(day)
         self._first_ids: list[int] | None = None
         self._call_style: tuple[bool, str | None] | None = None
-        self.ending: Ending = ending_of(tokenizer, template=template)
+        self.ending: AnswerEnd = ending_of(tokenizer, template=template)
 
     # Prompts
 

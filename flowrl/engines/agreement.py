@@ -21,12 +21,12 @@ from flowrl.engines.models import choose_layout, reads_of
 from flowrl.engines.packing import LAYOUTS, pack, plan, unpack
 from flowrl.errors import ModelError, StageError
 from flowrl.messages import Buffer
+from flowrl.model_files import num_positions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import nn
-    from transformers import PreTrainedConfig
 
     from flowrl.engines.base import TrainingConfig
     from flowrl.engines.models import TokenReader
@@ -89,7 +89,8 @@ def _made_up(reader: TokenReader) -> list[TokenGroup]:
     config, settings = reader.model.config, reader.model.config.get_text_config()
     marks = {value for name, value in vars(config).items() if name.endswith("token_id") and isinstance(value, int)}
     usable = np.array([token for token in range(min(int(settings.vocab_size), 1000)) if token not in marks])
-    random, most = np.random.default_rng(0), min(num_positions(config) or reader.reach, reader.reach)
+    random = np.random.default_rng(0)
+    most = min(num_positions(config.get_text_config().to_dict()) or reader.reach, reader.reach)
 
     def draw(num_tokens: int) -> Buffer:
         return Buffer.ints(random.choice(usable, min(num_tokens, max(1, most // 2))))
@@ -119,16 +120,6 @@ def _gap(found: Values, expected: Values, *, is_policy: bool) -> float:
     return float(np.abs(ours - theirs).mean() / (max(1.0, size / USUAL_NATS) if is_policy else size))
 
 
-def num_positions(config: PreTrainedConfig) -> int:
-    """Return how many tokens a model's positions reach; 0 where nothing limits them."""
-    settings = config.get_text_config()
-    most = int(getattr(settings, "max_position_embeddings", 0) or 0)
-    rope = getattr(settings, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("linear", "dynamic", "yarn"):  # as vLLM counts
-        most = max(most, int(rope.get("original_max_position_embeddings", most) * rope.get("factor", 1.0)))
-    return 0 if getattr(settings, "alibi", False) else most
-
-
 def check_fit(groups: Sequence[TokenGroup], reader: TokenReader, where: str) -> None:
     """Insist that a model has an embedding for every token of the groups and positions for all of them.
 
@@ -136,8 +127,9 @@ def check_fit(groups: Sequence[TokenGroup], reader: TokenReader, where: str) -> 
         StageError: it has not, with the group and the numbers.
     """
     embeddings: Any = reader.model.get_input_embeddings()
-    config = reader.model.config
-    rows, most = int(getattr(embeddings, "num_embeddings", config.get_text_config().vocab_size)), num_positions(config)
+    config = reader.model.config.get_text_config()
+    rows = int(getattr(embeddings, "num_embeddings", config.vocab_size))
+    most = num_positions(config.to_dict())
     for index, group in enumerate(groups):
         ids = [group.prompt_ids.numpy(), *(response.numpy() for response in group.responses)]
         largest = max((int(part.max()) for part in ids if len(part)), default=0)

@@ -54,10 +54,10 @@ class RunSettings(Config):
     prometheus_port: Annotated[int, Meta(ge=0, le=65535)] = 0  # figures at http://127.0.0.1:PORT/metrics; 0: none
 
 
-__all__ = ["Credits", "Graph", "Latest", "Piece", "Queue"]
+__all__ = ["Credits", "Graph", "Latest", "Queue", "Section"]
 
 
-class Piece(NamedTuple):
+class Section(NamedTuple):
     """Some nodes of a graph with the edges that join them to it; both may be empty."""
 
     nodes: Mapping[str, Stage] = {}
@@ -76,6 +76,8 @@ class Graph:
         object.__setattr__(self, "edges", (*self._filled_in(), *self._saves()))
         for edge in self.edges:
             edge.target.brings = edge.source.message
+            if isinstance(edge, Queue):
+                edge.source.leads_to = edge.target.owner
 
     def _filled_in(self) -> Iterator[Edge]:
         """Yield the edges with what they leave unsaid."""

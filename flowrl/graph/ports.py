@@ -64,6 +64,7 @@ class Port:
         self.is_optional = is_optional
         self.is_ordered = is_ordered
         self.brings = message  # in a graph: what the edge into it carries, which may be more
+        self.leads_to: Owner | None = None  # in a graph: the stage at the other end of the queue that begins here
 
     def __repr__(self) -> str:
         return f"{type(self.owner).__name__}.{self.name}"

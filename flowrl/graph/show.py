@@ -25,7 +25,7 @@ def edge_table(graph: Graph) -> str:
             graph.address(edge.source),
             graph.address(edge.target),
             edge.source.message.__name__,
-            _bounds(edge),
+            bounds(edge),
         )
         for edge in graph.edges
     ]
@@ -69,11 +69,12 @@ def mermaid(graph: Graph) -> str:
     for edge in graph.edges:
         source, target = graph.node_of(edge.source), graph.node_of(edge.target)
         arrow = "-->" if isinstance(edge, Queue) else "-.->"
-        lines.append(f'    {source} {arrow}|"{edge.source.message.__name__}: {_bounds(edge)}"| {target}')
+        lines.append(f'    {source} {arrow}|"{edge.source.message.__name__}: {bounds(edge)}"| {target}')
     return "\n".join(lines)
 
 
-def _bounds(edge: Edge) -> str:
+def bounds(edge: Edge) -> str:
+    """Return what bounds an edge: its depth, order and staleness, or its credits."""
     if isinstance(edge, Queue):
         parts = [f"depth {edge.depth}"]
         if edge.window is not None:

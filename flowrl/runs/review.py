@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 from flowrl.config import redacted
 from flowrl.data.pieces import pieces_of
 from flowrl.errors import ConfigError, DataError, FlowrlError, one_line
+from flowrl.graph.program import graph_of
+from flowrl.graph.show import bounds
 from flowrl.runs.inspection import RecordedRollouts, as_json, as_table, describe_group
 from flowrl.runs.page.page import Subject, write_page
 from flowrl.runs.verify import describe, verify_run
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from flowrl.graph.program import EdgePlan, GraphPlan
+    from flowrl.graph.program import GraphPlan
     from flowrl.runtime.ledger import Entry
 
 MOST_REASONS = 20  # rows of groups that were not learned
@@ -114,7 +116,7 @@ def _subject(run_dir: Path, plan: GraphPlan, settings: dict[str, Any], graph_fil
         failure=ending.failure if ending and condition == "failed" else "",
         resume=ending.resume if ending and condition in ("failed", "stopped") else "",
         nodes=list(plan.nodes),
-        edges=[(edge.kind, edge.source, edge.target, _bounds(edge)) for edge in plan.edges],
+        edges=_edges(plan),
         settings=[*flattened(redacted(settings))],
         totals=totals,
         reasons=reasons,
@@ -174,5 +176,10 @@ def _inner(value: Any) -> dict[str, Any]:
     return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
-def _bounds(edge: EdgePlan) -> str:
-    return ", ".join(f"{name} {value}" for name, value in edge.bounds.items() if value is not None)
+def _edges(plan: GraphPlan) -> list[tuple[str, ...]]:
+    """Return kind, ends and bounds of every edge; without what its stages alone know where they are not there."""
+    try:
+        told = [bounds(edge) for edge in graph_of(plan).edges]
+    except FlowrlError:
+        told = [", ".join(f"{name} {value}" for name, value in edge.bounds.items() if value) for edge in plan.edges]
+    return [(edge.kind, edge.source, edge.target, text) for edge, text in zip(plan.edges, told, strict=True)]

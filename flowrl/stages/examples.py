@@ -21,6 +21,7 @@ from flowrl.errors import ConfigError, DataError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import FIRST_HELDOUT, Buffer, Credit, Example
+from flowrl.stages.reference import ExampleReference
 from flowrl.stages.sampler import Course
 from flowrl.stages.tokens import example_group, group_batch, with_constant
 from flowrl.telemetry.events import Cause
@@ -93,10 +94,9 @@ class Examples(Stage):
     credits: In[Credit]
     examples: Out[Example]
 
-    def __init__(self, config: Config, course: Course, *, has_reference: bool = False) -> None:
+    def __init__(self, config: Config, course: Course) -> None:
         self.config: Examples.Config = config
         self.course = course
-        self.has_reference = has_reference  # whether the graph adds a reference's log-probs
 
     def check(self, say: Say) -> None:
         """Load the tokenizer and the data set, and try the objective on one row of each kind."""
@@ -107,7 +107,8 @@ class Examples(Stage):
         for line in rows.told():
             say(line)
         check_rows(directory, [*rows.train, *rows.heldout])
-        try_rows(objective, [*rows.train, *rows.heldout], has_reference=self.has_reference)
+        has_reference = isinstance(self.examples.leads_to, ExampleReference)
+        try_rows(objective, [*rows.train, *rows.heldout], has_reference=has_reference)
         for part in (rows.train, rows.heldout) if objective.needs_mismatched else ():
             if part:
                 mismatched_of(_endless(part), 0, len(part))

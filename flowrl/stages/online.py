@@ -14,7 +14,7 @@ from flowrl.config import Meta, Select
 from flowrl.data.prompts import PromptData
 from flowrl.engines.base import Sampling
 from flowrl.graph.edges import Edge, Latest, Queue
-from flowrl.graph.graph import Piece, RunSettings
+from flowrl.graph.graph import RunSettings, Section
 from flowrl.stages.evaluator import Evaluator
 from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
@@ -79,7 +79,7 @@ class OnlineSettings(SamplingSettings):
 
 def evaluated(
     config: Evaluator.Config, learner: Learner, generator: Generator | Agent, reward: Reward.Config | None = None
-) -> Piece:
+) -> Section:
     """Return the evaluation of a learner's versions on held-out prompts, which the generator samples as well."""
     evaluation = Evaluator(config, generator.sampler, reward=reward)
     edges: list[Edge] = [
@@ -87,19 +87,19 @@ def evaluated(
         Queue(evaluation.prompts, generator.heldout, depth=16),
         Queue(generator.heldout_rollouts, evaluation.rollouts, depth=config.in_flight, most=config.in_flight),
     ]
-    return Piece({"evaluation": evaluation}, edges)
+    return Section({"evaluation": evaluation}, edges)
 
 
-def texts_for(learner: Learner) -> Piece:
+def texts_for(learner: Learner) -> Section:
     """Return the source of a learner's pre-training loss, where it has one."""
     if not learner.beside.per_step:
-        return Piece()
+        return Section()
     texts = TextSource(learner.beside, model=learner.sampler.model)
     edges: list[Edge] = [
         Queue(learner.wanted, texts.wanted, depth=1),
         Queue(texts.texts, learner.texts, depth=1, most=1),
     ]
-    return Piece({"texts": texts}, edges)
+    return Section({"texts": texts}, edges)
 
 
 class Replayed(NamedTuple):

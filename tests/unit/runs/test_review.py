@@ -37,7 +37,7 @@ def test_the_report_has_what_only_the_ledger_and_the_settings_know(run_dir: Path
     assert '<td>filtered</td><td class="words">all rewards are alike said</td><td>1</td>' in text
     assert "<dt>learner.lr</dt><dd>1e-05</dd>" in text
     assert "3 steps, admitted 13, learned 12, filtered 1, failed 0" in text, "the verdict"
-    assert "window 1" in text, "the graph"
+    assert "in order, window 1, staleness &lt;= 1" in text, "the graph"
     assert 'class="condition good">finished' in text
 
 
