@@ -52,6 +52,7 @@ class RunSettings(Config):
     mlflow: str = ""  # tracking URI such as sqlite:///mlflow.db; "": none
     trackio: str = ""  # project there; "": none
     prometheus_port: Annotated[int, Meta(ge=0, le=65535)] = 0  # figures at http://127.0.0.1:PORT/metrics; 0: none
+    sinks: dict[str, str] = {}  # of one's own: name -> module:Class, which is given the run's directory
 
 
 __all__ = ["Credits", "Graph", "Latest", "Queue", "Section"]

@@ -12,8 +12,10 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+from flowrl.config import load_class
 from flowrl.errors import say
 from flowrl.telemetry.events import Notice
 from flowrl.telemetry.metrics import MetricsFile, StateFile, read_evaluations
@@ -128,6 +130,8 @@ def open_sinks(
         sinks.view.recall(read_evaluations(metrics))
     sinks.add("warnings", lambda: Symptoms(sinks.warn))
     add_trackers(settings, sinks, run_dir=run_dir, title=title)
+    for name, path in settings.sinks.items():
+        sinks.add(f"sinks.{name}", partial(load_class(path, f"sinks.{name}"), run_dir))
     sinks.add("timeline", lambda: Timeline(timeline_path(run_dir), say=lambda line: sinks.warn("timeline", line)))
     sinks.add("metrics", lambda: MetricsFile(metrics, say=lambda line: sinks.warn("metrics", line)))
     sinks.add("state", lambda: StateFile(run_dir, sinks.view))

@@ -14,13 +14,13 @@ import re
 import socket
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from flowrl.config import Config
+from flowrl.config import Config, load_class
 from flowrl.errors import ConfigError
 from flowrl.telemetry.events import EdgeStatus, Evaluation, Status, Step
 from flowrl.telemetry.intervals import mean_interval, prompt_means
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from flowrl.telemetry.events import Event
@@ -56,11 +56,14 @@ class TrackerSettings(Protocol):
     def trackio(self) -> str: ...
 
     @property
+    def sinks(self) -> Mapping[str, str]: ...
+
+    @property
     def prometheus_port(self) -> int: ...
 
 
 def check_trackers(settings: TrackerSettings) -> None:
-    """Refuse a tracker that is not installed, that wants a login there is not, or whose port is taken.
+    """Refuse a tracker that is not installed, wants a login there is not or has no free port, and what is no sink.
 
     Raises:
         ConfigError: with the setting and what to do.
@@ -77,6 +80,10 @@ def check_trackers(settings: TrackerSettings) -> None:
             raise ConfigError(setting, f"needs the package {packages[0]}", f"pip install {packages[0]}, or set {off}")
     if mode == "online":
         _require_login()
+    for name, path in settings.sinks.items():
+        kind = load_class(path, f"sinks.{name}")
+        if not (hasattr(kind, "consume") and hasattr(kind, "close")):
+            raise ConfigError(f"sinks.{name}", f"{path} is no sink", "give it the methods consume(events) and close()")
     if settings.prometheus_port:
         try:
             socket.create_server((LOOPBACK, settings.prometheus_port)).close()

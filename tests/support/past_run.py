@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flowrl.graph.graph import RunSettings
 from flowrl.graph.program import load_program
 from flowrl.messages import Buffer, Sample, Samples, VersionSpan
 from flowrl.runtime.ledger import Ledger
@@ -12,7 +13,6 @@ from flowrl.telemetry.events import Status, Step
 from flowrl.telemetry.records import step_path, write_rollouts
 from flowrl.telemetry.report import Ending, write_ending
 from flowrl.telemetry.sinks import open_sinks
-from flowrl.telemetry.trackers import WandbConfig
 from tests.support.command import ROOT
 from tests.unit.telemetry.streams import evaluation, notice, random_run, span, step
 
@@ -24,13 +24,6 @@ if TYPE_CHECKING:
 SECTIONS = ["heldout", "learning", "time", "queues", "weights", "advice", "rollouts", "ledger", "notices", "settings"]
 SCRIPT = "document.title='owned'"
 HOSTILE = f'</script><script>{SCRIPT}</script><img src=x onerror="{SCRIPT}">&amp;\x1b[2J{{{{ 7777*7 }}}}'
-
-
-class Settings:
-    wandb = WandbConfig()
-    tensorboard = False
-    mlflow = trackio = ""
-    prometheus_port = 0
 
 
 def sampled(group_id: int, step: int, *, rewards: tuple[float, ...], text: str = "said", age: int = 1) -> Samples:
@@ -70,7 +63,7 @@ def past_run(
     program = load_program(ROOT / "graphs" / "ppo_async.py", overrides=[f"steps={num_steps}"])
     write_plan(directory, program)
     events = _events(num_steps, text)
-    sinks = open_sinks(directory, Settings(), title=directory.name, nodes=list(program.graph.nodes))
+    sinks = open_sinks(directory, RunSettings(), title=directory.name, nodes=list(program.graph.nodes))
     with sinks as opened:
         opened.say = lambda line: None
         opened.consume(events)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from flowrl.graph.graph import RunSettings
 from flowrl.graph.program import graph_of, load_program
 from flowrl.runtime.placement import num_cores
 from flowrl.runtime.rundir import create_run_dir, write_plan
@@ -21,7 +22,6 @@ from flowrl.simulation.profiler import ProfileFile, machine_name
 from flowrl.simulation.run import run_timed
 from flowrl.simulation.stand_ins import timed_plan
 from flowrl.telemetry.sinks import open_sinks
-from flowrl.telemetry.trackers import WandbConfig
 from tests.support.command import GRAPH
 
 if TYPE_CHECKING:
@@ -33,13 +33,6 @@ if TYPE_CHECKING:
     from flowrl.telemetry.events import Event
 
 SMALL = ("groups_per_step=2", "generator.group_size=2", "steps=12")  # a run of the PPO graph that is quick to simulate
-
-
-class Settings:
-    wandb = WandbConfig()
-    tensorboard = False
-    mlflow = trackio = ""
-    prometheus_port = 0
 
 
 class Keeping(Watch):
@@ -97,7 +90,7 @@ def timed_past(directory: Path, truth: Profile, *overrides: str, is_fitted: bool
     program = ppo(*overrides)
     write_plan(directory, program)
     events = events_of(program.graph, truth, steps=program.settings.steps)
-    with open_sinks(directory, Settings(), title=directory.name, nodes=list(program.graph.nodes)) as sinks:
+    with open_sinks(directory, RunSettings(), title=directory.name, nodes=list(program.graph.nodes)) as sinks:
         if is_fitted:
             sinks.add("profile", lambda: ProfileFile(directory))
         sinks.consume(list(events))

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from flowrl.graph.graph import RunSettings
 from flowrl.telemetry.events import EdgeStatus, Span, Status, Step
 from flowrl.telemetry.sinks import open_sinks
 from flowrl.telemetry.timeline import read_history, read_timeline, timelines
-from flowrl.telemetry.trackers import WandbConfig
 from flowrl.telemetry.view import RunView, shares
 from tests.unit.telemetry.streams import random_run, status, step
 
@@ -19,16 +19,9 @@ if TYPE_CHECKING:
     from flowrl.telemetry.events import Event
 
 
-class Settings:
-    wandb = WandbConfig()
-    tensorboard = False
-    mlflow = trackio = ""
-    prometheus_port = 0
-
-
 def told(run_dir: Path, events: list[Event]) -> RunView:
     """Give events to the sinks of a run, as its launcher does."""
-    with open_sinks(run_dir, Settings(), title="run") as sinks:
+    with open_sinks(run_dir, RunSettings(), title="run") as sinks:
         sinks.say = lambda line: None
         sinks.consume(events)
     return sinks.view

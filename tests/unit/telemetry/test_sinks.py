@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from flowrl.graph.graph import RunSettings
 from flowrl.telemetry.events import HINT
 from flowrl.telemetry.sinks import Sinks, open_sinks
-from flowrl.telemetry.trackers import WandbConfig
 from flowrl.telemetry.view import RunView
 from tests.unit.telemetry.streams import evaluation, random_run, status, step
 
@@ -20,13 +20,6 @@ if TYPE_CHECKING:
     import pytest
 
     from flowrl.telemetry.events import Event
-
-
-class Settings:
-    wandb = WandbConfig()
-    tensorboard = False
-    mlflow = trackio = ""
-    prometheus_port = 0
 
 
 class Memory:
@@ -109,7 +102,7 @@ def test_what_the_last_sink_says_at_its_close_is_said() -> None:
 
 
 def test_a_run_leaves_metrics_timeline_and_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with open_sinks(tmp_path, Settings(), title="ppo-1") as sinks:
+    with open_sinks(tmp_path, RunSettings(), title="ppo-1") as sinks:
         sinks.consume(random_run(0))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "state.json", "timeline.json"]
     json.loads((tmp_path / "timeline.json").read_text())
@@ -118,9 +111,9 @@ def test_a_run_leaves_metrics_timeline_and_plain_lines(tmp_path: Path, capsys: p
 
 
 def test_a_resumed_run_remembers_its_evaluations_and_has_a_timeline_of_its_own(tmp_path: Path) -> None:
-    with open_sinks(tmp_path, Settings(), title="ppo-1") as sinks:
+    with open_sinks(tmp_path, RunSettings(), title="ppo-1") as sinks:
         sinks.consume([evaluation(0, [[0.5]]), step(1, at=1.0)])
-    with open_sinks(tmp_path, Settings(), title="ppo-1") as sinks:
+    with open_sinks(tmp_path, RunSettings(), title="ppo-1") as sinks:
         sinks.consume([evaluation(2, [[1.0]]), step(2, at=100.0)])
     assert list(sinks.view.evaluations) == [0, 2]
     assert (tmp_path / "timeline-2.json").exists()
@@ -128,7 +121,7 @@ def test_a_resumed_run_remembers_its_evaluations_and_has_a_timeline_of_its_own(t
 
 def test_a_console_gets_the_live_view(tmp_path: Path) -> None:
     out = io.StringIO()
-    with open_sinks(tmp_path, Settings(), title="ppo-1", console=Console(file=out, force_terminal=True)) as sinks:
+    with open_sinks(tmp_path, RunSettings(), title="ppo-1", console=Console(file=out, force_terminal=True)) as sinks:
         sinks.consume(random_run(0))
         sinks.say("stopping")
     assert "stopping" in out.getvalue()

@@ -64,3 +64,9 @@ def test_wandb_online_without_a_key_is_refused_before_the_run(tmp_path: Path, mo
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     with pytest.raises(ConfigError, match="wandb login"):
         check_trackers(of(wandb=WandbConfig(mode="online")))
+
+
+@pytest.mark.parametrize("path", ["collections:deque", "collections:nothing"])
+def test_what_is_no_sink_is_refused_before_the_run(path: str) -> None:
+    with pytest.raises(ConfigError, match=r"sinks\.mine"):
+        check_trackers(of(sinks={"mine": path}))
