@@ -55,7 +55,7 @@ class _RayWithoutInit(importlib.abc.MetaPathFinder):
         return spec
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _closed_tier():
     forbidden = {
         (time, "sleep"): _forbid("time.sleep", "use the virtual clock"),

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 MEMORY = Path("/dev/shm")
 FULL = 10_000  # schedules
 SHARES = 20  # tests they are spread over, for several processes
-LONG_FROM = 100 + FULL // 5  # those from here on are for `scripts/test.sh --all`
+LONG_FROM = 100 + FULL // SHARES  # those from here on are for `scripts/test.sh --all`
 
 
 @pytest.mark.parametrize("first", range(0, 30, 5))
