@@ -10,6 +10,7 @@ Tests: tests/unit/data/test_models.py
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -277,9 +278,12 @@ def _bundled(where: str, cache: Path, say: Say) -> Path:
 
 def convert_gguf(source: Path, target: Path) -> None:
     """Dequantize a GGUF file to bfloat16 safetensors with tokenizer and chat template."""
+    import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    # transformers reads the file three times over, which is half of the work; this process ends with the conversion.
+    setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))  # noqa: B010
     model: Any = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
