@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ os.environ.update(
 )
 if not Path("/dev/nvidia0").exists():
     os.environ["DS_ACCELERATOR"] = "cpu"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what is put in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what the tests start is to hear a Ctrl-C
 
 
 @pytest.fixture(scope="session")

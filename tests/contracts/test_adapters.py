@@ -104,11 +104,11 @@ def test_a_new_engine_continues_from_adapters_alone(model, tmp_path, path, zero_
     assert written < 4 * adapter_bytes(model) + (1 << 16)
 
 
-def rank_main(rank: int, port: int, path: str, zero_stage: int, model: str, directory: str) -> None:
+def rank_main(ranks: Ranks, path: str, zero_stage: int, model: str, directory: str) -> None:
     """Be one rank in a process of its own."""
-    engine = opened(path, Path(model), zero_stage=zero_stage, ranks=Ranks(rank=rank, world_size=2, port=port))
+    engine = opened(path, Path(model), zero_stage=zero_stage, ranks=ranks)
     engine.reader.max_logits = 320 * 9  # nine tokens at once, so that ranks need the head a different number of times
-    if rank == 0:
+    if ranks.rank == 0:
         found = two_steps(engine, Path(directory)), resumption(engine, Path(directory))
         (Path(directory) / "found").write_bytes(pickle.dumps(found))
     else:

@@ -35,15 +35,16 @@ SETTINGS = FlowSettings(
 
 
 class Clients:
-    """The flow as each replica of the test sees it."""
+    """The flow as each replica of the test sees it, and the list of who waits for what."""
 
-    def __init__(self, carry: Carry) -> None:
+    def __init__(self, carry: Carry, waits: Callable[[], Awaitable[list[str]]]) -> None:
+        self.waits = waits
         self.prompts = CallClient(carry, "prompts.0", 0)
         self.generators = [CallClient(carry, f"generator.{i}", 0) for i in range(2)]
         self.learner = CallClient(carry, "learner.0", 0)
 
 
-SOON_S = 5.0  # far above a call's time; nothing waits for it unless the contract is broken
+SOON_S = 60.0  # far above a call's time; nothing waits for it unless the contract is broken
 Body = Any
 
 
@@ -67,22 +68,29 @@ def on_runtime(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Body
         async def close() -> None:
             f.close()
 
-        await body(Clients(CallGate(f).call), close)
+        async def waits() -> list[str]:
+            return f.waits()
+
+        await body(Clients(CallGate(f).call, waits), close)
 
     async def on_ray(body: Body) -> None:
         from flowrl.runtime.actors import HubActor, ray
 
-        actor: Any = ray.remote(num_cpus=0, max_concurrency=1000)(HubActor)
+        class Hub(HubActor):
+            async def waits(self) -> list[str]:
+                return self._flow.waits()
+
+        actor: Any = ray.remote(num_cpus=0, max_concurrency=1000)(Hub)
         hub = actor.remote(msgspec.json.encode(plan_of(flow(SETTINGS))), str(tmp_path), b"null", 1, 0)
         wire = await Connection.open(Address(*await hub.open.remote(60.0)))
         try:
-            await body(Clients(wire.carry), lambda: hub.close.remote())
+            await body(Clients(wire.carry, hub.waits.remote), lambda: hub.close.remote())
         finally:
             await wire.close()
             ray.kill(hub)
 
     def run(body: Body) -> None:
-        asyncio.run(asyncio.wait_for((local if request.param == "local" else on_ray)(body), 60.0))
+        asyncio.run(asyncio.wait_for((local if request.param == "local" else on_ray)(body), 2 * SOON_S))
 
     return run
 
@@ -105,11 +113,13 @@ async def admit(client: Clients, *keys: int) -> None:
         await client.prompts.put("prompts.prompts", key, b"%d" % key)
 
 
-async def is_waiting(work: Awaitable[Any]) -> asyncio.Future[Any]:
-    """Start something and insist that it waits."""
+async def is_waiting(client: Clients, work: Awaitable[Any]) -> asyncio.Future[Any]:
+    """Start something and return when the flow knows that it waits."""
+    before = len(await client.waits())
     task = asyncio.ensure_future(work)
-    finished, _ = await asyncio.wait([task], timeout=0.2)
-    assert not finished
+    while len(await client.waits()) == before:
+        assert not task.done(), "it did not wait"
+        await asyncio.sleep(0.001)
     return task
 
 
@@ -117,7 +127,7 @@ def test_messages_arrive_in_order_and_once(on_runtime: Callable[[Body], None]) -
     async def body(client: Clients, close: Any) -> None:
         await admit(client, 0, 1)
         assert await client.generators[0].get("generator.prompts", 5) == [b"0", b"1"]
-        await is_waiting(client.generators[1].get("generator.prompts", 1))
+        await is_waiting(client, client.generators[1].get("generator.prompts", 1))
 
     on_runtime(body)
 
@@ -125,7 +135,7 @@ def test_messages_arrive_in_order_and_once(on_runtime: Callable[[Body], None]) -
 def test_a_full_queue_makes_the_sender_wait_until_there_is_room(on_runtime: Callable[[Body], None]) -> None:
     async def body(client: Clients, close: Any) -> None:
         await admit(client, 0, 1)
-        third = await is_waiting(admit(client, 2))
+        third = await is_waiting(client, admit(client, 2))
         assert await client.generators[0].get("generator.prompts", 1) == [b"0"]
         await asyncio.wait_for(third, SOON_S)
 
@@ -137,7 +147,7 @@ def test_no_more_groups_are_out_than_there_are_credits(on_runtime: Callable[[Bod
         for key in range(4):
             await admit(client, key)
             await client.generators[0].get("generator.prompts", 1)
-        fifth = await is_waiting(client.prompts.acquire("prompts.credits"))
+        fifth = await is_waiting(client, client.prompts.acquire("prompts.credits"))
         await client.learner.give_back("learner.released", encode(Credit(groups=[0])))
         await asyncio.wait_for(fifth, SOON_S)
 
@@ -146,8 +156,8 @@ def test_no_more_groups_are_out_than_there_are_credits(on_runtime: Callable[[Bod
 
 def test_receivers_that_wait_are_served_in_the_order_they_came(on_runtime: Callable[[Body], None]) -> None:
     async def body(client: Clients, close: Any) -> None:
-        first = await is_waiting(client.generators[0].get("generator.prompts", 1))
-        second = await is_waiting(client.generators[1].get("generator.prompts", 1))
+        first = await is_waiting(client, client.generators[0].get("generator.prompts", 1))
+        second = await is_waiting(client, client.generators[1].get("generator.prompts", 1))
         await admit(client, 0, 1)
         assert [await first, await second] == [[b"0"], [b"1"]]
 
@@ -156,10 +166,11 @@ def test_receivers_that_wait_are_served_in_the_order_they_came(on_runtime: Calla
 
 def test_a_cancelled_receiver_loses_no_message(on_runtime: Callable[[Body], None]) -> None:
     async def body(client: Clients, close: Any) -> None:
-        waiting = await is_waiting(client.generators[0].get("generator.prompts", 1))
+        waiting = await is_waiting(client, client.generators[0].get("generator.prompts", 1))
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
-        await asyncio.sleep(0.2)  # a cancellation needs a moment to reach the hub
+        while await client.waits():  # noqa: ASYNC110  until the cancellation has reached the flow
+            await asyncio.sleep(0.001)
         await admit(client, 0)
         assert await asyncio.wait_for(client.generators[1].get("generator.prompts", 1), SOON_S) == [b"0"]
 
@@ -168,12 +179,10 @@ def test_a_cancelled_receiver_loses_no_message(on_runtime: Callable[[Body], None
 
 def test_closing_wakes_whoever_waits(on_runtime: Callable[[Body], None]) -> None:
     async def body(client: Clients, close: Any) -> None:
-        waits = [
-            await is_waiting(client.generators[0].get("generator.prompts", 1)),
-            await is_waiting(client.generators[0].read("generator.weights", -1)),
-        ]
+        reading = asyncio.ensure_future(client.generators[0].read("generator.weights", -1))  # nothing lists who reads
+        getting = await is_waiting(client, client.generators[0].get("generator.prompts", 1))
         await close()
-        for wait in waits:
+        for wait in (reading, getting):
             with pytest.raises(ChannelClosed):
                 await asyncio.wait_for(wait, SOON_S)
 
@@ -182,7 +191,7 @@ def test_closing_wakes_whoever_waits(on_runtime: Callable[[Body], None]) -> None
 
 def test_a_writer_waits_for_every_reader(on_runtime: Callable[[Body], None]) -> None:
     async def body(client: Clients, close: Any) -> None:
-        writer = await is_waiting(client.learner.publish("learner.weights", 1, b"one"))
+        writer = await is_waiting(client, client.learner.publish("learner.weights", 1, b"one"))
         assert list(await client.generators[0].read("generator.weights", -1)) == [1, b"one"]
         await client.generators[0].confirm("generator.weights", 1)
         assert not writer.done()

@@ -231,11 +231,11 @@ def _here() -> Path:
 
 
 def test_a_run_waits_for_room_longer_than_its_stall_limit_and_goes_on(disk: SmallDisk) -> None:
-    run = Driven(disk.root, "stall_timeout_s=2")
+    run = Driven(disk.root, "stall_timeout_s=1")
     run.until('"version":4,')
     disk.fill()
     with pytest.raises(AssertionError, match="no "):
-        run.until('"version":4000,', patience_s=6.0)
+        run.until('"version":4000,', patience_s=3.0)
     assert run.process.poll() is None, "it did not end as stalled"
     disk.free()
     run.until("has room again")

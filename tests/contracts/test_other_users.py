@@ -28,7 +28,7 @@ pytestmark = [
 
 def as_nobody(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, user="nobody", group="nogroup", extra_groups=[], cwd="/", capture_output=True, text=True, timeout=20.0
+        command, user="nobody", group="nogroup", extra_groups=[], cwd="/", capture_output=True, text=True
     )
 
 

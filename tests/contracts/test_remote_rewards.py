@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import socket
 import ssl
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -148,16 +149,19 @@ def test_a_request_that_fails_or_is_not_answered_is_tried_again(tmp_path: Path):
             await asyncio.Event().wait()
         return await by_length(judge, asked)
 
-    judge, alone = score(respond, numbered(1), tmp_path, timeout_s=0.2)
+    judge, alone = score(respond, numbered(1), tmp_path, timeout_s=2.0)
     assert len(judge.requests) == 3
     assert alone.put
 
 
 def test_nobody_listening_is_named(tmp_path: Path):
-    config = RemoteReward.Config(url="http://127.0.0.1:9/score", retries=1, backoff_s=0.001)
-    with pytest.raises(ExceptionGroup) as caught:
-        asyncio.run(stage_alone(RemoteReward(config), numbered(1), tmp_path, node="judge"))
-    assert caught.group_contains(Unreachable, match=r"127.0.0.1:9/score\): attempt 2 of 2: Connection")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # so that nobody else listens there
+        address = f"127.0.0.1:{taken.getsockname()[1]}/score"
+        config = RemoteReward.Config(url=f"http://{address}", retries=1, backoff_s=0.001)
+        with pytest.raises(ExceptionGroup) as caught:
+            asyncio.run(stage_alone(RemoteReward(config), numbered(1), tmp_path, node="judge"))
+    assert caught.group_contains(Unreachable, match=rf"{address}\): attempt 2 of 2: Connection")
 
 
 def test_one_refused_group_does_not_fail_its_batch(tmp_path: Path):

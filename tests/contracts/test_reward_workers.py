@@ -205,14 +205,16 @@ def test_leaving_the_block_by_an_error_ends_every_process(tmp_path: Path):
 
 @pytest.mark.parametrize("word", ["loop", "one"])
 def test_processes_that_user_code_started_end_with_the_worker(word: str, tmp_path: Path):
-    score("starts_sleeper", tmp_path, rollouts(word, directory=str(tmp_path)), timeout_s=1.0)
+    timeout_s = 4.0 if word == "loop" else SOON_S
+    score("starts_sleeper", tmp_path, rollouts(word, directory=str(tmp_path)), timeout_s=timeout_s)
     for pid in (tmp_path / "pids").read_text().split():
         assert_gone(int(pid))
 
 
 @pytest.mark.parametrize("word", ["loop", "one", "die"])
 def test_daemons_that_user_code_started_end_with_the_worker(word: str, tmp_path: Path):
-    score("starts_daemon", tmp_path, rollouts(word, directory=str(tmp_path)), timeout_s=3.0)
+    timeout_s = 8.0 if word == "loop" else SOON_S
+    score("starts_daemon", tmp_path, rollouts(word, directory=str(tmp_path)), timeout_s=timeout_s)
     pids = (tmp_path / "pids").read_text().split()
     assert pids
     for pid in pids:

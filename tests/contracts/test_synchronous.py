@@ -158,7 +158,7 @@ def test_synchronous_training_equals_a_plain_loop_bit_for_bit(tiny: Path, tmp_pa
 
     recorded.clear()
     events: list[Event] = []
-    options = LocalOptions(run_dir=tmp_path / "run", consume=events.extend, stall_timeout_s=60.0)
+    options = LocalOptions(run_dir=tmp_path / "run", consume=events.extend, stall_timeout_s=600.0)
     asyncio.run(run_local(graph(tiny), options))
     steps = [event for event in events if isinstance(event, Step)]
     assert len(steps) == STEPS

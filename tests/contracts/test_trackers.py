@@ -54,7 +54,7 @@ def test_prometheus_reads_the_newest_figures_on_the_loopback_interface() -> None
     sink = PrometheusSink(port)
     edge = EdgeStatus(edge="a.x -> b.y", time_s=1.0, items=3, depth=8, size_bytes=99)
     sink.consume([step(1, at=1.0, loss=0.5), step(2, at=2.0, loss=0.25), evaluation(2, [[1.0]]), edge])
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
         lines = answer.read().decode().splitlines()
     listening = [c for c in psutil.Process().net_connections() if c.status == "LISTEN" and c.laddr.port == port]
     sink.close()
@@ -62,7 +62,7 @@ def test_prometheus_reads_the_newest_figures_on_the_loopback_interface() -> None
     assert 'flowrl_edge_items{edge="a.x -> b.y"} 3.0' in lines
     assert [each.laddr.ip for each in listening] == ["127.0.0.1"]
     with pytest.raises(OSError, match="refused"):
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5)
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60)
 
 
 @pytest.mark.filterwarnings("default")  # its database layer's own

@@ -176,15 +176,15 @@ def test_a_published_version_arrives_through_shared_memory(model):
     engine.close()
 
 
-def rank_main(rank: int, port: int, task: str, path: str, model: str, directory: str, settings: dict[str, Any]) -> None:
+def rank_main(ranks: Ranks, task: str, path: str, model: str, directory: str, settings: dict[str, Any]) -> None:
     """Be one rank in a process of its own; `scarce` says when rank 1 runs out of memory in the second step."""
     scarce = settings.pop("scarce", None)
     engine = engine_of(path, Path(model), **settings)
-    engine.open(Ranks(rank=rank, world_size=2, port=port))
-    if scarce and rank == 1:
+    engine.open(ranks)
+    if scarce and ranks.rank == 1:
         make_scarce(engine, most_tokens=MOST, during=scarce, after_steps=1)
     engine.reader.max_logits = 320 * 9  # nine tokens at once, so that ranks need the head a different number of times
-    if rank == 0:
+    if ranks.rank == 0:
         result = TASKS[task](engine, Path(directory))
         (Path(directory) / "result").write_bytes(pickle.dumps(result))
         engine.close()

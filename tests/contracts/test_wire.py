@@ -34,7 +34,7 @@ async def listening() -> AsyncIterator[tuple[Flow, Address]]:
 
 def check(body: Coroutine[Any, Any, None]) -> None:
     async def within() -> None:
-        async with asyncio.timeout(60.0):
+        async with asyncio.timeout(300.0):
             await body
 
     uvloop.run(within())
@@ -55,10 +55,11 @@ def test_a_message_or_credit_given_to_a_caller_that_gave_up_goes_to_the_next() -
                 CallClient(wire.carry, name, 0) for name in ("prompts.0", "generator.0", "scorer.0")
             )
             for key in range(60):
-                later_s = 0.00005 * (key % 20)  # then the answer is not asked for yet, under way, or there
+                later_s = 0.00005 * max(0, key % 20 - 4)  # then the answer is not asked for yet, under way, or there
+                gives_up = key % 5 < 4
                 acquiring = asyncio.ensure_future(prompts.acquire("prompts.credits"))
                 await asyncio.sleep(later_s)
-                if acquiring.cancel():
+                if gives_up and acquiring.cancel():
                     given_up += 1
                     acquiring = asyncio.ensure_future(prompts.acquire("prompts.credits"))
                 assert await asyncio.wait_for(acquiring, SOON_S) == key
@@ -66,7 +67,7 @@ def test_a_message_or_credit_given_to_a_caller_that_gave_up_goes_to_the_next() -
                 getting = asyncio.ensure_future(first.get("generator.prompts", 1))
                 await asyncio.sleep(later_s)
                 holder = first
-                if getting.cancel():
+                if gives_up and getting.cancel():
                     holder = second
                     getting = asyncio.ensure_future(second.get("generator.prompts", 1))
                 assert await asyncio.wait_for(getting, SOON_S) == [b"%d" % key]

@@ -47,14 +47,12 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pip(*arguments: object) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *map(str, arguments)]
-    subprocess.run(command, check=True, timeout=120)
+    subprocess.run(command, check=True)
 
 
 def said_by(script: Path, *arguments: object, cwd: Path) -> str:
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [script, *map(str, arguments)], cwd=cwd, env=variables, text=True, capture_output=True, timeout=200
-    )
+    done = subprocess.run([script, *map(str, arguments)], cwd=cwd, env=variables, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 

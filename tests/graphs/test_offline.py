@@ -78,7 +78,7 @@ class Runner:
         events: list[Event] = []
         run_dir = resume or self.run_dir / f"run{len(list(self.run_dir.iterdir()))}"
         start = newest_start(run_dir, lambda *_: None) if resume else None
-        options = LocalOptions(run_dir=run_dir, resume=start, stall_timeout_s=60.0, status_interval_s=0.05)
+        options = LocalOptions(run_dir=run_dir, resume=start, stall_timeout_s=600.0, status_interval_s=0.05)
 
         def consume(batch: list[Event]) -> None:
             events.extend(batch)

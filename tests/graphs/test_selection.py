@@ -50,7 +50,7 @@ def test_the_selected_samples_are_learned(graph: str, tiny: Path, tmp_path: Path
     overrides = [f"{name}={value}" for name, value in settings.items()]
     program = load_program(ROOT / "graphs" / f"{graph}.py", overrides=overrides)
     events: list[Event] = []
-    options = LocalOptions(run_dir=tmp_path, consume=events.extend, stall_timeout_s=60.0)
+    options = LocalOptions(run_dir=tmp_path, consume=events.extend, stall_timeout_s=600.0)
     asyncio.run(run_local(program.graph, options))
     first, second = (event.metrics for event in events if isinstance(event, Step))
     groups = read_samples(step_path(tmp_path / "rollouts", 0))

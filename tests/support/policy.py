@@ -25,7 +25,7 @@ class Policy:
     """The learner's side: a model at some version, and its sender."""
 
     def __init__(
-        self, model: Path, *, transport: str = "shm", num_receivers: int = 1, timeout_s: float = 30.0,
+        self, model: Path, *, transport: str = "shm", num_receivers: int = 1, timeout_s: float = 120.0,
         max_mean_gap: float = 1e-3,
     ) -> None:  # fmt: skip
         self.hf: Any = AutoModelForCausalLM.from_pretrained(model)
@@ -78,7 +78,7 @@ def engine_of(model: Path, *, receiver_index: int = 0, **settings: Any) -> VllmE
             "dtype": "float32",
             "kv_cache_bytes": 32 << 20,
             "max_running": 32,
-            "transfer_timeout_s": 20.0,
+            "transfer_timeout_s": 120.0,
             **settings,
         }
     )

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.multiprocessing.spawn import start_processes
 
+from flowrl.graph.stage import Ranks
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -27,7 +29,13 @@ multiprocessing.set_forkserver_preload(
 
 
 def start_ranks(main: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """Run main(rank, port, *arguments) in both processes and wait; raises what the first of them raised."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    start_processes(main, (port, *arguments), nprocs=2, start_method="forkserver")
+    """Run main(ranks, *arguments) in both processes and wait; raises what the first of them raised."""
+    with socket.create_server(("127.0.0.1", 0)) as server:  # handed on as it is: nobody else can take the port
+        start_processes(_be_rank, (server, main, *arguments), nprocs=2, start_method="forkserver")
+
+
+def _be_rank(rank: int, server: socket.socket, main: Callable[..., None], *arguments: Any) -> None:
+    port = server.getsockname()[1]
+    listener = -1 if rank else server.detach()
+    server.close()
+    main(Ranks(rank=rank, world_size=2, port=port, listener=listener), *arguments)

@@ -36,7 +36,7 @@ def rollouts(columns: dict[str, Any] | None = None, texts: tuple[str, ...] = ("o
     )
 
 
-def score(name: str, group: Rollouts | None = None, timeout_s: float = 5.0) -> list[float]:
+def score(name: str, group: Rollouts | None = None, timeout_s: float = 60.0) -> list[float]:
     function = RewardFunction(f"{HERE}:{name}", "reward.0", timeout_s=timeout_s)
     return asyncio.run(function(group or rollouts()))
 
