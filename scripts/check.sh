@@ -16,11 +16,23 @@ step() {
     printf '   (%s: %d s)\n' "$name" $((SECONDS - began))
 }
 
+# Types take one core for as long as all the rest takes: they are checked beside it, and told of at the end.
+types="$(mktemp)"
+pyright >"$types" 2>&1 &
+typing=$!
+trap 'kill "$typing" 2>/dev/null; rm -f "$types"' EXIT
+types_checked() {
+    local code=0
+    wait "$typing" || code=$?
+    cat "$types"
+    return "$code"
+}
+
 step format ruff format --check --quiet .
 step lint ruff check --quiet .
 step layers lint-imports --no-logo
-step types pyright
 step "unit tests" python -m pytest tests/unit -m "not slow" --numprocesses 2 --quiet --tb=short "$@"
+step types types_checked
 
 if ((${#failed[@]})); then
     printf '\ncheck: failed: %s\n' "$(IFS=,; echo "${failed[*]}")"
