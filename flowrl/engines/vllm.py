@@ -39,15 +39,23 @@ if TYPE_CHECKING:
     from flowrl.engines.base import Lora
 
 
+QUANTISED = 4  # times the bound of the dtype may a quantised engine's first canary be off
+TRIES = 8  # of one request that vLLM refuses again and again
+
+
 class VllmEngine:
     """A generation engine on vLLM's AsyncLLM; see engines.base.GenerationEngine.
 
-    `receiver_index` tells the replicas apart in a broadcast.
+    `receiver_index` tells the replicas apart in a broadcast; further options are arguments of vLLM's engine, and win.
     """
 
-    def __init__(self, config: GenerationConfig, *, where: str, receiver_index: int = 0) -> None:
+    check_options = staticmethod(vllm_settings.check_options)
+
+    def __init__(self, config: GenerationConfig, *, where: str, receiver_index: int = 0, **options: Any) -> None:
         vllm_settings.check(config, where)
+        vllm_settings.check_options(options, f"{where}.engine_options")
         self.config = config
+        self._options = options
         self.where = where
         self.version: int | None = None  # proved and served
         self._receiver_index = receiver_index
@@ -60,10 +68,12 @@ class VllmEngine:
         self._proved = asyncio.Event()
         self._receiver = Receiver(where, replica=receiver_index, timeout_s=config.transfer_timeout_s)  # of adapters
         self._adapter: Path | None = None  # that is served
+        self._admitting = asyncio.Event()  # cleared while a pause ends requests: vLLM refuses new ones meanwhile
+        self._admitting.set()
         self._engine: Any = None
         self._core: Any = None
         self._replies: asyncio.Server | None = None
-        self._outcomes: asyncio.Queue[bytes] = asyncio.Queue(maxsize=1 + config.tensor_parallel)
+        self._outcomes: asyncio.Queue[bytes] = asyncio.Queue(maxsize=1 + config.num_workers)
 
     @staticmethod
     def unserved(lora: Lora, model: Path) -> str:
@@ -105,7 +115,7 @@ class VllmEngine:
 
     def _load(self) -> None:
         vllm_settings.set_environment(self.config)
-        arguments = vllm_settings.engine_arguments(self.config)
+        arguments = vllm_settings.engine_arguments(self.config, self._options)
         if self.config.layout == "thread":
             from flowrl.engines.vllm_thread import ThreadedCore
 
@@ -195,26 +205,36 @@ class VllmEngine:
 
     async def _sample(self, name: str, prompt_ids: Sequence[int], seed: int, sampling: Sampling) -> Sample:
         parameters = vllm_settings.sampling_parameters(sampling, seed=seed, stop_ids=self._stop_ids)
+        num_refused = 0
         while True:
+            await self._admitting.wait()
+            self._check_serving()
             prompt = {"prompt_token_ids": list(prompt_ids), "cache_salt": str(self.version)}
             output = await self._request(f"{name}-{next(self._ids)}", prompt, parameters)
-            if output.finish_reason != "abort":
+            if output is not None and output.finish_reason != "abort":
                 break
-            # Only an update with on_update=abort ends a request of ours so: draw it again under the new weights.
+            num_refused += output is None
+            if num_refused == TRIES:
+                raise StageError(self.where, f"request {name} was refused {TRIES} times", "see the generator's log")
+            # Only an update that does not keep requests ends or refuses ours: draw it under the new weights.
         sample = self._read(output, sampling)
         while self._unproved is not None and any(span.version == self._unproved for span in sample.versions):
             await self._proved.wait()
         self._check_serving()
         return sample
 
-    async def _request(self, request_id: str, prompt: Any, parameters: Any) -> CompletionOutput:
+    async def _request(self, request_id: str, prompt: Any, parameters: Any) -> CompletionOutput | None:
+        """Return a finished request's output, or None where vLLM wants to be asked again."""
+        from vllm.exceptions import RetryableRequestError, VLLMError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         last: RequestOutput | None = None
         try:
             async for output in self._engine.generate(prompt, parameters, request_id, lora_request=self._applied()):
                 last = output
-        except (EngineDeadError, EngineGenerateError, RuntimeError, ValueError) as error:
+        except RetryableRequestError:  # since 0.33: it came while a pause ended those in flight
+            return None
+        except (VLLMError, EngineDeadError, EngineGenerateError, RuntimeError, ValueError) as error:
             self._check_serving()
             raise StageError(self.where, f"request {request_id} failed ({self._cause(error)})") from error
         assert last is not None, "vLLM ends a request with an output"
@@ -271,6 +291,7 @@ class VllmEngine:
         finally:
             self._unproved = None
             self._proved.set()
+            self._admitting.set()
 
     async def _update(self, weights: Weights) -> UpdateReport:
         if self.version is None and weights.version == 0 and weights.canary is not None:
@@ -281,14 +302,19 @@ class VllmEngine:
         self._unproved = weights.version
         self._proved.clear()
         pause_start_s = time.monotonic()
+        keeps = self.config.on_update == "keep"
+        if not keeps:
+            self._admitting.clear()
         try:
             await self._engine.pause_generation(mode=self.config.on_update, clear_cache=True)
             fetch_s += await self._fetch(weights) if in_pause else 0.0
             load_start_s = time.monotonic()
             await self._load_version(weights.version)
             load_s = time.monotonic() - load_start_s
-            scored = await self._send_canary(weights)
+            scored = await self._send_canary(weights) if keeps else None
             await self._engine.resume_generation()
+            if not keeps:  # vLLM takes nothing before; what is sampled beside the canary is held back until it agrees
+                scored = await self._send_canary(weights)
         except Exception as error:
             if isinstance(error, FlowrlError):
                 raise
@@ -296,6 +322,7 @@ class VllmEngine:
                 self.where, f"version {weights.version} could not be loaded ({self._cause(error)})"
             ) from error
         pause_s = time.monotonic() - pause_start_s
+        self._admitting.set()
         gap = await self._prove(weights, scored)
         self.version = weights.version
         return UpdateReport(
@@ -313,7 +340,7 @@ class VllmEngine:
         Kernels of two communicators may start in a different order on each GPU and wait for one another for ever, so
         there the broadcast waits for the pause.
         """
-        if weights.transport != "broadcast" or self.config.tensor_parallel == 1:
+        if weights.transport != "broadcast" or self.config.num_workers == 1:
             return False
         return msgspec.json.decode(weights.manifest)["backend"] == "nccl"
 
@@ -332,7 +359,7 @@ class VllmEngine:
         try:
             # A receiver has deadlines of its own and says more; this one is for a worker that died.
             async with asyncio.timeout(3 * self.config.transfer_timeout_s):
-                while len(seconds) <= self.config.tensor_parallel:
+                while len(seconds) <= self.config.num_workers:
                     outcome = msgspec.json.decode(await self._outcomes.get(), type=Prefetched)
                     if outcome.version != weights.version:
                         continue
@@ -343,7 +370,7 @@ class VllmEngine:
         except TimeoutError as error:
             raise TransferError(
                 self.where,
-                f"{len(seconds) - 1} of {self.config.tensor_parallel} workers had version {weights.version} after "
+                f"{len(seconds) - 1} of {self.config.num_workers} workers had version {weights.version} after "
                 f"{3 * self.config.transfer_timeout_s:g} s",
                 "see the worker's log",
             ) from error
@@ -402,7 +429,7 @@ class VllmEngine:
             shutil.rmtree(before, ignore_errors=True)
 
     async def _send_canary(self, weights: Weights) -> Any:
-        """Queue the canary before generation resumes, so that it is in the first step under the new weights."""
+        """Queue the canary; before generation resumes, where it can be: then the first step has it."""
         if weights.canary is None:
             return None
         token_ids = weights.canary.token_ids.tolist()
@@ -425,7 +452,11 @@ class VllmEngine:
             return NO_CANARY
         logprobs = await self._answer(weights.canary, scored, f"of version {weights.version}")
         try:
-            gap = compare(weights.canary, logprobs, version=weights.version, where=self.where, first=self._first_gap)
+            canary, first = weights.canary, self._first_gap
+            if first is None and vllm_settings.is_quantised(self._options):  # equal weights differ by what that rounds
+                first = self._loaded_gap
+                canary = msgspec.structs.replace(canary, max_mean_gap=QUANTISED * canary.max_mean_gap)
+            gap = compare(canary, logprobs, version=weights.version, where=self.where, first=first)
             self._first_gap = self._first_gap or gap
             return gap
         except ProofError as error:

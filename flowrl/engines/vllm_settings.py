@@ -8,6 +8,9 @@ function here that may. Called by `VllmEngine`.
 
 from __future__ import annotations
 
+import ast
+import functools
+import importlib.util
 import json
 import os
 import warnings
@@ -18,8 +21,11 @@ from typing import TYPE_CHECKING, Any
 from flowrl.ending import ending_of
 from flowrl.engines.vllm_adapters import engine_options
 from flowrl.errors import ConfigError, ModelError
+from flowrl.imports import suggest
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
 
@@ -27,6 +33,22 @@ if TYPE_CHECKING:
 
 CANARY_PRIORITY = -1  # before every request (0)
 FIRST_MAMBA = ("mamba", "falcon_mamba", "jamba")  # model types
+CPU_CACHE_BYTES = 512 << 20  # where kv_cache_bytes leaves it open: nothing there limits it by itself
+FEW_BITS = ("fp8", "int8", "nvfp4", "turboquant")
+# Arguments of vLLM's engine that are not the user's, and what is in their place.
+OURS = {
+    **{name: f"set generator.{ours}" for name, ours in (
+        ("dtype", "dtype"), ("max_model_len", "max_model_len"), ("max_num_seqs", "max_running"),
+        ("tensor_parallel_size", "tensor_parallel"), ("trust_remote_code", "trust_remote_code"),
+        ("gpu_memory_utilization", "gpu_memory_utilization"), ("kv_cache_memory_bytes", "kv_cache_bytes"),
+        ("data_parallel_size", "replicas"),
+    )},
+    **{name: f"flowrl sets {name}: it {why}" for name, why in (
+        ("model", "is the policy"), ("logprobs_mode", "gives behaviour log-probs of what was sampled from"),
+        ("scheduling_policy", "lets the canary go first"), ("weight_transfer_config", "brings the versions"),
+        ("worker_extension_cls", "brings the versions"), ("distributed_executor_backend", "follows the layout"),
+    )},
+}  # fmt: skip
 
 
 def check(config: GenerationConfig, where: str) -> None:
@@ -36,10 +58,11 @@ def check(config: GenerationConfig, where: str) -> None:
         ConfigError: more than one tensor-parallel rank in a thread, or a dtype that vLLM's kernels do not take.
         ModelError: the model is not a local directory in Hugging Face format, or has layers without kernels.
     """
-    if config.layout == "thread" and config.tensor_parallel > 1:
+    if config.layout == "thread" and config.num_workers > 1:
         raise ConfigError(
             where,
-            f"layout=thread holds one worker, tensor_parallel={config.tensor_parallel} needs as many processes",
+            f"layout=thread holds one worker, tensor_parallel={config.tensor_parallel} needs {config.num_workers} "
+            "processes",
             "set layout=processes",
         )
     if not (Path(config.model) / "config.json").is_file():
@@ -81,6 +104,38 @@ def hint(config: GenerationConfig) -> str:
     return f"; vLLM's build for CPUs lacks kernels that GPUs have (docs/models.md): take another model{dtype}"
 
 
+def check_options(options: Mapping[str, Any], where: str) -> None:
+    """Hold options for vLLM's engine against what it takes, without importing it.
+
+    Raises:
+        ConfigError: it takes no such option, or a setting of ours or a law of the flow goes by it.
+    """
+    for name in options:
+        if name in OURS:
+            raise ConfigError(f"{where}.{name}", "is not free", OURS[name])
+        if name not in (known := taken_options()):
+            raise ConfigError(
+                f"{where}.{name}", f"vLLM takes no such engine argument{suggest(name, known)}", "leave it out"
+            )
+
+
+@functools.cache
+def taken_options() -> frozenset[str]:
+    """Return the names of vLLM's engine arguments, read off its source: to import it takes seconds."""
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:
+        raise ConfigError("vllm", "is not installed", "bash scripts/setup.sh")
+    tree = ast.parse((Path(found.origin).parent / "engine" / "arg_utils.py").read_text())
+    kinds = (each for each in tree.body if isinstance(each, ast.ClassDef) and each.name.endswith("EngineArgs"))
+    lines = (line.target for kind in kinds for line in kind.body if isinstance(line, ast.AnnAssign))
+    return frozenset(target.id for target in lines if isinstance(target, ast.Name))
+
+
+def is_quantised(options: Mapping[str, Any]) -> bool:
+    """Return whether options of vLLM's engine make it compute in fewer bits than the weights it is sent have."""
+    return options.get("quantization") is not None or str(options.get("kv_cache_dtype", "auto")).startswith(FEW_BITS)
+
+
 def set_environment(config: GenerationConfig) -> None:
     """Set what vLLM, torch and their libraries read from the environment; what the user has set stays."""
     defaults = {
@@ -108,8 +163,8 @@ def set_environment(config: GenerationConfig) -> None:
     warnings.filterwarnings("ignore", message="`torch.distributed.reduce_op` is deprecated", category=FutureWarning)
 
 
-def engine_arguments(config: GenerationConfig) -> AsyncEngineArgs:
-    """Return the arguments of an engine that serves `config` and takes weights from our transport."""
+def engine_arguments(config: GenerationConfig, options: Mapping[str, Any]) -> AsyncEngineArgs:
+    """Return the arguments of an engine that serves `config` and takes weights from our transport; options win."""
     import torch
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -123,32 +178,37 @@ def engine_arguments(config: GenerationConfig) -> AsyncEngineArgs:
     choices: dict[str, Any] = {}
     if on_cpu:
         choices |= {
+            "kv_cache_memory_bytes": config.kv_cache_bytes or CPU_CACHE_BYTES,
             "enforce_eager": True,  # compiling takes a minute and gains nothing here
             "enable_chunked_prefill": False,
             # The longest prompt fits a step beside everything that is being decoded.
             "max_num_batched_tokens": config.max_model_len + max(config.max_running, config.max_model_len),
-            "kv_cache_memory_bytes": config.kv_cache_bytes,
         }
     else:
         choices |= {"gpu_memory_utilization": config.gpu_memory_utilization}
+        if config.kv_cache_bytes:
+            choices |= {"kv_cache_memory_bytes": config.kv_cache_bytes}
     if config.layout == "thread":
         choices |= {"distributed_executor_backend": "uni"}
-    arguments = AsyncEngineArgs(
-        model=config.model,
-        dtype=dtype,
-        max_model_len=config.max_model_len,
-        max_num_seqs=config.max_running,
-        tensor_parallel_size=config.tensor_parallel,
-        trust_remote_code=config.trust_remote_code,
-        logprobs_mode="processed_logprobs",
-        scheduling_policy="priority",  # the canary goes first
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-        worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
+    elif config.num_workers > 1:
+        choices |= {"distributed_executor_backend": "mp"}  # inside a Ray actor it would ask Ray for a bundle a worker
+    settings: dict[str, Any] = {
+        "model": config.model,
+        "dtype": dtype,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_running,
+        "tensor_parallel_size": config.tensor_parallel,
+        "trust_remote_code": config.trust_remote_code,
+        "logprobs_mode": "processed_logprobs",
+        "scheduling_policy": "priority",  # the canary goes first
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
+        "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
         **engine_options(config.adapter, Path(config.model)),
         **choices,
-    )
+    }
+    arguments = AsyncEngineArgs(**{**settings, **options})
     if on_cpu and arguments.create_model_config().has_inner_state:
         # vLLM keeps the states of Jamba and Qwen3-Next for later prompts only where it may split a prompt.
         arguments.enable_prefix_caching = False

@@ -213,19 +213,15 @@ class _Placement:
         share = (SHARED_UTILIZATION if has_trainers else UTILIZATION) / servers
         self._imply(path, layout="processes", max_running=RUNNING_ON_GPU, kv_cache_bytes=0)
         self._imply(
-            path, gpu_memory_utilization=round(share, 3), tensor_parallel=devices_of(config) // pipeline_of(config)
+            path,
+            gpu_memory_utilization=round(share, 3),
+            tensor_parallel=devices_of(config) * config.tensor_parallel // config.num_workers,
         )
 
 
 def devices_of(config: StageConfig) -> int:
     """Return the GPUs that one process of a node computes on, were it on GPUs."""
-    return max(config.tensor_parallel * pipeline_of(config), config.gpus) if isinstance(config, Serving) else 1
-
-
-def pipeline_of(config: Serving) -> int:
-    """Return the stages that a model's layers are split over, an option of vLLM."""
-    found = config.engine_options.get("pipeline_parallel_size", 1)
-    return found if isinstance(found, int) else 1
+    return max(config.num_workers, config.gpus) if isinstance(config, Serving) else 1
 
 
 def places(graph: Graph) -> list[Place]:

@@ -323,16 +323,47 @@ def test_the_canary_catches_a_stale_tied_head_and_holds_back_what_it_sampled(mod
     loop.run(scenario())
 
 
+def refuse_while_paused(engine: VllmEngine) -> None:
+    """Let vLLM refuse requests in a pause that ends those in flight, as it does from 0.33 on."""
+    from vllm.exceptions import RetryableRequestError
+
+    client = engine._engine
+    add, pause, resume, closed = client.add_request, client.pause_generation, client.resume_generation, asyncio.Event()
+
+    async def add_request(*arguments: Any, **further: Any) -> Any:
+        if closed.is_set():
+            raise RetryableRequestError
+        return await add(*arguments, **further)
+
+    async def pause_generation(*, mode: str, clear_cache: bool) -> None:
+        if mode != "keep":
+            closed.set()
+        await pause(mode=mode, clear_cache=clear_cache)
+
+    async def resume_generation() -> None:
+        await resume()
+        closed.clear()
+
+    client.add_request, client.pause_generation, client.resume_generation = (
+        add_request, pause_generation, resume_generation,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("on_update", ["wait", "abort"])
 def test_requests_in_flight_are_finished_or_drawn_again_as_the_setting_says(model, policy, loop, on_update):
     async def scenario():
         engine = await opened(model, on_update=on_update)
+        refuse_while_paused(engine)
         try:
             await engine.update_weights(policy.publish())
             running = asyncio.ensure_future(draw(engine, PROMPTS[2], num_samples=2, max_tokens=300))
             await once_running(engine)
-            await engine.update_weights(policy.publish(seed=6))
+            update = asyncio.ensure_future(engine.update_weights(policy.publish(seed=6)))
+            await asyncio.sleep(0.01)
+            meanwhile = await draw(engine, PROMPTS[3])  # is drawn, whatever vLLM makes of it in the pause
+            await update
             (again,) = await draw(engine, PROMPTS[2], max_tokens=300)
+            assert meanwhile[0].finish in ("stop", "length")
             return await running, again
         finally:
             await engine.close()
@@ -468,9 +499,12 @@ def test_a_model_that_cannot_be_served_is_refused(tmp_path, model, loop):
         loop.run(opened(model, max_model_len=4096))  # the model was made for 512 positions
 
 
-def test_the_layout_with_processes_serves_and_updates_as_the_thread_does(model, policy, loop, served):
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_processes_serve_and_update_as_the_thread_does(model, policy, loop, served, tensor_parallel):
+    """Two workers hold a half of the model each, receive what is published and prove it by digests and canary."""
+
     async def scenario():
-        engine = await opened(model, layout="processes")
+        engine = await opened(model, layout="processes", tensor_parallel=tensor_parallel)
         try:
             reports = [await engine.update_weights(policy.publish(seed=seed)) for seed in (None, 12)]
             return reports, await draw(engine, PROMPTS[5], num_samples=3)

@@ -16,12 +16,15 @@ from flowrl.doctor import (
     Finding,
     companions,
     cpu_quota,
+    device_findings,
     diagnose,
     disk_finding,
     memory_finding,
     memory_limit,
     package_finding,
 )
+from flowrl.runtime.devices import Machine
+from tests.support.devices import machine
 
 
 @pytest.mark.parametrize(
@@ -133,3 +136,16 @@ def test_the_command_names_every_package_and_ends_with_a_verdict(tmp_path: Path)
     num_to_fix = sum(line.startswith("FIX") for line in lines)
     assert lines[-1] == (f"{num_to_fix} to fix" if num_to_fix else "ready: nothing to fix")
     assert result.returncode == bool(num_to_fix)
+
+
+def test_gpus_are_listed_with_what_keeps_a_run_from_them() -> None:
+    lines = [str(finding) for finding in device_findings(machine(80, 80))]
+    assert [line.split()[0] for line in lines] == ["ok"] * 3
+    levels = {finding.name: finding.level for finding in device_findings(machine(80, 24))}
+    assert levels["gpus"] == "FIX"
+    old = Machine(gpus=machine(80).gpus, driver_cuda="11.8", torch_cuda="13.0")
+    assert {f.name: f.level for f in device_findings(old)}["CUDA"] == "FIX"
+    (lost,) = device_findings(Machine(why_none="1 NVIDIA GPU is on the bus, but no driver answers"))
+    assert lost.level == "FIX"
+    (none,) = device_findings(Machine(why_none="no device"))
+    assert none.level == "ok"

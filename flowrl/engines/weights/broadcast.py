@@ -4,8 +4,8 @@ How a version travels: `publish` packs it into host buckets (the parameters may 
 store's address in the manifest; each receiver announces itself in the store; when all are there, or half the deadline
 has passed, `transfer` writes the plan (who is in which group) and broadcasts to those in it. Invariants: no wait is
 without a deadline; the dead are left out and the living go on; a group outside torch's default one is formed anew when
-its members change or it failed once; a receiver that is late, restarted or in a broken group pulls the same buckets
-from the sender's server.
+its members change or it failed once, and ends no process, whatever befalls it; a receiver that is late, restarted or in
+a broken group pulls the same buckets from the sender's server.
 
 Tests: tests/contracts/test_weights.py
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import socket
 import time
 import uuid
@@ -34,9 +35,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 
-# NCCL's watchdog ends the whole process when an operation passes the group's own timeout; ours comes first and ends
-# only the group.
-WATCHDOG_FACTOR = 10
+# torch reads these when a group is made. Its watchdog ends the whole process when an operation of the group fails or
+# passes its timeout, as when a generator dies; 2 lets it clean up the group and leave the process alone.
+HARMLESS = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_ENABLE_MONITORING": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+}  # fmt: skip
 
 
 class BroadcastGroup:
@@ -93,8 +96,16 @@ def _gloo(store: Store, rank: int, size: int, host: str, timeout: datetime.timed
 def _nccl(store: Store, rank: int, size: int, host: str, timeout: datetime.timedelta) -> Any:
     nccl: Any = dist.ProcessGroupNCCL  # chooses its own interface (NCCL_SOCKET_IFNAME), whatever `host` is
     options = nccl.Options()
-    options._timeout = timeout * WATCHDOG_FACTOR
-    return nccl(store, rank, size, options)
+    options._timeout = timeout
+    before = {name: os.environ.get(name) for name in HARMLESS}
+    os.environ |= HARMLESS
+    try:
+        return nccl(store, rank, size, options)
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 class Member(msgspec.Struct, frozen=True, array_like=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from flowrl.config import resolve, widen
 from flowrl.engines.base import Lora, TrainingConfig, check_engine
@@ -17,6 +18,7 @@ from flowrl.stages.reward import RewardModel
 if TYPE_CHECKING:
     from flowrl.engines.base import Scoring
 
+VLLM = "flowrl.engines.vllm:VllmEngine"
 HERE = f"{__name__}:Engine"
 
 
@@ -42,6 +44,9 @@ class Settings(RunSettings):
 
 def test_an_option_that_the_engine_takes_is_accepted() -> None:
     check_engine(HERE, {"level": 3}, "learner")
+    options = {"kv_cache_dtype": "fp8", "quantization": "fp8", "speculative_config": {}, "pipeline_parallel_size": 2,
+               "enable_expert_parallel": True, "enable_prefix_caching": False, "hf_overrides": {}}  # fmt: skip
+    check_engine(VLLM, options, "generator")
 
 
 @pytest.mark.parametrize(
@@ -51,6 +56,13 @@ def test_an_option_that_the_engine_takes_is_accepted() -> None:
         (HERE, {"where": "x"}, "takes no option 'where'"),
         (f"{__name__}:Plain", {"stage": 1}, "takes no option 'stage'; it has none"),
         (f"{__name__}:Nothing", {}, "has no 'Nothing'"),
+        (
+            VLLM,
+            {"kv_cache_dtyp": "fp8"},
+            r"kv_cache_dtyp: vLLM takes no such engine argument, did you mean 'kv_cache_d",
+        ),
+        (VLLM, {"tensor_parallel_size": 2}, r"tensor_parallel_size: is not free; set generator.tensor_parallel"),
+        (VLLM, {"logprobs_mode": "raw_logprobs"}, "flowrl sets logprobs_mode"),
     ],
 )
 def test_an_option_that_it_does_not_take_is_refused(path: str, options: dict[str, Any], said: str) -> None:
@@ -71,3 +83,18 @@ def test_a_quantised_frozen_model_has_an_adapter_that_changes_nothing(kind: type
     told = widen(TrainingConfig, config, lora=config.lora, model="m")
     assert (told.lora, told.micro_batch_tokens) == (Lora(rank=1, bits=4), 77)
     assert kind().lora == Lora()
+
+
+def test_deepspeed_steps_with_torchs_own_fused_adamw_on_every_device() -> None:
+    """Nothing is compiled with nvcc at the first step, nor where the state is moved to the host."""
+    from flowrl.engines.deepspeed import DeepSpeedEngine
+
+    for offloads in (False, True):
+        config = TrainingConfig(model="m", offload_optimizer=offloads, overlap_comm=True)
+        engine = DeepSpeedEngine(config, where="learner.0", name="x")
+        engine.device, engine.dtype = torch.device("cuda", 0), torch.bfloat16
+        told = engine._settings()
+        assert told["optimizer"]["params"]["torch_adam"]
+        assert told["optimizer"]["params"]["fused"]
+        assert told["zero_force_ds_cpu_optimizer"] is False
+        assert told["zero_optimization"]["overlap_comm"] is True
