@@ -106,8 +106,11 @@ class Examples(Stage):
         self.data_digest = rows.digest
         for line in rows.told():
             say(line)
-        check_rows(directory, [*rows.train, *rows.heldout])
-        has_reference = isinstance(self.examples.leads_to, ExampleReference)
+        reference = self.examples.leads_to
+        has_reference = isinstance(reference, ExampleReference)
+        others = [reference.model if isinstance(reference, ExampleReference) else "", objective.teacher_model]
+        for reader in {directory, *(prepare_model(each, say=say) for each in others if each)}:
+            check_rows(reader, [*rows.train, *rows.heldout])
         try_rows(objective, [*rows.train, *rows.heldout], has_reference=has_reference)
         for part in (rows.train, rows.heldout) if objective.needs_mismatched else ():
             if part:

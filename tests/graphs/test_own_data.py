@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -121,3 +122,27 @@ def test_a_run_is_resumed_with_its_own_data_and_settings_only(
     assert "learner.lr is 0.001 from here on" in said
     changed = json.loads((tmp_path / "runs" / "a" / "attempts" / "001.json").read_text())["changed"]
     assert changed["steps"] == {"old": 2, "new": 3}
+
+
+@pytest.mark.parametrize("given", ["reference_model={short}", "objective={{use: FullDistillation, teacher: {short}}}"])
+def test_whoever_reads_the_rows_beside_the_policy_has_positions_for_them(
+    given: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = shutil.copytree(tiny, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 20}))
+    row = {"prompt": "0123456789", "chosen": "0123456789", "rejected": "1"}
+    if "teacher" in given:
+        row = {"prompt": row["prompt"], "completion": row["chosen"]}
+    (tmp_path / "data.jsonl").write_bytes(lines([row] * 2))
+    graph = ROOT / "graphs" / ("sft.py" if "teacher" in given else "preference.py")
+    settings = [
+        f"model={tiny}",
+        f"data.source={tmp_path / 'data.jsonl'}",
+        "data.num_heldout=0",
+        given.format(short=short),
+    ]
+    code = main(["check", str(graph), *(part for each in settings for part in ("--set", each))])
+    said = capsys.readouterr().err
+    assert (code, said.count("\n")) == (2, 1), said
+    assert f"data.jsonl:1: has 21 tokens, and {short} positions for 20" in said
