@@ -59,6 +59,7 @@ PREFIX_REMEDY = "set data.learn=last, or give data.chat_template a template with
 OPENER = re.compile(r"(?:<(?P<tag>[\w:]*think\w*)>|\[(?P<mark>THINK)\]|<\|START_(?P<name>THINKING)\|>)\s*\Z")
 NO_THOUGHT = re.compile(r"<([\w:]*think\w*)>\s*</\1>\s*\Z")  # what a template writes for one that is not to think
 CLOSERS = re.compile(r"</[\w:]*think\w*>|\[/THINK\]|<\|END_THINKING\|>")
+WORD = re.compile(r"[^\W_]+")
 ANCHORS = ("\n", "a", ".", "0")  # texts behind which another can be tokenized as it stands within a text
 
 
@@ -231,6 +232,11 @@ class Renderer:
             written = self._grown(row, messages, learned)
         if not written.spans or not any(begin < end for begin, end in written.spans):
             raise DataError(row.place, "the chat template writes nothing for the assistant", PREFIX_REMEDY)
+        for turn, (begin, end) in zip(learned, written.spans, strict=False):
+            said = CLOSERS.split(messages[turn]["content"])[-1].strip()  # thinking is brought to one form by some
+            if len(learned) == len(written.spans) and not _is_within(said, written.text[begin:end]):
+                what = f"the chat template writes what message {turn} says otherwise than it stands there"
+                raise DataError(row.place, what, "give data.chat_template one that leaves it as it is")
         return written
 
     def _marked(self, row: NormalRow, messages: Conversation, num_before: int, learned: list[int]) -> Written:
@@ -510,12 +516,12 @@ def _check_roles(row: NormalRow, messages: Conversation, template: str) -> None:
 
 
 def _is_within(content: str, text: str) -> bool:
-    """Return whether a content stands in a text, white space and marks apart if need be."""
+    """Return whether a content stands in a text, what is between its words apart if need be."""
     return content in text or _words(content) in _words(text)
 
 
 def _words(text: str) -> str:
-    return "".join(filter(str.isalnum, text))
+    return " ".join(["", *WORD.findall(text), ""])
 
 
 def _closes(content: str, mouth: re.Match[str]) -> bool:
@@ -554,5 +560,9 @@ def _refusals(place: str, messages: Conversation) -> Iterator[None]:
     try:
         yield
     except template_errors() as error:
+        if line := getattr(error, "lineno", None):  # it does not parse
+            what = f"the chat template cannot be read ({error}, line {line})"
+            raise DataError(place, what, "mend the template, or give data.chat_template=FILE") from error
         roles = ", ".join(message["role"] for message in messages)
-        raise DataError(place, f"the chat template refuses the roles {roles} ({error})", "mend the row") from error
+        what = f"the chat template refuses the roles {roles} ({error})"
+        raise DataError(place, what, "mend the row, or the template") from error

@@ -184,6 +184,22 @@ def test_pair_shares_its_prompt_and_has_one_rendering_each(tokenizer):
             "{% for m in messages if m.role != 'developer' %}{{ m.role + m.content }}<|im_end|>{% endfor %}",
             "has a developer message (1), which the chat template does not write",
         ),
+        (
+            [said("user", "hi"), said("assistant", "b")],
+            "{% for m in messages %}{{ m.role }}\n{{ m.content[:1] }}<|im_end|>\n{% endfor %}",
+            "has a user message (0), which the chat template does not write",
+        ),
+        (
+            [said("user", "a"), said("assistant", "an <b>")],
+            "{% for m in messages %}{{ m.role }}\n{{ m.content | upper }}<|im_end|>\n{% endfor %}",
+            "has a user message (0), which the chat template does not write",
+        ),
+        (
+            [said("user", "A"), said("assistant", "an answer")],
+            "{% for m in messages %}{{ m.role }}\n{{ m.content | upper }}<|im_end|>\n{% endfor %}",
+            "the chat template writes what message 1 says otherwise than it stands there",
+        ),
+        ([said("user", "a"), said("assistant", "b")], "{{ messages[0]", "the chat template cannot be read (unexpected"),
     ],
 )
 def test_conversation_that_cannot_be_masked_exactly_is_refused(tokenizer, messages, template, what):
