@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import re
 from types import UnionType
 from typing import (
@@ -175,7 +176,22 @@ def resolve(
         settings = msgspec.convert(merged, kind, strict=False)
     except (msgspec.ValidationError, ValueError) as error:
         raise _readable(error, merged, kind, "") from error
+    _check_numbers(to_tree(settings), "")
     return _pinned(settings, kind(), "", places) if places else settings
+
+
+def _check_numbers(value: Any, path: str) -> None:
+    """Refuse numbers that no message can carry and no sum can be made of."""
+    if isinstance(value, dict):
+        for name, each in cast("dict[str, Any]", value).items():
+            _check_numbers(each, f"{path}.{name}" if path else name)
+    elif isinstance(value, list):
+        for place, each in enumerate(cast("list[Any]", value)):
+            _check_numbers(each, f"{path}[{place}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(path, f"expected a finite number, got {value}")
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        raise ConfigError(path, f"expected an integer of up to 63 bits, got {_shown(value)}")
 
 
 def _imply(tree: dict[str, Any], kind: type[Config]) -> None:
@@ -280,6 +296,7 @@ def _nested_defaults(kind: type) -> dict[str, Any]:
     return {f.name: to_tree(f.default) for f in fields if isinstance(f.default, Config)}
 
 
+LARGEST = 2**63 - 1  # that a message carries
 TRUTH = {"yes": True, "on": True, "no": False, "off": False}  # booleans in YAML 1.1, and words all the same
 
 
@@ -366,6 +383,8 @@ def read_yaml(path: Path, remedy: str) -> Any:
         where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(where, f"is not valid YAML ({reason})", "mend the line") from error
+    except ValueError as error:
+        raise ConfigError(str(path), f"holds a value that is none ({error})", "mend it") from error
 
 
 def _parse_set(text: str, where: str) -> Any:
@@ -373,7 +392,7 @@ def _parse_set(text: str, where: str) -> Any:
 
     try:
         return _parse_yaml(text, where) if text else ""
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # such as a date that there is not
         return text
 
 

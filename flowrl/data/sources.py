@@ -56,9 +56,14 @@ def read_rows(source: str, *, split: str, subset: str, bad: Bad) -> Iterator[Raw
     path = Path(source).expanduser()
     if (path / "settings.yaml").is_file():  # a run: what its writer has written
         path = path / "data"
+    if path.exists() and subset:
+        raise DataError(f"data {source}", f"lies here and has no subset {subset!r}", "leave data.subset out")
     if path.is_dir():
         yield from _read_directory(path, split, bad)
     elif path.is_file():
+        if split not in ("train", "") and _format(path) != ".json":  # which may hold several
+            what = f"is one file, without a split {split!r}"
+            raise DataError(f"data {source}", what, "leave data.split out, or give the directory of the splits' files")
         yield from _read_file(path, split, bad)
     elif _format(path) in (*FORMATS, ".gz") or source.startswith(("/", ".", "~")):
         raise DataError(f"data {source}", "no such file or directory", "check data.source")

@@ -209,6 +209,10 @@ def test_what_to_tree_writes_resolves_to_the_same_settings(tmp_path: Path):
         ("learner=3", "learner: expected a mapping, got 3"),
         ("learner.optimizer.lr=fast", "learner.optimizer.lr: expected a number, got 'fast'"),
         ("learner.optimizer.lr=-1", "learner.optimizer.lr: expected a number >= 0.0, got -1"),
+        ("learner.optimizer.lr=inf", "learner.optimizer.lr: expected a finite number, got inf"),
+        ("items=[{weight: .inf}]", "items[0].weight: expected a finite number, got inf"),
+        ("steps=99999999999999999999", "steps: expected an integer of up to 63 bits, got 99999999999999999999"),
+        ("steps=2026-13-01", "steps: expected an integer, got '2026-13-01'"),  # no date either
         ("learner.optimizer.betas=[1]", "learner.optimizer.betas: expected a list of length 2, got [1]"),
         (
             "learner.optimizer.kind=linear",
@@ -236,6 +240,7 @@ def test_a_long_wrong_value_is_cut():
         ("- steps", "must be a mapping of settings"),
         ("model: 7", "model: expected a text, got 7"),
         ("3: 4", "run.yaml: settings has no setting '3'"),
+        ("model: 2026-13-01", "run.yaml: holds a value that is none (month must be in 1..12)"),
     ],
 )
 def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text, said):

@@ -141,6 +141,14 @@ def test_the_files_of_a_split_are_told_by_whole_words(tmp_path):
     assert sorted(row.columns["prompt"] for row in read(tmp_path)) == sorted(names)
 
 
+def test_a_split_or_subset_that_a_file_cannot_have_is_refused(jsonl):
+    source = jsonl([{"prompt": "a"}])
+    with pytest.raises(DataError, match=r"is one file, without a split 'test'; leave data\.split out"):
+        read(source, split="test")
+    with pytest.raises(DataError, match=r"lies here and has no subset 'main'; leave data\.subset out"):
+        list(read_rows(str(source), split="train", subset="main", bad=lambda _: None))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
