@@ -150,6 +150,7 @@ class Rollouts(Prompt):
     """A prompt with its sampled responses."""
 
     samples: list[Sample]
+    num_greedy: int = 0  # so many samples at the end are the likeliest response: scored, as a baseline, never learned
     generator: str  # node and replica, for errors and the timeline
 
     @property

@@ -28,6 +28,7 @@ class Settings(OnlineSettings):
     reward_models: list[str] = msgspec.field(default_factory=list)  # their scores are added up, and to the function's
     reward_weights: list[float] = msgspec.field(default_factory=list)  # one for each of them; []: reward_model.weight
     algorithm: Select = Select(use="flowrl.algorithms.grpo:GRPO")
+    greedy_baseline: bool = False  # of each prompt sample the likeliest response as well, for ReMax
     generator: Generator.Config = Generator.Config(cpus=1, group_size=8)
     reward: Reward.Config = Reward.Config()  # function="": none
     reward_model: RewardModel.Config = RewardModel.Config(share="learner")  # of every reward model
@@ -40,7 +41,7 @@ class Settings(OnlineSettings):
 
 
 def build(s: Settings) -> Graph:
-    sampler, learning = s.sampler(s.generator), s.learning(s.algorithm)
+    sampler, learning = s.sampler(s.generator, greedy=s.greedy_baseline), s.learning(s.algorithm)
     prompts = Prompts(s.prompts, sampler)
     generator = Generator(s.generator, sampler)
     models = (s.reward_model, s.reward_models, s.reward_weights)

@@ -44,6 +44,7 @@ class AdvantageBatch(NamedTuple):
     cut_B: Tensor | None = (
         None  # 1 where an answer was cut before its end, by a limit of tokens or turns; None: nowhere
     )
+    greedy: AdvantageBatch | None = None  # the greedy response to the prompt, one row; None: it was not sampled
     after_B: Tensor | None = None  # of cut answers the value behind their last token, 0 for others; None: not measured
 
 
@@ -202,6 +203,11 @@ class Algorithm(Objective):
     @property
     def needs_group(self) -> bool:
         """Return whether `advantages` compares the samples of a group, so that one sample is not enough."""
+        return False
+
+    @property
+    def needs_greedy(self) -> bool:
+        """Return whether `advantages` needs the greedy response to the prompt."""
         return False
 
     @property

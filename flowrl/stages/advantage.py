@@ -1,9 +1,9 @@
 """Advantage: what tokens are worth without a critic, from the rewards of a group alone (GRPO, RLOO and kin).
 
 Arithmetic on one group at a time, in the order in which the learner takes them; the step-wide whitening, where an
-algorithm has one, is the learner's. A group that the algorithm does not keep (dynamic sampling) is rejected as
-filtered: its credit returns, its place is skipped. What an algorithm learns from step to step (an adaptive KL
-coefficient) is this node's state, saved with every checkpoint.
+algorithm has one, is the learner's. A greedy response serves as baseline here and goes no further. A group that the
+algorithm does not keep (dynamic sampling) is rejected as filtered: its credit returns, its place is skipped. What an
+algorithm learns from step to step (an adaptive KL coefficient) is this node's state, saved with every checkpoint.
 
 Tests: tests/unit/stages/test_advantage.py
 """
@@ -17,7 +17,7 @@ from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import Itself
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Referenced, Samples, extend
-from flowrl.stages.estimation import Estimation, keeps_group, load_algorithm, settled
+from flowrl.stages.estimation import Estimation, keeps_group, load_algorithm, settled, split_greedy
 from flowrl.stages.sampler import Learning, Sampler
 from flowrl.telemetry.events import Span
 
@@ -52,7 +52,8 @@ class Advantage(Stage):
 
     def _load(self) -> Algorithm:
         self.algorithm = settled(self.algorithm, self.sampler.max_response)
-        return load_algorithm(self.algorithm, group_size=self.sampler.group_size, has_critic=False)
+        size, has_greedy = self.sampler.group_size, self.sampler.greedy
+        return load_algorithm(self.algorithm, group_size=size, has_critic=False, has_greedy=has_greedy)
 
     def simulated(self, costs: Costs) -> Itself:
         """Credit nothing."""
@@ -69,16 +70,17 @@ class Advantage(Stage):
         num_kept = 0
         async for group in self.referenced:
             start_s = context.now()
-            if not await context.compute(keeps_group, estimation.algorithm, group):
+            learned, greedy = split_greedy(group)
+            if not await context.compute(keeps_group, estimation.algorithm, learned, greedy):
                 reason = f"{self.algorithm.use} learns nothing from rewards {group.rewards}"
                 await self.referenced.reject(group, kind="filtered", reason=reason)
                 continue
-            fields = await context.compute(estimation.advantages, group, None)
+            fields = await context.compute(estimation.advantages, learned, None, None, greedy)
             context.recorder.record(
                 Span(node=context.node, replica=context.replica, name="advantages", start_s=start_s,
                      end_s=context.now(), groups=[group.group_id])
             )  # fmt: skip
-            await self.samples.put(extend(Samples, group, **fields))
+            await self.samples.put(extend(Samples, learned, **fields))
             context.done += 1
             num_kept += 1
             if num_kept % self.learning.groups_per_step == 0:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowrl.errors import ConfigError
-from flowrl.messages import Buffer, Referenced
+from flowrl.messages import Buffer, R, Referenced, narrowed
 from flowrl.stages.tokens import mask_of, padded, unpadded
 
 if TYPE_CHECKING:
@@ -29,11 +29,14 @@ if TYPE_CHECKING:
 STATE = "estimation.json"  # beside the node's other state
 
 
-def load_algorithm(choice: Select, *, group_size: int | None = None, has_critic: bool | None = None) -> Algorithm:
+def load_algorithm(
+    choice: Select, *, group_size: int | None = None, has_critic: bool | None = None, has_greedy: bool | None = None
+) -> Algorithm:
     """Load an algorithm; the stage that credits groups with it also says what the graph gives it.
 
     Raises:
-        ConfigError: it needs a critic or a group of samples that the graph does not have, or an option is wrong.
+        ConfigError: it needs a critic, a group of samples or a greedy response that the graph does not have, or has no
+            use for what it has, or an option is wrong.
     """
     from flowrl.algorithms.base import Algorithm
 
@@ -46,6 +49,12 @@ def load_algorithm(choice: Select, *, group_size: int | None = None, has_critic:
     if has_critic and not algorithm.needs_critic and not algorithm.is_blank:
         what = f"{choice.use} gives the critic of this graph nothing to learn"
         raise ConfigError("algorithm", what, "use graphs/group_async.py")
+    if algorithm.needs_greedy and has_greedy is False:
+        what = f"{choice.use} takes off the score of the likeliest response, which this graph does not sample"
+        raise ConfigError("algorithm", what, "set greedy_baseline=true in graphs/group_async.py")
+    if has_greedy and not algorithm.needs_greedy and not algorithm.is_blank:
+        what = f"{choice.use} has no use for the likeliest response"
+        raise ConfigError("greedy_baseline", what, "leave it false, or take algorithm=remax")
     if algorithm.needs_group and group_size is not None and group_size < 2:
         what = f"{choice.use} compares the samples of a group, but group_size is {group_size}"
         raise ConfigError("group_size", what, "set generator.group_size (or agent.group_size) to 2 or more")
@@ -123,10 +132,14 @@ class Estimation:
         self.figures: dict[str, float] = {}  # further ones, given to every group of a step
 
     def advantages(
-        self, group: Referenced, values: list[FloatArray] | None, after: list[float] | None = None
+        self,
+        group: Referenced,
+        values: list[FloatArray] | None,
+        after: list[float] | None = None,
+        greedy: Referenced | None = None,
     ) -> dict[str, Any]:
         """Return the fields that turn a Referenced group into Samples; `after` has the values behind cut answers."""
-        fields = group_fields(self.algorithm, group, values, after)
+        fields = group_fields(self.algorithm, group, values, after, greedy)
         if self.algorithm.adapting:
             self._rewards += group.rewards
             self._kls += [fields["metrics"].get("kl", math.nan)] * len(group.samples)
@@ -172,11 +185,11 @@ class Estimation:
             self.algorithm = self._choice.changed(changes).load("algorithm")
 
 
-def keeps_group(algorithm: Algorithm, group: Referenced) -> bool:
+def keeps_group(algorithm: Algorithm, group: Referenced, greedy: Referenced | None = None) -> bool:
     """Return whether the algorithm wants to learn this group."""
     if algorithm.is_blank:
         return algorithm.keeps_unseen(group.group_id)
-    return algorithm.keeps(advantage_batch(group))
+    return algorithm.keeps(advantage_batch(group, greedy=greedy))
 
 
 def is_cut(sample: Sample) -> bool:
@@ -185,9 +198,12 @@ def is_cut(sample: Sample) -> bool:
 
 
 def advantage_batch(
-    group: Referenced, values: list[FloatArray] | None = None, after: list[float] | None = None
+    group: Referenced,
+    values: list[FloatArray] | None = None,
+    after: list[float] | None = None,
+    greedy: Referenced | None = None,
 ) -> AdvantageBatch:
-    """Return what an algorithm takes of one group."""
+    """Return what an algorithm takes of one group, and of the greedy response to its prompt."""
     import torch
 
     from flowrl.algorithms.base import AdvantageBatch
@@ -203,12 +219,26 @@ def advantage_batch(
         values_BT=None if values is None else padded(values)[0],
         placed_BT=None if group.placed is None else padded(group.placed)[0],
         cut_B=torch.tensor([float(is_cut(sample)) for sample in group.samples]),
+        greedy=None if greedy is None else advantage_batch(greedy),
         after_B=None if after is None else torch.tensor(after, dtype=torch.float32),
     )
 
 
+def split_greedy(group: R) -> tuple[R, R | None]:
+    """Return a group of the samples to learn, and one of the greedy response where there is one."""
+    if not group.num_greedy:
+        return group, None
+    places = range(len(group.samples))
+    sampled, greedy = places[: -group.num_greedy], places[-group.num_greedy :]
+    return narrowed(group, sampled, num_greedy=0), narrowed(group, greedy, num_greedy=0)
+
+
 def group_fields(
-    algorithm: Algorithm, group: Referenced, values: list[FloatArray] | None, after: list[float] | None = None
+    algorithm: Algorithm,
+    group: Referenced,
+    values: list[FloatArray] | None,
+    after: list[float] | None = None,
+    greedy: Referenced | None = None,
 ) -> dict[str, Any]:
     """Return the fields that turn a Referenced group into Samples."""
     if algorithm.is_blank:
@@ -218,7 +248,7 @@ def group_fields(
             **({"returns": zeros, "values": zeros} if values is not None else {}),
             "metrics": {},
         }
-    found = algorithm.advantages(advantage_batch(group, values, after))
+    found = algorithm.advantages(advantage_batch(group, values, after, greedy))
     returns = None if found.returns_BT is None else unpadded(found.returns_BT, group)
     return {
         "advantages": unpadded(found.advantages_BT, group),

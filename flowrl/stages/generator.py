@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from flowrl.engines.base import GenerationEngine
 from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import Itself
@@ -52,7 +54,10 @@ class Generator(Stage):
         """Serve until the prompt edges close."""
 
         async def train(prompt: Prompt) -> None:
-            await self.rollouts.put(await self._sample(context, engine, prompt, "generate"))
+            rollouts = await self._sample(context, engine, prompt, "generate")
+            if self.sampler.greedy:
+                rollouts = await self._with_greedy(context, engine, rollouts)
+            await self.rollouts.put(rollouts)
             context.done += 1
 
         async def evaluate(prompt: Prompt) -> None:
@@ -61,6 +66,18 @@ class Generator(Stage):
         async with serving(context, self.config, self.sampler, self.weights) as engine:
             lanes = (self.prompts, train), (self.heldout, evaluate)
             await serve_each(*lanes, max_groups=self.config.max_groups)
+
+    async def _with_greedy(self, context: Context, engine: GenerationEngine, rollouts: Rollouts) -> Rollouts:
+        """Return the group with the likeliest response behind its samples."""
+        with context.clock.charge(Cause.COMPUTE):
+            greedy = await engine.generate(
+                request_id=f"{context.where}-{rollouts.group_id}-greedy",
+                prompt_ids=rollouts.token_ids.tolist(),
+                num_samples=1,
+                seed=rollouts.seed,
+                sampling=msgspec.structs.replace(self.sampler.sampling, top_k=1, top_p=1.0),
+            )
+        return msgspec.structs.replace(rollouts, samples=[*rollouts.samples, *greedy], num_greedy=1)
 
     async def _sample(self, context: Context, engine: GenerationEngine, prompt: Prompt, name: str) -> Rollouts:
         start_s = context.now()

@@ -63,9 +63,9 @@ class OnlineSettings(SamplingSettings):
     learner: Learner.Config = Learner.Config(cpus=1, lr=1e-5)
     evaluation: Evaluator.Config = Evaluator.Config()
 
-    def sampler(self, generation: Generation) -> Sampler:
+    def sampler(self, generation: Generation, *, greedy: bool = False) -> Sampler:
         """Return what the nodes agree on, the adapter that the learner trains among it."""
-        return msgspec.structs.replace(super().sampler(generation), adapter=self.learner.lora)
+        return msgspec.structs.replace(super().sampler(generation), adapter=self.learner.lora, greedy=greedy)
 
     def learning(self, algorithm: Select) -> Learning:
         """Return what the nodes that learn agree on."""

@@ -25,6 +25,7 @@ class Sampler(Config):
     data: PromptData = PromptData()
     sampling: Sampling = Sampling()
     group_size: Annotated[int, Meta(ge=1)] = 1  # samples of each prompt
+    greedy: bool = False  # besides, of each prompt, the likeliest response
     max_model_len: Annotated[int, Meta(ge=1)] = 512  # prompt plus response, tokens
     max_turns: Annotated[int, Meta(ge=1)] = 1  # of the policy in one response
     seed: int = 0

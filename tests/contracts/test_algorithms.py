@@ -28,6 +28,7 @@ from tests.unit.algorithms.cases import (
     gradient_of,
     mapped_advantages,
     mapped_loss,
+    rewarded,
     widened,
 )
 from tests.unit.engines.test_packing import random_groups
@@ -221,7 +222,9 @@ def test_descent_raises_good_tokens_and_lowers_bad_ones(kind: type[Algorithm]):
 def test_the_sample_that_reward_and_reference_prefer_is_worth_more(kind: type[Algorithm]):
     flat_BT = torch.full((2, 3), -1.0)
     reference_BT = flat_BT + torch.tensor([[0.5], [-0.5]])
-    group = AdvantageBatch(torch.tensor([1.0, 0.0]), torch.ones(2, 3), flat_BT, reference_BT, torch.zeros(2, 3))
+    group = rewarded(1.0, 0.0, greedy=0.5)._replace(
+        mask_BT=torch.ones(2, 3), behaviour_BT=flat_BT, reference_BT=reference_BT, values_BT=torch.zeros(2, 3)
+    )
     advantages_BT = made(kind).advantages(group).advantages_BT
     assert bool((advantages_BT[0] > advantages_BT[1]).all())
 
@@ -230,8 +233,12 @@ def test_the_sample_that_reward_and_reference_prefer_is_worth_more(kind: type[Al
 def test_needs_are_stated_exactly(kind: type[Algorithm]):
     algorithm, group = made(kind), advantage_batch(0)
     alone = advantage_batch(0, rows=1)
-    without_values = group._replace(values_BT=None)
-    for is_needed, lacking in ((algorithm.needs_group, alone), (algorithm.needs_critic, without_values)):
+    without_values, without_greedy = group._replace(values_BT=None), group._replace(greedy=None)
+    for is_needed, lacking in (
+        (algorithm.needs_group, alone),
+        (algorithm.needs_critic, without_values),
+        (algorithm.needs_greedy, without_greedy),
+    ):
         if is_needed:
             with pytest.raises(ConfigError):
                 algorithm.advantages(lacking)

@@ -30,7 +30,7 @@ CHECKED = (Advantage, Critic, Learner, Reference, ReplayBuffer, RewardModel)
 ALGORITHM = {name: f"flowrl.algorithms.{path}" for name, path in {
     "GRPO": "grpo:GRPO", "RLOO": "rloo:RLOO", "GSPO": "gspo:GSPO", "CISPO": "cispo:CISPO", "PPO": "ppo:PPO",
     "REINFORCE++": "reinforce_pp:ReinforcePP", "baseline": "reinforce_pp:ReinforcePPBaseline",
-    "teacher": "on_policy_distillation:OnPolicyDistillation",
+    "ReMax": "remax:ReMax", "teacher": "on_policy_distillation:OnPolicyDistillation",
 }.items()}  # fmt: skip
 
 
@@ -60,6 +60,8 @@ WEIGHED = {"algorithm.correction.kind": "truncated", "learner.minibatches": 2}
         ("group_async", {**ONE, "algorithm": ALGORITHM["baseline"]}, SMALL_GROUP),
         ("group_async", {**ONE, "algorithm": ALGORITHM["REINFORCE++"], "algorithm.filter_groups": True}, SMALL_GROUP),
         ("agent_async", {"agent.group_size": 1}, SMALL_GROUP),
+        ("group_async", {"algorithm": ALGORITHM["ReMax"]}, "likeliest response, which .* not sample; set greedy_base"),
+        ("group_async", {"greedy_baseline": True}, "greedy_baseline: .*GRPO has no use .*; leave it false"),
         (
             "group_async",
             {"algorithm": ALGORITHM["GSPO"], "algorithm.normalisation": "token"},
@@ -100,6 +102,7 @@ def test_wrong_use_is_refused_with_a_remedy(graph: str, settings: dict[str, Any]
     [
         ("group_async", {"algorithm": ALGORITHM["REINFORCE++"], "generator.group_size": 1}),
         ("group_async", {"algorithm": ALGORITHM["CISPO"], "sampling.top_p": 0.9}),
+        ("group_async", {"algorithm": ALGORITHM["ReMax"], "greedy_baseline": True, "generator.group_size": 1}),
         ("group_async", {"algorithm": ALGORITHM["teacher"], "generator.group_size": 1}),
         ("group_async", {"replay.ratio": 0.5}),
         ("ppo_async", {"sampling.top_p": 0.9, **WEIGHED}),

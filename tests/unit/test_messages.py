@@ -77,6 +77,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "masks": st.none() | st.lists(float_buffers, max_size=3),
     "labels": st.lists(st.floats(allow_nan=False), max_size=3),
     "step_labels": st.none() | st.lists(float_buffers, max_size=3),
+    "num_greedy": st.integers(0, 1),
     "num_mismatched": counts,
     "groups": st.lists(counts, max_size=4),
     "version": counts,
@@ -113,6 +114,7 @@ def one(kind: type[Message], **changed: Any) -> Any:
     column = [Buffer.floats([0.5, 1.5])] * 2
     values: dict[str, Any] = {
         "group_id": 3, "token_ids": Buffer.ints([1, 2]), "columns": {"answer": "7"}, "num_samples": 2, "seed": 11,
+        "num_greedy": 0,
         "samples": [sample, sample], "generator": "generator.0", "scores": {"exact": [1.0, 0.0], "short": [0.25, -0.5]},
         "ref_logprobs": column, "advantages": column, "returns": column, "values": column, "metrics": {"kl": 0.5},
         "placed": column, "replays": [],

@@ -42,13 +42,15 @@ def advantage_batch(seed: int, *, rows: int = 4, width: int = 7) -> AdvantageBat
         behaviour_BT=behaviour_BT,
         reference_BT=behaviour_BT + normal(0.3),
         values_BT=normal(0.5),
+        greedy=rewarded(0.25),
     )
 
 
-def rewarded(*rewards: float) -> AdvantageBatch:
+def rewarded(*rewards: float, greedy: float | None = None) -> AdvantageBatch:
     """A group of answers of two tokens."""
     ones_BT = torch.ones(len(rewards), 2)
-    return AdvantageBatch(torch.tensor(rewards), ones_BT, -ones_BT)
+    alone = None if greedy is None else rewarded(greedy)
+    return AdvantageBatch(torch.tensor(rewards), ones_BT, -ones_BT, greedy=alone)
 
 
 def loss_batch(seed: int, *, rows: int = 4, width: int = 7, drift: float = 0.4) -> LossBatch:
@@ -136,6 +138,7 @@ def mapped_advantages(batch: AdvantageBatch, change: Callable[[Tensor, float], T
         behaviour_BT=change(batch.behaviour_BT, NAN),
         reference_BT=None if batch.reference_BT is None else change(batch.reference_BT, NAN),
         values_BT=None if batch.values_BT is None else change(batch.values_BT, NAN),
+        greedy=batch.greedy,
     )
 
 

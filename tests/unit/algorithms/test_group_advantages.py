@@ -18,12 +18,13 @@ from flowrl.algorithms.opo import OPO
 from flowrl.algorithms.policy import KL, PolicyGradient
 from flowrl.algorithms.ppo import PPO
 from flowrl.algorithms.reinforce_pp import ReinforcePP, ReinforcePPBaseline
+from flowrl.algorithms.remax import ReMax
 from flowrl.algorithms.rloo import RLOO
 from flowrl.algorithms.sapo import SAPO
 from flowrl.algorithms.shaping import Shaping
 from flowrl.errors import ConfigError
 from tests.support import slow_algorithms as slow
-from tests.unit.algorithms.cases import advantage_batch, mask_rows, rows_of, same
+from tests.unit.algorithms.cases import advantage_batch, mask_rows, rewarded, rows_of, same
 
 if TYPE_CHECKING:
     from flowrl.algorithms.functional import Estimator
@@ -163,6 +164,37 @@ def test_opo_takes_the_mean_by_length_off_each_score(seed: int):
     rows = zip(rewards, mask_rows(batch.mask_BT), strict=True)
     expected = [[(reward - baseline) * m for m in mask] for reward, mask in rows]
     assert same(OPO().advantages(batch).advantages_BT, expected)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_remax_takes_the_greedy_responses_score_off_each_tokens_reward_to_go(seed: int):
+    batch = advantage_batch(seed)
+    assert batch.reference_BT is not None
+    baseline, coef, std = 0.25, 0.1, 2.0
+    expected: list[list[float]] = []
+    rows = (batch.rewards_B, mask_rows(batch.mask_BT), rows_of(batch.behaviour_BT), rows_of(batch.reference_BT))
+    for reward, mask, old, ref in zip(*rows, strict=True):
+        togo, row = float(reward) / std, [0.0] * len(mask)
+        for t in reversed(range(len(mask))):
+            if mask[t]:
+                togo -= coef * (old[t] - ref[t])
+                row[t] = togo - baseline / std
+        expected.append(row)
+    found = ReMax(kl=KL(coef=coef), shaping=Shaping(std=std)).advantages(batch)
+    assert same(found.advantages_BT, expected)
+    assert found.metrics["reward.greedy"] == baseline / std
+
+
+def test_remax_keeps_what_differs_from_the_greedy_response():
+    plain = ReMax(kl=KL())
+    found = plain.advantages(rewarded(1.0, 0.5, greedy=0.5))
+    assert found.advantages_BT.tolist() == [[0.5, 0.5], [0.0, 0.0]]
+    assert plain.advantages(rewarded(1.0, 1.0, greedy=0.5)).metrics["groups.mixed"] == 1.0
+    choosy = ReMax(kl=KL(), filter_groups=True)
+    assert choosy.keeps(rewarded(1.0, greedy=0.5))
+    assert not choosy.keeps(rewarded(0.5, 0.5, greedy=0.5))
+    with pytest.raises(ConfigError, match="greedy response, which nothing has sampled; set greedy_baseline=true"):
+        plain.advantages(rewarded(1.0))
 
 
 def test_a_missing_end_costs_what_is_set_and_the_rest_is_as_it_was():

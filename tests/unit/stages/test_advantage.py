@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flowrl.graph.stage import Context
 
 STEPS, GROUPS = 3, 2
+GREEDY = 0.25  # reward of the greedy response
 DAPO = Select(use="flowrl.algorithms.dapo:DAPO")
 
 
@@ -43,20 +44,21 @@ class Rewarder(Stage):
     async def run(self, context: Context) -> None:
         async for group in self.rollouts:
             rewards = [1.0, 1.0] if group.group_id % 2 else [1.0, 0.0]
+            rewards += [GREEDY] * group.num_greedy
             zeros = [Buffer.floats([0.0] * len(sample.token_ids)) for sample in group.samples]
             await self.referenced.put(extend(Referenced, group, scores={"task": rewards}, ref_logprobs=zeros))
 
 
-def test_groups_without_contrast_are_filtered_and_never_learned(tmp_path: Path) -> None:
-    sampler = Sampler(model=stand_in_model(), sampling=Sampling(max_tokens=4), group_size=2)
-    learning = Learning(algorithm=DAPO, steps=STEPS, groups_per_step=GROUPS, max_staleness=1)
+def flow(algorithm: Select, *, greedy: bool = False) -> Graph:
+    sampler = Sampler(model=stand_in_model(), sampling=Sampling(max_tokens=4), group_size=2, greedy=greedy)
+    learning = Learning(algorithm=algorithm, steps=STEPS, groups_per_step=GROUPS, max_staleness=1)
     prompts = NumberedPrompts(Prompts.Config(), sampler)
     generator = Generator(Generator.Config(engine="flowrl.simulation.fake:FakeGeneration"), sampler)
     rewarder = Rewarder(Rewarder.Config())
     advantage = Advantage(Advantage.Config(), sampler, learning)
     config = Learner.Config(engine="flowrl.simulation.fake:FakeTraining", save_rollouts=False)
     learner = Learner(config, sampler, learning)
-    graph = Graph(
+    return Graph(
         nodes={"prompts": prompts, "generator": generator, "rewarder": rewarder, "advantage": advantage,
                "learner": learner},
         edges=[
@@ -69,8 +71,23 @@ def test_groups_without_contrast_are_filtered_and_never_learned(tmp_path: Path) 
         ],
         until=learner,
     )  # fmt: skip
-    totals = run(graph, tmp_path).outcome.totals
+
+
+def test_groups_without_contrast_are_filtered_and_never_learned(tmp_path: Path) -> None:
+    totals = run(flow(DAPO), tmp_path).outcome.totals
     assert totals["learned"] == STEPS * GROUPS
     assert totals["filtered"] >= STEPS * GROUPS - 1  # one between each two that were learned
     learned = [entry.group for entry in read_entries(tmp_path / "ledger.jsonl") if entry.event == "learned"]
     assert all(group % 2 == 0 for group in learned)
+
+
+def test_a_greedy_response_is_scored_as_a_baseline_and_not_learned(tmp_path: Path) -> None:
+    remax = Select(use="flowrl.algorithms.remax:ReMax", options={"kl": {"coef": 0.0}})
+    steps = run(flow(remax, greedy=True), tmp_path).steps
+    assert len(steps) == STEPS
+    for step in steps:
+        assert step.metrics["samples"] == GROUPS * 2
+        assert step.metrics["reward.mean"] == 0.75  # of [1, 0] and [1, 1]
+        assert step.metrics["reward.greedy"] == GREEDY
+        assert step.metrics["groups.mixed"] == 1.0
+        assert step.metrics["groups.idle"] == 0.0

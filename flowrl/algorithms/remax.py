@@ -1,0 +1,65 @@
+"""ReMax: REINFORCE with the reward of the likeliest response as baseline (Li 2023, 2310.10505, section 4, algorithm 1).
+
+    r_t = -beta log(pi_old / pi_ref), plus the score on the last sampled token
+    A_t = sum over k >= t of r_k, less the score of the greedy response to the same prompt
+
+No critic, and no group: one sample of a prompt is enough. The greedy response comes from the policy that samples, is
+scored as the samples are, without the penalty, and never learned. The clipped surrogate stands in for the paper's
+log pi, whose gradient is the same on fresh samples.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flowrl.algorithms.advantages import discounted_returns
+from flowrl.algorithms.base import AdvantageBatch, Advantages
+from flowrl.algorithms.functional import has_tokens, masked
+from flowrl.algorithms.policy import KL, PolicyGradient
+from flowrl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ReMax(PolicyGradient):
+    """REINFORCE with a greedy baseline."""
+
+    kl: KL = KL(coef=0.01)
+
+    @property
+    def needs_greedy(self) -> bool:
+        """Return True: the baseline is the score of the greedy response."""
+        return True
+
+    @property
+    def needs_group(self) -> bool:
+        """Return False, also where groups are filtered: a sample is compared with the greedy response."""
+        return False
+
+    def keeps(self, batch: AdvantageBatch) -> bool:
+        """Return whether a group has an answer to learn and, where groups are filtered, one that differs in score."""
+        if not self.filter_groups:
+            return super().keeps(batch)
+        scores_B, baseline = self._scores(batch)
+        learned_B = has_tokens(batch.mask_BT) > 0
+        if self.mask_cut and batch.cut_B is not None:
+            learned_B = learned_B & (batch.cut_B <= 0)
+        return bool((scores_B != baseline)[learned_B].any())
+
+    def advantages(self, batch: AdvantageBatch) -> Advantages:
+        """Return each token's reward to go less the score of the greedy response."""
+        scores_B, metrics = self.shaped_scores(batch)
+        _, baseline = self._scores(batch)
+        present_B = has_tokens(batch.mask_BT) > 0
+        metrics["groups.mixed"] = float((scores_B != baseline)[present_B].any())
+        metrics["reward.greedy"] = float(baseline)
+        returns_BT = discounted_returns(self.shaped_rewards(batch, scores_B), batch.mask_BT, gamma=1.0)
+        return Advantages(masked(returns_BT - baseline, batch.mask_BT), None, metrics)
+
+    def _scores(self, batch: AdvantageBatch) -> tuple[Tensor, Tensor]:
+        """Return the samples' scores as they are learned, and the greedy response's."""
+        if batch.greedy is None:
+            what = "ReMax takes off the score of the greedy response, which nothing has sampled"
+            raise ConfigError("algorithm", what, "set greedy_baseline=true in graphs/group_async.py")
+        return self.shaped_scores(batch)[0], self.shaped_scores(batch.greedy)[0][0]
