@@ -160,6 +160,9 @@ class PolicyGradient(Algorithm):
             found.append(f"algorithm.{names}: no effect with correction.kind={kind}")
         if self.normalisation != "constant" and self.constant_tokens:
             found.append(f"algorithm.constant_tokens: no effect with normalisation={self.normalisation}")
+        if self.kl.horizon != KL().horizon and not self.kl.target:
+            found.append("algorithm.kl.horizon: no effect while kl.target is 0")
+        found += [f"algorithm.shaping.{line}" for line in self.shaping.idle_settings()]
         if self.kl.coef == 0.0 and (self.kl.placement, self.kl.estimator) != (KL().placement, KL().estimator):
             found.append("algorithm.kl.placement, kl.estimator: no effect while kl.coef is 0")
         return found

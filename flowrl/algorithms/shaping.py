@@ -45,6 +45,15 @@ class Shaping(Config):
             what = f"shaping.overlong_buffer {self.overlong_buffer} is longer than max_tokens {self.max_tokens}"
             raise ValueError(f"{what}; lower it")
 
+    def idle_settings(self) -> list[str]:
+        """Return which settings have no effect, and why."""
+        found: list[str] = []
+        if not self.overlong_buffer and (self.max_tokens or self.overlong_factor != Shaping().overlong_factor):
+            found.append("max_tokens, overlong_factor: no effect while shaping.overlong_buffer is 0")
+        if self.num_scores and not self.running:
+            found.append("num_scores: no effect without shaping.running=true")
+        return found
+
     def normalised(self, rewards_B: Tensor) -> Tensor:
         """Return (R - mean) / std; Shaping(mean=1.0, std=2.0) makes 0.5 of a score of 2.0."""
         return (rewards_B - self.mean) / self.std

@@ -130,11 +130,23 @@ class Learner(Stage):
         check_masters(self.sampler.model, say)
         self._check_publishing(model, say)
         objective = self.load_objective()
+        self._check_freezing(objective)
         num_updates = self.config.minibatches * self.config.epochs
         for line in advice(objective, max_staleness=self.learning.max_staleness, num_updates=num_updates):
             say(f"warning: {line}")
         for line in objective.idle_settings(num_updates):
             say(line)
+
+    def _check_freezing(self, objective: Objective) -> None:
+        """Insist that the policy learns at some time, and until then a critic does."""
+        frozen, steps = self.config.freeze_steps, self.learning.steps
+        what = ""
+        if frozen >= steps:
+            what = f"{frozen} of {steps} steps, so that the policy would learn nothing"
+        elif frozen and not getattr(objective, "needs_critic", False):
+            what = f"{frozen} steps in which nothing would learn, for {self.algorithm.use} has no critic"
+        if what:
+            raise ConfigError("learner.freeze_steps", what, "lower it, or leave it 0")
 
     def _check_publishing(self, model: Path, say: Say) -> None:
         """Say it where an adapter does not travel as it is, and insist on it where it must."""

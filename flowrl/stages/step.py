@@ -147,12 +147,20 @@ def step_choice(choice: Select, objective: Objective, batch: Sequence[Scored]) -
 
 
 def mean_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return the mean of each metric over those of a step's updates that have it, and of `lr` the last."""
+    """Return the mean of each metric over those of a step's updates that have it, of `lr` the last.
+
+    Of `mismatch_kl` it is the first, and none where that had no token of the learner's version: only then has the
+    policy not moved since, and the engines alone differ.
+    """
     found: dict[str, list[float]] = {}
     for update in updates:
         for name, value in update.items():
             found.setdefault(name, []).append(value)
     means = {name: sum(values) / len(values) for name, values in found.items()}
+    if "mismatch_kl" in means:
+        del means["mismatch_kl"]
+        if updates[0].get("fresh_frac", 1.0) and "mismatch_kl" in updates[0]:
+            means["mismatch_kl"] = updates[0]["mismatch_kl"]
     return means | {name: updates[-1][name] for name in ("lr",) if name in means}
 
 
@@ -165,7 +173,7 @@ def derived(figures: dict[str, float]) -> dict[str, float]:
     if found.get("is_weight_sq"):
         found["ess"] = found["is_weight"] ** 2 / found["is_weight_sq"]
     if found.get("fresh_frac") == 0.0:
-        del found["mismatch_kl"]
+        found.pop("mismatch_kl", None)
     return found
 
 

@@ -84,12 +84,18 @@ WEIGHED = {"algorithm.correction.kind": "truncated", "learner.minibatches": 2}
             {"groups_per_step": 12, "critic.minibatches": 8},
             "critic.minibatches: 8 minibatches do not divide 12 groups_per_step; choose a divisor",
         ),
+        ("ppo_async", {"learner.freeze_steps": 9, "steps": 9}, "9 of 9 steps, so that the policy would learn nothing"),
+        (
+            "group_async",
+            {"learner.freeze_steps": 1, "steps": 9},
+            "1 steps in which nothing would learn, for .*GRPO",
+        ),
         (
             "ppo_async",
             {"learner.lora.rank": 600, "learner.lora.publish": "adapter"},
             "learner.lora.publish: is adapter, but vLLM takes ranks up to 512; set it to merged",
         ),
-        ("ppo_async", {"reward.function": ""}, r"nothing scores the samples; give reward\.function or reward_models"),
+        ("ppo_async", {"reward.function": ""}, r"nothing scores the samples; give reward\.function"),
     ],
 )
 def test_wrong_use_is_refused_with_a_remedy(graph: str, settings: dict[str, Any], said: str, tiny: Path) -> None:

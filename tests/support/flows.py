@@ -27,7 +27,7 @@ from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.replay_buffer import ReplayBuffer
 from flowrl.stages.sampler import Learning, Sampler
-from flowrl.telemetry.events import Event, Span, Step
+from flowrl.telemetry.events import Event, Notice, Span, Step
 
 if TYPE_CHECKING:
     from flowrl.graph.simulated import Costs
@@ -204,6 +204,7 @@ class Ran:
     outcome: Outcome
     steps: list[Step]
     spans: list[Span]
+    notices: list[Notice]
 
 
 def run(graph: Graph, run_dir: Any, **options: Any) -> Ran:
@@ -215,4 +216,5 @@ def run(graph: Graph, run_dir: Any, **options: Any) -> Ran:
     )  # fmt: skip
     outcome = run_virtual(run_local(graph, settings))
     steps = [event for event in events if isinstance(event, Step)]
-    return Ran(outcome=outcome, steps=steps, spans=[event for event in events if isinstance(event, Span)])
+    spans = [event for event in events if isinstance(event, Span)]
+    return Ran(outcome, steps, spans, [event for event in events if isinstance(event, Notice)])

@@ -22,6 +22,7 @@ from flowrl.algorithms.ppo import PPO
 from flowrl.algorithms.reinforce_pp import ReinforcePP
 from flowrl.algorithms.rloo import RLOO
 from flowrl.algorithms.sapo import SAPO
+from flowrl.algorithms.shaping import Shaping
 from flowrl.algorithms.value import ValueLoss
 from flowrl.errors import ConfigError
 from tests.support import slow_algorithms as slow
@@ -301,3 +302,21 @@ def test_a_loss_that_lacks_what_it_needs_is_refused():
         GRPO().loss(batch)
     with pytest.raises(ConfigError, match="needs entropies"):
         PPO(entropy_coef=0.1).loss(batch)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"shaping": Shaping(overlong_factor=2.0)},
+            "shaping.max_tokens, overlong_factor: no effect while shaping.overlong",
+        ),
+        ({"shaping": Shaping(num_scores=8)}, "shaping.num_scores: no effect without shaping.running"),
+        ({"kl": KL(coef=0.1, horizon=9)}, "kl.horizon: no effect while kl.target is 0"),
+        ({"bootstrap_cut": True, "mask_cut": True}, "bootstrap_cut: no effect with mask_cut"),
+    ],
+)
+def test_a_setting_without_effect_is_named(settings: dict[str, Any], said: str):
+    (line,) = PPO(**settings).idle_settings(2)
+    assert line.startswith(f"algorithm.{said}")
+    assert PPO(shaping=Shaping(overlong_buffer=2, overlong_factor=2.0, running=True)).idle_settings(2) == []

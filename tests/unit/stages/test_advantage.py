@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import pytest
 
 from flowrl.config import Select
 from flowrl.engines.base import Sampling
@@ -11,6 +13,7 @@ from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Referenced, Rollouts, extend
 from flowrl.runtime.ledger import read_entries
+from flowrl.simulation.fake import FakeTraining
 from flowrl.simulation.stand_ins import stand_in_model
 from flowrl.stages.advantage import Advantage
 from flowrl.stages.generator import Generator
@@ -49,14 +52,25 @@ class Rewarder(Stage):
             await self.referenced.put(extend(Referenced, group, scores={"task": rewards}, ref_logprobs=zeros))
 
 
-def flow(algorithm: Select, *, greedy: bool = False) -> Graph:
+class Drifted(FakeTraining):
+    """Its importance weights lie so far apart that the effective sample size is what it is told to be."""
+
+    def __init__(self, *given: Any, ess: float, **more: Any) -> None:
+        super().__init__(*given, **more)
+        self._ess = ess
+
+    def accumulate(self, groups: Any, objective: Select) -> dict[str, float]:
+        return super().accumulate(groups, objective) | {"is_weight": 1.0, "is_weight_sq": 1.0 / self._ess}
+
+
+def flow(algorithm: Select, *, greedy: bool = False, ess: float = 1.0) -> Graph:
     sampler = Sampler(model=stand_in_model(), sampling=Sampling(max_tokens=4), group_size=2, greedy=greedy)
     learning = Learning(algorithm=algorithm, steps=STEPS, groups_per_step=GROUPS, max_staleness=1)
     prompts = NumberedPrompts(Prompts.Config(), sampler)
     generator = Generator(Generator.Config(engine="flowrl.simulation.fake:FakeGeneration"), sampler)
     rewarder = Rewarder(Rewarder.Config())
     advantage = Advantage(Advantage.Config(), sampler, learning)
-    config = Learner.Config(engine="flowrl.simulation.fake:FakeTraining", save_rollouts=False)
+    config = Learner.Config(engine=f"{__name__}:Drifted", engine_options={"ess": ess}, save_rollouts=False)
     learner = Learner(config, sampler, learning)
     return Graph(
         nodes={"prompts": prompts, "generator": generator, "rewarder": rewarder, "advantage": advantage,
@@ -91,3 +105,11 @@ def test_a_greedy_response_is_scored_as_a_baseline_and_not_learned(tmp_path: Pat
         assert step.metrics["reward.greedy"] == GREEDY
         assert step.metrics["groups.mixed"] == 1.0
         assert step.metrics["groups.idle"] == 0.0
+
+
+@pytest.mark.parametrize(("ess", "is_told"), [(0.2, True), (0.5, False)])
+def test_a_small_effective_sample_size_is_warned_of(tmp_path: Path, ess: float, is_told: bool) -> None:
+    ran = run(flow(DAPO, ess=ess), tmp_path)
+    told = [notice.text for notice in ran.notices if "effective sample size" in notice.text]
+    assert len(told) == STEPS * is_told
+    assert all("effective sample size 0.20 in step" in text and "lower max_staleness or lr" in text for text in told)

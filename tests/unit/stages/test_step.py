@@ -126,6 +126,14 @@ def test_a_steps_metrics_are_the_mean_of_its_updates_and_the_last_learning_rate(
     assert mean_metrics([left_out, taken]) == expected == mean_metrics([taken, left_out])
 
 
+def test_the_mismatch_of_the_engines_is_that_of_a_steps_first_update():
+    still, moved = {"mismatch_kl": 0.01, "fresh_frac": 0.5}, {"mismatch_kl": 0.3, "fresh_frac": 1.0}
+    assert mean_metrics([still, moved]) == {"mismatch_kl": 0.01, "fresh_frac": 0.75}
+    stale = {"mismatch_kl": 0.0, "fresh_frac": 0.0}  # measured on no token
+    assert mean_metrics([stale, moved]) == {"fresh_frac": 0.5}
+    assert derived(mean_metrics([stale, stale])) == {"fresh_frac": 0.0}
+
+
 def test_the_effective_sample_size_follows_from_the_weights():
     assert derived({"is_weight": 2.0, "is_weight_sq": 5.0})["ess"] == pytest.approx(0.8)
     assert derived({"is_weight": 3.0, "is_weight_sq": 27.0})["ess"] == pytest.approx(1 / 3)  # one token of three
