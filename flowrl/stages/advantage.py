@@ -48,7 +48,9 @@ class Advantage(Stage):
 
     def check(self, say: Say) -> None:
         """Load the algorithm and hold its needs against this topology."""
-        self._load()
+        shaping = getattr(self._load(), "shaping", None)
+        if self.sampler.max_turns > 1 and shaping is not None and (shaping.clip or shaping.mean):
+            say("algorithm.shaping.clip, mean: no effect, for rewards of turns are only divided by shaping.std")
 
     def _load(self) -> Algorithm:
         self.algorithm = settled(self.algorithm, self.sampler.max_response)

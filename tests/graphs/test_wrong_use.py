@@ -122,6 +122,11 @@ def test_what_is_near_to_wrong_use_but_right_is_taken_in_silence(
     assert checked(graph, tiny, settings) == []
 
 
+def test_a_clip_that_rewards_of_turns_do_not_have_is_said(tiny: Path) -> None:
+    (line,) = checked("agent_async", tiny, {"algorithm.shaping.clip": 5})
+    assert line.startswith("algorithm.shaping.clip, mean: no effect, for rewards of turns")
+
+
 @pytest.mark.parametrize(
     ("graph", "given", "node", "lr"),
     [
