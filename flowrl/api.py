@@ -76,10 +76,12 @@ def check(
     Raises:
         UserError: the first thing that is missing or wrong.
     """
+    from flowrl.graph.program import load_program
     from flowrl.runtime.launch import check_program, describe
-    from flowrl.runtime.placement import load_placed
+    from flowrl.tuning.companion import Advised
 
-    program = load_placed(Path(graph), config=_path(config), overrides=overrides_of(settings or {}))
+    overrides, placing = overrides_of(settings or {}), Advised().placing()
+    program = load_program(Path(graph), config=_path(config), overrides=overrides, placing=placing)
     _outside_loop(lambda: check_program(program, say=say, address=None))
     return describe(program)
 

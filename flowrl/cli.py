@@ -1,4 +1,4 @@
-"""The command line: `flowrl run | check | show | report | inspect | watch | verify | export`, and
+"""The command line: `flowrl run | check | plan | show | report | inspect | watch | verify | export`, and
 `simulate | tune | bench | data | judge | graphs | init | doctor`.
 
 Bad input is one line on standard error (where, what, what to do) and exit code 2; a failed run is one line and exit
@@ -60,6 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="load and validate a graph, print the plan, start nothing")
     _graph_options(check)
     check.set_defaults(command=_check)
+
+    plan = commands.add_parser("plan", help="say where a graph's processes go and what lies in memory there")
+    _graph_options(plan)
+    plan.add_argument("--on", default="", metavar="MACHINES",
+                      help="8x80GB,host=1TB, 2x8xH100, cpu,cores=8 or a YAML file (default: here)")  # fmt: skip
+    plan.add_argument("--model-config", action="append", default=[], metavar="[MODEL=]FILE",
+                      help="config.json of a model that is not here; may be repeated")  # fmt: skip
+    plan.set_defaults(command=_plan)
 
     show = commands.add_parser("show", help="print a graph's edges")
     _graph_options(show)
@@ -200,21 +208,37 @@ def _show(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     from flowrl.errors import ResourceError
+    from flowrl.graph.program import load_program
     from flowrl.runtime.launch import check_program, describe
-    from flowrl.runtime.placement import check_computes, load_placed
+    from flowrl.runtime.placement import check_computes
     from flowrl.tuning.companion import Advised
 
-    program = load_placed(options.graph, config=options.config, overrides=options.overrides)
+    advised = Advised()
+    placing = advised.placing()
+    program = load_program(options.graph, config=options.config, overrides=options.overrides, placing=placing)
     _say(describe(program))
     try:
         check_computes(program.graph)
     except ResourceError as error:  # of this installation, not of the graph
         _say(f"warning: a run would be refused: {error}")
     check_program(program, say=_say, address=None)
-    for line in Advised().foretell(program, Path("runs")):
+    for line in advised.foretell(program, Path("runs")):
         _say(line)
     _say("ok: nothing was started")
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from flowrl.graph.program import load_program
+    from flowrl.tuning.machines import parse_site, this_site
+    from flowrl.tuning.planner import Planner
+    from flowrl.tuning.shapes import parse_configs
+
+    planner = Planner(parse_site(options.on) if options.on else this_site(), parse_configs(options.model_config))
+    load_program(options.graph, config=options.config, overrides=options.overrides, placing=planner)
+    for line in planner.lines(whole=True):
+        _say(line)
+    return 1 if planner.plan is not None and not planner.plan.fits else 0
 
 
 def _run(options: argparse.Namespace) -> int:

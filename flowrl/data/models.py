@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import math
 import os
 import struct
 import tempfile
@@ -120,9 +121,7 @@ def inspect_model(directory: Path) -> ModelCard:
     check_model(directory, where)
     config = _read_json(directory / "config.json", where)
     text = {**config, **cast("dict[str, Any]", config.get("text_config") or {})}  # multimodal configs nest the text's
-    tensors: dict[str, Any] = {}
-    for shard in _shards(directory, where):
-        tensors.update(_read_header(shard, where))
+    tensors = _tensors(directory, where)
     architectures = config.get("architectures") or [config.get("model_type", "unknown")]
     tied = config.get("tie_word_embeddings", "lm_head.weight" not in tensors)
     return ModelCard(
@@ -132,9 +131,22 @@ def inspect_model(directory: Path) -> ModelCard:
         vocab_size=int(text.get("vocab_size", 0)),
         tied=bool(tied),
         dtype=str(text.get("dtype") or text.get("torch_dtype") or "unknown"),
-        num_parameters=sum(_num_elements(t["shape"]) for t in tensors.values()),
+        num_parameters=sum(math.prod(tensor["shape"]) for tensor in tensors.values()),
         has_chat_template=_has_chat_template(directory, where),
     )
+
+
+def num_parameters(directory: Path, where: str) -> int:
+    """Return the parameters of the weights in a directory, whatever else it lacks; 0 where there are none."""
+    return sum(math.prod(tensor["shape"]) for tensor in _tensors(directory, where).values())
+
+
+def _tensors(directory: Path, where: str) -> dict[str, Any]:
+    """Return what the safetensors headers of a directory declare, by name."""
+    found: dict[str, Any] = {}
+    for shard in _shards(directory, where):
+        found.update(_read_header(shard, where))
+    return found
 
 
 def check_reach(card: ModelCard, place: str, token_ids: Iterable[int], num_tokens: int) -> None:
@@ -207,13 +219,6 @@ def _has_chat_template(directory: Path, where: str) -> bool:
         return True
     settings = directory / "tokenizer_config.json"
     return settings.is_file() and bool(_read_json(settings, where).get("chat_template"))
-
-
-def _num_elements(shape: list[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def _download(name: str, where: str, say: Say) -> Path:

@@ -39,6 +39,8 @@ class RunSettings(Config):
 
     seed: int = 0  # data order, sampling and initialisation follow from it
     runtime: Literal["ray", "local"] = "ray"  # processes as Ray actors, or tasks of one process
+    # auto: what nothing is said about is planned for the machine, see `flowrl plan`; given: it is as in the graph file
+    placement: Literal["auto", "given"] = "auto"
     stall_timeout_s: Annotated[float, Meta(gt=0)] = 1800.0  # nothing moves on any edge for so long: stop and say why
     heartbeat_timeout_s: Annotated[float, Meta(gt=0)] = 60.0  # a replica not heard from for so long is replaced
     stop_grace_s: Annotated[float, Meta(gt=0)] = 600.0  # a stop by Ctrl-C, SIGTERM or SIGHUP may take so long

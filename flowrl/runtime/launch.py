@@ -17,6 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,9 @@ from flowrl.engines.checkpoint import complete_checkpoints, set_checkpoints_asid
 from flowrl.errors import ConfigError, FlowrlError
 from flowrl.graph.program import Program, load_program
 from flowrl.graph.show import edge_table, node_table, staleness_line
+from flowrl.runtime.devices import visible_machine
 from flowrl.runtime.ledger import Cut
-from flowrl.runtime.placement import check_computes, check_resources, load_placed, quiet_libraries
+from flowrl.runtime.placement import check_computes, check_resources, place, quiet_libraries
 from flowrl.runtime.resuming import check_same_data, check_same_run, record_attempt
 from flowrl.runtime.rundir import claim, create_run_dir, existing_run, recorded_settings, write_plan
 from flowrl.runtime.supervisor import Options, Start, newest_start
@@ -37,6 +39,7 @@ from flowrl.telemetry.trackers import check_trackers
 
 if TYPE_CHECKING:
     from flowrl.graph.graph import RunSettings
+    from flowrl.graph.program import Placing
     from flowrl.runtime.rundir import Claim
     from flowrl.runtime.supervisor import Outcome
     from flowrl.telemetry.view import RunView
@@ -60,6 +63,10 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 class RunCompanion:
     """What the caller adds to a run: lines said before it starts, and sinks beside those that every run has."""
+
+    def placing(self) -> Placing:
+        """Return what places that which the settings leave open on this machine: the rules of placement."""
+        return partial(place, machine=visible_machine())
 
     def foretell(self, program: Program, runs_dir: Path) -> Iterable[str]:
         """Yield what can be said of a run before it starts; `runs_dir` holds the runs made before."""
@@ -110,14 +117,14 @@ def launch(request: RunRequest, *, say: Say, companion: RunCompanion) -> Path:
             config = request.config or recorded_settings(run_dir)
             claimed = held.enter_context(contextlib.closing(claim(run_dir, say)))
             resume = _resumed(request, run_dir, say)
-            program = _load(request, config)
+            program = _load(request, config, companion)
             changes = check_same_run(run_dir, program)
             _check(program, request, say)
             check_same_data(run_dir, program)
             for line in record_attempt(run_dir, changes, version=resume.cut.version if resume.cut else 0):
                 say(line)
         else:
-            program, resume = _load(request, request.config), None
+            program, resume = _load(request, request.config, companion), None
             _check(program, request, say)
             name = request.name or f"{request.graph.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
             run_dir = create_run_dir(request.runs_dir / name).resolve()
@@ -133,10 +140,10 @@ def launch(request: RunRequest, *, say: Say, companion: RunCompanion) -> Path:
     return run_dir
 
 
-def _load(request: RunRequest, config: Path | None) -> Program:
+def _load(request: RunRequest, config: Path | None, companion: RunCompanion) -> Program:
     """Load the program; on a cluster, whose devices this machine does not know, what is left to auto is not placed."""
-    load = load_placed if request.address is None else load_program
-    return load(request.graph, config=config, overrides=request.overrides)
+    placing = companion.placing() if request.address is None else None
+    return load_program(request.graph, config=config, overrides=request.overrides, placing=placing)
 
 
 def _check(program: Program, request: RunRequest, say: Say) -> None:

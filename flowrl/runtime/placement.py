@@ -65,7 +65,7 @@ def place(graph: Graph, paths: Mapping[str, str], given: Mapping[str, Any], *, m
     """Return what a machine's GPUs imply for the settings of a graph's nodes; see `load_program`."""
     configs = {path: graph.nodes[node].config for path, node in paths.items()}
     computing = {path: config for path, config in configs.items() if isinstance(config, Serving | Computing)}
-    if not machine.gpus or not computing or given.get("runtime") == "local":
+    if not machine.gpus or not computing or given.get("runtime") == "local" or given.get("placement") == "given":
         return {}
     copies = {path: sum(1 for node in graph.nodes if _stands_at(path, node, paths)) for path in computing}
     return _Placement(graph.until_node, computing, copies, given, machine).settings()

@@ -33,9 +33,10 @@ from flowrl.telemetry.files import replace_file
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from flowrl.graph.program import Program
+    from flowrl.graph.program import Placing, Program
     from flowrl.telemetry.events import Event
     from flowrl.telemetry.sinks import Sinks
+    from flowrl.tuning.planner import Planner
 
 NEVER = 2  # the process's exit code where the graph cannot be simulated
 FIRST_STEPS = 3
@@ -48,18 +49,29 @@ BOOT = (
 
 
 class Advised(RunCompanion):
-    """Predicts a run from the runs beside it, measures its costs, and says which setting would make it quicker."""
+    """Plans and predicts a run, measures its costs, and says which setting would make it quicker."""
+
+    _planner: Planner | None = None
+
+    def placing(self) -> Placing:
+        """Return the planner, of this machine."""
+        from flowrl.tuning.machines import this_site
+        from flowrl.tuning.planner import Planner
+
+        self._planner = Planner(this_site(), {}, is_for_run=True)
+        return self._planner
 
     def foretell(self, program: Program, runs_dir: Path) -> Iterable[str]:
-        """Return the prediction, where runs were made before (`advisor.forecast`), else an estimate."""
+        """Return the plan; then the prediction, where runs were made before (`advisor.forecast`), else an estimate."""
         from flowrl.tuning.estimate import estimate
 
+        planned = self._planner.lines(whole=False) if self._planner is not None else []
         if any(runs_dir.glob("*/profile.json")):
             from flowrl.tuning.advisor import forecast
 
             if lines := forecast(program, runs_dir):
-                return lines
-        return [estimate(program)]
+                return [*planned, *lines]
+        return [*planned, estimate(program)]
 
     def add_sinks(self, program: Program, run_dir: Path, sinks: Sinks) -> None:
         """Add the profile, and hints where the settings want them."""

@@ -1,0 +1,65 @@
+import pytest
+
+from flowrl.errors import ConfigError
+from flowrl.tuning.machines import parse_site
+
+
+def test_devices_machines_memory_and_cores_are_read():
+    site = parse_site("2x8xH100,host=1TB,cores=96")
+    assert (site.num_machines, site.per_machine, len(site.machine.gpus)) == (2, 8, 16)
+    assert (site.device_bytes, site.host_bytes, site.machine.cores) == (80e9, 1e12, 96)
+    assert site.speed is not None
+    assert site.speed.flops == 989e12
+    assert not site.is_assumed
+
+
+def test_a_size_alone_takes_the_speed_of_a_common_device_and_says_so():
+    site = parse_site("4x24GiB")
+    assert site.device_bytes == 24 * 2**30
+    assert site.is_assumed
+    assert "as fast as RTX4090" in str(site)
+
+
+def test_a_file_says_the_same(tmp_path):
+    file = tmp_path / "cluster.yaml"
+    file.write_text("{machines: 2, gpus: 8, device: H100, host: 1TB, cores: 96}")
+    assert parse_site(str(file)) == parse_site("2x8xH100,host=1TB,cores=96")
+
+
+def test_a_machine_without_gpus():
+    site = parse_site("cpu,host=24GB,cores=2")
+    assert (site.machine.gpus, site.machine.cores, site.host_bytes) == ((), 2, 24e9)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "'' is no number of GPUs"), ("80GB", "'80GB' is no number of GPUs"), ("8x", "no number"),
+        ("0x80GB", "gpus: 0 is no number"), ("99999x80GB", "99999"), ("8x80", "'80' is no size"),
+        ("8x80kg", "'80kg' is no size"), ("8x0GB", "no size"),
+        ("8x1MB", "holds no run"), ("8xRTX9999", "no GPU that is known"), ("8x80GB,host=", "no size"),
+        ("8x80GB,host=1TB,host=2TB", "twice"), ("8x80GB,cores=many", "'many' is no number"),
+        ("8x80GB,disk=1TB", "disk=1TB"),
+        ("8x80GB,cores", "'cores' is not understood"), ("-8x80GB", "no number"), ("none.yaml", "cannot be read"),
+    ],
+)  # fmt: skip
+def test_what_is_no_machine_is_refused_in_one_line(text, words):
+    with pytest.raises(ConfigError) as caught:
+        parse_site(text)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("[", "not valid YAML"), ("- 1", "no mapping"), ("{gpu: 8}", "has no 'gpu'"), ("{gpus: 8}", "of no kind"),
+     ("{gpus: eight, device: 80GB}", "'eight'"), ("{gpus: 8, device: 80GB, host: much}", "'much' is no size"),
+     ("{machines: 2, cores: 4}", "2 machines without GPUs")],
+)  # fmt: skip
+def test_a_file_that_says_no_machines_is_refused_in_one_line(tmp_path, text, words):
+    file = tmp_path / "cluster.yml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        parse_site(str(file))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,76 @@
+"""Bytes against hand-made sums, and against what perf/memory.py measured of real processes."""
+
+import pytest
+
+from flowrl.engines.base import Lora
+from flowrl.stages.generator import Generator
+from flowrl.stages.learner import Learner
+from flowrl.stages.reference import Reference
+from flowrl.tuning.memory import Work, adapted, cached, computing
+from flowrl.tuning.shapes import find_shape, shape_of
+from perf.memory import MEASURED, MIB, SETTINGS, SIZES, count, describe, predicted, settings_of
+
+LLAMA3 = find_shape("meta-llama/Meta-Llama-3-8B-Instruct", {})
+P = LLAMA3.num_parameters
+WORK = Work(prompt=1024, response=1024)
+TORCH = "flowrl.engines.torch:TorchEngine"
+
+
+def held(*names, **settings):
+    need = computing(LLAMA3, Learner.Config(**settings), WORK, "policy", on_gpu=True)
+    return tuple(need.device.get(name, 0.0) / P for name in names), need
+
+
+STATES = ("weights", "float32 weights", "Adam's moments", "gradients")
+
+
+def test_states_take_18_bytes_a_parameter_and_zero_shards_what_its_stage_says():
+    assert held(*STATES, engine=TORCH)[0] == (2, 4, 8, 4)
+    assert held(*STATES, zero_stage=1, ranks=4)[0] == (2, 1, 2, 4)
+    assert held(*STATES, zero_stage=2, ranks=4)[0] == (2, 1, 2, 1)
+    assert held(*STATES, zero_stage=3, ranks=4)[0] == (0.5, 1, 2, 1)
+    assert held(*STATES, zero_stage=0, dtype="float32", ranks=4)[0] == (4, 0, 8, 4)
+
+
+def test_what_is_offloaded_lies_in_the_hosts_memory():
+    parts, need = held(*STATES, zero_stage=3, ranks=4, offload_optimizer=True, offload_parameters=True)
+    assert parts == (0, 0, 0, 0)
+    assert sum(need.host[name] for name in STATES) == pytest.approx(P * (2 + 4 + 8 + 4) / 4)
+
+
+def test_a_frozen_model_has_no_optimizer_at_any_stage():
+    config = Reference.Config(engine="flowrl.engines.deepspeed:DeepSpeedEngine", zero_stage=3, ranks=4)
+    need = computing(LLAMA3, config, WORK, "policy", on_gpu=True)
+    assert need.device["weights"] == 2 * P / 4
+    assert not need.device.keys() & {"float32 weights", "Adam's moments", "gradients"}
+
+
+def test_an_adapter_is_rank_times_both_sides_of_each_layer():
+    h, q, k, f = 4096, 4096, 1024, 14336
+    assert adapted(LLAMA3, Lora(rank=16)) == 16 * 32 * (h + q + 2 * (h + k) + q + h + 3 * (h + f))
+    assert adapted(LLAMA3, Lora(rank=16, targets=["q_proj", "v_proj"])) == 16 * 32 * (h + q + h + k)
+    mixtral = find_shape("mistralai/Mixtral-8x7B-Instruct-v0.1", {})
+    assert adapted(mixtral, Lora(rank=1)) == 32 * (h + q + 2 * (h + k) + q + h)  # fused experts have none
+
+
+def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer_whole():
+    each = 16 * 4096 + 8 * 4096 + 8 * 14336 + 24  # bytes of a token in a layer, as autograd was seen to save
+    plain = held(engine=TORCH, micro_batch_tokens=4096)[1].device
+    saving = held(engine=TORCH, micro_batch_tokens=4096, gradient_checkpointing=True)[1].device
+    mask = 2 * 4096 * 2048
+    assert plain["activations"] == 4096 * 32 * each + mask
+    assert saving["activations"] == 4096 * each + mask
+    assert saving["inputs of layers"] == 2 * 4096 * 4096 * 32
+
+
+def test_the_cache_holds_what_runs_together_at_its_longest():
+    config = Generator.Config(max_running=64, max_groups=4, group_size=8, max_model_len=1024)
+    assert cached(LLAMA3, config, WORK) == 128 * 1024 * 1024 * 32
+
+
+@pytest.mark.parametrize("place", sorted(MEASURED))
+def test_real_processes_took_what_is_predicted_within_a_tenth(place):
+    setting = SETTINGS[place]
+    settings = settings_of(*SIZES[setting.size])
+    shape = shape_of(settings, count(*SIZES[setting.size]))
+    assert predicted(setting, shape) == pytest.approx(MEASURED[place] * MIB, rel=0.1), describe(setting)

@@ -1,0 +1,141 @@
+from pathlib import Path
+
+import pytest
+
+from flowrl.cli import main
+from flowrl.engines.base import Serving, Training
+from flowrl.graph.program import load_program
+from flowrl.tuning.machines import parse_site
+from flowrl.tuning.planner import Planner
+from tests.support.command import ROOT
+
+GRAPHS = ROOT / "graphs"
+LONG = ["data.max_prompt_tokens=1024", "sampling.max_tokens=1024", "generator.max_model_len=2048", "groups_per_step=64",
+        "generator.group_size=1"]  # fmt: skip
+pytestmark = pytest.mark.slow
+
+
+def planned(graph, on, *settings, recipe=""):
+    planner = Planner(parse_site(on), {})
+    config = GRAPHS / "recipes" / f"{recipe}.yaml" if recipe else None
+    program = load_program(GRAPHS / f"{graph}.py", config=config, overrides=[*settings], placing=planner)
+    assert planner.plan is not None
+    return planner.plan, program
+
+
+def test_what_is_left_open_is_placed_and_what_the_user_sets_is_kept():
+    kept = ["generator.replicas=1", "learner.zero_stage=3", "learner.gradient_checkpointing=false", "learner.ranks=6"]
+    plan, program = planned("ppo_async", "8x80GB", "model=meta-llama/Meta-Llama-3-8B-Instruct", *LONG, *kept)
+    nodes = program.graph.nodes
+    assert (nodes["generator"].config.replicas, nodes["learner"].config.ranks) == (1, 6)
+    assert (nodes["learner"].config.zero_stage, nodes["learner"].config.gradient_checkpointing) == (3, False)
+    assert nodes["generator"].config.gpus
+    assert not {"generator.replicas", "learner.ranks", "learner.zero_stage"} & plan.values.keys()
+    assert plan.placed.configs == {name: stage.config for name, stage in nodes.items()}
+
+
+def test_a_model_of_8b_on_8_devices_fits_and_says_so_in_three_lines():
+    plan, _ = planned("ppo_async", "8x80GB", "model=meta-llama/Meta-Llama-3-8B-Instruct", *LONG)
+    assert plan.fits
+    assert max(plan.placed.devices) <= 0.97 * 80e9
+    assert len(plan.lines(whole=False)) <= 3
+    assert plan.samples_per_s > 0
+
+
+def test_the_same_request_gives_the_same_plan():
+    one, other = (planned("group_async", "2x80GB", "model=Qwen/Qwen3-8B", *LONG)[0] for _ in range(2))
+    assert one.lines() == other.lines()
+
+
+@pytest.mark.parametrize(
+    ("graph", "on", "model"),
+    [
+        ("ppo_async", "2x8x80GB,host=2TB", "meta-llama/Llama-2-70b-chat-hf"),  # OpenRLHF paper, table 1
+        ("ppo_async", "4x24GB,host=512GB", "meta-llama/Llama-2-7b-chat-hf"),
+        ("preference", "8x80GB,host=1TB", "codellama/CodeLlama-34b-hf"),
+        ("group_async", "2xH800,host=1TB", "Qwen/Qwen3-8B"),  # verl, docs/perf/device_tuning.rst: 7B on 2
+    ],
+)  # fmt: skip
+def test_what_others_publish_to_fit_fits(graph, on, model):
+    settings = [] if graph == "preference" else LONG
+    assert planned(graph, on, f"model={model}", *settings)[0].fits
+
+
+@pytest.mark.parametrize(
+    ("graph", "on", "settings"),
+    [
+        # 7B and 8B, every weight trained by Adam on one device of 80 GB: tatsu-lab/stanford_alpaca issue 56
+        ("sft", "1x80GB", ["model=meta-llama/Llama-2-7b-chat-hf", "learner.offload_optimizer=false",
+                           "learner.offload_parameters=false"]),
+        # 70B, ZeRO-3 and everything offloaded, in 1 TB of host memory: axolotl-ai-cloud/axolotl issue 1439
+        ("sft", "8x80GB,host=1TB", ["model=meta-llama/Llama-2-70b-chat-hf"]),
+        # 8B, ZeRO-2 with the optimizer offloaded, on 2 x 40 GB: ZHZisZZ/dllm issue 9
+        ("sft", "2xA100-40GB,host=1TB", ["model=meta-llama/Meta-Llama-3-8B-Instruct", "learner.zero_stage=2",
+                                         "learner.offload_optimizer=false"]),
+    ],
+)  # fmt: skip
+def test_what_others_found_not_to_fit_does_not_and_something_that_would_is_named(graph, on, settings):
+    plan, _ = planned(graph, on, *settings)
+    assert not plan.fits
+    assert plan.remedies
+
+
+def test_the_mixtral_recipe_fits_where_it_says():
+    plan, _ = planned("ppo_async", "4x8x80GB,host=1TB", recipe="mixtral-8x7b-ppo")
+    assert plan.fits, plan.placed.lacks
+
+
+def test_a_smaller_critic_is_among_what_would_fit():
+    plan, _ = planned("ppo_async", "2x8x80GB,host=1TB", "model=meta-llama/Llama-2-70b-chat-hf", *LONG)
+    assert not plan.fits
+    assert any("critic_model" in remedy for remedy in plan.remedies)
+
+
+def test_on_two_cores_each_role_gets_both():
+    """Measured, GRPO on SmolLM2-135M: 18.6 s a step with two threads each, 20.9 with a core each."""
+    plan, program = planned("group_async", "cpu,cores=2,host=24GB")
+    threads = {stage.config.threads for stage in program.graph.nodes.values()
+               if isinstance(stage.config, Serving | Training)}  # fmt: skip
+    assert threads == {2}
+    assert plan.fits
+    assert "2 threads" in plan.lines(whole=False)[0]
+
+
+def test_given_placement_is_left_alone():
+    planner = Planner(parse_site("8x80GB"), {})
+    program = load_program(GRAPHS / "group_async.py", overrides=["placement=given"], placing=planner)
+    assert program.graph.nodes["learner"].config.gpus == 0
+    assert planner.plan is None
+    assert planner.lines(whole=True)
+
+
+@pytest.mark.parametrize("graph", sorted(path.stem for path in GRAPHS.glob("*.py")))
+def test_every_shipped_graph_has_a_plan(graph):
+    assert planned(graph, "2x80GB,host=1TB")[0].placed.processes
+
+
+LARGE = ["falcon-7b-rloo", "llama2-7b-ppo", "llama3-8b-ppo", "mistral-7b-dapo", "qwen3-8b-grpo"]
+
+
+@pytest.mark.parametrize("recipe", LARGE)
+def test_every_large_recipe_has_a_plan_without_fetching_anything(recipe):
+    graph = "ppo_async" if recipe.endswith("ppo") else "group_async"
+    plan, _ = planned(graph, "2x8x80GB,host=2TB", recipe=recipe)
+    assert plan.fits, plan.placed.lacks
+
+
+def test_a_run_goes_on_by_the_rules_where_nothing_is_known_of_its_model(tmp_path):
+    planner = Planner(parse_site("2x80GB"), {}, is_for_run=True)
+    program = load_program(GRAPHS / "sft.py", overrides=[f"model={tmp_path}/none"], placing=planner)
+    assert program.graph.nodes["learner"].config.gpus == 1
+    assert "is not here" in planner.lines(whole=True)[0]
+
+
+def test_the_command_says_what_fits_by_its_exit_code(capsys):
+    command = ["plan", str(GRAPHS / "sft.py"), "--set", "model=meta-llama/Llama-2-7b-chat-hf"]
+    assert main([*command, "--on", "4x80GB"]) == 0
+    assert "GPU 0-3  learner" in capsys.readouterr().out
+    assert main([*command, "--on", "1x16GB,host=32GB"]) == 1
+    assert "does not fit: " in capsys.readouterr().out
+    assert main([*command, "--on", "many"]) == 2
+    assert main([*command, "--on", "8x80GB", "--model-config", str(Path("none.json"))]) == 2

@@ -1,0 +1,59 @@
+import json
+
+import pytest
+
+from flowrl.errors import ConfigError, ModelError
+from flowrl.tuning.shapes import find_shape, parse_configs, shape_of
+
+
+def test_of_a_mixture_only_the_routed_experts_multiply_a_token():
+    shape = find_shape("mistralai/Mixtral-8x7B-Instruct-v0.1", {})
+    assert shape.num_parameters == 46_702_792_704
+    assert shape.active + 2 * shape.embedding == pytest.approx(12.9e9, rel=0.003)  # as 2401.04088 has it
+    assert shape.largest == 8 * 2 * 14336 * 4096  # one tensor of gates and ups, as transformers holds them
+
+
+def test_a_token_leaves_keys_and_values_of_every_layer():
+    assert 2 * find_shape("meta-llama/Llama-2-7b-chat-hf", {}).kv == 512 * 1024  # bytes in bfloat16
+    assert 2 * find_shape("meta-llama/Meta-Llama-3-8B-Instruct", {}).kv == 128 * 1024  # 8 of 32 heads
+    assert find_shape("tiiuae/falcon-7b-instruct", {}).kv == 32 * 2 * 64  # one head
+
+
+def test_a_score_head_takes_the_language_heads_place():
+    policy = find_shape("mistralai/Mistral-7B-Instruct-v0.3", {})
+    assert policy.scored().num_parameters == policy.num_parameters - 32768 * 4096 + 4096
+    assert policy.scored().scored() == policy.scored()
+
+
+def test_headers_say_how_many_parameters_there_are(tmp_path):
+    settings = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 320}
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"intermediate_size": 128}))
+    header = json.dumps({"a": {"dtype": "F32", "shape": [6, 7], "data_offsets": [0, 168]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(168))
+    shape = find_shape(str(tmp_path), {})
+    assert (shape.num_parameters, shape.hidden, shape.query, shape.inner) == (42, 64, 64, 128)
+
+
+@pytest.mark.slow
+def test_a_config_alone_is_counted_without_making_a_model(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                         num_attention_heads=2, tie_word_embeddings=False)  # fmt: skip
+    config.save_pretrained(tmp_path)
+    named = find_shape("nobody/knows-it", parse_configs([f"nobody/knows-it={tmp_path / 'config.json'}"]))
+    assert named.num_parameters == LlamaForCausalLM(config).num_parameters()
+    assert named == find_shape(str(tmp_path), {})
+
+
+@pytest.mark.slow
+def test_a_model_of_which_nothing_is_known_is_refused_with_what_to_do():
+    with pytest.raises(ModelError, match="--model-config nobody/knows-it=FILE"):
+        find_shape("nobody/knows-it", {})
+
+
+def test_a_config_that_is_not_there_and_one_of_no_language_model_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="is not there"):
+        parse_configs([f"a={tmp_path / 'none.json'}"])
+    with pytest.raises(ConfigError, match="has no hidden_size"):
+        shape_of({"model_type": "vision"}, 1)
