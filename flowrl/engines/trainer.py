@@ -247,12 +247,13 @@ class Trainer:
 
     def follow(self) -> None:
         """Serve as a rank other than 0 until rank 0 closes; returns then."""
-        command: Command | None = None
-        while not isinstance(command, _Close):
+        while True:
             with self.line.guard("following"):
                 command = _unpack_command(self.line.receive())
             with self.line.guard(_words(command)):
                 self.line.gather(self._carry_out(command))
+            if isinstance(command, _Close):
+                return
 
     def _lead(self, command: Command) -> list[bytes]:
         """Have every rank carry out a command; returns their answers, rank 0's first."""

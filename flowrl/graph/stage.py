@@ -18,7 +18,7 @@ import functools
 import inspect
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import (
@@ -41,7 +41,7 @@ from flowrl.errors import GraphError
 from flowrl.graph.ports import In, Out, Port
 from flowrl.imports import path_of
 from flowrl.messages import Message, Save
-from flowrl.telemetry.events import Notice
+from flowrl.telemetry.events import Notice, Span
 from flowrl.telemetry.files import is_full, no_room
 
 if TYPE_CHECKING:
@@ -147,6 +147,25 @@ class Context:
         """Return node and replica as errors name them."""
         return f"{self.node}.{self.replica}"
 
+    def notice(self, text: str, *, level: str = "warning") -> None:
+        """Tell the user a line."""
+        self.recorder.record(Notice(level=level, where=self.where, text=text, time_s=self.now()))
+
+    def span(
+        self, name: str, start_s: float, *, groups: Sequence[int] = (), args: dict[str, Any] | None = None
+    ) -> None:
+        """Tell the timeline what this replica did from `start_s` until now, with which groups."""
+        span = Span(
+            node=self.node,
+            replica=self.replica,
+            name=name,
+            start_s=start_s,
+            end_s=self.now(),
+            groups=list(groups),
+            args=dict(args or {}),
+        )
+        self.recorder.record(span)
+
     async def write(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run code that writes to the disk, like `compute`; while the disk is full it is said and tried again.
 
@@ -166,7 +185,7 @@ class Context:
         if not 0.0 <= self.now() - self._room_told_s < ROOM_TOLD_S:
             self._room_told_s = self.now()
             text = f"{trouble}; waiting for room, tried again every {ROOM_RETRY_S:.0f} s"
-            self.recorder.record(Notice(level="warning", where=self.where, text=text, time_s=self.now()))
+            self.notice(text)
         await self.note_wait(trouble)
         try:
             with contextlib.suppress(TimeoutError):

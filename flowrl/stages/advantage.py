@@ -19,7 +19,6 @@ from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Referenced, Samples, extend
 from flowrl.stages.estimation import Estimation, keeps_group, load_algorithm, settled, split_greedy
 from flowrl.stages.sampler import Learning, Sampler
-from flowrl.telemetry.events import Span
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,10 +77,7 @@ class Advantage(Stage):
                 await self.referenced.reject(group, kind="filtered", reason=reason)
                 continue
             fields = await context.compute(estimation.advantages, learned, None, None, greedy)
-            context.recorder.record(
-                Span(node=context.node, replica=context.replica, name="advantages", start_s=start_s,
-                     end_s=context.now(), groups=[group.group_id])
-            )  # fmt: skip
+            context.span("advantages", start_s, groups=[group.group_id])
             await self.samples.put(extend(Samples, learned, **fields))
             context.done += 1
             num_kept += 1

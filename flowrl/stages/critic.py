@@ -37,7 +37,6 @@ from flowrl.stages.training import (
     opened,
     save_state,
 )
-from flowrl.telemetry.events import Span
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -217,7 +216,7 @@ class Critic(Stage):
                 step.append(learned_group(estimation.algorithm, samples))
                 await self.samples.put(samples)
                 context.done += 1
-            context.recorder.record(self._span(context, "value", start_s, [group.group_id for group in groups]))
+            context.span("value", start_s, groups=[group.group_id for group in groups])
             if len(step) == per_step:
                 async with context.stepping():
                     if context.version >= trained:
@@ -240,13 +239,8 @@ class Critic(Stage):
         for places in minibatches(len(step), self.minibatches, self.epochs, seed=(self.config.seed, context.version)):
             metrics = await context.compute(engine.accumulate, [step[place] for place in places], self.config.objective)
             updates.append(metrics | await context.compute(engine.apply))
-        context.recorder.record(self._span(context, f"critic step {context.version + 1}", start_s, []))
+        context.span(f"critic step {context.version + 1}", start_s)
         figures = {f"critic.{name}": value for name, value in mean_metrics(updates).items()}
         if self.minibatches * self.epochs == 1:
             figures.pop("critic.value_clip_frac", None)  # before the only update no value has moved
         return figures | explained_variance(step)
-
-    def _span(self, context: Context, name: str, start_s: float, groups: list[int]) -> Span:
-        return Span(
-            node=context.node, replica=context.replica, name=name, start_s=start_s, end_s=context.now(), groups=groups
-        )

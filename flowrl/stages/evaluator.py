@@ -24,7 +24,7 @@ from flowrl.messages import FIRST_HELDOUT, Buffer, EvaluationRequest, Prompt, Ro
 from flowrl.rewards.isolated import IsolatedFunction
 from flowrl.stages.reward import Reward, call, opening_of, try_function
 from flowrl.stages.sampler import Sampler
-from flowrl.telemetry.events import Cause, Evaluation, Notice
+from flowrl.telemetry.events import Cause, Evaluation
 
 if TYPE_CHECKING:
     from flowrl.graph.stage import Context, Say
@@ -120,7 +120,7 @@ class Evaluator(Stage):
                 room.release()
         if versions != {request.version}:  # only after a restart: the learner did not wait for the dead
             text = f"version {request.version} was not evaluated: the generators serve {max(versions)}"
-            context.recorder.record(Notice(level="warning", where=context.where, text=text, time_s=context.now()))
+            context.notice(text)
             return None
         return Evaluation(
             version=request.version,

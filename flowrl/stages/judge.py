@@ -30,9 +30,9 @@ from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Rollouts, Scored, Weights
 from flowrl.rewards.chat import ChatServer, chatting, check_chat
 from flowrl.rewards.judging import Asked, Judgement, Rubric, correlated
-from flowrl.stages.reward import Failures, add_scores, score_span
+from flowrl.stages.reward import Failures, add_scores
 from flowrl.stages.serving import Generation, check_context, serving
-from flowrl.telemetry.events import Cause, Notice
+from flowrl.telemetry.events import Cause
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -87,7 +87,7 @@ class _Judging(Stage):
             watch.note(group, scores)
             await self.scored.put(add_scores(group, name, [self.config.weight * score for score in scores]))
             context.done += 1
-            context.recorder.record(score_span(context, start_s, [group]))
+            context.span("score", start_s, groups=[group.group_id])
 
 
 class Judge(_Judging):
@@ -119,7 +119,7 @@ class Judge(_Judging):
                 chat = await stack.enter_async_context(open_chat)
             await self._score(context, chat)
             text = f"{chat.prompt_tokens} tokens were read and {chat.completion_tokens} written by the judge"
-            context.recorder.record(Notice(level="info", where=context.where, text=text, time_s=context.now()))
+            context.notice(text, level="info")
 
 
 class ModelJudge(_Judging):
@@ -269,7 +269,7 @@ class _Watch:
 
     def _say(self, level: str, text: str) -> None:
         context = self._context
-        context.recorder.record(Notice(level=level, where=context.where, text=text, time_s=context.now()))
+        context.notice(text, level=level)
 
 
 def _mean(values: list[float]) -> float:

@@ -55,7 +55,7 @@ from flowrl.stages.training import (
     opened,
     take_step,
 )
-from flowrl.telemetry.events import Cause, Notice, Span, Step
+from flowrl.telemetry.events import Cause, Notice, Step
 from flowrl.telemetry.records import forget_steps, step_path, write_digests, write_rollouts
 
 if TYPE_CHECKING:
@@ -235,10 +235,7 @@ class Learner(Stage):
         context.done += len(batch)
         await self.samples.done(*batch, learned_in=version)
         self._rewards += [reward for group in batch for reward in group.rewards]
-        context.recorder.record(
-            Span(node=context.node, replica=context.replica, name=f"step {version}", start_s=start_s,
-                 end_s=context.now(), groups=[group.group_id for group in batch])
-        )  # fmt: skip
+        context.span(f"step {version}", start_s, groups=[group.group_id for group in batch])
         self._record(context, batch, staleness, metrics, context.now() - start_s)
         push = await self._publish(context, engine, batch, tasks)
         if self.config.save_rollouts:
@@ -307,10 +304,7 @@ class Learner(Stage):
             both.create_task(self._transfer(context, engine, weights.version))
         if learned:
             await self.released.put(Credit(groups=[group.group_id for group in learned]))
-        context.recorder.record(
-            Span(node=context.node, replica=context.replica, name=f"publish v{weights.version}", start_s=start_s,
-                 end_s=context.now(), args={"bytes": weights.size_bytes})
-        )  # fmt: skip
+        context.span(f"publish v{weights.version}", start_s, args={"bytes": weights.size_bytes})
         if self.evaluations.is_connected and self._is_evaluated(weights.version):
             await self.evaluations.put(
                 EvaluationRequest(version=weights.version, is_final=weights.version == self.learning.steps)
@@ -346,7 +340,7 @@ class Learner(Stage):
         if figures.get("ess", 1.0) < self.config.min_ess:
             found = f"effective sample size {figures['ess']:.2f} in step {context.version - 1}"
             text = f"{found}, below {self.config.min_ess}: generator and learner disagree; lower max_staleness or lr"
-            context.recorder.record(Notice(level="warning", where=context.where, text=text, time_s=context.now()))
+            context.notice(text)
 
 
 def _canary() -> Buffer:

@@ -34,7 +34,7 @@ from flowrl.stages.training import (
     opened,
     take_step,
 )
-from flowrl.telemetry.events import Evaluation, Span, Step
+from flowrl.telemetry.events import Evaluation, Step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -190,10 +190,7 @@ class OfflineLearner(Stage):
         return {f"heldout.{name}": value for name, value in metrics.items()}
 
     def _record_span(self, context: Context, name: str, start_s: float, groups: list[int]) -> None:
-        context.recorder.record(
-            Span(node=context.node, replica=context.replica, name=name, start_s=start_s, end_s=context.now(),
-                 groups=groups)
-        )  # fmt: skip
+        context.span(name, start_s, groups=groups)
 
     async def _save(self, context: Context, engine: TrainingEngine, objective: Objective) -> None:
         card = CARD if objective.head == "policy" else VALUES_CARD

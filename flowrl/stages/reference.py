@@ -22,7 +22,6 @@ from flowrl.messages import Buffer, Example, Referenced, Scored, extend
 from flowrl.stages.sampler import Course, Sampler
 from flowrl.stages.tokens import token_group
 from flowrl.stages.training import check_engine_of, opened
-from flowrl.telemetry.events import Span
 
 if TYPE_CHECKING:
     from flowrl.graph.ports import Source
@@ -77,10 +76,7 @@ class Reference(Stage):
                 start_s = context.now()
                 logprobs = await context.compute(engine.score, [token_group(group) for group in groups])
                 ids = [group.group_id for group in groups]
-                context.recorder.record(
-                    Span(node=context.node, replica=context.replica, name="reference", start_s=start_s,
-                         end_s=context.now(), groups=ids)
-                )  # fmt: skip
+                context.span("reference", start_s, groups=ids)
                 for group, rows in zip(groups, logprobs, strict=True):
                     buffers = [Buffer.floats(row) for row in rows]
                     await self.referenced.put(extend(Referenced, group, ref_logprobs=buffers))
@@ -157,10 +153,7 @@ class ExampleReference(Stage):
             start_s = context.now()
             groups = [TokenGroup(prompt_ids=each.token_ids, responses=each.responses) for each in batch]
             rows = await context.compute(engine.score, groups)
-            context.recorder.record(
-                Span(node=context.node, replica=context.replica, name="reference", start_s=start_s,
-                     end_s=context.now(), groups=[each.group_id for each in batch])
-            )  # fmt: skip
+            context.span("reference", start_s, groups=[each.group_id for each in batch])
             for each, logprobs in zip(batch, rows, strict=True):
                 buffers = [Buffer.floats(row) for row in logprobs]
                 await referenced.put(extend(Example, each, ref_logprobs=buffers))

@@ -20,7 +20,7 @@ from flowrl.graph.simulated import PassesOn
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Rollouts, Scored
 from flowrl.rewards.http import Remote, RemoteScorer, Unreachable, check_server, connected
-from flowrl.stages.reward import Failures, add_scores, score_span
+from flowrl.stages.reward import Failures, add_scores
 from flowrl.telemetry.events import Cause
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class RemoteReward(Stage):
             return
         failures.forget()
         name = self.config.name or context.node
-        context.recorder.record(score_span(context, start_s, groups))
+        context.span("score", start_s, groups=[group.group_id for group in groups])
         for group, values in zip(groups, scores, strict=True):
             await self.scored.put(add_scores(group, name, [self.config.weight * value for value in values]))
             context.done += 1

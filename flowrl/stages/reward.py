@@ -37,7 +37,7 @@ from flowrl.rewards.worker import Opening
 from flowrl.stages.model_scores import SequenceScores, StepScores, read_normalisation
 from flowrl.stages.sampler import Sampler
 from flowrl.stages.training import check_engine_of
-from flowrl.telemetry.events import Cause, Notice, Span
+from flowrl.telemetry.events import Cause
 from flowrl.telemetry.records import quarantine
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class Reward(Stage):
             failures.forget()
             await self.scored.put(add_scores(group, name, [self.config.weight * score for score in scores]))
             context.done += 1
-            context.recorder.record(score_span(context, start_s, [group]))
+            context.span("score", start_s, groups=[group.group_id])
 
 
 def opening_of(config: Reward.Config, where: str) -> Opening:
@@ -251,7 +251,7 @@ class RewardModel(Stage):
                 found = await context.compute(*scorer.call(engine, group))
                 await self.scored.put(add_scores(group, name, *scorer.scores(found, group)))
                 context.done += 1
-                context.recorder.record(score_span(context, start_s, [group]))
+                context.span("score", start_s, groups=[group.group_id])
         finally:
             await context.compute(engine.close)
 
@@ -300,20 +300,8 @@ class Failures:
             raise error
         await port.reject(group, kind="failed", reason=str(error))
         text = f"group {group.group_id} failed ({error}); its input is in {path}"
-        context.recorder.record(Notice(level="warning", where=context.where, text=text, time_s=context.now()))
+        context.notice(text)
         self._in_a_row += 1
         if self._in_a_row >= MOST_IN_A_ROW:
             what = f"{self._in_a_row} groups have failed one after the other, the last with: {error.what}"
             raise LastingError(error.where, what, f"{error.remedy}; what failed is in {path.parent}")
-
-
-def score_span(context: Context, start_s: float, groups: list[Rollouts]) -> Span:
-    """Return the timeline's span for scoring these groups, from `start_s` until now."""
-    return Span(
-        node=context.node,
-        replica=context.replica,
-        name="score",
-        start_s=start_s,
-        end_s=context.now(),
-        groups=[group.group_id for group in groups],
-    )

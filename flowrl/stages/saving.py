@@ -16,7 +16,6 @@ from flowrl.engines.checkpoint import CheckpointWriter
 from flowrl.errors import ResourceError, RunError
 from flowrl.messages import Save
 from flowrl.stages.training import save_state
-from flowrl.telemetry.events import Notice, Span
 from flowrl.telemetry.files import forget_replaced
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ async def save_parts(
             await context.wait_for_room(str(error))
     await context.background(forget_replaced, context.run_dir)
     text = f"version {context.version} saved in {path}"
-    context.recorder.record(Notice(level="info", where=context.where, text=text, time_s=context.now()))
+    context.notice(text, level="info")
 
 
 async def _write(context: Context, write_own: Callable[[Path], None], writer: CheckpointWriter, *, score: float,
@@ -88,10 +87,7 @@ async def _write(context: Context, write_own: Callable[[Path], None], writer: Ch
         raise await context.compute(writer.failure, aside, version, failed.exceptions[0]) from errors
     cut = await context.cut(version)
     path = await context.compute(partial(writer.commit, aside, version=version, cut=cut, score=score))
-    context.recorder.record(
-        Span(node=context.node, replica=context.replica, name=f"checkpoint {version}", start_s=start_s,
-             end_s=context.now())
-    )  # fmt: skip
+    context.span(f"checkpoint {version}", start_s)
     return path
 
 

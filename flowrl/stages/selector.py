@@ -29,7 +29,6 @@ from flowrl.messages import Referenced, Scored
 from flowrl.stages.examples import load_objective, try_rows, with_teacher
 from flowrl.stages.learner import Learner
 from flowrl.stages.sampler import Learning, Sampler
-from flowrl.telemetry.events import Span
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,10 +80,9 @@ class Selector(Stage):
                 continue
             narrow = narrowed(group, places)
             now_s = context.now()
-            left = {"prompt_tokens": len(narrow.token_ids), "samples": len(places),
-                    "tokens": sum(len(sample.token_ids) for sample in narrow.samples)}  # fmt: skip
-            context.recorder.record(Span(node=context.node, replica=context.replica, name="select", start_s=now_s,
-                                         end_s=now_s, groups=[group.group_id], args=left))  # fmt: skip
+            num_tokens = sum(len(sample.token_ids) for sample in narrow.samples)
+            left = {"prompt_tokens": len(narrow.token_ids), "samples": len(places), "tokens": num_tokens}
+            context.span("select", now_s, groups=[group.group_id], args=left)
             await self.selected.put(narrow)
             context.done += 1
 

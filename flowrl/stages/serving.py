@@ -15,7 +15,7 @@ from flowrl.config import ImportPath, Meta, widen
 from flowrl.data.models import inspect_model, prepare_model
 from flowrl.engines.base import GenerationConfig, GenerationEngine, Lora, Serving, check_engine, open_engine
 from flowrl.errors import ChannelClosed, ConfigError
-from flowrl.telemetry.events import Cause, Span
+from flowrl.telemetry.events import Cause
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -95,22 +95,14 @@ async def _follow_weights(context: Context, engine: GenerationEngine, port: In[W
         context.version = weights.version
         await port.done(weights)
         first.set()
-        context.recorder.record(
-            Span(
-                node=context.node,
-                replica=context.replica,
-                name=f"weight update v{weights.version}",
-                start_s=start_s,
-                end_s=context.now(),
-                args={
-                    "pause_s": report.pause_s,
-                    "transfer_s": report.transfer_s,
-                    "canary_mean_gap": report.mean_gap,
-                    "canary_max_gap": report.max_gap,
-                    "canary_allowed_gap": report.allowed_gap,
-                },
-            )
-        )
+        figures = {
+            "pause_s": report.pause_s,
+            "transfer_s": report.transfer_s,
+            "canary_mean_gap": report.mean_gap,
+            "canary_max_gap": report.max_gap,
+            "canary_allowed_gap": report.allowed_gap,
+        }
+        context.span(f"weight update v{weights.version}", start_s, args=figures)
 
 
 async def serve_each(*lanes: tuple[In[Prompt], Serve], max_groups: int) -> None:
@@ -148,19 +140,6 @@ async def _serve_lane(port: In[Prompt], serve: Serve, max_groups: int) -> None:
 def record_generation(context: Context, prompt: Prompt, samples: Sequence[Sample], start_s: float, name: str) -> None:
     """Record the timeline's span for a group that was sampled from `start_s` until now."""
     lengths = [sample.num_sampled for sample in samples]
-    context.recorder.record(
-        Span(
-            node=context.node,
-            replica=context.replica,
-            name=name,
-            start_s=start_s,
-            end_s=context.now(),
-            groups=[prompt.group_id] if name == "generate" else [],  # held-out prompts have ids of their own
-            args={
-                "tokens": sum(lengths),
-                "samples": len(samples),
-                "prompt_tokens": len(prompt.token_ids),
-                "lengths": lengths,
-            },
-        )
-    )
+    groups = [prompt.group_id] if name == "generate" else []  # held-out prompts have ids of their own
+    told = {"samples": len(samples), "prompt_tokens": len(prompt.token_ids), "lengths": lengths, "tokens": sum(lengths)}
+    context.span(name, start_s, groups=groups, args=told)

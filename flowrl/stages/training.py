@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from flowrl.data.models import inspect_model, prepare_model
 from flowrl.engines.base import Scoring, Training, TrainingConfig, TrainingEngine, check_engine, open_engine
 from flowrl.engines.checkpoint import read_version, write_version
 from flowrl.errors import ConfigError
-from flowrl.telemetry.events import Cause, Notice
+from flowrl.telemetry.events import Cause
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -111,7 +110,7 @@ async def opened(
             where=context.where,
             name=f"{context.run_dir.name}-{context.node}",
             num_receivers=context.num_readers,
-            say=partial(_warn, context),
+            say=context.notice,
             **config.engine_options,
         )
         await context.compute(engine.open, context.ranks)
@@ -119,10 +118,6 @@ async def opened(
         yield engine
     finally:
         await context.compute(engine.close)
-
-
-def _warn(context: Context, text: str) -> None:
-    context.recorder.record(Notice(level="warning", where=context.where, text=text, time_s=context.now()))
 
 
 def save_state(engine: TrainingEngine, directory: Path, version: int) -> None:

@@ -31,7 +31,7 @@ from flowrl.stages.saving import save_parts
 from flowrl.stages.selector import Selection, choose
 from flowrl.stages.step import step_metrics
 from flowrl.stages.tokens import mask_of
-from flowrl.telemetry.events import Cause, Notice, Span, Step
+from flowrl.telemetry.events import Cause, Step
 from flowrl.telemetry.files import set_aside
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Writer(Stage):
             for wait in waits:
                 wait.cancel()
         text = f"{context.version} files are in {context.run_dir / 'data'}; data.source={context.run_dir} reads them"
-        context.recorder.record(Notice(level="info", where=context.where, text=text, time_s=context.now()))
+        context.notice(text, level="info")
 
     async def _await_end(self, ending: asyncio.Event) -> None:
         end = await self.ended.get()
@@ -190,10 +190,7 @@ class Writer(Stage):
         ids = [group.group_id for group in groups]
         await self.scored.done(*groups, learned_in=version)
         await self.released.put(Credit(groups=ids))
-        context.recorder.record(
-            Span(node=context.node, replica=context.replica, name=f"file {version}", start_s=start_s,
-                 end_s=context.now(), groups=ids)
-        )  # fmt: skip
+        context.span(f"file {version}", start_s, groups=ids)
         metrics = {**step_metrics(groups, [0] * len(groups)), "rows": float(len(rows))}
         if ratios := [row["logprob"] - row["ref_logprob"] for row in rows if "ref_logprob" in row]:
             metrics["kl"] = sum(ratios) / len(ratios)  # of whole responses, nats
