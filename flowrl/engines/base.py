@@ -375,10 +375,11 @@ def check_engine(path: str, options: Mapping[str, Any], where: str) -> None:
         ConfigError: it does not import, or it takes no such option.
     """
     kind = load_class(path, f"{where}.engine")
-    if hasattr(kind, "check_options"):  # it passes them on, and knows to whom
-        kind.check_options(options, f"{where}.engine_options")
     taken = inspect.signature(kind).parameters.values()
     known = {each.name for each in taken if each.kind is not each.VAR_KEYWORD} - GIVEN
+    if hasattr(kind, "check_options"):  # it passes on what it does not take itself, and knows to whom
+        passed_on = {name: value for name, value in options.items() if name not in known}
+        kind.check_options(passed_on, f"{where}.engine_options")
     if any(each.kind is each.VAR_KEYWORD for each in taken):
         return
     for name in options:
