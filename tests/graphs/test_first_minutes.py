@@ -1,6 +1,7 @@
-"""The first ten minutes with data, a reward and a game of one's own, through the console script as a user calls it.
+"""The first ten minutes with data, a reward and a game of one's own, in a directory of one's own.
 
-No PYTHONPATH, a directory of one's own, none of the variables that the tests' own processes are kept quiet with.
+One of each kind goes through the console script as a user calls it: no PYTHONPATH, none of the variables that the
+tests' own processes are kept quiet with. The others call the command in this process, which has the libraries loaded.
 """
 
 from __future__ import annotations
@@ -8,19 +9,21 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.command import ROOT, tiny_settings
+from flowrl.cli import main
+from tests.support.command import ROOT, SCRIPT, tiny_settings
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.slow
 
 GROUP = ROOT / "graphs" / "group_async.py"
 KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV")
-SCRIPT = Path(sys.executable).with_name("flowrl")
 ROWS = [{"prompt": f"What is {k} + 1?", "answer": str(k + 1)} for k in range(12)]
 PLAN = "node        stage"  # how the output of a check begins
 
@@ -31,14 +34,27 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def flowrl(here: Path, *arguments: object, timeout_s: float = 200.0) -> tuple[int, list[str]]:
+def flowrl(here: Path, *arguments: object) -> tuple[int, list[str]]:
     """Run the console script; returns its exit code and what it said."""
     environment = {name: os.environ[name] for name in KEPT if name in os.environ} | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [SCRIPT, *map(str, arguments)], cwd=here, env=environment, text=True, timeout=timeout_s,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [SCRIPT, *map(str, arguments)], cwd=here, env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )  # fmt: skip
     return done.returncode, done.stdout.splitlines()
+
+
+@pytest.fixture
+def in_process(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """The command in this process; returns its exit code and what it said, standard output first."""
+    monkeypatch.chdir(here)
+
+    def call(*arguments: object) -> tuple[int, list[str]]:
+        code = main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return code, [*printed.out.splitlines(), *printed.err.splitlines()]
+
+    return call
 
 
 def settings(tiny: Path, graph: Path = GROUP, **more: Any) -> list[str]:
@@ -70,30 +86,39 @@ def score(completions, **columns):
 """
 
 
-@pytest.mark.parametrize(
-    ("code", "path"),
-    [
-        (TRL, "my_rewards:score"), (ONE, "my_rewards.py:score"), (VERL, "./my_rewards.py:score"),
-        (OPENRLHF, "my_rewards:score"), (PARTLY, "{here}/my_rewards.py:score"),
-    ],
-)  # fmt: skip
-def test_a_reward_in_any_common_shape_is_found_where_its_user_stands(code: str, path: str, tiny: Path, here: Path):
-    (here / "my_rewards.py").write_text(code)
-    (here / "my_words.py").write_text("def found(word, text):\n    return float(word in text)\n")
-    code_, said = flowrl(here, "check", GROUP, *settings(tiny, reward__function=path.format(here=here)))
-    assert code_ == 0, said
+def test_a_reward_beside_its_user_is_all_that_a_check_needs(tiny: Path, here: Path):
+    (here / "my_rewards.py").write_text(TRL)
+    code, said = flowrl(here, "check", GROUP, *settings(tiny, reward__function="my_rewards:score"))
+    assert code == 0, said
     assert said[0].startswith(PLAN), "no stray line before the plan"
     assert said[-1] == "ok: nothing was started"
 
 
-def test_code_beside_the_graph_file_is_found_and_pinned(tiny: Path, here: Path):
+@pytest.mark.parametrize(
+    ("code", "path"),
+    [
+        (ONE, "my_rewards.py:score"), (VERL, "./my_rewards.py:score"), (OPENRLHF, "my_rewards:score"),
+        (PARTLY, "{here}/my_rewards.py:score"),
+    ],
+)  # fmt: skip
+def test_a_reward_in_any_common_shape_is_found_where_its_user_stands(
+    code: str, path: str, tiny: Path, here: Path, in_process: Any
+):
+    (here / "my_rewards.py").write_text(code)
+    (here / "my_words.py").write_text("def found(word, text):\n    return float(word in text)\n")
+    code_, said = in_process("check", GROUP, *settings(tiny, reward__function=path.format(here=here)))
+    assert code_ == 0, said
+    assert said[-1] == "ok: nothing was started"
+
+
+def test_code_beside_the_graph_file_is_found_and_pinned(tiny: Path, here: Path, in_process: Any):
     mine = here / "mine"
     mine.mkdir()
     (mine / "graph.py").write_text(GROUP.read_text())
     (mine / "my_rewards.py").write_text(TRL)
     (mine / "my_algo.py").write_text("from flowrl.algorithms.grpo import GRPO\nclass Mine(GRPO):\n    pass\n")
     given = settings(tiny, mine / "graph.py", reward__function="my_rewards:score", algorithm="my_algo:Mine")
-    code, said = flowrl(here, "check", mine / "graph.py", *given)
+    code, said = in_process("check", mine / "graph.py", *given)
     assert code == 0, said
 
 
@@ -122,7 +147,7 @@ def test_code_beside_the_graph_file_is_found_and_pinned(tiny: Path, here: Path):
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line_before_anything_starts(
-    more: dict[str, Any], said: str, tiny: Path, here: Path
+    more: dict[str, Any], said: str, tiny: Path, here: Path, in_process: Any
 ):
     (here / "my_rewards.py").write_text(
         "def wrong(text, gold): ...\n"
@@ -130,7 +155,8 @@ def test_what_cannot_work_is_refused_in_one_line_before_anything_starts(
         "def raises(completion): return 1 / 0\n"
         "def right(completion, answer): return float(completion == answer)\n"
     )
-    code, lines = flowrl(here, "run", GROUP, *settings(tiny, **more))
+    through = in_process if more else partial(flowrl, here)
+    code, lines = through("run", GROUP, *settings(tiny, **more))
     refusals = [line for line in lines if line.startswith("flowrl: ")]
     assert code == 2, lines
     assert lines[-1:] == refusals, lines
@@ -138,7 +164,7 @@ def test_what_cannot_work_is_refused_in_one_line_before_anything_starts(
     assert not (here / "runs").exists()
 
 
-def test_an_environment_of_ones_own_is_tried_on_a_task(tiny: Path, here: Path):
+def test_an_environment_of_ones_own_is_tried_on_a_task(tiny: Path, here: Path, in_process: Any):
     graph = ROOT / "graphs" / "agent_async.py"
     (here / "my_game.py").write_text(
         "class Game:\n"
@@ -149,23 +175,9 @@ def test_an_environment_of_ones_own_is_tried_on_a_task(tiny: Path, here: Path):
     )
     code, said = flowrl(here, "check", graph, *settings(tiny, graph, agent__environment="my_game:Game"))
     assert code == 0, said
-    code, said = flowrl(here, "check", graph, *settings(tiny, graph, agent__environment="my_game:Lost"))
+    code, said = in_process("check", graph, *settings(tiny, graph, agent__environment="my_game:Lost"))
     assert code == 2
     assert "my_game.py:Lost was tried on a row of the data and step returned a float; return (observ" in said[-1]
-
-
-def test_own_data_and_own_reward_and_nothing_else_make_a_run_with_a_held_out_score(tiny: Path, here: Path):
-    (here / "my_rewards.py").write_text(TRL)
-    given = settings(tiny, reward__function="my_rewards:score", runtime="local", hints="false", steps=2,
-                     learner__engine="flowrl.engines.torch:TorchEngine")  # fmt: skip
-    code, said = flowrl(here, "run", GROUP, *given, "--name", "first")
-    assert code == 0, said
-    rows = [json.loads(line) for line in (here / "runs" / "first" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["mean"] is not None for row in rows if row["kind"] == "evaluation"][-1:] == [True]
-    assert any("held-out score, 2 prompts" in line for line in said)
-    assert not (here / "runs" / "first" / "quarantine").exists()
-    for stray in ("de-quantizing", "Setting accelerator", "it/s]"):
-        assert not [line for line in said if stray in line]
 
 
 ENGINES = """
@@ -210,7 +222,7 @@ def own_parts(here: Path) -> Path:
     return here / "my_graph.py"
 
 
-def test_engines_and_a_stage_of_ones_own_are_found_where_their_user_stands(tiny: Path, here: Path):
+def test_engines_and_a_stage_of_ones_own_are_found_where_their_user_stands(tiny: Path, here: Path, in_process: Any):
     (here / "my_rewards.py").write_text(TRL)
     graph = own_parts(here)
     given = {"reward__function": "my_rewards:score", "learner__engine": "my_engine:Mine",
@@ -218,24 +230,30 @@ def test_engines_and_a_stage_of_ones_own_are_found_where_their_user_stands(tiny:
              "learner__engine_options": "{note: mine}"}  # fmt: skip
     code, said = flowrl(here, "check", graph, *settings(tiny, graph, **given))
     assert code == 0, said
-    code, said = flowrl(here, "check", graph, *settings(tiny, graph, **{**given, "learner__engine": "my_engine:Main"}))
+    code, said = in_process("check", graph, *settings(tiny, graph, **{**given, "learner__engine": "my_engine:Main"}))
     assert (code, "did you mean 'Mine'?" in said[-1]) == (2, True), said
 
 
-def test_engines_and_a_stage_of_ones_own_make_a_run(tiny: Path, here: Path):
+def test_data_reward_engines_and_a_stage_of_ones_own_make_a_run_with_a_held_out_score(tiny: Path, here: Path):
     (here / "my_rewards.py").write_text(TRL)
     graph = own_parts(here)
-    given = settings(tiny, graph, reward__function="my_rewards:score", runtime="local", hints="false", steps=1,
+    given = settings(tiny, graph, reward__function="my_rewards:score", runtime="local", hints="false", steps=2,
                      learner__engine="my_engine:Mine", reference__engine="./my_engine.py:Mine",
                      learner__engine_options="{note: mine}")  # fmt: skip
-    code, said = flowrl(here, "run", graph, *given, "--name", "own")
+    code, said = flowrl(here, "run", graph, *given, "--name", "first")
     assert code == 0, said
-    assert f"{here}/my_engine.py:Mine" in (here / "runs" / "own" / "settings.yaml").read_text()
+    assert f"{here}/my_engine.py:Mine" in (here / "runs" / "first" / "settings.yaml").read_text()
+    rows = [json.loads(line) for line in (here / "runs" / "first" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["mean"] is not None for row in rows if row["kind"] == "evaluation"][-1:] == [True]
+    assert any("held-out score, 2 prompts" in line for line in said)
+    assert not (here / "runs" / "first" / "quarantine").exists()
+    for stray in ("de-quantizing", "Setting accelerator", "it/s]"):
+        assert not [line for line in said if stray in line]
 
 
-def test_a_recipe_that_needs_another_run_says_which_command_makes_it(tiny: Path, here: Path):
+def test_a_recipe_that_needs_another_run_says_which_command_makes_it(tiny: Path, in_process: Any):
     recipe = ROOT / "graphs" / "recipes" / "smollm2-distill.yaml"
-    code, said = flowrl(here, "run", ROOT / "graphs" / "sft.py", "--config", recipe, "--set", f"model={tiny}")
+    code, said = in_process("run", ROOT / "graphs" / "sft.py", "--config", recipe, "--set", f"model={tiny}")
     assert code == 2
     assert said[-1] == (
         "flowrl: ./runs/teacher: is not there, and the run reads from it; make it first: "

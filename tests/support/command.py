@@ -1,9 +1,9 @@
-"""Run the flowrl command as a user does, in a process of its own."""
+"""Run the flowrl command (flowrl.cli:main) as a user does: the console script, in a process of its own."""
 
 from __future__ import annotations
 
+import json
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 from flowrl.graph.program import load_program
 
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Callable, Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
 GRAPH = ROOT / "graphs" / "ppo_async.py"
+SCRIPT = Path(sys.executable).with_name("flowrl")  # the console script, as a user starts it
 
 
 @dataclass(frozen=True)
@@ -30,23 +32,22 @@ class Result:
 
 
 def flowrl(
-    *arguments: str | Path, cwd: Path, timeout_s: float = 300.0, on_line: Callable[[str], bool] | None = None,
-    environment: dict[str, str] | None = None,
-) -> Result:  # fmt: skip
-    """Run `flowrl ARGUMENTS` to its end; sends Ctrl-C once for every line that `on_line` says yes to."""
-    command = [sys.executable, "-m", "flowrl.cli", *map(str, arguments)]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(environment or {})}
+    *arguments: str | Path, cwd: Path, on_line: Callable[[str], signal.Signals | None] = lambda line: None
+) -> Result:
+    """Run `flowrl ARGUMENTS` to its end; sends it the signal that `on_line` answers a line with, if any."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     lines: list[str] = []
     with subprocess.Popen(
-        command, cwd=cwd, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:
+        [SCRIPT, *map(str, arguments)], cwd=cwd, env=variables, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
         assert process.stdout is not None
         try:
             for line in process.stdout:
                 lines.append(line.rstrip("\n"))
-                if on_line is not None and on_line(line):
-                    process.send_signal(signal.SIGINT)
-            return Result(code=process.wait(timeout=timeout_s), lines=lines)
+                if (number := on_line(line)) is not None:
+                    process.send_signal(number)
+            return Result(code=process.wait(), lines=lines)
         finally:
             if process.poll() is None:
                 process.kill()
@@ -85,6 +86,7 @@ def tiny_settings(model: Path, graph: Path = GRAPH, **more: object) -> Sequence[
         "agent.group_size": 2,
         "agent.dtype": "float32",
         "agent.kv_cache_bytes": 64 << 20,
+        "heartbeat_timeout_s": 1800.0,  # on a busy machine a process may be slow to answer, and is not dead for it
         **more,
     }
     known = load_program(graph).settings.__struct_fields__
@@ -94,3 +96,11 @@ def tiny_settings(model: Path, graph: Path = GRAPH, **more: object) -> Sequence[
         if name.partition(".")[0] in known
         for part in ("--set", f"{name}={value}")
     ]
+
+
+def plain_data(directory: Path) -> dict[str, object]:
+    """Write prompts and return settings that ask them: no process loads reasoning-gym, which takes each a second."""
+    rows = [{"prompt": f"What is {k} + {k}?", "answer": str(2 * k)} for k in range(68)]
+    source = directory / "prompts.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"data.source": source, "reward.function": "flowrl.rewards.verify:exact_answer"}

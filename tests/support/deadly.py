@@ -1,8 +1,10 @@
-"""Real engines whose process dies by SIGKILL in the middle of what they do, once at each point they are told.
+"""Real engines whose process dies by SIGKILL in the middle of what they do, once at each point they are told, or waits.
 
 A point is written "MOMENT:NUMBER": "generate:12" in the middle of the twelfth request, "update:3" between the pause and
 the proof of version 3, "step:5" inside optimizer step 5, "publish:4" with half of version 4 written; a trailing ":1"
-means rank 1. `deaths` is a directory where each death leaves a file, so that nobody dies of the same point twice.
+means rank 1. `deaths` is a directory where each death leaves a file, so that nobody dies of the same point twice. At a
+point before which "hold:" is written the process waits until there is a file `go`, so that a test can be sure what has
+not happened yet.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +25,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from flowrl.messages import Sample
+    from flowrl.engines.base import UpdateReport
+    from flowrl.messages import Sample, Weights
 
 SOON_S = 0.02  # into a request, some tokens of it are sampled
+LOOK_S = 0.05
 
 
 class Deaths:
@@ -44,6 +49,10 @@ class Deaths:
             return False
         return True
 
+    def is_held(self, point: str) -> bool:
+        """Return whether to wait at this point."""
+        return f"hold:{point}" in self._points and not (self._directory / "go").exists()
+
 
 def die() -> None:
     """End this process as a machine does."""
@@ -51,7 +60,7 @@ def die() -> None:
 
 
 class DyingGeneration(VllmEngine):
-    """vLLM that dies in the middle of a request or of a weight update."""
+    """vLLM that dies in the middle of a request or of a weight update, or waits before it takes one in."""
 
     def __init__(self, *arguments: Any, deaths: str, points: list[str], **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -63,6 +72,11 @@ class DyingGeneration(VllmEngine):
             asyncio.get_running_loop().call_later(SOON_S, die)
         return await super().generate(**request)
 
+    async def update_weights(self, weights: Weights) -> UpdateReport:
+        while self._deaths.is_held(f"update:{weights.version}"):  # noqa: ASYNC110  a file tells nobody
+            await asyncio.sleep(LOOK_S)
+        return await super().update_weights(weights)
+
     async def _send_canary(self, weights: Any) -> Any:
         if self._deaths.due(f"update:{weights.version}"):
             die()
@@ -70,7 +84,7 @@ class DyingGeneration(VllmEngine):
 
 
 class DyingTrainer(DeepSpeedEngine):
-    """DeepSpeed that dies inside an optimizer step or half through a publish."""
+    """DeepSpeed that dies inside an optimizer step or half through a publish, or waits before a step."""
 
     def __init__(self, *arguments: Any, deaths: str, points: list[str], **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -80,6 +94,8 @@ class DyingTrainer(DeepSpeedEngine):
         return f"{moment}:{number}" + (f":{self.line.rank}" if self.line.rank else "")
 
     def _step(self, lr: float) -> float:
+        while self._deaths.is_held(self._point("step", self._num_steps)):
+            time.sleep(LOOK_S)
         if self._deaths.due(self._point("step", self._num_steps)):
             die()
         return super()._step(lr)

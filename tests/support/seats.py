@@ -6,8 +6,8 @@ import os
 from typing import TYPE_CHECKING
 
 import msgspec
-from flowrl.graph.program import graph_of, plan_of
 
+from flowrl.graph.program import graph_of, plan_of
 from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
 from tests.support.flows import FlowSettings, Scorer, flow

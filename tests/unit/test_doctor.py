@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import os
 import subprocess
-import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -24,7 +22,11 @@ from flowrl.doctor import (
     package_finding,
 )
 from flowrl.runtime.devices import Machine
+from tests.support.command import SCRIPT
 from tests.support.devices import machine
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.mark.parametrize(
@@ -127,9 +129,7 @@ def test_memory_is_held_against_the_default_graph(total, available, level):
 
 @pytest.mark.slow
 def test_the_command_names_every_package_and_ends_with_a_verdict(tmp_path: Path):
-    command = [sys.executable, "-m", "flowrl.cli", "doctor"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(doctor.__file__).parents[1])}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    result = subprocess.run([SCRIPT, "doctor"], cwd=tmp_path, capture_output=True, text=True)
     for name in (*doctor.PACKAGES, "vllm", "torch build", "cores", "memory", "/dev/shm", "127.0.0.1", "default model"):
         assert name in result.stdout, result.stderr
     lines = result.stdout.splitlines()
