@@ -192,10 +192,12 @@ def test_on_policy_distillation_has_the_gradient_of_the_reverse_kl_in_the_mean(i
 
 
 def test_a_teacher_equally_far_from_every_sample_says_nothing_of_any_but_a_sample_alone():
-    group = AdvantageBatch(torch.zeros(3), torch.ones(3, 2), torch.full((3, 2), -1.0), torch.full((3, 2), -3.0))
-    assert not OnPolicyDistillation().advantages(group).advantages_BT.any()
-    alone = AdvantageBatch(*(part[:1] for part in group[:4] if part is not None))
-    assert OnPolicyDistillation().advantages(alone).advantages_BT.tolist() == [[-2.0, -2.0]]
+    def equally_far(num: int) -> AdvantageBatch:
+        shape = (num, 2)
+        return AdvantageBatch(torch.zeros(num), torch.ones(shape), torch.full(shape, -1.0), torch.full(shape, -3.0))
+
+    assert not OnPolicyDistillation().advantages(equally_far(3)).advantages_BT.any()
+    assert OnPolicyDistillation().advantages(equally_far(1)).advantages_BT.tolist() == [[-2.0, -2.0]]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
