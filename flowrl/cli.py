@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowrl.errors import FlowrlError, let_go_of_output
+from flowrl.errors import FlowrlError, hold_output, let_go_of_output
 from flowrl.errors import say as _say
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ ABORTED = 130  # as a shell reports a process ended by Ctrl-C
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    hold_output()
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)

@@ -131,6 +131,17 @@ def say(text: str, *, aside: bool = False) -> None:
             _let_go(stream)
 
 
+def hold_output() -> None:
+    """Open what a process was started without of its three standard streams: a run's file would take the place."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if descriptor else "r"))  # noqa: SIM115  it stays open
+
+
 def let_go_of_output() -> None:
     """See that what could not be printed does not fail the end of the process."""
     for stream in (sys.stdout, sys.stderr):

@@ -1,66 +1,79 @@
-"""What faults cost on real processes: signals to the Ray actors of a flow with fake engines, and to Ray itself.
+"""What faults cost on real processes: signals to every process of a run and of Ray, leaps of the clock, a second run.
 
-    python -m perf.faults [--faults 50] [--seeds 0 1 2] [--heartbeat 10]
-    python -m perf.faults --faults 30 --every 60 --seeds 0        a soak of half an hour
+    python -m perf.faults [--rounds 1] [--seed 0] [--only learner] [--heartbeat 10] [--stall 60]
+    python -m perf.faults --only scorer --every 60        a soak: a minute between two faults
 
-For each seed a flow of prompts, two generators, two scorers and a learner trains until so many faults have struck
-replicas, the flow's host, the learner, and Ray's own raylet and control store, at random moments; then the judgement of
-`flowrl verify` is printed. Per kind of fault: how many were injected and recovered, seconds from the fault to the next
-learned step (p50, p95), and hangs: silences longer than twice what the run may take to notice. Then what all of them
-together lost, learned twice or too late, and what was left behind: living processes, files in /tmp/ray and /dev/shm.
-Of each process that lived for five minutes: resident memory and open files a minute after its start and at its end. See
-perf/README.md for how to read it.
+A flow of prompts, two generators, two scorers and a learner of two ranks, all of them fakes in real processes on a
+real Ray, is driven by a process of its own (tests/support/driven.py). In each round it meets every fault of `FAULTS`
+once, in an order drawn from the seed; a driver that a fault ends is started again with `resume`. A fault is recovered
+from when a further step has been learned, and whoever was killed, or stopped for good, has been replaced; a silence
+longer than twice the stall timeout is a hang. Then `flowrl verify`'s judgement of the whole history, the processes that
+outlived the run, and what it left in /tmp/ray and /dev/shm. Of each process that lived for five minutes: resident
+memory and open files a minute after its start and at its end. See perf/README.md for how to read it.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
-import itertools
 import os
 import random
+import re
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import uvloop
+from typing import TYPE_CHECKING, Any
 
 from flowrl.runs.verify import judge
-from flowrl.runtime.cluster import Cluster
 from flowrl.runtime.ledger import read_entries
-from flowrl.runtime.ray import run_ray
-from flowrl.runtime.supervisor import Options
-from flowrl.stages.learner import Learner
-from flowrl.telemetry.events import Event, Recovery, Step
+from flowrl.telemetry.report import read_ending
 from perf.machine import machine
-from tests.support.flows import FlowSettings, flow
+from tests.support.driven import Driven
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from flowrl.runs.verify import Verdict
-
-UNLIMITED = 1_000_000
-SETTINGS = FlowSettings(
-    seed=0, steps=1_000_000, groups_per_step=4, window=1, max_staleness=2, generators=2, scorers=2, depth=8,
-    token_s=0.005, sigma=0.5, update_s=0.02, score_s=0.02, train_s=0.02, filter_every=7, initial=12, save_every=5,
-    is_finite=False,
-)  # fmt: skip
-
-
-LOOK_S = 10.0  # between two looks at what the processes hold
+MARK = "FLOWRL_FAULTS"  # in the environment of every process that comes of a run of ours
+FLOW = ("flow.generators=2", "flow.scorers=2", "flow.ranks=2")
+REPLICAS = ("prompts.0", "generator.0", "generator.1", "scorer.0", "scorer.1", "learner.0", "learner.0.rank1", "hub")
+RAYS = ("raylet", "gcs_server")
+OWNER = re.compile(r"[-_](\d+)(?:-[0-9a-f]{12})?$")  # the process's number in the name of what it left
+LOOK_S = 0.2
 SETTLED_S = 60.0  # after its start a process holds what it will hold
 LASTING_S = 300.0
+LEAPS = {"clock an hour on": 3600, "clock an hour back": -3600}  # seconds; the third step sets it right again
+CLOCK = Path(__file__).with_name("leaping_clock.c")
 
 
 @dataclass(frozen=True)
+class Fault:
+    """One thing that befalls a run; `victim` is a process, or says what else it is."""
+
+    kind: str
+    victim: str
+
+    @property
+    def row(self) -> str:
+        """Return what the table calls it: without the number of a replica."""
+        return f"{self.kind} {self.victim.partition('.')[0]}" + (" rank 1" if "rank1" in self.victim else "")
+
+
+FAULTS = [
+    *(Fault(kind, who) for kind in ("SIGKILL", "SIGSTOP", "SIGSTOP, woken", "SIGTERM", "SIGHUP")
+      for who in (*REPLICAS, *RAYS)),
+    *(Fault(kind, who) for kind in ("SIGKILL", "SIGTERM", "SIGSTOP, woken") for who in ("driver", "all at once")),
+    *(Fault(kind, "driver") for kind in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGSTOP, killed")),
+    Fault("second run", "in the directory"), *(Fault(kind, "of all") for kind in LEAPS),
+]  # fmt: skip
+
+
+@dataclass
 class Size:
     """What a process held at a moment."""
 
@@ -71,105 +84,211 @@ class Size:
 
 @dataclass
 class Story:
-    """What happened in one run."""
+    """What happened."""
 
-    struck: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])  # kind, when
-    learned_at: list[float] = field(default_factory=list[float])
-    recoveries: list[Recovery] = field(default_factory=list[Recovery])
-    has_stepped: asyncio.Event = field(default_factory=asyncio.Event)
+    waits: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # row -> seconds to recovery
+    failed: list[str] = field(default_factory=list[str])  # faults that were not recovered from, and why
+    num_hangs: int = 0
     sizes: dict[tuple[str, int], list[Size]] = field(default_factory=lambda: defaultdict(list))  # by process
 
-    def consume(self, events: list[Event]) -> None:
-        """Take in the run's events."""
-        for event in events:
-            if isinstance(event, Step):
-                self.learned_at.append(time.time())
-                self.has_stepped.set()
-            elif isinstance(event, Recovery):
-                self.recoveries.append(event)
 
-    async def next_step(self) -> None:
+class Wrong(Exception):
+    """A fault was not recovered from."""
+
+
+class Trial:
+    """A run that is driven through faults."""
+
+    def __init__(self, run_dir: Path, options: argparse.Namespace) -> None:
+        self.run_dir = run_dir
+        self._options = options
+        self._clock = run_dir.parent / "clock"
+        self._told = (*FLOW, f"heartbeat_timeout_s={options.heartbeat}", f"stall_timeout_s={options.stall}")
+        self._environment = {MARK: str(run_dir), **leaping_clock(self._clock)}
+        self.pids: set[int] = set()  # that ever were part of it
+        self.drivers: list[int] = []
+        self.story = Story()
+        self._told_bytes = self._learned = 0
+        self._driven: Driven | None = None
+        self.start()
+
+    def start(self, *told: str) -> None:
+        """Start the driver."""
+        self._driven = Driven(self.run_dir, *self._told, *told, runtime="ray", environment=self._environment,
+                              start_new_session=True)  # fmt: skip
+        self.drivers.append(self.driver.pid)
+
+    @property
+    def driver(self) -> subprocess.Popen[Any]:
+        assert self._driven is not None
+        return self._driven.process
+
+    def learned(self) -> int:
+        """Return how many groups have been learned so far, those that a rollback took back counted as well."""
+        path = self.run_dir / "ledger.jsonl"
+        size = path.stat().st_size if path.exists() else 0
+        self._told_bytes = min(self._told_bytes, size)
+        if size > self._told_bytes:
+            with path.open("rb") as file:
+                file.seek(self._told_bytes)
+                text = file.read()
+            whole = text[: text.rfind(b"\n") + 1]
+            self._told_bytes += len(whole)
+            self._learned += whole.count(b'"learned"')
+        return self._learned
+
+    def until(self, what: str, is_so: Callable[[], bool], *, may_end: bool = False) -> None:
+        """Wait for something; longer than twice the stall timeout is a hang.
+
+        Raises:
+            Wrong: it hangs, or the driver has ended.
+        """
+        limit_s, began_s = 2 * self._options.stall, time.monotonic()
+        while not is_so():
+            if time.monotonic() - began_s > limit_s:
+                self.story.num_hangs += 1
+                raise Wrong(f"{what}: silent for {limit_s:.0f} s")
+            if not may_end and (code := self.driver.poll()) is not None:
+                raise Wrong(f"{what}: the driver ended with {code}: {read_ending(self.run_dir)}")
+            time.sleep(LOOK_S)
+
+    def steps(self, what: str) -> None:
         """Wait until a further step has been learned."""
-        self.has_stepped.clear()
-        await self.has_stepped.wait()
+        before = self.learned()
+        self.until(what, lambda: self.learned() > before)
 
-
-def processes(run_dir: Path) -> dict[str, int]:
-    """Return the run's living processes by name: each writes its log."""
-    found: dict[str, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                log = Path(os.readlink(entry / "fd" / "1"))
-            except OSError:
-                continue
-            if log.parent == run_dir / "logs":
-                found[log.stem] = int(entry.name)
-    return found
-
-
-FATAL = {"hub", "learner.0"}  # whoever loses the attempt is struck less often
-# kind -> its share among the faults, the signal, and whether the process is woken again
-KINDS: dict[str, tuple[float, signal.Signals, bool]] = {
-    "SIGKILL": (6.0, signal.SIGKILL, False),
-    "SIGSTOP, woken": (2.0, signal.SIGSTOP, True),
-    "SIGSTOP": (2.0, signal.SIGSTOP, False),
-    "SIGTERM": (1.0, signal.SIGTERM, False),
-    "SIGHUP": (1.0, signal.SIGHUP, False),
-}
-RAYS = {"raylet": 0.3, "gcs_server": 0.3}  # Ray's own processes: chance beside a replica's 1
-
-
-async def strike(story: Story, run_dir: Path, draw: random.Random, options: argparse.Namespace) -> None:
-    """Strike somebody once a step has been learned since the last time, until enough have been struck."""
-    while len(story.struck) < options.faults:
-        await story.next_step()
-        await asyncio.sleep(draw.uniform(0.0, 0.5) + options.every)
-        alive = processes(run_dir) | rays()
-        if not processes(run_dir):
-            continue
-        names = sorted(alive)
-        weights = [RAYS.get(name, 0.3 if name in FATAL else 1.0) for name in names]
-        name = draw.choices(names, weights)[0]
-        kind = draw.choices(list(KINDS), [share for share, _, _ in KINDS.values()])[0]
-        _, number, is_woken = KINDS[kind]
-        if name in RAYS and number not in (signal.SIGKILL, signal.SIGSTOP):
-            number, kind = signal.SIGKILL, "SIGKILL"
-        story.struck.append((f"{kind} {name.partition('.')[0]}", time.time()))
-        print(f"{time.strftime('%X')} {kind} {name}", file=sys.stderr, flush=True)
-        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-            os.kill(alive[name], number)
-            if is_woken:
-                await asyncio.sleep(options.pause)
-                os.kill(alive[name], signal.SIGCONT)
-
-
-def rays() -> dict[str, int]:
-    """Return the processes of the Ray that this process has started."""
-    found: dict[str, int] = {}
-    for child in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
-        for pid in child.read_text().split():
+    def processes(self) -> dict[str, int]:
+        """Return the living processes by name: a replica writes its log, Ray's have names of their own."""
+        found = {"driver": self.driver.pid}
+        for pid in family(self.run_dir):
+            self.pids.add(pid)
             with contextlib.suppress(OSError):
+                log = Path(os.readlink(f"/proc/{pid}/fd/1"))
                 name = Path(f"/proc/{pid}/comm").read_text().strip()
-                if name in RAYS:
-                    found[name] = int(pid)
-    return found
+                if log.parent == self.run_dir / "logs":
+                    found[log.stem] = pid
+                elif name in RAYS:
+                    found[name] = pid
+        return found
 
-
-def left_bytes() -> int:
-    """Return the bytes that lie where Ray and the weights' transport put theirs."""
-    return sum(
-        path.lstat().st_size for root in ("/tmp/ray", "/dev/shm") for path in Path(root).rglob("*") if path.is_file()
-    )
-
-
-async def watch(story: Story, run_dir: Path) -> None:
-    """Note what the driver and every process of the run hold, again and again."""
-    while True:
-        for name, pid in {"driver": os.getpid(), **processes(run_dir)}.items():
+    def strike(self, fault: Fault) -> None:
+        """Let one fault happen and see the run recover from it."""
+        before = self.processes()
+        struck_s = time.monotonic()
+        try:
+            if fault.kind in LEAPS:
+                self._leap(fault.kind)
+            elif fault.victim == "in the directory":
+                self._drive_twice()
+            elif fault.victim in ("driver", "all at once"):
+                self._end_driver(fault, before)
+            else:
+                self._signal(fault, before)
+            self.steps(str(fault))
+            self.story.waits[fault.row].append(time.monotonic() - struck_s)
+        except Wrong as wrong:
+            self.story.failed.append(f"{fault.row}: {wrong}")
+            self.story.waits[fault.row] += []
+            say(f"NOT RECOVERED {wrong}")
+            self.clean()
+            self.start("resume")
+        for name, pid in self.processes().items():
             with contextlib.suppress(OSError):  # it died meanwhile
-                story.sizes[name, pid].append(size_of(pid))
-        await asyncio.sleep(LOOK_S)
+                self.story.sizes[name, pid].append(size_of(pid))
+
+    def _signal(self, fault: Fault, before: dict[str, int]) -> None:
+        if fault.victim not in before:
+            raise Wrong(f"{fault}: there is no such process, only {sorted(before)}")
+        pid, (number, is_woken) = before[fault.victim], signal_of(fault.kind)
+        os.kill(pid, number)
+        if is_woken:
+            time.sleep(self._options.pause)
+            with contextlib.suppress(ProcessLookupError):  # it was not waited for
+                os.kill(pid, signal.SIGCONT)
+        elif number in (signal.SIGKILL, signal.SIGSTOP):
+            self.until(f"{fault}: a process in its place", lambda: self.processes().get(fault.victim, pid) != pid)
+
+    def _end_driver(self, fault: Fault, before: dict[str, int]) -> None:
+        number, is_woken = signal_of(fault.kind)
+        stopped = [*family(self.run_dir)] if fault.victim == "all at once" else [before["driver"]]
+        for pid in stopped:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        if number == signal.SIGSTOP:
+            time.sleep(2 * self._options.heartbeat)
+            for pid in stopped:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT if is_woken else signal.SIGKILL)
+            if is_woken:
+                return
+        self.until(f"{fault}: the driver's end", lambda: self.driver.poll() is not None, may_end=True)
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            ending = read_ending(self.run_dir)
+            if self.driver.returncode or ending is None or not ending.was_stopped:
+                raise Wrong(f"{fault}: not stopped in order, exit code {self.driver.returncode}, {ending}")
+        self.start("resume")
+        self.until(f"{fault}: the end of what was", lambda: not set(before.values()) & {*family(self.run_dir)})
+
+    def _drive_twice(self) -> None:
+        for told in ((), ("resume",)):
+            second = Driven(self.run_dir, *self._told, *told, runtime="ray", environment=self._environment)
+            if second.ends() != 2:
+                raise Wrong(f"a second run was not refused: {second.process.returncode}")
+
+    def _leap(self, kind: str) -> None:
+        self._clock.write_text(f"{LEAPS[kind]}\n")
+        self.steps(kind)
+        time.sleep(self._options.heartbeat)  # whoever reckons with the clock has looked at it by then
+        self.steps(kind)
+        self._clock.write_text("0\n")
+
+    def clean(self) -> int:
+        """Kill whatever is left of the run; returns how many processes that were."""
+        left = [*family(self.run_dir)]
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.driver.wait(10.0)
+        return len(left)
+
+    def left_bytes(self) -> int:
+        """Return the bytes that the run left where Ray and the weights' transport put theirs, by its processes' ids."""
+        ids = self.pids.union(self.drivers)
+        return sum(
+            path.lstat().st_size
+            for root in (Path("/tmp/ray"), Path("/dev/shm"))
+            if root.exists()
+            for each in root.iterdir()
+            if (owner := OWNER.search(each.name)) and int(owner[1]) in ids
+            for path in (each, *each.rglob("*"))
+            if path.is_file() and not path.is_symlink()
+        )
+
+
+def signal_of(kind: str) -> tuple[signal.Signals, bool]:
+    """Return the signal of a kind of fault, and whether the process is woken again."""
+    return signal.Signals[kind.partition(",")[0]], kind.endswith("woken")
+
+
+def family(run_dir: Path) -> Iterator[int]:
+    """Yield the living processes that come of a run: each has its mark from the driver."""
+    mark = f"{MARK}={run_dir}".encode()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            is_alive = entry.name.isdigit() and (entry / "stat").read_text().rpartition(") ")[2][:1] != "Z"
+            if is_alive and mark in (entry / "environ").read_bytes().split(b"\0"):
+                yield int(entry.name)
+
+
+def leaping_clock(offset: Path) -> dict[str, str]:
+    """Return the environment in which every process's clock is ahead by what `offset` holds; {} without a compiler."""
+    offset.write_text("0\n")
+    library = offset.with_suffix(".so")
+    command = ["cc", "-shared", "-fPIC", "-O2", "-o", str(library), str(CLOCK), "-ldl"]
+    if subprocess.run(command, check=False).returncode:
+        return {}
+    return {"LD_PRELOAD": str(library), "LEAPING_CLOCK": str(offset)}
 
 
 def size_of(pid: int) -> Size:
@@ -194,93 +313,70 @@ def growth(story: Story) -> list[str]:
     return lines
 
 
-async def run_seed(seed: int, run_dir: Path, options: argparse.Namespace, cluster: Cluster) -> tuple[Story, Verdict]:
-    """Run one seed; returns its story and the verdict on its ledger."""
-    story, stopping = Story(), asyncio.Event()
-    draw = random.Random(seed)
-
-    async def faults() -> None:
-        await strike(story, run_dir, draw, options)
-        await story.next_step()
-        await story.next_step()
-        stopping.set()
-
-    striking, watching = asyncio.create_task(faults()), asyncio.create_task(watch(story, run_dir))
-    told = Options(run_dir=run_dir, consume=story.consume, stopping=stopping, max_restarts=UNLIMITED,
-                   heartbeat_timeout_s=options.heartbeat, grace_s=3.0)  # fmt: skip
-    try:
-        await run_ray(flow(SETTINGS, Learner), told, cluster)
-    finally:
-        striking.cancel()
-        watching.cancel()
-    return story, judge(read_entries(run_dir / "ledger.jsonl"), max_staleness=2, is_finished=False)
-
-
-def silences(story: Story, limit_s: float) -> list[float]:
-    """Return the times between two learned steps that are longer than the limit."""
-    gaps = [after - before for before, after in itertools.pairwise(story.learned_at)]
-    return [gap for gap in gaps if gap > limit_s]
-
-
-def table(stories: list[Story]) -> str:
-    """Return the faults by kind."""
-    waits: dict[str, list[float]] = defaultdict(list)
-    counts: dict[str, int] = defaultdict(int)
-    for story in stories:
-        for kind, when in story.struck:
-            counts[kind] += 1
-            after = [moment - when for moment in story.learned_at if moment > when]
-            if after:
-                waits[kind].append(after[0])
-    lines = ["kind                     injected  recovered  to the next step, s: p50    p95"]
-    for kind in sorted(counts):
-        found = sorted(waits[kind])
-        p95 = found[min(len(found) - 1, int(0.95 * len(found)))] if found else float("nan")
-        p50 = statistics.median(found) if found else float("nan")
-        lines.append(f"{kind:<23} {counts[kind]:9d} {len(found):10d} {p50:28.1f} {p95:6.1f}")
+def table(story: Story) -> str:
+    """Return the faults by kind, as the rows of a page."""
+    lines = ["| kind | tried | recovered | to the next step, median s | worst s |", "|---|---|---|---|---|"]
+    failed = [each.partition(": ")[0] for each in story.failed]
+    for row in sorted(story.waits):
+        waits = story.waits[row]
+        figures = f"{statistics.median(waits):.1f} | {max(waits):.1f}" if waits else "- | -"
+        lines.append(f"| {row} | {len(waits) + failed.count(row)} | {len(waits)} | {figures} |")
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def say(text: str) -> None:
+    print(f"{time.strftime('%X')} {text}", file=sys.stderr, flush=True)
+
+
+def meet(trial: Trial, faults: list[Fault], draw: random.Random, options: argparse.Namespace) -> None:
+    """Let a run meet one fault after the other, and stop it."""
+    for number, fault in enumerate(faults, start=1):
+        with contextlib.suppress(Wrong):  # the run is being started again: the fault strikes it so
+            trial.steps("before it")
+        time.sleep(draw.uniform(0.0, 0.5) + options.every)
+        say(f"{number}/{len(faults)} {fault.kind} {fault.victim}")
+        trial.strike(fault)
+    trial.driver.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        trial.driver.wait(2 * options.stall)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", type=int, default=50, help="in each run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rounds", type=int, default=1, help="how often each fault strikes")
+    parser.add_argument("--seed", type=int, default=0, help="of the order")
+    parser.add_argument("--only", nargs="+", default=[""], help="faults whose row has one of these words")
+    parser.add_argument("--faults", type=int, default=0, help="the first so many; 0: all")
     parser.add_argument("--every", type=float, default=0.0, help="seconds between two faults, about")
     parser.add_argument("--pause", type=float, default=5.0, help="seconds that a stopped process stays so")
     parser.add_argument("--heartbeat", type=float, default=10.0, help="seconds of silence after which it is replaced")
+    parser.add_argument("--stall", type=float, default=60.0, help="the run's stall_timeout_s; twice as long is a hang")
     options = parser.parse_args(argv)
-    print(machine())
-    stories: list[Story] = []
-    verdicts: list[Verdict] = []
-    hangs = orphans = 0
-    before_bytes = left_bytes()
-    for seed in options.seeds:
-        with tempfile.TemporaryDirectory() as directory:
-            with Cluster(flow(SETTINGS, Learner), None) as cluster:
-                start_s = time.time()
-                story, verdict = uvloop.run(run_seed(seed, Path(directory), options, cluster))
-                took_s = time.time() - start_s
-            orphans += len(processes(Path(directory)))
-        stories.append(story)
-        verdicts.append(verdict)
-        hangs += len(silences(story, 2 * (options.heartbeat + 20.0)))
-        again = sum(recovery.reissued for recovery in story.recoveries)
+    draw = random.Random(options.seed)
+    faults = [fault for fault in FAULTS if any(word in fault.row for word in options.only)] * options.rounds
+    draw.shuffle(faults)
+    faults = faults[: options.faults or None]
+    print(f"{machine()}; {len(faults)} faults, seed {options.seed}", flush=True)
+    with tempfile.TemporaryDirectory() as directory:
+        trial = Trial(Path(directory).resolve() / "run", options)
+        story, began_s = trial.story, time.monotonic()
+        try:
+            meet(trial, faults, draw, options)
+        finally:
+            orphans = trial.clean()
+        verdict = judge(read_entries(trial.run_dir / "ledger.jsonl"), max_staleness=2, is_finished=False)
+        took_s = time.monotonic() - began_s
+        print("\n".join(growth(story)))
+        print(table(story))
         print(
-            f"seed {seed}: {len(story.struck)} faults in {took_s:.0f} s, {verdict.steps} steps, "
-            f"issued again {again} groups, rollbacks {verdict.rollbacks}; lost {len(verdict.lost)}, "
-            f"duplicated {len(verdict.duplicated)}, over-stale {len(verdict.over_stale)}",
-            flush=True,
+            f"| **together: {len(faults)}** in {took_s:.0f} s, {verdict.steps} steps, {verdict.rollbacks} rollbacks | "
+            f"not recovered {len(story.failed)} | lost {len(verdict.lost)}, duplicated {len(verdict.duplicated)}, "
+            f"over-stale {len(verdict.over_stale)} | hangs {story.num_hangs}, orphans {orphans} | "
+            f"bytes left {trial.left_bytes()} |"
         )
-        for line in growth(story):
-            print(line, flush=True)
-    print(table(stories))
-    tried = sum(len(story.struck) for story in stories)
-    print(
-        f"faults tried {tried}, lost {sum(len(v.lost) for v in verdicts)}, duplicated "
-        f"{sum(len(v.duplicated) for v in verdicts)}, over-stale {sum(len(v.over_stale) for v in verdicts)}, "
-        f"hangs {hangs}, orphans {orphans}, bytes left {max(0, left_bytes() - before_bytes)}"
-    )
+        print("\n".join(f"NOT RECOVERED {each}" for each in story.failed))
+    return 0 if verdict.is_clean and not story.failed and not orphans else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

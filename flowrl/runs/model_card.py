@@ -122,7 +122,7 @@ def _facts(settings: dict[str, Any], node: str) -> list[str]:
 def _scores(run: Path, version: int) -> list[str]:
     """Return the held-out scores up to this version as a table, with 95 % intervals over prompts."""
     path = run / "metrics.jsonl"
-    evaluations = read_evaluations(path) if path.is_file() else []
+    evaluations = read_evaluations(path)
     newest = {each.version: each for each in evaluations if each.version <= version and each.scores}
     if not newest:
         return []

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -29,7 +30,6 @@ from flowrl.telemetry.report import read_ending
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from flowrl.runtime.rundir import RunStart
 
@@ -79,6 +79,7 @@ def judge(
     left_out = _gaps(admitted)
     stale = [e.group for e in learned if (most := bound_of[id(e)]) is not None and e.step - e.oldest > most]
     counts = Counter(entry.event for entry in alive)
+    odd = _disordered(alive)
     return Verdict(
         counts={
             name: counts[name] for name in ("admitted", *ENDINGS, "replayed") if counts[name] or name != "replayed"
@@ -90,6 +91,7 @@ def judge(
         duplicated=sorted(group for group, count in endings.items() if count > 1),
         over_stale=sorted(stale),
         misreplayed=_misreplayed(alive, max_age),
+        disagreeing=[f"ledger.jsonl: groups {_some(odd)} end before they are admitted, or are twice"] if odd else [],
     )
 
 
@@ -114,6 +116,18 @@ def _gaps(admitted: set[int]) -> list[int]:
         if len(found) >= MOST_SHOWN:
             break
     return found
+
+
+def _disordered(alive: list[Entry]) -> list[int]:
+    """Return the groups that were admitted twice, or ended before they were admitted."""
+    admitted: set[int] = set()
+    found: set[int] = set()
+    for entry in alive:
+        if entry.event != "rollback" and (entry.event == "admitted") == (entry.group in admitted):
+            found.add(entry.group)
+        if entry.event == "admitted":
+            admitted.add(entry.group)
+    return sorted(found)
 
 
 def _misreplayed(alive: list[Entry], max_age: int | None) -> list[int]:
@@ -142,7 +156,8 @@ def verify_run(run_dir: Path) -> Verdict:
     starts = read_starts(run_dir)
     ending = read_ending(run_dir)
     learned = {entry.step for entry in surviving(entries) if entry.event == "learned"}
-    has_finished = ending is not None and not ending.failure and not ending.was_stopped
+    has_ended = ending is not None and not ending.failure
+    has_finished = ending is not None and has_ended and not ending.was_stopped
     bounds = {start.number: _whole(start.settings.get("max_staleness")) for start in starts}
     verdict = judge(
         entries,
@@ -155,7 +170,9 @@ def verify_run(run_dir: Path) -> Verdict:
     _compare_starts(run_dir, starts, settings, verdict)
     _compare_rollouts(run_dir, entries, settings, saved, verdict)
     _compare_versions(run_dir, saved, verdict)
-    _compare_metrics(run_dir, entries, verdict)
+    _compare_metrics(run_dir, entries, verdict, is_whole=len(starts) == 1 and has_ended)
+    if ending is not None and (name := Path(ending.checkpoint).name) and not (run_dir / "checkpoints" / name).is_dir():
+        verdict.missing.append(f"checkpoints/{name}: the run ended with it")
     if ending is not None and ending.totals and not is_held(run_dir):
         totals = {name: verdict.counts[name] for name in ("admitted", *ENDINGS)}
         told = {name: ending.totals.get(name) for name in totals}
@@ -278,14 +295,16 @@ def _compare_versions(run_dir: Path, saved: int, verdict: Verdict) -> None:
         verdict.disagreeing.append(f"versions.jsonl: lacks versions {_some(gone)}, the newest checkpoint is of {saved}")
 
 
-def _compare_metrics(run_dir: Path, entries: list[Entry], verdict: Verdict) -> None:
-    """See that the step whose figures came last is in the ledger."""
-    path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        if any(entry.event == "learned" for entry in entries):
-            verdict.missing.append("metrics.jsonl: the figures of the steps are not known")
-        return
-    newest = next(reversed(read_steps(path)), 0)
+def _compare_metrics(run_dir: Path, entries: list[Entry], verdict: Verdict, *, is_whole: bool) -> None:
+    """See that the figures of the steps are there, and that the step whose came last is in the ledger.
+
+    Only a run that never was killed (`is_whole`) has every step's: they reach the driver a moment after the step.
+    """
+    steps = read_steps(run_dir / "metrics.jsonl")
+    learned = {entry.step + 1 for entry in surviving(entries) if entry.event == "learned"}
+    if gone := sorted(learned - steps.keys()) if is_whole or not steps else []:
+        verdict.missing.append(f"metrics.jsonl: the figures of versions {_some(gone)} are not known")
+    newest = next(reversed(steps), 0)
     if (
         newest
         and _given_up(entries) is None

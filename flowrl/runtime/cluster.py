@@ -6,7 +6,8 @@ the run (a closed terminal, a batch system) ends none of Ray's; what Ray leaves 
 directories) is swept by the next.
 
 Why a thread: Ray installs a handler for SIGTERM when it starts in the main thread, and blocks that thread, deaf, for as
-long as a cluster does not answer. Its processes die with the thread that started them, so that lives until `stop`.
+long as a cluster does not answer. Its processes die with the thread that started them, so that lives until `stop`. Its
+native part puts a handler before Python's all the same, which ends the process 3 s after a SIGTERM: that is undone.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from ray.exceptions import RayError
 from flowrl.errors import ResourceError, RunError
 from flowrl.runtime.devices import num_cores, visible_machine
 from flowrl.runtime.placement import check_resources, places
+from flowrl.runtime.supervisor import STOPS
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
     from types import TracebackType
 
     from flowrl.graph.graph import Graph
@@ -43,7 +46,6 @@ START_S = 120.0  # for Ray to start here, or a cluster to answer; some seconds a
 STOP_S = 20.0  # for Ray to end by itself
 SLICES = 6  # of a time limit: a driver that was stopped has used up one of them when it goes on
 OURS = "flowrl"  # marks a session directory that a run of ours made
-CONTROLLED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 class Unanswered(RunError):
@@ -112,7 +114,8 @@ class Cluster:
         """
         self._begin()
         try:
-            self._ready.result(self._start_s)
+            with _signals_kept():
+                self._ready.result(self._start_s)
         except BaseException as error:
             self.stop()
             raise self._refusal(error) from error
@@ -128,8 +131,9 @@ class Cluster:
         """Start, or connect, while the loop goes on; see `__enter__`."""
         self._begin()
         try:
-            async with asyncio.timeout(self._start_s):
-                await asyncio.wrap_future(self._ready)
+            with _signals_kept():
+                async with asyncio.timeout(self._start_s):
+                    await asyncio.wrap_future(self._ready)
         except Exception as error:
             await self.close()
             raise self._refusal(error) from error
@@ -177,7 +181,7 @@ class Cluster:
 
     def _live(self, ready: Future[None], end: threading.Event) -> None:
         """Start Ray, keep it until the end, stop it: the body of its thread."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, CONTROLLED)  # its processes are started with the mask of this thread
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # its processes are started with the mask of this thread
         try:
             _start_ray(self._address, num_gpus=self._num_gpus())
             self._note_processes()
@@ -233,6 +237,20 @@ class Cluster:
             if _state(pid) not in ("", "Z", "X"):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Generator[None]:
+    """Let signals be as they were before Ray started, the alarm by which it would end a process too."""
+    is_main = threading.current_thread() is threading.main_thread()  # no other thread may set a handler
+    has_alarm = any(signal.getitimer(signal.ITIMER_REAL))
+    try:
+        yield
+    finally:
+        for number in STOPS if is_main else ():
+            signal.signal(number, signal.getsignal(number))
+        if is_main and not has_alarm:
+            signal.alarm(0)
 
 
 def _start_ray(address: str | None, *, num_gpus: int) -> None:

@@ -3,8 +3,8 @@
 Order matters: everything the user could have got wrong is found before a directory is written or a process starts, and
 what the caller knows of the run beforehand (`RunCompanion.foretell`) is said before it begins.
 Invariant: nothing here knows of a simulator; the caller hands over the lines to say and the sinks to add.
-Ctrl-C, SIGTERM and SIGHUP once ask for a controlled stop (what is under way is learned and saved, and the report says
-how to go on), which may take `stop_grace_s`; a second one aborts. Called by the command line and by runs/retrain.py.
+Each of `STOPS` once asks for a controlled stop (what is under way is learned and saved, and the report says how to go
+on), which may take `stop_grace_s`; a second one aborts. Called by the command line and by runs/retrain.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from flowrl.runtime.ledger import Cut
 from flowrl.runtime.placement import check_computes, check_resources, place, quiet_libraries
 from flowrl.runtime.resuming import check_same_data, check_same_run, record_attempt
 from flowrl.runtime.rundir import claim, create_run_dir, existing_run, recorded_settings, write_plan
-from flowrl.runtime.supervisor import Options, Start, newest_start
+from flowrl.runtime.supervisor import STOPS, Options, Start, newest_start
 from flowrl.telemetry.report import Ending, report, write_ending, write_report
 from flowrl.telemetry.sinks import Sinks, open_sinks
 from flowrl.telemetry.trackers import check_trackers
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from flowrl.telemetry.view import RunView
 
 Say = Callable[[str], None]
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; a batch system, a cluster; a closed terminal
+ALWAYS = {signal.SIGINT, signal.SIGTERM}  # also where whoever started us ignores them: a script's background jobs do
 
 
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -293,7 +293,9 @@ def _stops(stopping: asyncio.Event, sinks: Sinks, grace_s: float, companion: Run
         sinks.consume([])
 
     companion.heed(lambda: loop.call_soon_threadsafe(stop, signal.SIGINT) and None)
-    numbers = STOPS if threading.current_thread() is threading.main_thread() else ()
+    is_main = threading.current_thread() is threading.main_thread()
+    heard = [number for number in STOPS if number in ALWAYS or signal.getsignal(number) is not signal.SIG_IGN]  # nohup
+    numbers = heard if is_main else []
     for number in numbers:
         loop.add_signal_handler(number, stop, number)
     try:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from flowrl.errors import DataError, RunError
-from flowrl.telemetry.files import RecordFile, is_sealed, seal, unseal
+from flowrl.telemetry.files import RecordFile, is_sealed, read_file, seal, unseal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -174,10 +174,10 @@ def read_entries(path: Path) -> list[Entry]:
     Raises:
         DataError: the file is missing, or another line is damaged.
     """
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise DataError(str(path), f"cannot be read ({error.strerror})", "name the directory of a run") from error
+    body = read_file(path)
+    if body is None:
+        raise DataError(str(path), "is not there", "name the directory of a run")
+    lines = body.splitlines(keepends=True)
     entries: list[Entry] = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -212,12 +212,7 @@ def whole_lines(path: Path, cut: Cut) -> tuple[int, int]:
         DataError: a line before the cut is damaged or missing.
     """
     where, remedy = str(path), "restore the file, or begin again with --from-start"
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        lines = []
-    except OSError as error:
-        raise DataError(where, f"cannot be read ({error.strerror})", "mend its permissions") from error
+    lines = (read_file(path) or b"").splitlines(keepends=True)
     sound = next((place for place, line in enumerate(lines) if not is_sealed(line)), len(lines))
     if sound < min(cut.records, len(lines)):
         raise DataError(f"{where}:{sound + 1}", "its checksum does not fit: the line was changed", remedy)

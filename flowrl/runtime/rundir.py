@@ -25,7 +25,7 @@ import msgspec
 from flowrl.config import to_tree
 from flowrl.errors import ConfigError, DataError, ResourceError
 from flowrl.graph.program import GraphPlan, plan_of
-from flowrl.telemetry.files import UNREADABLE, RecordFile, check_fence, fence, replace_file, seal, unseal
+from flowrl.telemetry.files import UNREADABLE, RecordFile, check_fence, fence, read_file, replace_file, seal, unseal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,12 +110,7 @@ def read_starts(directory: Path) -> list[RunStart]:
         DataError: a line is damaged.
     """
     path = directory / "starts.jsonl"
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise DataError(str(path), f"cannot be read ({error.strerror})", "mend its permissions") from error
+    lines = (read_file(path) or b"").splitlines(keepends=True)
     found: list[RunStart] = []
     for number, line in enumerate(lines, start=1):
         if line == b"\n" or (number == len(lines) and not line.endswith(b"\n")):
@@ -191,8 +186,8 @@ def read_plan(run_dir: Path) -> GraphPlan:
     """
     path = run_dir / "graph.json"
     try:
-        return msgspec.json.decode(path.read_bytes(), type=GraphPlan)
-    except (OSError, *UNREADABLE) as error:
+        return msgspec.json.decode(read_file(path) or b"", type=GraphPlan)
+    except UNREADABLE as error:
         raise DataError(str(path), f"cannot be read ({error})", "name the directory of a run") from error
 
 

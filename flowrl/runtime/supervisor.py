@@ -11,6 +11,7 @@ recovery is told, with the node, the replica and the reason. The local and the R
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from flowrl.runtime.rundir import Claim
 
 
+# Ctrl-C; batch systems and clusters; a closed terminal; batch systems again, as their notice before the time is up.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 REPORT_S = 0.5  # between a process's reports to the driver: its events, and the sign that it lives
 REPORTS_PER_S = 250.0  # that the driver is to take in from all processes; where there are more, each reports less often
 

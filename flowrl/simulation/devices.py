@@ -212,6 +212,8 @@ class Decoder:
     def serve(self, version: int, *, again: bool = False) -> None:
         """Sample with `version` from here on; `again` starts what is running anew."""
         self._marks.append((self._steps, version))
+        oldest = min((start for _, _, start, *_ in self._running), default=self._steps)
+        del self._marks[: bisect.bisect(self._marks, (oldest, math.inf)) - 1]  # nothing that runs was begun before
         if again:
             stopped, self._running = self._running, []
             self._waiting.extendleft((e[3], e[4], e[5]) for e in sorted(stopped, key=lambda e: -e[1]))

@@ -108,7 +108,7 @@ class Learner(Stage):
         self.beside = beside  # what comes in each message of `texts`
         self.algorithm = learning.algorithm
         self.pretraining = Select(use="flowrl.algorithms.pretraining:Pretraining", options={"coef": beside.coef})
-        self._rewards: list[float] = []  # of the samples learned since the last checkpoint
+        self._num_samples, self._sum_rewards = 0, 0.0  # learned since the last checkpoint
         self._ours: dict[tuple[int, int], FloatArray] = {}  # log-probs of the step's samples as they were first learned
 
     @property
@@ -234,7 +234,8 @@ class Learner(Stage):
         context.version += 1
         context.done += len(batch)
         await self.samples.done(*batch, learned_in=version)
-        self._rewards += [reward for group in batch for reward in group.rewards]
+        self._num_samples += sum(len(group.samples) for group in batch)
+        self._sum_rewards += sum(sum(group.rewards) for group in batch)
         context.span(f"step {version}", start_s, groups=[group.group_id for group in batch])
         self._record(context, batch, staleness, metrics, context.now() - start_s)
         push = await self._publish(context, engine, batch, tasks)
@@ -325,10 +326,10 @@ class Learner(Stage):
 
     async def _save(self, context: Context, engine: TrainingEngine) -> None:
         """Write a checkpoint; the best is the one whose steps since the checkpoint before had the best mean reward."""
-        score = sum(self._rewards) / len(self._rewards) if self._rewards else 0.0
+        score = self._sum_rewards / max(1, self._num_samples)
         keep = self.config.keep_checkpoints
         await save_checkpoint(context, engine, card=CARD, keep=keep, score=score, saving=self.saving)
-        self._rewards = []
+        self._num_samples, self._sum_rewards = 0, 0.0
 
     def _record(self, context: Context, batch: list[Samples], staleness: list[int], metrics: dict[str, float],
                 step_s: float) -> None:  # fmt: skip

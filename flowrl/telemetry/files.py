@@ -17,7 +17,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 from zlib import crc32
 
-from flowrl.errors import FULL, RunError
+from flowrl.errors import FULL, DataError, RunError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,6 +66,22 @@ def no_room(path: Path, needed: int | None = None) -> str:
     except OSError:
         free = "no room"
     return f"{path} needs {'more' if needed is None else needed} bytes, its disk {mount} has {free}"
+
+
+def read_file(path: Path) -> bytes | None:
+    """Return what a file of a run holds, None where nothing is there.
+
+    Raises:
+        DataError: it cannot be read, or is something else than a file.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise DataError(str(path), "is no file", "restore the file")  # reading a pipe would wait for ever
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(str(path), f"cannot be read ({error.strerror})", "mend its permissions") from error
 
 
 def replace_file(path: Path, body: bytes, *, mode: int = 0o644, is_synced: bool = True) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowrl.telemetry.events import EdgeStatus, Evaluation, Notice, Status, Step
-from flowrl.telemetry.files import UNREADABLE, RecordFile, is_full, replace_file
+from flowrl.telemetry.files import UNREADABLE, RecordFile, is_full, read_file, replace_file
 from flowrl.telemetry.intervals import mean_interval, prompt_means
 
 if TYPE_CHECKING:
@@ -148,12 +148,12 @@ def events_in(lines: Iterable[bytes]) -> Iterator[Step | Evaluation | Notice]:
 
 def read_evaluations(path: Path) -> list[Evaluation]:
     """Return the evaluations a metrics file holds, oldest first; lines cut short by a kill are passed over."""
-    return [event for event in events_in(path.read_bytes().splitlines()) if isinstance(event, Evaluation)]
+    return [event for event in events_in((read_file(path) or b"").splitlines()) if isinstance(event, Evaluation)]
 
 
 def read_steps(path: Path) -> dict[int, dict[str, float | None]]:
     """Return version -> figures of the step that made it; of a step that was taken again, those of the last time."""
-    rows = _rows(path.read_bytes().splitlines())
+    rows = _rows((read_file(path) or b"").splitlines())
     return {row.version: row.metrics for row in rows if isinstance(row, _StepLine)}
 
 
@@ -223,6 +223,6 @@ def state_path(run_dir: Path) -> Path:
 def read_state(run_dir: Path) -> State | None:
     """Return a run's newest state, or None where it has none that can be read."""
     try:
-        return msgspec.json.decode(state_path(run_dir).read_bytes(), type=State)
-    except (OSError, *UNREADABLE):
+        return msgspec.json.decode(read_file(state_path(run_dir)) or b"", type=State)
+    except UNREADABLE:
         return None

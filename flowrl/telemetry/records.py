@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from flowrl.messages import Buffer, Samples, decode, encode
-from flowrl.telemetry.files import UNREADABLE, RecordFile, new_file, replace_file, set_aside
+from flowrl.telemetry.files import UNREADABLE, RecordFile, new_file, read_file, replace_file, set_aside
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -205,7 +205,7 @@ def read_digests(run_dir: Path) -> dict[int, dict[str, str]]:
     """Return version -> tensor -> digest; a line cut short by a kill is passed over."""
     path = run_dir / "versions.jsonl"
     found: dict[int, dict[str, str]] = {}
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in (read_file(path) or b"").splitlines():
         try:
             each = msgspec.json.decode(line, type=VersionLine)
         except UNREADABLE:

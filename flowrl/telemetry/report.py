@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from flowrl.errors import one_line, shortened
+from flowrl.errors import DataError, one_line, shortened
 from flowrl.telemetry.events import Cause
-from flowrl.telemetry.files import UNREADABLE, replace_file
+from flowrl.telemetry.files import UNREADABLE, read_file, replace_file
 from flowrl.telemetry.intervals import mean_interval, paired_interval, prompt_means
 from flowrl.telemetry.view import format_duration, shares, words
 
@@ -74,11 +74,18 @@ def write_ending(run_dir: Path, ending: Ending) -> None:
 
 
 def read_ending(run_dir: Path) -> Ending | None:
-    """Return how a run ended, or None where it has not, or was killed before it could say."""
-    try:
-        return msgspec.json.decode((run_dir / "ending.json").read_bytes(), type=Ending)
-    except (OSError, *UNREADABLE):
+    """Return how a run ended, or None where it has not, or was killed before it could say.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = run_dir / "ending.json"
+    if (body := read_file(path)) is None:
         return None
+    try:
+        return msgspec.json.decode(body, type=Ending)
+    except UNREADABLE as error:
+        raise DataError(str(path), f"is damaged ({error})", "restore the file, or remove it") from error
 
 
 def _headline(view: RunView, ending: Ending) -> str:

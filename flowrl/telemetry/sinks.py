@@ -126,8 +126,7 @@ def open_sinks(
     """
     sinks = Sinks(RunView(expected=nodes))
     metrics = run_dir / "metrics.jsonl"
-    if metrics.exists():
-        sinks.view.recall(read_evaluations(metrics))
+    sinks.view.recall(read_evaluations(metrics))
     sinks.add("warnings", lambda: Symptoms(sinks.warn))
     add_trackers(settings, sinks, run_dir=run_dir, title=title)
     for name, path in settings.sinks.items():

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from flowrl.telemetry.events import Cause, EdgeStatus, Evaluation, Notice, Span, Status, Step
-from flowrl.telemetry.files import UNREADABLE, RecordFile
+from flowrl.telemetry.files import UNREADABLE, RecordFile, read_file
 from flowrl.telemetry.metrics import events_in
 from flowrl.telemetry.view import shares, words
 
@@ -272,7 +272,7 @@ def timelines(run_dir: Path) -> list[Path]:
 def read_history(run_dir: Path) -> Iterator[Happened]:
     """Yield a run's events; a metric's event goes in front of the first of its start's timeline that is not older."""
     metrics = run_dir / "metrics.jsonl"
-    told = deque(events_in(metrics.read_bytes().splitlines()) if metrics.exists() else ())
+    told = deque(events_in((read_file(metrics) or b"").splitlines()))
     paths = timelines(run_dir)
     begins_s = [begin_s(path) for path in paths]
     for start, path in enumerate(paths):

@@ -19,7 +19,8 @@ from flowrl.telemetry.files import RecordFile, is_full, replace_file
 from flowrl.telemetry.metrics import MetricsFile, read_steps
 from flowrl.telemetry.records import read_digests, read_groups, write_digests, write_rollouts
 from flowrl.telemetry.timeline import Timeline
-from tests.contracts.test_stops import Driven, check_stopped
+from tests.contracts.test_stops import check_stopped
+from tests.support.driven import Driven
 from tests.support.past_run import sampled
 
 if TYPE_CHECKING:

@@ -14,8 +14,12 @@ import pytest
 import torch
 
 from flowrl.engines.weights.shm import ShmSender
+from flowrl.runtime.cluster import Cluster
+from flowrl.stages.learner import Learner
 from tests.contracts.test_hostile_wire import listening
 from tests.support.command import ROOT
+from tests.support.driven import SETTINGS
+from tests.support.flows import flow
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,3 +83,38 @@ def test_who_does_not_know_the_secret_is_not_heard() -> None:
             return tried.stdout
 
     assert asyncio.run(body()) == "said\n"
+
+
+INTRUDER = """
+import os, pwd, sys
+from ray._raylet import GcsClient  # before the home directory that Python lives in is closed to it
+
+address, name = sys.argv[1:]
+user = pwd.getpwnam(name)
+os.setgroups([])
+os.setgid(user.pw_gid)
+os.setuid(user.pw_uid)
+try:
+    print(GcsClient(address=address).internal_kv_put(b"key", b"value", True, b"space"), flush=True)
+except Exception as error:
+    print(type(error).__name__, str(error)[:200], flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_a_runs_ray_takes_no_call_without_its_token() -> None:
+    import ray
+
+    with Cluster(flow(SETTINGS, Learner), None):
+        address = ray.get_runtime_context().gcs_address
+
+        def tries(name: str, **environment: str) -> str:
+            told = {**os.environ, **environment}
+            return subprocess.run([sys.executable, "-c", INTRUDER, address, name], env=told, cwd=ROOT, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60.0).stdout  # fmt: skip
+
+        assert tries("root") == "1\n", "its owner is heard, else the test would prove nothing"
+        for way in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 64}):
+            assert "InvalidAuthToken" in tries("nobody", HOME="/nonexistent", **way)

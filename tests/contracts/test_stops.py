@@ -16,41 +16,12 @@ from flowrl.runs.verify import judge
 from flowrl.runtime.ledger import read_entries
 from flowrl.telemetry.report import read_ending
 from tests.support.command import ROOT
+from tests.support.driven import PATIENCE_S, Driven, Terminal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.slow
-
-PATIENCE_S = 300.0  # only a test that fails waits so long
-
-
-class Driven:
-    """A run of tests/support/driven.py in a process of its own."""
-
-    def __init__(self, run_dir: Path, *told: str, stdout: int | None = None, runtime: str = "local") -> None:
-        run_dir.mkdir(exist_ok=True)
-        self.run_dir = run_dir
-        command = [sys.executable, "-m", "tests.support.driven", str(run_dir), runtime, *told]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        with (run_dir / "out").open("ab") as out:
-            where = out.fileno() if stdout is None else stdout
-            self.process = subprocess.Popen(command, stdout=where, stderr=subprocess.DEVNULL, env=environment, cwd=ROOT)
-
-    def until(self, sign: str, name: str = "metrics.jsonl", *, patience_s: float = PATIENCE_S) -> None:
-        """Wait until a file of the run holds a sign."""
-        deadline_s = time.monotonic() + patience_s
-        path = self.run_dir / name
-        while not (path.exists() and sign in path.read_text(errors="replace")):
-            assert time.monotonic() < deadline_s, f"no {sign!r} in {name}"
-            assert self.process.poll() is None, f"it ended with {self.process.returncode} before {sign!r}"
-            time.sleep(0.02)
-
-    def ends(self) -> int:
-        try:
-            return self.process.wait(PATIENCE_S)
-        finally:
-            self.process.kill()
 
 
 def check_stopped(run_dir: Path, *, with_checkpoint: bool = True) -> None:
@@ -76,8 +47,14 @@ def closed_pipe() -> Iterator[int]:
     os.close(writing)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("sign", ['"version":1,', '"version":7,'], ids=["first step", "between checkpoints"])
+@pytest.mark.parametrize(
+    ("number", "sign"),
+    [
+        (signal.SIGINT, '"version":1,'), (signal.SIGTERM, '"version":7,'), (signal.SIGHUP, '"version":1,'),
+        (signal.SIGUSR1, '"version":7,'),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_each_signal_stops_in_order_and_the_run_goes_on_from_there(tmp_path: Path, number: int, sign: str) -> None:
     run = Driven(tmp_path)
     run.until(sign)
@@ -85,6 +62,62 @@ def test_each_signal_stops_in_order_and_the_run_goes_on_from_there(tmp_path: Pat
     assert run.ends() == 0
     check_stopped(tmp_path)
     assert f"stopping ({signal.Signals(number).name})" in (tmp_path / "out").read_text()
+
+
+PHASES = {
+    "first sampling": (("flow.token_s=0.2",), "admitted"),
+    "an update": (("flow.update_s=2",), '"version":1,'),
+    "the final evaluation": (
+        ("flow.token_s=0.2", "flow.evaluate_every=0", "flow.steps=2", "flow.is_finite=true"), '"version":2,'
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("runtime", ["local", pytest.param("ray", marks=[pytest.mark.long, pytest.mark.ray])])
+@pytest.mark.parametrize("phase", PHASES)
+def test_ctrl_c_in_a_terminal_stops_in_order_whatever_is_under_way(tmp_path: Path, phase: str, runtime: str) -> None:
+    told, sign = PHASES[phase]
+    run = Terminal(tmp_path, *told, runtime=runtime)
+    run.until(sign, "ledger.jsonl" if sign == "admitted" else "metrics.jsonl")
+    run.press_ctrl_c()
+    assert run.ends() == 0, run.text
+    check_stopped(tmp_path)
+    assert "stopping (SIGINT)" in run.text
+    metrics = (tmp_path / "metrics.jsonl").read_text()
+    assert metrics.count('"kind":"evaluation"') == (2 if "evaluation" in phase else 0), "what is under way is ended"
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+def test_a_second_signal_ends_the_run_as_it_is(tmp_path: Path, second: int) -> None:
+    run = Driven(tmp_path, "flow.token_s=20")
+    run.until("admitted", "ledger.jsonl")
+    run.process.send_signal(signal.SIGTERM)
+    run.until("stopping (SIGTERM)", "out")
+    run.process.send_signal(second)
+    assert run.ends() == 130
+    ending = read_ending(tmp_path)
+    assert ending is not None
+    assert ending.failure == "aborted"
+
+
+def test_who_asked_that_a_closed_terminal_be_ignored_is_heeded(tmp_path: Path) -> None:
+    run = Driven(tmp_path, under=["nohup"])
+    run.until('"version":2,')
+    run.process.send_signal(signal.SIGHUP)
+    run.until('"version":9,')
+    run.process.send_signal(signal.SIGTERM)
+    assert run.ends() == 0
+    check_stopped(tmp_path)
+
+
+def test_a_run_may_be_started_without_any_standard_stream(tmp_path: Path) -> None:
+    """Else the first files that it opens are what everything prints to."""
+    run = Driven(tmp_path, "flow.steps=3", "flow.is_finite=true", under=["bash", "-c", '"$@" <&- >&- 2>&-', "bash"])
+    assert run.ends() == 0
+    ending = read_ending(tmp_path)
+    assert ending is not None
+    assert ending.totals["unfinished"] == 0
+    judge(read_entries(tmp_path / "ledger.jsonl"), max_staleness=2, is_finished=True)
 
 
 def test_nobody_needs_to_read_what_a_stop_says(tmp_path: Path, closed_pipe: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from flowrl.algorithms.base import Algorithm
@@ -18,10 +19,11 @@ from flowrl.graph.graph import Credits, Graph, Latest, Queue
 from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import PassesOn
 from flowrl.graph.stage import Stage, StageConfig
-from flowrl.messages import Buffer, Rollouts, Samples, extend
+from flowrl.messages import Buffer, Rollouts, Samples, Scored, extend
 from flowrl.runtime.local import LocalOptions, Outcome, run_local
 from flowrl.simulation.clock import run_virtual
 from flowrl.simulation.stand_ins import stand_in_model
+from flowrl.stages.evaluator import Evaluator
 from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
@@ -46,6 +48,7 @@ class NullAlgorithm(Algorithm):
 class NumberedRow:
     token_ids: list[int]
     columns: dict[str, Any]
+    text: str = "a number"
 
 
 class NumberedRows:
@@ -96,6 +99,24 @@ class Scorer(Stage):
             await self.samples.put(samples)
 
 
+class Judge(Stage):
+    """Gives every held-out sample the score 1."""
+
+    rollouts: In[Rollouts]
+    scored: Out[Scored]
+
+    async def run(self, context: Context) -> None:
+        async for group in self.rollouts:
+            await self.scored.put(extend(Scored, group, scores={"one": [1.0] * len(group.samples)}))
+
+
+class NumberedEvaluator(Evaluator):
+    """The real evaluator over `config.in_flight` numbered prompts, without a tokenizer."""
+
+    def _load(self) -> Any:
+        return SimpleNamespace(heldout=[NumberedRow([3, 4, 5], {}) for _ in range(self.config.in_flight)])
+
+
 class ObservedLearner(Learner):
     """The real learner; notes the oldest version in every group it is given, by its own reckoning."""
 
@@ -131,6 +152,8 @@ class FlowSettings:
     save_every: int = 0
     is_finite: bool = True  # no group is admitted that the run would not learn
     replay: ReplayBuffer.Config = NO_REPLAY
+    ranks: int = 1  # of the learner
+    evaluate_every: int = -1  # versions; 0: before and after; -1: no evaluator
 
 
 def random_settings(seed: int) -> FlowSettings:
@@ -174,9 +197,10 @@ def flow(s: FlowSettings, learner_class: type[Learner] = ObservedLearner) -> Gra
         sampler,
     )  # fmt: skip
     scorer = Scorer(Scorer.Config(replicas=s.scorers, mean_s=s.score_s, filter_every=s.filter_every, seed=s.seed))
+    engine = "flowrl.simulation.fake:FakeTraining" if s.ranks == 1 else "tests.support.marching:MarchingTraining"
     learner = learner_class(
-        Learner.Config(engine="flowrl.simulation.fake:FakeTraining", engine_options={"costs": costs},
-                       save_rollouts=False, save_every=s.save_every),
+        Learner.Config(ranks=s.ranks, engine=engine, engine_options={"costs": costs}, save_rollouts=False,
+                       save_every=s.save_every, evaluate_every=max(0, s.evaluate_every)),
         sampler, learning,
     )  # fmt: skip
     nodes: dict[str, Stage] = {"prompts": prompts, "generator": generator, "scorer": scorer, "learner": learner}
@@ -185,6 +209,15 @@ def flow(s: FlowSettings, learner_class: type[Learner] = ObservedLearner) -> Gra
         nodes["replay"] = replay = ReplayBuffer(s.replay, sampler, learning)
         edges = [Queue(scorer.samples, replay.fresh)]
         samples = replay.samples
+    if s.evaluate_every >= 0:
+        nodes["judge"] = judge = Judge(StageConfig())
+        nodes["evaluation"] = evaluation = NumberedEvaluator(Evaluator.Config(samples=1, in_flight=4), sampler)
+        edges += [
+            Latest(learner.evaluations, evaluation.requests),
+            Queue(evaluation.prompts, generator.heldout, depth=4, most=4),
+            Queue(generator.heldout_rollouts, judge.rollouts, depth=4, most=4),
+            Queue(judge.scored, evaluation.rollouts, depth=4, most=4),
+        ]
     return Graph(
         nodes=nodes,
         edges=[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from typing import TYPE_CHECKING
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     Harm = Callable[[Path], object]
 
+NEWEST = "checkpoints/step-000006"
+
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -37,7 +40,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cut = Cut(version=version, next_group=4 * version, records=8 * version, learned=4 * version)
         writer.commit(aside, version=version, cut=msgspec.json.encode(cut), score=0.0)
     totals = {"admitted": 25, "learned": 24, "filtered": 1, "failed": 0, "unfinished": 0}
-    write_ending(run_dir, Ending(name="run", totals=totals))
+    write_ending(run_dir, Ending(name="run", totals=totals, checkpoint=f"runs/run/{NEWEST}"))
     return run_dir
 
 
@@ -105,14 +108,39 @@ def drop(event: str, group: int) -> Harm:
     return dropped
 
 
+def pipe(name: str) -> Harm:
+    def piped(run_dir: Path) -> None:
+        (run_dir / name).unlink()
+        os.mkfifo(run_dir / name)
+
+    return piped
+
+
+def directory(name: str) -> Harm:
+    def directed(run_dir: Path) -> None:
+        (run_dir / name).unlink()
+        (run_dir / name).mkdir()
+
+    return directed
+
+
+def double(name: str) -> Harm:
+    return lambda run_dir: (run_dir / name).write_bytes((run_dir / name).read_bytes() * 2)
+
+
+def swap_last_lines(run_dir: Path) -> None:
+    *before, admitted, ended = lines_of(run_dir / "ledger.jsonl")
+    (run_dir / "ledger.jsonl").write_bytes(b"".join([*before, ended, admitted]))
+
+
 def swap_rollouts(run_dir: Path) -> None:
     shutil.copy(run_dir / "rollouts" / "step-000001.parquet", run_dir / "rollouts" / "step-000002.parquet")
 
 
-NEWEST = "checkpoints/step-000006"
 DAMAGES: dict[str, tuple[Harm, str]] = {
     "ledger emptied": (write("ledger.jsonl", b""), "was made after 48 entries of the ledger, which has 0"),
-    "ledger gone": (remove("ledger.jsonl"), "ledger.jsonl: cannot be read"),
+    "ledger gone": (remove("ledger.jsonl"), "ledger.jsonl: is not there"),
+    "ledger a pipe": (pipe("ledger.jsonl"), "ledger.jsonl: is no file"),
     "ledger halved": (keep_lines(20, "ledger.jsonl"), "which has 20"),
     "ledger without its last entry": (keep_lines(49, "ledger.jsonl"), "ending.json: the run ended with"),
     "ledger cut at the checkpoint": (keep_lines(48, "ledger.jsonl"), "ending.json: the run ended with"),
@@ -122,6 +150,8 @@ DAMAGES: dict[str, tuple[Harm, str]] = {
     "an admission taken out": (drop("admitted", 9), "lost       1: groups 9"),
     "an ending taken out": (drop("learned", 9), "lost       1: groups 9"),
     "a group learned twice": (forge(Entry(event="learned", group=3, step=5, oldest=5)), "duplicated 1: groups 3"),
+    "an ending before its admission": (swap_last_lines, "groups 24 end before they are admitted"),
+    "two ledgers in one": (double("ledger.jsonl"), "and 5 more end before they are admitted, or are twice"),
     "a group too old": (
         forge(Entry(event="admitted", group=25), Entry(event="learned", group=25, step=5, oldest=0)),
         "over-stale 1: groups 25",
@@ -154,6 +184,13 @@ DAMAGES: dict[str, tuple[Harm, str]] = {
     "versions gone": (remove("versions.jsonl"), "missing: versions.jsonl"),
     "versions shortened": (keep_lines(4, "versions.jsonl"), "versions.jsonl: lacks versions 4, 5, 6"),
     "metrics gone": (remove("metrics.jsonl"), "missing: metrics.jsonl"),
+    "metrics a directory": (directory("metrics.jsonl"), "metrics.jsonl: is no file"),
+    "metrics of other bytes": (write("metrics.jsonl", b"\xff\xfe\0" * 99), "versions 1, 2, 3, 4, 5, 6 are not known"),
+    "metrics shortened": (keep_lines(4, "metrics.jsonl"), "missing: metrics.jsonl: the figures of versions 4, 5, 6"),
+    "ending of other bytes": (write("ending.json", b"[[["), "ending.json: is damaged"),
+    "versions a directory": (directory("versions.jsonl"), "versions.jsonl: is no file"),
+    "the newest checkpoint gone": (remove(NEWEST), "missing: checkpoints/step-000006"),
+    "checkpoints gone": (remove("checkpoints"), "missing: checkpoints/step-000006"),
     "weights flipped": (flip(f"{NEWEST}/weights"), "checkpoints/step-000006: weights has 100 bytes"),
     "weights gone": (remove(f"{NEWEST}/weights"), "checkpoints/step-000006: weights is missing"),
     "manifest gone": (remove(f"{NEWEST}/manifest.json"), "step-000006: manifest.json cannot be read"),
