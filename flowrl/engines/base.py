@@ -287,6 +287,7 @@ class TrainingConfig(Training):
     head: Literal["policy", "value", "reward"] = "policy"
     temperature: Annotated[float, Meta(gt=0)] = 1.0  # logits are divided by it, as in sampling
     chat_template: str = ""  # that was learned with, and goes with the saved model; "": the tokenizer's own
+    frozen: bool = False  # it is only scored with: no optimizer is made, however its weights are sharded
 
 
 class TokenGroup(msgspec.Struct, frozen=True, kw_only=True):

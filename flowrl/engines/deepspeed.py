@@ -164,7 +164,7 @@ class DeepSpeedEngine(Trainer):
 
     def _opened(self) -> None:
         if self.config.zero_stage == 3:  # sharded parameters cannot even be scored without DeepSpeed's hooks
-            self._ensure_training()
+            self._shard_frozen() if self.config.frozen else self._ensure_training()
 
     def _settings(self) -> dict[str, Any]:
         adam = {
@@ -194,6 +194,16 @@ class DeepSpeedEngine(Trainer):
         }
         return _merge(ours, self._further)
 
+    def _shard_frozen(self) -> None:
+        """Give a frozen model the hooks that gather its weights layer by layer, and no optimizer."""
+        import deepspeed
+
+        self.reader.requires_grad_(False)
+        settings = {name: value for name, value in self._settings().items() if name != "optimizer"}
+        self._engine, *_ = deepspeed.initialize(model=self.reader, config=settings, dist_init_required=False)
+        self._module = self._engine
+        self._replace_collectives()
+
     def _start_training(self) -> None:
         import deepspeed
 
@@ -206,13 +216,15 @@ class DeepSpeedEngine(Trainer):
         self._module = self._engine
         if self._loss_scale() is not None:
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # `apply` says it with a remedy
-        voted = self._room.guarded
-        is_alone = self.line.world_size == 1
-        self._release_collectives = replace_collectives(answered_alone if is_alone else lambda _, each: voted(each))
+        self._replace_collectives()
         if self._adapter is not None:
             self.reader.register_state_dict_post_hook(_leave_out_frozen)
         if self.config.zero_stage == 0:  # here DeepSpeed clips but does not tell the norm
             self._engine.optimizer.register_step_pre_hook(self._clip)
+
+    def _replace_collectives(self) -> None:
+        voted, is_alone = self._room.guarded, self.line.world_size == 1
+        self._release_collectives = replace_collectives(answered_alone if is_alone else lambda _, each: voted(each))
 
     def _clip(self, *_: Any) -> None:
         self._norm = torch.nn.utils.clip_grad_norm_(self.reader.parameters(), self.config.max_grad_norm or math.inf)
@@ -221,7 +233,7 @@ class DeepSpeedEngine(Trainer):
         self._engine.backward(loss * self.line.world_size)  # DeepSpeed takes the mean over ranks, we want the sum
 
     def _leave_pass(self) -> None:
-        if self._is_training:
+        if getattr(self, "_engine", None) is not None:
             leave_pass(self._engine)
 
     def _clear_gradients(self) -> None:
@@ -263,7 +275,8 @@ class DeepSpeedEngine(Trainer):
         self._num_steps = note.num_steps
 
     def _unload(self) -> None:
-        if self._is_training and torch.distributed.is_initialized():  # without its group it cannot even be destroyed
+        is_started = getattr(self, "_engine", None) is not None
+        if is_started and torch.distributed.is_initialized():  # without its group it cannot even be destroyed
             self._engine.destroy()
         self._release_collectives()
         self._engine: Any = None

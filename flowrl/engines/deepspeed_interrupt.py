@@ -104,15 +104,16 @@ def _copy(target: Any, source: Any) -> None:
 def leave_pass(engine: Any) -> None:
     """Bring an engine whose forward or backward was interrupted back between two passes."""
     state = getattr(engine.optimizer, "_backward_hook_state", None)
-    if state is None:  # ZeRO stage 0 keeps nothing between passes but the parameters' own gradients
-        return
-    state.backward_active_depth = 0
-    state.remaining_grad_acc_hooks = 0
-    if hasattr(engine.optimizer, "parameter_offload"):
-        _release_parameters(engine)
+    if state is not None:  # ZeRO stage 0 keeps nothing between passes but the parameters' own gradients
+        state.backward_active_depth = 0
+        state.remaining_grad_acc_hooks = 0
+    # Where nothing is trained, what gathers parameters stands in the optimizer's place itself.
+    gathers = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    if hasattr(gathers, "get_param_coordinator"):
+        _release_parameters(engine, gathers)
 
 
-def _release_parameters(engine: Any) -> None:
+def _release_parameters(engine: Any, offload: Any) -> None:
     """Let go of the parameters that ZeRO-3 had gathered, and of its notes on where the pass stood."""
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -127,7 +128,6 @@ def _release_parameters(engine: Any) -> None:
         stack.pop()
     if not any(entry is engine.module for entry in stack):
         stack.append(engine.module)
-    offload = engine.optimizer.parameter_offload
     offload.release_backward_leftovers()
     coordinator = offload.get_param_coordinator()
     if not coordinator.is_invalid_trace():

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
+from flowrl.engines.base import open_engine
 from flowrl.engines.savings import decay_groups
 from flowrl.engines.trainer import Trainer
 from flowrl.errors import StageError
@@ -157,10 +158,13 @@ class SequenceScoringEngine:
     def __init__(self, config: TrainingConfig, *, where: str) -> None:
         self._where = where
         self._model = config.model
-        self._engine = TorchEngine(msgspec.structs.replace(config, head="reward"), where=where, name=where)
+        # Sharded weights are DeepSpeed's; whole ones are read with less around them.
+        path = "flowrl.engines.deepspeed:DeepSpeedEngine" if config.zero_stage == 3 else f"{__name__}:TorchEngine"
+        told = msgspec.structs.replace(config, head="reward", frozen=True)
+        self._engine: Trainer = open_engine(path, config=told, where=where, name=where)
 
-    def open(self) -> None:
-        """Load the model.
+    def open(self, ranks: Ranks = Ranks()) -> None:  # noqa: B008  # it is never changed
+        """Load the model on this rank and join the others.
 
         Raises:
             ModelError: the directory holds no sequence classifier, whose scores would all be 0.
@@ -168,7 +172,11 @@ class SequenceScoringEngine:
         check_classifier(Path(self._model), self._where)
         settings = json.loads((Path(self._model) / "config.json").read_bytes())
         self._padding: int | None = {**settings, **(settings.get("text_config") or {})}.get("pad_token_id")
-        self._engine.open(Ranks())
+        self._engine.open(ranks)
+
+    def follow(self) -> None:
+        """Serve as a rank other than 0 until rank 0 closes."""
+        self._engine.follow()
 
     def score_sequences(self, group: TokenGroup) -> list[float]:
         """Return the value at the last token of each response that is not padding; of nothing else, at its first."""

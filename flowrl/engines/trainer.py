@@ -424,6 +424,8 @@ class Trainer:
         return sums | self._learning.figures()
 
     def _ensure_training(self) -> None:
+        if self.config.frozen:
+            raise StageError(self.where, "the model is frozen", "train with a node that has an optimizer")
         if not self._is_training:
             self._start_training()
             self._is_training = True

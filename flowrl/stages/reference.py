@@ -57,7 +57,9 @@ class Reference(Stage):
 
     def _settings(self) -> TrainingConfig:
         model, temperature = str(prepare_model(self.model)), self.sampler.sampling.temperature
-        return widen(TrainingConfig, self.config, lora=self.config.lora, model=model, temperature=temperature)
+        return widen(
+            TrainingConfig, self.config, lora=self.config.lora, model=model, temperature=temperature, frozen=True
+        )
 
     async def follow(self, context: Context) -> None:
         """Serve as a rank other than 0."""
@@ -128,7 +130,8 @@ class ExampleReference(Stage):
             check_same_vocabulary(prepare_model(self.course.model, say=say), directory, "reference_model")
 
     def _settings(self) -> TrainingConfig:
-        return widen(TrainingConfig, self.config, lora=self.config.lora, model=str(prepare_model(self.model)))
+        model = str(prepare_model(self.model))
+        return widen(TrainingConfig, self.config, lora=self.config.lora, model=model, frozen=True)
 
     async def follow(self, context: Context) -> None:
         """Serve as a rank other than 0."""

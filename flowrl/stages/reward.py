@@ -237,13 +237,8 @@ class RewardModel(Stage):
     async def run(self, context: Context) -> None:
         """Score groups until the edge closes."""
         with context.clock.charge(Cause.START):
-            directory = await context.compute(prepare_model, self.model)
+            engine, directory = await self._open(context)
             scorer: Any = await context.compute(self._scorer, directory, context.where)
-            lora, model = self.config.lora, str(directory)
-            settings = widen(TrainingConfig, self.config, lora=lora, model=model, head="value")
-            engine = open_engine(self.config.engine, where=context.where, config=settings,
-                                 **self.config.engine_options)  # fmt: skip
-            await context.compute(engine.open)
         name = self.config.name or context.node
         try:
             async for group in self.rollouts:
@@ -254,6 +249,24 @@ class RewardModel(Stage):
                 context.span("score", start_s, groups=[group.group_id])
         finally:
             await context.compute(engine.close)
+
+    async def follow(self, context: Context) -> None:
+        """Serve as a rank other than 0."""
+        with context.clock.charge(Cause.START):
+            engine, _ = await self._open(context)
+        try:
+            await context.compute(engine.follow)
+        finally:
+            await context.compute(engine.close)
+
+    async def _open(self, context: Context) -> tuple[Any, Path]:
+        """Return the engine, opened on this rank, and the model's directory."""
+        directory = await context.compute(prepare_model, self.model)
+        settings = widen(TrainingConfig, self.config, lora=self.config.lora, model=str(directory), head="value",
+                         frozen=True)  # fmt: skip
+        engine = open_engine(self.config.engine, where=context.where, config=settings, **self.config.engine_options)
+        await context.compute(engine.open, *([context.ranks] if context.ranks.world_size > 1 else []))
+        return engine, directory
 
 
 def add_scores(group: Rollouts, name: str, scores: list[float], placed: list[Buffer] | None = None) -> Scored:

@@ -6,6 +6,7 @@ Ranks are real processes over gloo. The plain torch engine on one rank is the me
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pickle
 import shutil
@@ -395,6 +396,34 @@ def test_stage_0_below_float32_is_refused(model):
     with pytest.raises(ConfigError, match="take zero_stage 1, 2 or 3"):
         engine.open(Ranks())
     engine.close()
+
+
+def live_bytes() -> int:
+    """Return the bytes of the host's tensors that are alive, shared storages once."""
+    gc.collect()
+    found = (each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter))
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in found if each.numel()}
+    return sum(storages.values())
+
+
+def test_a_frozen_model_at_stage_3_is_sharded_without_an_optimizer(model):
+    plain = engine_of(TORCH, model)
+    plain.open(Ranks())
+    expected = flat(plain.score(GROUPS))
+    size = sum(parameter.numel() * 4 for parameter in plain.model.parameters())
+    plain.close()
+    held = {}
+    for frozen in (True, False):
+        before = live_bytes()
+        engine = engine_of(DEEPSPEED, model, zero_stage=3, frozen=frozen)
+        engine.open(Ranks())
+        assert flat(engine.score(GROUPS)) == [pytest.approx(row, abs=1e-5) for row in expected]
+        held[frozen] = (live_bytes() - before) / size
+        if frozen:
+            with pytest.raises(StageError, match="the model is frozen"):
+                engine.accumulate(GROUPS, choose(WeightedTokens))
+        engine.close()
+    assert held[True] < 2 < held[False], held
 
 
 def test_two_deepspeed_engines_share_a_process(model, tmp_path):
