@@ -9,7 +9,9 @@ trainer on rank 0; `cast_saved` by `flowrl export`.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from flowrl.engines.base import Dtype, TrainingConfig
+
+
+LAYER = re.compile(r".*?\.\d+\.")  # the part of a parameter's name that all of its layer have
 
 
 class Publisher:
@@ -104,15 +109,21 @@ def as_saved(model: PreTrainedModel, parameters: Iterator[tuple[str, Tensor]]) -
     """Yield parameters under the names and in the shapes of a saved checkpoint, which generators load.
 
     Transformers holds some families (mixtures of experts) in another form than their checkpoints; those are turned
-    back, at the price of a second copy of the weights.
+    back, layer by layer, at the price of a second copy of a layer.
     """
     if not getattr(model, "_weight_conversions", None):
         yield from parameters
         return
     from transformers.core_model_loading import revert_weight_conversion
 
-    whole = {name: tensor.clone() for name, tensor in parameters}
-    yield from revert_weight_conversion(model, whole).items()
+    for _, layer in groupby(parameters, _layer_of):
+        yield from revert_weight_conversion(model, {name: tensor.clone() for name, tensor in layer}).items()
+
+
+def _layer_of(named: tuple[str, Tensor]) -> str:
+    """Return the layer of a parameter, "" for none: `model.layers.3.` of `model.layers.3.mlp.gate.weight`."""
+    found = LAYER.match(named[0])
+    return found[0] if found else ""
 
 
 def carried_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

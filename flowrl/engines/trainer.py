@@ -570,7 +570,9 @@ class Trainer:
         if self._adapter is not None and self.config.lora.publish == "adapter":
             tensors = self._adapter.stored(self._whole)
         else:
-            tensors = as_saved(self.model, chain(self._parameters(), carried_buffers(self.model)))
+            tensors = chain(self._parameters(), carried_buffers(self.model))
+            if self.line.rank == 0:  # the others only take their part in the gathering
+                tensors = as_saved(self.model, tensors)
         weights = self._on_rank_0(lambda each: self._publisher.publish(command.version, each, canary), tensors)
         return b"" if weights is None else encode(weights)
 
