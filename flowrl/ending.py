@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 ASKED, SAID, HEARD, CALLED = "xqzask", "xqzsay", "xqzhear", "xqzcall"
 # How templates want a tool call: the arguments as an object or as JSON, beside an empty content or none.
 CALL_STYLES = [(as_json, content) for as_json in (False, True) for content in ("", None)]
+CLOSERS = re.compile(r"</[\w:]*think\w*>|\[/THINK\]|<\|END_THINKING\|>")  # what ends the thinking before an answer
 DATE = date(2026, 1, 1)  # what a template that asks for today's date is told, unless `data.date` says another
 
 

@@ -33,6 +33,7 @@ from flowrl.ending import (
     ASKED,
     CALL_STYLES,
     CALLED,
+    CLOSERS,
     DATE,
     HEARD,
     AnswerEnd,
@@ -58,7 +59,6 @@ PREFIX_REMEDY = "set data.learn=last, or give data.chat_template a template with
 # How a policy begins to think: <think>, [THINK], <|START_THINKING|>; what ends it is named alike.
 OPENER = re.compile(r"(?:<(?P<tag>[\w:]*think\w*)>|\[(?P<mark>THINK)\]|<\|START_(?P<name>THINKING)\|>)\s*\Z")
 NO_THOUGHT = re.compile(r"<([\w:]*think\w*)>\s*</\1>\s*\Z")  # what a template writes for one that is not to think
-CLOSERS = re.compile(r"</[\w:]*think\w*>|\[/THINK\]|<\|END_THINKING\|>")
 WORD = re.compile(r"[^\W_]+")
 ANCHORS = ("\n", "a", ".", "0")  # texts behind which another can be tokenized as it stands within a text
 

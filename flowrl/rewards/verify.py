@@ -2,9 +2,10 @@
 
 The final answer of a completion is the last thing in it that is marked as such, by \\boxed{...}, <answer>...</answer>
 or ####, else the whole text; so a completion that was asked for only the answer and says more is wrong, which is what
-keeps answers short. Partial credit is deliberately not given: it would reward long or hedging answers. A column
-`answer` holds a text (marked or not), a number, or a list of texts of which each is right; what is no answer is an
-error, never a wrong completion. Called by `RewardFunction` under their import paths.
+keeps answers short. What is thought before `</think>` is not said. Partial credit is deliberately not given: it would
+reward long or hedging answers. A column `answer` holds a text (marked or not), a number, or a list of texts of which
+each is right; what is no answer is an error, never a wrong completion. Called by `RewardFunction` under their import
+paths.
 
 Tests: tests/unit/rewards/test_verify.py
 """
@@ -17,11 +18,14 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, cast
 
+from flowrl.ending import CLOSERS
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     Completion = str | list[dict[str, Any]]  # a message list where the prompt is a conversation
 
+_TYPED = {0x2212: "-", **{0xFF01 + place: 0x21 + place for place in range(94)}}  # the minus sign, and wide letters
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _MARKED = (re.compile(r"<answer>(.*?)</answer>", re.DOTALL), re.compile(r"####(.*)"))
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped one is no brace
@@ -62,8 +66,9 @@ def final_answer(completion: Completion) -> str:
 
 
 def text_of(completion: Completion) -> str:
-    """Return what a completion says, of a conversation its last message."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+    """Return what a completion says behind its thinking, of a conversation its last message."""
+    text = completion if isinstance(completion, str) else str(completion[-1]["content"])
+    return CLOSERS.split(text)[-1].translate(_TYPED)
 
 
 def marked_answer(text: str) -> str | None:
@@ -94,7 +99,9 @@ def accepted(answer: object) -> list[str]:
         raise ValueError("a row of the data has no answer")
     if isinstance(answer, float):
         return [f"{Decimal(repr(answer)).normalize():f}"]
-    text = str(answer)
+    text = str(answer).translate(_TYPED)
+    if not text.strip():
+        raise ValueError("a row of the data has no answer")
     found = marked_answer(text)
     return [text if found is None else found]
 

@@ -54,6 +54,12 @@ def test_final_answer_is_the_marked_one_or_the_whole_text(completion, answer):
         (r"\boxed{90^\circ}", "90", 1.0),
         ("yes", ["yes", "indeed"], 1.0),
         ("#### 72", {"ground_truth": "72", "style": "rule"}, 1.0),
+        ("\u22127", "-7", 1.0),  # the minus sign that models write
+        ("\\boxed{7}", "\uff17", 1.0),
+        ("10\u00b2", "102", 0.0),
+        ("<think>8, no</think>\n\n7", "7", 1.0),
+        (r"<think>\boxed{7}?</think>\boxed{8}", "7", 0.0),
+        (r"it is \boxed{7}.[/THINK]8", "8", 1.0),
         ("The answer is 12.", "12", 0.0),
         ("", "12", 0.0),
     ],
@@ -62,7 +68,7 @@ def test_exact_answer_is_all_or_nothing(completion, answer, reward):
     assert exact_answer([completion], answer=[answer]) == [reward]
 
 
-@pytest.mark.parametrize("answer", [None, float("nan"), {"text": "72"}, [], [1, 2], {"answer": None}])
+@pytest.mark.parametrize("answer", [None, "", " ", float("nan"), {"text": "72"}, [], [1, 2], {"answer": None}])
 def test_what_is_no_answer_in_the_data_is_an_error(answer):
     with pytest.raises(ValueError, match="answer"):
         exact_answer(["72"], answer=[answer])
