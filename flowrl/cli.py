@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="load and validate a graph, print the plan, start nothing")
     _graph_options(check)
+    check.add_argument("--address", help="of a running Ray cluster: hold its nodes against the graph too")
     check.set_defaults(command=_check)
 
     plan = commands.add_parser("plan", help="say where a graph's processes go and what lies in memory there")
@@ -174,7 +175,9 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--debug", action="store_true", help="show tracebacks")
     init.set_defaults(command=_init)
 
-    doctor = commands.add_parser("doctor", help="say what this machine has and lacks")
+    doctor = commands.add_parser("doctor", help="say what this machine has and lacks, or each node of a cluster")
+    doctor.add_argument("--address", help="of a running Ray cluster: say it of each of its nodes")
+    doctor.add_argument("--runs-dir", type=Path, default=Path("runs"), help="that all nodes must see (default: runs)")
     doctor.add_argument("--debug", action="store_true", help="show tracebacks")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -215,14 +218,19 @@ def _check(options: argparse.Namespace) -> int:
     from flowrl.tuning.companion import Advised
 
     advised = Advised()
-    placing = advised.placing()
+    placing = advised.placing() if options.address is None else None  # of this machine
     program = load_program(options.graph, config=options.config, overrides=options.overrides, placing=placing)
     _say(describe(program))
     try:
-        check_computes(program.graph)
+        if options.address is None:
+            check_computes(program.graph)
     except ResourceError as error:  # of this installation, not of the graph
         _say(f"warning: a run would be refused: {error}")
-    check_program(program, say=_say, address=None)
+    check_program(program, say=_say, address=options.address)
+    if options.address is not None:
+        from flowrl.runtime.examination import check_cluster
+
+        check_cluster(program, options.address, _say)
     for line in advised.foretell(program, Path("runs")):
         _say(line)
     _say("ok: nothing was started")
@@ -427,9 +435,9 @@ def _init(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from flowrl.doctor import diagnose
+    from flowrl.doctor import diagnose, diagnose_cluster
 
-    return diagnose(_say)
+    return diagnose(_say) if options.address is None else diagnose_cluster(options.address, options.runs_dir, _say)
 
 
 def _say_aside(line: str) -> None:

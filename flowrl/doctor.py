@@ -28,7 +28,7 @@ from flowrl.runtime.placement import num_gpus
 from flowrl.runtime.rundir import LEAST_FREE_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from flowrl.runtime.devices import Machine
 
@@ -64,11 +64,23 @@ class Finding(msgspec.Struct, frozen=True):
 
 def diagnose(say: Callable[[str], None]) -> int:
     """Say what the machine has and lacks, a line each; returns 1 when something must be fixed, else 0."""
+    return _tell((finding for check in CHECKS for finding in check()), say)
+
+
+def diagnose_cluster(address: str, runs_dir: Path, say: Callable[[str], None]) -> int:
+    """Say the same of each node of a cluster, and how they reach one another."""
+    from flowrl.runtime.examination import examine
+
+    found: list[Finding] = []
+    examine(address, runs_dir, lambda level, name, text, remedy: found.append(Finding(level, name, text, remedy)))
+    return _tell(found, say)
+
+
+def _tell(findings: Iterable[Finding], say: Callable[[str], None]) -> int:
     num_to_fix = 0
-    for check in CHECKS:
-        for finding in check():
-            say(str(finding))
-            num_to_fix += finding.level == "FIX"
+    for finding in findings:
+        say(str(finding))
+        num_to_fix += finding.level == "FIX"
     say(f"\n{num_to_fix} to fix" if num_to_fix else "\nready: nothing to fix")
     return 1 if num_to_fix else 0
 

@@ -119,6 +119,11 @@ def _home(file: Path) -> tuple[str, Path]:
     return name, folder
 
 
+def home_of(file: Path) -> Path:
+    """Return the directory in which a file's module is found."""
+    return _home(file)[1]
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return what to add to an error about an unknown name: the nearest known one, or the known ones."""
     close = difflib.get_close_matches(name, list(known), n=1)

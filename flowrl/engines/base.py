@@ -269,7 +269,8 @@ class Training(Computing):
     ema_decay: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # of an average of the weights, saved as ema_model; 0: none
     router_aux_loss: Annotated[float, Meta(ge=0)] = 0.0  # weight of the loss that uses experts evenly; 0: none
     seed: int = 0  # of a new adapter, and of the order in which a step's groups come into minibatches
-    transport: Literal["auto", "shm", "broadcast"] = "auto"  # auto: shared memory on CPUs, NCCL broadcast on GPUs
+    # auto: NCCL broadcast on GPUs; on CPUs shared memory within a machine and broadcast to others, for each generator
+    transport: Literal["auto", "shm", "broadcast"] = "auto"
     transfer_timeout_s: Annotated[float, Meta(gt=0)] = 120.0  # for one weight transfer
 
     def implied(self, given: Mapping[str, Any]) -> Mapping[str, Any]:

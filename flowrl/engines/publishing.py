@@ -8,6 +8,7 @@ trainer on rank 0; `cast_saved` by `flowrl export`.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 import tempfile
@@ -51,7 +52,8 @@ class Publisher:
         self._sender: Any = None
         self.transport = config.transport
         if config.transport == "auto":
-            self.transport = "broadcast" if device.type == "cuda" else "shm"
+            is_alone = ipaddress.ip_address(host).is_loopback  # nobody elsewhere could reach us
+            self.transport = "broadcast" if device.type == "cuda" else "shm" if is_alone else "nearest"
 
     def open_sender(self) -> Any:
         """Return the transport's sender."""

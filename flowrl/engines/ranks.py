@@ -231,7 +231,8 @@ def _set_environment(ranks: Ranks) -> None:
         "MASTER_ADDR": ranks.address,
         "MASTER_PORT": str(ranks.port),
     }
-    if name := interface_of(ranks.address):  # gloo would take whatever the host's name leads to
+    # gloo would take whatever the host's name leads to; a rank on another machine is told by the runtime
+    if name := interface_of(ranks.address):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 

@@ -34,6 +34,19 @@ if TYPE_CHECKING:
     from flowrl.graph.ports import Port
 
 
+class ClusterConfig(Config):
+    """Where a run's processes go on a cluster of several nodes."""
+
+    nodes: list[str] = []  # addresses of those that may be used; []: all
+    home: str = (
+        ""  # address of the one for the flow, the learner's first rank and what reserves nothing; "": the driver's
+    )
+    strategy: Literal["pack", "spread"] = "pack"  # on as few nodes as hold them, or on as many as there are
+    # graph node -> Ray labels of the cluster's nodes that may hold it: cluster.labels.generator.zone=a
+    labels: dict[str, dict[str, str]] = {}
+    place_timeout_s: Annotated[float, Meta(gt=0)] = 300.0  # for cores and GPUs to be free: nodes may have to start
+
+
 class RunSettings(Config):
     """What a run needs to know besides its graph."""
 
@@ -47,6 +60,7 @@ class RunSettings(Config):
     max_restarts: Annotated[int, Meta(ge=0)] = 3  # of one node, or from a checkpoint, with no learned step between
     # node -> port -> depth of the queue into it, where it is to differ from the graph file's: depths.reward.rollouts=32
     depths: dict[str, dict[str, Annotated[int, Meta(ge=1)]]] = {}
+    cluster: ClusterConfig = ClusterConfig()
     needs: dict[str, str] = {}  # directories that other runs make -> the command that makes each
     hints: bool = True  # say while the run goes on which setting would make it quicker
     wandb: WandbConfig = WandbConfig()

@@ -21,6 +21,7 @@ import msgspec
 import ray as _ray
 
 from flowrl import errors
+from flowrl.engines.ranks import interface_of
 from flowrl.errors import FlowrlError
 from flowrl.graph.program import GraphPlan, graph_of
 from flowrl.graph.stage import Context, Ranks, Specification, from_specification
@@ -53,6 +54,7 @@ class ReplicaPlan(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int  # of the run; a process of an older one writes no more
     token: str  # by which the ranks of this replica know each other
     resume_from: str | None
+    folder: str  # the driver's working directory, from which relative paths count
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,6 +128,8 @@ class ReplicaActor:
         self._plan = msgspec.json.decode(plan, type=ReplicaPlan)
         place = self._plan.place
         self._name = process_name(place)
+        self._address: str = ray.util.get_node_ip_address()
+        _settle(self._address, self._plan.folder)
         _join_run(Path(self._plan.run_dir), self._name, self._plan.attempt)
         self._stopping = asyncio.Event()
         self._recorder = Recorder()
@@ -134,11 +138,10 @@ class ReplicaActor:
 
     async def rendezvous(self) -> tuple[str, int]:
         """Return this process's address and, on the first of several ranks, the port at which it listens for them."""
-        address = ray.util.get_node_ip_address()
         if self._plan.world_size == 1 or self._plan.place.rank > 0:
-            return address, 0
-        self._meeting = socket.create_server((address, 0))  # handed on as it is: nobody else can take the port
-        return address, self._meeting.getsockname()[1]
+            return self._address, 0
+        self._meeting = socket.create_server((self._address, 0))  # handed on as it is: nobody else can take the port
+        return self._address, self._meeting.getsockname()[1]
 
     async def request_stop(self) -> None:
         """Tell the stage that the user asks for a controlled stop."""
@@ -206,6 +209,20 @@ class ReplicaActor:
             num_readers=plan.num_readers,
             resume_from=Path(plan.resume_from) if plan.resume_from else None,
         )
+
+
+def _settle(address: str, folder: str) -> None:
+    """Let libraries that would go by the machine's name use the address that Ray knows, and start where the driver is.
+
+    A name may lead to 127.0.1.1, which is another machine for everybody else, or nowhere, after minutes of looking.
+    """
+    os.environ.setdefault("VLLM_HOST_IP", address)
+    if interface := interface_of(address):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        if interface != "lo":
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    if os.path.isdir(folder):
+        os.chdir(folder)
 
 
 def process_name(place: Place) -> str:

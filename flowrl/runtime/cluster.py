@@ -19,32 +19,42 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import msgspec
 import ray as _ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flowrl.errors import ResourceError, RunError
 from flowrl.runtime.devices import num_cores, visible_machine
-from flowrl.runtime.placement import check_resources, places
+from flowrl.runtime.nodes import NodeReport, RayNode, answer, node_of
+from flowrl.runtime.placement import check_resources, module_path, places
 from flowrl.runtime.supervisor import STOPS
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator, Sequence
     from types import TracebackType
 
     from flowrl.graph.graph import Graph
     from flowrl.runtime.devices import Machine
+    from flowrl.runtime.nodes import NodeQuestion
 
 ray: Any = _ray  # its own types are partial
 
-START_S = 120.0  # for Ray to start here, or a cluster to answer; some seconds are usual
+ANSWER_S = 20.0  # for the head to say which nodes there are
+SURVEY_S = 60.0  # for a node to start a process and look around
+START_S = 120.0  # for Ray to start here; some seconds are usual
+REACH_S = 25.0  # for a cluster to answer
+CONNECT_S = 5.0  # for something to listen at its address
 STOP_S = 20.0  # for Ray to end by itself
 SLICES = 6  # of a time limit: a driver that was stopped has used up one of them when it goes on
+MAX_SAID = 400  # characters of Ray's own words
 OURS = "flowrl"  # marks a session directory that a run of ours made
 
 
@@ -57,7 +67,7 @@ class Unanswered(RunError):
 
 
 async def ask(call: Any, *arguments: Any, where: str, within_s: float) -> Any:
-    """Call an actor's method and return its answer.
+    """Call an actor's method, or a task, and return its answer.
 
     Raises:
         Unanswered: there was none within `within_s` in which this process ran.
@@ -83,17 +93,42 @@ async def _await(reference: Any) -> Any:
     return await reference
 
 
+async def in_thread(function: Callable[[], Any], *, where: str, within_s: float) -> Any:
+    """Return what a call into Ray that blocks gives, made in a thread that nobody waits for at the end.
+
+    Raises:
+        Unanswered: it gave nothing within `within_s`.
+    """
+    given: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            given.set_result(function())
+        except BaseException as error:
+            given.set_exception(error)
+
+    threading.Thread(target=call, name="asks ray", daemon=True).start()
+    try:
+        async with asyncio.timeout(within_s):
+            return await asyncio.shield(asyncio.wrap_future(given))
+    except TimeoutError:
+        raise Unanswered(where, f"not heard from for {within_s:.0f} s", within_s=within_s) from None
+
+
 class Cluster:
     """A Ray of this machine alone, started here, or one that runs at `address`."""
 
     def __init__(
-        self, graph: Graph, address: str | None, *, start_s: float = START_S, machine: Machine | None = None
+        self, graph: Graph | None, address: str | None, *, start_s: float = 0.0, machine: Machine | None = None
     ) -> None:
-        """Start nothing yet; `machine` is what Ray is told of a machine's GPUs, those that are visible by default."""
+        """Start nothing yet; where Ray is started here, the graph is held against this machine.
+
+        `machine` is what Ray is told of its GPUs, those that are visible by default.
+        """
         self._graph = graph
         self._machine = machine
         self._address = address
-        self._start_s = start_s
+        self._start_s = start_s or (START_S if address is None else REACH_S)
         self._thread: threading.Thread | None = None
         self._ready: Future[None] = Future()
         self._end = threading.Event()
@@ -171,9 +206,65 @@ class Cluster:
                 return f"Ray's {name} stands still for {patience_s:.0f} s"
         return ""
 
+    async def nodes(self) -> list[RayNode]:
+        """Return the nodes that Ray has or had.
+
+        Raises:
+            Unanswered: the head does not answer.
+        """
+        return [node_of(told) for told in await in_thread(ray.nodes, where="ray", within_s=ANSWER_S)]
+
+    async def home(self, nodes: Sequence[RayNode], address: str = "") -> RayNode:
+        """Return the living node at an address, or else the driver's, or else the head.
+
+        Raises:
+            ResourceError: there is none at that address.
+        """
+        alive = [node for node in nodes if node.is_alive]
+        if address:
+            found = next((node for node in alive if node.address == address), None)
+            if found is None:
+                what = f"no node {address} is there, but {', '.join(node.address for node in alive)}"
+                raise ResourceError("cluster.home", what, "name one of them")
+            return found
+        own = await in_thread(lambda: ray.get_runtime_context().get_node_id(), where="ray", within_s=ANSWER_S)
+        return next((n for n in alive if n.id == own), None) or next((n for n in alive if n.is_head), alive[0])
+
+    async def survey(self, nodes: Sequence[RayNode], question: NodeQuestion) -> dict[str, NodeReport]:
+        """Return the answers of living nodes, by address.
+
+        Raises:
+            ResourceError: one cannot run our code, or does not answer.
+        """
+        body = msgspec.json.encode(question)
+        found = await asyncio.gather(*(self.on(node, answer, (body,), within_s=SURVEY_S) for node in nodes))
+        return {n.address: msgspec.json.decode(told, type=NodeReport) for n, told in zip(nodes, found, strict=True)}
+
+    async def on(
+        self, node: RayNode, function: Callable[..., bytes], arguments: tuple[Any, ...], *, within_s: float
+    ) -> bytes:
+        """Return what a function of ours gives on a node.
+
+        Raises:
+            ResourceError: the node cannot run our code, or does not answer.
+        """
+        where = f"node {node.address}"
+        tied = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        variables = {"env_vars": {"PYTHONPATH": module_path()}}
+        task: Any = ray.remote(num_cpus=0, max_retries=0, runtime_env=variables, scheduling_strategy=tied)(function)
+        try:
+            return await ask(task, *arguments, where=where, within_s=within_s)
+        except Unanswered as error:
+            raise ResourceError(where, error.what, "see that it can start a process, or leave it out "
+                                "with cluster.nodes") from error  # fmt: skip
+        except RayError as error:
+            last = str(error).strip().splitlines()[-1]
+            raise ResourceError(where, f"cannot run flowrl ({last})", "install the same flowrl there") from error
+
     def _begin(self) -> None:
         if self._address is None:
-            check_resources(self._graph, self._machine)
+            if self._graph is not None:
+                check_resources(self._graph, self._machine)
             sweep()
         self._ready, self._end = Future(), threading.Event()
         self._thread = threading.Thread(target=self._live, args=(self._ready, self._end), name="ray", daemon=True)
@@ -195,7 +286,7 @@ class Cluster:
 
     def _num_gpus(self) -> int:
         """Return the GPUs that Ray is told of: all where a node has some, else none."""
-        if not any(place.gpus for place in places(self._graph)):
+        if self._graph is None or not any(place.gpus for place in places(self._graph)):
             return 0
         return len((self._machine or visible_machine()).gpus)
 
@@ -208,11 +299,19 @@ class Cluster:
         (self._session / OURS).write_text(f"{os.getpid()}\n")
 
     def _refusal(self, error: BaseException) -> BaseException:
+        if isinstance(error, ResourceError):
+            return error
+        said = " ".join(str(error).split())
+        if "AuthToken" in said or "AuthenticationError" in said:
+            what = f"{self._address} refuses this machine's token, or wants one"
+            remedy = "copy ~/.ray/auth_token from the cluster's head, or set RAY_AUTH_TOKEN, and RAY_AUTH_MODE=token"
+            return ResourceError("ray", what, remedy)
         if isinstance(error, TimeoutError):
             what = f"{self._address or 'Ray'} does not answer within {self._start_s:.0f} s"
             return ResourceError("ray", what, "see that it runs and can be reached, and `flowrl doctor`")
         if isinstance(error, RayError | ConnectionError | OSError | RuntimeError | ValueError):
-            return ResourceError("ray", f"cannot start or reach Ray ({error})", "see `flowrl doctor`")
+            shown = said if len(said) <= MAX_SAID else f"{said[:MAX_SAID]} ..."
+            return ResourceError("ray", f"cannot start or reach Ray ({shown})", "see `flowrl doctor`")
         return error
 
     def stop(self) -> None:
@@ -223,7 +322,8 @@ class Cluster:
         if self.trouble(0.0):
             self._kill()  # what is left would only wait for what is dead
         self._end.set()
-        thread.join(STOP_S)
+        is_connecting = self._address is not None and not self._ready.done()
+        thread.join(1.0 if is_connecting else STOP_S)
         self._kill()
         thread.join(1.0)
         if not thread.is_alive():
@@ -256,7 +356,11 @@ def _signals_kept() -> Generator[None]:
 def _start_ray(address: str | None, *, num_gpus: int) -> None:
     if address is None:
         _stay_on_loopback()
-    _keep_token_private()
+        _keep_token_private()
+    else:
+        _reach(address)
+        if (Path.home() / ".ray" / "auth_token").is_file() or "RAY_AUTH_TOKEN" in os.environ:
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
     ray._private.worker.print_to_stdstream = _unheard  # what it tells of dead workers, the supervisor tells better
     logging.getLogger("ray").setLevel(logging.ERROR)  # before it starts; `logging_level` holds only from then on
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -275,6 +379,24 @@ def _start_ray(address: str | None, *, num_gpus: int) -> None:
         configure_logging=False,
         **({} if address else local),
     )
+
+
+def _reach(address: str) -> None:
+    """Insist that something listens at a cluster's address; "auto" leads to whatever runs on this machine.
+
+    Raises:
+        ResourceError: nothing does, or it is no address.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address in ("auto", "local"):
+        return
+    if not host or not port.isdigit():
+        raise ResourceError("--address", f"{address!r} is no address", "give HOST:PORT, ray://HOST:PORT or auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        what = f"nothing answers at {address} ({error})"
+        raise ResourceError("ray", what, "see that the head runs (`ray status` there) and its port is open") from error
 
 
 def _keep_token_private() -> None:

@@ -245,6 +245,7 @@ async def _start(
         "stall_timeout_s": settings.stall_timeout_s,
         "heartbeat_timeout_s": settings.heartbeat_timeout_s,
         "max_restarts": settings.max_restarts,
+        "placing": settings.cluster,
         **options,
     }
     if settings.runtime == "local":
@@ -254,10 +255,15 @@ async def _start(
         return await run_local(program.graph, LocalOptions(**told))
     from flowrl.runtime.cluster import Cluster
     from flowrl.runtime.ray import run_ray
+    from flowrl.runtime.readiness import bring_code, check_survey, survey
 
     cluster = Cluster(program.graph, address)
     try:
         await cluster.start()
+        if address is not None:
+            found = await survey(cluster, program, run_dir)
+            check_survey(found, sinks.say)
+            told["moved"] = bring_code(found, run_dir, sinks.say)
         return await run_ray(program.graph, Options(**told), cluster)
     finally:
         await cluster.close()

@@ -87,6 +87,11 @@ class LocalCrew:
         """Return the replicas that are running."""
         return [name for name, task in self._tasks.items() if not task.done()]
 
+    @property
+    def unplaced(self) -> set[str]:
+        """Return none: a task has its place at once."""
+        return set()
+
     async def open(self, start: Start) -> None:
         """Make a fresh flow at the start's cut."""
         path = self._options.run_dir / "ledger.jsonl" if self._options.run_dir else None

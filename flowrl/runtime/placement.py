@@ -326,6 +326,11 @@ def quiet_libraries(*, has_engines: bool = False) -> None:
         logging.set_verbosity_error()
 
 
+def module_path() -> str:
+    """Return where this process finds its modules, as a PYTHONPATH of others."""
+    return os.pathsep.join(path or os.getcwd() for path in sys.path if not path.endswith(".zip"))
+
+
 def environment(config: StageConfig, *, devices: Sequence[str]) -> dict[str, str]:
     """Return the environment variables of a replica's process, which sees these devices (as CUDA names them)."""
     threads = str(getattr(config, "threads", 1))
@@ -339,7 +344,7 @@ def environment(config: StageConfig, *, devices: Sequence[str]) -> dict[str, str
         "VLLM_NO_USAGE_STATS": "1",
         "CUDA_VISIBLE_DEVICES": ",".join(devices),
         "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",  # Ray would hide what is shared
-        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path if not path.endswith(".zip")),
+        "PYTHONPATH": module_path(),
     }
     if not devices:
         variables |= {"TORCHDYNAMO_DISABLE": "1", "DS_ACCELERATOR": "cpu"}

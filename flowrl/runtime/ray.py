@@ -19,17 +19,18 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 import ray as _ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from flowrl import errors
 from flowrl.errors import FlowrlError, ResourceError, StageError, StallError
 from flowrl.graph.program import plan_of
-from flowrl.runtime.actors import Failure, HubActor, ReplicaActor, ReplicaPlan, seen_devices
-from flowrl.runtime.cluster import Cluster, Unanswered, answer_of, ask
+from flowrl.runtime.actors import Failure, HubActor, ReplicaActor, ReplicaPlan
+from flowrl.runtime.cluster import Cluster, Unanswered, ask
+from flowrl.runtime.fleet import Fleet, needs_of
 from flowrl.runtime.flow import Released, node_name
 from flowrl.runtime.local import num_readers
-from flowrl.runtime.placement import Place, by_node, environment, places
+from flowrl.runtime.nodes import amounts
+from flowrl.runtime.placement import Place, environment, module_path, places
+from flowrl.runtime.readiness import moved
 from flowrl.runtime.rundir import Claim, holders
 from flowrl.runtime.supervisor import Death, HostLost, Options, Outcome, Start, Supervisor, report_interval_s
 from flowrl.runtime.wire import Address
@@ -43,7 +44,8 @@ if TYPE_CHECKING:
 ray: Any = _ray  # its own types are partial
 Handle = Any  # a Ray actor handle; Ray gives it no usable type
 
-PLACE_S = 300.0  # for devices to be free: a cluster may have to bring up machines
+PLACE_TOLD_S = 30.0  # that a replica has no process yet, before it is said
+FOR_EVER_S = 7 * 86400.0  # as long as a run may last
 BORN_S = 300.0  # for a process to start, its environment included
 BURY_LOOK_S = 0.1  # between two looks whether a process that was ended is gone
 POLITE_LOOKS = 15  # while it may end by Ray's own means; then it is killed
@@ -70,13 +72,14 @@ class Attempt:
     """What one attempt has started."""
 
     number: int
-    group: PlacementGroup | None
-    own: list[Place]  # the processes that have reserved devices, one bundle of the group each
-    devices: dict[tuple[str, int], str] = field(default_factory=dict[tuple[str, int], str])  # by host and seat
+    fleet: Fleet
     hub: Handle = None
     kinds: dict[str, str] = field(default_factory=dict[str, str])
     wire: Address | None = None  # where the hub takes calls to the flow
     actors: dict[str, list[Handle]] = field(default_factory=dict[str, "list[Handle]"])  # by replica, in rank order
+    waiting: set[str] = field(default_factory=set[str])  # of these, who has waited for a while and been told
+    is_told: bool = False  # where everything is
+    unborn: set[str] = field(default_factory=set[str])  # replicas that have no process yet
     passing_on: asyncio.Task[None] | None = None
 
 
@@ -90,7 +93,7 @@ class RayCrew:
         self._cluster = cluster
         self._claim = claimed
         self._run_dir = options.run_dir
-        self._plan = plan_of(graph)
+        self._plan = moved(plan_of(graph), options.moved)
         self._attempt: Attempt | None = None
         limit_s = options.heartbeat_timeout_s
         self._interval_s = report_interval_s(len(places(graph)), limit_s)  # between two questions to a process
@@ -107,45 +110,21 @@ class RayCrew:
             self._tell("warning", "ray", f"{trouble}; Ray is started again")
             await self._cluster.restart()
         await self._bury()
-        own = [p for p in places(self._graph) if p.host == p.node and (p.cpus or p.gpus)]
-        _check_cluster(own)
-        group = placement_group([_bundle(p) for p in own], strategy="PACK") if own else None
-        now = self._attempt = Attempt(number=self._claim.begin_attempt(), group=group, own=own)
-        if group is not None:
-            await self._reserve(now, cast("Any", group))
-        hub_type = ray.remote(num_cpus=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})(HubActor)
+        fleet = Fleet(self._graph, self._cluster, self._options.placing, self._tell)
+        now = self._attempt = Attempt(number=self._claim.begin_attempt(), fleet=fleet)
+        try:
+            await fleet.reserve()
+        except Unanswered as error:
+            raise ResourceError("ray", f"its head was {error.what}", "see that the cluster runs") from error
+        variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": module_path()}
+        hub_type = ray.remote(num_cpus=0, runtime_env={"env_vars": variables})(HubActor)
         cut = msgspec.json.encode(start.cut)
         arguments = (msgspec.json.encode(self._plan), str(self._run_dir), cut, now.number, self._options.start_number)
-        now.hub = hub_type.remote(*arguments)
+        now.hub = hub_type.options(**fleet.at_home()).remote(*arguments)
         addresses = [f"{node}.{port}" for node, stage in self._graph.nodes.items() for port in stage.ports]
         now.wire = Address(*await self._ask_hub("open", self._options.stall_timeout_s, within_s=BORN_S))
         now.kinds = await self._ask_hub("kinds", addresses)
         now.passing_on = asyncio.create_task(self._pass_on_stop())
-
-    async def _reserve(self, attempt: Attempt, group: Any) -> None:
-        """Wait until the devices are reserved, and learn which they are.
-
-        Raises:
-            ResourceError: they are not free in time, or a process's are on two machines.
-        """
-        on_gpus = [p for p in attempt.own if p.gpus]
-        try:
-            await answer_of(group.ready(), where="placement", within_s=PLACE_S)
-            seen = await asyncio.gather(*(_look(group, attempt.own.index(p), p.gpus) for p in on_gpus))
-        except Unanswered as error:
-            asked = ", ".join(f"{p.node}.{p.replica} {_bundle(p)}" for p in attempt.own)
-            what = f"what the nodes ask for was not free within {error.within_s:.0f} s ({asked})"
-            raise ResourceError(
-                "placement", what, "lower replicas, ranks, cpus or gpus, or free the cluster"
-            ) from error
-        machines: dict[tuple[str, int], str] = {}
-        for p, (machine, names) in zip(on_gpus, seen, strict=True):
-            for seat, name in zip(p.seats, names, strict=True):
-                attempt.devices[p.node, seat], machines[p.node, seat] = name, machine
-        for p in places(self._graph):
-            if len({machines[p.host, seat] for seat in p.seats}) > 1:
-                what = f"its {len(p.seats)} GPUs are on several machines"
-                raise ResourceError(f"{p.node}.{p.replica}", what, "lower tensor_parallel, or give it GPUs of its own")
 
     async def _ask_hub(self, method: str, *arguments: Any, within_s: float | None = None) -> Any:
         """Ask the flow's host.
@@ -172,7 +151,7 @@ class RayCrew:
         actors = [self._start(p, incarnation, start, token) for p in ranks]
         self._now.actors[replica] = actors
         try:
-            met = [await ask(actor.rendezvous, where=replica, within_s=BORN_S) for actor in actors]
+            met = await self._births(replica, ranks, actors)
             if self._options.stopping.is_set():
                 await self._request_stop(actors)
             for actor in actors:
@@ -185,6 +164,44 @@ class RayCrew:
             if isinstance(first, Unanswered):
                 raise Death(replica, first.what) from error
             raise (self._death(replica, first) if isinstance(first, RayError) else first) from error
+
+    async def _births(self, replica: str, ranks: list[Place], actors: list[Handle]) -> list[tuple[str, int]]:
+        """Wait until every rank has a process; returns where each is. Who waits for a place is told.
+
+        Raises:
+            ResourceError: there was no place in time, and the node has no other replica.
+        """
+        attempt, limit_s = self._now, self._options.placing.place_timeout_s
+        attempt.unborn.add(replica)
+        births = asyncio.gather(*(ask(a.rendezvous, where=replica, within_s=FOR_EVER_S) for a in actors))
+        needs = needs_of(ranks[0])
+        try:
+            if needs and not (await asyncio.wait([births], timeout=PLACE_TOLD_S))[0]:
+                attempt.waiting.add(replica)
+                await attempt.fleet.tell_waiting(replica, needs)
+            while not births.done():
+                await asyncio.wait([births], timeout=limit_s)
+                others = {name for name in attempt.actors if node_name(name) == node_name(replica)} - attempt.unborn
+                if not births.done() and not others:
+                    what = f"has had no place with {amounts(needs)} for {limit_s:.0f} s"
+                    raise ResourceError(replica, what, "enlarge the cluster and resume the run")
+            met = births.result()
+        finally:
+            births.cancel()
+            await asyncio.gather(births, return_exceptions=True)
+            attempt.unborn.discard(replica)
+            attempt.waiting.discard(replica)
+        attempt.fleet.born(replica, {address for address, _ in met})
+        if not attempt.unborn and not attempt.is_told:
+            attempt.is_told = True
+            if text := attempt.fleet.where():
+                self._tell("info", "placement", text)
+        return met
+
+    @property
+    def unplaced(self) -> set[str]:
+        """Return the replicas that have waited for a place for a while."""
+        return set(self._now.waiting)
 
     async def _listen(self, replica: str, actor: Handle) -> None:
         """Take in what a rank has to tell until it ends.
@@ -218,15 +235,14 @@ class RayCrew:
             attempt=attempt.number,
             token=token,
             resume_from=str(start.checkpoint) if start.checkpoint else None,
+            folder=os.getcwd(),
         )
         choice: dict[str, Any] = {
             "num_cpus": place.cpus,
             "max_concurrency": 64,
-            "runtime_env": {"env_vars": environment(stage.config, devices=[attempt.devices[s] for s in _seats(place)])},
+            "runtime_env": {"env_vars": environment(stage.config, devices=attempt.fleet.devices(place))},
+            **attempt.fleet.choice(place),
         }
-        bundle = _bundle_of(place, attempt.own)
-        if attempt.group is not None and bundle is not None:
-            choice["scheduling_strategy"] = PlacementGroupSchedulingStrategy(attempt.group, bundle)
         actor_type: Any = ray.remote(ReplicaActor)
         return actor_type.options(**choice).remote(msgspec.json.encode(plan))
 
@@ -250,6 +266,7 @@ class RayCrew:
                 raise StallError("flow", stall, "see the run's timeline and logs")
             if trouble := self._cluster.trouble(self._options.heartbeat_timeout_s):
                 raise HostLost("ray", trouble)
+            await self._now.fleet.look()
 
     async def release(self, replica: str, successor: int) -> Released:
         """Fence a dead replica off and give back what it held."""
@@ -295,9 +312,7 @@ class RayCrew:
             for actor in [*(actor for ranks in attempt.actors.values() for actor in ranks), attempt.hub]:
                 with contextlib.suppress(RayError, ValueError):
                     ray.kill(actor)
-            if attempt.group is not None:
-                with contextlib.suppress(RayError):
-                    remove_placement_group(attempt.group)
+            attempt.fleet.free()
         await self._bury()
         self._claim.begin_attempt()  # what could not be reached writes no more, before anybody looks where to go on
 
@@ -345,53 +360,3 @@ def _first(error: Exception) -> Exception:
 
 def _belongs(place: Place, replica: str) -> bool:
     return f"{place.node}.{place.replica}" == replica
-
-
-async def _look(group: Any, bundle: int, gpus: int) -> tuple[str, list[str]]:
-    """Return which machine's GPUs a bundle has; it has them for as long as the group lives."""
-    where = PlacementGroupSchedulingStrategy(group, bundle)
-    look = ray.remote(seen_devices).options(num_cpus=0, num_gpus=gpus, max_retries=0, scheduling_strategy=where)
-    return await ask(look, where="placement", within_s=BORN_S)
-
-
-def _bundle(place: Place) -> dict[str, float]:
-    """Return the resources of a host's bundle."""
-    return {name: amount for name, amount in (("CPU", place.cpus), ("GPU", float(place.gpus))) if amount}
-
-
-def _seats(place: Place) -> list[tuple[str, int]]:
-    return [(place.host, seat) for seat in place.seats]
-
-
-def _bundle_of(place: Place, own: list[Place]) -> int | None:
-    """Return the bundle that a process sits in: its own, that of its first seat, or its host's of the same place."""
-
-    def fits(bundle: Place) -> bool:
-        if place.host == place.node:
-            return bundle == place
-        if place.seats:
-            return bundle.node == place.host and place.seats[0] in bundle.seats
-        return (bundle.node, bundle.replica, bundle.rank) == (place.host, place.replica, place.rank)
-
-    return next((index for index, bundle in enumerate(own) if fits(bundle)), None)
-
-
-def _check_cluster(own: list[Place]) -> None:
-    """Hold what the processes reserve against what the cluster has, in all and on each of its machines.
-
-    Raises:
-        ResourceError: it would be waited for in vain.
-    """
-    machines: list[dict[str, float]] = [each["Resources"] for each in ray.nodes() if each["Alive"]]
-    for name, words in (("CPU", "cores"), ("GPU", "GPUs")):
-        have = sum(each.get(name, 0.0) for each in machines)
-        asked = [(p.node, float(_bundle(p).get(name, 0.0))) for p in own]
-        total = sum(amount for _, amount in asked)
-        if total > have + 1e-9:
-            what = f"{total:g} {words} are asked for ({by_node(asked)}), the cluster has {have:g}"
-            raise ResourceError("placement", what, "lower replicas or ranks, or let nodes share devices")
-    for p in own:
-        wanted = _bundle(p)
-        if not any(all(each.get(name, 0.0) >= amount for name, amount in wanted.items()) for each in machines):
-            raise ResourceError("placement", f"no machine of the cluster has {wanted} for one process of {p.node}",
-                                "lower its gpus, tensor_parallel or cpus")  # fmt: skip

@@ -21,6 +21,7 @@ import msgspec
 
 from flowrl.engines.checkpoint import newest_sound, read_cut, strays
 from flowrl.errors import DataError, FlowrlError, LastingError, RewardError, RunError, StageError, StallError, UserError
+from flowrl.graph.graph import ClusterConfig
 from flowrl.messages import decode
 from flowrl.runtime.flow import Released, node_name, replica_name
 from flowrl.runtime.ledger import Cut, whole_lines
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 # Ctrl-C; batch systems and clusters; a closed terminal; batch systems again, as their notice before the time is up.
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+STOP_LOOK_S = 2.0  # between two looks, once a stop is asked for, whether what it waits for can come
 REPORT_S = 0.5  # between a process's reports to the driver: its events, and the sign that it lives
 REPORTS_PER_S = 250.0  # that the driver is to take in from all processes; where there are more, each reports less often
 
@@ -88,6 +90,8 @@ class Options:
     stall_timeout_s: float = 1800.0  # nothing moves for so long: who waits for what, and the end
     heartbeat_timeout_s: float = 60.0  # a replica not heard from for so long is taken for dead
     grace_s: float = 60.0  # for stages to end by themselves once the run is over
+    placing: ClusterConfig = field(default_factory=ClusterConfig)  # on a cluster
+    moved: dict[str, str] = field(default_factory=dict[str, str])  # files of user code -> where every node finds them
     max_restarts: int = 3  # of one node, or of the whole graph, without a learned step between
     now: Callable[[], float] = time.time
 
@@ -116,6 +120,11 @@ class Workers(Protocol):
         """
         ...
 
+    @property
+    def unplaced(self) -> set[str]:
+        """Return the replicas that have no process: they wait for a place."""
+        ...
+
     async def release(self, replica: str, successor: int) -> Released:
         """Fence a dead replica off and give back what it held."""
         ...
@@ -135,6 +144,10 @@ class Workers(Protocol):
     async def close(self) -> None:
         """End whatever is left of the attempt."""
         ...
+
+
+class _Stopped(Exception):
+    """A stop was asked for that cannot be waited for: what it would need has no process."""
 
 
 class _Rollback(Exception):
@@ -172,16 +185,47 @@ class Supervisor:
                 if self._options.stopping.is_set() and not self._attempts:
                     return Outcome(_totals(start.cut or Cut()), was_stopped=True)  # nothing is under way yet
                 self._attempts += 1
-                await self._crew.open(start)
+                await self._open(start)
                 totals = await self._attempt(start)
                 return Outcome(totals, self._options.stopping.is_set(), self._recoveries)
+            except _Stopped:
+                lost = None
             except _Rollback as rollback:
                 lost = rollback
             except HostLost as error:
                 lost = _Rollback("flow", error)
             finally:
                 await self._crew.close()
+            if lost is None:
+                newest = newest_start(self._options.run_dir, self._tell) if self._options.run_dir else start
+                return Outcome(_totals(newest.cut or Cut()), was_stopped=True, recoveries=self._recoveries)
             start = self._go_back(lost)  # only now: what is not dead yet might make a further checkpoint
+
+    async def _open(self, start: Start) -> None:
+        """Bring the flow up, unless the user asks to stop meanwhile: for devices that may never be free."""
+        opening = asyncio.ensure_future(self._crew.open(start))
+        stopping = asyncio.ensure_future(self._options.stopping.wait())
+        try:
+            await asyncio.wait([opening, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if not opening.done():
+                raise _Stopped
+            opening.result()
+        finally:
+            for each in (opening, stopping):
+                each.cancel()
+            await asyncio.gather(opening, stopping, return_exceptions=True)
+
+    def _heed_stop(self) -> None:
+        """End the attempt where a stop could only wait: a node none of whose replicas has a process."""
+        if not self._options.stopping.is_set():
+            return
+        unplaced = self._crew.unplaced
+        for node, stage in self._graph.nodes.items():
+            replicas = [replica_name(node, index) for index in range(stage.config.replicas)]
+            if unplaced.issuperset(replicas):
+                self._tell("warning", node, "has no process, so what is under way cannot be finished: "
+                           "the run stops here, and goes on from its newest checkpoint")  # fmt: skip
+                raise _Stopped
 
     async def _attempt(self, start: Start) -> dict[str, int]:
         running: dict[asyncio.Future[None], str] = {
@@ -190,17 +234,21 @@ class Supervisor:
             for name in (replica_name(node, i) for i in range(stage.config.replicas))
         }
         watching = asyncio.ensure_future(self._crew.watch())
+        stopping = asyncio.ensure_future(self._options.stopping.wait())
         until = self._graph.until_node
         try:
             while any(node_name(name) == until for name in running.values()):
-                await asyncio.wait([*running, watching], return_when=asyncio.FIRST_COMPLETED)
+                limit_s = STOP_LOOK_S if self._options.stopping.is_set() else None
+                waited = [*running, watching, *([] if limit_s else [stopping])]
+                await asyncio.wait(waited, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+                self._heed_stop()
                 if watching.done():
                     self._heed(watching, running)
                 for ended in [future for future in running if future.done()]:
                     await self._take(running.pop(ended), ended, running, start)
             return await self._wind_down(running)
         finally:
-            for future in [*running, watching]:
+            for future in [*running, watching, stopping]:
                 future.cancel()
             await asyncio.gather(*running, watching, return_exceptions=True)
 

@@ -21,6 +21,7 @@ from flowrl.engines.weights import open_sender
 from flowrl.engines.weights.base import digest, pack, unpack, verify
 from flowrl.engines.weights.broadcast import BroadcastFetcher, BroadcastGroup
 from flowrl.engines.weights.manifest import decode_manifest
+from flowrl.engines.weights.nearest import fetchers
 from flowrl.engines.weights.shm import ShmFetcher, ShmSender
 from flowrl.errors import ConfigError, ProofError, ResourceError, TransferError
 
@@ -229,6 +230,46 @@ def test_a_receiver_that_never_comes_does_not_keep_the_others_waiting_past_the_d
         assert_same(pool.submit(received, present, wire).result(), some_tensors(0))
         sent.result()
     assert time.monotonic() - start_s < SOON_S
+
+
+def test_whoever_is_gone_is_waited_for_once(opened):
+    sender = sender_of("broadcast", num_receivers=2, timeout_s=30.0)
+    present = receiver(0)
+    opened += [sender, present]
+    sender._timeout_s = 2.0
+    with ThreadPoolExecutor(2) as pool:
+        for version in range(2):
+            wire, _ = sender.publish(version, some_tensors(version).items())
+            sent = pool.submit(sender.transfer, version)
+            assert_same(pool.submit(received, present, wire).result(), some_tensors(version))
+            sent.result()
+            sender._timeout_s = 600.0  # a wait for the second one would show
+        newcomer = receiver(1)
+        opened.append(newcomer)
+        assert_same(received(newcomer, wire), some_tensors(1))  # late, by itself
+    assert sender._num_came(sender._store) == 2, "from the next version on it is waited for"
+
+
+def test_each_receiver_takes_its_nearest_way(opened, monkeypatch):
+    sizes: list[int] = []
+    original = BroadcastGroup.broadcast
+    monkeypatch.setattr(BroadcastGroup, "broadcast", lambda group, raw: (original(group, raw), sizes.append(len(raw))))
+    sender = sender_of("nearest", num_receivers=2)
+    near, far = (fetchers(f"g[{i}]", replica=i, rank=0, size=1, device="cpu", timeout_s=20.0) for i in range(2))
+    opened += [sender, near["nearest"], far["nearest"]]
+    with ThreadPoolExecutor(3) as pool:
+        for version in range(3):
+            wire, _ = sender.publish(version, some_tensors(version).items())
+            elsewhere = wire.replace(b"/dev/shm/", b"/of/another/machine/")
+            sent = pool.submit(sender.transfer, version)
+            answers = [pool.submit(received, near["nearest"], wire), pool.submit(received, far["nearest"], elsewhere)]
+            for answer in answers:
+                assert_same(answer.result(), some_tensors(version))
+            sent.result()
+            if version == 1:
+                near, far = far, near  # as if both had been restarted, each where the other was
+            sender.retire(version)
+    assert sizes == [len(decode_manifest(wire).buckets)] * 6, "the sender and the far one, for each version"
 
 
 def test_no_receiver_at_all_is_a_transfer_error_within_the_deadline(opened):

@@ -33,7 +33,7 @@ from flowrl.telemetry.events import Event, Notice, Span, Step
 
 if TYPE_CHECKING:
     from flowrl.graph.simulated import Costs
-    from flowrl.graph.stage import Context
+    from flowrl.graph.stage import Context, Say
 
 
 NO_REPLAY = ReplayBuffer.Config()
@@ -63,6 +63,9 @@ class NumberedPrompts(Prompts):
 
     def load(self) -> Any:
         return NumberedRows()
+
+    def check(self, say: Say) -> None:
+        """Numbers need no preparation."""
 
     simulated = Prompts.simulated
 

@@ -1,6 +1,6 @@
 """Weight transport: how a published policy version travels from the learner to the generators.
 
-Two transports with one manifest: shared memory (one machine, CPUs or GPUs) and broadcast (gloo or NCCL). The sender
+Shared memory (one machine, CPUs or GPUs), broadcast (gloo or NCCL), or each receiver's nearest of the two. The sender
 lives in the learner's process and never imports vLLM; vLLM's receiver is its weight-transfer engine in `receiver`, any
 other engine takes a version in with `Receiver`. Called by the training engines (`open_sender`) and generation engines.
 
@@ -50,6 +50,12 @@ def open_sender(
         return BroadcastSender(
             name, num_receivers=num_receivers, timeout_s=timeout_s, device=device, host=host, bucket_bytes=bucket_bytes
         )
+    if kind == "nearest":
+        from flowrl.engines.weights.nearest import NearestSender
+
+        return NearestSender(
+            name, num_receivers=num_receivers, timeout_s=timeout_s, device=device, host=host, bucket_bytes=bucket_bytes
+        )
     raise ConfigError(name, f"there is no weight transport {kind!r}", "choose shm or broadcast")
 
 
@@ -85,14 +91,10 @@ class Receiver:
             yield from unpack(bucket, raw.to(self._device))
 
     def _fetcher(self, transport: str, device: torch.device) -> WeightFetcher:
-        from flowrl.engines.weights.broadcast import BroadcastFetcher
-        from flowrl.engines.weights.shm import ShmFetcher
+        from flowrl.engines.weights.nearest import fetchers
 
-        if transport == "shm":
-            return ShmFetcher(self._where)
-        return BroadcastFetcher(
-            self._where, replica=self._replica, rank=0, size=1, device=device, timeout_s=self._timeout_s
-        )
+        far = {"replica": self._replica, "rank": 0, "size": 1, "device": device, "timeout_s": self._timeout_s}
+        return fetchers(self._where, **far)[transport]
 
     def close(self) -> None:
         """Release connections."""

@@ -3,9 +3,10 @@
 How a version travels: `publish` packs it into host buckets (the parameters may change from then on) and names the
 store's address in the manifest; each receiver announces itself in the store; when all are there, or half the deadline
 has passed, `transfer` writes the plan (who is in which group) and broadcasts to those in it. Invariants: no wait is
-without a deadline; the dead are left out and the living go on; a group outside torch's default one is formed anew when
-its members change or it failed once, and ends no process, whatever befalls it; a receiver that is late, restarted or in
-a broken group pulls the same buckets from the sender's server.
+without a deadline; the dead are left out and the living go on; whoever came for a version is waited for at the next, so
+that a receiver which is gone holds the sender up once; a group outside torch's default one is formed anew when its
+members change or it failed once, and ends no process, whatever befalls it; a receiver that is late, restarted, new or
+in a broken group pulls the same buckets from the sender's server.
 
 Tests: tests/contracts/test_weights.py
 """
@@ -27,7 +28,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from flowrl.engines.weights.base import pack, verify
-from flowrl.engines.weights.manifest import AnyManifest, BroadcastManifest, encode_manifest
+from flowrl.engines.weights.manifest import AnyManifest, BroadcastManifest, Bucket, encode_manifest
 from flowrl.engines.weights.pull import PullServer, pull
 from flowrl.errors import ResourceError, TransferError
 
@@ -115,6 +116,7 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
     rank: int  # tensor-parallel rank in its replica
     size: int  # tensor-parallel ranks of its replica
     incarnation: str
+    is_near: bool = False  # it has the bytes already, by shared memory
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -149,6 +151,7 @@ class BroadcastSender:
         self._server: PullServer | None = None
         self._group: BroadcastGroup | None = None
         self._plan = Plan(group=0, members=[])
+        self._last: int | None = None  # the version that was transferred before
         self._transferring: int | None = None
         self._is_closed = False
 
@@ -158,20 +161,27 @@ class BroadcastSender:
         Raises:
             ResourceError: the host address cannot be listened on.
         """
-        _, server = self._listen()
         packed = list(pack(tensors, bucket_bytes=self._bucket_bytes, reuse=False))
-        self._held[version] = [raw for _, raw in packed]
-        manifest = BroadcastManifest(
+        manifest = self.offer(version, [bucket for bucket, _ in packed], [raw for _, raw in packed])
+        return encode_manifest(manifest), manifest.size_bytes
+
+    def offer(self, version: int, buckets: list[Bucket], buffers: list[torch.Tensor]) -> BroadcastManifest:
+        """Hold packed buckets for those who will want them.
+
+        Raises:
+            ResourceError: the host address cannot be listened on.
+        """
+        _, server = self._listen()
+        self._held[version] = buffers
+        return BroadcastManifest(
             version=version,
-            buckets=[bucket for bucket, _ in packed],
+            buckets=buckets,
             host=self._host,
             port=self._port,
             pull_port=server.port,
             token=server.token,
             backend="nccl" if self._device.type == "cuda" else "gloo",
-            world=1 + self._num_receivers,
         )
-        return encode_manifest(manifest), manifest.size_bytes
 
     def _listen(self) -> tuple[Store, PullServer]:
         if self._store is not None and self._server is not None:
@@ -206,16 +216,18 @@ class BroadcastSender:
         """
         store, held = self._store, self._held.get(version)
         self._transferring = version  # before looking whether we are closed: `close` looks the other way round
-        members: list[Member] = []
+        came: list[Member] = []
         if store is not None and held is not None and not self._is_closed:
-            members = self._gather(store, version)
+            came = self._gather(store, version)
         if self._is_closed or store is None or held is None:
             raise TransferError(self._where, f"closed while version {version} was being sent")
+        self._last = version
+        members = [member for member in came if not member.is_near]
         if members != self._plan.members or self._group is None:
             self._drop_group()
             self._plan = Plan(group=self._plan.group + 1, members=members)
         store.set(f"{version}/plan", msgspec.json.encode(self._plan).decode())
-        if not members:
+        if not came:
             raise TransferError(
                 self._where,
                 f"none of {self._num_receivers} receivers announced itself for version {version} within "
@@ -223,9 +235,10 @@ class BroadcastSender:
                 "see why the generators are gone, or raise transfer_timeout_s",
             )
         try:
-            if self._group is None:
+            if self._group is None and members:
                 self._group = self._form(store)
-            self._group.broadcast(held)
+            if self._group is not None:
+                self._group.broadcast(held)
         except RuntimeError:
             # A member died on the way. The others find their group broken and pull the same bytes from our server.
             self._drop_group()
@@ -234,9 +247,10 @@ class BroadcastSender:
     def _gather(self, store: Store, version: int) -> list[Member]:
         """Wait for the announcements; return those of complete replicas, in rank order."""
         newest: dict[tuple[int, int], Member] = {}
+        num_expected = self._num_came(store) or self._num_receivers
         deadline_s = time.monotonic() + self._timeout_s / 2
         for slot in count(1):
-            if len(_complete(newest)) == self._num_receivers:
+            if len(_complete(newest)) >= num_expected:
                 break
             left_s = max(deadline_s - time.monotonic(), 0.001)
             try:
@@ -249,6 +263,14 @@ class BroadcastSender:
             newest[member.replica, member.rank] = member
         whole = _complete(newest)
         return [newest[key] for key in sorted(newest) if key[0] in whole]
+
+    def _num_came(self, store: Store) -> int:
+        """Return how many replicas came for the version before, late ones too."""
+        if self._last is None:
+            return 0
+        slots = [f"{self._last}/{slot}" for slot in range(1, 1 + store.add(f"{self._last}/slots", 0))]
+        found = [msgspec.json.decode(store.get(slot), type=Member) for slot in slots if store.check([slot])]
+        return len(_complete({(member.replica, member.rank): member for member in found}))
 
     def _form(self, store: Store) -> BroadcastGroup:
         return BroadcastGroup(
@@ -292,7 +314,7 @@ class BroadcastFetcher:
     def __init__(
         self, where: str, *, replica: int, rank: int, size: int, device: str | torch.device, timeout_s: float
     ) -> None:
-        self._where = where
+        self.where = where
         self._member = Member(replica, rank, size, uuid.uuid4().hex)
         self._device = torch.device(device)
         self._timeout_s = timeout_s
@@ -314,8 +336,8 @@ class BroadcastFetcher:
         if [raw.numel() for raw in self._buffers] != sizes:
             self._buffers = [torch.empty(size, dtype=torch.uint8) for size in sizes]
         if not self._receive(manifest):
-            pull(manifest, self._buffers, timeout_s=self._timeout_s, where=self._where)
-        verify(manifest, self._buffers, self._where)
+            pull(manifest, self._buffers, timeout_s=self._timeout_s, where=self.where)
+        verify(manifest, self._buffers, self.where)
         return self._buffers
 
     def _receive(self, manifest: BroadcastManifest) -> bool:
@@ -344,6 +366,11 @@ class BroadcastFetcher:
             self._leave()
             return False
         return True
+
+    def announce_near(self, manifest: BroadcastManifest) -> None:
+        """Let the sender not wait for this receiver, which has the bytes."""
+        with contextlib.suppress(RuntimeError):  # the sender is gone, or waits for a while
+            _announce(self._join(manifest), manifest.version, msgspec.structs.replace(self._member, is_near=True))
 
     def _join(self, manifest: BroadcastManifest) -> Store:
         sender = (manifest.host, manifest.port, manifest.token)

@@ -57,10 +57,20 @@ class BroadcastManifest(WeightManifest, frozen=True, kw_only=True, tag="broadcas
     pull_port: int  # of the server for those who were not in the group
     token: str  # what the pull server wants to hear
     backend: str  # "gloo" | "nccl"
-    world: int  # receivers expected, each with its tensor-parallel ranks, and the sender
 
 
-AnyManifest = ShmManifest | BroadcastManifest
+class NearestManifest(BroadcastManifest, frozen=True, kw_only=True, tag="nearest"):
+    """The version is a file for those on the sender's machine, and broadcast to the others."""
+
+    path: str
+
+
+AnyManifest = ShmManifest | BroadcastManifest | NearestManifest
+
+
+def transport_of(manifest: AnyManifest) -> str:
+    """Return the name of the transport that brings a manifest's version."""
+    return str(manifest.__struct_config__.tag)
 
 
 class _Listing(msgspec.Struct, frozen=True):

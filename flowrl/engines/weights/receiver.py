@@ -35,9 +35,8 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from flowrl.engines.vllm_adapters import left_out
 from flowrl.engines.weights.base import WeightFetcher, unpack
-from flowrl.engines.weights.broadcast import BroadcastFetcher
-from flowrl.engines.weights.manifest import AnyManifest, ShmManifest, decode_manifest
-from flowrl.engines.weights.shm import ShmFetcher
+from flowrl.engines.weights.manifest import AnyManifest, decode_manifest, transport_of
+from flowrl.engines.weights.nearest import fetchers
 from flowrl.errors import ProofError, RunError
 
 if TYPE_CHECKING:
@@ -94,17 +93,14 @@ class FlowrlWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Note where this worker stands; connections are made when the first version comes."""
         ranks = self.parallel_config
         self._init = init_info
-        self._fetchers = {
-            "shm": ShmFetcher(init_info.where),
-            "broadcast": BroadcastFetcher(
-                init_info.where,
-                replica=init_info.replica,
-                rank=ranks.rank % ranks.world_size,
-                size=ranks.world_size,
-                device=self.device,
-                timeout_s=init_info.timeout_s,
-            ),
-        }
+        self._fetchers = fetchers(
+            init_info.where,
+            replica=init_info.replica,
+            rank=ranks.rank % ranks.world_size,
+            size=ranks.world_size,
+            device=self.device,
+            timeout_s=init_info.timeout_s,
+        )
 
     def prefetch(self, wire: str) -> None:
         """Start receiving the version a manifest describes and return at once."""
@@ -117,10 +113,9 @@ class FlowrlWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def _fetch(self, manifest: AnyManifest) -> None:
         start_s = time.monotonic()
-        kind = "shm" if isinstance(manifest, ShmManifest) else "broadcast"
         outcome: dict[str, Any] = {}
         try:
-            self._staged = manifest, self._fetchers[kind].fetch(manifest)
+            self._staged = manifest, self._fetchers[transport_of(manifest)].fetch(manifest)
         except RunError as error:
             failure = "proof" if isinstance(error, ProofError) else "transfer"
             outcome = {"kind": failure, "what": error.what, "remedy": error.remedy}

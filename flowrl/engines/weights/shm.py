@@ -13,6 +13,7 @@ import fcntl
 import mmap
 import os
 import re
+import secrets
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,11 +21,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from flowrl.engines.weights.base import memory, pack, verify
-from flowrl.engines.weights.manifest import AnyManifest, Bucket, ShmManifest, encode_manifest
+from flowrl.engines.weights.manifest import AnyManifest, Bucket, NearestManifest, ShmManifest, encode_manifest
 from flowrl.errors import ProofError, ResourceError, TransferError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "flowrl-weights-"
@@ -36,8 +37,10 @@ class ShmSender:
 
     def __init__(self, name: str, *, bucket_bytes: int, root: Path = SHARED_MEMORY) -> None:
         self._where = name
-        # The process id keeps apart two runs that share a name; a second sender of one process gets its own, too.
-        self._directory = root / f"{PREFIX}{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{os.getpid()}-{id(self):x}"
+        # Two runs may share a name, a process may have two senders, and on two machines process ids are the same.
+        self._directory = (
+            root / f"{PREFIX}{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{os.getpid()}-{secrets.token_hex(6)}"
+        )
         self._lock = -1
         self._bucket_bytes = bucket_bytes
         self._files: dict[int, Path] = {}
@@ -138,26 +141,36 @@ class ShmFetcher:
             ProofError: the file is short or a digest disagrees.
             TransferError: the file is not there.
         """
-        assert isinstance(manifest, ShmManifest)
+        assert isinstance(manifest, ShmManifest | NearestManifest)
         try:
-            with open(manifest.path, "rb") as file:
-                # A private mapping: torch wants to be allowed to write, and nobody may write to the sender's pages.
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            whole = map_file(manifest.path)
         except (OSError, ValueError) as error:
             raise TransferError(
                 self._where,
                 f"version {manifest.version} cannot be read from {manifest.path} ({error})",
-                "shared memory reaches one machine only; across machines set transport=broadcast",
+                "shared memory reaches one machine only; across machines set transport=auto or broadcast",
             ) from error
         end = max((bucket.offset + bucket.size for bucket in manifest.buckets), default=0)
-        if len(mapped) < end:
+        if len(whole) < end:
             raise ProofError(
-                self._where, f"{manifest.path} has {len(mapped)} bytes, version {manifest.version} needs {end}"
+                self._where, f"{manifest.path} has {len(whole)} bytes, version {manifest.version} needs {end}"
             )
-        whole = torch.frombuffer(mapped, dtype=torch.uint8)
-        buffers = [whole[bucket.offset : bucket.offset + bucket.size] for bucket in manifest.buckets]
+        buffers = split(whole, manifest.buckets)
         verify(manifest, buffers, self._where)
         return buffers
 
     def close(self) -> None:
         """Nothing is held between versions."""
+
+
+def map_file(path: str) -> torch.Tensor:
+    """Return a version's file, mapped."""
+    with open(path, "rb") as file:
+        # A private mapping: torch wants to be allowed to write, and nobody may write to the sender's pages.
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    return torch.frombuffer(mapped, dtype=torch.uint8)
+
+
+def split(whole: torch.Tensor, buckets: Sequence[Bucket]) -> list[torch.Tensor]:
+    """Return a version's bytes bucket by bucket, in place."""
+    return [whole[bucket.offset : bucket.offset + bucket.size] for bucket in buckets]
