@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv with everything flowrl and its tests need. Usage: bash scripts/setup.sh, from anywhere.
+# Make .venv with everything flowrl and its tests need. Usage: bash scripts/setup.sh [cpu|gpu], from anywhere.
 #
 # Without a GPU: CPU builds of torch and vLLM, every version pinned in constraints-cpu.txt. With one: flowrl-engine[gpu].
 # A finished set-up is recognised by its stamp and costs nothing; an interrupted one is made again from the start; a
@@ -105,8 +105,9 @@ install_beside_cuda_torch() {
     pip_install --no-deps --no-build-isolation -e .
 }
 
-device=cpu
-if has_gpu; then device=gpu; fi
+device="${1:-}" # cpu or gpu; an image is built where no GPU is
+if [[ -z "$device" ]]; then if has_gpu; then device=gpu; else device=cpu; fi; fi
+if [[ "$device" != cpu && "$device" != gpu ]]; then fail "$device is no device" "give cpu, gpu, or nothing"; fi
 if is_finished; then exit 0; fi
 
 mkdir -p .setup

@@ -38,13 +38,14 @@ pytest_tier() {
     tier "$1" "$2" python -m pytest "tests/$1" -m "(${3:-not gpu}) and not long" --tb=short --durations=5 "${@:4}"
 }
 
-printf 'test: check, slow units, contracts, ray and graphs, book, pages: about 10 minutes\n'
+printf 'test: check, slow units, contracts, ray and graphs, cluster, book, pages: about 13 minutes\n'
 tier check "1 min" bash scripts/check.sh
 tier "slow units" "1 min" python -m pytest tests/unit -m "slow and not gpu and not long" --tb=short --numprocesses 2
 pytest_tier contracts "3 min" "not gpu" --numprocesses 2 --dist loadfile
 # The longest of all first, the many small ones beside and after them.
 tier "ray, graphs" "4 min" python -m pytest tests/ray tests/graphs -m "not gpu and not long" --tb=short --durations=5 \
     --numprocesses 2 --dist loadfile --no-loadscope-reorder
+pytest_tier cluster "3 min" "not gpu" # two machines made of namespaces; skipped without root
 if nvidia-smi -L >/dev/null 2>&1 && [[ -d tests/gpu ]]; then pytest_tier gpu "3 min" gpu; fi
 tier book "10 s" bash scripts/docs.sh
 tier pages "2 min" python scripts/tested_pages.py
