@@ -1,4 +1,4 @@
-"""The command line: `flowrl run | check | plan | show | report | inspect | watch | verify | export`, and
+"""The command line: `flowrl run | check | plan | show | report | inspect | watch | scale | verify | export`, and
 `simulate | tune | bench | data | judge | graphs | init | doctor`.
 
 Bad input is one line on standard error (where, what, what to do) and exit code 2; a failed run is one line and exit
@@ -102,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument("run", type=Path, help="the run's directory")
     watch.add_argument("--debug", action="store_true", help="show tracebacks")
     watch.set_defaults(command=_watch)
+
+    scale = commands.add_parser("scale", help="give nodes of a run that goes on more or fewer replicas")
+    scale.add_argument("run", type=Path, help="the run's directory")
+    scale.add_argument("asked", nargs="+", metavar="NODE=N", help="such as generator=6")
+    scale.add_argument("--debug", action="store_true", help="show tracebacks")
+    scale.set_defaults(command=_scale)
 
     retrain = commands.add_parser("retrain", help="train again from what a run recorded, without generators")
     retrain.add_argument("run", type=Path, help="the run's directory")
@@ -305,6 +311,13 @@ def _watch(options: argparse.Namespace) -> int:
 
     run_dir = existing_run(options.run)
     return 1 if watch(run_dir, is_held=lambda: is_held(run_dir), say=_say) == "killed" else 0
+
+
+def _scale(options: argparse.Namespace) -> int:
+    from flowrl.runtime.scaling import scale
+
+    _say(f"asked for: {scale(options.run, options.asked)}; the run takes it up within seconds")
+    return 0
 
 
 def _steps(text: str) -> tuple[int, int | None]:

@@ -107,9 +107,9 @@ class HubActor:
             return error.what
         return ""
 
-    async def release(self, replica: str, successor: int) -> tuple[list[int], list[tuple[int, bytes]]]:
-        """Fence a dead replica off and give back what it held."""
-        released = await self._gate.release(replica, successor)
+    async def release(self, replica: str, successor: int, blames: bool) -> tuple[list[int], list[tuple[int, bytes]]]:
+        """Fence a replica off that is gone and give back what it held."""
+        released = await self._gate.release(replica, successor, blames=blames)
         return released.reissued, released.poisonous
 
     async def close(self) -> None:

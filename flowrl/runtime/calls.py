@@ -119,7 +119,7 @@ class CallGate:
         if undo is not None:
             undo(call.replica, call.arguments[0], answer.result())
 
-    async def release(self, replica: str, successor: int) -> Released:
+    async def release(self, replica: str, successor: int, *, blames: bool = True) -> Released:
         """Refuse the replica's calls from now on, end those that wait, and give back what it held."""
         known = self._replicas.setdefault(replica, ReplicaCalls())
         known.incarnation = successor
@@ -128,7 +128,7 @@ class CallGate:
         for answer in waiting:
             answer.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
-        return self.flow.release(replica)
+        return self.flow.release(replica, blames=blames)
 
     async def close(self) -> None:
         """End every call that waits."""

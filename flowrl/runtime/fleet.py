@@ -57,6 +57,9 @@ class Fleet:
         self._group: PlacementGroup | None = None
         self._own: list[Place] = []  # the processes that have reserved devices, one bundle of the group each
         self._devices: dict[tuple[str, int], str] = {}  # by host and seat
+        self._grown: dict[
+            Place, PlacementGroup
+        ] = {}  # of processes of replicas that joined, each with a group of its own
         self._born: dict[str, set[str]] = {}  # by replica: addresses
         self._looked_s = 0.0
         self._heard_s = time.monotonic()
@@ -131,8 +134,23 @@ class Fleet:
         reason = "no room for" if left else "others use the room for"
         return f"{reason} {who}; the nodes have {capacities(self._nodes.values())}"
 
+    async def make_room(self, ranks: list[Place]) -> None:
+        """Reserve what a replica's processes need, where the graph's own places have none for it."""
+        for place in ranks:
+            if _bundle_of(place, self._own) is not None or place in self._grown or not needs_of(place):
+                continue
+            selector = self._selector(place)
+            group = self._grown[place] = placement_group(
+                [needs_of(place)], bundle_label_selector=[selector] if selector else cast("Any", None)
+            )
+            if place.gpus:
+                _, names = await _look(group, 0, place.gpus)
+                self._devices |= {(place.host, seat): name for seat, name in zip(place.seats, names, strict=True)}
+
     def choice(self, place: Place) -> dict[str, Any]:
         """Return where a process is to be started, as options of its actor."""
+        if place in self._grown:
+            return {"scheduling_strategy": PlacementGroupSchedulingStrategy(self._grown[place], 0)}
         bundle = _bundle_of(place, self._own)
         if self._group is not None and bundle is not None:
             return {"scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, bundle)}
@@ -168,6 +186,13 @@ class Fleet:
         text = f"has no process yet: it needs {amounts(needs)}; the nodes have {capacities(self._nodes.values())}"
         self._tell("warning", replica, text)
 
+    def left(self, replica: str) -> None:
+        """Give back what a replica that has left reserved for itself."""
+        self._born.pop(replica, None)
+        for place in [place for place in self._grown if f"{place.node}.{place.replica}" == replica]:
+            with contextlib.suppress(RayError):
+                remove_placement_group(self._grown.pop(place))
+
     async def look(self) -> None:
         """Tell which nodes have been lost, with what they held, and which have joined.
 
@@ -195,9 +220,10 @@ class Fleet:
 
     def free(self) -> None:
         """Give back what was reserved."""
-        if self._group is not None:
-            with contextlib.suppress(RayError):
-                remove_placement_group(self._group)
+        for group in [self._group, *self._grown.values()]:
+            if group is not None:
+                with contextlib.suppress(RayError):
+                    remove_placement_group(group)
 
 
 def usable(nodes: list[RayNode], config: ClusterConfig) -> list[RayNode]:

@@ -267,8 +267,8 @@ class Flow:
             if self.ledger.num_open < count:
                 self._drains.grant(future)
 
-    def release(self, replica: str) -> Released:
-        """Give back all that a dead replica held, and wait for its acknowledgements no more.
+    def release(self, replica: str, *, blames: bool = True) -> Released:
+        """Give back all that a replica held which is gone, and wait for its acknowledgements no more.
 
         What it began itself (held-out prompts) is taken out everywhere: its successor begins it again. A group whose
         holder has died before is given only to a replica that holds nothing else; at `MAX_DEATHS` it ends as failed.
@@ -279,7 +279,7 @@ class Flow:
             del self._sent_by[key]
             self._forget(key)
         for queue in self._all_queues:
-            for item in queue.holds(replica):
+            for item in queue.holds(replica) if blames else ():
                 self._deaths[item.key] += 1
                 if self._deaths[item.key] >= MAX_DEATHS:
                     released.poisonous.append((item.key, item.body))

@@ -32,7 +32,8 @@ from flowrl.runtime.ledger import Cut
 from flowrl.runtime.placement import check_computes, check_resources, place, quiet_libraries
 from flowrl.runtime.resuming import check_same_data, check_same_run, record_attempt
 from flowrl.runtime.rundir import claim, create_run_dir, existing_run, recorded_settings, write_plan
-from flowrl.runtime.supervisor import STOPS, Options, Start, newest_start
+from flowrl.runtime.scaling import follow_scale
+from flowrl.runtime.supervisor import STOPS, Options, Scaling, Start, newest_start
 from flowrl.telemetry.report import Ending, report, write_ending, write_report
 from flowrl.telemetry.sinks import Sinks, open_sinks
 from flowrl.telemetry.trackers import check_trackers
@@ -227,7 +228,13 @@ def _run_on_loop(
     async def body() -> Outcome:
         stopping = asyncio.Event()
         with _stops(stopping, sinks, program.settings.stop_grace_s, companion):
-            return await _start(program, address, run_dir, {**options, "stopping": stopping}, sinks)
+            scaling = Scaling()
+            following = asyncio.create_task(follow_scale(run_dir, scaling))
+            try:
+                told = {**options, "stopping": stopping, "scaling": scaling}
+                return await _start(program, address, run_dir, told, sinks)
+            finally:
+                following.cancel()
 
     try:
         return uvloop.run(body())

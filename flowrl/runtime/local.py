@@ -160,9 +160,9 @@ class LocalCrew:
             stalling.cancel()
             await asyncio.gather(stalling, return_exceptions=True)
 
-    async def release(self, replica: str, successor: int) -> Released:
-        """Fence a dead replica off and give back what it held."""
-        return await self._gate.release(replica, successor)
+    async def release(self, replica: str, successor: int, *, blames: bool = True) -> Released:
+        """Fence a replica off that is gone and give back what it held."""
+        return await self._gate.release(replica, successor, blames=blames)
 
     async def kill(self, replica: str) -> None:
         """End a replica's task, wherever it waits."""

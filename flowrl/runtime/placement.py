@@ -11,6 +11,8 @@ Tests: tests/unit/runtime/test_placement.py
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 import sys
 from functools import partial
@@ -262,6 +264,17 @@ def _check_width(name: str, config: StageConfig) -> None:
     if isinstance(config, Serving) and 0 < config.gpus < devices_of(config):
         what = f"{config.gpus} GPUs, but a replica's model is split over {devices_of(config)}"
         raise ConfigError(f"{name}.gpus", what, f"set {name}.gpus={devices_of(config)}, or leave it out")
+
+
+def places_of(graph: Graph, replica: str) -> list[Place]:
+    """Return the processes of one replica, which may be one more than the graph has."""
+    node, _, number = replica.rpartition(".")
+    stage, index = graph.nodes[node], int(number)
+    if index >= stage.config.replicas:
+        grown = copy.copy(stage)
+        grown.config = msgspec.structs.replace(stage.config, replicas=index + 1)
+        graph = dataclasses.replace(graph, nodes={**graph.nodes, node: grown})
+    return [place for place in places(graph) if (place.node, place.replica) == (node, index)]
 
 
 def check_resources(graph: Graph, machine: Machine | None = None) -> None:

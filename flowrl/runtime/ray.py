@@ -29,7 +29,7 @@ from flowrl.runtime.fleet import Fleet, needs_of
 from flowrl.runtime.flow import Released, node_name
 from flowrl.runtime.local import num_readers
 from flowrl.runtime.nodes import amounts
-from flowrl.runtime.placement import Place, environment, module_path, places
+from flowrl.runtime.placement import Place, environment, module_path, places, places_of
 from flowrl.runtime.readiness import moved
 from flowrl.runtime.rundir import Claim, holders
 from flowrl.runtime.supervisor import Death, HostLost, Options, Outcome, Start, Supervisor, report_interval_s
@@ -147,7 +147,8 @@ class RayCrew:
     async def run(self, replica: str, incarnation: int, start: Start) -> None:
         """Start a replica's ranks and wait for their end; one that fails takes the others with it."""
         token = secrets.token_hex(16)
-        ranks = [p for p in places(self._graph) if _belongs(p, replica)]
+        ranks = places_of(self._graph, replica)
+        await self._now.fleet.make_room(ranks)
         actors = [self._start(p, incarnation, start, token) for p in ranks]
         self._now.actors[replica] = actors
         try:
@@ -268,9 +269,11 @@ class RayCrew:
                 raise HostLost("ray", trouble)
             await self._now.fleet.look()
 
-    async def release(self, replica: str, successor: int) -> Released:
-        """Fence a dead replica off and give back what it held."""
-        reissued, poisonous = await self._ask_hub("release", replica, successor)
+    async def release(self, replica: str, successor: int, *, blames: bool = True) -> Released:
+        """Fence a replica off that is gone and give back what it held."""
+        reissued, poisonous = await self._ask_hub("release", replica, successor, blames)
+        if not blames:
+            self._now.fleet.left(replica)
         return Released(reissued, poisonous)
 
     async def kill(self, replica: str) -> None:
@@ -356,7 +359,3 @@ def _first(error: Exception) -> Exception:
     return (
         _first(cast("ExceptionGroup[Exception]", error).exceptions[0]) if isinstance(error, ExceptionGroup) else error
     )
-
-
-def _belongs(place: Place, replica: str) -> bool:
-    return f"{place.node}.{place.replica}" == replica

@@ -77,6 +77,19 @@ class Outcome:
     recoveries: Counter[str] = field(default_factory=Counter[str])  # by node: restarts; "rollback": of the whole graph
 
 
+class Scaling:
+    """How many replicas nodes are to have while the run goes on; asked for by `flowrl scale`."""
+
+    def __init__(self) -> None:
+        self.wanted: dict[str, int] = {}  # by node
+        self.changed = asyncio.Event()
+
+    def ask(self, node: str, count: int) -> None:
+        """Ask for a number of replicas, at least one."""
+        self.wanted[node] = max(1, count)
+        self.changed.set()
+
+
 @dataclass(kw_only=True)
 class Options:
     """What a runtime is told of a run."""
@@ -84,6 +97,7 @@ class Options:
     run_dir: Path | None = None
     consume: Callable[[list[Event]], None] = lambda events: None
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    scaling: Scaling = field(default_factory=Scaling)
     resume: Start | None = None  # None: a new run
     claim: Claim | None = None  # of the directory; None: the runtime takes it
     start_number: int = -1  # of this start of the command, for the ledger
@@ -125,8 +139,8 @@ class Workers(Protocol):
         """Return the replicas that have no process: they wait for a place."""
         ...
 
-    async def release(self, replica: str, successor: int) -> Released:
-        """Fence a dead replica off and give back what it held."""
+    async def release(self, replica: str, successor: int, *, blames: bool = True) -> Released:
+        """Fence a replica off that is gone and give back what it held, which is blamed unless it was asked to go."""
         ...
 
     async def kill(self, replica: str) -> None:
@@ -220,37 +234,72 @@ class Supervisor:
         if not self._options.stopping.is_set():
             return
         unplaced = self._crew.unplaced
-        for node, stage in self._graph.nodes.items():
-            replicas = [replica_name(node, index) for index in range(stage.config.replicas)]
+        for node in self._graph.nodes:
+            replicas = [replica_name(node, index) for index in range(self._size(node))]
             if unplaced.issuperset(replicas):
                 self._tell("warning", node, "has no process, so what is under way cannot be finished: "
                            "the run stops here, and goes on from its newest checkpoint")  # fmt: skip
                 raise _Stopped
 
     async def _attempt(self, start: Start) -> dict[str, int]:
-        running: dict[asyncio.Future[None], str] = {
-            asyncio.ensure_future(self._crew.run(name, self._incarnations[name], start)): name
-            for node, stage in self._graph.nodes.items()
-            for name in (replica_name(node, i) for i in range(stage.config.replicas))
-        }
+        running: dict[asyncio.Future[None], str] = {}
+        for node in self._graph.nodes:
+            for index in range(self._size(node)):
+                self._start(replica_name(node, index), running, start)
         watching = asyncio.ensure_future(self._crew.watch())
         stopping = asyncio.ensure_future(self._options.stopping.wait())
+        scaling = asyncio.ensure_future(self._options.scaling.changed.wait())
         until = self._graph.until_node
         try:
             while any(node_name(name) == until for name in running.values()):
                 limit_s = STOP_LOOK_S if self._options.stopping.is_set() else None
-                waited = [*running, watching, *([] if limit_s else [stopping])]
+                waited = [*running, watching, scaling, *([] if limit_s else [stopping])]
                 await asyncio.wait(waited, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
                 self._heed_stop()
+                if scaling.done():
+                    self._options.scaling.changed.clear()
+                    scaling = asyncio.ensure_future(self._options.scaling.changed.wait())
+                    await self._scale(running, start)
                 if watching.done():
                     self._heed(watching, running)
                 for ended in [future for future in running if future.done()]:
                     await self._take(running.pop(ended), ended, running, start)
             return await self._wind_down(running)
         finally:
-            for future in [*running, watching, stopping]:
+            for future in [*running, watching, stopping, scaling]:
                 future.cancel()
             await asyncio.gather(*running, watching, return_exceptions=True)
+
+    def _size(self, node: str) -> int:
+        return self._options.scaling.wanted.get(node, self._graph.nodes[node].config.replicas)
+
+    def _start(self, name: str, running: dict[asyncio.Future[None], str], start: Start) -> None:
+        running[asyncio.ensure_future(self._crew.run(name, self._incarnations[name], start))] = name
+
+    async def _scale(self, running: dict[asyncio.Future[None], str], start: Start) -> None:
+        """Start the replicas that are asked for and let those go that are too many, the last ones first."""
+        for node in self._options.scaling.wanted:
+            names = [replica_name(node, index) for index in range(self._size(node))]
+            for name in [name for name in names if name not in running.values()]:
+                self._tell("info", name, "joins")
+                self._start(name, running, start)
+            for future, name in [*running.items()]:
+                if node_name(name) == node and name not in names and not future.done():
+                    del running[future]
+                    await self._let_go(name, future)
+
+    async def _let_go(self, name: str, future: asyncio.Future[None]) -> None:
+        """End a replica; what it held is issued again, and is not to blame."""
+        try:
+            await self._crew.kill(name)
+            future.cancel()
+            await asyncio.gather(future, return_exceptions=True)
+            self._incarnations[name] += 1
+            released = await self._crew.release(name, self._incarnations[name], blames=False)
+        except HostLost as lost:
+            raise _Rollback("flow", lost) from lost
+        again = f"; issued again: {len(released.reissued)} groups" if released.reissued else ""
+        self._tell("info", name, f"has left{again}")
 
     async def _wind_down(self, running: dict[asyncio.Future[None], str]) -> dict[str, int]:
         """Close the edges and let the rest end; what fails now does not matter to what was learned."""
@@ -293,7 +342,7 @@ class Supervisor:
             raise _Rollback("flow", lost) from lost
         self._incarnations[name] = successor
         self._report(name, error, released)
-        running[asyncio.ensure_future(self._crew.run(name, successor, start))] = name
+        self._start(name, running, start)
 
     def _charge(self, node: str, learned: int, error: FlowrlError) -> None:
         """Count a recovery against the node's budget, which is whole again once more groups are learned.
@@ -333,8 +382,8 @@ class Supervisor:
         )
         self._tell("warning", lost.where, text)
         self._recover(lost.where, "rollback", 0)
-        for node, stage in self._graph.nodes.items():
-            for index in range(stage.config.replicas):
+        for node in self._graph.nodes:
+            for index in range(self._size(node)):
                 self._incarnations[replica_name(node, index)] += 1
         return start
 

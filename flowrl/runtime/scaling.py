@@ -1,0 +1,78 @@
+"""`flowrl scale RUN NODE=N`: more or fewer replicas of a node while its run goes on.
+
+The command writes what it asks for into the run's directory, and the driver, wherever it is, takes it up. A replica
+that joins starts from the newest weights, as one that was restarted does; one that leaves hands back what it holds,
+which is issued again. So the staleness bound, the credits and the ledger stay what they are. Called by the command line
+and by launch.
+
+Tests: tests/unit/runtime/test_scaling.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from flowrl.errors import ConfigError
+from flowrl.graph.program import graph_of
+from flowrl.imports import suggest
+from flowrl.runtime.rundir import existing_run, is_held, read_plan
+from flowrl.telemetry.files import replace_file
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from flowrl.runtime.supervisor import Scaling
+
+FILE = "scale.json"
+LOOK_S = 1.0  # between two looks at it: a shared disk tells nobody what is written on another machine
+
+
+def scale(run_dir: Path, asked: Sequence[str]) -> str:
+    """Ask a run for numbers of replicas, each as "generator=6"; returns what was asked in words.
+
+    Raises:
+        ConfigError: the run does not go on, or a node cannot have that many.
+    """
+    graph = graph_of(read_plan(existing_run(run_dir)))
+    wanted: dict[str, int] = {}
+    for each in asked:
+        node, _, number = each.partition("=")
+        if not number.isdigit() or int(number) < 1:
+            raise ConfigError("scale", f"{each!r} is not NODE=N with N of 1 or more", "write generator=4")
+        if node not in graph.nodes:
+            raise ConfigError(
+                "scale", f"the run has no node {node!r}{suggest(node, graph.nodes)}", "name one of its nodes"
+            )
+        stage = graph.nodes[node]
+        if stage.is_stateful or stage.is_single or stage.config.share:
+            why = "sits on the devices of another node" if stage.config.share else "can have one replica only"
+            raise ConfigError(f"scale {node}", why, "scale generators and scorers")
+        wanted[node] = int(number)
+    if not is_held(run_dir):
+        raise ConfigError(str(run_dir), "does not go on: no process drives it", "resume it with --set NODE.replicas=N")
+    replace_file(run_dir / FILE, msgspec.json.encode(_read(run_dir) | wanted))
+    return ", ".join(f"{node} {count}" for node, count in wanted.items())
+
+
+def _read(run_dir: Path) -> dict[str, int]:
+    try:
+        return msgspec.json.decode((run_dir / FILE).read_bytes(), type=dict[str, int])
+    except (OSError, msgspec.DecodeError):
+        return {}
+
+
+async def follow_scale(run_dir: Path, scaling: Scaling) -> None:
+    """Take up what is asked for from now on, until cancelled."""
+    (run_dir / FILE).unlink(missing_ok=True)  # of the start before
+    seen: dict[str, int] = {}
+    while True:
+        await asyncio.sleep(LOOK_S)
+        wanted = _read(run_dir)
+        for node, count in wanted.items():
+            if seen.get(node) != count:
+                scaling.ask(node, count)
+        seen = wanted

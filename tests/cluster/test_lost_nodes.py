@@ -1,0 +1,75 @@
+"""A machine of a cluster that dies, comes back, or loses its link: runs on fake engines whose generator is on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from flowrl.runs.verify import verify_run
+from tests.cluster.test_two_machines import FLEET, Running, steps_of, told, until_step
+from tests.support.cluster import machines
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.support.cluster import Machine
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+
+
+def start(head: Machine, disk: Path, **settings: object) -> Running:
+    return Running(head, disk / "log", "run", FLEET, "--address", head.ray, "--name", "run", "--runs-dir", disk,
+                   *told({"learner_cpus": 1, **settings}))  # fmt: skip
+
+
+def stop(run: Running, run_dir: Path, *, rollbacks: int) -> None:
+    run.process.send_signal(2)
+    assert run.ends(90.0) == 0, run.text
+    verdict = verify_run(run_dir)
+    assert verdict.is_clean, verdict
+    assert verdict.rollbacks == rollbacks
+    assert not [line for line in run.text.splitlines() if "raylet" in line or "\x1b[" in line], run.text
+
+
+def test_a_node_that_dies_is_named_and_waited_for_and_taken_up_when_another_joins(disk: Path) -> None:
+    with machines(3) as (head, second, third):
+        head.start_ray()
+        second.start_ray(head)
+        run = start(head, disk)
+        until_step(run, disk / "run", 6)
+        second.stop()
+        run.until("node 10.77.0.2: is lost, with generator.0", within_s=120.0)
+        third.start_ray(head)
+        run.until("node 10.77.0.3: has joined", within_s=60.0)
+        until_step(run, disk / "run", steps_of(disk / "run") + 4)
+        stop(run, disk / "run", rollbacks=0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seconds", [8.0, 20.0])
+def test_a_lost_link_costs_time(disk: Path, seconds: float) -> None:
+    import time
+
+    with machines(2) as (head, second):
+        head.start_ray()
+        second.start_ray(head)
+        run = start(head, disk, heartbeat_timeout_s=40)
+        until_step(run, disk / "run", 6)
+        second.cut()
+        time.sleep(seconds)
+        second.restore()
+        until_step(run, disk / "run", steps_of(disk / "run") + 8)
+        stop(run, disk / "run", rollbacks=0)
+
+
+@pytest.mark.long
+def test_ctrl_c_is_heard_when_the_only_generators_machine_is_gone_for_good(disk: Path) -> None:
+    with machines(2) as (head, second):
+        head.start_ray()
+        second.start_ray(head)
+        run = start(head, disk)
+        until_step(run, disk / "run", 6)
+        second.stop()
+        run.until("generator.0: has no process yet: it needs 1 CPU; the nodes have 10.77.0.1 1 CPU", within_s=180.0)
+        stop(run, disk / "run", rollbacks=0)

@@ -1,0 +1,132 @@
+"""Replicas that join and leave while a run goes on, among deaths and bad links: nothing lost, twice or too stale."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from flowrl.errors import ConfigError, FlowrlError
+from flowrl.graph.program import plan_of
+from flowrl.runtime.local import LocalOptions, run_local
+from flowrl.runtime.rundir import Claim
+from flowrl.runtime.scaling import FILE, scale
+from flowrl.simulation.clock import run_virtual
+from flowrl.telemetry.events import Notice
+from tests.support.chaos import Chaos
+from tests.support.flows import FlowSettings, flow
+from tests.support.recovery import run_faulty
+
+if TYPE_CHECKING:
+    from flowrl.runtime.local import LocalCrew
+    from flowrl.runtime.supervisor import Scaling
+
+MEMORY = Path("/dev/shm")
+FULL = 10_000  # schedules, `--all`
+SHARES = 20
+SETTINGS = FlowSettings(
+    seed=0, steps=40, groups_per_step=4, window=2, max_staleness=2, generators=2, scorers=1, depth=4, token_s=0.05,
+    sigma=0.5, update_s=0.01, score_s=0.01, train_s=0.01, filter_every=5, initial=8, save_every=4,
+)  # fmt: skip
+
+
+@dataclass
+class Fleeting(Chaos):
+    """Faults, and a fleet that is asked to grow and to shrink."""
+
+    scalings: int = 6
+
+    async def strike(self, crew: LocalCrew) -> None:
+        async with asyncio.TaskGroup() as both:
+            both.create_task(super().strike(crew))
+            both.create_task(self._scale(crew._options.scaling))
+
+    async def _scale(self, scaling: Scaling) -> None:
+        while self.scalings > 0:
+            await asyncio.sleep(self._draw.expovariate(1 / self.mean_s))
+            self.scalings -= 1
+            node, count = self._draw.choice(["generator", "scorer"]), self._draw.randint(1, 5)
+            self.struck.append(f"{node}={count}")
+            scaling.ask(node, count)
+
+
+@pytest.mark.parametrize("first", range(0, 30, 6))
+def test_thirty_schedules_of_joins_leaves_and_deaths_keep_the_laws(first: int, tmp_path: Path) -> None:
+    for seed in range(first, first + 6):
+        run_faulty(seed, tmp_path / str(seed), chaos=Fleeting(seed, deaths=seed % 4))
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("first", range(1000, 1000 + FULL, FULL // SHARES))
+def test_ten_thousand_schedules_of_joins_leaves_and_deaths_keep_the_laws(first: int) -> None:
+    wrong: list[str] = []
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as directory:
+        for seed in range(first, first + FULL // SHARES):
+            try:
+                run_faulty(seed, Path(directory) / str(seed), chaos=Fleeting(seed, deaths=seed % 4))
+            except (AssertionError, FlowrlError) as error:
+                wrong.append(f"seed {seed}: {type(error).__name__}: {error}")
+    assert not wrong, "\n".join(wrong[:20])
+
+
+def test_a_fleet_of_two_becomes_four_one_and_three(tmp_path: Path) -> None:
+    counts: list[tuple[int, int]] = []
+    told: list[Any] = []
+
+    async def change(crew: LocalCrew) -> None:
+        await asyncio.sleep(0.5)
+        for count in (4, 1, 3):
+            crew._options.scaling.ask("generator", count)
+            await asyncio.sleep(0.5)
+            counts.append((count, sum(name.startswith("generator.") for name in crew.replicas)))
+
+    async def body() -> Any:
+        options = LocalOptions(run_dir=tmp_path, is_virtual=True, chaos=change, consume=told.extend,
+                               status_interval_s=50.0)  # fmt: skip
+        return await run_local(flow(SETTINGS), options)
+
+    outcome = run_virtual(body())
+    assert counts == [(4, 4), (1, 1), (3, 3)]
+    assert outcome.totals["learned"] == 160
+    said = [f"{event.where} {event.text}" for event in told if isinstance(event, Notice)]
+    assert next(line for line in said if line.startswith("generator.3")) == "generator.3 joins"
+    assert any(line.startswith("generator.1 has left") for line in said)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("generator", "is not NODE=N"),
+        ("generator=0", "is not NODE=N"),
+        ("generator=x", "is not NODE=N"),
+        ("generater=2", "did you mean 'generator'"),
+        ("learner=2", "can have one replica only"),
+        ("generator=2", "no process drives it"),
+    ],
+)
+def test_what_cannot_be_scaled_is_refused(tmp_path: Path, asked: str, words: str) -> None:
+    import msgspec
+
+    (tmp_path / "graph.json").write_bytes(msgspec.json.encode(plan_of(flow(SETTINGS))))
+    (tmp_path / "settings.yaml").write_text("steps: 2\n")
+    with pytest.raises(ConfigError, match=words):
+        scale(tmp_path, [asked])
+    assert not (tmp_path / FILE).exists()
+
+
+def test_what_is_asked_of_a_run_that_goes_on_is_written_for_its_driver(tmp_path: Path) -> None:
+    import msgspec
+
+    (tmp_path / "graph.json").write_bytes(msgspec.json.encode(plan_of(flow(SETTINGS))))
+    (tmp_path / "settings.yaml").write_text("steps: 2\n")
+    with contextlib.closing(Claim(tmp_path)):
+        scale(tmp_path, ["generator=4"])
+        scale(tmp_path, ["scorer=2", "generator=3"])
+    assert json.loads((tmp_path / FILE).read_text()) == {"generator": 3, "scorer": 2}
