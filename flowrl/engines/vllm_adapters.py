@@ -13,11 +13,13 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
     from vllm.lora.request import LoRARequest
 
@@ -132,3 +134,21 @@ def left_out(runner: Any) -> list[str]:
     """Return the layers of the adapter that a worker's model runner does not apply."""
     manager = runner.lora_manager._adapter_manager
     return sorted(set(manager.get_adapter(NUMBER).loras) - set(manager.modules))
+
+
+def spare_copies() -> None:
+    """Have vLLM's CPU build read the factors of the one adapter once; it copies them for every token of a step."""
+    from vllm.lora.ops.torch_ops import lora_ops
+
+    for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice"):
+        setattr(lora_ops, name, _of_the_first(getattr(lora_ops, name)))
+
+
+def _of_the_first(operation: Callable[..., None]) -> Callable[..., None]:
+    """Return an operation that, where there is one adapter, takes it for all tokens by the first one's index."""
+
+    @wraps(operation)
+    def applied(inputs: Tensor, factors: Tensor, output: Tensor, adapters: Tensor, *more: Any, **named: Any) -> None:
+        operation(inputs, factors, output, adapters[:1] if len(factors) == 1 else adapters, *more, **named)
+
+    return applied

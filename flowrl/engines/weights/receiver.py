@@ -33,7 +33,7 @@ from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process
 from vllm.model_executor.model_loader.reload.utils import get_layer_size, get_layer_tensors
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-from flowrl.engines.vllm_adapters import left_out
+from flowrl.engines.vllm_adapters import left_out, spare_copies
 from flowrl.engines.weights.base import WeightFetcher, unpack
 from flowrl.engines.weights.manifest import AnyManifest, decode_manifest, transport_of
 from flowrl.engines.weights.nearest import fetchers
@@ -281,3 +281,4 @@ def register() -> None:
 
 
 register()
+spare_copies()

@@ -6,9 +6,10 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from flowrl.engines.base import Lora, travelling
-from flowrl.engines.vllm_adapters import is_adaptable, unserved, write_adapter
+from flowrl.engines.vllm_adapters import _of_the_first, is_adaptable, unserved, write_adapter
 from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ def test_an_adapter_travels_where_it_is_served_and_is_merged_elsewhere_unless_it
         travelling(must, engine="", model=llama, where="learner")
 
 
+@pytest.mark.slow  # peft takes long to import
 def test_a_written_adapter_is_read_back_by_peft_with_its_scale(tmp_path):
-    import torch
     from peft import LoraConfig
     from safetensors.torch import load_file
 
@@ -81,3 +82,21 @@ def test_a_written_adapter_is_read_back_by_peft_with_its_scale(tmp_path):
     read: Any = LoraConfig.from_pretrained(str(tmp_path / "adapter"))
     assert (read.r, read.lora_alpha, read.use_rslora, read.target_modules) == (2, 6, True, {"q_proj"})
     assert load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys() == tensors.keys()
+
+
+def test_one_adapter_is_applied_to_every_token_as_if_each_had_its_own_copy():
+    copied: list[int] = []
+
+    def plain(inputs, factors, output, adapters, scale):  # as vLLM has it
+        copied.append(len(adapters))
+        output[:] = scale * torch.einsum("bi, boi -> bo", inputs, factors[adapters])
+
+    inputs, factors = torch.randn(5, 3), torch.randn(1, 2, 3)
+    found, expected = torch.zeros(5, 2), torch.zeros(5, 2)
+    _of_the_first(plain)(inputs, factors, found, torch.zeros(5, dtype=torch.int64), 0.5)
+    plain(inputs, factors, expected, torch.zeros(5, dtype=torch.int64), 0.5)
+    assert torch.allclose(found, expected)
+    two = torch.randn(2, 2, 3)
+    _of_the_first(plain)(inputs, two, found, torch.tensor([0, 1, 0, 1, 0]), 1.0)
+    assert torch.allclose(found[1], two[1] @ inputs[1])
+    assert copied == [1, 5, 5]
