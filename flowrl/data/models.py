@@ -64,7 +64,7 @@ def prepare_model(name: str, *, cache: Path | None = None, say: Say = lambda _: 
         ModelError: the directory lacks a part, or the id cannot be fetched.
     """
     where = f"model {name}"
-    path = _newest_of_run(Path(name).expanduser())
+    path = newest_of_run(Path(name).expanduser())
     if is_adapter(path):
         base = prepare_model(base_of(path, where), cache=cache, say=say)
         return merged_model(path.resolve(), base, cache=cache or _user_cache(), say=say)
@@ -86,7 +86,7 @@ def prepare_model(name: str, *, cache: Path | None = None, say: Say = lambda _: 
     return directory
 
 
-def _newest_of_run(path: Path) -> Path:
+def newest_of_run(path: Path) -> Path:
     """Return the model in the newest complete checkpoint of a run's directory; any other path as it is."""
     if not (path / "settings.yaml").is_file():
         return path

@@ -207,9 +207,9 @@ class _Rank:
 
     def _fresh(self) -> float:
         """Return the buffers that gradients are collected in; on CPUs they fill while activations go."""
-        if not self.on_gpu or self.stage < 1:
-            return 0.0
-        return self.b * (self.trained if self.stage == 1 and self.b < FLOAT else DS_BUCKET)
+        if self.stage == 1 and self.b < FLOAT:  # in the model's dtype, all of them
+            return self.b * self.trained
+        return self.b * DS_BUCKET if self.on_gpu and self.stage > 0 else 0.0
 
     def _tokens(self) -> float:
         return max(self.config.micro_batch_tokens, self.work.whole)

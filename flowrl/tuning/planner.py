@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowrl.engines.base import Computing, Serving, Training
-from flowrl.errors import FlowrlError
 from flowrl.runtime.placement import place
 from flowrl.stages.critic import Critic
 from flowrl.stages.examples import load_objective
@@ -99,14 +98,14 @@ class Planner:
             return by_rule()
         try:
             return self._planned(graph, paths, given)
-        except FlowrlError as error:
+        except Exception as error:  # a plan must never cost a run
             if not self._is_for_run:
                 raise
             self.why_none = str(error)
             return by_rule()
 
     def _planned(self, graph: Graph, paths: Mapping[str, str], given: Mapping[str, Any]) -> Mapping[str, Any]:
-        models = models_of(graph, self._given_configs)
+        models = models_of(graph, self._given_configs, counts=not self._is_for_run)
         simulates = bool(self._site.machine.gpus) or not self._is_for_run
         search = Search(graph, paths, given, models, self._site, simulates=simulates)
         best, prediction, others = search.best()
@@ -126,7 +125,7 @@ class Planner:
         return self.plan.lines(whole=whole)
 
 
-def models_of(graph: Graph, configs: Mapping[str, Path]) -> Models:
+def models_of(graph: Graph, configs: Mapping[str, Path], *, counts: bool = True) -> Models:
     """Return the models of a graph's nodes and the sequences that they see.
 
     Raises:
@@ -140,7 +139,7 @@ def models_of(graph: Graph, configs: Mapping[str, Path]) -> Models:
 
     def shape(name: str) -> Shape:
         if name not in known:
-            known[name] = find_shape(name, configs)
+            known[name] = find_shape(name, configs, counts=counts)
         return known[name]
 
     for name, stage in graph.nodes.items():

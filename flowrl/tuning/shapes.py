@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from flowrl.data.aside import run_aside
-from flowrl.data.models import DEFAULT_MODEL, HUB_NAME, num_parameters
+from flowrl.data.models import DEFAULT_MODEL, HUB_NAME, newest_of_run, num_parameters
 from flowrl.errors import ConfigError, ModelError
 from flowrl.tuning.published import PARAMETERS, PUBLISHED
 
@@ -129,30 +129,32 @@ def _first(value: Any) -> int:
     return max((each for each in several if isinstance(each, int)), default=0)
 
 
-def find_shape(name: str, configs: Mapping[str, Path]) -> Shape:
+def find_shape(name: str, configs: Mapping[str, Path], *, counts: bool = True) -> Shape:
     """Return a model's shape by the name that a graph has for it; `configs` are files that the user names for it.
+
+    Without `counts` a model has to have its weights here, or to be published: counting takes a process of its own.
 
     Raises:
         ModelError: nothing is known of it here.
     """
     where = f"model {name}"
     given = configs.get(name) or configs.get("")
-    directory = Path(given or name).expanduser()
+    directory = newest_of_run(Path(given or name).expanduser())
     if directory.is_file() and directory.suffix == ".json":
         return _counted(directory, where)
     if (directory / "config.json").is_file():
         held = num_parameters(directory, where)
-        return (
-            shape_of(_json(directory / "config.json", where), held)
-            if held
-            else _counted(directory / "config.json", where)
-        )
+        if held:
+            return shape_of(_json(directory / "config.json", where), held)
+        if not counts:
+            raise ModelError(where, "has no weights", "fetch the model again")
+        return _counted(directory / "config.json", where)
     if given is not None:
         raise ModelError(where, f"{given} is neither a config.json nor a directory with one", f"mend {OPTION}")
     known = HUB_NAME if name == DEFAULT_MODEL else name
     if known in PUBLISHED:
         return shape_of(PUBLISHED[known], PARAMETERS[known])
-    if (found := _cached(name)) is not None:
+    if counts and (found := _cached(name)) is not None:
         return _counted(found, where)
     what = "is not here, and what it is like is not known"
     raise ModelError(where, what, f"copy its config.json and name it by {OPTION} {name}=FILE")
