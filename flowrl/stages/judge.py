@@ -31,6 +31,7 @@ from flowrl.messages import Rollouts, Scored, Weights
 from flowrl.rewards.chat import ChatServer, chatting, check_chat
 from flowrl.rewards.judging import Asked, Judgement, Rubric, correlated
 from flowrl.stages.reward import Failures, add_scores
+from flowrl.stages.sampler import Sampler
 from flowrl.stages.serving import Generation, check_context, serving
 from flowrl.telemetry.events import Cause
 
@@ -160,7 +161,8 @@ class ModelJudge(_Judging):
 
     @asynccontextmanager
     async def _voice(self, context: Context) -> AsyncIterator[Voice]:
-        async with serving(context, self.config, model=self.config.model, weights=self.weights) as engine:
+        sampler = Sampler(model=self.config.model, max_model_len=self.config.max_model_len)
+        async with serving(context, self.config, sampler, self.weights) as engine:
             yield await context.compute(_Speaker, self.config, engine)
 
 

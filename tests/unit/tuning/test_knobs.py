@@ -64,8 +64,8 @@ def test_every_position_is_one_that_the_graph_takes() -> None:
     ],
 )
 def test_the_critics_minibatches_follow_the_groups_of_a_step(given, groups, minibatches) -> None:
-    graph = graph_with(ppo(*given), {"groups_per_step": groups})
-    assert graph.nodes["critic"].config.minibatches == minibatches
+    config: Any = graph_with(ppo(*given), {"groups_per_step": groups}).nodes["critic"].config
+    assert config.minibatches == minibatches
 
 
 def test_a_step_that_the_minibatches_do_not_divide_is_no_position() -> None:
