@@ -216,7 +216,7 @@ def finite(value: Any, place: str, where: str, remedy: str) -> float:
 
 def _said(error: BaseException) -> str:
     try:
-        return one_line(str(error))[:SHOWN_CHARS]
+        return one_line(str(error)[:SHOWN_CHARS])[:SHOWN_CHARS]
     except Exception as own:  # its own __str__
         return f"what it says cannot be shown ({type(own).__name__})"
 
