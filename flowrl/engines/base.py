@@ -145,6 +145,7 @@ class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
     mean_gap: float  # nats, canary against the learner; nan without a canary
     max_gap: float
     allowed_gap: float = float("nan")  # mean_gap above which the version would not be served
+    note: str = ""  # what went otherwise than it should on the way
 
 
 class GenerationEngine(Protocol):
@@ -269,7 +270,7 @@ class Training(Computing):
     ema_decay: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # of an average of the weights, saved as ema_model; 0: none
     router_aux_loss: Annotated[float, Meta(ge=0)] = 0.0  # weight of the loss that uses experts evenly; 0: none
     seed: int = 0  # of a new adapter, and of the order in which a step's groups come into minibatches
-    # auto: NCCL broadcast on GPUs; on CPUs shared memory within a machine and broadcast to others, for each generator
+    # auto: shared memory within a machine, broadcast to others, for each generator; with GPUs one of them for all
     transport: Literal["auto", "shm", "broadcast"] = "auto"
     transfer_timeout_s: Annotated[float, Meta(gt=0)] = 120.0  # for one weight transfer
 

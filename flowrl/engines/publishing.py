@@ -12,6 +12,7 @@ import ipaddress
 import json
 import re
 import tempfile
+from ipaddress import ip_address
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,7 @@ class Publisher:
         self.transport = config.transport
         if config.transport == "auto":
             is_alone = ipaddress.ip_address(host).is_loopback  # nobody elsewhere could reach us
-            self.transport = "broadcast" if device.type == "cuda" else "shm" if is_alone else "nearest"
+            self.transport = "shm" if is_alone else "broadcast" if device.type == "cuda" else "nearest"
 
     def open_sender(self) -> Any:
         """Return the transport's sender."""

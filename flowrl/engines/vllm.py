@@ -68,6 +68,7 @@ class VllmEngine:
         self._proved = asyncio.Event()
         self._receiver = Receiver(where, replica=receiver_index, timeout_s=config.transfer_timeout_s)  # of adapters
         self._adapter: Path | None = None  # that is served
+        self._note = ""  # of how the last version came
         self._admitting = asyncio.Event()  # cleared while a pause ends requests: vLLM refuses new ones meanwhile
         self._admitting.set()
         self._engine: Any = None
@@ -332,6 +333,7 @@ class VllmEngine:
             mean_gap=gap.mean,
             max_gap=gap.max,
             allowed_gap=gap.allowed,
+            note=self._note,
         )
 
     def _shares_nccl(self, weights: Weights) -> bool:
@@ -355,7 +357,7 @@ class VllmEngine:
         while not self._outcomes.empty():  # of an update that was cancelled or timed out
             self._outcomes.get_nowait()
         await self._engine.collective_rpc("flowrl_prefetch", args=(weights.manifest.decode(),))
-        seconds = [0.0]
+        seconds, self._note = [0.0], ""
         try:
             # A receiver has deadlines of its own and says more; this one is for a worker that died.
             async with asyncio.timeout(3 * self.config.transfer_timeout_s):
@@ -367,6 +369,7 @@ class VllmEngine:
                         failure = ProofError if outcome.kind == "proof" else TransferError
                         raise failure(self.where, outcome.what, outcome.remedy)
                     seconds.append(outcome.seconds)
+                    self._note = self._note or outcome.what
         except TimeoutError as error:
             raise TransferError(
                 self.where,

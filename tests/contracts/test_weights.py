@@ -291,9 +291,11 @@ def test_a_restarted_receiver_pulls_the_newest_version_and_joins_the_next_broadc
         sent.result()
         dead.close()
         assert_same(received(restarted, wire), some_tensors(0))  # nobody sends any more
+        assert "did not bring version 0, which is pulled" in restarted.note
         wire, _ = sender.publish(1, some_tensors(1).items())
         sent = pool.submit(sender.transfer, 1)
         assert_same(received(restarted, wire), some_tensors(1))
+        assert not restarted.note
         sent.result()
 
 

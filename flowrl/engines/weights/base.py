@@ -51,6 +51,8 @@ class WeightSender(Protocol):
 class WeightFetcher(Protocol):
     """A receiver's side of a transport; lives in one worker."""
 
+    note: str  # how the last version came, where that was not as it should be
+
     def fetch(self, manifest: AnyManifest) -> list[torch.Tensor]:
         """Return one verified host buffer (uint8) for each bucket.
 

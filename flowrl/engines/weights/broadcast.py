@@ -322,6 +322,7 @@ class BroadcastFetcher:
         self._store: Store | None = None
         self._group: BroadcastGroup | None = None
         self._number = 0
+        self.note = self._why = ""
         self._buffers: list[torch.Tensor] = []
 
     def fetch(self, manifest: AnyManifest) -> list[torch.Tensor]:
@@ -335,7 +336,9 @@ class BroadcastFetcher:
         sizes = [bucket.size for bucket in manifest.buckets]
         if [raw.numel() for raw in self._buffers] != sizes:
             self._buffers = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        self.note = ""
         if not self._receive(manifest):
+            self.note = f"the broadcast did not bring version {manifest.version}, which is pulled ({self._why})"
             pull(manifest, self._buffers, timeout_s=self._timeout_s, where=self.where)
         verify(manifest, self._buffers, self.where)
         return self._buffers
@@ -348,6 +351,7 @@ class BroadcastFetcher:
             store.wait([f"{manifest.version}/plan"], datetime.timedelta(seconds=self._timeout_s))
             plan = msgspec.json.decode(store.get(f"{manifest.version}/plan"), type=Plan)
             if self._member not in plan.members:
+                self._why = "it came too late for it"
                 return False
             if self._group is None or self._number != plan.group:
                 self._leave()
@@ -362,7 +366,8 @@ class BroadcastFetcher:
                     timeout_s=self._timeout_s,
                 )
             self._group.broadcast(self._buffers)
-        except RuntimeError:  # torch's distributed errors are of this kind; pulling tells whether the sender lives
+        except RuntimeError as error:  # torch's distributed errors are of this kind; pulling tells of a dead sender
+            self._why = f"its group broke: {str(error).strip().partition(chr(10))[0]}"
             self._leave()
             return False
         return True

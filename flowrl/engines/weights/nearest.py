@@ -70,6 +70,7 @@ class NearestFetcher:
 
     def __init__(self, far: BroadcastFetcher) -> None:
         self._near, self._far = ShmFetcher(far.where), far
+        self.note = ""
 
     def fetch(self, manifest: AnyManifest) -> list[torch.Tensor]:
         """Receive and verify a version.
@@ -80,7 +81,10 @@ class NearestFetcher:
         """
         assert isinstance(manifest, NearestManifest)
         if not Path(manifest.path).exists():
-            return self._far.fetch(manifest)
+            buffers = self._far.fetch(manifest)
+            self.note = self._far.note
+            return buffers
+        self.note = ""
         buffers = self._near.fetch(manifest)
         self._far.announce_near(manifest)
         return buffers

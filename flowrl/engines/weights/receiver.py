@@ -115,7 +115,9 @@ class FlowrlWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         start_s = time.monotonic()
         outcome: dict[str, Any] = {}
         try:
-            self._staged = manifest, self._fetchers[transport_of(manifest)].fetch(manifest)
+            fetcher = self._fetchers[transport_of(manifest)]
+            self._staged = manifest, fetcher.fetch(manifest)
+            outcome = {"what": fetcher.note}
         except RunError as error:
             failure = "proof" if isinstance(error, ProofError) else "transfer"
             outcome = {"kind": failure, "what": error.what, "remedy": error.remedy}

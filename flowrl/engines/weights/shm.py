@@ -131,6 +131,8 @@ def sweep(root: Path) -> None:
 class ShmFetcher:
     """Maps the file of a version; the pages are shared with the sender and with every other receiver."""
 
+    note = ""
+
     def __init__(self, where: str) -> None:
         self._where = where
 
