@@ -15,7 +15,7 @@ from flowrl.config import ImportPath, Meta, widen
 from flowrl.data.models import inspect_model, prepare_model
 from flowrl.engines.base import GenerationConfig, GenerationEngine, Lora, Serving, check_engine, open_engine
 from flowrl.errors import ChannelClosed, ConfigError
-from flowrl.telemetry.events import Cause, Notice, Span
+from flowrl.telemetry.events import Cause
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -104,24 +104,7 @@ async def _follow_weights(context: Context, engine: GenerationEngine, port: In[W
         }
         context.span(f"weight update v{weights.version}", start_s, args=figures)
         if report.note:
-            notice = Notice(level="warning", where=context.where, text=report.note, time_s=context.now())
-            context.recorder.record(notice)
-        context.recorder.record(
-            Span(
-                node=context.node,
-                replica=context.replica,
-                name=f"weight update v{weights.version}",
-                start_s=start_s,
-                end_s=context.now(),
-                args={
-                    "pause_s": report.pause_s,
-                    "transfer_s": report.transfer_s,
-                    "canary_mean_gap": report.mean_gap,
-                    "canary_max_gap": report.max_gap,
-                    "canary_allowed_gap": report.allowed_gap,
-                },
-            )
-        )
+            context.notice(report.note)
 
 
 async def serve_each(*lanes: tuple[In[Prompt], Serve], max_groups: int) -> None:
