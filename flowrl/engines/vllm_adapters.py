@@ -5,7 +5,7 @@ in the model's dtype, W never written to, so that nothing of an update is rounde
 known to be served so gets merged weights; an adapter of which vLLM would leave out a layer is refused. Its registry and
 model classes are read as text, for importing vLLM takes seconds. Called by `VllmEngine`.
 
-Tests: tests/contracts/test_vllm_engine.py, tests/unit/engines/test_vllm_adapters.py
+Tests: tests/contracts/test_generation_engines.py, tests/unit/engines/test_vllm_adapters.py
 """
 
 from __future__ import annotations
