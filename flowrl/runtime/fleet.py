@@ -3,8 +3,8 @@
 What reserves cores or GPUs gets a bundle of one placement group, so that a graph is placed as a whole or not at all;
 the learner's first rank goes to the home node, and what reserves nothing sits there too. Invariants: whoever waits for
 a place is named, with what he needs, within `TELL_S`, and no longer than `cluster.place_timeout_s`; no rank spans
-nodes, for a bundle is on one. One fleet serves one attempt of the crew (ray.py), which asks it where to
-start each process and tells it where each was born.
+nodes, for a bundle is on one. One fleet serves the crew (ray.py), which has it reserve anew at each attempt, asks it
+where to start each process and tells it where each was born.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ class Fleet:
         Raises:
             ResourceError: it was not free in time, or a process's GPUs are on two nodes.
         """
-        nodes = await self._cluster.nodes()
-        self._nodes = {node.id: node for node in usable(nodes, self._config)}
-        self._home = await self._cluster.home(nodes, self._config.home)
+        self._group, self._own, self._devices, self._grown = None, [], {}, {}
+        await self.look(is_due=True)
+        self._home = await self._cluster.home(await self._cluster.nodes(), self._config.home)
         own = self._own = [p for p in places(self._graph) if p.host == p.node and (p.cpus or p.gpus)]
         if not own:
             return
@@ -117,9 +117,13 @@ class Fleet:
     async def _granted(self, group: Any, wanted: list[tuple[str, dict[str, float]]]) -> None:
         limit_s = self._config.place_timeout_s
         granted = asyncio.ensure_future(answer_of(group.ready(), where="placement", within_s=limit_s))
+        told = ""
         try:
-            if not (await asyncio.wait([granted], timeout=TELL_S))[0]:
-                self._tell("warning", "placement", f"{self._waiting_for(wanted)}; waiting at most {limit_s:.0f} s")
+            while not (await asyncio.wait([granted], timeout=TELL_S))[0]:
+                await self.look()
+                if (text := self._waiting_for(wanted)) != told:
+                    told = text
+                    self._tell("warning", "placement", f"{text}; waiting at most {limit_s:.0f} s")
             await granted
         except Unanswered as error:
             what = f"{self._waiting_for(wanted)}, and it was not free within {limit_s:.0f} s"
@@ -157,10 +161,12 @@ class Fleet:
         return self.at_home()
 
     def at_home(self) -> dict[str, Any]:
-        """Return what puts a process on the home node."""
-        if self._cluster.is_local or self._home is None:
+        """Return what puts a process on the home node, or on another where that is gone."""
+        if self._cluster.is_local or not self._nodes:
             return {}
-        return {"scheduling_strategy": NodeAffinitySchedulingStrategy(self._home.id, soft=True)}
+        named = self._home.id if self._home is not None else ""
+        home = self._nodes.get(named) or next(iter(self._nodes.values()))
+        return {"scheduling_strategy": NodeAffinitySchedulingStrategy(home.id, soft=False)}
 
     def born(self, replica: str, addresses: set[str]) -> None:
         """Note where a replica's processes are; one that is elsewhere than before is told."""
@@ -181,8 +187,7 @@ class Fleet:
 
     async def tell_waiting(self, replica: str, needs: Mapping[str, float]) -> None:
         """Say that a replica has no process yet, and what it waits for."""
-        with contextlib.suppress(Unanswered):
-            self._nodes = {node.id: node for node in usable(await self._cluster.nodes(), self._config)}
+        await self.look()
         text = f"has no process yet: it needs {amounts(needs)}; the nodes have {capacities(self._nodes.values())}"
         self._tell("warning", replica, text)
 
@@ -193,13 +198,13 @@ class Fleet:
             with contextlib.suppress(RayError):
                 remove_placement_group(self._grown.pop(place))
 
-    async def look(self) -> None:
+    async def look(self, *, is_due: bool = False) -> None:
         """Tell which nodes have been lost, with what they held, and which have joined.
 
         Raises:
             RunError: Ray's head has not answered for long.
         """
-        if self._cluster.is_local or time.monotonic() < self._looked_s + LOOK_S:
+        if not is_due and (self._cluster.is_local or time.monotonic() < self._looked_s + LOOK_S):
             return
         self._looked_s = time.monotonic()
         try:
@@ -211,12 +216,14 @@ class Fleet:
             return
         self._heard_s = time.monotonic()
         alive = {node.id: node for node in usable(nodes, self._config)}
-        for node in [node for node in self._nodes.values() if node.id not in alive]:
+        before, self._nodes = self._nodes, alive
+        if self._cluster.is_local or not before:
+            return
+        for node in [node for node in before.values() if node.id not in alive]:
             held = sorted(replica for replica, addresses in self._born.items() if node.address in addresses)
             self._tell("warning", f"node {node.address}", f"is lost, with {', '.join(held) or 'nothing of this run'}")
-        for node in [node for node in alive.values() if node.id not in self._nodes]:
+        for node in [node for node in alive.values() if node.id not in before]:
             self._tell("info", f"node {node.address}", f"has joined, with {capacities([node]).partition(' ')[2]}")
-        self._nodes = alive
 
     def free(self) -> None:
         """Give back what was reserved."""

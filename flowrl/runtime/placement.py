@@ -11,7 +11,6 @@ Tests: tests/unit/runtime/test_placement.py
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
 import sys
@@ -271,7 +270,7 @@ def places_of(graph: Graph, replica: str) -> list[Place]:
     node, _, number = replica.rpartition(".")
     stage, index = graph.nodes[node], int(number)
     if index >= stage.config.replicas:
-        grown = copy.copy(stage)
+        grown = object.__new__(type(stage))  # its ports know the stage itself, and are not asked
         grown.config = msgspec.structs.replace(stage.config, replicas=index + 1)
         graph = dataclasses.replace(graph, nodes={**graph.nodes, node: grown})
     return [place for place in places(graph) if (place.node, place.replica) == (node, index)]

@@ -94,6 +94,7 @@ class RayCrew:
         self._claim = claimed
         self._run_dir = options.run_dir
         self._plan = moved(plan_of(graph), options.moved)
+        self._fleet = Fleet(graph, cluster, options.placing, self._tell)
         self._attempt: Attempt | None = None
         limit_s = options.heartbeat_timeout_s
         self._interval_s = report_interval_s(len(places(graph)), limit_s)  # between two questions to a process
@@ -110,7 +111,7 @@ class RayCrew:
             self._tell("warning", "ray", f"{trouble}; Ray is started again")
             await self._cluster.restart()
         await self._bury()
-        fleet = Fleet(self._graph, self._cluster, self._options.placing, self._tell)
+        fleet = self._fleet
         now = self._attempt = Attempt(number=self._claim.begin_attempt(), fleet=fleet)
         try:
             await fleet.reserve()

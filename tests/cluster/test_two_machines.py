@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,7 +18,6 @@ from tests.support.command import ROOT, tiny_settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from tests.support.cluster import Machine
 
@@ -57,6 +58,11 @@ class Running:
             assert self.process.poll() is None, self.text
             assert time.monotonic() < deadline_s, f"no {signs} in:\n{self.text}"
             time.sleep(0.05)
+
+    def press_ctrl_c(self) -> None:
+        """Interrupt the command itself, not the one that brought it onto the machine."""
+        (child,) = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGINT)
 
     def ends(self, within_s: float = 60.0) -> int:
         return self.process.wait(within_s)
@@ -111,7 +117,7 @@ def test_more_than_the_cluster_has_is_said_and_one_ctrl_c_ends_the_waiting(pair:
                   "--set", "generators=3")  # fmt: skip
     run.until("no room for generator.")
     assert "the nodes have 10.77.0.1 1 CPU; 10.77.0.2 1 CPU" in run.text
-    run.process.send_signal(signal.SIGINT)
+    run.press_ctrl_c()
     assert run.ends() == 0, run.text
     head_lines = [line for line in run.text.splitlines() if "raylet" in line or "\x1b[" in line]
     assert head_lines == [], "nothing of Ray's own words reaches the terminal"

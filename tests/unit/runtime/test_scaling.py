@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from flowrl.errors import ConfigError, FlowrlError
 from flowrl.graph.program import plan_of
 from flowrl.runtime.local import LocalOptions, run_local
+from flowrl.runtime.placement import places_of
 from flowrl.runtime.rundir import Claim
 from flowrl.runtime.scaling import FILE, scale
 from flowrl.simulation.clock import run_virtual
@@ -100,6 +102,13 @@ def test_a_fleet_of_two_becomes_four_one_and_three(tmp_path: Path) -> None:
     assert any(line.startswith("generator.1 has left") for line in said)
 
 
+def test_a_replica_that_joins_reserves_what_its_siblings_do() -> None:
+    graph = flow(SETTINGS)
+    (first,), (fifth,) = places_of(graph, "generator.0"), places_of(graph, "generator.4")
+    assert fifth == msgspec.structs.replace(first, replica=4)
+    assert graph.nodes["generator"].config.replicas == 2
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
@@ -112,8 +121,6 @@ def test_a_fleet_of_two_becomes_four_one_and_three(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_scaled_is_refused(tmp_path: Path, asked: str, words: str) -> None:
-    import msgspec
-
     (tmp_path / "graph.json").write_bytes(msgspec.json.encode(plan_of(flow(SETTINGS))))
     (tmp_path / "settings.yaml").write_text("steps: 2\n")
     with pytest.raises(ConfigError, match=words):
@@ -122,8 +129,6 @@ def test_what_cannot_be_scaled_is_refused(tmp_path: Path, asked: str, words: str
 
 
 def test_what_is_asked_of_a_run_that_goes_on_is_written_for_its_driver(tmp_path: Path) -> None:
-    import msgspec
-
     (tmp_path / "graph.json").write_bytes(msgspec.json.encode(plan_of(flow(SETTINGS))))
     (tmp_path / "settings.yaml").write_text("steps: 2\n")
     with contextlib.closing(Claim(tmp_path)):
