@@ -8,7 +8,6 @@ trainer on rank 0; `cast_saved` by `flowrl export`.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import re
 import tempfile
@@ -53,7 +52,7 @@ class Publisher:
         self._sender: Any = None
         self.transport = config.transport
         if config.transport == "auto":
-            is_alone = ipaddress.ip_address(host).is_loopback  # nobody elsewhere could reach us
+            is_alone = ip_address(host).is_loopback  # nobody elsewhere could reach us
             self.transport = "shm" if is_alone else "broadcast" if device.type == "cuda" else "nearest"
 
     def open_sender(self) -> Any:

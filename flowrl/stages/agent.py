@@ -240,7 +240,7 @@ class Agent(Stage):
 
         async with (
             self._environments(context) as environments,
-            serving(context, self.config, self.sampler, self.weights) as engine,
+            serving(context, self.config, self.weights, self.sampler) as engine,
         ):
             await serve_each((self.prompts, train), (self.heldout, evaluate), max_groups=self.config.max_groups)
 

@@ -63,7 +63,7 @@ class Generator(Stage):
         async def evaluate(prompt: Prompt) -> None:
             await self.heldout_rollouts.put(await self._sample(context, engine, prompt, "evaluate"))
 
-        async with serving(context, self.config, self.sampler, self.weights) as engine:
+        async with serving(context, self.config, self.weights, self.sampler) as engine:
             lanes = (self.prompts, train), (self.heldout, evaluate)
             await serve_each(*lanes, max_groups=self.config.max_groups)
 

@@ -31,7 +31,6 @@ from flowrl.messages import Rollouts, Scored, Weights
 from flowrl.rewards.chat import ChatServer, chatting, check_chat
 from flowrl.rewards.judging import Asked, Judgement, Rubric, correlated
 from flowrl.stages.reward import Failures, add_scores
-from flowrl.stages.sampler import Sampler
 from flowrl.stages.serving import Generation, check_context, serving
 from flowrl.telemetry.events import Cause
 
@@ -161,8 +160,7 @@ class ModelJudge(_Judging):
 
     @asynccontextmanager
     async def _voice(self, context: Context) -> AsyncIterator[Voice]:
-        sampler = Sampler(model=self.config.model, max_model_len=self.config.max_model_len)
-        async with serving(context, self.config, sampler, self.weights) as engine:
+        async with serving(context, self.config, self.weights, model=self.config.model) as engine:
             yield await context.compute(_Speaker, self.config, engine)
 
 

@@ -54,15 +54,15 @@ def check_context(config: Generation, model: str, say: Say, *, where: str) -> No
 
 @asynccontextmanager
 async def serving(
-    context: Context, config: Generation, sampler: Sampler, weights: In[Weights]
+    context: Context, config: Generation, weights: In[Weights], sampler: Sampler | None = None, *, model: str = ""
 ) -> AsyncIterator[GenerationEngine]:
     """Open an engine and have it serve every version that arrives; entered once it serves the first.
 
-    Where no edge brings weights, it serves the model as it is.
+    Where no edge brings weights, it serves the model as it is: the sampler's, or `model` where nothing is sampled.
     """
     with context.clock.charge(Cause.START):
-        directory = await context.compute(prepare_model, sampler.model)
-        adapter = sampler.travelling(directory) if weights.is_connected else Lora()
+        directory = await context.compute(prepare_model, sampler.model if sampler else model)
+        adapter = sampler.travelling(directory) if sampler and weights.is_connected else Lora()
         engine: GenerationEngine = open_engine(
             config.engine,
             config=widen(GenerationConfig, config, model=str(directory), adapter=adapter),
