@@ -160,15 +160,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     look.add_argument("--model", default="", help="whose tokenizer and chat template to use (default: the bundled one)")
     look.add_argument("--format", help="take the data as this format (default: found out from the columns)")
-    look.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE",
-                      help="one setting as in a graph, e.g. data.max_tokens=512; may be repeated")  # fmt: skip
+    _settings_option(look, help="one setting as in a graph, e.g. data.max_tokens=512; may be repeated")
     look.add_argument("--debug", action="store_true", help="show tracebacks")
     look.set_defaults(command=_check_data)
 
     judge = commands.add_parser("judge", help="say how far a judge agrees with preferences that people labelled")
     judge.add_argument("source", metavar="PATH", help="preferences: a file, a directory, or a Hugging Face id")
-    judge.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE",
-                       help="one setting: server.url, server.model, rubric.way, ...; may be repeated")  # fmt: skip
+    _settings_option(judge, help="one setting: server.url, server.model, rubric.way, ...; may be repeated")
     judge.add_argument("--debug", action="store_true", help="show tracebacks")
     judge.set_defaults(command=_judge)
 
@@ -189,11 +187,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _settings_option(parser: argparse.ArgumentParser, *, help: str) -> None:
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE", help=help)
+
+
 def _graph_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("graph", type=Path, help="a graph file such as graphs/ppo_async.py")
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="settings by path; --set wins over it")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE",
-                        help="one setting, e.g. learner.lr=1e-6; may be repeated")  # fmt: skip
+    _settings_option(parser, help="one setting, e.g. learner.lr=1e-6; may be repeated")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
 

@@ -153,9 +153,13 @@ def given(kind: type[Config], *, config: Path | None = None, overrides: Sequence
 
 
 def resolve(
-    kind: type[C], *, config: Path | None = None, overrides: Sequence[str] = (), places: Sequence[Path] = (),
+    kind: type[C],
+    *,
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+    places: Sequence[Path] = (),
     implied: Mapping[str, Any] | None = None,
-) -> C:  # fmt: skip
+) -> C:
     """Build settings of type `kind` from defaults, then a YAML file, then `path=value` overrides.
 
     User code is looked for in the directories `places`, then among what is installed. `implied` are further defaults,

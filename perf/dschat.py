@@ -72,8 +72,9 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="flowrl bench dschat", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="flowrl bench dschat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mode", nargs="+", choices=["eos", "fixed"], default=["eos", "fixed"])
     parser.add_argument("--padding", nargs="*", type=_padding, default=[256, 0], metavar="P|longest",
                         help="of the baseline's prompts (default: 256 longest); none: no baseline")  # fmt: skip

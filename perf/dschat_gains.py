@@ -88,11 +88,15 @@ class Ceiling(msgspec.Struct, frozen=True, kw_only=True):
             f"it took {self.asynchronous_s:.2f} s, {self.gained:.2f} times."
         ]
         if self.best_s is not None:
-            lines.append(f"No split of the same devices could take less than {self.best_s:.2f} s "
-                         f"({self.measured_s / self.best_s:.2f} times).")  # fmt: skip
+            lines.append(
+                f"No split of the same devices could take less than {self.best_s:.2f} s "
+                f"({self.measured_s / self.best_s:.2f} times)."
+            )
         if self.allowed <= 1.0:
-            lines.append("Asynchrony cannot win here: the stage that is slowest on its part of the devices takes as "
-                         "long as all stages in turn on all of them.")  # fmt: skip
+            lines.append(
+                "Asynchrony cannot win here: the stage that is slowest on its part of the devices takes as "
+                "long as all stages in turn on all of them."
+            )
         elif self.gained <= 1.0:
             lines.append("Asynchrony could have won here and did not.")
         return " ".join(lines)

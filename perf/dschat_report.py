@@ -125,14 +125,16 @@ def _rates(setting: Setting) -> str:
     rows: list[list[str]] = []
     for system in setting.systems:
         walls = [step.wall_s for step in system.steps]
-        rows.append([
-            system.name,
-            f"{statistics.median(walls):.2f} ({min(walls):.2f} to {max(walls):.2f}), {len(walls)} steps",
-            _median(system.samples_per_s, [step.samples / step.wall_s for step in system.steps]),
-            _median(system.tokens_per_s, [step.tokens / step.wall_s for step in system.steps]),
-            f"{sum(step.tokens for step in system.steps) / sum(step.samples for step in system.steps):.1f}",
-            *(f"{system.samples_per_s / baseline.samples_per_s:.2f}" for baseline in baselines),
-        ])  # fmt: skip
+        rows.append(
+            [
+                system.name,
+                f"{statistics.median(walls):.2f} ({min(walls):.2f} to {max(walls):.2f}), {len(walls)} steps",
+                _median(system.samples_per_s, [step.samples / step.wall_s for step in system.steps]),
+                _median(system.tokens_per_s, [step.tokens / step.wall_s for step in system.steps]),
+                f"{sum(step.tokens for step in system.steps) / sum(step.samples for step in system.steps):.1f}",
+                *(f"{system.samples_per_s / baseline.samples_per_s:.2f}" for baseline in baselines),
+            ]
+        )
     return markdown_table(heads, rows)
 
 

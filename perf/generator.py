@@ -90,13 +90,15 @@ def table(steps: dict[int, list[float]], *, weights_s: float, sample_s: float) -
     for running, seconds in steps.items():
         step_s = statistics.median(seconds)
         floor_s = max(weights_s, running * sample_s)
-        rows.append([
-            str(running),
-            f"{1e3 * step_s:.1f} ({1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f})",
-            f"{running / step_s:.0f}",
-            f"{1e3 * floor_s:.1f}, {'reading' if weights_s >= running * sample_s else 'arithmetic'}",
-            f"{floor_s / step_s:.0%}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                str(running),
+                f"{1e3 * step_s:.1f} ({1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f})",
+                f"{running / step_s:.0f}",
+                f"{1e3 * floor_s:.1f}, {'reading' if weights_s >= running * sample_s else 'arithmetic'}",
+                f"{floor_s / step_s:.0%}",
+            ]
+        )
     heads = ["samples", "step, ms: median (least to most)", "tokens/s", "floor, ms", "of the floor's speed"]
     return markdown_table(heads, rows)
 

@@ -53,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     sizes = [row.size for row in read_tables().rows]
-    parser = argparse.ArgumentParser(prog="flowrl bench paper", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="flowrl bench paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", choices=sizes, default=sizes, help="(default: all)")
     parser.add_argument("--settings", type=int, default=SETTINGS, metavar="N",
                         help="placements to look at for each size; 0: no search (default: %(default)s)")  # fmt: skip

@@ -85,8 +85,9 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="flowrl bench peers", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="flowrl bench peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="of the environment that has TRL")
     parser.add_argument("--model", default="SmolLM2-135M-Instruct")
@@ -170,8 +171,9 @@ def run_trl(order: PeerOrder, python: Path, out: Path) -> list[PeerStep]:
                  "DS_ACCELERATOR": "cpu"}  # fmt: skip
     command = [python, "-m", "perf.peers_trl", str(order_path), str(answer)]
     with stem.with_suffix(".out").open("w") as log:
-        ended = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                               env={**os.environ, **variables}, check=False)  # fmt: skip
+        ended = subprocess.run(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **variables}, check=False
+        )
     if ended.returncode:
         raise RunError("TRL", f"its process ended with {ended.returncode}", f"see {log.name}")
     return msgspec.json.decode(answer.read_bytes(), type=list[PeerStep])

@@ -62,8 +62,9 @@ class Clock(TrainerCallback):
 
         return collate_and_count
 
-    def reward(self, prompts: list[str], completions: list[str], completion_ids: list[list[int]],
-               **columns: Any) -> list[float]:  # fmt: skip
+    def reward(
+        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
+    ) -> list[float]:
         """Score, and count what GRPO feeds: every sequence is padded to the longest prompt and response."""
         lengths = [len(ids) for ids in completion_ids]
         prompt_lengths = [len(ids) for ids in self.tokenizer(prompts)["input_ids"]]

@@ -74,8 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="flowrl bench scale", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="flowrl bench scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gpus", nargs="+", type=int, default=GPUS, help=f"multiples of {UNIT}")
     parser.add_argument("--group-sizes", nargs="+", type=int, default=GROUP_SIZES, help="rollouts of one prompt")
     parser.add_argument("--ms-per-rollout", type=float, default=MS_PER_ROLLOUT,
@@ -178,8 +179,10 @@ def scaled(tables: Tables, row: Row, gpus: int) -> dict[str, Any]:
     """Return a row's asynchronous settings with every role's GPUs, and the batch, in proportion to the GPUs."""
     tree = settings(tables, row, "openrlhf", max_staleness=1)
     tree["groups_per_step"] = num_messages(tables, row) * gpus // row.gpus
-    tree["depths"] = {"reward_model_0": {"rollouts": tree["groups_per_step"]},
-                      "reference": {"scored": tree["groups_per_step"]}}  # fmt: skip
+    tree["depths"] = {
+        "reward_model_0": {"rollouts": tree["groups_per_step"]},
+        "reference": {"scored": tree["groups_per_step"]},
+    }
     for node in ROLES:
         name = "ranks" if node in ("learner", "critic") else "replicas"
         tree[node] = {**tree[node], name: tree[node][name] * gpus // row.gpus}

@@ -146,8 +146,9 @@ def shown(interval: Interval | None, form: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, print and write."""
-    parser = argparse.ArgumentParser(prog="perf.staleness", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="perf.staleness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: 5)")
     parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 2, 4, 8])
     parser.add_argument("--methods", nargs="+", default=METHODS)

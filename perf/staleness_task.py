@@ -307,7 +307,7 @@ def counting_graph(setting: Setting, model: Path) -> Graph:
     generator = Generator(
         Generator.Config(engine=f"{__name__}:TorchSampler", max_groups=credits, max_model_len=32, dtype="float32"),
         sampler,
-    )  # fmt: skip
+    )
     reward = CountingReward(CountingReward.Config())
     advantage = Advantage(Advantage.Config(), sampler, learning)
     learner = Learner(

@@ -84,8 +84,11 @@ class Correction(Config):
     def idle_fields(self) -> list[str]:
         """Return the fields that were changed and that this kind does not read."""
         read = FIELDS.get(self.kind, ())
-        return [name for name in type(self)().__struct_fields__ if name not in ("kind", *read)
-                and getattr(self, name) != getattr(Correction(), name)]  # fmt: skip
+        return [
+            name
+            for name in type(self)().__struct_fields__
+            if name not in ("kind", *read) and getattr(self, name) != getattr(Correction(), name)
+        ]
 
 
 class TokenWeights(NamedTuple):

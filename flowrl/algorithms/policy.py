@@ -305,9 +305,10 @@ class PolicyGradient(Algorithm):
             terms.append(("entropy", -self.entropy_coef, masked(batch.entropy_BT, batch.mask_BT)))
         elif self.needs_entropy:
             raise ConfigError(
-                "algorithm.entropy_coef", f"{self.entropy_coef} needs entropies, which the engine did not give",
+                "algorithm.entropy_coef",
+                f"{self.entropy_coef} needs entropies, which the engine did not give",
                 "set it to 0 or use an engine that honours needs_entropy",
-            )  # fmt: skip
+            )
         return terms
 
     def _policy_metrics(

@@ -341,11 +341,15 @@ def _split_pair(row: RawRow) -> tuple[Text, list[Text]]:
 
 def _check_said(row: RawRow, response: Text, name: str) -> None:
     """Insist that there is something to learn in a text, or in each of the assistant's messages."""
-    said = [response] if isinstance(response, str) else [
-        message.get("content") or message.keys() - {"role", "content", "weight", "name"}
-        for message in response
-        if message["role"] == "assistant" and message.get("weight") != 0
-    ]  # fmt: skip
+    said = (
+        [response]
+        if isinstance(response, str)
+        else [
+            message.get("content") or message.keys() - {"role", "content", "weight", "name"}
+            for message in response
+            if message["role"] == "assistant" and message.get("weight") != 0
+        ]
+    )
     if said and all(not each or (isinstance(each, str) and not each.strip()) for each in said):
         what = f"column {name!r}: {'what the assistant says' if isinstance(response, list) else 'the text'} is blank"
         raise DataError(row.place, what, "there is nothing to learn in it: drop the row, or set data.on_bad=skip")

@@ -36,10 +36,12 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     embedded = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     decays = [len(getattr(p, "ds_shape", p.shape)) >= 2 and id(p) not in embedded for p in trained]
     groups = [
-        {"params": [p for p, does in zip(trained, decays, strict=True) if does is decayed],
-         "weight_decay": weight_decay if decayed else 0.0}
+        {
+            "params": [p for p, does in zip(trained, decays, strict=True) if does is decayed],
+            "weight_decay": weight_decay if decayed else 0.0,
+        }
         for decayed in (True, False)
-    ]  # fmt: skip
+    ]
     return [group for group in groups if group["params"]]
 
 

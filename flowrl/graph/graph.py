@@ -265,8 +265,11 @@ class Graph:
         def walk(node: str, path: list[str]) -> None:
             if node in path:
                 cycle = " -> ".join([*path[path.index(node) :], node])
-                raise GraphError(cycle, "is a cycle of queues and would deadlock once they are full",
-                                 "put a Latest or a Credits edge into it, or bound what is out by most=")  # fmt: skip
+                raise GraphError(
+                    cycle,
+                    "is a cycle of queues and would deadlock once they are full",
+                    "put a Latest or a Credits edge into it, or bound what is out by most=",
+                )
             if node in finished:
                 return
             for following in sorted(after[node]):

@@ -110,8 +110,11 @@ def load_program(
             )
     kind: Any = module.Settings
     if not (isinstance(kind, type) and issubclass(kind, RunSettings)):
-        raise GraphError(str(path), "its Settings does not extend RunSettings",
-                         "write class Settings(RunSettings) from flowrl.graph.graph")  # fmt: skip
+        raise GraphError(
+            str(path),
+            "its Settings does not extend RunSettings",
+            "write class Settings(RunSettings) from flowrl.graph.graph",
+        )
     read = partial(resolve, kind, config=config, overrides=overrides, places=places)
     settings = _guarded(path, "Settings", read)
     graph = _guarded(path, "build", build_graph, module, settings)
@@ -164,8 +167,9 @@ def build_graph(module: Any, settings: Any) -> Graph:
     edges = [_with_depth(edge, depths.pop(graph.address(edge.target), None)) for edge in graph.edges]
     if depths:
         queues = [graph.address(edge.target) for edge in graph.edges if isinstance(edge, Queue)]
-        raise ConfigError(f"depths.{next(iter(depths))}", "is not a port that a queue leads to",
-                          f"name one of {', '.join(queues)}")  # fmt: skip
+        raise ConfigError(
+            f"depths.{next(iter(depths))}", "is not a port that a queue leads to", f"name one of {', '.join(queues)}"
+        )
     return dataclasses.replace(graph, edges=edges)
 
 

@@ -158,8 +158,9 @@ def describe_group(rows: list[dict[str, Any]], fate: str, pieces: Pieces | None)
     yield from _indented(printable(prompt) if prompt else "(its text is not recorded)")
     for row in rows:
         yield ""
-        scores = [f"{name} {_cell(value)}" for name, value in row.items()
-                  if name.startswith("score.") and value is not None]  # fmt: skip
+        scores = [
+            f"{name} {_cell(value)}" for name, value in row.items() if name.startswith("score.") and value is not None
+        ]
         yield one_line(f"sample {row['sample']}: reward {_cell(row['reward'])} ({', '.join(scores)})")
         facts = f"mean advantage {_cell(row['advantage_mean'])}, staleness {row['staleness']}, ended by {row['finish']}"
         yield one_line(f"  {facts}, {row['generator']}, learned in step {row['learned_in_step']}")

@@ -76,8 +76,9 @@ def retrain(request: RetrainRequest, *, say: Say) -> int:
     start = Start(cut=Cut(version=begin), checkpoint=checkpoint)
     with contextlib.closing(claim(directory, say)) as claimed:
         number = write_plan(directory, program)
-        outcome = drive(program, directory, claimed=claimed, start_number=number, resume=start, address=None, again="",
-                        say=say)  # fmt: skip
+        outcome = drive(
+            program, directory, claimed=claimed, start_number=number, resume=start, address=None, again="", say=say
+        )
     if not request.compares or outcome.was_stopped:
         return 0
     difference = first_difference(run_dir, directory, range(first, last))

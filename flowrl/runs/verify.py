@@ -62,9 +62,13 @@ class Verdict:
 
 
 def judge(
-    entries: list[Entry], *, max_staleness: int | None, is_finished: bool, max_age: int | None = None,
+    entries: list[Entry],
+    *,
+    max_staleness: int | None,
+    is_finished: bool,
+    max_age: int | None = None,
     bounds: Mapping[int, int | None] | None = None,
-) -> Verdict:  # fmt: skip
+) -> Verdict:
     """Return what a ledger's entries prove.
 
     `max_age` is the greatest staleness of a replayed group, `bounds` the greatest of a group by the start of the

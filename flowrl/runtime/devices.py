@@ -147,9 +147,8 @@ def _on_bus(root: Path = Path("/sys/bus/pci/devices")) -> str:
             return ""
 
     found = [
-        each for each in root.glob("*")
-        if read(each / "vendor") == NVIDIA and read(each / "class").startswith(DISPLAYS)
-    ]  # fmt: skip
+        each for each in root.glob("*") if read(each / "vendor") == NVIDIA and read(each / "class").startswith(DISPLAYS)
+    ]
     return "" if not found else f"{len(found)} NVIDIA GPU{'s are' if len(found) > 1 else ' is'}"
 
 
@@ -210,8 +209,11 @@ def check_usable(machine: Machine) -> None:
                 f"{gpu.total_bytes / GIB:.0f} GiB; the parts of a split model or batch are alike"
             )
             alike = [str(g.index) for g in machine.gpus if g.total_bytes >= SAME_SIZE * largest.total_bytes]
-            raise ResourceError("placement", what, "choose equal ones: CUDA_DEVICE_ORDER=PCI_BUS_ID "
-                                f"CUDA_VISIBLE_DEVICES={','.join(alike)}")  # fmt: skip
+            raise ResourceError(
+                "placement",
+                what,
+                f"choose equal ones: CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES={','.join(alike)}",
+            )
 
 
 def _major(version: str) -> int:

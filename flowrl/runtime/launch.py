@@ -300,9 +300,10 @@ def _stops(stopping: asyncio.Event, sinks: Sinks, grace_s: float, companion: Run
         stopping.set()
         deadline = loop.call_later(grace_s, abort, f"not stopped {grace_s:.0f} s after {number.name}: ended as it is")
         sinks.note(
-            "run", f"stopping ({number.name}): no more prompts are admitted, what is under way is learned and saved; "
+            "run",
+            f"stopping ({number.name}): no more prompts are admitted, what is under way is learned and saved; "
             "Ctrl-C again aborts",
-        )  # fmt: skip
+        )
         sinks.consume([])
 
     companion.heed(lambda: loop.call_soon_threadsafe(stop, signal.SIGINT) and None)

@@ -81,9 +81,13 @@ class _Placement:
     """The choice for one graph."""
 
     def __init__(
-        self, last: str, configs: Mapping[str, StageConfig], copies: Mapping[str, int], given: Mapping[str, Any],
+        self,
+        last: str,
+        configs: Mapping[str, StageConfig],
+        copies: Mapping[str, int],
+        given: Mapping[str, Any],
         machine: Machine,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._configs, self._copies, self._given, self._machine = configs, copies, given, machine
         self._found: dict[str, Any] = {}
         trainers = [path for path, config in configs.items() if isinstance(config, Training)]
@@ -296,8 +300,11 @@ def check_resources(graph: Graph, machine: Machine | None = None) -> None:
         if total > have + 1e-9:
             detail = by_node(asked)
             setting = "cpus" if unit == "cores" else "gpus"
-            raise ResourceError("placement", f"{total:g} {unit} are asked for ({detail}), {are}",
-                                f"lower replicas, ranks or {setting}, or let nodes share devices")  # fmt: skip
+            raise ResourceError(
+                "placement",
+                f"{total:g} {unit} are asked for ({detail}), {are}",
+                f"lower replicas, ranks or {setting}, or let nodes share devices",
+            )
     if needs_gpus:
         check_usable(machine)
 

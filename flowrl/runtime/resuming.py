@@ -36,9 +36,7 @@ FIXED = (
     "agent.environment*", "agent.max_turns", "agent.max_tokens", "agent.role", "agent.turn_prefix",
 )  # fmt: skip
 # Of these, what only says where something is done.
-FREE = (
-    "*.replicas", "*.ranks", "*.cpus", "*.gpus", "*.share",
-)  # fmt: skip
+FREE = ("*.replicas", "*.ranks", "*.cpus", "*.gpus", "*.share")
 Changes = dict[str, tuple[Any, Any]]  # path -> old, new
 
 

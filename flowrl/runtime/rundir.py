@@ -85,8 +85,9 @@ def write_plan(directory: Path, program: Program) -> int:
     plan = msgspec.json.format(msgspec.json.encode(plan_of(program.graph)))
     digests = {name: stage.data_digest for name, stage in program.graph.nodes.items() if stage.data_digest}
     number = len(read_starts(directory))
-    start = RunStart(number=number, time_s=time.time(), graph=str(program.path),
-                     plan_digest=digest_of(plan), settings=settings)  # fmt: skip
+    start = RunStart(
+        number=number, time_s=time.time(), graph=str(program.path), plan_digest=digest_of(plan), settings=settings
+    )
     path = directory / "starts.jsonl"
     try:
         with contextlib.closing(RecordFile(path, mode=PRIVATE)) as file:

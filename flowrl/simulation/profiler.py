@@ -170,9 +170,11 @@ class Profiler:
         decoding = kinds["generate"][-MAX_DECODING:]
         config = self._places[node].config if node in self._places else {}
         return NodeProfile(
-            decode=self._decoding(node, decoding) if decoding else None, calls=calls,
-            ranks=config.get("ranks", 1), threads=config.get("threads", 1),
-        )  # fmt: skip
+            decode=self._decoding(node, decoding) if decoding else None,
+            calls=calls,
+            ranks=config.get("ranks", 1),
+            threads=config.get("threads", 1),
+        )
 
     def _scoring(self, node: str, spans: list[Span]) -> CallCost:
         """Fit calls that score groups; an engine's cost is all its tokens' where every call had as many."""

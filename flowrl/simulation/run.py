@@ -91,9 +91,10 @@ def simulate(
     plan = timed_plan(graph, profile, steps=total, is_whole=is_whole)
     devices = on or graph
     scene = SimulationState(
-        profile, cores=max(profile.cores, _reserved(devices)),
+        profile,
+        cores=max(profile.cores, _reserved(devices)),
         gpus={} if on is None else {node: stage.config.replicas for node, stage in on.nodes.items()},
-    )  # fmt: skip
+    )
     watch = Watch(before, total, scene, precision=precision)
     look_s = _look_s(graph, profile) if detail == "queues" else None
     token = CURRENT.set(scene)
@@ -276,9 +277,13 @@ async def run_timed(
                 watch.clocks[node, index] = clock
             context = _context(node, index, client, watch, stopping, readers, clock)
             body = run_replica(
-                own, context, cast("FlowCalls", client), kinds=kinds, status_interval_s=status_s,
+                own,
+                context,
+                cast("FlowCalls", client),
+                kinds=kinds,
+                status_interval_s=status_s,
                 wire=UNWEIGHED if is_bare else WEIGHED,
-            )  # fmt: skip
+            )
             tasks.append(asyncio.ensure_future(_watched(body, watch)))
     try:
         await watch.ended
@@ -303,8 +308,9 @@ async def _look(flow: Flow, watch: Watch, interval_s: float) -> None:
         watch.look(flow.edge_status(loop.time()))
 
 
-def _context(node: str, replica: int, client: DirectFlow, watch: Watch, stopping: asyncio.Event, readers: int,
-             clock: CauseClock) -> Context:  # fmt: skip
+def _context(
+    node: str, replica: int, client: DirectFlow, watch: Watch, stopping: asyncio.Event, readers: int, clock: CauseClock
+) -> Context:
     now = asyncio.get_running_loop().time
 
     async def compute(function: Callable[..., T], *arguments: Any) -> T:

@@ -211,9 +211,12 @@ class NodeCosts:
     def _on(self, config: C, engine: str, **options: Any) -> C:
         options |= {"node": self.node, "device": self._device}
         quiet = msgspec.convert(_quiet(cast("Any", config)), type(config))
-        return cast("C", msgspec.structs.replace(
-            cast("Any", quiet), engine=f"flowrl.simulation.fake:{engine}", engine_options=options
-        ))  # fmt: skip
+        return cast(
+            "C",
+            msgspec.structs.replace(
+                cast("Any", quiet), engine=f"flowrl.simulation.fake:{engine}", engine_options=options
+            ),
+        )
 
 
 @functools.cache
@@ -277,8 +280,9 @@ def _prompt(spread: Spread, group_id: int, num_samples: int) -> Prompt:
 class TimedPass(StandIn):
     """Passes messages on after the time of a call, which slows nothing else down."""
 
-    def __init__(self, *, place: Ends, node: str, message: str, call: str, lanes: int,
-                 num_samples: int | None, filters: bool) -> None:  # fmt: skip
+    def __init__(
+        self, *, place: Ends, node: str, message: str, call: str, lanes: int, num_samples: int | None, filters: bool
+    ) -> None:
         super().__init__(place, Message, load_class(message, node))
         self.node = node
         self.call = call

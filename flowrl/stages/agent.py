@@ -285,8 +285,12 @@ class _Table:
         self._environments = environments
         self._turns = turns
         self._sampling = sampling
-        self._limits = Limits(max_turns=config.max_turns, turn_tokens=sampling.max_tokens,
-                              total_tokens=config.max_tokens, context_tokens=config.max_model_len)  # fmt: skip
+        self._limits = Limits(
+            max_turns=config.max_turns,
+            turn_tokens=sampling.max_tokens,
+            total_tokens=config.max_tokens,
+            context_tokens=config.max_model_len,
+        )
 
     async def play(self, prompt: Prompt, name: str) -> Scored:
         """Play the samples of a group at once; once one has failed, none is begun again.

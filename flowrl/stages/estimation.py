@@ -44,8 +44,9 @@ def load_algorithm(
     if not isinstance(algorithm, Algorithm):
         raise ConfigError("algorithm", f"{choice.use} is not an Algorithm", "subclass flowrl.algorithms.base:Algorithm")
     if algorithm.needs_critic and has_critic is False:
-        raise ConfigError("algorithm", f"{choice.use} needs a critic, which this graph does not have",
-                          "use graphs/ppo_async.py")  # fmt: skip
+        raise ConfigError(
+            "algorithm", f"{choice.use} needs a critic, which this graph does not have", "use graphs/ppo_async.py"
+        )
     if has_critic and not algorithm.needs_critic and not algorithm.is_blank:
         what = f"{choice.use} gives the critic of this graph nothing to learn"
         raise ConfigError("algorithm", what, "use graphs/group_async.py")

@@ -191,8 +191,9 @@ class _Speaker:
             what = f"a question of {len(prompt_ids)} tokens, but there is room for {self._room}"
             raise RewardError("judge", what, "raise max_model_len, or lower rubric.max_chars")
         self._num_asked += 1
-        (sample,) = await self._engine.generate(request_id=f"judge-{self._num_asked}", prompt_ids=prompt_ids,
-                                                num_samples=1, seed=0, sampling=self._sampling)  # fmt: skip
+        (sample,) = await self._engine.generate(
+            request_id=f"judge-{self._num_asked}", prompt_ids=prompt_ids, num_samples=1, seed=0, sampling=self._sampling
+        )
         return sample.text
 
 

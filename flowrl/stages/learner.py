@@ -289,16 +289,18 @@ class Learner(Stage):
             updates.append(metrics | await context.compute(engine.apply))
         return mean_metrics(updates)
 
-    async def _publish(self, context: Context, engine: TrainingEngine, learned: list[Samples],
-                       tasks: asyncio.TaskGroup) -> asyncio.Task[None]:  # fmt: skip
+    async def _publish(
+        self, context: Context, engine: TrainingEngine, learned: list[Samples], tasks: asyncio.TaskGroup
+    ) -> asyncio.Task[None]:
         """Offer the current weights and bring them to the generators in the background."""
         start_s = context.now()
         weights = await context.compute(engine.publish, context.version, _canary())
         await context.write(write_digests, context.run_dir, weights.version, tensor_digests(weights.manifest))
         return tasks.create_task(self._push(context, engine, weights, learned, start_s))
 
-    async def _push(self, context: Context, engine: TrainingEngine, weights: Weights, learned: list[Samples],
-                    start_s: float) -> None:  # fmt: skip
+    async def _push(
+        self, context: Context, engine: TrainingEngine, weights: Weights, learned: list[Samples], start_s: float
+    ) -> None:
         """Wait for every live generator to serve the version, then return the credits of what it was learned from."""
         async with asyncio.TaskGroup() as both:
             both.create_task(self.weights.put(weights))
@@ -331,8 +333,9 @@ class Learner(Stage):
         await save_checkpoint(context, engine, card=CARD, keep=keep, score=score, saving=self.saving)
         self._num_samples, self._sum_rewards = 0, 0.0
 
-    def _record(self, context: Context, batch: list[Samples], staleness: list[int], metrics: dict[str, float],
-                step_s: float) -> None:  # fmt: skip
+    def _record(
+        self, context: Context, batch: list[Samples], staleness: list[int], metrics: dict[str, float], step_s: float
+    ) -> None:
         figures = derived({**step_metrics(batch, staleness), **metrics, "step_s": step_s})
         context.recorder.record(
             Step(version=context.version, num_steps=self.learning.steps, time_s=context.now(), metrics=figures,

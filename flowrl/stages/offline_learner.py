@@ -170,8 +170,9 @@ class OfflineLearner(Stage):
         every = self.config.evaluate_every
         return version == self.course.steps or bool(every and version % every == 0)
 
-    async def _evaluate(self, context: Context, engine: TrainingEngine, objective: Objective,
-                        heldout: list[Example]) -> dict[str, float]:  # fmt: skip
+    async def _evaluate(
+        self, context: Context, engine: TrainingEngine, objective: Objective, heldout: list[Example]
+    ) -> dict[str, float]:
         """Measure the held-out examples and record their scores; returns the figures under "heldout."."""
         start_s = context.now()
         groups = await context.compute(step_groups, engine, objective, heldout)

@@ -71,8 +71,9 @@ async def save_parts(
     context.notice(text, level="info")
 
 
-async def _write(context: Context, write_own: Callable[[Path], None], writer: CheckpointWriter, *, score: float,
-                 saving: Out[Save]) -> Path:  # fmt: skip
+async def _write(
+    context: Context, write_own: Callable[[Path], None], writer: CheckpointWriter, *, score: float, saving: Out[Save]
+) -> Path:
     start_s, version = context.now(), context.version
     aside = await context.compute(writer.begin, version)
     try:

@@ -196,8 +196,9 @@ class Writer(Stage):
             metrics["kl"] = sum(ratios) / len(ratios)  # of whole responses, nats
         num_to_come = None if self._num_groups is None else self._num_groups - ids[-1] - 1
         self._record_step(context, metrics, num_to_come=num_to_come)
-        await save_parts(context, partial(_write_state, context.node, context.version), keep=1, score=0.0,
-                         saving=self.saving)  # fmt: skip
+        await save_parts(
+            context, partial(_write_state, context.node, context.version), keep=1, score=0.0, saving=self.saving
+        )
 
     def _record_step(self, context: Context, metrics: dict[str, float], *, num_to_come: int | None = 0) -> None:
         """Record a file as a step; `num_to_come` groups have not arrived, None where that is not known."""

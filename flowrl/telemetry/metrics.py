@@ -138,8 +138,9 @@ def events_in(lines: Iterable[bytes]) -> Iterator[Step | Evaluation | Notice]:
             case _StepLine():
                 known = {name: value for name, value in row.metrics.items() if value is not None}
                 stale = [age for age, count in row.staleness.items() for _ in range(count)]
-                yield Step(version=row.version, num_steps=row.num_steps, time_s=row.time_s, metrics=known,
-                           staleness=stale)  # fmt: skip
+                yield Step(
+                    version=row.version, num_steps=row.num_steps, time_s=row.time_s, metrics=known, staleness=stale
+                )
             case _EvaluationLine():
                 yield Evaluation(version=row.version, time_s=row.time_s, scores=row.scores, completions=row.completions)
             case _NoticeLine():

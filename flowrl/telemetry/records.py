@@ -93,8 +93,9 @@ def rollout_table(rows: Sequence[Scored], version: int, ours: Ours) -> Any:
     return pa.Table.from_pylist(samples, schema=schema)
 
 
-def _row(group: Scored, place: int, reward: float, version: int, scores: Sequence[str], columns: Iterable[str],
-         ours: Ours) -> dict[str, Any]:  # fmt: skip
+def _row(
+    group: Scored, place: int, reward: float, version: int, scores: Sequence[str], columns: Iterable[str], ours: Ours
+) -> dict[str, Any]:
     sample, learned = group.samples[place], ours.get((group.group_id, place))
     return {
         "group_id": group.group_id,

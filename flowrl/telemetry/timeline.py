@@ -334,8 +334,9 @@ class _Replica:
         for cause, part in known.items():
             self._seconds[cause] += spent_s * part / total if total else 0.0
         now = max(known, key=lambda cause: known[cause], default=Cause.COMPUTE)
-        return Status(node=self._node, replica=self._replica, time_s=time_s, cause=now, seconds=dict(self._seconds),
-                      done=0)  # fmt: skip
+        return Status(
+            node=self._node, replica=self._replica, time_s=time_s, cause=now, seconds=dict(self._seconds), done=0
+        )
 
 
 def _records(path: Path) -> Iterator[_Record]:

@@ -68,8 +68,11 @@ class ReplicaView:
             self.charged_s += age_s - last_age_s
         self._seconds, self._done, self._occupied_s = dict(status.seconds), status.done, status.occupied_s
         self.cause, self.running, self.version, self.time_s = (
-            status.cause, status.running, status.version, status.time_s,
-        )  # fmt: skip
+            status.cause,
+            status.running,
+            status.version,
+            status.time_s,
+        )
         self._recent.append((status.time_s, self.done))
 
     @property

@@ -83,9 +83,10 @@ def worth(now: Graph, changes: Iterable[Change], profile: Profile) -> list[str]:
     """Return what is worth saying of single changes, the best first, each with its gain and its price."""
     measured = _measured(now, profile)
     looks = sorted(
-        ((_look(change.graph, profile), place, change) for place, change in enumerate(changes)), reverse=True,
+        ((_look(change.graph, profile), place, change) for place, change in enumerate(changes)),
+        reverse=True,
         key=lambda look: look[:2],
-    )  # fmt: skip
+    )
     least = (1 + WORTH_SAYING) * _look(now, profile)
     told: list[tuple[float, str]] = []
     for rate, _, change in looks[:MOST_TOLD]:
@@ -113,8 +114,11 @@ def _measured(graph: Graph, profile: Profile, on: Graph | None = None) -> Predic
 
 def _price(now: Graph, change: Change, profile: Profile, measured: Prediction) -> str:
     """Return `, for 1 core more (the core alone +9%, the replica alone +2%)`, or nothing where no more is reserved."""
-    more = [(then - was, name) for was, then, name in
-            zip(reserved(now), reserved(change.graph), ("core", "GPU"), strict=True) if then > was]  # fmt: skip
+    more = [
+        (then - was, name)
+        for was, then, name in zip(reserved(now), reserved(change.graph), ("core", "GPU"), strict=True)
+        if then > was
+    ]
     if not more:
         return ""
     words = " and ".join(f"{count:g} {name}" + ("s" if count > 1 else "") for count, name in more)

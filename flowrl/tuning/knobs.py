@@ -55,9 +55,7 @@ class Knob(msgspec.Struct, frozen=True):
         return self.name.rpartition(".")[2] in BATCH
 
 
-def knobs_of(
-    settings: Any, graph: Graph, *, cores: float, is_affordable: Callable[[Setting], bool]
-) -> list[Knob]:  # fmt: skip
+def knobs_of(settings: Any, graph: Graph, *, cores: float, is_affordable: Callable[[Setting], bool]) -> list[Knob]:
     """Return the knobs of a graph that have more than one position within the devices there are."""
     found = [knob for knob in _all_knobs(settings, graph, cores) if len(knob.options) > 1]
     least = [_least(knob) for knob in found]

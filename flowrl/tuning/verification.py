@@ -151,9 +151,11 @@ def settled(tuning: Tuning, verified: Sequence[Verified]) -> tuple[Tuning, list[
     best = next(trial for trial in candidates if trial.samples_per_s >= (1 - CLOSE) * fastest)
     front = [told[frozenset(trial.setting.items())] for trial in tuning.front]
     new = msgspec.structs.replace(
-        tuning, recommended=best, present=told[frozenset(tuning.present.setting.items())],
+        tuning,
+        recommended=best,
+        present=told[frozenset(tuning.present.setting.items())],
         front=[trial for trial in front if trial.samples_per_s < best.samples_per_s or trial is best],
-    )  # fmt: skip
+    )
     lines = ["", "as measured:"]
     if best.setting != tuning.recommended.setting:
         was = told[frozenset(tuning.recommended.setting.items())].samples_per_s

@@ -35,8 +35,9 @@ def distilling(student: Path, teacher: Path) -> Graph:
     assert isinstance(reward, CountingReward)
     reference = Reference(
         Reference.Config(engine="flowrl.engines.torch:TorchEngine", dtype="float32"),
-        graph.nodes["prompts"].arguments["sampler"], model=str(teacher),
-    )  # fmt: skip
+        graph.nodes["prompts"].arguments["sampler"],
+        model=str(teacher),
+    )
     edges = [edge for edge in graph.edges if edge.source is not reward.referenced]
     edges += [
         Queue(reward.referenced, reference.scored, depth=10),
@@ -73,8 +74,9 @@ def test_the_staleness_benchmark_writes_its_figures_and_curves(
     assert all(len(ran.scores) == 6 for ran in runs)
     rows = msgspec.convert(found["summary"], list[staleness.Row])
     assert [(row.staleness, row.method, row.change is None) for row in rows] == [
-        (0, "-", True), (2, "truncated", False)
-    ]  # fmt: skip
+        (0, "-", True),
+        (2, "truncated", False),
+    ]
     drawn = ElementTree.fromstring((tmp_path / "staleness.svg").read_text())
     assert len(drawn.findall(".//{http://www.w3.org/2000/svg}polyline")) == 2
     assert "against synchronous" in capsys.readouterr().out

@@ -345,8 +345,10 @@ def refuse_while_paused(engine: VllmEngine) -> None:
         closed.clear()
 
     client.add_request, client.pause_generation, client.resume_generation = (
-        add_request, pause_generation, resume_generation,
-    )  # fmt: skip
+        add_request,
+        pause_generation,
+        resume_generation,
+    )
 
 
 @pytest.mark.parametrize("on_update", ["wait", "abort"])

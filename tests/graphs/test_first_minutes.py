@@ -213,9 +213,11 @@ def own_parts(here: Path) -> Path:
         ("import msgspec\n", "import msgspec\nfrom my_stage import Passing\n"),
         ("    reference: ", "    passing: Passing.Config = Passing.Config()\n    reference: "),
         ("row = dict(", "passing = Passing(s.passing)\n    row = dict(passing=passing, "),
-        ("Queue(scoring.scored, reference.scored)", "Queue(scoring.scored, passing.scored),\n"
-         "            Queue(passing.passed, reference.scored)"),
-    ):  # fmt: skip
+        (
+            "Queue(scoring.scored, reference.scored)",
+            "Queue(scoring.scored, passing.scored),\n            Queue(passing.passed, reference.scored)",
+        ),
+    ):
         assert text.count(before) == 1
         text = text.replace(before, after)
     (here / "my_graph.py").write_text(text)

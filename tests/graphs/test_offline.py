@@ -165,8 +165,9 @@ def test_kto_tells_wanted_responses_from_unwanted_ones(runner: Runner):
         for pair in random_rows(3).train
         for side in (0, 1)
     ]
-    ran = runner("preference", Rows(rows, rows[:3]), objective="flowrl.algorithms.kto:KTO", steps=15,
-                 **{"learner.lr": 1e-3})  # fmt: skip
+    ran = runner(
+        "preference", Rows(rows, rows[:3]), objective="flowrl.algorithms.kto:KTO", steps=15, **{"learner.lr": 1e-3}
+    )
     assert ran.curve("reference_point")[0] == pytest.approx(0.0, abs=1e-5)
     assert min(ran.curve("reference_point")) >= 0.0
     assert ran.curve("accuracy")[-1] == 1.0
@@ -217,10 +218,12 @@ def test_a_process_reward_model_judges_steps_as_labelled(runner: Runner):
 def test_distillation_brings_the_student_towards_another_teacher(direction: str, runner: Runner, tmp_path: Path):
     teacher = tiny_model(tmp_path / "teacher", seed=7)
     ran = runner(
-        "preference", random_rows(6, responses=1), objective="flowrl.algorithms.distillation:Distillation",
-        reference_model=teacher, **{"objective.direction": direction, "objective.drawn_by": "student",
-                                    "objective.mix": 1.0},
-    )  # fmt: skip
+        "preference",
+        random_rows(6, responses=1),
+        objective="flowrl.algorithms.distillation:Distillation",
+        reference_model=teacher,
+        **{"objective.direction": direction, "objective.drawn_by": "student", "objective.mix": 1.0},
+    )
     assert ran.curve("kl")[-1] < 0.5 * ran.curve("kl")[0]
     assert len(set(ran.curve("teacher_nll"))) == 1
 
@@ -228,10 +231,12 @@ def test_distillation_brings_the_student_towards_another_teacher(direction: str,
 def test_a_teachers_whole_distribution_is_learned(runner: Runner, tmp_path: Path):
     teacher = tiny_model(tmp_path / "teacher", seed=7)
     ran = runner(
-        "sft", random_rows(6, responses=1), steps=15,
+        "sft",
+        random_rows(6, responses=1),
+        steps=15,
         objective="flowrl.algorithms.full_distillation:FullDistillation",
         **{"objective.teacher": teacher, "objective.mix": 1.0},
-    )  # fmt: skip
+    )
     assert ran.curve("kl")[-1] < 0.5 * ran.curve("kl")[0]
     assert ran.curve("kl") == pytest.approx(ran.curve("loss"))
     before, after = (sum(sum(row) for row in evaluation.scores) for evaluation in ran.evaluations)

@@ -28,8 +28,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray]
 def test_gpus_are_reserved_whole_and_shared_whole_and_too_few_are_said_at_once(tmp_path: Path) -> None:
     graph = seated(
         generator={"gpus": 2, "tensor_parallel": 2, "replicas": 1, "layout": "processes"},
-        learner={"gpus": 1}, scorer={"share": "learner"},
-    )  # fmt: skip
+        learner={"gpus": 1},
+        scorer={"share": "learner"},
+    )
     many = seated(generator={"gpus": 1, "replicas": 4}, learner={"gpus": 1})
     run_dir, other = tmp_path / "run", tmp_path / "other"
     for each in (run_dir, other):

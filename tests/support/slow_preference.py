@@ -38,8 +38,9 @@ def sft(lp: Rows, masks: list[Mask]) -> tuple[float, float]:
     return -sum(summed(row, mask) for row, mask in zip(lp, masks, strict=True)), sum(map(sum, masks))
 
 
-def dpo(lp: Rows, ref: Rows, masks: list[Mask], pairs: Pairs, *, beta: float, e: float = 0.0, nll: float = 0.0
-        ) -> tuple[float, float]:  # fmt: skip
+def dpo(
+    lp: Rows, ref: Rows, masks: list[Mask], pairs: Pairs, *, beta: float, e: float = 0.0, nll: float = 0.0
+) -> tuple[float, float]:
     total = 0.0
     kept = complete(pairs, masks)
     for good, bad in kept:
@@ -96,8 +97,9 @@ def ipo(lp: Rows, ref: Rows, masks: list[Mask], pairs: Pairs, *, beta: float, re
     return total, len(kept)
 
 
-def kto(lp: Rows, ref: Rows, masks: list[Mask], labels: Row, *, beta: float, z: float, good: float, bad: float
-        ) -> tuple[float, float]:  # fmt: skip
+def kto(
+    lp: Rows, ref: Rows, masks: list[Mask], labels: Row, *, beta: float, z: float, good: float, bad: float
+) -> tuple[float, float]:
     total = count = 0.0
     for row, frozen, mask, label in zip(lp, ref, masks, labels, strict=True):
         if sampled(mask):
@@ -107,8 +109,9 @@ def kto(lp: Rows, ref: Rows, masks: list[Mask], labels: Row, *, beta: float, z: 
     return total, count
 
 
-def bradley_terry(values: Rows, masks: list[Mask], pairs: Pairs, margins: Row, *, centre: float = 0.0
-                  ) -> tuple[float, float]:  # fmt: skip
+def bradley_terry(
+    values: Rows, masks: list[Mask], pairs: Pairs, margins: Row, *, centre: float = 0.0
+) -> tuple[float, float]:
     total = 0.0
     kept = complete(pairs, masks)
     for good, bad in kept:

@@ -39,8 +39,10 @@ if TYPE_CHECKING:
 # torch reads these when a group is made. Its watchdog ends the whole process when an operation of the group fails or
 # passes its timeout, as when a generator dies; 2 lets it clean up the group and leave the process alone.
 HARMLESS = {
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_ENABLE_MONITORING": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
-}  # fmt: skip
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+}
 
 
 class BroadcastGroup:

@@ -206,8 +206,9 @@ class DirectCopies(TorchDispatchMode):
                 self._keep(*place, target=args[0], source=args[1])
         return func(*args, **(kwargs or {}))
 
-    def _keep(self, layer: torch.nn.Module, name: str, whole: torch.Tensor, *, target: torch.Tensor,
-              source: torch.Tensor) -> None:  # fmt: skip
+    def _keep(
+        self, layer: torch.nn.Module, name: str, whole: torch.Tensor, *, target: torch.Tensor, source: torch.Tensor
+    ) -> None:
         """Copy what was meant for a parameter, or for a part of it, into memory."""
         found = self._found.setdefault(layer, {})
         if name not in found:

@@ -160,9 +160,7 @@ def test_soft_and_geometric_ratios_of_one_token_by_hand():
 def test_terms_and_normalisations_equal_the_slow_ones(mean: Any, estimator: Any, seed: int):
     kl = KL(coef=0.3, placement="loss", estimator=estimator)
     algorithm = PPO(normalisation=mean, constant_tokens=5, kl=kl, entropy_coef=0.1, dual_clip=1.5)
-    policy = slow.Policy(
-        mean=mean, constant=5, kl_coef=0.3, estimator=estimator, entropy_coef=0.1, dual=1.5
-    )  # fmt: skip
+    policy = slow.Policy(mean=mean, constant=5, kl_coef=0.3, estimator=estimator, entropy_coef=0.1, dual=1.5)
     assert_equals_slow(algorithm, policy, loss_batch(seed, drift=0.8))
 
 

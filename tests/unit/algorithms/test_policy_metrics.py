@@ -59,9 +59,8 @@ def test_a_figure_is_the_mean_over_sampled_tokens_of_what_it_says(name: str, see
 
 def sequence_ratio(lp: Rows, anchor: Rows, masks: list[list[int]]) -> Row:
     means = [
-        sum(lp[i][t] - anchor[i][t] for t in sampled(mask)) / max(1, len(sampled(mask)))
-        for i, mask in enumerate(masks)
-    ]  # fmt: skip
+        sum(lp[i][t] - anchor[i][t] for t in sampled(mask)) / max(1, len(sampled(mask))) for i, mask in enumerate(masks)
+    ]
     return [math.exp(mean) for mean in means]
 
 

@@ -63,8 +63,9 @@ def test_the_process_loss_and_its_gradient_equal_the_slow_ones(threshold: float 
 
 def test_process_by_hand_counts_step_ends_only():
     nan = float("nan")
-    batch = LossBatch(torch.tensor([[5.0, 2.0, 5.0, -1.0]]), torch.ones(1, 4),
-                      {"step_label": torch.tensor([[nan, 1.0, nan, 0.75]])})  # fmt: skip
+    batch = LossBatch(
+        torch.tensor([[5.0, 2.0, 5.0, -1.0]]), torch.ones(1, 4), {"step_label": torch.tensor([[nan, 1.0, nan, 0.75]])}
+    )
     loss = Process().loss(batch)
     assert float(loss.count) == 2.0
     assert same(
@@ -123,8 +124,9 @@ def test_distillation_of_one_token_by_hand_with_its_weight_cut(
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_a_student_that_is_the_teacher_has_nothing_to_learn_from_the_divergence(direction: Direction):
-    batch = LossBatch(torch.full((1, 2), -1.0, requires_grad=True), torch.ones(1, 2),
-                      {"reference": torch.full((1, 2), -1.0)})  # fmt: skip
+    batch = LossBatch(
+        torch.full((1, 2), -1.0, requires_grad=True), torch.ones(1, 2), {"reference": torch.full((1, 2), -1.0)}
+    )
     loss = Distillation(direction=direction, mix=1.0).loss(batch)
     assert float(loss.total.detach()) == 0.0
     assert not gradient_of(loss.total, batch).any()
@@ -207,8 +209,9 @@ def test_a_token_is_worth_its_gap_less_that_of_the_other_samples_tokens(seed: in
     ref, old, masks = rows_of(group.reference_BT), rows_of(group.behaviour_BT), mask_rows(group.mask_BT)
     expected: list[list[float]] = []
     for i, mask in enumerate(masks):
-        others = [max(-0.3, min(0.3, ref[j][t] - old[j][t])) for j in range(len(masks)) if j != i
-                  for t in sampled(masks[j])]  # fmt: skip
+        others = [
+            max(-0.3, min(0.3, ref[j][t] - old[j][t])) for j in range(len(masks)) if j != i for t in sampled(masks[j])
+        ]
         worth = [max(-0.3, min(0.3, r - o)) - sum(others) / len(others) for r, o in zip(ref[i], old[i], strict=True)]
         expected.append([0.5 * each if sampled_here else 0.0 for each, sampled_here in zip(worth, mask, strict=True)])
     assert same(OnPolicyDistillation(coef=0.5, max_gap=0.3).advantages(group).advantages_BT, expected)

@@ -138,8 +138,9 @@ def test_masks_and_step_labels_are_cut_with_their_tokens(load):
     (row,) = load([{"messages": messages}], max_tokens=60, on_long="truncate").train
     assert row.masks is not None
     assert len(row.responses[0]) == len(row.masks[0]) == 60 - len(row.prompt_ids)
-    (row,) = load([{"prompt": "a", "completions": ["b", "c" * 50], "labels": [1, 0]}], max_tokens=20,
-                  on_long="truncate").train  # fmt: skip
+    (row,) = load(
+        [{"prompt": "a", "completions": ["b", "c" * 50], "labels": [1, 0]}], max_tokens=20, on_long="truncate"
+    ).train
     assert row.step_labels is not None
     assert [label for label in row.step_labels[0] if label == label] == [1.0]
     assert len(row.step_labels[0]) == len(row.responses[0]) == 19
@@ -295,8 +296,9 @@ def test_condition_of_a_conversation_stands_in_its_system_message(load, tokenize
 def test_condition_of_a_text_is_its_prompt_and_not_learned(load, tokenizer):
     examples = load([{"text": "abc", "score": i} for i in range(2)], condition_on=["score"])
     assert [tokenizer.decode(row.prompt_ids) for row in sorted(examples.train, key=lambda row: row.index)] == [
-        "score: 0\n", "score: 9\n",
-    ]  # fmt: skip
+        "score: 0\n",
+        "score: 9\n",
+    ]
     assert {tokenizer.decode(row.responses[0]) for row in examples.train} == {"abc<|im_end|>"}
 
 

@@ -82,8 +82,9 @@ def test_the_column_that_asks_is_found(jsonl, tokenizer, row, column, asked):
 
 
 def test_columns_have_the_names_that_reward_functions_ask_for(jsonl, tokenizer):
-    data = PromptData(source=jsonl([{"q": "a?", "solution": "b"}]), num_heldout=0, prompt_column="q",
-                      columns={"answer": "solution"})  # fmt: skip
+    data = PromptData(
+        source=jsonl([{"q": "a?", "solution": "b"}]), num_heldout=0, prompt_column="q", columns={"answer": "solution"}
+    )
     assert load_prompts(data, tokenizer).train[0].columns["answer"] == "b"
     with pytest.raises(DataError, match=r":1: no column 'gold' \(columns: q\); mend data\.columns"):
         load_prompts(PromptData(source=jsonl([{"q": "a?"}]), columns={"answer": "gold"}), tokenizer)

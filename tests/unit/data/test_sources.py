@@ -168,7 +168,7 @@ def test_a_split_or_subset_that_a_file_cannot_have_is_refused(jsonl):
         ("x.json", b'[{"a": 1, "a": 1}]', "x.json row 0: gives 'a' twice in one object"),
         ("x.json", b'[{"a": ' + 100 * b"[" + 100 * b"]" + b"}]", "x.json row 0: is nested more than 64 deep"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_read_is_named_with_its_place(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as caught:

@@ -34,9 +34,11 @@ LORA = Lora(rank=4, alpha=8)
 def opened(directory: Path, lora: Lora = LORA, *, seed: int = 0, draw: bool = True, **settings: Any) -> TorchEngine:
     """Open an engine; `draw` gives B random values, or nothing that an adapter does could be seen."""
     config = TrainingConfig(
-        model=str(directory), lora=lora, seed=seed,
+        model=str(directory),
+        lora=lora,
+        seed=seed,
         **{"dtype": "float32", "lr": 1e-3, "schedule": Schedule(kind="constant"), **settings},
-    )  # fmt: skip
+    )
     engine = TorchEngine(config, where="learner", name="test")
     engine.open(Ranks())
     generator = torch.Generator().manual_seed(99)

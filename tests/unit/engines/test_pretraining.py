@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 POLICY = random_groups(seed=21, count=4)
 TEXTS = [TokenGroup(prompt_ids=g.prompt_ids, responses=g.responses) for g in random_groups(seed=8, count=3)]
-LOSS, PRETRAINING = choose(WeightedTokens), Select(
-    use="flowrl.algorithms.pretraining:Pretraining", options={"coef": 0.3}
-)  # fmt: skip
+LOSS, PRETRAINING = (
+    choose(WeightedTokens),
+    Select(use="flowrl.algorithms.pretraining:Pretraining", options={"coef": 0.3}),
+)
 
 
 @pytest.mark.parametrize("budget", [2048, 40])

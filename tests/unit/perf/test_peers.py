@@ -63,8 +63,10 @@ def test_the_table_has_both_sides_their_waste_and_the_ratio(tiny: Path):
     work = PeerWork(method="sft", model=str(tiny), data="")
     slow = PeerStep(wall_s=4.0, sequences=8, tokens=60, fed_tokens=80)
     quick = PeerStep(wall_s=1.0, sequences=8)
-    sides = [Side(name="TRL", work=work, steps=(slow,), floor_s=0.5, settings={"way": "autocast"}),
-             Side(name="flowrl", work=work, steps=(quick,), floor_s=0.5, settings={})]  # fmt: skip
+    sides = [
+        Side(name="TRL", work=work, steps=(slow,), floor_s=0.5, settings={"way": "autocast"}),
+        Side(name="flowrl", work=work, steps=(quick,), floor_s=0.5, settings={}),
+    ]
     text = table(sides, "sft")
     assert "| TRL | 4.00 (4.00 to 4.00), 1 steps | 2.00 | 25% of what is fed | 0.50 | 12% |" in text
     assert "flowrl over TRL: **4.00**" in text

@@ -58,8 +58,9 @@ def test_many_processes_show_less_often_that_they_live(base) -> None:
     assert signs_per_s(1000) == pytest.approx(250)
     assert signs_per_s(10_000) == pytest.approx(10_000 / 15), "four times within the minute after which one is dead"
     assert report_interval_s(1, 1.0) == 0.25, "likewise where it is a second"
-    report = Scaling(size="7B", limit_per_s=773.4, ms_per_rollout=1.0, bases=(base,), points=(base,), machine="m",
-                     took_s=1.0)  # fmt: skip
+    report = Scaling(
+        size="7B", limit_per_s=773.4, ms_per_rollout=1.0, bases=(base,), points=(base,), machine="m", took_s=1.0
+    )
     by_calls, by_signs, _ = full_at(report.limit_per_s, base)
     assert by_calls < by_signs == pytest.approx(15 * 773.4, rel=2e-3)
     assert "What breaks first: the flow's calls." in markdown(report)

@@ -201,7 +201,7 @@ DAMAGES: dict[str, tuple[Harm, str]] = {
         lambda run_dir: (run_dir / NEWEST).rename(run_dir / "checkpoints" / "step-000009"),
         "step-000009: its manifest is of version 6",
     ),
-}  # fmt: skip
+}
 
 
 def test_a_sound_run_is_clean(run_dir: Path) -> None:

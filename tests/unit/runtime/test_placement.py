@@ -44,8 +44,10 @@ def test_two_or_more_gpus_are_split_and_one_is_shared_whole() -> None:
     one, eight = placed("ppo_async", 1), placed("ppo_async", 8)
     assert (one.settings.learner.gpus, one.settings.generator.share, one.settings.generator.gpus) == (1, "learner", 0)
     assert {name: seats(one, name) for name in ("learner", "generator", "critic")} == {
-        "learner": [(0,)], "generator": [(0,)], "critic": [(0,)],
-    }  # fmt: skip
+        "learner": [(0,)],
+        "generator": [(0,)],
+        "critic": [(0,)],
+    }
     assert one.settings.generator.gpu_memory_utilization < 0.5 < eight.settings.generator.gpu_memory_utilization
     assert seats(eight, "generator") == [(0,), (1,), (2,), (3,)]
     assert seats(eight, "learner") == seats(eight, "critic") == seats(eight, "reference") == [(0,), (1,), (2,), (3,)]

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from flowrl.simulation.prediction import Prediction
 
 GRAPH = Path(__file__).resolve().parents[3] / "graphs" / "ppo_async.py"
-PLAIN = replace(random_settings(0), groups_per_step=4, window=1, generators=1, scorers=1, depth=8, filter_every=0,
-                score_s=0.0)  # fmt: skip
+PLAIN = replace(
+    random_settings(0), groups_per_step=4, window=1, generators=1, scorers=1, depth=8, filter_every=0, score_s=0.0
+)
 TAIL = Spread(quantiles=(1.0, 2.0, 3.0, 4.0, 8.0))
 
 

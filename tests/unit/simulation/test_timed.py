@@ -189,8 +189,9 @@ def generate(order: Sequence[int]) -> dict[int, tuple[list[int], float]]:
         engine = generation(SimulationState(profile(decode=DecodeCost(step_s=0.1, sample_s=0.01))))
 
         async def one(seed: int) -> None:
-            samples = await engine.generate(request_id=f"{seed}", prompt_ids=[1], num_samples=4, seed=seed,
-                                            sampling=Sampling(max_tokens=30))  # fmt: skip
+            samples = await engine.generate(
+                request_id=f"{seed}", prompt_ids=[1], num_samples=4, seed=seed, sampling=Sampling(max_tokens=30)
+            )
             end_s = asyncio.get_running_loop().time()
             found[seed] = [len(sample.token_ids) for sample in samples], round(end_s, 6)
 

@@ -91,8 +91,9 @@ def flow(model: str, environment: str, *, steps: int = 2, per_version: int = 2, 
     calls = {"update_transfer": {"call_s": update_s}, "train": {"call_s": 0.02 * per_version}}
     costs = {"decode": {"step_s": token_s, "log_sigma": 0.5}, "calls": calls}
     sampler = Sampler(model=model, sampling=sampling or Sampling(max_tokens=6), group_size=2, seed=5)
-    learning = Learning(algorithm=Select(use=NULL), steps=steps, groups_per_step=per_version,
-                        max_staleness=max_staleness)  # fmt: skip
+    learning = Learning(
+        algorithm=Select(use=NULL), steps=steps, groups_per_step=per_version, max_staleness=max_staleness
+    )
     prompts = NumberedPrompts(Prompts.Config(), sampler)
     playing = Agent(
         Agent.Config(environment=f"{GAMES}:{environment}", isolation="thread", replicas=replicas, timeout_s=1e6,

@@ -45,9 +45,8 @@ def graph(objective: str, *, replicas: int = 1, evaluate_every: int = 0, engine:
     heldout = NumberedHeldout(HeldoutExamples.Config(), course)
     reference = ExampleReference(ExampleReference.Config(engine=FAKE, engine_options=costs, replicas=replicas), course)
     learner = OfflineLearner(
-        OfflineLearner.Config(engine=engine, engine_options=costs, evaluate_every=evaluate_every),
-        course,
-    )  # fmt: skip
+        OfflineLearner.Config(engine=engine, engine_options=costs, evaluate_every=evaluate_every), course
+    )
     return Graph(
         nodes={"examples": examples, "heldout": heldout, "reference": reference, "learner": learner},
         edges=[

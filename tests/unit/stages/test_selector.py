@@ -117,9 +117,8 @@ def graph(*, steps: int, per_step: int, max_staleness: int) -> Graph:
     costs = {"costs": {"decode": {"step_s": 0.05}, "calls": {"train": {"call_s": 0.6}}}}
     prompts = NumberedPrompts(Prompts.Config(), sampler)
     generator = Generator(
-        Generator.Config(engine="flowrl.simulation.fake:FakeGeneration", engine_options=costs, replicas=2),
-        sampler,
-    )  # fmt: skip
+        Generator.Config(engine="flowrl.simulation.fake:FakeGeneration", engine_options=costs, replicas=2), sampler
+    )
     reward = Judge(Judge.Config())
     select = Selector(Selector.Config(), take="pair")
     reference = Reference(Reference.Config(engine=FAKE, engine_options=costs), sampler)

@@ -82,9 +82,8 @@ def graph(config: Writer.Config, *, count: int, epochs: int = 1, fail_every: int
     sampler = Sampler(model=stand_in_model(), data=RAW, sampling=Sampling(max_tokens=4), group_size=3)
     prompts = ListedPrompts(Prompts.Config(), sampler, count=count, epochs=epochs)
     generator = Generator(
-        Generator.Config(replicas=replicas, max_groups=2, engine="flowrl.simulation.fake:FakeGeneration"),
-        sampler,
-    )  # fmt: skip
+        Generator.Config(replicas=replicas, max_groups=2, engine="flowrl.simulation.fake:FakeGeneration"), sampler
+    )
     reward = Judge(Judge.Config(fail_every=fail_every))
     writer = Writer(config, sampler)
     return Graph(

@@ -72,8 +72,9 @@ def random_run(seed: int, *, num_steps: int = 6, groups_per_step: int = 4) -> li
     end_s = max(at for at, _ in dated)
     for at in range(int(end_s) + 2):
         for replica in range(2):
-            busy = status("generator", replica, at=float(at), running=at % 3, computing=0.75 * at,
-                          waiting_for_input=0.25 * at)  # fmt: skip
+            busy = status(
+                "generator", replica, at=float(at), running=at % 3, computing=0.75 * at, waiting_for_input=0.25 * at
+            )
             dated.append((float(at), busy))
         dated.append((float(at), edge(draw.randrange(10), at=float(at))))
     return [event for _, event in sorted(dated, key=lambda pair: pair[0])]

@@ -79,8 +79,10 @@ def short_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let whatever keeps the newest thousands keep a few."""
     for module, names in (
         (profiler, ("MAX_SPANS", "MAX_STATUSES", "MAX_STEPS", "MAX_GROUPS")),
-        (timeline, ("MAX_OPEN_GROUPS",)), (view, ("MOST_REPEATED",)), (symptoms, ("NEWEST_STEPS",)),
-    ):  # fmt: skip
+        (timeline, ("MAX_OPEN_GROUPS",)),
+        (view, ("MOST_REPEATED",)),
+        (symptoms, ("NEWEST_STEPS",)),
+    ):
         for name in names:
             assert getattr(module, name) > NEWEST
             monkeypatch.setattr(module, name, NEWEST)

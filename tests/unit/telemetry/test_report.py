@@ -80,8 +80,9 @@ def test_time_that_nobody_was_charged_with_is_said() -> None:
 
 def steady(node: str, *, busy: float) -> list[Event]:
     def at(time_s: float) -> Event:
-        return status(node, at=time_s, computing=busy * time_s, waiting_for_input=(1 - busy) * time_s,
-                      occupied_s=busy * time_s)  # fmt: skip
+        return status(
+            node, at=time_s, computing=busy * time_s, waiting_for_input=(1 - busy) * time_s, occupied_s=busy * time_s
+        )
 
     return [at(10.0), span(node, "generate" if node == "generator" else "work", 1, 2, 0), step(1, at=10.0), at(110.0)]
 

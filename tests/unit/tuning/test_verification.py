@@ -47,8 +47,9 @@ def test_a_comparison_says_what_was_measured_first() -> None:
         "max_staleness=1: 8.00 samples/s measured, 9.00 predicted (+12.5%); staleness 0.90, 1.00 predicted"
     )
     assert lines[2].split(None, 1) == [
-        "generator", "computing 70% (90%), waiting for room 10% (5%), waiting for input 20% (5%)"
-    ]  # fmt: skip
+        "generator",
+        "computing 70% (90%), waiting for room 10% (5%), waiting for input 20% (5%)",
+    ]
     assert lines[-1].endswith("20% of the time")
 
 
