@@ -6,6 +6,8 @@ continued from it is bit-equal to training that never stopped. Every rank holds 
 
 Named in node configs as `engine="flowrl.engines.torch:TorchEngine"`; reward-model nodes take
 `SequenceScoringEngine`.
+
+Tests: tests/unit/engines/test_trainer.py
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Models(msgspec.Struct, frozen=True, kw_only=True):
     work: Work
 
 
-class Process(msgspec.Struct, frozen=True, kw_only=True):
+class PlacedProcess(msgspec.Struct, frozen=True, kw_only=True):
     """One process and where it is."""
 
     node: str
@@ -64,7 +64,7 @@ class Placed(msgspec.Struct, frozen=True, kw_only=True):
     """A placement."""
 
     configs: dict[str, StageConfig]
-    processes: list[Process]
+    processes: list[PlacedProcess]
     devices: list[float]  # bytes on each
     hosts: list[float]
     running: dict[str, int]  # generator -> samples of full length that its cache holds
@@ -89,7 +89,7 @@ def place_processes(configs: Mapping[str, StageConfig], until: str, models: Mode
         ConfigError: a process is to compute on more GPUs than it can.
     """
     seats = _Seats(site)
-    processes: list[Process] = []
+    processes: list[PlacedProcess] = []
     lacks: list[str] = []
     running: dict[str, int] = {}
     for each in places(rough_graph(configs, until)):
@@ -106,7 +106,7 @@ def place_processes(configs: Mapping[str, StageConfig], until: str, models: Mode
         rank = f" rank {each.rank}" if config.ranks > 1 else f".{each.replica}" if config.replicas > 1 else ""
         machine = devices[0] // site.per_machine if devices else 0
         processes.append(
-            Process(node=each.node, name=f"{each.node}{rank}", devices=devices, machine=machine, need=need)
+            PlacedProcess(node=each.node, name=f"{each.node}{rank}", devices=devices, machine=machine, need=need)
         )
     on_devices, on_hosts = [0.0] * len(site.machine.gpus), [FIXED] + [0.0] * (site.num_machines - 1)
     for process in processes:
@@ -181,7 +181,7 @@ def _no_cache(node: str, config: Serving, need: Need, site: Site, running: int, 
     )
 
 
-def _too_full(devices: list[float], hosts: list[float], processes: list[Process], site: Site) -> list[str]:
+def _too_full(devices: list[float], hosts: list[float], processes: list[PlacedProcess], site: Site) -> list[str]:
     found: list[str] = []
     fullest = max(range(len(devices)), key=devices.__getitem__, default=None)
     if fullest is not None and devices[fullest] > FULL * site.device_bytes:

@@ -121,7 +121,7 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
     is_near: bool = False  # it has the bytes already, by shared memory
 
 
-class Plan(msgspec.Struct, frozen=True):
+class _Plan(msgspec.Struct, frozen=True):
     """Who receives a version together, in rank order behind the sender."""
 
     group: int
@@ -152,7 +152,7 @@ class BroadcastSender:
         self._port = 0  # of the store
         self._server: PullServer | None = None
         self._group: BroadcastGroup | None = None
-        self._plan = Plan(group=0, members=[])
+        self._plan = _Plan(group=0, members=[])
         self._last: int | None = None  # the version that was transferred before
         self._transferring: int | None = None
         self._is_closed = False
@@ -227,7 +227,7 @@ class BroadcastSender:
         members = [member for member in came if not member.is_near]
         if members != self._plan.members or self._group is None:
             self._drop_group()
-            self._plan = Plan(group=self._plan.group + 1, members=members)
+            self._plan = _Plan(group=self._plan.group + 1, members=members)
         store.set(f"{version}/plan", msgspec.json.encode(self._plan).decode())
         if not came:
             raise TransferError(
@@ -351,7 +351,7 @@ class BroadcastFetcher:
             store = self._join(manifest)
             _announce(store, manifest.version, self._member)
             store.wait([f"{manifest.version}/plan"], datetime.timedelta(seconds=self._timeout_s))
-            plan = msgspec.json.decode(store.get(f"{manifest.version}/plan"), type=Plan)
+            plan = msgspec.json.decode(store.get(f"{manifest.version}/plan"), type=_Plan)
             if self._member not in plan.members:
                 self._why = "it came too late for it"
                 return False
