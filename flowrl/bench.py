@@ -2,6 +2,8 @@
 
 A benchmark is a module of perf/ without an underscore in its name that defines `main(argv) -> int`; helpers have one
 and are not listed. Listing them reads their first lines and imports nothing. Used by `flowrl bench`.
+
+Tests: tests/unit/test_bench.py
 """
 
 from __future__ import annotations

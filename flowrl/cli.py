@@ -4,6 +4,8 @@
 Bad input is one line on standard error (where, what, what to do) and exit code 2; a failed run is one line and exit
 code 1; a run the user stopped twice is 130. `--debug` adds the traceback. Nothing heavier than msgspec is imported
 before a command needs it, so that `flowrl --help` answers at once.
+
+Tests: tests/graphs/test_commands.py
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 Everything that is neither weights nor the model's own description: a tokenizer in whatever files it has, with all its
 chat templates, processors, code, licences. Nothing here is a list of tokenizers' file names, so a new kind of tokenizer
 is carried along as well. Called by whoever writes a model: the engines' publishing, and the merging of adapters.
+
+Tests: tests/unit/engines/test_saving.py
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 In a checkout they stand in graphs/ beside the package, in an installed wheel in flowrl/graphs. Listing them reads their
 first lines and imports nothing. Used by `flowrl graphs` and `flowrl init`.
+
+Tests: tests/graphs/test_installed.py
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ Invariants: nothing here reads a clock, a file, a random generator or a message;
 changes a result; a loss returns a sum and a count so that packing, padding, micro-batches and ranks cannot change
 what the engine divides once (law 7). The critic and the advantage stage call
 `advantages`, training engines `loss`.
+
+Tests: tests/contracts/test_algorithms.py
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@
 rho is against the policy that sampled, as in the paper: its clipped weight is the correction for older samples. The
 paper sets no lower bound (low = 1) and tunes the upper one without stating it; a weight of at most 5 follows ScaleRL
 (2510.13786). No KL term.
+
+Tests: tests/unit/algorithms/test_losses.py
 """
 
 from __future__ import annotations

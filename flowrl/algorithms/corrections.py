@@ -24,6 +24,8 @@ the staleness. With one optimizer step a version pi is pi_prox, and their clip n
                    old, pi_old itself for d <= 1: no forward for pi_prox (A-3PO, 2512.06547)
 
 Invariant: no gradient flows through a weight; tokens of weight 0 still count in the loss's divisor. Called by policy.
+
+Tests: tests/unit/algorithms/test_losses.py
 """
 
 from __future__ import annotations

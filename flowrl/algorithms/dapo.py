@@ -7,6 +7,8 @@
     overlong penalty (3.4): `shaping.overlong_buffer` tokens before the longest answer, off unless set
 
 Advantages are GRPO's; there is no KL term.
+
+Tests: tests/unit/algorithms/test_shaping.py
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ mean. The column "reference" holds the teacher's log-prob of the token. With d =
 Weights carry no gradient and are cut at `max_weight`, which only a wide gap between the two reaches. Sequence-level
 distillation (Kim and Rush 2016, 1606.07947) is mix=0 on the teacher's tokens; on-policy distillation (GKD, 2306.13649)
 is direction=reverse, drawn_by=student on the student's own samples. The teacher shares the student's vocabulary.
+
+Tests: tests/unit/algorithms/test_supervised.py
 """
 
 from __future__ import annotations

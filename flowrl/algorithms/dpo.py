@@ -7,6 +7,8 @@ e > 0 says that a pair is labelled the wrong way round with that probability (cD
 the chosen response likely (iterative reasoning preference optimisation, 2404.19733, equation 2: normalised by length).
 A response's implicit reward is beta (lp - ref). With reduction=mean, length-normalised DPO (Tulu 3, 2411.15124, section
 5.1), a long response is no better for its length; beta is then greater, 5 in the paper. The mean is over pairs.
+
+Tests: tests/unit/algorithms/test_preference.py
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@
 
 Not dividing by the standard deviation removes the bias towards easy and hard questions; dividing by a constant instead
 of the sequence's length removes the bias towards long wrong answers. The paper uses no KL term.
+
+Tests: tests/unit/algorithms/test_group_advantages.py
 """
 
 from __future__ import annotations

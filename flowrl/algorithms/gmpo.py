@@ -6,6 +6,8 @@
 GRPO takes the arithmetic mean of a sequence's clipped ratios, this the geometric one, which a single unlikely token
 does not throw. rho is against the policy that sampled; the width, in nats, is the paper's 0.4 and bounds tokens, so it
 is wider than PPO's. Only the side on which learning moves away is clipped, as in PPO.
+
+Tests: tests/unit/algorithms/test_losses.py
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@
     maximise mean_i mean_t min(rho A, clip(rho, 1 - low, 1 + high) A) - beta k3(pi, pi_ref)
 
 equation 3, with a mean over the tokens of each sequence, then over sequences; beta 0.04 is the paper's.
+
+Tests: tests/unit/algorithms/test_group_advantages.py
 """
 
 from __future__ import annotations

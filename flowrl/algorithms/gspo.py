@@ -6,6 +6,8 @@
 pi_old is the policy that sampled. Ratio, clip and correction weight belong to the whole sequence, so the loss is a mean
 over sequences. The clip range is that of the paper, for long answers: a mean over tokens moves far less than one
 token's ratio. Short answers, and samples some versions old, leave so narrow a range at once: watch the clipped shares.
+
+Tests: tests/unit/algorithms/test_losses.py
 """
 
 from __future__ import annotations

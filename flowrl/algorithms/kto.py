@@ -9,6 +9,8 @@ z estimates the policy's KL from the reference. It is one number for a step and 
 from a micro-batch: whoever trains scores the mismatched pairs of the whole step first, asks `reference_point`, and
 gives the answer as the column "reference_point" on every token. The column "label" is above 0 where a response is
 desirable. Each response counts alone; the mean is over responses.
+
+Tests: tests/unit/algorithms/test_preference.py
 """
 
 from __future__ import annotations

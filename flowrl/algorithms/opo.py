@@ -5,6 +5,8 @@
 The baseline of least variance weighs rewards by squared gradient norms, taken to grow with an answer's length. The
 paper trains exactly on-policy, with neither KL nor entropy term; here the clip about the policy that sampled stays for
 what an asynchronous run adds.
+
+Tests: tests/unit/algorithms/test_group_advantages.py
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ at the start of the step, and w the correction for samples drawn by an older one
 no column "proximal" the two are the same policy, as in a step of one update: then neither a clip against it nor the
 figures of its movement say anything, and they are not given. Invariants: what stands under mask 0 changes neither loss,
 metrics nor gradient; the count depends on masks alone. Shapes: B sequences, T response tokens.
+
+Tests: tests/contracts/test_algorithms.py
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@
 Advantages are whitened over every sampled token of the step. Behind an answer's last token V is 0; of an answer that
 was cut before its end it is, with `bootstrap_cut`, the critic's value there (partial episodes: Pardo 2018, 1712.00378).
 The critic's own loss is in value.py.
+
+Tests: tests/unit/algorithms/test_losses.py
 """
 
 from __future__ import annotations

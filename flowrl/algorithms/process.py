@@ -6,6 +6,8 @@ The batch's `logprobs_BT` are the model's values, read after each token. The col
 in [0, 1] on its last token and nan on every other. A soft label is the share of continuations from there that come out
 right (Math-Shepherd, 2312.08935, equation 3); hard ones are 0 and 1, or are made of soft ones by `labels=hard`
 (equation 4: any continuation comes out right). The mean is over steps.
+
+Tests: tests/unit/algorithms/test_supervised.py
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@
 No critic, and no group: one sample of a prompt is enough. The greedy response comes from the policy that samples, is
 scored as the samples are, without the penalty, and never learned. The clipped surrogate stands in for the paper's
 log pi, whose gradient is the same on fresh samples.
+
+Tests: tests/unit/algorithms/test_group_advantages.py
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@
 
 The paper takes one step on fresh samples; here the clipped surrogate of PPO stands in for log pi, whose gradient is
 the same there. The mean over the step's tokens is the paper's sum over tokens up to a factor common to the step.
+
+Tests: tests/unit/algorithms/test_group_advantages.py
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@
 
 f is a clip without an edge: its slope is 1 at rho = 1 and falls off on both sides. Bad tokens fall off a little sooner
 (tau_negative > tau_positive), for raising all other tokens in their place is noisier than raising one good one.
+
+Tests: tests/unit/algorithms/test_losses.py
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@
 The mean is over all tokens of a step, not over its responses, so a long response weighs more than a short one
 (InstructGPT, 2203.02155, section 3.5, step 1). In a conversation the mask is 1 on the assistant's own tokens; rejection
 sampling (RAFT, 2304.06767) and conditional training (SteerLM, 2310.05344) are this loss on data chosen or written so.
+
+Tests: tests/unit/algorithms/test_supervised.py
 """
 
 from __future__ import annotations

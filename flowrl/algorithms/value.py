@@ -5,6 +5,8 @@
 The batch's `logprobs_BT` are the values V; its columns "values" (V_old) and "returns" (R) come from `advantages`.
 V_old is the value when the group was sampled, so the clip acts from a step's second update on. Metrics: value_loss;
 value_clip_frac.
+
+Tests: tests/unit/algorithms/test_losses.py
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Made once and kept in the cache, under the digest of the adapter's files and of what its base model's directory holds,
 so that every node of a run that names the adapter as its model has the same weights. Called by models.
+
+Tests: tests/graphs/test_export.py
 """
 
 from __future__ import annotations

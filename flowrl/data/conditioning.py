@@ -3,6 +3,8 @@
 A score becomes a level from 0 to levels - 1 between the least and the greatest score of the data (Dong 2023,
 2310.05344), and the line "helpfulness: 7, verbosity: 2" goes into the system message, or before a plain string. Asking
 for the best later is a system prompt with the highest levels. Called by `load_examples`.
+
+Tests: tests/unit/data/test_examples.py
 """
 
 from __future__ import annotations

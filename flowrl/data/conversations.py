@@ -6,6 +6,8 @@ call is {"type": "function", "function": {"name", "arguments"}} with the argumen
 `weight` is 0 or 1; no other null is left among a message's own fields. ShareGPT's messages (from, value) are messages
 too, and roles have their usual names (Human and model are the user and the assistant). Called by formats.py for
 examples and by prompts.py for prompts.
+
+Tests: tests/unit/data/test_turns.py
 """
 
 from __future__ import annotations

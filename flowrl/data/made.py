@@ -3,6 +3,8 @@
 `reasoning-gym` gives demonstrations (prompt-completion), `reasoning-gym:preference` the right answer against another
 question's, `reasoning-gym:unpaired-preference` a right and a wrong answer in turn. Invariant: rows depend on the kind,
 the number and the seed alone. Called by `load_examples`.
+
+Tests: tests/unit/data/test_examples.py
 """
 
 from __future__ import annotations

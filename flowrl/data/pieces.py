@@ -2,6 +2,8 @@
 
 Invariant: the pieces of a sequence joined are its text; where a character takes several tokens, the last of them has it
 and the others are empty. Called for `flowrl report` and `flowrl inspect`, and by steps.py.
+
+Tests: tests/unit/runs/test_review.py
 """
 
 from __future__ import annotations

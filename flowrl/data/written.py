@@ -4,6 +4,8 @@ Invariants: a prompt with its completion, read again, is rendered to the text th
 appears whole under its name, on the disk, or not at all. A prompt under a chat template becomes messages, the settings'
 system prompt included; what a prompt put into the policy's mouth (`answer_prefix`) begins the completion, for there it
 is the assistant's message. Called by the writer stage.
+
+Tests: tests/unit/data/test_templates.py
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ publishes its weights; its methods block and are called one at a time from one t
 node's config by import path (`engine="flowrl.engines.vllm:VllmEngine"`), so a new engine is one new file.
 
 This module loads no torch: stages import it while a graph is being built.
+
+Tests: tests/contracts/test_training_engines.py
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ Invariant: after `leave_pass` the next forward starts as if the failed one had n
 next backward starts an accumulation window of its own. Both are local: they call no collective, and every rank calls
 them after the same collective. Collectives are also what ranks vote before, and what one rank alone can do without.
 Called by the DeepSpeed engine.
+
+Tests: tests/contracts/test_training_engines.py
 """
 
 from __future__ import annotations

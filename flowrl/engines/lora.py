@@ -10,6 +10,8 @@ without adapters; heads and embeddings, tied or not, carry no adapter; a new ada
 rank, engine and ZeRO stage starts from the same one. Experts that transformers holds as one tensor are no linear layers
 and stay frozen. An adapter that is given as the model itself is merged into its base before anything is loaded, and no
 longer trained; `start` goes on training it. Called by trainer.
+
+Tests: tests/unit/engines/test_lora.py
 """
 
 from __future__ import annotations

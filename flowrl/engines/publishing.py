@@ -4,6 +4,8 @@
 in the shapes of a saved checkpoint, tied ones once, or an adapter's alone under peft's names; every version can carry a
 canary, the log-probs of a fixed sequence at temperature 1, whatever temperature the policy is trained at. Called by
 trainer on rank 0; `cast_saved` by `flowrl export`.
+
+Tests: tests/unit/engines/test_saving.py
 """
 
 from __future__ import annotations

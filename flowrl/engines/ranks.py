@@ -8,6 +8,8 @@ before it lets go of its connections, so that rank 0 raises that reason; no coll
 nothing.
 
 Called by trainer.
+
+Tests: tests/contracts/test_training_engines.py
 """
 
 from __future__ import annotations

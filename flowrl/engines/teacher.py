@@ -4,6 +4,8 @@ Invariants: the teacher has no gradient, no optimizer and no place in the engine
 nor a checkpoint sees it; never more of its logits are held than of the student's, and they are made again in backward.
 Every rank holds it whole. Called by trainer and models. Shapes: N response tokens, H the teacher's hidden size, V
 vocabulary.
+
+Tests: tests/contracts/test_teacher.py
 """
 
 from __future__ import annotations

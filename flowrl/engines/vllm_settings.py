@@ -4,6 +4,8 @@ Invariants: nothing of a model's generation_config reaches the sampling distribu
 behaviour log-probs are those of the distribution sampled from; a prompt is never split over two scheduler steps on
 CPUs, where a split kills seeded requests. `set_environment` comes before the first import of vLLM and is the only
 function here that may. Called by `VllmEngine`.
+
+Tests: tests/contracts/test_vllm_engine.py
 """
 
 from __future__ import annotations

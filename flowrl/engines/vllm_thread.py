@@ -5,6 +5,8 @@ private classes of vLLM (tried on 0.32), and nothing else in flowrl does: Engine
 known addresses, and the client that accepts such addresses. Invariant: after `stop` the core's thread and both threads
 of its sockets have ended, so that the model's memory is free for the next engine. Called by `VllmEngine` when `layout`
 is "thread".
+
+Tests: tests/contracts/test_vllm_engine.py
 """
 
 from __future__ import annotations

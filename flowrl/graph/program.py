@@ -2,6 +2,8 @@
 
 Its graph as plain data (`plan_of`, `graph_of`) is shown, stored with a run and rebuilt in another process, without
 pickle.
+
+Tests: tests/unit/graph/test_graph.py
 """
 
 from __future__ import annotations

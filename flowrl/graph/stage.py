@@ -8,6 +8,8 @@ told needs no constructor.
 
 A stateful stage holds what cannot be made again from its messages. It writes that in `save`, which the runtime calls
 whenever the graph's last node writes a checkpoint, between two of its steps (`Context.stepping`).
+
+Tests: tests/unit/graph/test_ports.py
 """
 
 from __future__ import annotations

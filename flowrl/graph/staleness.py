@@ -4,6 +4,8 @@ With `initial` credits, `per_version` groups learned per version and a window of
 while fewer than `initial` are out, so at most initial - 1 older groups and, through the window, W - 1 younger ones
 are learned between its admission and itself. Staleness is therefore at most (initial + W - 2) // per_version
 policy versions. `Graph.check` refuses what exceeds the bound; the virtual-clock tests try to break it.
+
+Tests: tests/unit/graph/test_graph.py
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ only when all that run are busy. One that passes the time limit or dies is ended
 at the next call.
 Invariants: a call returns one finite number for each sample or raises RewardError; after the block no worker is left,
 whatever the way out. Called by the reward and evaluator stages; environments (sessions.py) use the workers.
+
+Tests: tests/contracts/test_reward_workers.py
 """
 
 from __future__ import annotations

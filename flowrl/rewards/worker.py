@@ -7,6 +7,8 @@ User code runs in the main thread, where signals work, and what it prints goes t
 of its own process group; when the other end of the socket is gone the whole group is killed at once, and a call that
 holds the interpreter's lock all the while ends by itself soon after its time limit. Its guard (guard.py) sees to it
 that no process which user code has started is left over.
+
+Tests: tests/contracts/test_reward_workers.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """The README.md of an exported model: what it is, what it was trained on and how, and what it scored.
 
 Everything is read from the run's own files, and what a run does not have is left out. Called by export.
+
+Tests: tests/graphs/test_export.py
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ and delay calls as long as the caller repeats what has not been answered.
 
 `FlowCalls` is the one table of them; `CallClient` is the caller's side. What carries a call is the runtime's: a direct
 call, a connection (wire.py), or a test's lossy link.
+
+Tests: tests/contracts/test_flow_clients.py
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ what was handed to the cancelled waiter goes back. Closing wakes every waiter.
 Invariants of credits: given out = initial + returned; a group's right returns once; group ids are given out in order,
 each to one taker, again after a taker died with it; no more than `total` are ever learned or on their way.
 Invariant of a register: a reader sees versions in rising order; its writer waits for every live reader.
+
+Tests: tests/unit/runtime/test_channels.py
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ directories) is swept by the next.
 Why a thread: Ray installs a handler for SIGTERM when it starts in the main thread, and blocks that thread, deaf, for as
 long as a cluster does not answer. Its processes die with the thread that started them, so that lives until `stop`. Its
 native part puts a handler before Python's all the same, which ends the process 3 s after a SIGTERM: that is undone.
+
+Tests: tests/ray/test_faults_of_ray.py
 """
 
 from __future__ import annotations

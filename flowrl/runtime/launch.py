@@ -5,6 +5,8 @@ what the caller knows of the run beforehand (`RunCompanion.foretell`) is said be
 Invariant: nothing here knows of a simulator; the caller hands over the lines to say and the sinks to add.
 Each of `STOPS` once asks for a controlled stop (what is under way is learned and saved, and the report says how to go
 on), which may take `stop_grace_s`; a second one aborts. Called by the command line and by runs/retrain.py.
+
+Tests: tests/contracts/test_stops.py
 """
 
 from __future__ import annotations

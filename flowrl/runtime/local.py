@@ -7,6 +7,8 @@ task of the run is left. Nodes with several ranks need processes and so the Ray 
 
 Tests reach in at two places: `link` stands between a replica's calls and the gate, `chaos` runs beside an attempt and
 may end replicas (`LocalCrew.kill`) or the flow's host (`lose_host`).
+
+Tests: tests/unit/runtime/test_laws.py
 """
 
 from __future__ import annotations

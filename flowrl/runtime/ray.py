@@ -4,6 +4,8 @@ The driver runs the supervisor on a `RayCrew`: it starts the hub and the replica
 them again and again what there is to tell; one that does not answer in time is lost. Invariants: every process of an
 attempt is proved dead before the next one starts and when `run_ray` returns, whatever ended it, or, where it cannot be
 reached, kept from every file (runtime/rundir.py); no wait is without an end (runtime/cluster.py).
+
+Tests: tests/ray/test_synchronous_runs.py
 """
 
 from __future__ import annotations

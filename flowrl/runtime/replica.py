@@ -8,6 +8,8 @@ An `EdgeEnd` is a port's, whether the flow is in this process or at the other en
 messages and (key, bytes) and charges every wait to the replica's clock: waiting for a message or a newer value is
 waiting for input; waiting for room, or for a credit to admit a group, is waiting for room. How long a published value
 takes to be acknowledged is charged by the stage that published it, if it waits for that at all.
+
+Tests: tests/unit/runtime/test_laws.py
 """
 
 from __future__ import annotations

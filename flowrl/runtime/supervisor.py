@@ -6,6 +6,8 @@ the newest sound checkpoint. Invariants: the supervisor alone decides, `Workers`
 `max_restarts` times without a learned step between, and not after an error that its code raised a second time; what the
 user has to mend (UserError) is never retried; every
 recovery is told, with the node, the replica and the reason. The local and the Ray runtime each are a crew.
+
+Tests: tests/unit/runtime/test_recovery.py
 """
 
 from __future__ import annotations

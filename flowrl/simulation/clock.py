@@ -7,6 +7,8 @@ concurrency tests run on it; nothing on it may use threads, sockets or real time
 
 It leaves out what an asyncio loop does for the outside world (a selector call in every round, handles that remember
 where they were made), since a search through settings spends most of its time here.
+
+Tests: tests/unit/simulation/test_timed.py
 """
 
 from __future__ import annotations

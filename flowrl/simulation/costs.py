@@ -4,6 +4,8 @@ A profile holds costs, not the speeds of a run: seconds of a device that a call 
 `call_s + token_s * tokens`, a decoding step `step_s + sample_s * running`. Every run measures one (profiler.py) and
 leaves it as profile.json; one may also be typed in by hand, as YAML or JSON. `flowrl simulate` and `tune` read them,
 and the engines of simulation/fake.py take the time they say.
+
+Tests: tests/unit/simulation/test_timed.py
 """
 
 from __future__ import annotations

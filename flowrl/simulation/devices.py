@@ -4,6 +4,8 @@ Event-driven on the event loop's clock, nothing polls. Invariants: a device's wo
 on it ask for more than it has, all go on at the same lower speed); a decoding step gives every running sample one
 token and costs `step_s + sample_s * running` seconds of work, so speed follows the number running at every moment.
 Used by the timed engines (timed.py).
+
+Tests: tests/unit/simulation/test_timed.py
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ loop's, so on the virtual clock hours pass in milliseconds. Alone, a fake takes 
 seeded nonsense. As a node of a simulation (`CURRENT`) it takes the profile's, on devices that it shares (devices.py),
 and holds zeros of the right shape. Invariant: what is drawn follows from the request's own seed, never from the order
 of arrival; in a simulation it is drawn once, since a search simulates thousands of settings on the same seeds.
+
+Tests: tests/unit/simulation/test_timed.py
 """
 
 from __future__ import annotations

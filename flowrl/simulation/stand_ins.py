@@ -3,6 +3,8 @@
 Invariants: nothing of the user's is called: an engine, algorithm or objective is exchanged for one that only takes
 time, and a stage runs only if its own class says that it may; nothing is read or written; optional nodes, such as the
 evaluation, are left out; a checkpoint's cost is spread over its versions. Used by run.py, which runs the plan.
+
+Tests: tests/unit/simulation/test_run.py
 """
 
 from __future__ import annotations

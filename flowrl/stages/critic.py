@@ -7,6 +7,8 @@ adds its state to a checkpoint of version v at its first step boundary c >= v; a
 steps up to c again. It has a model of its own, which may differ from the policy in size and architecture but not in
 vocabulary. Uses generalised advantage estimation (Schulman 2015) through the algorithm's `advantages`. The figures
 of its own step v reach the learner with the groups of step v + 1, which that step's critic has valued.
+
+Tests: tests/unit/stages/test_estimation.py
 """
 
 from __future__ import annotations

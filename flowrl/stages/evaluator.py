@@ -4,6 +4,8 @@ Invariant: an evaluation uses one version only, because the learner publishes no
 here; the same prompts are drawn with the same seeds each time, so that before and after are paired. The score is that
 of the reward function the policy is trained on, or of one of its own; it runs in a worker process. Where an agent plays
 the held-out prompts, it is what their environment gave.
+
+Tests: tests/unit/stages/test_reward.py
 """
 
 from __future__ import annotations

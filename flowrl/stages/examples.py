@@ -4,6 +4,8 @@
 every held-out example once. Invariant: example k of a run is the row at position k of the data set's order, whatever
 happened before: each credit says which k it is for. An objective that needs mismatched pairs (KTO) gets with each row
 the first response of the next row that has another prompt.
+
+Tests: tests/unit/stages/test_offline.py
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Invariants: every token carries the version that sampled it; what serving.py says of weights and backpressure. Held-out
 prompts take the same path to their own port. Replicas compete for prompts.
+
+Tests: tests/contracts/test_synchronous.py
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ has left before the next optimizer step changes the weights; where an evaluator 
 an older one is being evaluated; a checkpoint holds the state of every stateful node and the flow's cut between the same
 two steps. Where texts are joined (a pre-training loss), those of step v are
 learned in it, each loss divided by its own count; they are asked for a step ahead. Its return ends the run.
+
+Tests: tests/unit/stages/test_step.py
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Invariant: a score is finite, or the group is refused. Called by the reward-model stage, with an engine that gives one
 value after every response token (flowrl.engines.torch:SequenceScoringEngine).
+
+Tests: tests/unit/stages/test_reward.py
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What graphs of offline training have in common: their settings. Imports no heavy library."""
+"""What graphs of offline training have in common: their settings. Imports no heavy library.
+
+Tests: tests/graphs/test_offline.py
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ Invariants: step v learns exactly `examples_per_step` examples, in the order of 
 gradient is that of the objective over all of them, however they are packed; a held-out example is only ever scored.
 What an objective needs of a whole step (KTO's reference point) is found here before the step is trained on. Its return
 ends the run.
+
+Tests: tests/unit/stages/test_offline.py
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 A graph file's `Settings` extends `OnlineSettings` by the nodes of its own; `evaluated`, `texts_for` and `replayed`
 return nodes with their edges, which are empty where the settings ask for none. Imports no heavy library.
+
+Tests: tests/graphs/test_commands.py
 """
 
 from __future__ import annotations

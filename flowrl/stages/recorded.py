@@ -2,6 +2,8 @@
 
 Invariant: the groups come in the order in which they were learned, exactly as the learner got them but for their ids:
 group k here is the k-th group of the steps that are trained again, so that what was filtered or failed leaves no gap.
+
+Tests: tests/contracts/test_retrain.py
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 The model is the policy as it began, or a teacher. Invariant: a message leaves with one log-prob for each token of each
 of its responses, the mismatched ones of examples included. Held-out examples take the same path between ports of their
 own, where those are joined. Replicas compete for messages.
+
+Tests: tests/contracts/test_synchronous.py
 """
 
 from __future__ import annotations

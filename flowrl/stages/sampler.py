@@ -2,6 +2,8 @@
 
 Each is made once, in `build`, and given to every node that needs a part of it; `Graph.check` refuses a graph in which
 two nodes were given different ones. So the numbers that a law depends on exist once.
+
+Tests: tests/unit/stages/test_reward.py
 """
 
 from __future__ import annotations

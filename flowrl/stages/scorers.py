@@ -2,6 +2,8 @@
 
 First the reward function, then each reward model, then the judges; every one adds a score of its own name, and what is
 learned is their sum. Called by graph files.
+
+Tests: tests/graphs/test_commands.py
 """
 
 from __future__ import annotations

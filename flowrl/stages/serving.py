@@ -3,6 +3,8 @@
 Invariants: nothing is served before the first published version, and a version is acknowledged only after the engine
 has proved it; at most `max_groups` groups of a port are in flight, and the next is taken only when one of them has been
 handed on, so a full edge downstream stops it (backpressure). Called by Generator and Agent.
+
+Tests: tests/unit/stages/test_agent.py
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Between messages and what training engines take: token groups with their per-token columns."""
+"""Between messages and what training engines take: token groups with their per-token columns.
+
+Tests: tests/unit/stages/test_turn_rewards.py
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What training stages share: an engine opened and closed around their work, its state, and the wait for a step."""
+"""What training stages share: an engine opened and closed around their work, its state, and the wait for a step.
+
+Tests: tests/unit/stages/test_step.py
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ that belongs to an attempt which was given up writes nothing any more: `fence` n
 the present one, and every write looks at it first.
 
 Used by whatever writes into a run's directory: ledger, metrics, timeline, rollouts, versions, state, checkpoints.
+
+Tests: tests/contracts/test_full_disk.py
 """
 
 from __future__ import annotations

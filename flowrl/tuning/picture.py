@@ -2,6 +2,8 @@
 
 Invariants: a pure function of the tuning; every point lies within the axes; no library and no font is needed to draw
 it. Written by `flowrl tune`.
+
+Tests: tests/unit/tuning/test_picture.py
 """
 
 from __future__ import annotations

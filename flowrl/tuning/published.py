@@ -2,6 +2,8 @@
 
 The numbers are those of each model's config.json on the hub. What they amount to in parameters is counted as
 transformers builds them (`PARAMETERS`). Called by shapes.py, and by tests that check recipes against them.
+
+Tests: tests/unit/tuning/test_shapes.py
 """
 
 from __future__ import annotations

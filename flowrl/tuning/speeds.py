@@ -3,6 +3,8 @@
 A roofline, no more: operations over what a GPU does, bytes over what its memory or its link carries, with one share of
 each that programs reach in practice. It ranks placements, it does not promise seconds; a run's own profile replaces it
 (`flowrl simulate --profile`). On CPUs the rates are those of docs/benchmarks.md for a core. Called by the planner.
+
+Tests: tests/unit/tuning/test_planner.py
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -13,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[2] / "flowrl"
 
 
 @functools.cache
-def modules() -> dict[str, ast.Module]:
-    """Return every module of flowrl by its name."""
+def modules(root: Path = ROOT) -> dict[str, ast.Module]:
+    """Return every module of a package by its name."""
     found: dict[str, ast.Module] = {}
-    for path in sorted(ROOT.rglob("*.py")):
+    for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(ROOT.parent).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         found[name] = ast.parse(path.read_text(), str(path))
@@ -87,12 +88,48 @@ def test_no_two_classes_have_one_name() -> None:
     assert {name for name, _ in places if counts[name] > 1} == set()
 
 
+def has_code(tree: ast.Module) -> bool:
+    """Return whether a module is more than its docstring."""
+    return any(not isinstance(node, ast.Expr) for node in tree.body)
+
+
+@functools.cache
+def imports_of_all() -> dict[str, set[str]]:
+    """Return what each module of flowrl, tests and graphs imports of them, or names in a text ("flowrl.cli:main").
+
+    What tests/graphs holds are the graphs, which it loads by their files.
+    """
+    packages = [modules(), *(modules(ROOT.parent / name) for name in ("tests", "graphs"))]
+    trees = {name: tree for package in packages for name, tree in package.items()}
+    graphs = set(packages[-1])
+    found: dict[str, set[str]] = {}
+    for name, tree in trees.items():
+        texts = [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        named = {each for text in texts for each in re.findall(r"(?:flowrl|tests)(?:\.\w+)+", text)}
+        found[name] = imports_of(tree, set(trees)) | (named & set(trees))
+        found[name] |= graphs if name.startswith("tests.graphs.") else set()
+    return found
+
+
+def reached_from(name: str) -> set[str]:
+    """Return the modules that a module imports, and what those import."""
+    found, waiting = set[str](), [name]
+    while waiting:
+        new = imports_of_all()[waiting.pop()] - found
+        found |= new
+        waiting += new
+    return found
+
+
 @pytest.mark.slow
-def test_what_a_module_says_holds_it_is_a_test_that_imports_it():
-    known = set(modules())
+def test_every_module_says_which_test_files_hold_it_and_they_reach_it() -> None:
     for name, tree in modules().items():
-        for line in (ast.get_docstring(tree) or "").splitlines():
-            if line.startswith("Tests: "):
-                path = ROOT.parent / line.removeprefix("Tests: ")
-                assert path.is_file(), f"{name}: there is no {path}"
-                assert name in imports_of(ast.parse(path.read_text()), known), f"{name} is not imported by {path}"
+        if not has_code(tree):
+            continue
+        said = re.findall(r"^Tests: (.+)$", ast.get_docstring(tree) or "", re.MULTILINE)
+        assert said, f"{name}: its docstring ends with no line `Tests: tests/...`, the file that holds it"
+        for path in map(Path, ", ".join(said).split(", ")):
+            assert (ROOT.parent / path).is_file(), f"{name}: there is no {path}"
+            assert name in reached_from(".".join(path.with_suffix("").parts)), f"{name} is not reached by {path}"

@@ -3,6 +3,8 @@
 Invariants: a receiver holds the bytes of every tensor against its digest before they are loaded; tensors lie in a
 bucket as raw little-endian bytes, each at a multiple of 64, never pickled; a tensor that is yielded under two names
 (tied embeddings) travels once, under the first. Called by the senders and by the receivers.
+
+Tests: tests/contracts/test_weights.py
 """
 
 from __future__ import annotations

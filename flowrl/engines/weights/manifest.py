@@ -3,6 +3,8 @@
 Invariants: plain JSON and free of torch, so that whoever records or compares versions can read it; every tensor is
 named once, with the blake3 digest of its bytes, which a receiver holds against what it is about to load. Written by
 the senders.
+
+Tests: tests/contracts/test_weights.py
 """
 
 from __future__ import annotations

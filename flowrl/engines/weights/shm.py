@@ -4,6 +4,8 @@ Invariants: a file appears under its name only when it is complete; a receiver t
 `retire` removed the name; a late or restarted receiver finds the newest version as long as the sender lives. The
 directory is readable by its owner only and goes with `close`; that of a sender that was killed goes when the next one
 opens, which knows the dead by a lock that nobody holds any more.
+
+Tests: tests/contracts/test_weights.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """The learning figures of a run as charts, tables and tiles of the page: pure functions of its steps and evaluations.
 
 Called by page.py.
+
+Tests: tests/unit/runs/page/test_page.py
 """
 
 from __future__ import annotations
