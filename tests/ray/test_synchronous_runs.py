@@ -103,7 +103,7 @@ def test_metrics_timeline_and_rollouts_are_written(runs: Pair) -> None:
     assert not [name for step in steps.values() for name, value in step.items() if value is None], "all are finite"
     assert 0.0 < (steps[1]["logprob_gap.max"] or 0.0) < 1e-4, "float32 generator and learner agree"
     assert max(read_steps(runs.killed / "metrics.jsonl")) == STEPS  # what a killed driver had not written yet is lost
-    timeline: list[dict[str, Any]] = json.loads((runs.killed / "timeline.json").read_text())
+    timeline: list[dict[str, Any]] = json.loads((runs.straight / "timeline.json").read_text())
     assert {event["ph"] for event in timeline} >= {"X", "s", "f"}
     table = pq.read_table(runs.killed / "rollouts")
     assert table.num_rows == STEPS * 4 * 2
