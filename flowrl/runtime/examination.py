@@ -2,6 +2,8 @@
 
 Of each node: what it has, whether it sees the directory that runs are kept in, how fast bytes come from it and whether
 its ports can be reached. Nothing is left running, and nothing is written but a token that goes again.
+
+Tests: tests/cluster/test_two_machines.py
 """
 
 from __future__ import annotations

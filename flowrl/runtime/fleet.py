@@ -5,6 +5,8 @@ the learner's first rank goes to the home node, and what reserves nothing sits t
 a place is named, with what he needs, within `TELL_S`, and no longer than `cluster.place_timeout_s`; no rank spans
 nodes, for a bundle is on one. One fleet serves the crew (ray.py), which has it reserve anew at each attempt, asks it
 where to start each process and tells it where each was born.
+
+Tests: tests/ray/test_placement_on_ray.py
 """
 
 from __future__ import annotations
