@@ -5,9 +5,9 @@ optimizer steps of two micro-batches each (moments exist, gradients add up), sco
 requests as may run together. Measured is the peak of the process's resident memory (the kernel's own, VmHWM, set back
 before the engine opens) less what the same process held once its libraries were warm from a model of 100 k parameters:
 what the model, its states and its passes took. The allocator gives freed memory back at once (MALLOC_TRIM_THRESHOLD_),
-or the peak would be that of fragments. Predicted is the same process's entry in `flowrl.tuning.memory`, without the
-part named `process`. Run `python -m perf.memory`; it takes ten
-minutes on two free cores.
+or the peak would be that of fragments. vLLM serves one engine a process, so what it takes whatever it serves is
+measured in another (`BARE`). Predicted is the same process's entry in `flowrl.tuning.memory`, without the part named
+`process`. Run `python -m perf.memory`; it takes ten minutes on two free cores.
 """
 
 from __future__ import annotations
@@ -72,10 +72,11 @@ SETTINGS = [
 ]
 
 
+BARE = Setting("warm", {"dtype": "bfloat16", "kv_cache_bytes": 16 * MIB, "max_running": 16}, kind="serve")
 # MiB, by the place of a setting: what `python -m perf.memory` measured (docs/how/memory.md has the table).
 MEASURED: dict[int, int] = {
     0: 458, 1: 1245, 2: 460, 3: 1429, 4: 1330, 5: 2542, 6: 1323, 7: 1445, 8: 1632, 9: 1062, 11: 1673, 12: 537,
-    13: 495, 14: 157, 16: 1327,
+    13: 495, 14: 157, 16: 1327, 17: 390,
 }  # fmt: skip
 
 
@@ -308,10 +309,14 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"{machine()}\n\n| | setting | measured, MiB | predicted | difference |\n|---|---|---|---|---|", flush=True
         )
+        bare = 0.0  # MiB
         for place, setting in enumerate(SETTINGS):
             if arguments.only and place not in arguments.only:
                 continue
             found = measure(setting, models, arguments.threads) / MIB
+            if setting.kind == "serve":
+                bare = bare or measure(BARE, models, arguments.threads) / MIB
+                found -= bare - predicted(BARE, find_shape(str(models["warm"]), {})) / MIB
             said = predicted(setting, find_shape(str(models[setting.size]), {})) / MIB
             print(f"| {place} | {describe(setting)} | {found:.0f} | {said:.0f} | {said / found - 1:+.1%} |", flush=True)
     return 0
