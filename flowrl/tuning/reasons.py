@@ -2,6 +2,8 @@
 
 The changes are tried out, each by a search of its own: what the user sets let go of, a smaller critic, an adapter in
 place of full training, more GPUs. Called by the planner.
+
+Tests: tests/unit/tuning/test_planner.py
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 A candidate says a few things by their addresses: how many GPUs generate, over how many a generator's model is split,
 how training saves memory. The rules of runtime/placement.py complete it. Savings are tried from the least nuisance on,
 each with the largest micro-batch that has room; those that fit are ranked by arithmetic (speeds.py), one of each kind,
-and the best are simulated. Called by the planner; remedies.py searches again with something changed.
+and the best are simulated. Called by the planner; reasons.py searches again with something changed.
+
+Tests: tests/unit/tuning/test_planner.py
 """
 
 from __future__ import annotations
