@@ -36,7 +36,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Cohere2ForCausalLM": {"logit_scale": 0.3, **SLIDING},
     "CwmForCausalLM": {},
     "DeepseekV2ForCausalLM": {**ROUTED, **LATENT, "q_lora_rank": None, "routed_scaling_factor": 1.0},
-    "DeepseekV3ForCausalLM": {**ROUTED, **LATENT},
+    "DeepseekV3ForCausalLM": {**ROUTED, **LATENT, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},  # vLLM's names
     "Dots1ForCausalLM": ROUTED,
     "Ernie4_5ForCausalLM": {"head_dim": 32},
     "Ernie4_5_MoeForCausalLM": {
