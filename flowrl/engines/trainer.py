@@ -12,6 +12,8 @@ masks and columns only. A call whose micro-batches do not fit into memory is mad
 since that clears the gradient, the calls since the last step are kept, and all of them are made again.
 
 Called by the learner, critic, reference and reward-model stages. Shapes: N response tokens, B responses, T longest.
+
+Tests: tests/unit/engines/test_trainer.py
 """
 
 from __future__ import annotations
