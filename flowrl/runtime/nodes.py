@@ -294,5 +294,5 @@ def capacities(nodes: Iterable[RayNode]) -> str:
     """Return what each living node has, in words."""
     return "; ".join(
         f"{node.address} {amounts({'CPU': node.cpus, **({'GPU': node.gpus} if node.gpus else {})})}"
-        for node in nodes if node.is_alive
+        for node in sorted(nodes, key=lambda each: each.address) if node.is_alive
     ) or "no node"  # fmt: skip
