@@ -55,20 +55,20 @@ def scorers(
     """
     if weights and len(weights) != len(models):
         raise ConfigError("reward_weights", f"has {len(weights)} for {len(models)} reward_models", "give one each")
-    found: dict[str, Reward | RewardModel | Judge | ModelJudge] = {}
+    row: dict[str, Reward | RewardModel | Judge | ModelJudge] = {}
     if reward.function:
-        found["reward"] = Reward(reward, sampler)
+        row["reward"] = Reward(reward, sampler)
     common = reward_model or RewardModel.Config()
     for k, (name, weight) in enumerate(zip(models, weights or [common.weight] * len(models), strict=True)):
-        found[f"reward_model_{k}"] = RewardModel(msgspec.structs.replace(common, weight=weight), sampler, model=name)
+        row[f"reward_model_{k}"] = RewardModel(msgspec.structs.replace(common, weight=weight), sampler, model=name)
     if judge.server.url:
-        found["judge"] = Judge(judge)
+        row["judge"] = Judge(judge)
     if model_judge.model:
-        found["model_judge"] = ModelJudge(model_judge)
-    if not found:
+        row["model_judge"] = ModelJudge(model_judge)
+    if not row:
         remedy = "give reward.function, reward_models, judge.server.url or model_judge.model"
         raise ConfigError("reward", "nothing scores the samples", remedy)
-    in_a_row = list(found.values())
+    in_a_row = list(row.values())
     edges: list[Edge] = [Queue(rollouts, in_a_row[0].rollouts)]
     edges += [Queue(before.scored, after.rollouts) for before, after in pairwise(in_a_row)]
-    return Scorers({**found}, edges, in_a_row[-1].scored)
+    return Scorers({**row}, edges, in_a_row[-1].scored)

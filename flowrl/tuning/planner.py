@@ -171,5 +171,6 @@ def _head(stage: Stage) -> Head:
 def _objective(stage: Stage) -> Objective | None:
     """Return what a node learns from given examples, where it does."""
     course = stage.arguments.get("course")
-    is_learning = isinstance(course, Course) and isinstance(stage.config, Training)
-    return load_objective(course.objective) if is_learning else None
+    if not isinstance(course, Course) or not isinstance(stage.config, Training):
+        return None
+    return load_objective(course.objective)

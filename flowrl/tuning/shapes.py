@@ -213,7 +213,7 @@ def count_parameters(directory: Path) -> None:
 
     where = f"model {directory}"
     try:
-        settings: Any = AutoConfig.from_pretrained(directory, local_files_only=True)  # pyright: ignore[reportUnknownMemberType]
+        settings = cast("Any", AutoConfig).from_pretrained(directory, local_files_only=True)
         is_scored = "ForSequenceClassification" in str(settings.architectures)
         kind: Any = AutoModelForSequenceClassification if is_scored else AutoModelForCausalLM
         with torch.device("meta"):

@@ -174,7 +174,6 @@ def test_bounds_that_break_or_deadlock_are_refused_with_the_arithmetic(bounds: d
     [
         ("ppo_async", "generator.ranks=2", "generator.ranks: 2, but Generator is no stage whose ranks march together"),
         ("ppo_async", "reward.ranks=2", "reward.ranks: 2, but Reward is no"),
-        ("ppo_async", "reward_model.ranks=2", "reward_model_0.ranks: 2, but RewardModel is no"),
         ("ppo_async", "prompts.ranks=2", "prompts.ranks: 2, but Prompts is no"),
         ("ppo_async", "prompts.replicas=2", "prompts.replicas: 2, but Prompts does its work once; leave it 1"),
         ("ppo_async", "evaluation.replicas=2", "evaluation.replicas: 2, but Evaluator does its work once"),
