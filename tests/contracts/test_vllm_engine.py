@@ -501,7 +501,6 @@ def test_a_model_that_cannot_be_served_is_refused(tmp_path, model, loop):
         loop.run(opened(model, max_model_len=4096))  # the model was made for 512 positions
 
 
-@pytest.mark.timeout(900)
 def test_processes_serve_and_update_as_the_thread_does(model, policy, loop, served):
     """Two workers hold a half of the model each, receive what is published and prove it by digests and canary."""
 
