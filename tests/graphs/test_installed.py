@@ -64,7 +64,7 @@ def test_the_distribution_has_a_name_of_its_own_and_all_it_needs(wheel: Path):
         metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
         scripts = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
     assert "flowrl = flowrl.cli:main" in scripts
-    assert set(re.findall("^Provides-Extra: (.*)$", metadata, re.M)) >= {"cpu", "gpu", "flash", "tensorboard", "dev"}
+    assert set(re.findall("^Provides-Extra: (.*)$", metadata, re.M)) >= {"cpu", "gpu", "tensorboard", "dev"}
     for folder, kinds in (("flowrl", (".py", ".html", ".css", ".js")), ("graphs", (".py", ".yaml", ".jsonl"))):
         files = [file for file in (ROOT / folder).rglob("*") if file.suffix in kinds and file.is_file()]
         wanted = {str(file.relative_to(ROOT)) for file in files}

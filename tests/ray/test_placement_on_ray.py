@@ -1,4 +1,4 @@
-"""Where processes land on a Ray that is told of GPUs: whole devices, sharers on those of their host, no wait.
+"""Where processes land on a Ray that is told of GPUs: whole devices, sharers on those of their host, no endless wait.
 
 Ray's GPUs are numbers to it: what a process sees is looked at, and nothing computes on them.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flowrl.errors import ResourceError
+from flowrl.graph.graph import ClusterConfig
 from flowrl.runtime.cluster import Cluster
 from flowrl.runtime.ray import RayCrew, run_ray
 from flowrl.runtime.rundir import Claim
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
-def test_gpus_are_reserved_whole_and_shared_whole_and_too_few_are_said_at_once(tmp_path: Path) -> None:
+def test_gpus_are_reserved_whole_and_shared_whole_and_what_has_no_room_is_named(tmp_path: Path) -> None:
     graph = seated(
         generator={"gpus": 2, "tensor_parallel": 2, "replicas": 1, "layout": "processes"},
         learner={"gpus": 1},
@@ -38,10 +39,9 @@ def test_gpus_are_reserved_whole_and_shared_whole_and_too_few_are_said_at_once(t
 
     async def body(cluster: Cluster) -> None:
         with contextlib.closing(Claim(other)) as claimed:
-            crew = RayCrew(many, Options(run_dir=other), cluster, claimed)
-            with pytest.raises(
-                ResourceError, match=r"5 GPUs are asked for \(generator 4, learner 1\), the cluster has 3"
-            ):
+            options = Options(run_dir=other, placing=ClusterConfig(place_timeout_s=3.0))
+            crew = RayCrew(many, options, cluster, claimed)
+            with pytest.raises(ResourceError, match=r"no room for .*\(1 GPU\).*; the nodes have 127\.0\.0\.1 .*3 GPU"):
                 await crew.open(Start())
             await crew.close()
         await run_ray(graph, Options(run_dir=run_dir), cluster)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from flowrl.cli import main
 from flowrl.runs.retrain import first_difference
 from flowrl.runs.verify import verify_run
 from flowrl.runtime.ledger import read_entries
+from flowrl.runtime.rundir import holders
 from flowrl.telemetry.metrics import read_steps
 from tests.support.command import GRAPH, Result, descendants_of, flowrl, plain_data, tiny_settings
 
@@ -56,6 +58,8 @@ class Pair:
         go.unlink()
         killed = flowrl("run", GRAPH, "--name", "killed", *self.settings(), cwd=self.directory, on_line=kill_at_two)
         assert killed.code == -signal.SIGKILL, killed.text
+        while holders(self.killed / "lock"):  # what outlives its driver would go on
+            time.sleep(0.05)
         go.touch()
         self.resumed = flowrl("run", GRAPH, "--resume", self.killed, cwd=self.directory)
         assert self.resumed.code == 0, self.resumed.text
