@@ -230,9 +230,8 @@ class Computing(StageConfig):
     head_dtype: Literal["auto", "float32", "model"] = "auto"
     # DeepSpeed: 1 shards the optimizer over the ranks, 2 gradients too, 3 weights too
     zero_stage: Annotated[int, Meta(ge=0, le=3)] = 2
-    overlap_comm: Annotated[bool, AUTO] = (
-        False  # gradients are summed while backward goes on (DeepSpeed); auto: on GPUs
-    )
+    # gradients are summed while backward goes on (DeepSpeed); auto: on GPUs
+    overlap_comm: Annotated[bool, AUTO] = False
     micro_batch_tokens: Annotated[int, Meta(ge=1)] = 2048  # tokens in one forward and backward
     offload_parameters: bool = False  # those not in use on the CPU (DeepSpeed, zero_stage 3)
     trust_remote_code: bool = False  # run the Python code that the model's directory brings

@@ -38,9 +38,8 @@ class ClusterConfig(Config):
     """Where a run's processes go on a cluster of several nodes."""
 
     nodes: list[str] = []  # addresses of those that may be used; []: all
-    home: str = (
-        ""  # address of the one for the flow, the learner's first rank and what reserves nothing; "": the driver's
-    )
+    # address of the one for the flow, the learner's first rank and what reserves nothing; "": the driver's
+    home: str = ""
     strategy: Literal["pack", "spread"] = "pack"  # on as few nodes as hold them, or on as many as there are
     # graph node -> Ray labels of the cluster's nodes that may hold it: cluster.labels.generator.zone=a
     labels: dict[str, dict[str, str]] = {}

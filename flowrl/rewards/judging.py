@@ -63,7 +63,7 @@ HELPFUL = Principle(text="The answer does what was asked: it is correct, complet
 class Rubric(Config):
     """How a judge is asked."""
 
-    way: Way = "points"
+    way: Way = "points"  # every answer alone, two against each other in both orders, or yes or no
     constitution: str = ""  # YAML file: a list of principles, each a text or {text: ..., weight: ...}; "": one, of help
     rivals: Annotated[int, Meta(ge=0)] = 0  # way=pairs: others that each answer is held against; 0: all of the group
     reference_column: str = ""  # of the data: an answer that is right, shown to the judge; "": none

@@ -46,7 +46,8 @@ sleep infinity & wait
 def are_possible() -> bool:
     """Return whether this process may make machines."""
     try:
-        done = subprocess.run(["unshare", *NAMESPACES, "mount", "-t", "tmpfs", "tmp", "/tmp"], capture_output=True)
+        tried = "mount -t tmpfs tmp /tmp && ip link add switch type bridge && ip link add one type veth peer name two"
+        done = subprocess.run(["unshare", *NAMESPACES, "bash", "-c", tried], capture_output=True)
     except OSError:
         return False
     return done.returncode == 0
