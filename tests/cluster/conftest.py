@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.cluster import are_possible, machines
+from tests.support.cluster import hindrance, machines
 from tests.support.tiny import tiny_model
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True, scope="session")
 def _needs_machines() -> None:
-    if not are_possible():
-        pytest.skip("network and mount namespaces cannot be made here: they need root", allow_module_level=True)
+    if reason := hindrance():
+        pytest.skip(reason, allow_module_level=True)
 
 
 @pytest.fixture

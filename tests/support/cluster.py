@@ -3,7 +3,7 @@
 `machines(n)` yields them and takes everything down again, whatever happened: each machine lives in a process namespace,
 whose end ends all that ran on it. Invariants: a machine reaches the others by its address alone (10.77.0.1, ...) and
 knows its own name as 127.0.1.1, as Debian has it; every file outside /tmp and /dev/shm is the same one everywhere, as
-on a shared disk. Needs root; `are_possible` says whether it works here.
+on a shared disk. Needs root; `hindrance` says why it does not work here.
 
     with machines(2) as (head, other):
         head.start_ray()
@@ -43,14 +43,17 @@ sleep infinity & wait
 """
 
 
-def are_possible() -> bool:
-    """Return whether this process may make machines."""
+def hindrance() -> str:
+    """Return why this process cannot make machines; "": it can."""
+    hidden = [each for each in (ROOT, Path(sys.prefix)) if Path("/tmp") in each.resolve().parents]
+    if hidden:
+        return f"{hidden[0]} lies in /tmp, which each machine has for itself"
     try:
         tried = "mount -t tmpfs tmp /tmp && ip link add switch type bridge && ip link add one type veth peer name two"
         done = subprocess.run(["unshare", *NAMESPACES, "bash", "-c", tried], capture_output=True)
-    except OSError:
-        return False
-    return done.returncode == 0
+    except OSError as error:
+        return f"unshare cannot be run ({error.strerror})"
+    return "network and mount namespaces cannot be made: they need root" if done.returncode else ""
 
 
 class Machine:  # of the tests; what Ray knows of one is a RayNode
