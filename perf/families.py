@@ -40,7 +40,7 @@ from flowrl.engines.publishing import carried_buffers
 from flowrl.errors import FlowrlError, one_line
 from flowrl.graph.stage import Ranks
 from flowrl.messages import Buffer
-from tests.support.families import FAMILIES, write_family
+from tests.support.families import FAMILIES, gap_to_own, write_family
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -103,19 +103,6 @@ def trainer(directory: Path, head: Any, settings: dict[str, Any]) -> DeepSpeedEn
 
 
 @torch.no_grad()
-def gap(model: Any, groups: Sequence[TokenGroup], rows: Sequence[Sequence[Any]]) -> float:
-    """Return the largest difference of log-probs from those of a model's own forward of each sequence by itself."""
-    worst = 0.0
-    for item, found in zip(groups, rows, strict=True):
-        for response, values in zip(item.responses, found, strict=True):
-            ids = torch.tensor([item.prompt_ids.tolist() + response.tolist()])
-            logprobs = model(input_ids=ids[:, :-1], use_cache=False).logits[0].float().log_softmax(-1)
-            own = logprobs[-len(response) :].gather(-1, ids[0, -len(response) :, None])[:, 0]
-            worst = max(worst, float(np.abs(own.numpy() - np.asarray(values)).max()))
-    return worst
-
-
-@torch.no_grad()
 def gap_of_scores(saved: Path, groups: Sequence[TokenGroup], rows: Sequence[Sequence[Any]], reads: Reads) -> float:
     """Return the largest difference from the saved body's last states, as transformers gives them, times the head."""
     from safetensors.torch import load_file
@@ -153,7 +140,7 @@ def learn(method: str, engine: DeepSpeedEngine, directory: Path) -> dict[str, An
     engine.save_model(saved, card="")
     if head == "policy":
         loaded = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).eval()
-        apart = gap(loaded, groups, after)
+        apart = gap_to_own(loaded, groups, after)
     else:
         apart = gap_of_scores(saved, groups, after, reads_of(engine.config))
     if apart > (CLOSE_MERGED if settings else CLOSE):
@@ -165,7 +152,7 @@ def take_policy(line: dict[str, Any], directory: Path, own: Any, *, with_vllm: b
     """Take the methods that train a whole policy, one after the other, and serve its versions."""
     engine = trainer(directory, "policy", {})
     try:
-        line["own"] = gap(own, pairs(), engine.score(pairs()))
+        line["own"] = gap_to_own(own, pairs(), engine.score(pairs()))
         if line["own"] > CLOSE:
             line["PPO"] = f"log-probs are {line['own']:.2g} from the model's own forward"
         line["layout"] = engine.reader.layout(60)

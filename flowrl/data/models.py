@@ -119,7 +119,7 @@ def inspect_model(directory: Path) -> ModelCard:
     """
     where = f"model {directory}"
     check_model(directory, where)
-    config = _read_json(directory / "config.json", where)
+    config = read_json(directory / "config.json", where)
     text = {**config, **cast("dict[str, Any]", config.get("text_config") or {})}  # multimodal configs nest the text's
     tensors = _tensors(directory, where)
     architectures = config.get("architectures") or [config.get("model_type", "unknown")]
@@ -179,7 +179,7 @@ def _shards(directory: Path, where: str) -> Iterator[Path]:
     if not index.is_file():
         yield from sorted(directory.glob("*.safetensors"))
         return
-    for name in sorted(set(_read_json(index, where).get("weight_map", {}).values())):
+    for name in sorted(set(read_json(index, where).get("weight_map", {}).values())):
         if not (directory / name).is_file():
             raise ModelError(where, f"{directory} lacks {name}, which its index names", "fetch the model again")
         yield directory / name
@@ -204,7 +204,12 @@ def _read_header(path: Path, where: str) -> dict[str, Any]:
     return header
 
 
-def _read_json(path: Path, where: str) -> dict[str, Any]:
+def read_json(path: Path, where: str) -> dict[str, Any]:
+    """Return the object that a model's JSON file holds.
+
+    Raises:
+        ModelError: it cannot be read, or holds none.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -218,7 +223,7 @@ def _has_chat_template(directory: Path, where: str) -> bool:
     if (directory / "chat_template.jinja").is_file() or (directory / "chat_template.json").is_file():
         return True
     settings = directory / "tokenizer_config.json"
-    return settings.is_file() and bool(_read_json(settings, where).get("chat_template"))
+    return settings.is_file() and bool(read_json(settings, where).get("chat_template"))
 
 
 def _download(name: str, where: str, say: Say) -> Path:

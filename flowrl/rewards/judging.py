@@ -118,7 +118,6 @@ class Tally(msgspec.Struct):
     remembered: int = 0
     unreadable: int = 0
     pairs: int = 0  # judged in both orders
-    ties: int = 0
     flipped: int = 0  # pairs whose verdict followed the order
     first_wins: int = 0  # verdicts for the answer shown first, of all that are for one of the two
     decided: int = 0  # verdicts for one of the two
@@ -204,7 +203,6 @@ class Judgement:
             self.tally.pairs += 1
             share = (forth + 1.0 - back) / 2  # what `one` won of the two
             self.tally.flipped += forth == back != 0.5
-            self.tally.ties += share == 0.5
             wins[one][other] += principle.weight * share
             wins[other][one] += principle.weight * (1.0 - share)
         for place in range(num_answers):

@@ -70,11 +70,6 @@ class Placed(msgspec.Struct, frozen=True, kw_only=True):
     running: dict[str, int]  # generator -> samples of full length that its cache holds
     lacks: list[str]  # what is too much, in words; []: it fits
 
-    @property
-    def excess(self) -> float:
-        """Return by how much the fullest device is beyond what it holds, in words of `lacks`; 0 where it fits."""
-        return float(len(self.lacks))
-
 
 def rough_graph(configs: Mapping[str, StageConfig], until: str) -> Graph:
     """Return what the rules of placement read of a graph: its nodes' settings and its last node."""

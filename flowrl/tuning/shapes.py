@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from flowrl.data.aside import run_aside
-from flowrl.data.models import DEFAULT_MODEL, HUB_NAME, newest_of_run, num_parameters
+from flowrl.data.models import DEFAULT_MODEL, HUB_NAME, newest_of_run, num_parameters, read_json
 from flowrl.errors import ConfigError, ModelError
 from flowrl.tuning.published import PARAMETERS, PUBLISHED
 
@@ -145,7 +145,7 @@ def find_shape(name: str, configs: Mapping[str, Path], *, counts: bool = True) -
     if (directory / "config.json").is_file():
         held = num_parameters(directory, where)
         if held:
-            return shape_of(_json(directory / "config.json", where), held)
+            return shape_of(read_json(directory / "config.json", where), held)
         if not counts:
             raise ModelError(where, "has no weights", "fetch the model again")
         return _counted(directory / "config.json", where)
@@ -187,19 +187,9 @@ def _cached(name: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _json(path: Path, where: str) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ModelError(where, f"{path} cannot be read as JSON ({error})", "fetch it again") from error
-    if not isinstance(found, dict):
-        raise ModelError(where, f"{path} holds no JSON object", "fetch it again")
-    return cast("dict[str, Any]", found)
-
-
 def _counted(config: Path, where: str) -> Shape:
     """Return the shape of a model of which only the config is here."""
-    settings = _json(config, where)
+    settings = read_json(config, where)
     with tempfile.TemporaryDirectory(prefix="flowrl-shape-") as aside:
         (Path(aside) / "config.json").write_text(json.dumps(settings))
         run_aside(count_parameters, Path(aside), where=where)

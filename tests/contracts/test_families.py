@@ -18,7 +18,7 @@ from flowrl.engines.base import Lora, Schedule, TrainingConfig
 from flowrl.engines.publishing import as_saved, carried_buffers
 from flowrl.engines.torch import TorchEngine
 from flowrl.graph.stage import Ranks
-from tests.support.families import FAMILIES, write_family
+from tests.support.families import FAMILIES, gap_to_own, write_family
 from tests.unit.engines.test_packing import random_groups
 from tests.unit.engines.test_trainer import WeightedTokens, choose
 
@@ -44,19 +44,6 @@ def opened(directory: Path, **settings: Any) -> TorchEngine:
     engine = TorchEngine(msgspec.structs.replace(CONFIG, model=str(directory), **settings), where="learner", name="t")
     engine.open(Ranks())
     return engine
-
-
-@torch.no_grad()
-def gap_to_own(model, groups, rows) -> float:
-    """Return the largest difference of log-probs from those of the model's own forward of each sequence."""
-    worst = 0.0
-    for item, found in zip(groups, rows, strict=True):
-        for response, values in zip(item.responses, found, strict=True):
-            ids = torch.tensor([item.prompt_ids.tolist() + response.tolist()])
-            logprobs = model(input_ids=ids[:, :-1], use_cache=False).logits[0].float().log_softmax(-1)
-            own = logprobs[-len(response) :].gather(-1, ids[0, -len(response) :, None])[:, 0]
-            worst = max(worst, float(np.abs(own.numpy() - values).max()))
-    return worst
 
 
 def one_by_one(groups):

@@ -18,8 +18,7 @@ from flowrl.runtime.cluster import Cluster
 from flowrl.stages.learner import Learner
 from tests.contracts.test_hostile_wire import listening
 from tests.support.command import ROOT
-from tests.support.driven import SETTINGS
-from tests.support.flows import flow
+from tests.support.flows import ENDLESS, flow
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -107,7 +106,7 @@ os._exit(0)
 def test_a_runs_ray_takes_no_call_without_its_token() -> None:
     import ray
 
-    with Cluster(flow(SETTINGS, Learner), None):
+    with Cluster(flow(ENDLESS, Learner), None):
         address = ray.get_runtime_context().gcs_address
 
         def tries(name: str, **environment: str) -> str:

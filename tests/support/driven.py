@@ -31,16 +31,10 @@ from flowrl.runtime.rundir import claim, write_plan
 from flowrl.runtime.supervisor import STOPS, newest_start
 from flowrl.stages.learner import Learner
 from tests.support.command import ROOT
-from tests.support.flows import FlowSettings, flow
+from tests.support.flows import ENDLESS, FlowSettings, flow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-SETTINGS = FlowSettings(
-    seed=0, steps=1_000_000, groups_per_step=4, window=1, max_staleness=2, generators=1, scorers=1, depth=8,
-    token_s=0.005, sigma=0.5, update_s=0.02, score_s=0.02, train_s=0.02, filter_every=7, initial=12, save_every=5,
-    is_finite=False,
-)  # fmt: skip
 
 
 PATIENCE_S = 300.0  # only a test that fails waits so long
@@ -147,7 +141,7 @@ def main(directory: str, runtime: str, *told: str) -> int:
     given = dict(each.split("=") for each in told if each != "resume")
     of_flow = {name.removeprefix("flow."): given.pop(name) for name in list(given) if name.startswith("flow.")}
     settings = msgspec.convert({"runtime": runtime, "hints": False, **given}, RunSettings, strict=False)
-    flow_settings = msgspec.convert({**msgspec.to_builtins(SETTINGS), **of_flow}, FlowSettings, strict=False)
+    flow_settings = msgspec.convert({**msgspec.to_builtins(ENDLESS), **of_flow}, FlowSettings, strict=False)
     program = Program(path=Path(__file__), settings=settings, graph=flow(flow_settings, Learner))
     try:
         with contextlib.closing(claim(run_dir, say)) as claimed:

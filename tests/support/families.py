@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
 from tests.support.tiny import tiny_tokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from flowrl.engines.base import TokenGroup
 
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 ROUTED: dict[str, Any] = {
@@ -168,3 +174,16 @@ def write_family(family: str, directory: Path, **settings: Any) -> Any:
     instance.save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return instance
+
+
+@torch.no_grad()
+def gap_to_own(model: Any, groups: Sequence[TokenGroup], rows: Sequence[Sequence[Any]]) -> float:
+    """Return the largest difference of log-probs from those of the model's own forward of each sequence by itself."""
+    worst = 0.0
+    for item, found in zip(groups, rows, strict=True):
+        for response, values in zip(item.responses, found, strict=True):
+            ids = torch.tensor([item.prompt_ids.tolist() + response.tolist()])
+            logprobs = model(input_ids=ids[:, :-1], use_cache=False).logits[0].float().log_softmax(-1)
+            own = logprobs[-len(response) :].gather(-1, ids[0, -len(response) :, None])[:, 0]
+            worst = max(worst, float(np.abs(own.numpy() - np.asarray(values)).max()))
+    return worst

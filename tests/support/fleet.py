@@ -14,16 +14,10 @@ import msgspec
 from flowrl.graph.graph import RunSettings
 from flowrl.graph.program import graph_of, plan_of
 from flowrl.stages.learner import Learner
-from tests.support.flows import FlowSettings, flow
+from tests.support.flows import ENDLESS, flow
 
 if TYPE_CHECKING:
     from flowrl.graph.graph import Graph
-
-FLOW = FlowSettings(
-    seed=0, steps=1_000_000, groups_per_step=4, window=1, max_staleness=2, generators=1, scorers=1, depth=8,
-    token_s=0.005, sigma=0.5, update_s=0.02, score_s=0.02, train_s=0.02, filter_every=7, initial=12, save_every=5,
-    is_finite=False,
-)  # fmt: skip
 
 
 tempfile.tempdir = "/var/tmp"  # which every machine sees, unlike /tmp: for the stand-in of a model
@@ -37,7 +31,7 @@ class Settings(RunSettings):
 
 
 def build(s: Settings) -> Graph:
-    plan = plan_of(flow(dataclasses.replace(FLOW, steps=s.steps, generators=s.generators), Learner))
+    plan = plan_of(flow(dataclasses.replace(ENDLESS, steps=s.steps, generators=s.generators), Learner))
     for node, cpus in {"generator": s.generator_cpus, "learner": s.learner_cpus}.items():
         plan.nodes[node].arguments["config"]["cpus"] = cpus
     return graph_of(msgspec.convert(msgspec.to_builtins(plan), type(plan)))

@@ -159,6 +159,14 @@ class FlowSettings:
     evaluate_every: int = -1  # versions; 0: before and after; -1: no evaluator
 
 
+# For a run in a process of its own, which goes on until it is stopped.
+ENDLESS = FlowSettings(
+    seed=0, steps=1_000_000, groups_per_step=4, window=1, max_staleness=2, generators=1, scorers=1, depth=8,
+    token_s=0.005, sigma=0.5, update_s=0.02, score_s=0.02, train_s=0.02, filter_every=7, initial=12, save_every=5,
+    is_finite=False,
+)  # fmt: skip
+
+
 def random_settings(seed: int) -> FlowSettings:
     draw = random.Random(seed)
     per_version = draw.randint(1, 6)
