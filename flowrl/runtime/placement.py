@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -22,12 +21,10 @@ import msgspec
 from flowrl.config import is_given
 from flowrl.engines.base import Computing, Serving, Training
 from flowrl.errors import ConfigError, ResourceError
-from flowrl.graph.program import Program, load_program
 from flowrl.runtime.devices import Machine, check_usable, num_cores, unusable, visible_machine
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from flowrl.graph.graph import Graph
     from flowrl.graph.stage import StageConfig
@@ -48,18 +45,6 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     gpus: int  # reserved for it alone; 0 where it sits on those of another
     host: str  # the node whose devices it sits on; its own name where it has its own
     seats: tuple[int, ...] = ()  # the GPUs that it sees, counted over all that its host has reserved
-
-
-def load_placed(
-    path: Path, *, config: Path | None = None, overrides: Sequence[str] = (), machine: Machine | None = None
-) -> Program:
-    """Load a graph file with what is left to `auto` placed on a machine's GPUs, those of this one by default.
-
-    Raises:
-        UserError: as `load_program`; or the GPUs cannot be used.
-    """
-    machine = machine or visible_machine()
-    return load_program(path, config=config, overrides=overrides, placing=partial(place, machine=machine))
 
 
 def place(graph: Graph, paths: Mapping[str, str], given: Mapping[str, Any], *, machine: Machine) -> dict[str, Any]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from flowrl.errors import ConfigError, FlowrlError, ResourceError
-from flowrl.runtime.placement import check_resources, load_placed, places
+from flowrl.graph.program import load_program
+from flowrl.runtime import placement
+from flowrl.runtime.placement import check_resources, places
 from tests.support.devices import machine
 
 if TYPE_CHECKING:
@@ -18,7 +21,8 @@ GRAPHS = Path(__file__).resolve().parents[3] / "graphs"
 
 
 def placed(graph: str, num_gpus: int, *overrides: str, **how: Any) -> Program:
-    return load_placed(GRAPHS / f"{graph}.py", overrides=overrides, machine=machine(*[80] * num_gpus, **how))
+    placing = partial(placement.place, machine=machine(*[80] * num_gpus, **how))
+    return load_program(GRAPHS / f"{graph}.py", overrides=overrides, placing=placing)
 
 
 def seats(program: Program, node: str) -> list[tuple[int, ...]]:
