@@ -29,6 +29,7 @@ from flowrl.stages.writer import Writer
 class Settings(SamplingSettings):
     epochs: Annotated[int, Meta(ge=1)] = 1  # passes over the prompts, each with samples of its own
     reward_models: list[str] = msgspec.field(default_factory=list)  # their scores are added up, and to the function's
+    reward_weights: list[float] = msgspec.field(default_factory=list)  # one for each of them; []: reward_model.weight
     reference_model: str = ""  # "": none
     data: PromptData = PromptData(num_heldout=0)
     generator: Generator.Config = Generator.Config(cpus=1, group_size=4)
@@ -44,8 +45,7 @@ def build(s: Settings) -> Graph:
     sampler = s.sampler(s.generator)
     prompts = Prompts(s.prompts, sampler, epochs=s.epochs)
     generator = Generator(s.generator, sampler)
-    models = (s.reward_model, s.reward_models)
-    scoring = scorers(generator.rollouts, sampler, s.reward, *models, judge=s.judge, model_judge=s.model_judge)
+    scoring = scorers(generator.rollouts, sampler, s)
     reference = referenced(scoring.scored, s.reference, sampler, model=s.reference_model)
     writer = Writer(s.writer, sampler)
     return Graph(

@@ -6,34 +6,24 @@ Advantages come from the rewards of a prompt's own samples, so a group has two s
 `reference_model` and algorithm=flowrl.algorithms.on_policy_distillation:OnPolicyDistillation it distils instead.
 """
 
-import msgspec
-
 from flowrl.config import Select
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
 from flowrl.stages.advantage import Advantage
 from flowrl.stages.generator import Generator
-from flowrl.stages.judge import Judge, ModelJudge
 from flowrl.stages.learner import Learner
-from flowrl.stages.online import OnlineSettings, evaluated, replayed, texts_for
+from flowrl.stages.online import evaluated, replayed, texts_for
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.reference import Reference
 from flowrl.stages.replay_buffer import ReplayBuffer
-from flowrl.stages.reward import Reward, RewardModel
-from flowrl.stages.scorers import scorers
+from flowrl.stages.scorers import ScoredSettings, scorers
 from flowrl.stages.texts import TextSource
 
 
-class Settings(OnlineSettings):
+class Settings(ScoredSettings):
     reference_model: str = ""  # "": the policy as it begins; with on-policy distillation the teacher
-    reward_models: list[str] = msgspec.field(default_factory=list)  # their scores are added up, and to the function's
-    reward_weights: list[float] = msgspec.field(default_factory=list)  # one for each of them; []: reward_model.weight
     algorithm: Select = Select(use="flowrl.algorithms.grpo:GRPO")
     greedy_baseline: bool = False  # of each prompt sample the likeliest response as well, for ReMax
     generator: Generator.Config = Generator.Config(cpus=1, group_size=8)
-    reward: Reward.Config = Reward.Config()  # function="": none
-    reward_model: RewardModel.Config = RewardModel.Config(share="learner")  # of every reward model
-    judge: Judge.Config = Judge.Config()  # server.url="": none
-    model_judge: ModelJudge.Config = ModelJudge.Config()  # model="": none
     reference: Reference.Config = Reference.Config(share="learner")
     advantage: Advantage.Config = Advantage.Config()
     replay: ReplayBuffer.Config = ReplayBuffer.Config()  # learned groups learned once more; ratio=0: none
@@ -44,8 +34,7 @@ def build(s: Settings) -> Graph:
     sampler, learning = s.sampler(s.generator, greedy=s.greedy_baseline), s.learning(s.algorithm)
     prompts = Prompts(s.prompts, sampler)
     generator = Generator(s.generator, sampler)
-    models = (s.reward_model, s.reward_models, s.reward_weights)
-    scoring = scorers(generator.rollouts, sampler, s.reward, *models, judge=s.judge, model_judge=s.model_judge)
+    scoring = scorers(generator.rollouts, sampler, s)
     reference = Reference(s.reference, sampler, model=s.reference_model)
     advantage = Advantage(s.advantage, sampler, learning)
     learner = Learner(s.learner, sampler, learning, beside=s.texts)

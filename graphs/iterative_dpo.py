@@ -3,29 +3,25 @@
     flowrl run graphs/iterative_dpo.py --set objective.beta=0.05 --set generator.group_size=8
     flowrl run graphs/iterative_dpo.py --set objective=flowrl.algorithms.ipo:IPO
 
-Groups whose rewards tie are filtered and others admitted in their place. The reference is the policy as it starts.
+Groups whose rewards tie are filtered and others admitted in their place.
 Staleness is bounded as in graphs/ppo_async.py: `max_staleness=0` samples, then learns, in turns.
 """
 
 from flowrl.config import Select
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
 from flowrl.stages.generator import Generator
-from flowrl.stages.judge import Judge, ModelJudge
 from flowrl.stages.learner import Learner
-from flowrl.stages.online import OnlineSettings, evaluated
+from flowrl.stages.online import evaluated
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.reference import Reference
-from flowrl.stages.reward import Reward
-from flowrl.stages.scorers import scorers
+from flowrl.stages.scorers import ScoredSettings, scorers
 from flowrl.stages.selector import SelectionLearner, Selector
 
 
-class Settings(OnlineSettings):
+class Settings(ScoredSettings):
+    reference_model: str = ""  # "": the policy as it begins
     objective: Select = Select(use="flowrl.algorithms.dpo:DPO")
     generator: Generator.Config = Generator.Config(cpus=1, group_size=8)
-    reward: Reward.Config = Reward.Config()  # function="": none
-    judge: Judge.Config = Judge.Config()  # server.url="": none
-    model_judge: ModelJudge.Config = ModelJudge.Config()  # model="": none
     select: Selector.Config = Selector.Config()
     reference: Reference.Config = Reference.Config(share="learner")
     learner: Learner.Config = Learner.Config(cpus=1, lr=1e-6)
@@ -35,9 +31,9 @@ def build(s: Settings) -> Graph:
     sampler, learning = s.sampler(s.generator), s.learning(s.objective)
     prompts = Prompts(s.prompts, sampler)
     generator = Generator(s.generator, sampler)
-    scoring = scorers(generator.rollouts, sampler, s.reward, judge=s.judge, model_judge=s.model_judge)
+    scoring = scorers(generator.rollouts, sampler, s)
     select = Selector(s.select, take="pair")
-    reference = Reference(s.reference, sampler)
+    reference = Reference(s.reference, sampler, model=s.reference_model)
     learner = SelectionLearner(s.learner, sampler, learning, num_samples=select.num_kept)
     evaluation = evaluated(s.evaluation, learner, generator, s.reward)
     row = dict(prompts=prompts, generator=generator, **scoring.nodes, select=select, reference=reference)

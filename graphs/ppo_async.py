@@ -9,36 +9,26 @@ sample is ever more than m policy versions old when it is learned (0 is synchron
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import msgspec
-
 from flowrl.config import Meta, Select
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
 from flowrl.stages.critic import Critic
 from flowrl.stages.generator import Generator
-from flowrl.stages.judge import Judge, ModelJudge
 from flowrl.stages.learner import Learner
-from flowrl.stages.online import OnlineSettings, evaluated, texts_for
+from flowrl.stages.online import evaluated, texts_for
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.reference import Reference
-from flowrl.stages.reward import Reward, RewardModel
-from flowrl.stages.scorers import scorers
+from flowrl.stages.scorers import ScoredSettings, scorers
 from flowrl.stages.texts import TextSource
 
 MINIBATCHES = 8  # of the critic, which learns too little in one optimizer step a version
 
 
-class Settings(OnlineSettings):
+class Settings(ScoredSettings):
     critic_model: str = ""  # a reward model or base model to start the critic from; "": the policy's
     reference_model: str = ""  # "": the policy as it begins
-    reward_models: list[str] = msgspec.field(default_factory=list)  # their scores are added up, and to the function's
-    reward_weights: list[float] = msgspec.field(default_factory=list)  # one for each of them; []: reward_model.weight
     steps: Annotated[int, Meta(ge=1)] = 14
     algorithm: Select = Select(use="flowrl.algorithms.ppo:PPO")
     generator: Generator.Config = Generator.Config(cpus=1, group_size=8)
-    reward: Reward.Config = Reward.Config()  # function="": none
-    reward_model: RewardModel.Config = RewardModel.Config(share="learner")  # of every reward model
-    judge: Judge.Config = Judge.Config()  # server.url="": none
-    model_judge: ModelJudge.Config = ModelJudge.Config()  # model="": none
     reference: Reference.Config = Reference.Config(share="learner")
     critic: Critic.Config = Critic.Config(share="learner", lr=2e-5, minibatches=MINIBATCHES)
     texts: TextSource.Config = TextSource.Config()  # a pre-training loss beside the policy's; per_step=0: none
@@ -55,8 +45,7 @@ def build(s: Settings) -> Graph:
     sampler, learning = s.sampler(s.generator), s.learning(s.algorithm)
     prompts = Prompts(s.prompts, sampler)
     generator = Generator(s.generator, sampler)
-    models = (s.reward_model, s.reward_models, s.reward_weights)
-    scoring = scorers(generator.rollouts, sampler, s.reward, *models, judge=s.judge, model_judge=s.model_judge)
+    scoring = scorers(generator.rollouts, sampler, s)
     reference = Reference(s.reference, sampler, model=s.reference_model)
     critic = Critic(s.critic, sampler, learning, s.learner, model=s.critic_model)
     learner = Learner(s.learner, sampler, learning, beside=s.texts)

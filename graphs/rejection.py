@@ -9,20 +9,15 @@ graphs/ppo_async.py: `max_staleness=0` samples, then learns, in turns.
 from flowrl.config import Select
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
 from flowrl.stages.generator import Generator
-from flowrl.stages.judge import Judge, ModelJudge
-from flowrl.stages.online import OnlineSettings, evaluated
+from flowrl.stages.online import evaluated
 from flowrl.stages.prompts import Prompts
-from flowrl.stages.reward import Reward
-from flowrl.stages.scorers import scorers
+from flowrl.stages.scorers import ScoredSettings, scorers
 from flowrl.stages.selector import SelectionLearner, Selector
 
 
-class Settings(OnlineSettings):
+class Settings(ScoredSettings):
     objective: Select = Select(use="flowrl.algorithms.sft:SFT")
     generator: Generator.Config = Generator.Config(cpus=1, group_size=8)
-    reward: Reward.Config = Reward.Config()  # function="": none
-    judge: Judge.Config = Judge.Config()  # server.url="": none
-    model_judge: ModelJudge.Config = ModelJudge.Config()  # model="": none
     select: Selector.Config = Selector.Config(min_reward=1.0)
 
 
@@ -30,7 +25,7 @@ def build(s: Settings) -> Graph:
     sampler, learning = s.sampler(s.generator), s.learning(s.objective)
     prompts = Prompts(s.prompts, sampler)
     generator = Generator(s.generator, sampler)
-    scoring = scorers(generator.rollouts, sampler, s.reward, judge=s.judge, model_judge=s.model_judge)
+    scoring = scorers(generator.rollouts, sampler, s)
     select = Selector(s.select, take="best")
     learner = SelectionLearner(s.learner, sampler, learning, num_samples=select.num_kept)
     evaluation = evaluated(s.evaluation, learner, generator, s.reward)

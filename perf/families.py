@@ -311,6 +311,8 @@ def main() -> None:
     parser.add_argument("--no-vllm", action="store_true")
     options = parser.parse_args()
     known = read(options.out)
+    if unknown := set(options.families) - set(FAMILIES):
+        parser.error(f"no family is named {', '.join(sorted(unknown))}; known: {', '.join(FAMILIES)}")
     families = options.families or [family for family in FAMILIES if family not in known]
     if families:
         run(families, options.out, with_vllm=not options.no_vllm)

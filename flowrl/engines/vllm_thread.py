@@ -2,9 +2,13 @@
 
 It starts in two seconds instead of fifteen and needs a third of the memory: for CPUs and for tests. It rests on
 private classes of vLLM (tried on 0.32), and nothing else in flowrl does: EngineCoreProc with its handshake replaced by
-known addresses, and the client that accepts such addresses. Invariant: after `stop` the core's thread and both threads
-of its sockets have ended, so that the model's memory is free for the next engine. Called by `VllmEngine` when `layout`
-is "thread".
+known addresses, and the client that accepts such addresses. Invariants:
+
+- after `stop` the core's thread and both threads of its sockets have ended, so that the model's memory is free for the
+  next engine;
+- the classes of transformers stay as they are: a learner of this process uses them, too.
+
+Called by `VllmEngine` when `layout` is "thread".
 
 Tests: tests/contracts/test_vllm_engine.py
 """
@@ -18,6 +22,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from vllm.model_executor.models.transformers.base import Base
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -36,6 +41,10 @@ if TYPE_CHECKING:
 # attention or corrupt each other. They take turns; whoever waits holds `_NEXT`, so that no engine overtakes.
 _NEXT = threading.Lock()
 _TURN = threading.Lock()
+
+# Where vLLM has no code of its own for a family it runs the class of transformers, and first changes it so that every
+# model of the class compiles and wants vLLM's config. Nothing is compiled here.
+setattr(Base, "_decorate_cls_for_torch_compile", lambda *_, **__: None)  # noqa: B010
 
 JOIN_S = 5.0  # for a socket thread that has nothing left to do
 

@@ -416,6 +416,26 @@ def test_an_untied_model_takes_updates_too(tmp_path, loop):
     assert loop.run(scenario()).max_gap < TOLERANCE
 
 
+def test_a_class_of_transformers_that_vllm_serves_itself_still_trains_in_the_same_process(tmp_path, loop):
+    write_family("GPTNeoXForCausalLM", tmp_path)
+    policy = Policy(tmp_path)
+    before = policy.logprobs(PROMPTS[0], PROMPTS[1])
+
+    async def scenario():
+        engine = await opened(tmp_path)
+        try:
+            report = await engine.update_weights(policy.publish(seed=9))
+            return report, await draw(engine, PROMPTS[3], num_samples=1)
+        finally:
+            await engine.close()
+            policy.sender.close()
+
+    report, samples = loop.run(scenario())
+    assert report.max_gap < TOLERANCE
+    assert policy.gap(PROMPTS[3], samples[0]) < TOLERANCE
+    assert np.array_equal(Policy(tmp_path).logprobs(PROMPTS[0], PROMPTS[1]), before)  # a model made after vLLM's
+
+
 @pytest.fixture
 def expert_group(engine, monkeypatch):
     """Make what vLLM makes in a process whose first model has experts; here the first was the shared engine's."""
