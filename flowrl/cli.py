@@ -1,5 +1,5 @@
-"""The command line: `flowrl run | check | plan | show | report | inspect | watch | scale | verify | export`, and
-`simulate | tune | bench | data | judge | graphs | init | doctor`.
+"""The command line: `flowrl run | check | plan | show | report | inspect | watch | scale | verify | export | eval`,
+and `simulate | tune | bench | data | judge | graphs | init | doctor`.
 
 Bad input is one line on standard error (where, what, what to do) and exit code 2; a failed run is one line and exit
 code 1; a run the user stopped twice is 130. `--debug` adds the traceback. Nothing heavier than msgspec is imported
@@ -129,6 +129,25 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--node", default="", help="whose model, such as critic (default: the learner's)")
     export.add_argument("--debug", action="store_true", help="show tracebacks")
     export.set_defaults(command=_export)
+
+    evaluation = commands.add_parser("eval", help="answer benchmarks with a run, a model or a server")
+    evaluation.add_argument("target", metavar="RUN|MODEL|URL", help="a run, a model, or https://host/v1")
+    evaluation.add_argument("--tasks", nargs="+", required=True, metavar="NAME",
+                            help="of lm-eval, a task's YAML file, or a directory of such files")  # fmt: skip
+    evaluation.add_argument("--against", default="", metavar="RUN|MODEL|URL", help="compare with it, item by item")
+    evaluation.add_argument(
+        "--out", type=Path, metavar="DIR", help="for results and answers (default: evaluations/NAME)"
+    )
+    evaluation.add_argument("--limit", type=int, default=0, metavar="N", help="items of each task (default: all)")
+    evaluation.add_argument("--num-fewshot", type=int, metavar="N", help="worked examples (default: as the task says)")
+    evaluation.add_argument("--seed", type=int, default=0, help="of examples, sampling and resampling (default: 0)")
+    evaluation.add_argument("--chat", action="store_true", help="ask through the chat template, or chat completions")
+    evaluation.add_argument("--model", default="", metavar="NAME", help="of a URL: as the server names it")
+    evaluation.add_argument("--tokenizer", default="", metavar="MODEL", help="of a URL: its model's directory or id")
+    evaluation.add_argument("--unsafe-code", action="store_true", help="run tasks that execute what a model wrote")
+    _settings_option(evaluation, help="one setting of the engine, e.g. max_model_len=2048; may be repeated")
+    evaluation.add_argument("--debug", action="store_true", help="show tracebacks")
+    evaluation.set_defaults(command=_eval)
 
     simulate = commands.add_parser("simulate", help="predict how a graph runs, from the profile of a run")
     _graph_options(simulate)
@@ -351,6 +370,27 @@ def _export(options: argparse.Namespace) -> int:
         node=options.node,
     )
     export(request, say=_say)
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from flowrl.runs.evaluation import EvalRequest, evaluate
+
+    request = EvalRequest(
+        target=options.target,
+        tasks=options.tasks,
+        against=options.against,
+        out=options.out,
+        limit=options.limit,
+        num_fewshot=options.num_fewshot,
+        seed=options.seed,
+        chat=options.chat,
+        model=options.model,
+        tokenizer=options.tokenizer,
+        unsafe_code=options.unsafe_code,
+        overrides=options.overrides,
+    )
+    evaluate(request, _say)
     return 0
 
 

@@ -1,0 +1,63 @@
+"""AnsweringVllm: the generation engine for whoever examines a model that stands still: texts that end at strings, and
+how likely given tokens are.
+
+Invariants: a token's log-prob and rank are the model's own, at temperature 1 and without a cut; the likeliest answer is
+the likeliest at each token. Nothing arrives here: `serve_loaded` is the only version. Called by runs/harness.py.
+
+Tests: tests/contracts/test_evaluation.py
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flowrl.engines import vllm_settings
+from flowrl.engines.vllm import VllmEngine
+from flowrl.errors import StageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm import SamplingParams
+
+
+class AnsweringVllm(VllmEngine):
+    """A vLLM that scores tokens and ends at strings besides."""
+
+    async def score(self, token_ids: Sequence[int]) -> tuple[list[float], list[bool]]:
+        """Return, of every token after the first, its log-prob and whether no other was likelier.
+
+        Raises:
+            StageError: there are too many tokens, or vLLM failed.
+        """
+        output = await self._answered(token_ids, vllm_settings.canary_parameters())
+        rows = zip(list(token_ids)[1:], list(output.prompt_logprobs)[1:], strict=True)
+        found = [row[token] for token, row in rows]
+        return [each.logprob for each in found], [each.rank == 1 for each in found]
+
+    async def complete(self, prompt_ids: Sequence[int], *, until: list[str], **sampling: Any) -> list[int]:
+        """Return the tokens that follow; at most `max_tokens`, to the end of the first string of `until`.
+
+        `sampling` is of vLLM's SamplingParams; temperature 0 takes the likeliest token each time.
+
+        Raises:
+            StageError: there is no room for an answer, or vLLM failed.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            **sampling, stop=until, stop_token_ids=self._stop_ids, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        return list((await self._answered(prompt_ids, parameters)).outputs[0].token_ids)
+
+    async def _answered(self, token_ids: Sequence[int], parameters: SamplingParams) -> Any:
+        self._check_serving()
+        name = f"answer-{next(self._ids)}"
+        last: Any = None
+        try:
+            async for output in self._engine.generate({"prompt_token_ids": list(token_ids)}, parameters, name):
+                last = output
+        except Exception as error:
+            raise StageError(self.where, f"request {name} failed ({self._cause(error)})") from error
+        return last
