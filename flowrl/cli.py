@@ -1,5 +1,5 @@
 """The command line: `flowrl run | check | plan | show | report | inspect | watch | scale | verify | export | eval`,
-and `simulate | tune | bench | data | judge | graphs | init | doctor`.
+and `simulate | tune | bench | data | judge | feedback | graphs | init | doctor`.
 
 Bad input is one line on standard error (where, what, what to do) and exit code 2; a failed run is one line and exit
 code 1; a run the user stopped twice is 130. `--debug` adds the traceback. Nothing heavier than msgspec is imported
@@ -191,6 +191,18 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("--debug", action="store_true", help="show tracebacks")
     judge.set_defaults(command=_judge)
 
+    feedback = commands.add_parser("feedback", help="serve a page at which people judge a run's answers")
+    feedback.add_argument("run", type=Path, help="the run's directory; it may be running still")
+    feedback.add_argument("--host", default="127.0.0.1", help="to listen on (default: 127.0.0.1, this machine alone)")
+    feedback.add_argument("--port", type=int, default=8791, help="to listen on; 0: any (default: 8791)")
+    feedback.add_argument("--way", choices=["pairs", "ratings"], default="pairs",
+                          help="how recorded rollouts are judged; a humans node says it itself")  # fmt: skip
+    feedback.add_argument("--export", choices=["jsonl", "trl", "labelstudio", "argilla"], metavar="FORMAT",
+                          help="write what was said instead: jsonl, trl, labelstudio or argilla")  # fmt: skip
+    feedback.add_argument("--out", type=Path, metavar="FILE", help="where to write it")
+    feedback.add_argument("--debug", action="store_true", help="show tracebacks")
+    feedback.set_defaults(command=_feedback)
+
     graphs = commands.add_parser("graphs", help="list the graphs and recipes that come with flowrl")
     graphs.add_argument("--debug", action="store_true", help="show tracebacks")
     graphs.set_defaults(command=_graphs)
@@ -339,6 +351,22 @@ def _scale(options: argparse.Namespace) -> int:
     from flowrl.runtime.scaling import scale
 
     _say(f"asked for: {scale(options.run, options.asked)}; the run takes it up within seconds")
+    return 0
+
+
+def _feedback(options: argparse.Namespace) -> int:
+    from flowrl.errors import ConfigError
+
+    if (options.export is None) != (options.out is None):
+        raise ConfigError("feedback", "--export and --out go together", "give both, or neither to serve the page")
+    if options.export is not None:
+        from flowrl.runs.feedback.exports import export
+
+        export(options.run, options.out, options.export, way=options.way, say=_say)
+        return 0
+    from flowrl.runs.feedback.server import serve
+
+    serve(options.run, host=options.host, port=options.port, way=options.way, say=_say)
     return 0
 
 

@@ -10,6 +10,7 @@ The types and column names are those of TRL's documentation ("Dataset formats an
     language-modeling     messages, or text
     prompt-only           prompt
 
+Preferences that Label Studio or Argilla exported are read as such (flowrl.data.labelling).
 ShareGPT's column `conversations` is read as `messages`, or as the `prompt` of chosen and rejected, with its `system`.
 A row with the columns of several types is of the first that fits, in this order. Columns `tools` and
 `chat_template_kwargs` go to the chat template, `finish` (or `finish_reason`) says that a response was sampled and
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import msgspec
 
 from flowrl.data.conversations import Conversation, messages_of, noun, options_of, renamed, tools_of, with_system
+from flowrl.data.labelling import preference_of
 from flowrl.errors import DataError
 
 if TYPE_CHECKING:
@@ -112,11 +114,12 @@ class NormalRow(msgspec.Struct, frozen=True, kw_only=True):
 def with_names(row: RawRow, names: Mapping[str, str]) -> RawRow:
     """Return a row with columns under other names as well, `names` saying which is whose: {"answer": "solution"}.
 
-    ShareGPT's names are known without being given.
+    ShareGPT's names, and those of labelling tools, are known without being given.
 
     Raises:
-        DataError: it lacks one of them, or a message is from somebody unknown.
+        DataError: it lacks one of them, a message is from somebody unknown, or a labelled row prefers nothing.
     """
+    row = msgspec.structs.replace(row, columns={**row.columns, **preference_of(row.columns, row.place)})
     missing = [theirs for theirs in names.values() if theirs not in row.columns]
     if missing:
         what = f"no column {missing[0]!r} (columns: {', '.join(row.columns) or 'none'})"

@@ -28,7 +28,8 @@ class PassesOn:
     What the message lacks of the output's is filled with zeros.
     """
 
-    call: str = ""  # of the node's costs; "": it takes no time
+    call: str = ""  # of the node's costs; "": it takes `seconds`
+    seconds: float = 0.0  # where no call says how long it takes: people's time, which no run measures for another
     lanes: int = 1  # messages that one replica works on at once
     num_samples: int | None = None  # of a group that go on, the first ones; None: all
     filters: bool = False  # as many groups as were not learned in the profile's run

@@ -33,7 +33,7 @@ FIXED = (
     "data.*", "*.data.*", "*sampling.*", "*.group_size", "algorithm.use", "objective.use", "objective.options.teacher",
     "*.function", "*.adapter", "*.label_column", "*.weight", "reward*.name", "reward*.level", "reward*.clip",
     "reward*.normalise", "reward*.step_*", "evaluation.samples", "texts.*", "select.*", "writer.*", "replay.*",
-    "agent.environment*", "agent.max_turns", "agent.max_tokens", "agent.role", "agent.turn_prefix",
+    "agent.environment*", "agent.max_turns", "humans.way", "agent.max_tokens", "agent.role", "agent.turn_prefix",
 )  # fmt: skip
 # Of these, what only says where something is done.
 FREE = ("*.replicas", "*.ranks", "*.cpus", "*.gpus", "*.share")

@@ -107,14 +107,14 @@ def _stand_in(costs: NodeCosts, spec: Specification, stage: Stage) -> tuple[Spec
         case Admits(num_samples):
             place = _place(costs.node, stage, Credit, Prompt)
             return _specification(TimedPrompts, place, num_samples=num_samples), [place.takes, place.puts]
-        case PassesOn(call, lanes, num_samples, filters):
+        case PassesOn(call, seconds, lanes, num_samples, filters):
             place = _place(costs.node, stage, Message, Message)
             if call:
                 costs.known(call)
             puts = stage.ports[place.puts].message
             return _specification(
                 TimedPass, place, node=costs.node, message=f"{puts.__module__}:{puts.__qualname__}", call=call,
-                lanes=lanes, num_samples=num_samples, filters=filters,
+                seconds=seconds, lanes=lanes, num_samples=num_samples, filters=filters,
             ), [place.takes, place.puts]  # fmt: skip
         case None:
             raise ConfigError(f"node {costs.node!r}", "does not say how it is simulated, so there is no prediction")
@@ -283,11 +283,13 @@ class TimedPass(StandIn):
     """Passes messages on after the time of a call, which slows nothing else down."""
 
     def __init__(
-        self, *, place: Ends, node: str, message: str, call: str, lanes: int, num_samples: int | None, filters: bool
-    ) -> None:
+        self, *, place: Ends, node: str, message: str, call: str, seconds: float, lanes: int, num_samples: int | None,
+        filters: bool,
+    ) -> None:  # fmt: skip
         super().__init__(place, Message, load_class(message, node))
         self.node = node
         self.call = call
+        self.seconds = seconds
         self.lanes = lanes
         self.num_samples = num_samples
         self.filters = filters
@@ -305,6 +307,9 @@ class TimedPass(StandIn):
             if self.filters and not is_learned(group.group_id):
                 await self.taken.reject(group, kind="filtered", reason="as often as in the profile")
                 continue
+            if self.seconds:
+                with context.clock.charge(Cause.WAIT_INPUT):
+                    await asyncio.sleep(self.seconds)
             if self.call:
                 start_s = context.now()
                 with context.clock.charge(Cause.COMPUTE):

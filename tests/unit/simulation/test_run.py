@@ -182,6 +182,23 @@ def test_as_many_groups_are_filtered_as_in_the_profile(name: str, num_samples: i
     assert half.steps_per_s == pytest.approx(0.5 / 6.4, rel=0.15)
 
 
+@pytest.mark.slow
+def test_people_take_the_time_that_the_settings_say() -> None:
+    settings = ["groups_per_step=8", "generator.max_running=4", "sampling.max_tokens=8", "humans.judgment_s=20"]
+    nodes = {
+        "generator": NodeProfile(decode=DecodeCost(step_s=0.01)),
+        "reference": NodeProfile(calls={"score": CallCost(call_s=1e-3)}),
+        "learner": NodeProfile(calls={"train": CallCost(call_s=1e-3)}),
+    }
+    costs = Profile(format=1, cores=8, response_tokens=Spread(quantiles=(8.0,)), nodes=nodes, learned=1.0)
+    one, two = (
+        quick(load_program(GRAPH.with_name("humans_dpo.py"), overrides=[*settings, f"humans.people={k}"]).graph, costs)
+        for k in (1, 2)
+    )
+    assert one.steps_per_s == pytest.approx(1 / 160, rel=0.01)  # eight judgments of 20 s
+    assert two.steps_per_s == pytest.approx(2 / 160, rel=0.01)
+
+
 def test_a_simulation_ends_within_its_seconds_and_says_how_far_it_came() -> None:
     with pytest.raises(RunError, match=r"0\.1 s were not enough to simulate 14 steps, 0 of them are done"):
         selecting("rejection", 1e-9, within_s=0.1)  # of so many groups none is learned

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -111,7 +111,7 @@ class Judge(Stage):
             await self.scored.put(extend(Scored, group, scores={"judge": rewards}))
 
 
-def graph(*, steps: int, per_step: int, max_staleness: int) -> Graph:
+def graph(*, steps: int, per_step: int, max_staleness: int, judge: Any = None) -> Graph:
     sampler = Sampler(model=stand_in_model(), sampling=Sampling(max_tokens=4), group_size=4)
     learning = Learning(algorithm=Select(use=DPO), steps=steps, groups_per_step=per_step, max_staleness=max_staleness)
     costs = {"costs": {"decode": {"step_s": 0.05}, "calls": {"train": {"call_s": 0.6}}}}
@@ -119,7 +119,7 @@ def graph(*, steps: int, per_step: int, max_staleness: int) -> Graph:
     generator = Generator(
         Generator.Config(engine="flowrl.simulation.fake:FakeGeneration", engine_options=costs, replicas=2), sampler
     )
-    reward = Judge(Judge.Config())
+    reward = judge or Judge(Judge.Config())
     select = Selector(Selector.Config(), take="pair")
     reference = Reference(Reference.Config(engine=FAKE, engine_options=costs), sampler)
     config = Learner.Config(engine=FAKE, engine_options=costs)

@@ -1,0 +1,76 @@
+"""Preferences as labelling tools export them, made into TRL's columns: Label Studio's tasks and Argilla's records.
+
+Label Studio: `data` with what is asked and the two answers, `annotations` of type `pairwise`, whose `to_name` names the
+two in their order. Argilla: `fields` with the same, `responses` to a ranking or to a question whose values are the
+fields' names. Several annotators vote. Invariant: a row that prefers neither raises, which `data.on_bad` may skip.
+Called by `with_names`.
+
+Tests: tests/unit/runs/test_feedback.py
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from flowrl.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+Columns = dict[str, Any]
+ASKED = ("prompt", "instruction", "question", "input", "text")
+
+
+def preference_of(columns: Mapping[str, Any], place: str) -> Columns:
+    """Return the columns that a labelling tool's row adds: prompt, chosen and rejected; none of another's row.
+
+    Raises:
+        DataError: nobody prefers either answer.
+    """
+    if isinstance(columns.get("data"), dict) and isinstance(columns.get("annotations"), list):
+        return _preferred(columns["data"], _picked(columns["data"], columns["annotations"]), place)
+    if isinstance(columns.get("fields"), dict) and isinstance(columns.get("responses"), dict):
+        return _preferred(columns["fields"], _ranked(columns["responses"]), place)
+    return {}
+
+
+def _preferred(fields: Columns, votes: Iterator[str], place: str) -> Columns:
+    asked = next((name for name in ASKED if isinstance(fields.get(name), str)), "")
+    answers = [name for name, text in fields.items() if name != asked and isinstance(text, str)]
+    counts = {name: 0 for name in answers}
+    for vote in votes:
+        if vote in counts:
+            counts[vote] += 1
+    ranked = sorted(counts, key=lambda name: -counts[name])
+    if not asked or len(ranked) < 2 or counts[ranked[0]] == counts[ranked[1]]:
+        what = f"prefers none of {', '.join(answers) or 'no answers'}" if asked else "does not say what was asked"
+        raise DataError(place, what, "drop the row, or set data.on_bad=skip")
+    return {"prompt": fields[asked], "chosen": fields[ranked[0]], "rejected": fields[ranked[1]]}
+
+
+def _picked(data: Columns, annotations: list[Any]) -> Iterator[str]:
+    """Yield what each annotation of Label Studio prefers."""
+    for annotation in annotations:
+        if not isinstance(annotation, dict) or annotation.get("was_cancelled"):
+            continue
+        for result in cast("list[Any]", annotation.get("result") or []):
+            if isinstance(result, dict) and result.get("type") == "pairwise":
+                names = str(result.get("to_name", "")).split(",")
+                known = names if len(names) == 2 and all(name in data for name in names) else ["answer1", "answer2"]
+                selected = cast("Columns", result.get("value") or {}).get("selected")
+                yield from (known[place] for place, side in enumerate(("left", "right")) if selected == side)
+
+
+def _ranked(responses: Columns) -> Iterator[str]:
+    """Yield what each response of Argilla prefers: a field's name, or the first of a ranking without a tie."""
+    for answers in responses.values():
+        for answer in answers if isinstance(answers, list) else []:
+            value = answer.get("value") if isinstance(answer, dict) else None
+            if isinstance(value, str):
+                yield value
+            elif isinstance(value, list) and value and all(isinstance(each, str) for each in cast("list[Any]", value)):
+                yield value[0]
+            elif isinstance(value, list):
+                ranks = {each.get("value"): each.get("rank") for each in value if isinstance(each, dict)}
+                first = [name for name, rank in ranks.items() if rank == 1]
+                yield from first if len(first) == 1 else []

@@ -1,0 +1,186 @@
+"""Humans: people compare or rate a policy's answers while it goes on learning; what they say is the answers' score.
+
+The stage asks by a line in the run's questions.jsonl and reads what people said from judgments.jsonl; the page that
+they sit at is another process (`flowrl feedback RUN`), which may come and go. Invariants: a group leaves with one score
+per answer that was shown, or is rejected as filtered with the reason: nobody judged it within `deadline_s`, somebody
+flagged it, or there was nothing to compare; at most `in_flight` groups wait for people at a time; a judgment counts
+once it could be taken back for `undo_s`, and what is on the disk counts for a group that is issued again, so that
+nobody is asked twice. Waiting for people is charged as waiting for input, and to the runtime is no stall.
+
+Tests: tests/unit/stages/test_humans.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+
+from flowrl.config import Meta
+from flowrl.data.judgments import JUDGMENTS, PRIVATE, QUESTIONS, Closed, Judgment, Said, Tail, Way, ask, worths
+from flowrl.errors import ChannelClosed
+from flowrl.graph.ports import In, Out
+from flowrl.graph.simulated import PassesOn
+from flowrl.graph.stage import Stage, StageConfig
+from flowrl.messages import Rollouts, Scored, narrowed
+from flowrl.stages.reward import add_scores
+from flowrl.telemetry.events import Cause
+from flowrl.telemetry.files import RecordFile
+
+if TYPE_CHECKING:
+    from flowrl.data.judgments import Ended, Question
+    from flowrl.graph.simulated import Costs
+    from flowrl.graph.stage import Context
+
+LOOK_S = 0.5  # between two looks at what was said: a shared disk tells nobody what is written on another machine
+
+
+class Humans(Stage):
+    """Scores by asking people."""
+
+    class Config(StageConfig):
+        """Settings of the humans node."""
+
+        way: Way = "pairs"  # two answers against each other, 1 for the better; or each rated from 1 to 5
+        raters: Annotated[int, Meta(ge=1)] = 1  # who must have judged an answer; their mean is its score
+        deadline_s: Annotated[float, Meta(gt=0)] = 600.0  # after which a group that nobody judged is filtered
+        undo_s: Annotated[float, Meta(ge=0)] = 5.0  # for which a judgment can be taken back before it counts
+        in_flight: Annotated[int, Meta(ge=1)] = 64  # groups that wait for people at a time
+        name: str = ""  # of the score; "" takes the node's name
+        weight: float = 1.0  # the score is multiplied by it
+        people: Annotated[int, Meta(ge=1)] = 1  # for `flowrl simulate`: who judge at a time
+        judgment_s: Annotated[float, Meta(gt=0)] = 15.0  # for `flowrl simulate`: what each needs for one
+
+    is_single = True
+    rollouts: In[Rollouts]
+    scored: Out[Scored]
+
+    def __init__(self, config: Config) -> None:
+        self.config: Humans.Config = config
+
+    def simulated(self, costs: Costs) -> PassesOn:
+        """Take people's time."""
+        return PassesOn(seconds=self.config.judgment_s * self.config.raters, lanes=self.config.people)
+
+    async def run(self, context: Context) -> None:
+        """Ask people until the edge closes."""
+        board = await context.compute(_Board, context, self.config)
+        context.notice(f"answers wait for people: flowrl feedback {context.run_dir}", level="info")
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                looking = tasks.create_task(board.look_on())
+                async with asyncio.TaskGroup() as lanes:
+                    for _ in range(self.config.in_flight):
+                        lanes.create_task(self._lane(context, board))
+                looking.cancel()
+        finally:
+            board.close()
+
+    async def _lane(self, context: Context, board: _Board) -> None:
+        name = self.config.name or context.node
+        while True:
+            try:
+                group = await self.rollouts.get()
+            except ChannelClosed:  # raised further, it would cut off the other lanes' questions
+                return
+            question = ask(
+                group.group_id, group.columns.get("prompt", ""), [sample.text for sample in group.samples],
+                way=self.config.way, version=group.oldest_version, places=range(len(group.samples)),
+            )  # fmt: skip
+            if self.config.way == "pairs" and len(set(question.answers)) < 2:
+                await self.rollouts.reject(group, kind="filtered", reason="all answers are the same: nothing to judge")
+                continue
+            start_s = context.now()
+            judgments, how = await board.judged(question)
+            context.span("people", start_s, groups=[group.group_id], args={"judgments": len(judgments), "ended": how})
+            if how != "judged":
+                await self.rollouts.reject(group, kind="filtered", reason=_why(judgments, how, self.config.deadline_s))
+                continue
+            scores = [self.config.weight * worth for worth in worths(judgments)]
+            judged = add_scores(narrowed(group, question.places), name, scores)
+            waited = {f"{name}.wait_s": context.now() - start_s}
+            await self.scored.put(msgspec.structs.replace(judged, metrics={**judged.metrics, **waited}))
+            context.done += 1
+
+
+def _why(judgments: list[Judgment], how: Ended, deadline_s: float) -> str:
+    if how == "flagged":
+        (flagged, *_) = [each for each in judgments if each.flag]
+        return f"flagged by {flagged.rater}: {flagged.flag}"
+    return f"not judged within {deadline_s:g} s"
+
+
+class _Board:
+    """The questions that wait for people, and what is known of the answers."""
+
+    def __init__(self, context: Context, config: Humans.Config) -> None:
+        self._context = context
+        self._config = config
+        self._questions = RecordFile(context.run_dir / QUESTIONS, mode=PRIVATE, tell=context.notice)
+        self._tail = Tail(context.run_dir / JUDGMENTS, Judgment)
+        self._said = Said(self._tail.read())  # of before a restart: no longer to be taken back
+        self._seen_s: dict[str, float] = {}  # when the last judgment of a question was first seen
+        self._waiting: dict[str, asyncio.Future[tuple[list[Judgment], Ended]]] = {}
+        self._num_unjudged = 0
+
+    async def judged(self, question: Question) -> tuple[list[Judgment], Ended]:
+        """Ask, and return what was said until it was enough, or until the deadline."""
+        context, found = self._context, self._enough(question.id)
+        if found is None:
+            self._write(msgspec.structs.replace(question, time_s=context.now()))
+            self._waiting[question.id] = asyncio.get_running_loop().create_future()
+            await self._tell()
+            try:
+                with context.clock.charge(Cause.WAIT_INPUT):
+                    async with asyncio.timeout(self._config.deadline_s):
+                        found = await self._waiting[question.id]
+            except TimeoutError:
+                found = [], "unjudged"
+                self._count_unjudged()
+            finally:
+                del self._waiting[question.id]
+            await self._tell()
+        self._write(Closed(id=question.id, how=found[1], time_s=context.now()))
+        return found
+
+    async def look_on(self) -> None:
+        """Look at what people said, and let those go whose questions are judged."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            new: list[Judgment] = await self._context.background(self._tail.read)
+            for judgment in new:
+                self._said.add(judgment)
+                self._seen_s[judgment.question] = self._context.now()
+            for question, future in self._waiting.items():
+                found = self._enough(question)
+                if found is not None and not future.done():
+                    future.set_result(found)
+            self._questions.flush()
+
+    def _enough(self, question: str) -> tuple[list[Judgment], Ended] | None:
+        """Return what was said about a question and how it ends; None where too little was said so far."""
+        judgments = self._said.of(question)
+        if self._context.now() - self._seen_s.get(question, -self._config.undo_s) < self._config.undo_s:
+            return None
+        if any(each.flag for each in judgments):
+            return judgments, "flagged"
+        return (judgments, "judged") if len(judgments) >= self._config.raters else None
+
+    def _count_unjudged(self) -> None:
+        self._num_unjudged += 1
+        if self._num_unjudged & (self._num_unjudged - 1) == 0:  # 1, 2, 4, 8, ...
+            what = f"{self._num_unjudged} groups were filtered, not judged within {self._config.deadline_s:g} s"
+            self._context.notice(f"{what}; open flowrl feedback {self._context.run_dir}, or raise humans.deadline_s")
+
+    async def _tell(self) -> None:
+        count = len(self._waiting)
+        text = f"people, for {count} answers to judge (flowrl feedback {self._context.run_dir})" if count else ""
+        await self._context.note_wait(text)
+
+    def _write(self, line: Question | Closed) -> None:
+        self._questions.append(msgspec.json.encode(line) + b"\n")
+
+    def close(self) -> None:
+        """Let the files go."""
+        self._questions.close()
