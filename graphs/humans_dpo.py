@@ -9,6 +9,7 @@ policy as it starts. Staleness is bounded as in graphs/ppo_async.py, people's ti
 
 from flowrl.config import Select
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
+from flowrl.stages.evaluator import Evaluator
 from flowrl.stages.generator import Generator
 from flowrl.stages.humans import Humans
 from flowrl.stages.learner import Learner
@@ -27,6 +28,8 @@ class Settings(OnlineSettings):
     select: Selector.Config = Selector.Config()
     reference: Reference.Config = Reference.Config(share="learner")
     learner: Learner.Config = Learner.Config(cpus=1, lr=1e-6)
+    # Of held-out prompts, which people are not asked about; data without answers: data.num_heldout=0
+    evaluation: Evaluator.Config = Evaluator.Config(function="flowrl.rewards.verify:reasoning_gym_score")
 
 
 def build(s: Settings) -> Graph:
