@@ -47,7 +47,7 @@ pytest_tier contracts "3 min" "not gpu" --numprocesses 2 --dist loadfile
 tier "ray, graphs" "4 min" python -m pytest tests/ray tests/graphs -m "not gpu and not long" --tb=short --durations=5 \
     --numprocesses 2 --dist loadfile --no-loadscope-reorder
 pytest_tier cluster "3 min" "not gpu" # two machines made of namespaces; skipped without root
-if nvidia-smi -L >/dev/null 2>&1 && [[ -d tests/gpu ]]; then pytest_tier gpu "3 min" gpu; fi
+if nvidia-smi -L >/dev/null 2>&1; then tier gpu "5 min" bash scripts/gpu_check.sh; fi
 tier book "10 s" bash scripts/docs.sh
 tier pages "2 min" python scripts/tested_pages.py
 table summary "$SECONDS"
