@@ -3,7 +3,8 @@
 `python -m perf.weights [--model DIR] [--transport shm|broadcast] [--updates 9] [--running 16] [--layout thread]`.
 Without --model it makes a randomly initialised Llama of SmolLM2-135M's shape (269 MB in bfloat16, tied). Requests are
 being decoded during every update (on_update=keep); the first update, before anything is served, is not counted. The
-learner and the engine share this process, so "publish" and "transfer" compete with decoding for its cores.
+learner and the engine share this process, so "publish" and "transfer" compete with decoding for its cores; "computing"
+is what publishing takes of the learner's own thread, which other load on the machine changes little.
 """
 
 from __future__ import annotations
@@ -60,8 +61,10 @@ def make_model(directory: Path) -> Path:
     return directory
 
 
-async def measure(model: Path, options: argparse.Namespace) -> tuple[list[float], list[UpdateReport], int]:
-    """Return the seconds of each publish, the report of each update, and the bytes of a version."""
+async def measure(
+    model: Path, options: argparse.Namespace
+) -> tuple[list[tuple[float, float]], list[UpdateReport], int]:
+    """Return of each publish the seconds and those its thread computed, each update's report, a version's bytes."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -75,13 +78,17 @@ async def measure(model: Path, options: argparse.Namespace) -> tuple[list[float]
     )
     engine = VllmEngine(config, where="perf")
     sender = open_sender(options.transport, name="perf", num_receivers=1, timeout_s=60.0, device="cpu")
-    publishes: list[float] = []
+    publishes: list[tuple[float, float]] = []
     reports: list[UpdateReport] = []
 
+    def publish(version: int) -> tuple[bytes, int]:
+        start_s, computed_s = time.perf_counter(), time.thread_time()
+        published = sender.publish(version, policy.named_parameters())
+        publishes.append((time.perf_counter() - start_s, time.thread_time() - computed_s))
+        return published
+
     async def update(version: int) -> int:
-        start_s = time.perf_counter()
-        manifest, size_bytes = await asyncio.to_thread(sender.publish, version, policy.named_parameters())
-        publishes.append(time.perf_counter() - start_s)
+        manifest, size_bytes = await asyncio.to_thread(publish, version)
         weights = Weights(
             version=version, transport=options.transport, manifest=manifest, canary=None, size_bytes=size_bytes
         )
@@ -145,7 +152,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"decoded, {len(reports)} updates"
     )
     print(f"{'seconds':10} {'median':>8} {'least':>8} {'most':>8}")
-    print(row("publish", publishes))
+    print(row("publish", [seconds for seconds, _ in publishes]))
+    print(row("computing", [computed_s for _, computed_s in publishes]))
     print(row("transfer", [report.transfer_s for report in reports]))
     print(row("pause", [report.pause_s for report in reports]))
 

@@ -20,7 +20,7 @@ import torch
 from flowrl.engines.weights import open_sender
 from flowrl.engines.weights.base import digest, pack, unpack, verify
 from flowrl.engines.weights.broadcast import BroadcastFetcher, BroadcastGroup
-from flowrl.engines.weights.manifest import decode_manifest
+from flowrl.engines.weights.manifest import Bucket, decode_manifest
 from flowrl.engines.weights.nearest import fetchers
 from flowrl.engines.weights.shm import ShmFetcher, ShmSender
 from flowrl.errors import ConfigError, ProofError, ResourceError, TransferError
@@ -75,8 +75,14 @@ def opened():
         thing.close()
 
 
+def packed_of(tensors: Any) -> list[tuple[Bucket, torch.Tensor]]:
+    found: list[torch.Tensor] = []
+    buckets = pack(tensors, bucket_bytes=BUCKET, reuse=False, keep=lambda _, raw: found.append(raw))
+    return list(zip(buckets, found, strict=True))
+
+
 def test_packing_respects_the_bucket_size_and_a_large_tensor_has_a_bucket_of_its_own():
-    packed = list(pack(some_tensors(0).items(), bucket_bytes=BUCKET, reuse=False))
+    packed = packed_of(some_tensors(0).items())
     assert [bucket.tensors[0].name for bucket, _ in packed][:2] == ["embed.weight", "norm.weight"]
     assert len(packed) > 2
     assert all(bucket.size <= BUCKET for bucket, _ in packed[1:])
@@ -91,16 +97,45 @@ def test_packing_copies_a_tensor_before_the_next_is_asked_for():
             yield f"shard.{i}", buffer.fill_(i)[:]
             buffer.fill_(-1)  # what freeing and gathering the next one does
 
-    packed = list(pack(gathered(), bucket_bytes=BUCKET, reuse=False))
+    packed = packed_of(gathered())
     assert [tensor.unique().tolist() for bucket, raw in packed for _, tensor in unpack(bucket, raw)] == [
         [0.0], [1.0], [2.0], [3.0],
     ]  # fmt: skip
 
 
+def test_a_bucket_is_hashed_and_kept_while_the_next_is_filled_and_two_buffers_are_enough():
+    tensors = {f"{i}": torch.full((BUCKET // 8,), i, dtype=torch.float32) for i in range(12)}  # two to a bucket
+    is_filling = threading.Event()
+    seen: list[tuple[int, int, list[float]]] = []
+
+    def given():
+        for name, tensor in tensors.items():
+            if name == "3":
+                is_filling.set()  # the second bucket has its first tensor
+            yield name, tensor
+
+    def keep(bucket: Bucket, raw: torch.Tensor) -> None:
+        assert is_filling.wait(SOON_S), "the first bucket holds up the second"
+        seen.append((raw.data_ptr(), raw.numel(), [value.unique().item() for _, value in unpack(bucket, raw)]))
+
+    buckets = pack(given(), bucket_bytes=BUCKET, reuse=True, keep=keep)
+    assert [values for *_, values in seen] == [[2.0 * i, 2.0 * i + 1] for i in range(6)], "in order, none overwritten"
+    assert sum(dict((place, size) for place, size, _ in seen).values()) == 2 * BUCKET
+    assert [len(bucket.tensors) for bucket in buckets] == [2] * 6
+
+
+def test_what_keeping_a_bucket_raises_reaches_the_sender():
+    def full(bucket: Bucket, raw: torch.Tensor) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(OSError, match="full"):
+        pack(some_tensors(0).items(), bucket_bytes=BUCKET, reuse=True, keep=full)
+
+
 def test_a_tied_tensor_travels_once_and_an_equal_one_twice():
     tied = torch.ones(4)
     named = [("embed", tied), ("lm_head.weight", tied), ("other", torch.ones(4))]
-    ((bucket, _),) = pack(named, bucket_bytes=BUCKET, reuse=False)
+    ((bucket, _),) = packed_of(named)
     assert [spec.name for spec in bucket.tensors] == ["embed", "other"]
 
 

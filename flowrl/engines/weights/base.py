@@ -2,7 +2,8 @@
 
 Invariants: a receiver holds the bytes of every tensor against its digest before they are loaded; tensors lie in a
 bucket as raw little-endian bytes, each at a multiple of 64, never pickled; a tensor that is yielded under two names
-(tied embeddings) travels once, under the first. Called by the senders and by the receivers.
+(tied embeddings) travels once, under the first; two buckets are in flight at most, one that is filled while the other
+is hashed and kept beside it. Called by the senders and by the receivers.
 
 Tests: tests/contracts/test_weights.py
 """
@@ -10,6 +11,7 @@ Tests: tests/contracts/test_weights.py
 from __future__ import annotations
 
 import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -19,11 +21,12 @@ from flowrl.engines.weights.manifest import Bucket, TensorSpec
 from flowrl.errors import ProofError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from flowrl.engines.weights.manifest import AnyManifest, WeightManifest
 
 ALIGNMENT_BYTES = 64  # a cache line; more than any dtype needs to be viewed in place
+ONE_THREAD_BYTES = 1 << 20  # hashed sooner by one thread than several are started
 
 
 class WeightSender(Protocol):
@@ -76,42 +79,63 @@ def memory(raw: torch.Tensor) -> memoryview:
 
 
 def digest(raw: torch.Tensor) -> str:
-    """Return the blake3 digest of a host buffer, hex."""
-    return blake3(memory(raw)).hexdigest()
+    """Return the blake3 digest of a host buffer, hex; as many threads as torch has here take part."""
+    threads = torch.get_num_threads() if raw.numel() > ONE_THREAD_BYTES else 1
+    return blake3(memory(raw), max_threads=threads).hexdigest()
 
 
 def pack(
-    tensors: Iterable[tuple[str, torch.Tensor]], *, bucket_bytes: int, reuse: bool
-) -> Iterator[tuple[Bucket, torch.Tensor]]:
-    """Copy tensors one by one into host buckets and yield each full one with its description.
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    bucket_bytes: int,
+    reuse: bool,
+    keep: Callable[[Bucket, torch.Tensor], None],
+) -> list[Bucket]:
+    """Copy tensors one by one into host buckets, give each full one to `keep` and return what they hold.
 
     A tensor is copied before the next one is asked for, so its storage may be freed or reused then (gathered shards
-    are). With `reuse` a yielded buffer is overwritten after the next step of the iteration.
+    are). `keep` is called in order by a thread of its own while the next bucket is being filled; with `reuse` a buffer
+    is overwritten once `keep` has returned, and pinned where tensors come from a GPU.
     """
     sent: dict[int, weakref.ref[torch.Tensor]] = {}
-    buffer = torch.empty(bucket_bytes, dtype=torch.uint8)
+    buffers = [torch.empty(0, dtype=torch.uint8)] * 2
+    leaving: list[Future[Bucket]] = []
     specs: list[TensorSpec] = []
     used = start = 0
-    for name, tensor in tensors:
-        known = sent.get(id(tensor))
-        if known is not None and known() is tensor:
-            continue
-        sent[id(tensor)] = weakref.ref(tensor)
-        source = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        offset = _aligned(used)
-        if specs and offset + source.numel() > bucket_bytes:
-            yield _bucket(start, buffer[:used], specs), buffer[:used]
-            start, used, offset, specs = _aligned(start + used), 0, 0, []
-            buffer = buffer if reuse else torch.empty(bucket_bytes, dtype=torch.uint8)
-        if source.numel() > buffer.numel():
-            buffer = torch.empty(source.numel(), dtype=torch.uint8)
-        buffer[used:offset].zero_()
-        used = offset + source.numel()
-        buffer[offset:used].copy_(source)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        specs.append(TensorSpec(name, dtype, tuple(tensor.shape), offset, used - offset, digest(buffer[offset:used])))
-    if specs:
-        yield _bucket(start, buffer[:used], specs), buffer[:used]
+
+    def leave(start: int, raw: torch.Tensor, specs: list[TensorSpec]) -> Bucket:
+        hashed = [TensorSpec(s.name, s.dtype, s.shape, s.offset, s.size, digest(_bytes_of(s, raw))) for s in specs]
+        bucket = Bucket(offset=start, size=raw.numel(), tensors=hashed)
+        keep(bucket, raw)
+        return bucket
+
+    with ThreadPoolExecutor(1, "flowrl-pack") as beside:
+        for name, tensor in tensors:
+            known = sent.get(id(tensor))
+            if known is not None and known() is tensor:
+                continue
+            sent[id(tensor)] = weakref.ref(tensor)
+            source = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            offset = _aligned(used)
+            if specs and offset + source.numel() > bucket_bytes:
+                leaving.append(beside.submit(leave, start, buffers[len(leaving) % 2][:used], specs))
+                start, used, offset, specs = _aligned(start + used), 0, 0, []
+            place = len(leaving) % 2
+            if not specs:
+                if len(leaving) > 1:
+                    leaving[-2].result()  # its buffer is free then
+                size = max(bucket_bytes, source.numel())
+                if not reuse or buffers[place].numel() != size:
+                    buffers[place] = torch.empty(size, dtype=torch.uint8, pin_memory=reuse and source.is_cuda)
+            buffer = buffers[place]
+            buffer[used:offset].zero_()
+            used = offset + source.numel()
+            buffer[offset:used].copy_(source)
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            specs.append(TensorSpec(name, dtype, tuple(tensor.shape), offset, used - offset, ""))
+        if specs:
+            leaving.append(beside.submit(leave, start, buffers[len(leaving) % 2][:used], specs))
+        return [bucket.result() for bucket in leaving]
 
 
 def unpack(bucket: Bucket, raw: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -144,7 +168,3 @@ def _bytes_of(spec: TensorSpec, raw: torch.Tensor) -> torch.Tensor:
 
 def _aligned(offset: int) -> int:
     return -(-offset // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-
-
-def _bucket(start: int, raw: torch.Tensor, specs: list[TensorSpec]) -> Bucket:
-    return Bucket(offset=start, size=raw.numel(), tensors=specs)

@@ -163,8 +163,9 @@ class BroadcastSender:
         Raises:
             ResourceError: the host address cannot be listened on.
         """
-        packed = list(pack(tensors, bucket_bytes=self._bucket_bytes, reuse=False))
-        manifest = self.offer(version, [bucket for bucket, _ in packed], [raw for _, raw in packed])
+        held: list[torch.Tensor] = []
+        buckets = pack(tensors, bucket_bytes=self._bucket_bytes, reuse=False, keep=lambda _, raw: held.append(raw))
+        manifest = self.offer(version, buckets, held)
         return encode_manifest(manifest), manifest.size_bytes
 
     def offer(self, version: int, buckets: list[Bucket], buffers: list[torch.Tensor]) -> BroadcastManifest:

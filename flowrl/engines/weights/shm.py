@@ -77,13 +77,13 @@ class ShmSender:
         unlisted.rename(self._directory)
 
     def _write(self, path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> list[Bucket]:
-        buckets: list[Bucket] = []
         with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            for bucket, raw in pack(tensors, bucket_bytes=self._bucket_bytes, reuse=True):
+
+            def keep(bucket: Bucket, raw: torch.Tensor) -> None:
                 file.seek(bucket.offset)
                 file.write(memory(raw))
-                buckets.append(bucket)
-        return buckets
+
+            return pack(tensors, bucket_bytes=self._bucket_bytes, reuse=True, keep=keep)
 
     def _no_room(self, version: int, error: OSError) -> ResourceError:
         root = self._directory.parent
