@@ -1,8 +1,8 @@
-"""Trained response tokens per second: prompts shared by packing against ordinary padded sequences.
+"""Trained response tokens per second: prompts shared without a mask, with one, and ordinary padded sequences.
 
 A random model of SmolLM2-135M's shape in bfloat16 trains on groups of one prompt and eight short responses, as
 policy and as value model, with the plain torch engine: forward and backward of `accumulate`, no optimizer step. The
-two layouts alternate within each repeat, so that other load on the machine meets both. Run
+layouts alternate within each repeat, so that other load on the machine meets both. Run
 `python -m perf.learner --threads 1`; figures to compare with are in the table it prints: median (least to most).
 The floor is the arithmetic over the rate of large products of the model's shapes on the same threads: 6 operations for
 each parameter and token, a prompt counted once, the policy's head for response tokens only.
@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import torch
 
@@ -99,9 +100,11 @@ def measure(model: Path, head: str, arguments: argparse.Namespace) -> dict[str, 
         threads=arguments.threads,
         micro_batch_tokens=arguments.micro_batch_tokens,
     )
+    masked = msgspec.structs.replace(config, attention="sdpa")
     engines = {
-        "packed": TorchEngine(config, where="perf", name="perf"),
-        "padded": PaddedEngine(config, where="perf", name="perf"),
+        "unmasked": TorchEngine(config, where="perf", name="perf"),
+        "masked": TorchEngine(masked, where="perf", name="perf"),
+        "padded": PaddedEngine(masked, where="perf", name="perf"),
     }
     groups = make_groups(arguments)
     num_tokens = arguments.groups * arguments.samples * arguments.response
@@ -161,9 +164,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name, values in rates.items():
                 median = statistics.median(values)
                 said = f"({min(values):.0f} to {max(values):.0f}), {median / most:.0%} of the floor's speed"
-                print(f"{head:7} {name:7} {median:6.0f} trained tokens/s {said}")
-            ratios = [a / b for a, b in zip(rates["packed"], rates["padded"], strict=True)]
-            print(f"{head:7} packed is {statistics.median(ratios):.2f} times padded", flush=True)
+                print(f"{head:7} {name:8} {median:6.0f} trained tokens/s {said}")
+            for other in ("masked", "padded"):
+                ratios = sorted(a / b for a, b in zip(rates["unmasked"], rates[other], strict=True))
+                said = f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
+                print(f"{head:7} unmasked is {statistics.median(ratios):.2f} times {other} {said}", flush=True)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ __all__ = [
 GIVEN = {"config", "where", "name", "num_receivers", "receiver_index", "say"}
 LEAST_CACHE_BYTES = 1 << 20  # for keys and values; less holds no sequence
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+AttentionKind = Literal["sdpa", "varlen", "flex"]
 
 
 class Sampling(Config):
@@ -228,6 +229,9 @@ class Computing(StageConfig):
     dtype: Dtype = "auto"  # auto: bfloat16 where the processor has it, else float32
     # in which a policy's logits are multiplied; auto: float32 where that copy of the head is up to 256 MiB, else dtype
     head_dtype: Literal["auto", "float32", "model"] = "auto"
+    # how what tokens see is given: by a mask (sdpa), or in memory linear in tokens: sequence by sequence (varlen), by
+    # blocks (flex, on GPUs); auto: varlen on CPUs, sdpa on GPUs
+    attention: Annotated[AttentionKind, AUTO] = "varlen"
     # DeepSpeed: 1 shards the optimizer over the ranks, 2 gradients too, 3 weights too
     zero_stage: Annotated[int, Meta(ge=0, le=3)] = 2
     # gradients are summed while backward goes on (DeepSpeed); auto: on GPUs

@@ -20,6 +20,7 @@ import bisect
 import copy
 import inspect
 import math
+import sys
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flowrl.engines import attention
 from flowrl.engines.packing import LAYOUTS
 from flowrl.engines.quantization import check_quantization, forget_quantization, quantized_loading
 from flowrl.errors import ModelError
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from flowrl.algorithms.base import Direction
-    from flowrl.engines.base import Dtype, TrainingConfig
+    from flowrl.engines.base import AttentionKind, Dtype, TrainingConfig
     from flowrl.engines.packing import Layout, PackedBatch, Reads
     from flowrl.engines.router import Routing
 
@@ -203,16 +205,32 @@ def gathered(parameters: list[nn.Parameter]) -> Any:
 
 
 def choose_layout(model: PreTrainedModel, longest: int) -> Layout:
-    """Return "shared" where every layer obeys a 4D attention mask and explicit positions up to `longest` tokens."""
+    """Return a layout with shared prompts where layers obey a 4D mask and explicit positions up to `longest` tokens.
+
+    It is the one without a mask where the model looks its attention up (`look_up_attention`).
+    """
     settings = model.config.get_text_config()
     narrow = {name for name, value in vars(settings).items() if value and ("window" in name or "attention_c" in name)}
-    obeys_mask = settings._attn_implementation in ("sdpa", "eager") and not getattr(settings, "alibi", False)
+    looks_up = settings._attn_implementation == attention.NAME
+    obeys_mask = (looks_up or settings._attn_implementation in ("sdpa", "eager")) and not getattr(
+        settings, "alibi", False
+    )
     kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
     is_attention = not model._is_stateful and kinds <= {"full_attention", "sliding_attention"}
     is_attention = is_attention and narrow <= {"sliding_window", "use_sliding_window", "max_window_layers"}
     window = getattr(settings, "sliding_window", None) or longest
     takes_positions = "position_ids" in inspect.signature(body_of(model)[1].forward).parameters
-    return "shared" if obeys_mask and is_attention and takes_positions and longest <= window else "padded"
+    if not (obeys_mask and is_attention and takes_positions and longest <= window):
+        return "padded"
+    return "unmasked" if looks_up else "shared"
+
+
+def look_up_attention(model: PreTrainedModel) -> None:
+    """Let a model take its attention from ours, where it takes one by name and torch's is what it has."""
+    code = sys.modules[type(body_of(model)[1]).__module__]
+    if model.config.get_text_config()._attn_implementation == "sdpa" and hasattr(code, "ALL_ATTENTION_FUNCTIONS"):
+        attention.register()
+        model.config._attn_implementation = attention.NAME
 
 
 class _States(nn.Module):
@@ -302,9 +320,14 @@ def reach_of_positions(rotary: nn.Module, device: torch.device, dtype: torch.dty
 class TokenReader(nn.Module):
     """A model with its head, read at the response tokens of packed batches."""
 
-    def __init__(self, model: PreTrainedModel, *, head: str, temperature: float) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, head: str, temperature: float, attention: AttentionKind = "sdpa"
+    ) -> None:
         super().__init__()
         self.model = model
+        self.attention: AttentionKind = attention
+        if attention != "sdpa":
+            look_up_attention(model)
         self.is_policy = head == "policy"
         self.temperature = temperature
         self.max_logits = MAX_LOGITS
@@ -327,6 +350,12 @@ class TokenReader(nn.Module):
         """Return the layout for sequences of up to `longest` tokens: the first in which all are read right."""
         found: Layout = choose_layout(self.model, longest) if longest <= self.reach or not self._stretching else "alone"
         return next(layout for layout in LAYOUTS[LAYOUTS.index(found) :] if layout in self.layouts)
+
+    def attention_in_words(self) -> str:
+        """Return what the user should know where the attention asked for is not what the model takes."""
+        if self.attention == "sdpa" or "unmasked" in self.layouts:
+            return ""
+        return f"{type(self.model).__name__} takes no attention={self.attention}: what its tokens see is masked"
 
     def num_chunks(self, num_tokens: int) -> int:
         """Return into how many parts the head must be applied to keep within `max_logits`."""
@@ -351,7 +380,7 @@ class TokenReader(nn.Module):
             routers = [torch.cat(layer) for layer in zip(*(each for _, each in found), strict=True)]
         else:
             extra = {"position_ids": batch.position_ids_RL} if self._takes_positions else {}
-            mask = batch.attention(self.model.dtype)
+            mask = batch.attention(self.model.dtype, is_flex=self.attention == "flex")
             output = part(input_ids=batch.input_ids_RL, attention_mask=mask, use_cache=False, **extra, **options)
             states, routers = output[0].flatten(0, 1), output.router_logits if options else []
         return states.index_select(0, batch.read_N), routers

@@ -7,10 +7,13 @@ pieces; a micro-batch is as many rows, as long as its longest piece, as the toke
 from the longest piece down. A masked row costs the square of its length in attention, so rows are never longer than
 one piece needs, and a piece takes no more responses than sharing pays for (`max_shared_tokens`).
 
+The "unmasked" layout needs no mask (attention.py): what it costs grows with tokens, so a prompt is shared by as many
+responses as a micro-batch holds, and that is one row without padding.
+
 The "padded" layout, for models whose layers cannot be masked this way (Mamba, Jamba), has one response in each
 piece and one piece in each row: ordinary right-padded sequences with the same results. "alone" is the same with each
 row run by itself, for models in which even padding or a longer row changes the others. `PackedBatch` hides which of
-them it is; a layout for variable-length kernels (flash attention on GPUs) would be another value of `Layout`.
+them it is.
 
 States are read at one position for each response token: "before" it (the state that predicts it; for its first token
 that is the prompt's last position) for log-probs and for V(s_t), or "after" it for reward models. What follows the
@@ -29,11 +32,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
+from flowrl.engines.attention import Span, block_mask, spans_of
 from flowrl.engines.base import TokenGroup
 from flowrl.errors import StageError
 from flowrl.messages import Buffer
@@ -44,9 +48,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-Layout = Literal["shared", "padded", "alone"]
+Layout = Literal["unmasked", "shared", "padded", "alone"]
 Reads = Literal["before", "after"]
-LAYOUTS: tuple[Layout, ...] = ("shared", "padded", "alone")  # the fastest first; each takes every model of those before
+# The fastest first; each takes every model of those before.
+LAYOUTS: tuple[Layout, ...] = ("unmasked", "shared", "padded", "alone")
 
 # Row length in tokens at which masked attention takes as long as the rest of the model. Measured at 1,900 for a
 # 135M Llama in bfloat16 on one AVX-512 core; wider models have it later, so this errs towards shorter rows.
@@ -108,7 +113,7 @@ def _cut(index: int, group: TokenGroup, layout: Layout, reads: Reads, budget: in
     if num_prompt == 0 or any(len(response) == 0 for response in group.responses):
         raise StageError(f"group {index}", "the prompt or a response is empty", "every sequence needs both")
     unread = 1 if reads == "before" else 0
-    limit = min(budget, num_prompt + max_shared_tokens(num_prompt)) if layout == "shared" else 0
+    limit = {"unmasked": budget, "shared": min(budget, num_prompt + max_shared_tokens(num_prompt))}.get(layout, 0)
     pieces: list[Piece] = []
     for sample, response in enumerate(group.responses):
         fed = len(response) - unread
@@ -126,6 +131,8 @@ def _fill(units: list[list[Piece]], layout: Layout, budget: int) -> list[MicroBa
     waiting = units
     while waiting:
         length = max(piece.length for piece in waiting[0])
+        if layout == "unmasked":
+            length = max(budget, sum(piece.length for piece in waiting[0]))
         max_rows = 1 if layout == "alone" else max(1, budget // length)  # one, or ranks would differ in forwards
         batch: MicroBatch = []
         later: list[list[Piece]] = []
@@ -143,7 +150,8 @@ def _fill(units: list[list[Piece]], layout: Layout, budget: int) -> list[MicroBa
 def _place(unit: list[Piece], batch: MicroBatch, length: int, layout: Layout) -> MicroBatch:
     rows = [list(row) for row in batch]
     for piece in unit:
-        fits = (row for row in rows if layout == "shared" and sum(p.length for p in row) + piece.length <= length)
+        is_packed = layout in ("unmasked", "shared")
+        fits = (row for row in rows if is_packed and sum(p.length for p in row) + piece.length <= length)
         row = next(fits, None)
         if row is None:
             rows.append([piece])
@@ -179,9 +187,19 @@ class PackedBatch:
     place_N: Tensor  # index into the flattened [B * T] results
     mask_BT: Tensor  # 1 on response tokens
     samples: list[tuple[int, int]]  # (group, sample) of each of the B rows
+    spans: list[Span]  # what tokens see, where no mask says it
 
-    def attention(self, dtype: torch.dtype) -> Tensor:
-        """Return the additive block mask [R, 1, L, L], or the 0/1 padding mask [R, L] of the other layouts."""
+    def attention(self, dtype: torch.dtype, *, is_flex: bool = False) -> Any:
+        """Return what a model is given for its mask.
+
+        The additive block mask [R, 1, L, L]; without a mask the spans as integers [1, 1, S, 5], or FlexAttention's
+        blocks; the 0/1 padding mask [R, L] of the other layouts.
+        """
+        if self.layout == "unmasked":
+            device = self.piece_RL.device
+            if is_flex:
+                return block_mask(self.spans, self.piece_RL.shape[1], device)
+            return torch.tensor(self.spans, dtype=torch.int64)[None, None]
         if self.layout != "shared":
             return (self.piece_RL >= 0).long()
         length = self.piece_RL.shape[1]
@@ -242,6 +260,12 @@ def pack(
                 mask[b, : len(response)] = 1.0
                 end += fed
             start += piece.length
+    pieces: list[tuple[int, list[int]]] = []  # the prompt's and each response's tokens, where no mask is made
+    if layout == "unmasked":
+        unread = reads == "before"
+        for piece in rows[0]:
+            group = groups[piece.group]
+            pieces.append((len(group.prompt_ids), [len(group.responses[each]) - unread for each in piece.samples]))
     ids_RL, positions_RL, owners_RL, branches_RL, read_N, target_N, place_N, mask_BT = (
         torch.from_numpy(array).to(device)
         for array in (ids, positions, owners, branches, *(np.concatenate(x) for x in (reading, targets, places)), mask)
@@ -258,6 +282,7 @@ def pack(
         place_N=place_N,
         mask_BT=mask_BT,
         samples=samples,
+        spans=spans_of(pieces),
     )
 
 
@@ -303,7 +328,7 @@ class Size(NamedTuple):
     """What the memory of a pass goes by, each at its most over the ranks."""
 
     num_tokens: int  # rows times their length
-    num_pairs: int  # rows times the square of their length
+    num_pairs: int  # rows times the square of their length, where there is a mask
     num_read: int  # response tokens
 
 
@@ -344,7 +369,7 @@ def deal(
         pieces = [piece for row in rows for piece in row]
         length = max((sum(piece.length for piece in row) for row in rows), default=0)
         num_read = sum(len(groups[piece.group].responses[sample]) for piece in pieces for sample in piece.samples)
-        return Size(len(rows) * length, len(rows) * length * length, num_read)
+        return Size(len(rows) * length, len(rows) * length * length * (layout != "unmasked"), num_read)
 
     dealt = plan(groups, layout=layout, reads=reads, budget=budget, world_size=world_size, whole_groups=whole_groups)
     sizes = [Size(*map(max, *(size(rows) for rows in column), Size(0, 0, 0))) for column in zip(*dealt, strict=True)]

@@ -45,7 +45,7 @@ class Teacher:
         if found != vocab_size:
             what = f"{directory} has a vocabulary of {found} tokens, the student one of {vocab_size}"
             raise ModelError(f"{where}.teacher", what, "take a teacher of the same family")
-        self.reader = TokenReader(model, head="policy", temperature=1.0)
+        self.reader = TokenReader(model, head="policy", temperature=1.0, attention=settings.attention)
         settle(self.reader, self.reader, settings, where=f"{where}.teacher")
 
     @torch.no_grad()

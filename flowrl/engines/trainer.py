@@ -30,6 +30,7 @@ import torch
 
 from flowrl.config import Select
 from flowrl.engines.agreement import check_fit, settle
+from flowrl.engines.attention import check_attention
 from flowrl.engines.average import Average, is_saved
 from flowrl.engines.base import TokenGroup
 from flowrl.engines.lora import Adapter
@@ -212,6 +213,7 @@ class Trainer:
         if self.device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # transformers imports DeepSpeed, which else looks for devices aloud
         check_offload(self.config, self.device, self.where, least_stage=self.can_offload)
+        check_attention(self.config.attention, self.where, has_gpu=self.device.type == "cuda")
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         self._publisher = Publisher(
             self.config,
@@ -232,10 +234,17 @@ class Trainer:
                 recompute(self.model, every=self.config.checkpoint_every, where=self.where)
             if self.config.freeze:
                 freeze(self.model, self.config.freeze, self.where)
-            self.reader = TokenReader(self.model, head=self.config.head, temperature=self.config.temperature)
+            self.reader = TokenReader(
+                self.model,
+                head=self.config.head,
+                temperature=self.config.temperature,
+                attention=self.config.attention,
+            )
             self._module = self.reader
             self._opened()
             settle(self.reader, self._module, self.config, where=self.where)
+            if (said := self.reader.attention_in_words()) and self._line.rank == 0:
+                self._say(said)
             self._line.gather(b"")
 
     @property

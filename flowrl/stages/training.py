@@ -28,12 +28,18 @@ if TYPE_CHECKING:
 
 
 def check_engine_of(settings: Scoring | Training, where: str) -> None:
-    """Insist on a node's engine and its options, and on what its adapter needs on this machine.
+    """Insist on a node's engine and its options, and on what its attention and its adapter need on this machine.
 
     Raises:
         ConfigError: its settings ask for what is not here.
     """
     check_engine(settings.engine, settings.engine_options, where)
+    if settings.attention == "flex" or (settings.attention == "varlen" and settings.gpus):
+        import torch
+
+        from flowrl.engines.attention import check_attention
+
+        check_attention(settings.attention, where, has_gpu=settings.gpus > 0 or torch.cuda.is_available())
     lora = settings.lora
     if lora.start and not (Path(lora.start) / "adapter_config.json").is_file():
         what = f"{lora.start} has no adapter_config.json"

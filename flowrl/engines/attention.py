@@ -1,0 +1,249 @@
+"""Attention without a mask: which tokens see which is said in spans, in memory that grows with tokens.
+
+The layout "unmasked" of packing puts whole pieces one behind the other in one row. `spans` says of such a row what a
+mask would: *runs*, stretches of sequences of one length that each see their own past (a prompt, a response), and
+*crossings*, queries that see all of some keys (the responses of a piece, and its prompt). Spans stand in the place of
+the 4D mask, which models hand to their layers as it is, also when layers are computed again in backward.
+
+`attend` is registered with transformers under `NAME`, so every family that looks its attention up there takes it:
+- spans, on CPUs: the flash kernel of torch for each run and each crossing, what both say of a query merged by
+  log-sum-exp. Backward gives each kernel call the merged output and normaliser, with which its gradients are exact.
+- spans, on GPUs: one call of a kernel for sequences of several lengths (flash-attn, else torch's), prompts' keys
+  repeated for each response.
+- a BlockMask: FlexAttention. Any other mask, or none: SDPA, as without us.
+What neither takes (caps, sinks, biases, dropout) raises, and the model stays on masked layouts (agreement.py).
+
+Called by models. Shapes: R rows, H heads, G heads of keys, L row length, D head size.
+
+Tests: tests/unit/engines/test_attention.py, tests/gpu/test_attention.py
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowrl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from flowrl.engines.base import AttentionKind
+
+NAME = "flowrl"
+FLEX_BLOCK = 128  # tokens a side; FlexAttention's own default
+NOT_TAKEN = ("softcap", "s_aux", "position_bias", "cache")
+_flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Span(NamedTuple):
+    """Queries from `start` to `end` of the row; `length` > 0: a run of sequences so long, else a crossing."""
+
+    start: int
+    end: int
+    length: int
+    first_key: int = 0  # of a crossing: the keys that all its queries see
+    last_key: int = 0
+
+
+def check_attention(kind: AttentionKind, where: str, *, has_gpu: bool) -> None:
+    """Insist that an attention can be computed, forward and backward, on this device.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if kind == "flex" and not has_gpu:
+        what = "flex, and FlexAttention has no backward on CPUs"
+        raise ConfigError(f"{where}.attention", what, "take varlen or sdpa, or give the node a GPU")
+    if kind == "varlen" and has_gpu and not _has_kernel():
+        what = "varlen, but there is neither flash-attn nor torch.nn.attention.varlen"
+        raise ConfigError(f"{where}.attention", what, "install flash-attn, or take flex or sdpa")
+
+
+def _has_kernel() -> bool:
+    return any(importlib.util.find_spec(name) for name in ("flash_attn", "torch.nn.attention.varlen"))
+
+
+def spans_of(pieces: Sequence[tuple[int, Sequence[int]]]) -> list[Span]:
+    """Return the spans of pieces that stand one behind the other, each a prompt's tokens and its responses'.
+
+    A piece with one response is one sequence: `spans_of([(3, [2, 2]), (4, [1])])` is runs 0-3 of 3, 3-7 of 2 and 7-12
+    of 5, and the crossing of 3-7 with keys 0-3.
+    """
+    found: list[Span] = []
+    start = 0
+    for num_prompt, responses in pieces:
+        if len(responses) == 1:
+            found.append(Span(start, start := start + num_prompt + responses[0], num_prompt + responses[0]))
+            continue
+        middle = start + num_prompt
+        found.append(Span(start, middle, num_prompt))
+        end = middle
+        for length, same in groupby(filter(None, responses)):
+            found.append(Span(end, end := end + length * len(list(same)), length))
+        if end > middle:
+            found.append(Span(middle, end, 0, start, middle))
+        start = end
+    return found
+
+
+def register() -> None:
+    """Offer `attend` to transformers' models; as often as one likes."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+
+
+def attend(
+    module: Any, query_RHLD: Tensor, key_RGLD: Tensor, value_RGLD: Tensor, attention_mask: Any, *,
+    scaling: float | None = None, dropout: float = 0.0, **further: Any,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    """Return what a layer's queries see, [R, L, H, D], and None: transformers' interface of attention functions."""
+    tensors = (query_RHLD, key_RGLD, value_RGLD)
+    if not isinstance(attention_mask, Tensor) and attention_mask is not None:
+        from transformers.integrations.flex_attention import flex_attention_forward
+
+        return flex_attention_forward(module, *tensors, attention_mask, scaling=scaling, dropout=dropout, **further)
+    if attention_mask is None or attention_mask.dtype != torch.int64:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, *tensors, attention_mask, scaling=scaling, dropout=dropout, **further)
+    asked = [name for name in NOT_TAKEN if further.get(name) is not None] + ["dropout"] * bool(dropout)
+    if asked or query_RHLD.shape[0] != 1 or key_RGLD.shape[2] != query_RHLD.shape[2]:
+        raise NotImplementedError(f"attention without a mask, with {', '.join(asked) or 'several rows'}")
+    width, extra = value_RGLD.shape[-1], query_RHLD.shape[-1] - value_RGLD.shape[-1]
+    if extra > 0:  # latent attention: kernels want one size of heads
+        value_RGLD = torch.nn.functional.pad(value_RGLD, (0, extra))
+    scale = query_RHLD.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    spans = [Span(*each) for each in attention_mask[0, 0].tolist()]
+    compute = _by_kernel if query_RHLD.is_cuda else _BySpan.apply
+    return compute(query_RHLD, key_RGLD, value_RGLD, spans, scale)[..., :width], None
+
+
+class _BySpan(torch.autograd.Function):
+    """The flash kernel for CPUs, once for each span."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: list[Span], scale: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        _, num_heads, length, width = query.shape
+        out_LHD = query.new_zeros(length, num_heads, width)
+        total_LH = torch.zeros(length, num_heads, dtype=torch.float32 if query.dtype != torch.float64 else query.dtype)
+        for span in spans:
+            here = slice(span.start, span.end)
+            parts = _parts_of(span, query, key, value)
+            found, normaliser = _flash(*parts, 0.0, span.length > 0, scale=scale)
+            found_LHD = found.transpose(1, 2).reshape(-1, num_heads, width)
+            normaliser_LH = normaliser.transpose(1, 2).reshape(-1, num_heads)
+            if span.length:
+                out_LHD[here], total_LH[here] = found_LHD, normaliser_LH
+                continue
+            both_LH = torch.logaddexp(total_LH[here], normaliser_LH)
+            share_LH1 = (normaliser_LH - both_LH).exp_()[..., None]
+            out_LHD[here] = torch.lerp(out_LHD[here].to(share_LH1.dtype), found_LHD.to(share_LH1.dtype), share_LH1)
+            total_LH[here] = both_LH
+        ctx.save_for_backward(query, key, value, out_LHD, total_LH)
+        ctx.spans, ctx.scale = spans, scale
+        return out_LHD[None]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        query, key, value, out_LHD, total_LH = ctx.saved_tensors
+        grads = [torch.zeros_like(each.transpose(1, 2)).transpose(1, 2) for each in (query, key, value)]
+        out, gradient = out_LHD[None].transpose(1, 2), gradient.transpose(1, 2)
+        total = total_LH[None].transpose(1, 2)
+        for span in ctx.spans:
+            parts = _parts_of(span, query, key, value)
+            of_out, of_gradient = (_cut(each, span.start, span.end, span.length) for each in (out, gradient))
+            of_total = _cut(total[..., None], span.start, span.end, span.length)[..., 0]
+            # With the whole's normaliser, a part's gradients are its own.
+            found = _flash_backward(of_gradient, *parts, of_out, of_total, 0.0, span.length > 0, scale=ctx.scale)
+            for part, of_part in zip(_parts_of(span, *grads), found, strict=True):
+                part += of_part
+        return *grads, None, None
+
+
+def _cut(tensor: Tensor, start: int, end: int, length: int) -> Tensor:
+    """Return a part of [1, H, L, D]; a run's sequences one by one, [N, H, length, D]. No copies."""
+    part = tensor[:, :, start:end]
+    return part[0].unflatten(1, (-1, length)).transpose(0, 1) if length else part
+
+
+def _parts_of(span: Span, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    keys = (span.start, span.end) if span.length else (span.first_key, span.last_key)
+    return [
+        _cut(query, span.start, span.end, span.length),
+        *(_cut(tensor, *keys, span.length) for tensor in (key, value)),
+    ]
+
+
+@functools.lru_cache(maxsize=4)
+def _sequences(spans: tuple[Span, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
+    """Return the queries' and keys' places in the row, where each sequence begins among them, and the longest."""
+    crossed = {(each.start, each.end): range(each.first_key, each.last_key) for each in spans if not each.length}
+    queries: list[np.ndarray] = []
+    keys: list[np.ndarray] = []
+    for span in spans:
+        before = next((seen for (start, end), seen in crossed.items() if start <= span.start < end), range(0))
+        for start in range(span.start, span.end, span.length) if span.length else ():
+            queries.append(np.arange(start, start + span.length))
+            keys.append(np.concatenate((np.asarray(before, dtype=np.int64), queries[-1])))
+    sizes = [[len(each) for each in side] for side in (queries, keys)]
+    begins = [torch.tensor(np.cumsum([0, *side]), dtype=torch.int32, device=device) for side in sizes]
+    places = [torch.from_numpy(np.concatenate(side)).to(device) for side in (queries, keys)]
+    return places[0], places[1], begins[0], begins[1], max(sizes[0]), max(sizes[1])
+
+
+def _by_kernel(query: Tensor, key: Tensor, value: Tensor, spans: list[Span], scale: float) -> Tensor:
+    """Return the same from one call for sequences whose queries are the last of their keys."""
+    asked, seen, begins_q, begins_k, most_q, most_k = _sequences(tuple(spans), query.device)
+    q, k, v = (
+        tensor[0].transpose(0, 1).index_select(0, at) for tensor, at in ((query, asked), (key, seen), (value, seen))
+    )
+    if importlib.util.find_spec("flash_attn"):
+        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+        found = flash_attn_varlen_func(q, k, v, begins_q, begins_k, most_q, most_k, softmax_scale=scale, causal=True)
+    else:
+        from torch.nn.attention.varlen import varlen_attn
+
+        found = varlen_attn(
+            q, k, v, begins_q, begins_k, most_q, most_k, scale=scale, window_size=(-1, 0),
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+    return query.new_zeros(query.shape[2], *found.shape[1:]).index_copy(0, asked, found)[None]  # pyright: ignore
+
+
+def block_mask(spans: list[Span], length: int, device: torch.device) -> Any:
+    """Return spans as FlexAttention's mask: the blocks to compute, and within them which key a query sees."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    num_blocks = -(-length // FLEX_BLOCK)
+    visited = np.zeros((num_blocks, num_blocks), dtype=bool)
+    begin, first, last = (np.arange(num_blocks * FLEX_BLOCK), *np.zeros((2, num_blocks * FLEX_BLOCK), dtype=np.int64))
+    for span in spans:
+        if span.length:
+            begin[span.start : span.end] = np.arange(span.start, span.end, span.length).repeat(span.length)
+        else:
+            first[span.start : span.end], last[span.start : span.end] = span.first_key, span.last_key
+    for token in range(len(begin)):
+        row = visited[token // FLEX_BLOCK]
+        row[begin[token] // FLEX_BLOCK : token // FLEX_BLOCK + 1] = True
+        row[first[token] // FLEX_BLOCK : -(-last[token] // FLEX_BLOCK)] = True
+    begin_L, first_L, last_L = (torch.from_numpy(each).to(device) for each in (begin, first, last))
+
+    def sees(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = (key >= begin_L[query]) & (key <= query)
+        return own | ((key >= first_L[query]) & (key < last_L[query]))
+
+    counts = torch.from_numpy(visited.sum(1).astype(np.int32)).to(device)[None, None]
+    order = torch.from_numpy(np.argsort(~visited, axis=1, kind="stable").astype(np.int32)).to(device)[None, None]
+    return BlockMask.from_kv_blocks(counts, order, BLOCK_SIZE=FLEX_BLOCK, mask_mod=sees, seq_lengths=(length, length))
