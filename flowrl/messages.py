@@ -178,7 +178,7 @@ class Scored(Rollouts):
 class Referenced(Scored):
     """Scored rollouts with the frozen reference's log-probs of the sampled tokens."""
 
-    ref_logprobs: list[Buffer]  # float32, one buffer per sample
+    ref_logprobs: list[Buffer]  # float32, one buffer per sample; []: not scored, for nothing learned uses them
 
 
 class Samples(Referenced):
@@ -361,7 +361,7 @@ def narrowed(message: R, places: Sequence[int], **fields: Any) -> R:
     for field in msgspec.structs.fields(type(message)):
         value = getattr(message, field.name)
         match _per_sample(field.type):
-            case "list" if value is not None:
+            case "list" if value:
                 chosen[field.name] = [value[place] for place in places]
             case "lists by name" if value is not None:
                 chosen[field.name] = {name: [row[place] for place in places] for name, row in value.items()}

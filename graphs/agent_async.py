@@ -30,7 +30,7 @@ def build(s: Settings) -> Graph:
     sampler, learning = s.sampler(s.agent), s.learning(s.algorithm)
     prompts = Prompts(s.prompts, sampler)
     agent = Agent(s.agent, sampler)
-    reference = Reference(s.reference, sampler)
+    reference = Reference(s.reference, sampler, learning=learning)
     advantage = Advantage(s.advantage, sampler, learning)
     learner = Learner(s.learner, sampler, learning)
     evaluation = evaluated(s.evaluation, learner, agent)

@@ -35,7 +35,7 @@ def build(s: Settings) -> Graph:
     prompts = Prompts(s.prompts, sampler)
     generator = Generator(s.generator, sampler)
     scoring = scorers(generator.rollouts, sampler, s)
-    reference = Reference(s.reference, sampler, model=s.reference_model)
+    reference = Reference(s.reference, sampler, model=s.reference_model, learning=learning)
     advantage = Advantage(s.advantage, sampler, learning)
     learner = Learner(s.learner, sampler, learning, beside=s.texts)
     replay = replayed(advantage.samples, s.replay, learner)

@@ -46,7 +46,7 @@ def build(s: Settings) -> Graph:
     prompts = Prompts(s.prompts, sampler)
     generator = Generator(s.generator, sampler)
     scoring = scorers(generator.rollouts, sampler, s)
-    reference = Reference(s.reference, sampler, model=s.reference_model)
+    reference = Reference(s.reference, sampler, model=s.reference_model, learning=learning)
     critic = Critic(s.critic, sampler, learning, s.learner, model=s.critic_model)
     learner = Learner(s.learner, sampler, learning, beside=s.texts)
     texts, evaluation = texts_for(learner), evaluated(s.evaluation, learner, generator, s.reward)

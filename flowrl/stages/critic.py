@@ -28,7 +28,7 @@ from flowrl.messages import Buffer, Referenced, Samples, extend
 from flowrl.stages.estimation import Estimation, is_cut, keeps_group, load_algorithm, settled
 from flowrl.stages.learner import Learner
 from flowrl.stages.sampler import Learning, Sampler
-from flowrl.stages.step import check_divides, learned_group, mean_metrics, minibatches
+from flowrl.stages.step import check_divides, learned_group, mean_metrics, minibatches, with_reference_or_without
 from flowrl.stages.tokens import token_group
 from flowrl.stages.training import (
     check_engine_of,
@@ -222,7 +222,7 @@ class Critic(Stage):
             if len(step) == per_step:
                 async with context.stepping():
                     if context.version >= trained:
-                        estimation.figures = await self._train(context, engine, step)
+                        estimation.figures = await self._train(context, engine, with_reference_or_without(step))
                     estimation.end_step()
                 step = []
 

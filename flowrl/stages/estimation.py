@@ -211,12 +211,11 @@ def advantage_batch(
 
     behaviour_BT, _ = padded([sample.logprobs for sample in group.samples])
     mask_BT, _ = padded([mask_of(sample) for sample in group.samples])
-    reference_BT, _ = padded(group.ref_logprobs)
     return AdvantageBatch(
         rewards_B=torch.tensor(group.rewards, dtype=torch.float32),
         mask_BT=mask_BT,
         behaviour_BT=behaviour_BT,
-        reference_BT=reference_BT,
+        reference_BT=padded(group.ref_logprobs)[0] if group.ref_logprobs else None,
         values_BT=None if values is None else padded(values)[0],
         placed_BT=None if group.placed is None else padded(group.placed)[0],
         cut_B=torch.tensor([float(is_cut(sample)) for sample in group.samples]),

@@ -1,7 +1,8 @@
 """Reference: adds a frozen model's log-probs to what a policy sampled, or to the responses of given examples.
 
 The model is the policy as it began, or a teacher. Invariant: a message leaves with one log-prob for each token of each
-of its responses, the mismatched ones of examples included. Held-out examples take the same path between ports of their
+of its responses, the mismatched ones of examples included; or, where no loss uses them and it is not one of those
+whose KL is measured (`unused_every`), with none. Held-out examples take the same path between ports of their
 own, where those are joined. Replicas compete for messages.
 
 Tests: tests/contracts/test_synchronous.py
@@ -10,7 +11,10 @@ Tests: tests/contracts/test_synchronous.py
 from __future__ import annotations
 
 import asyncio
+import functools
 from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import msgspec
 
 from flowrl.config import Meta, widen
 from flowrl.data.models import prepare_model
@@ -21,7 +25,7 @@ from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import Itself
 from flowrl.graph.stage import Stage
 from flowrl.messages import Buffer, Example, Referenced, Scored, extend
-from flowrl.stages.sampler import Course, Sampler
+from flowrl.stages.sampler import Course, Learning, Sampler
 from flowrl.stages.tokens import token_group
 from flowrl.stages.training import check_engine_of, opened
 
@@ -39,13 +43,17 @@ class Reference(Stage):
 
         # scored together when ready; above 1 the last bits depend on timing
         batch_groups: Annotated[int, Meta(ge=1)] = 1
+        # where no loss uses its log-probs, as with algorithm.kl.coef=0, only one in so many groups is scored, for `kl`
+        unused_every: Annotated[int, Meta(ge=1)] = 8
 
     scored: In[Scored]
     referenced: Out[Referenced]
 
-    def __init__(self, config: Config, sampler: Sampler, *, model: str = "") -> None:
+    def __init__(self, config: Config, sampler: Sampler, *, model: str = "", learning: Learning | None = None) -> None:
+        """Score for what is learned; `learning` None: whatever that is, every group is scored."""
         self.config: Reference.Config = config
         self.sampler = sampler
+        self.learning = learning
         self.model = model or sampler.model  # "": the policy as it begins
 
     def check(self, say: Say) -> None:
@@ -56,6 +64,18 @@ class Reference(Stage):
             check_same_vocabulary(
                 prepare_model(self.sampler.model, say=say), directory, "reference_model", longest=self.sampler.longest
             )
+        if (every := self._every) > 1:
+            said = f"no loss uses the reference: one group in {every} is scored, for the metric kl"
+            say(f"{said}; reference.unused_every=1 scores all, algorithm.kl.coef uses it")
+
+    @functools.cached_property
+    def _every(self) -> int:
+        """Return of how many groups one is scored; in a simulation the settings say whether it is used."""
+        if self.learning is None:
+            return 1
+        algorithm = self.learning.algorithm.load("algorithm")
+        is_used = getattr(algorithm, "needs_reference", not getattr(algorithm, "is_blank", False))
+        return 1 if is_used else self.config.unused_every
 
     def _settings(self) -> TrainingConfig:
         model, temperature = str(prepare_model(self.model)), self.sampler.sampling.temperature
@@ -70,7 +90,10 @@ class Reference(Stage):
 
     def simulated(self, costs: Costs) -> Itself:
         """Score with zeros."""
-        return Itself({"config": costs.training(self.config), "sampler": costs.sampler(self.sampler), "model": ""})
+        config = msgspec.structs.replace(self.config, unused_every=self._every)
+        arguments = {"config": costs.training(config), "sampler": costs.sampler(self.sampler), "model": ""}
+        learning = None if self.learning is None else costs.learning(self.learning)
+        return Itself({**arguments, "learning": learning})
 
     async def run(self, context: Context) -> None:
         """Score groups until the edge closes."""
@@ -78,12 +101,17 @@ class Reference(Stage):
             while True:
                 groups = await self.scored.get_some(self.config.batch_groups)
                 start_s = context.now()
-                logprobs = await context.compute(engine.score, [token_group(group) for group in groups])
-                ids = [group.group_id for group in groups]
-                context.span("reference", start_s, groups=ids)
-                for group, rows in zip(groups, logprobs, strict=True):
-                    buffers = [Buffer.floats(row) for row in rows]
-                    await self.referenced.put(extend(Referenced, group, ref_logprobs=buffers))
+                chosen = [group for group in groups if group.group_id % self._every == 0]
+                rows_of: dict[int, list[Buffer]] = {}
+                if chosen:
+                    found = await context.compute(engine.score, [token_group(group) for group in chosen])
+                    ids = [group.group_id for group in chosen]
+                    rows_of = {
+                        name: [Buffer.floats(row) for row in rows] for name, rows in zip(ids, found, strict=True)
+                    }
+                    context.span("reference", start_s, groups=ids)
+                for group in groups:
+                    await self.referenced.put(extend(Referenced, group, ref_logprobs=rows_of.get(group.group_id, [])))
                     context.done += 1
 
 

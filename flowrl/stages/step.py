@@ -32,9 +32,9 @@ def step_groups(objective: Objective, batch: Sequence[Scored], version: int) -> 
     """
     from flowrl.algorithms.base import Algorithm
 
-    groups = [
-        learned_group(objective, group, age=[ages(sample, version) for sample in group.samples]) for group in batch
-    ]
+    groups = with_reference_or_without(
+        [learned_group(objective, group, age=[ages(sample, version) for sample in group.samples]) for group in batch]
+    )
     if not isinstance(objective, Algorithm) or not objective.whitens:
         return groups
     import torch
@@ -68,6 +68,18 @@ def learned_group(objective: Objective, group: Rollouts, **columns: list[Buffer]
             for sample in group.samples
         ]
     return token_group(group, **columns)
+
+
+def with_reference_or_without(groups: list[TokenGroup]) -> list[TokenGroup]:
+    """Return a step's groups without the reference's column where some have none, for then no loss uses it."""
+    if all("reference" in group.columns for group in groups):
+        return groups
+    return [
+        msgspec.structs.replace(
+            group, columns={name: rows for name, rows in group.columns.items() if name != "reference"}
+        )
+        for group in groups
+    ]
 
 
 def check_divides(num_parts: int, num_groups: int, where: str) -> None:
@@ -207,8 +219,8 @@ def step_metrics(batch: Sequence[Scored], staleness: Sequence[int]) -> dict[str,
         figures["groups.idle"] = float(np.mean([not any(row.numpy().any() for row in rows) for rows in worths]))
     for name in batch[0].scores:
         figures[f"score.{name}"] = float(np.mean([score for group in batch for score in group.scores[name]]))
-    for name in batch[0].metrics:
-        figures[name] = float(np.mean([group.metrics[name] for group in batch]))
+    for name in dict.fromkeys(name for group in batch for name in group.metrics):  # some are of some groups only
+        figures[name] = float(np.mean([group.metrics[name] for group in batch if name in group.metrics]))
     return figures
 
 

@@ -30,7 +30,7 @@ def token_group(group: Rollouts, **columns: list[Buffer]) -> TokenGroup:
     known: dict[str, list[Buffer]] = {"behaviour": [sample.logprobs for sample in group.samples]}
     if any(sample.mask is not None for sample in group.samples):
         known["mask"] = [mask_of(sample) for sample in group.samples]
-    if isinstance(group, Referenced):
+    if isinstance(group, Referenced) and group.ref_logprobs:
         known["reference"] = group.ref_logprobs
     if isinstance(group, Samples):
         known["advantages"] = group.advantages

@@ -151,7 +151,7 @@ class Writer(Stage):
         sample = group.samples[place]
         prompt, completion = self._written(group, sample)
         logprobs = {"logprob": float(sample.logprobs.numpy().sum(dtype="float64"))}
-        if isinstance(group, Referenced):
+        if isinstance(group, Referenced) and group.ref_logprobs:
             logprobs["ref_logprob"] = float(group.ref_logprobs[place].numpy().sum(dtype="float64"))
         return {
             "prompt": prompt,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -89,6 +90,14 @@ def test_figures_of_groups_are_of_the_scores_that_are_learned():
     assert (found["groups.mixed"], found["groups.idle"], found["response_tokens.cut"]) == (0.5, 0.5, 0.5)
     assert found["sampled_entropy"] == 2.0
     assert found["reward.mean"] == 13.25
+
+
+def test_a_step_has_the_references_column_in_all_groups_or_in_none():
+    whole = samples([1.0, 1.0], [2.0, 2.0], rewards=[1.0, 2.0], metrics={"kl": 0.5})
+    bare = msgspec.structs.replace(whole, ref_logprobs=[], metrics={})
+    assert ["reference" in group.columns for group in step_groups(GRPO(), [whole, whole], 0)] == [True, True]
+    assert ["reference" in group.columns for group in step_groups(GRPO(), [whole, bare], 0)] == [False, False]
+    assert step_metrics([bare, whole], [0, 0])["kl"] == 0.5
 
 
 def test_cut_answers_are_left_out_of_the_loss_and_of_the_whitening_where_the_algorithm_says_so():
