@@ -50,7 +50,7 @@ def settle(reader: TokenReader, module: nn.Module, config: TrainingConfig, *, wh
         ModelError: there are none, or reading twice gives two answers.
     """
     groups = _made_up(reader)
-    bound, name = SAME_WEIGHTS[reader.model.dtype], type(reader.model).__name__
+    bound, name = SAME_WEIGHTS[reader.dtype], type(reader.model).__name__
     chosen, modes = reader.language_head, {part: part.training for part in module.modules()}
 
     def read(layout: Layout) -> Values:
@@ -112,7 +112,7 @@ def _read(reader: TokenReader, module: Any, groups: list[TokenGroup], layout: La
     (batches,) = plan(groups, layout=layout, reads=reads_of(config), budget=1 << 20)
     found: Values = {}
     for rows in batches:
-        batch = pack(groups, rows, layout=layout, reads=reads_of(config), device=reader.model.device)
+        batch = pack(groups, rows, layout=layout, reads=reads_of(config), device=reader.device)
         if reader.is_policy:
             values_N = module(batch, temperature=1.0)[0]
         else:  # a new head says 0 everywhere; another one reads the same states

@@ -232,12 +232,14 @@ class Computing(StageConfig):
     # how what tokens see is given: by a mask (sdpa), or in memory linear in tokens: sequence by sequence (varlen), by
     # blocks (flex, on GPUs); auto: varlen on CPUs, sdpa on GPUs
     attention: Annotated[AttentionKind, AUTO] = "varlen"
-    # DeepSpeed: 1 shards the optimizer over the ranks, 2 gradients too, 3 weights too
+    # DeepSpeed: 1 shards the optimizer over the ranks, 2 gradients too, 3 weights too. Fsdp2Engine shards all of them:
+    # with 2 a layer's weights stay gathered from forward to backward, with 3 they are gathered twice
     zero_stage: Annotated[int, Meta(ge=0, le=3)] = 2
     # gradients are summed while backward goes on (DeepSpeed); auto: on GPUs
     overlap_comm: Annotated[bool, AUTO] = False
     micro_batch_tokens: Annotated[int, Meta(ge=1)] = 2048  # tokens in one forward and backward
-    offload_parameters: bool = False  # those not in use on the CPU (DeepSpeed, zero_stage 3)
+    # those not in use on the CPU (DeepSpeed, zero_stage 3; Fsdp2Engine, with the optimizer's state and its step)
+    offload_parameters: bool = False
     trust_remote_code: bool = False  # run the Python code that the model's directory brings
     threads: Annotated[int, Meta(ge=1), AUTO] = 1  # CPU threads of each rank; auto: up to 8 beside a GPU
 

@@ -328,6 +328,7 @@ class TokenReader(nn.Module):
         self.attention: AttentionKind = attention
         if attention != "sdpa":
             look_up_attention(model)
+        self.dtype, self.device = model.dtype, model.device  # it computes in and on, however its weights are kept
         self.is_policy = head == "policy"
         self.temperature = temperature
         self.max_logits = MAX_LOGITS
@@ -373,14 +374,14 @@ class TokenReader(nn.Module):
     def _run(self, part: nn.Module, batch: PackedBatch, **options: bool) -> tuple[Tensor, Any]:
         """Return what the model or its body gives at the response tokens, and its routers' logits where asked."""
         for rotary in self._stretching:  # which may remember a longer batch
-            rotary(torch.zeros(1, dtype=self.model.dtype, device=self.model.device), batch.position_ids_RL[:1, :1] * 0)
+            rotary(torch.zeros(1, dtype=self.dtype, device=self.device), batch.position_ids_RL[:1, :1] * 0)
         if batch.layout == "alone":
             found = [self._run_row(part, batch, row, options) for row in range(len(batch.input_ids_RL))]
             states = torch.cat([states for states, _ in found])
             routers = [torch.cat(layer) for layer in zip(*(each for _, each in found), strict=True)]
         else:
             extra = {"position_ids": batch.position_ids_RL} if self._takes_positions else {}
-            mask = batch.attention(self.model.dtype, is_flex=self.attention == "flex")
+            mask = batch.attention(self.dtype, is_flex=self.attention == "flex")
             output = part(input_ids=batch.input_ids_RL, attention_mask=mask, use_cache=False, **extra, **options)
             states, routers = output[0].flatten(0, 1), output.router_logits if options else []
         return states.index_select(0, batch.read_N), routers

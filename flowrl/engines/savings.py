@@ -67,19 +67,24 @@ def freeze(model: PreTrainedModel, patterns: Sequence[str], where: str) -> None:
         raise ConfigError(f"{where}.freeze", what, "leave some to train")
 
 
+def layers_of(model: nn.Module) -> list[Any]:
+    """Return a model's layers, which transformers can compute again and which are sharded one by one."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def recompute(model: PreTrainedModel, *, every: int, where: str) -> None:
     """Let the first of every so many layers keep only its input and compute the rest again in backward.
 
     Raises:
         ConfigError: the model has no such layers, or cannot tell them apart.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
     if not model.supports_gradient_checkpointing:
         what = f"{type(model).__name__} cannot compute its layers again"
         raise ConfigError(f"{where}.gradient_checkpointing", what, "leave it false")
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = layers_of(model)
     for layer in layers:  # which do so in train mode only; what is in them stays as it is
         layer.training = True
         for name in [name for name, value in vars(layer).items() if "drop" in name and isinstance(value, float)]:
@@ -103,7 +108,7 @@ def check_offload(config: TrainingConfig, device: torch.device, where: str, *, l
         if not getattr(config, name):
             continue
         if name not in least_stage:
-            what = "this engine holds everything on its device"
+            what = "this engine keeps that on its device"
             raise ConfigError(f"{where}.{name}", what, "take engine=flowrl.engines.deepspeed:DeepSpeedEngine")
         if device.type == "cpu":
             raise ConfigError(f"{where}.{name}", "the device is the CPU, where everything is already", "leave it false")

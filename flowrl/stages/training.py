@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from flowrl.config import load_class
 from flowrl.data.models import inspect_model, prepare_model
 from flowrl.engines.base import Scoring, Training, TrainingConfig, TrainingEngine, check_engine, open_engine
 from flowrl.engines.checkpoint import read_version, write_version
@@ -40,6 +41,9 @@ def check_engine_of(settings: Scoring | Training, where: str) -> None:
         from flowrl.engines.attention import check_attention
 
         check_attention(settings.attention, where, has_gpu=settings.gpus > 0 or torch.cuda.is_available())
+    check_settings = getattr(load_class(settings.engine, f"{where}.engine"), "check_settings", None)
+    if check_settings is not None:  # what this engine cannot do
+        check_settings(settings, where)
     lora = settings.lora
     if lora.start and not (Path(lora.start) / "adapter_config.json").is_file():
         what = f"{lora.start} has no adapter_config.json"

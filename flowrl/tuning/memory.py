@@ -125,9 +125,10 @@ class _Rank:
     def __init__(self, shape: Shape, config: Computing, work: Work, head: Head, *, on_gpu: bool) -> None:
         self.shape, self.config, self.work, self.head, self.on_gpu = shape, config, work, head, on_gpu
         self.b = width_of(config.dtype, on_gpu=on_gpu)
-        self.is_sharded = config.engine.endswith(":DeepSpeedEngine")
-        self.stage = config.zero_stage if self.is_sharded else -1
-        self.n = config.ranks if self.is_sharded and config.zero_stage else 1
+        self.is_fsdp = config.engine.endswith(":Fsdp2Engine")
+        self.is_sharded = self.is_fsdp or config.engine.endswith(":DeepSpeedEngine")
+        self.stage = 3 if self.is_fsdp else config.zero_stage if self.is_sharded else -1
+        self.n = config.ranks if self.is_sharded and self.stage else 1
         self.trains = isinstance(config, Training)
         lora: Any = getattr(config, "lora", Lora())
         self.lora = lora
@@ -148,14 +149,17 @@ class _Rank:
             ) * self.lora.bits / 8 * 1.06 + self.shape.embedding * b
             parts["weights"] += b * trained
         elif self.stage == 3:
-            sharded = b * (frozen + trained) / n
+            only = self.is_fsdp and b < FLOAT  # what is trained there has its float32 weights only
+            sharded = b * (frozen + trained * (not only)) / n
             self._put(parts, "weights", sharded, aside=self.config.offload_parameters)
-            parts["weights gathered"] = b * min(self.total, DS_LIVE + self.shape.largest)
+            parts["weights gathered"] = self._gathered()
         else:
             parts["weights"] = b * (frozen + trained)
         if not self.trains:
             return dict(parts)
-        aside = bool(getattr(self.config, "offload_optimizer", False))
+        aside = bool(getattr(self.config, "offload_optimizer", False)) or (
+            self.is_fsdp and self.config.offload_parameters
+        )
         copies = b < FLOAT if self.stage in (-1, 3) else self.stage > 0
         self._put(parts, "float32 weights", FLOAT * trained / n * copies, aside=aside)
         self._put(parts, "Adam's moments", 2 * FLOAT * trained / n, aside=aside)
@@ -163,6 +167,16 @@ class _Rank:
         if getattr(self.config, "ema_decay", 0.0):
             self.offloaded["average of weights"] = FLOAT * self.total
         return dict(parts)
+
+    def _gathered(self) -> float:
+        """Return what is whole of sharded weights at a time: of fully_shard's, the head's and those of two layers."""
+        if not self.is_fsdp:
+            return self.b * min(self.total, DS_LIVE + self.shape.largest)
+        layers = 2 * self._layer() if self.config.zero_stage == 3 else self.shape.body
+        return self.b * min(self.total, self.total - self.shape.body + layers)
+
+    def _layer(self) -> float:
+        return self.shape.body / self.shape.num_layers
 
     def _put(self, parts: Parts, name: str, size: float, *, aside: bool) -> None:
         if aside and self.on_gpu:
@@ -193,6 +207,8 @@ class _Rank:
         """
         if self.stage < 0:
             return {}
+        if self.is_fsdp:  # the norm, of one gradient at a time in float64
+            return {"the step's own": 2 * 2 * FLOAT * self.shape.largest / self.n}
         kept = self.b * self.trained * (self.stage == 1 and self.b < FLOAT)  # gradients in the model's dtype
         at_once = min(self.trained / self.n, DS_LIVE) if self.stage else float(self.shape.largest)
         together = self.stage == 3 or (self.on_gpu and self.stage > 0 and not kept)
@@ -207,6 +223,8 @@ class _Rank:
 
     def _fresh(self) -> float:
         """Return the buffers that gradients are collected in; on CPUs they fill while activations go."""
+        if self.is_fsdp:  # of a layer or the head, and their copy to be summed in float32
+            return (self.b + FLOAT) * max(self._layer(), self.total - self.shape.body) * (self.trained > 0)
         if self.stage == 1 and self.b < FLOAT:  # in the model's dtype, all of them
             return self.b * self.trained
         return self.b * DS_BUCKET if self.on_gpu and self.stage > 0 else 0.0

@@ -1,4 +1,4 @@
-"""Every training engine, ZeRO stage and number of ranks takes the same steps.
+"""Every training engine, way of sharding and number of ranks takes the same steps.
 
 Ranks are real processes over gloo. The plain torch engine on one rank is the measure.
 """
@@ -35,6 +35,7 @@ pytestmark = pytest.mark.slow
 GROUPS = random_groups(seed=33, count=7)
 MOST = 45  # tokens a scarce pass may have; every single sequence has fewer
 TORCH, DEEPSPEED = "flowrl.engines.torch:TorchEngine", "flowrl.engines.deepspeed:DeepSpeedEngine"
+FSDP = "flowrl.engines.fsdp:Fsdp2Engine"
 
 
 class FailsOnRankOne(WeightedTokens):
@@ -127,11 +128,11 @@ def take_splits(found: Outcome) -> list[float]:
     return [figures.pop("memory_splits", 0.0) for figures in found.figures]
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_deepspeed_takes_the_steps_of_plain_torch_and_out_of_memory_the_same(
-    model, head, measure, tmp_path, zero_stage
+@pytest.mark.parametrize(("path", "zero_stage"), [*((DEEPSPEED, stage) for stage in range(4)), (FSDP, 2), (FSDP, 3)])
+def test_sharded_engines_take_the_steps_of_plain_torch_and_out_of_memory_the_same(
+    model, head, measure, tmp_path, path, zero_stage
 ):
-    engine = engine_of(DEEPSPEED, model, head=head, zero_stage=zero_stage)
+    engine = engine_of(path, model, head=head, zero_stage=zero_stage)
     engine.open(Ranks())
     make_scarce(engine, most_tokens=MOST, during="forward" if head == "policy" else "backward", after_steps=1)
     found = two_steps(engine, tmp_path)
@@ -140,10 +141,10 @@ def test_deepspeed_takes_the_steps_of_plain_torch_and_out_of_memory_the_same(
     engine.close()
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_deepspeed_in_bfloat16_keeps_float32_weights_as_plain_torch_does(model, tmp_path, zero_stage):
+@pytest.mark.parametrize(("sharded", "zero_stage"), [*((DEEPSPEED, stage) for stage in (1, 2, 3)), (FSDP, 2)])
+def test_sharded_engines_in_bfloat16_keep_float32_weights_as_plain_torch_does(model, tmp_path, sharded, zero_stage):
     outcomes = []
-    for path in (TORCH, DEEPSPEED):
+    for path in (TORCH, sharded):
         engine = engine_of(path, model, dtype="bfloat16", zero_stage=zero_stage)
         engine.open(Ranks())
         outcomes.append(two_steps(engine, tmp_path / path.partition(":")[2]))
@@ -324,6 +325,9 @@ def two_halves(engine) -> dict[str, float]:
         ("policy", DEEPSPEED, 2, "backward"),
         ("policy", DEEPSPEED, 3, "forward"),
         ("value", DEEPSPEED, 3, "backward"),
+        ("policy", FSDP, 3, "backward"),
+        pytest.param("policy", FSDP, 2, "forward", marks=pytest.mark.long),
+        pytest.param("value", FSDP, 3, "forward", marks=pytest.mark.long),
     ],
     indirect=["head"],
 )
@@ -335,16 +339,16 @@ def test_two_ranks_take_the_steps_of_one_also_when_one_of_them_runs_out_of_memor
     assert_same(found, measure)
 
 
-@pytest.mark.parametrize("zero_stage", [2, 3])
-def test_a_rank_without_work_keeps_step(model, tmp_path, zero_stage):
+@pytest.mark.parametrize(("path", "zero_stage"), [(DEEPSPEED, 2), (DEEPSPEED, 3), (FSDP, 3)])
+def test_a_rank_without_work_keeps_step(model, tmp_path, path, zero_stage):
     engine = engine_of(TORCH, model)
     engine.open(Ranks())
     expected = few_groups(engine, tmp_path)
-    found = on_two_ranks("few_groups", DEEPSPEED, model, tmp_path, zero_stage=zero_stage, micro_batch_tokens=2048)
+    found = on_two_ranks("few_groups", path, model, tmp_path, zero_stage=zero_stage, micro_batch_tokens=2048)
     assert found == pytest.approx(expected, abs=1e-5, rel=1e-5)
 
 
-@pytest.mark.parametrize(("path", "zero_stage"), [(TORCH, 0), (DEEPSPEED, 2), (DEEPSPEED, 3)])
+@pytest.mark.parametrize(("path", "zero_stage"), [(TORCH, 0), (DEEPSPEED, 2), (DEEPSPEED, 3), (FSDP, 3)])
 def test_training_continues_from_state_bit_by_bit_and_on_any_number_of_ranks(model, tmp_path, path, zero_stage):
     settings = {"zero_stage": zero_stage, "ema_decay": 0.9}
     on_one, on_two = tmp_path / "one", tmp_path / "two"
@@ -372,19 +376,19 @@ def test_training_continues_from_state_bit_by_bit_and_on_any_number_of_ranks(mod
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]  # what was converted is gone
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_sharded_parameters_are_published_whole_and_tied_ones_once(tmp_path, tied):
+@pytest.mark.parametrize(("path", "tied"), [(DEEPSPEED, True), (DEEPSPEED, False), (FSDP, True)])
+def test_sharded_parameters_are_published_whole_and_tied_ones_once(tmp_path, path, tied):
     source = tiny_model(tmp_path / "model", tied=tied)
     from safetensors.torch import load_file
 
     expected = load_file(source / "model.safetensors")
-    found = on_two_ranks("gathered", DEEPSPEED, source, tmp_path, zero_stage=3)
+    found = on_two_ranks("gathered", path, source, tmp_path, zero_stage=3)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor)
 
 
-@pytest.mark.parametrize("path", [TORCH, DEEPSPEED])
+@pytest.mark.parametrize("path", [TORCH, DEEPSPEED, FSDP])
 def test_a_followers_error_reaches_rank_0_with_its_reason(model, tmp_path, path):
     text, spent_s = on_two_ranks("failure", path, model, tmp_path)
     assert "accumulate: rank 1 failed: ZeroDivisionError: rank one's own trouble" in text
@@ -406,7 +410,8 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def test_a_frozen_model_at_stage_3_is_sharded_without_an_optimizer(model):
+@pytest.mark.parametrize("path", [DEEPSPEED, FSDP])
+def test_a_frozen_model_at_stage_3_is_sharded_without_an_optimizer(model, path):
     plain = engine_of(TORCH, model)
     plain.open(Ranks())
     expected = flat(plain.score(GROUPS))
@@ -415,13 +420,15 @@ def test_a_frozen_model_at_stage_3_is_sharded_without_an_optimizer(model):
     held = {}
     for frozen in (True, False):
         before = live_bytes()
-        engine = engine_of(DEEPSPEED, model, zero_stage=3, frozen=frozen)
+        engine = engine_of(path, model, zero_stage=3, frozen=frozen)
         engine.open(Ranks())
         assert flat(engine.score(GROUPS)) == [pytest.approx(row, abs=1e-5) for row in expected]
-        held[frozen] = (live_bytes() - before) / size
         if frozen:
             with pytest.raises(StageError, match="the model is frozen"):
                 engine.accumulate(GROUPS, choose(WeightedTokens))
+        else:
+            few_groups(engine, model)
+        held[frozen] = (live_bytes() - before) / size
         engine.close()
     assert held[True] < 2 < held[False], held
 
@@ -489,17 +496,19 @@ def assert_balanced_alike(found: Outcome, expected: Outcome) -> None:
         assert float((found.saved[name] - tensor).abs().mean()) < 2e-7, name
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_deepspeed_balances_experts_as_plain_torch_does(experts, balanced, tmp_path, zero_stage):
-    engine = engine_of(DEEPSPEED, experts, router_aux_loss=0.5, zero_stage=zero_stage)
+@pytest.mark.parametrize(("path", "zero_stage"), [*((DEEPSPEED, stage) for stage in range(4)), (FSDP, 3)])
+def test_sharded_engines_balance_experts_as_plain_torch_does(experts, balanced, tmp_path, path, zero_stage):
+    engine = engine_of(path, experts, router_aux_loss=0.5, zero_stage=zero_stage)
     engine.open(Ranks())
     assert_balanced_alike(two_steps(engine, tmp_path), balanced)
     engine.close()
 
 
-@pytest.mark.parametrize("zero_stage", [2, 3])
-def test_two_ranks_balance_experts_over_the_whole_step(experts, balanced, tmp_path, zero_stage):
-    found = on_two_ranks("steps", DEEPSPEED, experts, tmp_path, zero_stage=zero_stage, router_aux_loss=0.5)
+@pytest.mark.parametrize(
+    ("path", "zero_stage"), [(DEEPSPEED, 2), (DEEPSPEED, 3), pytest.param(FSDP, 3, marks=pytest.mark.long)]
+)
+def test_two_ranks_balance_experts_over_the_whole_step(experts, balanced, tmp_path, path, zero_stage):
+    found = on_two_ranks("steps", path, experts, tmp_path, zero_stage=zero_stage, router_aux_loss=0.5)
     assert_balanced_alike(found, balanced)
 
 

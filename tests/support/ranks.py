@@ -23,6 +23,7 @@ multiprocessing.set_forkserver_preload(
         "peft",
         "transformers.models.llama.modeling_llama",
         "flowrl.engines.deepspeed",
+        "flowrl.engines.fsdp",
         "flowrl.engines.torch",
     ]
 )

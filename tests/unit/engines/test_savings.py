@@ -90,7 +90,7 @@ def test_fewer_layers_than_asked_for_are_refused(tiny_llama):
 @pytest.mark.parametrize(
     ("settings", "device", "least", "words"),
     [
-        ({"offload_optimizer": True}, "cuda", {}, "holds everything on its device; take engine=.*DeepSpeedEngine"),
+        ({"offload_optimizer": True}, "cuda", {}, "keeps that on its device; take engine=.*DeepSpeedEngine"),
         ({"offload_optimizer": True}, "cpu", LEAST, "the device is the CPU, where everything is already"),
         ({"offload_optimizer": True, "zero_stage": 0}, "cuda", LEAST, "zero_stage=0 .* take zero_stage 1 or more"),
         ({"offload_parameters": True, "zero_stage": 2}, "cuda", LEAST, "zero_stage=2 .* take zero_stage 3 or more"),

@@ -13,6 +13,7 @@ from perf.memory import MEASURED, MIB, SETTINGS, SIZES, count, describe, predict
 LLAMA3 = find_shape("meta-llama/Meta-Llama-3-8B-Instruct", {})
 P = LLAMA3.num_parameters
 WORK = Work(prompt=1024, response=1024)
+FSDP = "flowrl.engines.fsdp:Fsdp2Engine"
 TORCH = "flowrl.engines.torch:TorchEngine"
 
 
@@ -30,6 +31,16 @@ def test_states_take_18_bytes_a_parameter_and_zero_shards_what_its_stage_says():
     assert held(*STATES, zero_stage=2, ranks=4)[0] == (2, 1, 2, 1)
     assert held(*STATES, zero_stage=3, ranks=4)[0] == (0.5, 1, 2, 1)
     assert held(*STATES, zero_stage=0, dtype="float32", ranks=4)[0] == (4, 0, 8, 4)
+
+
+def test_fully_shard_keeps_float32_shards_and_gathers_a_layer_at_a_time():
+    assert held(*STATES, engine=FSDP, ranks=4)[0] == (0, 1, 2, 1)
+    assert held(*STATES, engine=FSDP, dtype="float32", ranks=4)[0] == (1, 0, 2, 1)
+    parts, need = held("weights gathered", engine=FSDP, zero_stage=3, ranks=4)
+    assert parts[0] * P == pytest.approx(2 * (2 * LLAMA3.embedding + LLAMA3.body / 16))
+    assert held("weights gathered", engine=FSDP, ranks=4)[0] == (2,)
+    parts, need = held(*STATES, engine=FSDP, ranks=4, offload_parameters=True)
+    assert (parts, sum(need.host[name] for name in STATES[1:]) / P) == ((0, 0, 0, 0), 4)
 
 
 def test_what_is_offloaded_lies_in_the_hosts_memory():

@@ -1,0 +1,256 @@
+"""Training with torch's `fully_shard` (FSDP2) on CPUs (gloo) and GPUs (NCCL): weights, gradients and optimizer sharded.
+
+A layer is gathered when it is run and dropped after it; with zero_stage 2 it stays from forward to backward.
+Invariants: where the model is in bfloat16 the shards that are trained are float32 and a layer is gathered in bfloat16,
+gradients summed over ranks in float32, so a step is the step of the other engines; the sum over ranks is no mean, so a
+step on n ranks is the step of one. Every rank calls the model equally often, and between passes every parameter is
+sharded.
+
+Its state on disk is what torch.distributed.checkpoint writes as safetensors: one file for each rank, whose header says
+where its parts lie in the whole, and JSON beside them. DCP's own format has a pickle in it, and what its ranks tell
+each other is pickled; so each rank here plans for itself, writes its own parts and reads whichever it needs. Any number
+of ranks goes on from any other's.
+
+Named in node configs as `engine="flowrl.engines.fsdp:Fsdp2Engine"`.
+
+Tests: tests/contracts/test_training_engines.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import msgspec
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import DefaultSavePlanner, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+from torch.distributed.tensor import DTensor
+
+from flowrl.engines.models import load_model
+from flowrl.engines.savings import decay_groups, layers_of
+from flowrl.engines.trainer import Trainer
+from flowrl.errors import ConfigError, StageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from torch import Tensor, nn
+    from torch.distributed.checkpoint import SavePlan
+    from transformers import PreTrainedModel
+
+    from flowrl.engines.base import Scoring, Training
+    from flowrl.engines.memory import FitVote
+
+PIECES = "shard-*.safetensors"  # as DCP names them
+KNOWN = (  # what torch warns of: nothing here writes into what a model returns, and each rank does save for itself
+    r"FSDP2-wrapped module .* returned a view tensor",
+    r"torch\.distributed is disabled, unavailable or uninitialized",
+)
+
+
+class Fsdp2Engine(Trainer):
+    """AdamW over the shards of every rank."""
+
+    backend_of_one = True  # a mesh of devices is one of a process group
+    can_offload: ClassVar = {"offload_parameters": 2}
+
+    @property
+    def _ranks_meet_in_passes(self) -> bool:
+        return True
+
+    @staticmethod
+    def check_settings(settings: Scoring | Training, where: str) -> None:
+        """Insist on what can be sharded.
+
+        Raises:
+            ConfigError: weights would have to stay whole.
+        """
+        if settings.zero_stage < 2:
+            what = f"is {settings.zero_stage}, and fully_shard shards the weights too"
+            raise ConfigError(f"{where}.zero_stage", what, "take 2 (a layer stays gathered until backward) or 3")
+        if settings.lora.bits:
+            what = f"{settings.lora.bits}-bit weights cannot be sharded by fully_shard"
+            raise ConfigError(f"{where}.lora.bits", what, "take DeepSpeed at zero_stage 2, or bits=0")
+
+    def _load(self) -> PreTrainedModel:
+        self.check_settings(self.config, self.where)
+        on_host = torch.device("cpu")  # a layer comes to its device as it is sharded
+        return load_model(self.config, where=self.where, dtype=self.dtype, device=on_host)
+
+    def _opened(self) -> None:
+        self._check_one_dtype()
+        if self.config.frozen:
+            self.reader.requires_grad_(False)
+        for parameter in self.reader.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        for words in KNOWN:
+            warnings.filterwarnings("ignore", category=UserWarning, message=words)
+        policy: dict[str, Any] = {
+            "mesh": init_device_mesh(self.device.type, (self.line.world_size,)),
+            "mp_policy": MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False),
+            "offload_policy": CPUOffloadPolicy() if self.config.offload_parameters else OffloadPolicy(),
+        }
+        for layer in layers_of(self.model):
+            fully_shard(layer, reshard_after_forward=self.config.zero_stage == 3, **policy)
+        fully_shard(self.reader, **policy)
+        self.reader.device = self.device
+        for module in self._sharded():
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+            module.set_custom_all_gather(_VotedAllGather(self._room))
+            module.set_custom_reduce_scatter(_VotedReduceScatter(self._room))
+        self._root.set_reduce_scatter_unused_params(True)  # or ranks whose tokens chose other experts would differ
+        self.reader.register_forward_hook(self._drop_gathered)
+
+    def _check_one_dtype(self) -> None:
+        others = [name for name, parameter in self.model.named_parameters() if parameter.dtype != self.dtype]
+        if others:
+            what = f"{len(others)} parameters of {type(self.model).__name__} are not in {self.dtype} ({others[0]})"
+            raise ConfigError(f"{self.where}.engine", what, "take dtype=float32, or the DeepSpeed engine")
+
+    @property
+    def _root(self) -> FSDPModule:
+        return cast("FSDPModule", self.reader)
+
+    def _sharded(self) -> list[FSDPModule]:
+        return [module for module in self.reader.modules() if isinstance(module, FSDPModule)]
+
+    def _drop_gathered(self, *_: object) -> None:
+        """Shard again what a pass without backward has left gathered, or the next would not see a step in between."""
+        if not torch.is_grad_enabled():
+            for module in self._sharded():
+                module.reshard()
+
+    def _start_training(self) -> None:
+        if self.dtype == torch.float16:
+            raise StageError(self.where, "float16 needs loss scaling", "take dtype=bfloat16 or the DeepSpeed engine")
+        self._optimizer = torch.optim.AdamW(
+            decay_groups(self.reader, self.config.weight_decay),
+            lr=self.config.lr,
+            betas=self.config.betas,
+            eps=self.config.adam_eps,
+            fused=True,
+        )
+
+    def _trained(self) -> list[tuple[str, DTensor]]:
+        """Return what is trained, as this rank's shards, under the model's names."""
+        return [(name, cast("DTensor", each)) for name, each in self.model.named_parameters() if each.requires_grad]
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _leave_pass(self) -> None:
+        for parameter in self.reader.parameters():
+            if not isinstance(parameter, DTensor):  # gathered, with a gradient that no other rank has a part in
+                parameter.grad = None
+        self._root.reset_iter_state()
+
+    def _clear_gradients(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _step(self, lr: float) -> float:
+        gradients = [cast("DTensor", each.grad).to_local() for _, each in self._trained() if each.grad is not None]
+        norm = math.sqrt(self.line.sum(sum(float(each.double().square().sum()) for each in gradients)))
+        if math.isfinite(norm):
+            if self.config.max_grad_norm:
+                torch._foreach_mul_(gradients, min(1.0, self.config.max_grad_norm / (norm + 1e-6)))
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _whole(self, named: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in named:
+            yield name, cast("DTensor", parameter.detach().to(self.device)).full_tensor().to(self.dtype)
+
+    def _write_state(self, directory: Path) -> None:
+        """Write the parameters in float32 and both moments as safetensors, the counters as JSON."""
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.line.rank == 0:
+            for old in directory.glob(PIECES):
+                old.unlink()
+            note = {"num_steps": self._num_steps, "num_ranks": self.line.world_size}
+            (directory / "state.json").write_bytes(msgspec.json.encode(note))
+        self.line.sum(0.0)  # nothing old is there any more
+        writer = _OwnFile(str(directory), self.line.rank)
+        dcp.save(self._state(), storage_writer=writer, planner=_OwnParts(), no_dist=True)
+
+    def _read_state(self, directory: Path) -> None:
+        try:
+            note = msgspec.json.decode((directory / "state.json").read_bytes(), type=dict[str, int])
+            found, expected = len([*directory.glob(PIECES)]), note["num_ranks"]
+        except (OSError, KeyError, msgspec.DecodeError) as error:
+            what = f"no state of this engine in {directory} ({error})"
+            raise StageError(self.where, what, "check --resume") from error
+        if found != expected:
+            what = f"{directory} has the parts of {found} ranks, {expected} wrote it"
+            raise StageError(self.where, what, "resume from another checkpoint")
+        self._num_steps = note["num_steps"]
+        self._optimizer.state.clear()
+        for _, each in self._trained() if self._num_steps else ():
+            moments = {key: torch.zeros_like(each) for key in ("exp_avg", "exp_avg_sq")}
+            self._optimizer.state[each] = {"step": torch.tensor(float(self._num_steps)), **moments}
+        with torch.no_grad():
+            dcp.load(self._state(), storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=True)
+        self.line.sum(0.0)  # every rank has read it
+
+    def _state(self) -> dict[str, DTensor]:
+        """Return this rank's part of everything that is stored, to be written from or read into."""
+        found: dict[str, DTensor] = {}
+        for name, each in self._trained():
+            found[f"parameter/{name}"] = each
+            for key in ("exp_avg", "exp_avg_sq") if self._num_steps else ():
+                found[f"{key}/{name}"] = self._optimizer.state[each][key]
+        return found
+
+    def _unload(self) -> None:
+        super()._unload()
+        self.__dict__.pop("_optimizer", None)
+
+
+class _VotedAllGather(DefaultAllGather):
+    """Gathers after a vote on whether every rank has room."""
+
+    def __init__(self, room: FitVote) -> None:
+        self._collective = room.guarded(super().__call__)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._collective(*args, **kwargs)
+
+
+class _VotedReduceScatter(DefaultReduceScatter):
+    """The same for sums of gradients."""
+
+    def __init__(self, room: FitVote) -> None:
+        self._collective = room.guarded(super().__call__)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._collective(*args, **kwargs)
+
+
+class _OwnParts(DefaultSavePlanner):
+    """A plan of what this rank has; that the parts of all ranks make a whole is `fully_shard`'s to see to."""
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return all_plans, Metadata({})
+
+
+class _OwnFile(HuggingFaceStorageWriter):
+    """Writes one file, of this rank."""
+
+    def __init__(self, path: str, rank: int) -> None:
+        super().__init__(path, save_distributed=True)
+        self._rank = rank
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return [dataclasses.replace(plan, storage_data={"shard_index": self._rank + 1}) for plan in plans]
