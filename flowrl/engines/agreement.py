@@ -84,7 +84,8 @@ def settle(reader: TokenReader, module: nn.Module, config: TrainingConfig, *, wh
         if not (apart := gap(found, own)) <= bound:
             what = f"what is read off {name} differs from its own forward by {apart:.2g}, {bound:.2g} are allowed"
             raise ModelError(where, what, "it trains otherwise than it runs; choose another architecture")
-        first = LAYOUTS.index(choose_layout(reader.model, max(prompt + max(sizes) for prompt, sizes in LENGTHS)))
+        longest = max(prompt + max(sizes) for prompt, sizes in LENGTHS)
+        first = LAYOUTS.index(choose_layout(reader.model, longest, reader.attention))
         reader.layouts = tuple(each for each in LAYOUTS[first:] if each == "alone" or agrees(each))
     except FAULTS as error:
         if isinstance(error, torch.OutOfMemoryError):

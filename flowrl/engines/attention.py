@@ -94,6 +94,11 @@ def spans_of(pieces: Sequence[tuple[int, Sequence[int]]]) -> list[Span]:
     return found
 
 
+def has_mask(given: Any) -> bool:
+    """Return whether what a layer was given is a mask, rather than spans or FlexAttention's blocks."""
+    return isinstance(given, Tensor) and given.dtype != torch.int64
+
+
 def register() -> None:
     """Offer `attend` to transformers' models; as often as one likes."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -113,7 +118,7 @@ def attend(
         from transformers.integrations.flex_attention import flex_attention_forward
 
         return flex_attention_forward(module, *tensors, attention_mask, scaling=scaling, dropout=dropout, **further)
-    if attention_mask is None or attention_mask.dtype != torch.int64:
+    if attention_mask is None or has_mask(attention_mask):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, *tensors, attention_mask, scaling=scaling, dropout=dropout, **further)

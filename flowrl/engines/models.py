@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flowrl.engines import attention
+from flowrl.engines import attention, sequence
 from flowrl.engines.packing import LAYOUTS
 from flowrl.engines.quantization import check_quantization, forget_quantization, quantized_loading
 from flowrl.errors import ModelError
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from flowrl.engines.base import AttentionKind, Dtype, TrainingConfig
     from flowrl.engines.packing import Layout, PackedBatch, Reads
     from flowrl.engines.router import Routing
+    from flowrl.engines.sequence import SequenceSplit
 
 _loading = threading.Lock()  # transformers sets process-wide state (the meta device) while it loads
 
@@ -204,17 +205,16 @@ def gathered(parameters: list[nn.Parameter]) -> Any:
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 
-def choose_layout(model: PreTrainedModel, longest: int) -> Layout:
+def choose_layout(model: PreTrainedModel, longest: int, kind: AttentionKind) -> Layout:
     """Return a layout with shared prompts where layers obey a 4D mask and explicit positions up to `longest` tokens.
 
     It is the one without a mask where the model looks its attention up (`look_up_attention`).
     """
     settings = model.config.get_text_config()
     narrow = {name for name, value in vars(settings).items() if value and ("window" in name or "attention_c" in name)}
-    looks_up = settings._attn_implementation == attention.NAME
-    obeys_mask = (looks_up or settings._attn_implementation in ("sdpa", "eager")) and not getattr(
-        settings, "alibi", False
-    )
+    looks_up = settings._attn_implementation in (attention.NAME, sequence.NAME) and kind != "sdpa"
+    obeys_mask = settings._attn_implementation in ("sdpa", "eager", attention.NAME, sequence.NAME)
+    obeys_mask = obeys_mask and not getattr(settings, "alibi", False)
     kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
     is_attention = not model._is_stateful and kinds <= {"full_attention", "sliding_attention"}
     is_attention = is_attention and narrow <= {"sliding_window", "use_sliding_window", "max_window_layers"}
@@ -335,6 +335,7 @@ class TokenReader(nn.Module):
         # None: logits are read off the model's own forward, all of them at once.
         self.language_head: LanguageHead | None = LanguageHead(model) if self.is_policy else None
         self.layouts: tuple[Layout, ...] = LAYOUTS  # in which the model reads right
+        self.split: SequenceSplit | None = None  # of rows over ranks
         self._body_name, body = body_of(model)
         self._takes_positions = "position_ids" in inspect.signature(body.forward).parameters
         most = 8 * (int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0) or 4096)
@@ -349,7 +350,7 @@ class TokenReader(nn.Module):
 
     def layout(self, longest: int) -> Layout:
         """Return the layout for sequences of up to `longest` tokens: the first in which all are read right."""
-        found: Layout = choose_layout(self.model, longest) if longest <= self.reach or not self._stretching else "alone"
+        found: Layout = choose_layout(self.model, longest, self.attention) if longest <= self.reach or not self._stretching else "alone"
         return next(layout for layout in LAYOUTS[LAYOUTS.index(found) :] if layout in self.layouts)
 
     def attention_in_words(self) -> str:
@@ -380,10 +381,16 @@ class TokenReader(nn.Module):
             states = torch.cat([states for states, _ in found])
             routers = [torch.cat(layer) for layer in zip(*(each for _, each in found), strict=True)]
         else:
-            extra = {"position_ids": batch.position_ids_RL} if self._takes_positions else {}
+            length, split = batch.input_ids_RL.shape[1], self.split
+            batch = batch if split is None else split.padded(batch)
             mask = batch.attention(self.dtype, is_flex=self.attention == "flex")
-            output = part(input_ids=batch.input_ids_RL, attention_mask=mask, use_cache=False, **extra, **options)
-            states, routers = output[0].flatten(0, 1), output.router_logits if options else []
+            ids, positions = batch.input_ids_RL, batch.position_ids_RL
+            if split is not None:
+                ids, positions = split.part(ids), split.part(positions)
+            extra = {"position_ids": positions} if self._takes_positions else {}
+            output = part(input_ids=ids, attention_mask=mask, use_cache=False, **extra, **options)
+            states = output[0] if split is None else split.gather(output[0], length)
+            states, routers = states.flatten(0, 1), output.router_logits if options else []
         return states.index_select(0, batch.read_N), routers
 
     def _run_row(self, part: nn.Module, batch: PackedBatch, row: int, options: dict[str, bool]) -> tuple[Tensor, Any]:

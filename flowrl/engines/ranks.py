@@ -87,6 +87,15 @@ class RankLink:
             raise StageError(self._where, what, "see the other ranks' logs; is the port free and reachable?") from error
         self._owns_group = True
 
+    def form_groups(self, size: int) -> None:
+        """Let every `size` ranks in a row have a group of their own, `group`."""
+        import torch.distributed as dist
+
+        timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+        starts = range(0, self.world_size, size)
+        groups = [dist.new_group([*range(start, start + size)], timeout=timeout) for start in starts]
+        self.group: Any = groups[self.rank // size]
+
     def send(self, command: bytes) -> None:
         """Give the followers a command."""
         if self.is_broken:
@@ -196,7 +205,7 @@ class RankLink:
             self._store.set(f"failed/{self.rank}", words)
         if dist.is_initialized():
             dist.destroy_process_group()
-        self._control = self._votes = None
+        self._control = self._votes = self.group = None
         gc.collect()  # sockets close with the last reference; the others' collectives fail then, not at the timeout
 
     def close(self) -> None:

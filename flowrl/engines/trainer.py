@@ -42,6 +42,7 @@ from flowrl.engines.publishing import Publisher, as_saved, carried_buffers, scor
 from flowrl.engines.ranks import RankLink
 from flowrl.engines.router import Routing, check_router
 from flowrl.engines.savings import check_offload, freeze, recompute
+from flowrl.engines.sequence import SequenceSplit, check_split, take_attention
 from flowrl.engines.teacher import Teacher
 from flowrl.errors import ConfigError, StageError
 from flowrl.messages import Buffer, Weights, decode, encode
@@ -223,9 +224,13 @@ class Trainer:
             device=self.device,
         )
         self._line = RankLink(ranks, where=self.where, backend=backend, needs_group=self.backend_of_one)
-        self._room = FitVote(self._line, where=self.where, ranks_meet=self._ranks_meet_in_passes)
+        is_split = self.config.sequence_parallel > 1
+        self._room = FitVote(self._line, where=self.where, ranks_meet=self._ranks_meet_in_passes or is_split)
         with self._line.guard("open"):
+            check_split(self.config, Path(self.config.model), self.where, num_ranks=ranks.world_size)
             self.model = self._load()
+            if is_split:
+                take_attention(self.model, self.where)
             self._adapter = Adapter(self.model, self.config, where=self.where) if self.config.lora.rank else None
             self.model.config.use_cache = False
             if self.config.router_aux_loss:
@@ -240,9 +245,14 @@ class Trainer:
                 temperature=self.config.temperature,
                 attention=self.config.attention,
             )
+            if is_split:
+                self.reader.split = SequenceSplit(self._line, self._room, self.config.sequence_parallel)
             self._module = self.reader
             self._opened()
             settle(self.reader, self._module, self.config, where=self.where)
+            if is_split and "shared" not in self.reader.layouts:
+                what = f"rows of {type(self.model).__name__} take no block mask and cannot be split"
+                raise ConfigError(f"{self.where}.sequence_parallel", what, "leave it 1")
             if (said := self.reader.attention_in_words()) and self._line.rank == 0:
                 self._say(said)
             self._line.gather(b"")
@@ -313,8 +323,11 @@ class Trainer:
     def _parts(
         self, groups: Sequence[TokenGroup], budget: Budget, *, whole_groups: bool = False, has_teacher: bool = False
     ) -> list[Part]:
-        calls = self.reader.num_chunks
+        calls, size = self.reader.num_chunks, self.config.sequence_parallel
         layout = self._layout(max(len(g.prompt_ids) + max(len(r) for r in g.responses) for g in groups))
+        if layout != "shared" and size > 1:
+            what = f"{type(self.model).__name__} takes no block mask over these sequences, whose rows cannot be split"
+            raise StageError(self.where, what, "leave sequence_parallel 1, or take shorter sequences")
         if layout == "alone" and whole_groups and self._ranks_meet_in_passes and self.line.world_size > 1:
             what = f"{type(self.model).__name__} runs these sequences one by one, and ranks would wait for each other"
             raise StageError(self.where, what, "take zero_stage 0 or 1, one rank, or shorter sequences")
@@ -323,8 +336,8 @@ class Trainer:
             layout=layout,
             reads=reads_of(self.config),
             budget=budget.num_tokens,
-            rank=self.line.rank,
-            world_size=self.line.world_size,
+            rank=self.line.rank // size,
+            world_size=self.line.world_size // size,
             whole_groups=whole_groups,
             head_calls=(lambda num_tokens: calls(2 * num_tokens)) if has_teacher else calls,  # logits of both are held
         )

@@ -129,7 +129,7 @@ class Critic(Stage):
 
     def check(self, say: Say) -> None:
         """Prepare the model, which must read the policy's tokens, and load the algorithm."""
-        check_engine_of(self.config, "critic")
+        check_engine_of(self.config, "critic", self.model)
         check_schedule(self.config, self.num_optimizer_steps, "critic")
         directory = prepare_model(self.model, say=say)
         check_experts(self.config, directory, "critic")

@@ -124,7 +124,7 @@ class Learner(Stage):
         if 0 < self.beside.per_step < minibatches:
             what = f"{self.beside.per_step} texts a step are too few for {minibatches} learner.minibatches"
             raise ConfigError("texts.per_step", what, "give each minibatch one or more")
-        check_engine_of(self.config, "learner")
+        check_engine_of(self.config, "learner", self.sampler.model)
         check_schedule(self.config, self.num_optimizer_steps, "learner")
         model = prepare_model(self.sampler.model, say=say)
         check_experts(self.config, model, "learner")

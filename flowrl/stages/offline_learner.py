@@ -89,7 +89,7 @@ class OfflineLearner(Stage):
 
     def check(self, say: Say) -> None:
         """Prepare the model and load the objective."""
-        check_engine_of(self.config, "learner")
+        check_engine_of(self.config, "learner", self.course.model)
         check_schedule(self.config, self.course.steps, "learner")
         model = prepare_model(self.course.model, say=say)
         check_experts(self.config, model, "learner")

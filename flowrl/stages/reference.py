@@ -58,7 +58,7 @@ class Reference(Stage):
 
     def check(self, say: Say) -> None:
         """Prepare the model, which must read the policy's tokens."""
-        check_engine_of(self.config, "reference")
+        check_engine_of(self.config, "reference", self.model)
         directory = prepare_model(self.model, say=say)
         if self.model != self.sampler.model:
             check_same_vocabulary(
@@ -154,7 +154,7 @@ class ExampleReference(Stage):
 
     def check(self, say: Say) -> None:
         """Prepare the model, which must read the policy's tokens."""
-        check_engine_of(self.config, "reference")
+        check_engine_of(self.config, "reference", self.model)
         directory = prepare_model(self.model, say=say)
         if self.model != self.course.model:
             check_same_vocabulary(prepare_model(self.course.model, say=say), directory, "reference_model")

@@ -210,7 +210,7 @@ class RewardModel(Stage):
 
     def check(self, say: Say) -> None:
         """Prepare the model, which must read the policy's tokens."""
-        check_engine_of(self.config, "reward_model")
+        check_engine_of(self.config, "reward_model", self.model)
         directory = prepare_model(self.model, say=say)
         if self.model != self.sampler.model:
             policy = prepare_model(self.sampler.model, say=say)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from flowrl.messages import M
 
 
-def check_engine_of(settings: Scoring | Training, where: str) -> None:
-    """Insist on a node's engine and its options, and on what its attention and its adapter need on this machine.
+def check_engine_of(settings: Scoring | Training, where: str, model: str) -> None:
+    """Insist on a node's engine, its options and whole groups of ranks, and on what attention and adapter need here.
 
     Raises:
         ConfigError: its settings ask for what is not here.
@@ -48,6 +48,10 @@ def check_engine_of(settings: Scoring | Training, where: str) -> None:
     if lora.start and not (Path(lora.start) / "adapter_config.json").is_file():
         what = f"{lora.start} has no adapter_config.json"
         raise ConfigError(f"{where}.lora.start", what, "give the directory of an adapter in peft's format")
+    if settings.sequence_parallel > 1:
+        from flowrl.engines.sequence import check_split
+
+        check_split(settings, prepare_model(model), where, num_ranks=settings.ranks)
     if lora.bits:
         import torch
 

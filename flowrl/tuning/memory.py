@@ -216,7 +216,7 @@ class _Rank:
 
     def score_peak(self) -> Parts:
         """Return what a forward without gradients holds."""
-        tokens = self._tokens()
+        tokens = self._tokens() / self.config.sequence_parallel
         layer = self.b * tokens * (4 * self.shape.hidden + 2 * self.shape.query + 3 * self.shape.inner)
         head = self._head(with_gradient=False)
         return head if sum(head.values()) > layer else {"activations": layer}
@@ -241,7 +241,8 @@ class _Rank:
         return wide + b * (normed + 4 * s.query + inner) + 24
 
     def _activations(self) -> Parts:
-        tokens, layers = self._tokens(), self.shape.num_layers
+        fed, layers = self._tokens(), self.shape.num_layers
+        tokens = fed / self.config.sequence_parallel
         each = self._of_layer()
         if self.lora.rank:
             each += self.b * self.lora.rank * (7 if self.shape.is_gated else 6)
@@ -252,12 +253,12 @@ class _Rank:
             again = -(-layers // every)
             kept = layers - again + 1
             parts["inputs of layers"] = self.b * tokens * self.shape.hidden * again
-        parts["activations"] = tokens * each * kept + self.b * tokens * self.work.whole  # and the mask
+        parts["activations"] = tokens * each * kept + self.b * fed * self.work.whole  # and the mask
         return parts
 
     def _layer_back(self) -> float:
         s = self.shape
-        return self._tokens() * self.b * (3 * s.inner + 2 * s.hidden + 2 * s.query)
+        return self._tokens() / self.config.sequence_parallel * self.b * (3 * s.inner + 2 * s.hidden + 2 * s.query)
 
     def _head(self, *, with_gradient: bool) -> Parts:
         """Return what the language head holds: its float32 copy and the logits of a part of the tokens."""

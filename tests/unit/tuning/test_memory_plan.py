@@ -33,6 +33,15 @@ def test_states_take_18_bytes_a_parameter_and_zero_shards_what_its_stage_says():
     assert held(*STATES, zero_stage=0, dtype="float32", ranks=4)[0] == (4, 0, 8, 4)
 
 
+def test_ranks_that_share_sequences_hold_a_part_of_their_activations():
+    alone, shared = (
+        held(ranks=4, sequence_parallel=size, gradient_checkpointing=True, micro_batch_tokens=1 << 17)[1].device
+        for size in (1, 4)
+    )
+    assert shared["inputs of layers"] == alone["inputs of layers"] / 4
+    assert alone["inputs of layers"] == 2 * (1 << 17) * 4096 * 32
+
+
 def test_fully_shard_keeps_float32_shards_and_gathers_a_layer_at_a_time():
     assert held(*STATES, engine=FSDP, ranks=4)[0] == (0, 1, 2, 1)
     assert held(*STATES, engine=FSDP, dtype="float32", ranks=4)[0] == (1, 0, 2, 1)
