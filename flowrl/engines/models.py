@@ -350,7 +350,9 @@ class TokenReader(nn.Module):
 
     def layout(self, longest: int) -> Layout:
         """Return the layout for sequences of up to `longest` tokens: the first in which all are read right."""
-        found: Layout = choose_layout(self.model, longest, self.attention) if longest <= self.reach or not self._stretching else "alone"
+        found: Layout = "alone"
+        if longest <= self.reach or not self._stretching:
+            found = choose_layout(self.model, longest, self.attention)
         return next(layout for layout in LAYOUTS[LAYOUTS.index(found) :] if layout in self.layouts)
 
     def attention_in_words(self) -> str:

@@ -8,8 +8,8 @@ all), and the gradient of what was gathered is summed over the group, so that th
 ranks of a group have the same parts of a call, and a data-parallel rank is a group.
 
 Models whose attention is torch's own are taken, where they read right in layout "unmasked" or "shared"; N must divide
-their query heads, and keys and values are repeated where it does not divide theirs. Called by trainer, once, and by models in each pass.
-Shapes: R rows, L row length, N ranks of a group, H heads, D their size.
+their query heads, and keys and values are repeated where it does not divide theirs. Called by trainer, once, and by
+models in each pass. Shapes: R rows, L row length, N ranks of a group, H heads, D their size.
 
 Tests: tests/contracts/test_sequence_parallel.py
 """

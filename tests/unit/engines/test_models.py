@@ -107,10 +107,10 @@ def test_a_value_model_from_a_reward_model_keeps_its_head(tiny_reward_model):
 
 def test_a_sequence_beyond_the_sliding_window_is_padded(tiny_llama):
     model = load(tiny_llama)
-    assert choose_layout(model, longest=100) == "shared"
+    assert choose_layout(model, longest=100, kind="sdpa") == "shared"
     model.config.sliding_window = 64
-    assert choose_layout(model, longest=100) == "padded"
-    assert choose_layout(model, longest=64) == "shared"
+    assert choose_layout(model, longest=100, kind="sdpa") == "padded"
+    assert choose_layout(model, longest=64, kind="sdpa") == "shared"
 
 
 def test_a_missing_directory_is_a_model_error(tmp_path):
