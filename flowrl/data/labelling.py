@@ -73,4 +73,5 @@ def _ranked(responses: Columns) -> Iterator[str]:
             elif isinstance(value, list):
                 ranks = {each.get("value"): each.get("rank") for each in value if isinstance(each, dict)}
                 first = [name for name, rank in ranks.items() if rank == 1]
-                yield from first if len(first) == 1 else []
+                if len(first) == 1 and isinstance(first[0], str):
+                    yield first[0]

@@ -325,7 +325,7 @@ class Trainer:
     ) -> list[Part]:
         calls, size = self.reader.num_chunks, self.config.sequence_parallel
         layout = self._layout(max(len(g.prompt_ids) + max(len(r) for r in g.responses) for g in groups))
-        if layout != "shared" and size > 1:
+        if layout not in ("unmasked", "shared") and size > 1:
             what = f"{type(self.model).__name__} takes no block mask over these sequences, whose rows cannot be split"
             raise StageError(self.where, what, "leave sequence_parallel 1, or take shorter sequences")
         if layout == "alone" and whole_groups and self._ranks_meet_in_passes and self.line.world_size > 1:
