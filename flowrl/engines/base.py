@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from flowrl.messages import FloatArray
+    from flowrl.telemetry.events import Slots
 
 __all__ = [
     "Computing",
@@ -106,7 +107,11 @@ class Serving(StageConfig):
     max_running: Annotated[int, Meta(ge=1), AUTO] = 64  # samples decoded together; auto: 256 on GPUs
     # for keys and values; 0, and auto on GPUs: what gpu_memory_utilization leaves
     kv_cache_bytes: Annotated[int, Meta(ge=0), AUTO] = 512 << 20
-    on_update: Literal["keep", "wait", "abort"] = "keep"  # requests in flight when new weights arrive
+    # requests in flight when new weights arrive: go on (keep), are finished before (wait), or are ended and then drawn
+    # anew (abort) or gone on with from the tokens that they have (resume)
+    on_update: Literal["keep", "wait", "abort", "resume"] = "keep"
+    # keys and values of earlier weights are used on by requests in flight; else they are computed again
+    keep_cache: bool = False
     # where vLLM's core runs; auto: processes on GPUs and for tensor_parallel
     layout: Annotated[Literal["processes", "thread"], AUTO] = "thread"
     tensor_parallel: Annotated[int, Meta(ge=1), AUTO] = 1  # GPUs that one replica's model is split over; auto: its gpus
@@ -157,6 +162,14 @@ class GenerationEngine(Protocol):
     @property
     def num_running(self) -> int:
         """Return how many samples are being decoded."""
+        ...
+
+    @property
+    def slots(self) -> Slots:
+        """Return its decode slots, filled with what it decodes and empty in pauses.
+
+        An engine without them has no occupancy told.
+        """
         ...
 
     async def open(self) -> None:

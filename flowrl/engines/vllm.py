@@ -2,9 +2,10 @@
 
 Invariants: every token carries the version that sampled it and its log-prob under the distribution sampled from; a
 sample is drawn with its own seed, so it is the same alone or in a batch; a sample with a token of a version still
-being proved is returned only when the canary has agreed; after a failed proof nothing is served any more. A version is
-received and verified before generation pauses, so that the pause covers loading only: by vLLM's workers, or, where
-versions bring an adapter alone, here.
+being proved is returned only when the canary has agreed; after a failed proof nothing is served any more. Keys and
+values of earlier weights serve nobody who comes after them, nor, unless `keep_cache` says so, those in flight. A
+version is received and verified before generation pauses, so that the pause covers loading only: by vLLM's workers, or,
+where versions bring an adapter alone, here.
 
 Called by the generator, evaluator and reference stages; lives on their event loop.
 
@@ -30,6 +31,7 @@ from flowrl.engines.canary import NO_CANARY, Gap, compare, gap_of
 from flowrl.engines.weights import Receiver
 from flowrl.errors import FlowrlError, ModelError, ProofError, StageError, TransferError
 from flowrl.messages import Buffer, Canary, Sample, VersionSpan, Weights
+from flowrl.telemetry.events import Slots
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 
 QUANTISED = 4  # times the bound of the dtype may a quantised engine's first canary be off
 TRIES = 8  # of one request that vLLM refuses again and again
+APART = 1_000_003  # a prime: seeds of a sample's continuations are far from those of other samples
+SEEDS = 1 << 62
 
 
 class VllmEngine:
@@ -58,8 +62,11 @@ class VllmEngine:
         self._options = options
         self.where = where
         self.version: int | None = None  # proved and served
+        self._salt = ""  # of prefixes in the cache: the version that is loaded, or will be when the pause ends
         self._receiver_index = receiver_index
+        self.slots = Slots(config.max_running, time.monotonic)
         self._num_running = 0
+        self._is_paused = False
         self._ids = count()
         self._broken: FlowrlError | None = None
         self._loaded_gap: Gap | None = None  # the canary of version 0 with the weights that `open` loaded
@@ -191,7 +198,6 @@ class VllmEngine:
                 f"max_model_len={self.config.max_model_len}",
                 "raise max_model_len or filter long prompts",
             )
-        self._num_running += num_samples
         try:
             async with asyncio.TaskGroup() as tasks:
                 drawing = [
@@ -200,25 +206,35 @@ class VllmEngine:
                 ]
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
-        finally:
-            self._num_running -= num_samples
         return [task.result() for task in drawing]
 
     async def _sample(self, name: str, prompt_ids: Sequence[int], seed: int, sampling: Sampling) -> Sample:
         parameters = vllm_settings.sampling_parameters(sampling, seed=seed, stop_ids=self._stop_ids)
         num_refused = 0
+        drawn: list[CompletionOutput] = []  # one after the other, each going on from those before it
         while True:
             await self._admitting.wait()
             self._check_serving()
-            prompt = {"prompt_token_ids": list(prompt_ids), "cache_salt": str(self.version)}
+            token_ids = [token for output in drawn for token in output.token_ids]
+            if token_ids:
+                # With the same seed vLLM would draw what it drew for the first tokens once more.
+                parameters = vllm_settings.sampling_parameters(
+                    sampling,
+                    seed=(seed * APART + len(token_ids)) % SEEDS,
+                    stop_ids=self._stop_ids,
+                    num_drawn=len(token_ids),
+                )
+            prompt = {"prompt_token_ids": [*prompt_ids, *token_ids], "cache_salt": self._salt}
             output = await self._request(f"{name}-{next(self._ids)}", prompt, parameters)
             if output is not None and output.finish_reason != "abort":
                 break
             num_refused += output is None
             if num_refused == TRIES:
                 raise StageError(self.where, f"request {name} was refused {TRIES} times", "see the generator's log")
-            # Only an update that does not keep requests ends or refuses ours: draw it under the new weights.
-        sample = self._read(output, sampling)
+            # Only an update that does not keep requests ends or refuses ours: the new weights draw it, or its rest.
+            if output is not None and output.token_ids and self.config.on_update == "resume":
+                drawn.append(output)
+        sample = self._read([*drawn, output], sampling)
         while self._unproved is not None and any(span.version == self._unproved for span in sample.versions):
             await self._proved.wait()
         self._check_serving()
@@ -230,6 +246,7 @@ class VllmEngine:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         last: RequestOutput | None = None
+        self._decode(+1)
         try:
             async for output in self._engine.generate(prompt, parameters, request_id, lora_request=self._applied()):
                 last = output
@@ -238,21 +255,38 @@ class VllmEngine:
         except (VLLMError, EngineDeadError, EngineGenerateError, RuntimeError, ValueError) as error:
             self._check_serving()
             raise StageError(self.where, f"request {request_id} failed ({self._cause(error)})") from error
+        finally:
+            self._decode(-1)
         assert last is not None, "vLLM ends a request with an output"
         return last.outputs[0]
 
-    def _read(self, output: CompletionOutput, sampling: Sampling) -> Sample:
-        assert output.weight_versions is not None, "vLLM gives the versions of a finished request"
-        flat: Any = output.logprobs
-        # With logprobs=0 a position holds the sampled token first.
-        logprobs = [flat.logprobs[start] for start in flat.start_indices]
-        token_ids = list(output.token_ids)
-        stops = {*self._stop_ids, *sampling.stop_token_ids} if output.finish_reason == "stop" else ()
+    def _decode(self, change: int) -> None:
+        """Count a sample that is decoded, or no longer."""
+        self._num_running += change
+        self.slots.fill(0 if self._is_paused else self._num_running)
+
+    def _read(self, outputs: Sequence[CompletionOutput], sampling: Sampling) -> Sample:
+        """Return outputs, each of which goes on from those before it, as one sample."""
+        token_ids: list[int] = []
+        logprobs: list[float] = []
+        versions: list[VersionSpan] = []
+        for output in outputs:
+            assert output.weight_versions is not None, "vLLM gives the versions of a finished request"
+            flat: Any = output.logprobs
+            # With logprobs=0 a position holds the sampled token first.
+            logprobs += [flat.logprobs[start] for start in flat.start_indices]
+            begin = len(token_ids)
+            versions += [
+                VersionSpan(int(span.version), begin + span.start, begin + span.end) for span in output.weight_versions
+            ]
+            token_ids += output.token_ids
+        finish = str(outputs[-1].finish_reason)
+        stops = {*self._stop_ids, *sampling.stop_token_ids} if finish == "stop" else ()
         return Sample(
             token_ids=Buffer.ints(token_ids),
             logprobs=Buffer.floats(logprobs),
-            versions=[VersionSpan(int(span.version), span.start, span.end) for span in output.weight_versions],
-            finish=str(output.finish_reason),
+            versions=versions,
+            finish=finish,
             text=sample_text(self._tokenizer, token_ids, stops, keeps_special=sampling.special_tokens == "keep"),
         )
 
@@ -268,6 +302,7 @@ class VllmEngine:
         """Serve what `open` loaded, as version 0."""
         await self._engine.update_weight_version("0")
         self.version = 0
+        self._salt = "0"
 
     async def update_weights(self, weights: Weights) -> UpdateReport:
         """Receive and verify a version, load it while generation is paused, prove it, and serve it.
@@ -307,13 +342,19 @@ class VllmEngine:
         if not keeps:
             self._admitting.clear()
         try:
-            await self._engine.pause_generation(mode=self.config.on_update, clear_cache=True)
+            mode = "abort" if self.config.on_update == "resume" else self.config.on_update
+            await self._engine.pause_generation(mode=mode, clear_cache=not self.config.keep_cache)
+            self._salt = str(weights.version)
+            self._is_paused = True
+            self._decode(0)
             fetch_s += await self._fetch(weights) if in_pause else 0.0
             load_start_s = time.monotonic()
             await self._load_version(weights.version)
             load_s = time.monotonic() - load_start_s
             scored = await self._send_canary(weights) if keeps else None
             await self._engine.resume_generation()
+            self._is_paused = False
+            self._decode(0)
             if not keeps:  # vLLM takes nothing before; what is sampled beside the canary is held back until it agrees
                 scored = await self._send_canary(weights)
         except Exception as error:

@@ -217,15 +217,15 @@ def engine_arguments(config: GenerationConfig, options: Mapping[str, Any]) -> As
     return arguments
 
 
-def sampling_parameters(sampling: Sampling, *, seed: int, stop_ids: list[int]) -> SamplingParams:
-    """Return the parameters of one sample, every field that shapes the distribution given."""
+def sampling_parameters(sampling: Sampling, *, seed: int, stop_ids: list[int], num_drawn: int = 0) -> SamplingParams:
+    """Return the parameters of one sample, or of what is left of it, every field that shapes the distribution given."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
         n=1,
         seed=seed,
-        max_tokens=sampling.max_tokens,
+        max_tokens=sampling.max_tokens - num_drawn,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     from flowrl.graph.simulated import Costs, Simulated
     from flowrl.graph.staleness import Admission
-    from flowrl.telemetry.events import CauseClock, Recorder
+    from flowrl.telemetry.events import CauseClock, Recorder, Slots
 
 T = TypeVar("T")
 ROOM_RETRY_S = 2.0  # between two looks at a full disk
@@ -126,6 +126,7 @@ class Context:
         self.done = 0  # groups finished, for the live view
         self._room_told_s = -ROOM_TOLD_S
         self.running = 0
+        self.slots: Slots | None = None  # of its generation engine
         self.version = -1
         self._boundary = asyncio.Condition()
 

@@ -247,7 +247,7 @@ def _record_status(context: Context) -> None:
             time_s=context.now(),
             cause=context.clock.cause.value,
             seconds=context.clock.seconds(),
-            occupied_s=context.clock.occupied_s(),
+            filled_s=context.slots.filled_s() if context.slots else None,
             done=context.done,
             running=context.running,
             version=context.version,

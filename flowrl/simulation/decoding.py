@@ -36,6 +36,7 @@ class Arrival(NamedTuple):
     lengths: Sequence[float]
     end_s: float  # when its last sample ended
     pause_s: float = 0.0
+    rereads: bool = False  # what is running is read again after the pause
 
 
 class ReplayedRequests(NamedTuple):
@@ -50,13 +51,13 @@ def replay(arrivals: Sequence[Arrival], cost: tuple[float, float, float], most: 
     step_s, sample_s, prompt_token_s = cost
     now = steps = standing_s = 0.0
     ends_s = [arrival.at_s for arrival in arrivals]
-    running: list[tuple[float, int]] = []
+    running: list[tuple[float, int, float]] = []  # end, who, begin
     waiting: deque[tuple[int, float]] = deque()
     read: set[int] = set()
     seen: list[tuple[int, float]] = []
     place = 0
     while place < len(arrivals) or running:
-        each_s = step_s + sample_s * len(running)
+        each_s = max(1e-12, step_s + sample_s * len(running))  # as the decoder has it
         next_s = now + standing_s + (running[0][0] - steps) * each_s if running else math.inf
         arrives_s = arrivals[place].at_s if place < len(arrivals) else math.inf
         until = min(next_s, arrives_s)
@@ -69,19 +70,21 @@ def replay(arrivals: Sequence[Arrival], cost: tuple[float, float, float], most: 
         now = until
         if next_s <= arrives_s:
             while running and running[0][0] <= steps + ROUNDING:  # those of one step end before others begin
-                _, who = heapq.heappop(running)
+                _, who, _ = heapq.heappop(running)
                 ends_s[who] = now
         else:
             arrival = arrivals[place]
             waiting.extend((place, length) for length in arrival.lengths)
             standing_s += arrival.pause_s if running else 0.0
+            if arrival.rereads:
+                standing_s += prompt_token_s * sum(arrivals[w].prompt_tokens + steps - begin for _, w, begin in running)
             place += 1
         while waiting and len(running) < most:
             who, length = waiting.popleft()
             if who not in read:
                 read.add(who)
                 standing_s += prompt_token_s * arrivals[who].prompt_tokens
-            heapq.heappush(running, (steps + length, who))
+            heapq.heappush(running, (steps + length, who, steps))
     return ReplayedRequests(ends_s, seen)
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from flowrl.messages import VersionSpan
 from flowrl.simulation.costs import pace
+from flowrl.telemetry.events import Slots
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -151,6 +152,7 @@ class Decoder:
         self._scale = device.alone(width)  # of the cost, which is that of a decoder alone, to the device's progress
         self._device = device
         self._max_running = max_running
+        self.slots = Slots(max_running, lambda: asyncio.get_running_loop().time())
         self._width = width
         self._steps = 0.0  # decoding steps so far
         self._reading_s = 0.0  # prompts still to read, before the next step
@@ -211,8 +213,14 @@ class Decoder:
             self._drained = asyncio.get_running_loop().create_future()
             await self._drained
 
-    def serve(self, version: int, *, again: bool = False) -> None:
-        """Sample with `version` from here on; `again` starts what is running anew."""
+    def serve(self, version: int, *, again: bool = False, rereads: bool = False) -> None:
+        """Sample with `version` from here on; `again` starts what is running anew.
+
+        `rereads` has the new weights read what is running, prompts and tokens, before the next step.
+        """
+        if rereads:
+            running = sum(e[5].prompt_tokens + (self._steps - e[2]) / e[5].factor for e in self._running)
+            self._reading_s += self._scale * self._cost.prompt_token_s * running
         self._marks.append((self._steps, version))
         oldest = min((start for _, _, start, *_ in self._running), default=self._steps)
         del self._marks[: bisect.bisect(self._marks, (oldest, math.inf)) - 1]  # nothing that runs was begun before
@@ -256,6 +264,7 @@ class Decoder:
         """Take or leave the device, and set the alarm for the next end."""
         self._alarm.clear()
         is_busy = bool(self._running) and not self._is_paused
+        self.slots.fill(len(self._running) if is_busy else 0)
         if is_busy != self._is_busy:
             self._is_busy = is_busy
             self._device.occupy(self._width if is_busy else -self._width)

@@ -98,6 +98,7 @@ class FakeGeneration:
         self._log_sigma = decode.log_sigma
         on = CURRENT.get().device(device, where) if node else Device(width)
         self._decoder = Decoder(decode, on, max_running=config.max_running, width=width)
+        self.slots = self._decoder.slots
 
     async def open(self) -> None:
         """Start at once."""
@@ -127,7 +128,10 @@ class FakeGeneration:
         self._serve(0)
 
     def _serve(self, version: int) -> None:
-        self._decoder.serve(version, again=self._config.on_update == "abort")
+        goes_on = self._config.on_update in ("keep", "resume")
+        self._decoder.serve(
+            version, again=self._config.on_update == "abort", rereads=goes_on and not self._config.keep_cache
+        )
         self.version = version
 
     async def update_weights(self, weights: Weights) -> UpdateReport:

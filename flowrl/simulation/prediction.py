@@ -13,7 +13,7 @@ import itertools
 import math
 import statistics
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -23,8 +23,9 @@ from flowrl.telemetry.view import format_duration, words
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from flowrl.graph.stage import Context
     from flowrl.simulation.fake import SimulationState
-    from flowrl.telemetry.events import CauseClock, Event
+    from flowrl.telemetry.events import Event
 
 LEAST_STEPS = 6  # measured before their scatter says anything
 NORMAL_95 = 1.96
@@ -51,6 +52,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     num_steps: int  # measured, after `num_warmup` that were dropped
     num_warmup: int
     shares: dict[str, dict[str, float]]  # node -> cause -> part of its replicas' time; {}: only the speed
+    slots: dict[str, float]  # node -> part of its decode slots filled, by time; only of nodes that decode
     devices: dict[str, float]  # part of its capacity that was used
     staleness: dict[int, int]  # learned groups by policy versions
     queues: dict[str, Fill]
@@ -68,6 +70,15 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
         return self.first_step_s + (steps - 1) / self.steps_per_s
 
 
+class _Mark(NamedTuple):
+    """What the replicas had spent at one end of the measured window."""
+
+    time_s: float
+    seconds: Mapping[tuple[str, int], dict[str, float]]
+    filled_s: Mapping[tuple[str, int], float]
+    busy_s: Mapping[str, float]  # of devices
+
+
 class Watch(Recorder):
     """Takes the replicas' seconds at the ends of the measured window, and everything in between."""
 
@@ -75,11 +86,11 @@ class Watch(Recorder):
         super().__init__()
         self.scene = scene
         self._precision = precision
-        self.clocks: dict[tuple[str, int], CauseClock] = {}
+        self.contexts: dict[tuple[str, int], Context] = {}
         self._warmup = warmup
         self._total = total
         self._steps: list[Step] = []
-        self._marks: list[tuple[float, Mapping[tuple[str, int], dict[str, float]], dict[str, float]]] = []
+        self._marks: list[_Mark] = []
         self._fills: defaultdict[str, list[EdgeStatus]] = defaultdict(list)
         self._ended: asyncio.Future[None] | None = None
 
@@ -104,9 +115,13 @@ class Watch(Recorder):
         if len(self._steps) == self._warmup or is_last:
             for device in self.scene.devices.values():
                 device.progress()
-            seconds = {replica: clock.seconds() for replica, clock in self.clocks.items()}
-            busy = {name: device.busy_s for name, device in self.scene.devices.items()}
-            self._marks.append((event.time_s, seconds, busy))
+            mark = _Mark(
+                event.time_s,
+                {replica: context.clock.seconds() for replica, context in self.contexts.items()},
+                {key: context.slots.filled_s() for key, context in self.contexts.items() if context.slots},
+                {name: device.busy_s for name, device in self.scene.devices.items()},
+            )
+            self._marks.append(mark)
         if is_last and not self.ended.done():
             self.ended.set_result(None)
 
@@ -133,7 +148,7 @@ class Watch(Recorder):
 
     def prediction(self, *, notes: list[str]) -> Prediction:
         """Return what was seen between the two marks."""
-        (start_s, before, busy_before), (end_s, after, busy_after) = self._marks
+        (start_s, before, filled_before, busy_before), (end_s, after, filled_after, busy_after) = self._marks
         window_s = max(1e-12, end_s - start_s)
         spent: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for (node, replica), seconds in after.items():
@@ -143,6 +158,9 @@ class Watch(Recorder):
             for node, seconds in spent.items()
             if sum(seconds.values()) > 0
         }
+        filled: defaultdict[str, list[float]] = defaultdict(list)
+        for (node, replica), filled_s in filled_after.items():
+            filled[node].append((filled_s - filled_before.get((node, replica), 0.0)) / window_s)
         steps = self._steps[self._warmup :]
         return Prediction(
             steps_per_s=len(steps) / window_s,
@@ -152,6 +170,7 @@ class Watch(Recorder):
             num_steps=len(steps),
             num_warmup=self._warmup,
             shares=shares,
+            slots={node: statistics.fmean(parts) for node, parts in filled.items()},
             devices={name: (busy - busy_before.get(name, 0.0)) / window_s for name, busy in busy_after.items()},
             staleness=dict(sorted(Counter(stale for step in steps for stale in step.staleness).items())),
             queues={edge: _fill(looks) for edge, looks in self._fills.items()},
@@ -181,6 +200,7 @@ def table(prediction: Prediction, *, steps: int) -> str:
         *_aligned([("% of the time", *map(words, SHOWN)), *(_shares(node, p.shares[node]) for node in p.shares)]),
         "",
         bottleneck_line(p),
+        *(f"  {node}: {part:.0%} of its decode slots filled" for node, part in p.slots.items() if node != p.bottleneck),
         *(f"  {name} {used:.0%} in use" for name, used in sorted(p.devices.items())),
         "",
         f"staleness: mean {p.mean_staleness:.2f}, "
@@ -198,9 +218,11 @@ def table(prediction: Prediction, *, steps: int) -> str:
 
 
 def bottleneck_line(prediction: Prediction) -> str:
-    """Return `bottleneck: generator, computing 93% of the time`."""
+    """Return `bottleneck: generator, computing 93% of the time`; of one that decodes, also how full its slots are."""
     computing = prediction.shares[prediction.bottleneck][Cause.COMPUTE]
-    return f"bottleneck: {prediction.bottleneck}, computing {computing:.0%} of the time"
+    filled = prediction.slots.get(prediction.bottleneck)
+    slots = "" if filled is None else f", {filled:.0%} of its decode slots filled"
+    return f"bottleneck: {prediction.bottleneck}, computing {computing:.0%} of the time{slots}"
 
 
 def _shares(node: str, shares: dict[str, float]) -> tuple[str, ...]:

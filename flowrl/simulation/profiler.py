@@ -270,7 +270,9 @@ class Profiler:
 
     def _decoding(self, node: str, spans: list[Span]) -> DecodeCost:
         """Fit the requests of all replicas, in the work that each replica had been given when they came and ended."""
-        most = int(self._places[node].config.get("max_running", MAX_RUNNING)) if node in self._places else MAX_RUNNING
+        config = self._places[node].config if node in self._places else {}
+        most = int(config.get("max_running", MAX_RUNNING))
+        rereads = config.get("on_update", "keep") in ("keep", "resume") and not config.get("keep_cache", False)
         updates = [s for s in self._spans[node] if _kind(s.name) == "update"]
         replicas: list[list[Arrival]] = []
         for replica in {s.replica for s in spans}:
@@ -285,7 +287,7 @@ class Profiler:
                 for s, at_s, end_s in zip(own, starts_s, ends_s, strict=True)
             ]
             for pause, at_s in zip(pauses, self._work.at(own[0], [s.start_s for s in pauses]), strict=True):
-                arrivals.append(Arrival(at_s, 0, (), at_s, pause.args.get("pause_s", 0.0)))
+                arrivals.append(Arrival(at_s, 0, (), at_s, pause.args.get("pause_s", 0.0), rereads))
             replicas.append(sorted(arrivals, key=lambda a: a.at_s))
         return fit_decoding(replicas, most)
 

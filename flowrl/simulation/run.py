@@ -273,9 +273,9 @@ async def run_timed(
             own = stage if index == 0 else from_specification(plan.nodes[node], node)
             client = (connect or DirectFlow)(flow, replica_name(node, index), message_s)
             clock = (NoCauses if is_bare else CauseClock)(asyncio.get_running_loop().time)
-            if not is_bare:
-                watch.clocks[node, index] = clock
             context = _context(node, index, client, watch, stopping, readers, clock)
+            if not is_bare:
+                watch.contexts[node, index] = context
             body = run_replica(
                 own,
                 context,

@@ -73,6 +73,7 @@ async def serving(
             **config.engine_options,
         )
         await engine.open()
+        context.slots = getattr(engine, "slots", None)
     try:
         if not weights.is_connected:
             await engine.serve_loaded()

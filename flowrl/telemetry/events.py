@@ -7,7 +7,7 @@ timeline, live view, wandb) consume them in order of arrival. Times are seconds 
 A `CauseClock` charges every second of a replica to exactly one cause, so shares add up to 100 % by construction. Code
 marks what it does with `with clock.charge(Cause.WAIT_INPUT)`; where several marks overlap, the first in `PRIORITY`
 wins, and where none is set the replica is computing. The runtime marks waits on edges; stages mark only what the
-runtime cannot see.
+runtime cannot see. A generator computes while a single request runs, so how well it is used is told by its `Slots`.
 
 Tests: tests/unit/telemetry/test_causes.py
 """
@@ -65,7 +65,6 @@ class CauseClock:
         self._charges = {cause: Charge(self, cause) for cause in Cause}
         self._marks = dict.fromkeys(Cause, 0)
         self._seconds = dict.fromkeys(Cause, 0.0)
-        self._occupied_s = 0.0
         self._since = now()
         self._cause = Cause.COMPUTE
 
@@ -90,8 +89,6 @@ class CauseClock:
         if (spent_s := now - self._since) == 0:
             return
         self._seconds[self._cause] += spent_s
-        if self._marks[Cause.COMPUTE]:
-            self._occupied_s += spent_s
         self._since = now
 
     @property
@@ -99,18 +96,36 @@ class CauseClock:
         """Return what the replica is charged with now."""
         return self._cause
 
-    def occupied_s(self) -> float:
-        """Return the seconds in which a computation was marked, whatever the time was charged to.
-
-        For a generator: with at least one request running, paused for new weights or not.
-        """
-        self._settle()
-        return self._occupied_s
-
     def seconds(self) -> dict[str, float]:
         """Return the seconds charged to each cause so far; they add up to the clock's age."""
         self._settle()
         return {cause.value: spent for cause, spent in self._seconds.items()}
+
+
+class Slots:
+    """The samples that one generator decodes, of as many as it can decode together; owned by one event loop."""
+
+    def __init__(self, num: int, now: Callable[[], float]) -> None:
+        self.num = num
+        self._now = now
+        self._filled = 0
+        self._since = 0.0
+        self._filled_s = 0.0
+
+    def fill(self, running: int) -> None:
+        """Say that so many samples are decoded from now on; those beyond `num` wait for a slot."""
+        self._settle()
+        self._filled = min(running, self.num)
+
+    def filled_s(self) -> float:
+        """Return the seconds so far, each times the part of the slots that was filled: 10 s with 1 of 4 are 2.5."""
+        self._settle()
+        return self._filled_s / self.num
+
+    def _settle(self) -> None:
+        now = self._now()
+        self._filled_s += self._filled * (now - self._since)
+        self._since = now
 
 
 class Span(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -145,7 +160,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     seconds: dict[str, float]  # by cause, adding up to the replica's age
     done: int  # groups finished so far
     running: int = 0  # requests in flight inside it
-    occupied_s: float = 0.0  # seconds with something running, pauses for new weights included
+    filled_s: float | None = None  # of a generator: seconds, each times the part of its decode slots that was filled
     version: int = -1  # policy version it serves or has published; -1 where it has none
 
 

@@ -223,6 +223,9 @@ def bottleneck(view: RunView) -> list[str]:
         share, node = max((part.get(cause, 0.0), node) for node, part in parts.items())
         if node != named and share >= WORTH_SAYING:
             lines.append(f"  {node} spends {share:.0%} of that time {words(cause)}")
+    occupancy = view.slot_occupancy(named)
+    if occupancy is not None:
+        lines.append(f"  {occupancy:.0%} of its decode slots are filled: that is the part of its full batch's tokens/s")
     if busy[named] < BUSY:
         lines.append("  no node is busy most of the time: they wait for each other in turns; more groups in flight")
         lines.append("  (max_staleness, queue depths) would overlap them")
@@ -237,7 +240,8 @@ def _occupancy(view: RunView) -> list[str]:
         part = shares(view.steady_seconds(node))
         if part:
             paused = part.get(Cause.UPDATE, 0.0)
-            lines.append(f"{node} busy (a request running) {WINDOW}: {view.occupied_share(node):.1%}")
+            filled = view.slot_occupancy(node)
+            lines.append(f"{node} slot occupancy {WINDOW}: " + ("not told" if filled is None else f"{filled:.1%}"))
             lines[-1] = f"{lines[-1]}, paused for new weights {paused:.1%}" if paused >= 0.0005 else lines[-1]
     return lines
 

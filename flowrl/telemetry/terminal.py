@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from flowrl.errors import one_line, printable
@@ -247,7 +248,7 @@ def _replica_table(replicas: Sequence[ReplicaView], max_rows: int) -> Renderable
     table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="dim")  # 80 columns are enough
     table.add_column("replica", no_wrap=True)
     table.add_column("now", no_wrap=True)
-    for heading in ("busy", "input", "room", "update", "start", "done", "/s", "reqs", "ver"):
+    for heading in ("work", "slots", "input", "room", "upd", "start", "done", "/s", "reqs", "ver"):
         table.add_column(heading, justify="right", no_wrap=True)
     rows = [[replica] for replica in replicas]
     if len(replicas) > max_rows:
@@ -274,19 +275,28 @@ def _cells(row: Sequence[ReplicaView]) -> list[Text]:
         for cause, spent in replica.seconds.items():
             seconds[cause] = seconds.get(cause, 0.0) + spent
     part = shares(seconds)
-    shown = [part.get(cause, 0.0) for cause in (Cause.COMPUTE, Cause.WAIT_INPUT, Cause.WAIT_ROOM, Cause.UPDATE)]
+    shown = [part.get(cause, 0.0) for cause in (Cause.WAIT_INPUT, Cause.WAIT_ROOM, Cause.UPDATE)]
     shown.append(part.get(Cause.START, 0.0) + part.get(Cause.RECOVERY, 0.0))
+    occupied = [replica.occupancy for replica in row if replica.occupancy is not None]
     running = sum(replica.running for replica in row)
     version = min(replica.version for replica in row)
     return [
         Text(one_line(first.name if len(row) == 1 else f"{first.node} x{len(row)}")),
         Text(one_line(now), style=STYLES.get(common, "")),
-        *(Text(f"{share:.0%}", style="" if share >= 0.005 else "dim") for share in shown),
+        _percent(part.get(Cause.COMPUTE, 0.0)),
+        _percent(fmean(occupied)) if occupied else Text("-"),
+        *(_percent(share) for share in shown),
         Text(str(sum(replica.done for replica in row))),
         Text(f"{sum(replica.rate_per_s for replica in row):.1f}"),
         Text(str(running) if running else "-"),
         Text(str(version) if version >= 0 else "-"),
     ]
+
+
+def _percent(share: float) -> Text:
+    from rich.text import Text
+
+    return Text(f"{share:.0%}", style="" if share >= 0.005 else "dim")
 
 
 def _edge_table(view: RunView) -> RenderableType:

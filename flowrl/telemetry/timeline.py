@@ -85,6 +85,7 @@ class Timeline:
         self._now_us = 0
         self._fill: dict[str, int] = {}
         self._seconds: dict[tuple[str, int], dict[str, float]] = {}
+        self._filled_s: dict[tuple[str, int], float] = {}
         self._with_requests: set[tuple[str, int]] = set()  # replicas that have had requests in flight
 
     def consume(self, events: list[Event]) -> None:
@@ -177,12 +178,17 @@ class Timeline:
             )
 
     def _write_shares(self, status: Status) -> None:
-        """Write which causes a replica's time went to since its last status, in percent."""
+        """Write, in percent, the causes of a replica's time since its last status, and how full its slots were."""
         key = (status.node, status.replica)
         before = self._seconds.get(key, {})
         spent = {cause: max(0.0, seconds - before.get(cause, 0.0)) for cause, seconds in status.seconds.items()}
         self._seconds[key] = dict(status.seconds)
         seen = {words(cause): round(100 * share, 1) for cause, share in shares(spent).items() if status.seconds[cause]}
+        if seen and status.filled_s is not None:
+            filled_s = max(0.0, status.filled_s - self._filled_s.get(key, 0.0))
+            self._filled_s[key] = status.filled_s
+            told = {"filled": round(100 * filled_s / max(1e-9, sum(spent.values())), 1)}
+            self._write_counter(f"{status.node}.{status.replica} slots", status.time_s, self._pid(status.node), told)
         if seen:
             self._write_counter(f"{status.node}.{status.replica} %", status.time_s, self._pid(status.node), seen)
         if status.running:
@@ -306,11 +312,14 @@ def read_timeline(path: Path) -> Iterator[Span | Status | EdgeStatus]:
                 yield Span(node=record.cat, replica=threads.get((record.cat, record.tid), 0), name=record.name,
                            start_s=record.ts / 1e6, end_s=(record.ts + record.dur) / 1e6, groups=groups,
                            args=record.args)  # fmt: skip
-            case "C" if record.name.endswith(" %"):
-                name = record.name.removesuffix(" %")
+            case "C" if record.name.endswith((" %", " slots")):
+                name, _, of = record.name.rpartition(" ")
                 if name not in replicas:
                     replicas[name] = _Replica(name)
-                yield replicas[name].status(record.ts / 1e6, record.args)
+                if of == "%":
+                    yield replicas[name].status(record.ts / 1e6, record.args)
+                else:  # stands before the causes of the same time
+                    replicas[name].filled = record.args["filled"]
             case "C" if " -> " in record.name:
                 edge, _, depth = record.name.rpartition(" (of ")
                 yield EdgeStatus(edge=edge, time_s=record.ts / 1e6, items=record.args["items"],
@@ -325,6 +334,8 @@ class _Replica:
         self._replica = int(number)
         self._last_s: float | None = None
         self._seconds = {cause.value: 0.0 for cause in Cause}
+        self.filled: float | None = None  # percent of its decode slots, since the last status
+        self._filled_s = 0.0
 
     def status(self, time_s: float, percent: dict[str, float]) -> Status:
         spent_s = 0.0 if self._last_s is None else max(0.0, time_s - self._last_s)
@@ -333,10 +344,12 @@ class _Replica:
         total = sum(known.values())
         for cause, part in known.items():
             self._seconds[cause] += spent_s * part / total if total else 0.0
+        self._filled_s += spent_s * (self.filled or 0.0) / 100
         now = max(known, key=lambda cause: known[cause], default=Cause.COMPUTE)
         return Status(
-            node=self._node, replica=self._replica, time_s=time_s, cause=now, seconds=dict(self._seconds), done=0
-        )
+            node=self._node, replica=self._replica, time_s=time_s, cause=now, seconds=dict(self._seconds), done=0,
+            filled_s=None if self.filled is None else self._filled_s,
+        )  # fmt: skip
 
 
 def _records(path: Path) -> Iterator[_Record]:

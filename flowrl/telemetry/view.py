@@ -45,7 +45,8 @@ class ReplicaView:
         self._done = 0
         self._earlier_seconds: Counter[str] = Counter()  # of lives that ended in a restart
         self._earlier_done = 0
-        self._occupied_s = self._earlier_occupied_s = 0.0
+        self._filled_s: float | None = None
+        self._earlier_filled_s = 0.0
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_STATUSES + 1)
 
     @property
@@ -60,13 +61,13 @@ class ReplicaView:
         if not is_first and age_s < last_age_s - 1e-6:
             self._earlier_seconds.update(self._seconds)
             self._earlier_done += self._done
-            self._earlier_occupied_s += self._occupied_s
+            self._earlier_filled_s += self._filled_s or 0.0
             self._recent.clear()
             is_first = True
         if not is_first:
             self.observed_s += status.time_s - self.time_s
             self.charged_s += age_s - last_age_s
-        self._seconds, self._done, self._occupied_s = dict(status.seconds), status.done, status.occupied_s
+        self._seconds, self._done, self._filled_s = dict(status.seconds), status.done, status.filled_s
         self.cause, self.running, self.version, self.time_s = (
             status.cause,
             status.running,
@@ -86,9 +87,16 @@ class ReplicaView:
         return dict(self._earlier_seconds + Counter(self._seconds))
 
     @property
-    def occupied_s(self) -> float:
-        """Return the seconds with something running over the whole run."""
-        return self._earlier_occupied_s + self._occupied_s
+    def filled_s(self) -> float | None:
+        """Return the seconds over the whole run, each times the part of the decode slots filled; None: it has none."""
+        return None if self._filled_s is None else self._earlier_filled_s + self._filled_s
+
+    @property
+    def occupancy(self) -> float | None:
+        """Return the part of its decode slots filled, of the time since it started; None where it has none."""
+        seconds = self.seconds
+        up_s = sum(seconds.values()) - sum(seconds.get(cause, 0.0) for cause in NOT_WORKING)
+        return None if self.filled_s is None else self.filled_s / up_s if up_s > 0 else 0.0
 
     @property
     def status(self) -> Status:
@@ -101,7 +109,7 @@ class ReplicaView:
             seconds=self.seconds,
             done=self.done,
             running=self.running,
-            occupied_s=self.occupied_s,
+            filled_s=self.filled_s,
             version=self.version,
         )
 
@@ -142,8 +150,8 @@ class RunView:
         self._totals: Counter[str] = Counter()  # tokens and samples of the steps
         self._at_first_step: dict[tuple[str, int], Seconds] = {}
         self._at_last_step: dict[tuple[str, int], Seconds] = {}
-        self._occupied_at_first: dict[tuple[str, int], float] = {}
-        self._occupied_at_last: dict[tuple[str, int], float] = {}
+        self._filled_at_first: dict[tuple[str, int], float] = {}
+        self._filled_at_last: dict[tuple[str, int], float] = {}
 
     def fold(self, events: Iterable[Event]) -> None:
         """Take in events in order of arrival."""
@@ -206,12 +214,12 @@ class RunView:
         if len(self._counted) > MOST_REPEATED:
             del self._counted[next(iter(self._counted))]
         now = {key: replica.seconds for key, replica in self._replicas.items()}
-        occupied = {key: replica.occupied_s for key, replica in self._replicas.items()}
+        filled = {key: s for key, replica in self._replicas.items() if (s := replica.filled_s) is not None}
         if self.first_step is None:
-            self.first_step, self._at_first_step, self._occupied_at_first = step, now, occupied
+            self.first_step, self._at_first_step, self._filled_at_first = step, now, filled
         else:  # what the first step learned was made before the window between the first and the last step
             self._totals.update({name: int(step.metrics.get(name, 0)) for name in ("tokens", "samples")})
-        self._at_last_step, self._occupied_at_last = now, occupied
+        self._at_last_step, self._filled_at_last = now, filled
         if "logprob_gap.mean" in step.metrics:
             greatest = step.metrics.get("logprob_gap.max", 0.0)
             self.logprob_gap = (
@@ -315,15 +323,15 @@ class RunView:
             return steady
         return {cause: spent for cause, spent in self.node_seconds(node).items() if cause not in NOT_WORKING}
 
-    def occupied_share(self, node: str) -> float:
-        """Return the part of the time between the first and the last step in which a node's replicas had work running.
+    def slot_occupancy(self, node: str) -> float | None:
+        """Return the part of a generator's decode slots filled between the first and the last step, all replicas alike.
 
-        The mean over its replicas; 0 where there was no such time.
+        None where the node has none, or there was no such time.
         """
-        keys = [key for key in self._occupied_at_last if key[0] == node and key in self._occupied_at_first]
-        spent_s = sum(self._occupied_at_last[key] - self._occupied_at_first[key] for key in keys)
+        keys = [key for key in self._filled_at_last if key[0] == node and key in self._at_first_step]
+        spent_s = sum(self._filled_at_last[key] - self._filled_at_first.get(key, 0.0) for key in keys)
         total_s = sum(sum(_difference(self._at_last_step[key], self._at_first_step[key]).values()) for key in keys)
-        return spent_s / total_s if total_s > 0 else 0.0
+        return spent_s / total_s if total_s > 0 else None
 
 
 def shares(seconds: Seconds) -> Seconds:

@@ -292,12 +292,19 @@ def hint(run_dir: Path, graph_file: Path, settings: Path) -> str:
 
 
 def _holding_up(view: RunView, until: str) -> str:
-    """Say what holds the run up, by its own measurements: the last node's waiting, or that it is never idle."""
+    """Say what holds the run up, by its own measurements: the last node's waiting, or that it is never idle.
+
+    `learner starved 38%, generator's decode slots 54% filled`.
+    """
     part = shares(view.steady_seconds(until))
     starved, updating = part.get(Cause.WAIT_INPUT, 0.0), part.get(Cause.UPDATE, 0.0)
     if max(starved, updating) < WORTH_SAYING:
         return f"{until} busy {part.get(Cause.COMPUTE, 0.0):.0%}"
-    return f"{until} starved {starved:.0%}" if starved >= updating else f"{until} in weight updates {updating:.0%}"
+    if starved < updating:
+        return f"{until} in weight updates {updating:.0%}"
+    occupied = {node: view.slot_occupancy(node) for node in sorted(view.generator_nodes)}
+    told = [f", {node}'s decode slots {part:.0%} filled" for node, part in occupied.items() if part is not None]
+    return f"{until} starved {starved:.0%}" + "".join(told)
 
 
 # After it.

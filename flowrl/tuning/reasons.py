@@ -16,8 +16,8 @@ import msgspec
 
 from flowrl.config import is_given
 from flowrl.engines.base import Training
+from flowrl.simulation.prediction import bottleneck_line
 from flowrl.stages.critic import Critic
-from flowrl.telemetry.events import Cause
 from flowrl.tuning.placed import FULL, ranges
 from flowrl.tuning.search import SAVINGS, Search, grown
 
@@ -52,8 +52,7 @@ def reasons(search: Search, best: Tried, prediction: Prediction | None, others: 
     elif search.site.host_bytes:
         lines.append(f"memory: {max(best.placed.hosts) / 1e9:.1f} of {search.site.host_bytes / 1e9:.3g} GB")
     if prediction and prediction.bottleneck:
-        busy = prediction.shares[prediction.bottleneck].get(Cause.COMPUTE, 0.0)
-        text = f"{prediction.bottleneck} is the bottleneck, computing {busy:.0%} of the time"
+        text = bottleneck_line(prediction)
         if others and (slower := search.simulate(others[0])) is not None and slower.samples_per_s > 0:
             text += f"; {_where(search, others[0])} gives {slower.samples_per_s / prediction.samples_per_s - 1:+.0%}"
         lines.append(text)

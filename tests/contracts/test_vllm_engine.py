@@ -377,6 +377,32 @@ def test_requests_in_flight_are_finished_or_drawn_again_as_the_setting_says(mode
     assert (tokens(samples)[0] == again.token_ids.tolist()) == (on_update == "abort")
 
 
+@pytest.mark.parametrize("settings", [{"on_update": "resume"}, {"keep_cache": True}, {}])
+def test_requests_in_flight_go_on_from_their_tokens_under_the_new_weights(model, policy, loop, settings):
+    async def scenario():
+        engine = await opened(model, **settings)
+        if settings.get("on_update"):
+            refuse_while_paused(engine)
+        try:
+            await engine.update_weights(policy.publish())
+            running = asyncio.ensure_future(draw(engine, PROMPTS[2], num_samples=2, max_tokens=300, ignore_stop=True))
+            await once_running(engine)
+            await engine.update_weights(policy.publish(seed=7))
+            (fresh,) = await draw(engine, PROMPTS[2])
+            return await running, fresh
+        finally:
+            await engine.close()
+
+    samples, fresh = loop.run(scenario())
+    assert policy.gap(PROMPTS[2], fresh) < TOLERANCE  # no key or value of the old weights
+    for sample in samples:
+        first, second = sample.versions
+        assert (first.version, first.start, first.end) == (0, 0, second.start)
+        assert (second.version, second.end, len(sample.token_ids)) == (1, 300, 300)
+        gap = policy.gap(PROMPTS[2], sample, start=second.start)
+        assert (gap < TOLERANCE) == (not settings.get("keep_cache"))
+
+
 def test_a_gloo_broadcast_reaches_two_engines(model, loop):
     policy = Policy(model, transport="broadcast", num_receivers=2)
 

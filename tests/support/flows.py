@@ -157,6 +157,7 @@ class FlowSettings:
     replay: ReplayBuffer.Config = NO_REPLAY
     ranks: int = 1  # of the learner
     evaluate_every: int = -1  # versions; 0: before and after; -1: no evaluator
+    on_update: str = "keep"
 
 
 # For a run in a process of its own, which goes on until it is stopped.
@@ -190,6 +191,7 @@ def random_settings(seed: int) -> FlowSettings:
         filter_every=draw.choice([0, 0, 2, 5]),
         initial=draw.randint(per_version, max(per_version, most + 1 - window)),
         is_finite=draw.random() < 0.7,
+        on_update=draw.choice(["keep", "keep", "resume", "wait"]),  # drawn anew at each update, some would never end
     )
 
 
@@ -203,8 +205,8 @@ def flow(s: FlowSettings, learner_class: type[Learner] = ObservedLearner) -> Gra
     learning = Learning(algorithm=grpo, steps=s.steps, groups_per_step=s.groups_per_step, max_staleness=s.max_staleness)
     prompts = NumberedPrompts(Prompts.Config(), sampler)
     generator = Generator(
-        Generator.Config(replicas=s.generators, max_groups=2, engine="flowrl.simulation.fake:FakeGeneration",
-                         engine_options={"costs": costs}),
+        Generator.Config(replicas=s.generators, max_groups=2, on_update=s.on_update,
+                         engine="flowrl.simulation.fake:FakeGeneration", engine_options={"costs": costs}),
         sampler,
     )  # fmt: skip
     scorer = Scorer(Scorer.Config(replicas=s.scorers, mean_s=s.score_s, filter_every=s.filter_every, seed=s.seed))

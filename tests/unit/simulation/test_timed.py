@@ -121,7 +121,14 @@ def test_a_request_that_joins_slows_those_that_run() -> None:
 
 def test_samples_beyond_the_most_that_run_wait_their_turn() -> None:
     d = decoder(max_running=2, step_s=0.1, sample_s=0.0)
-    assert ends((0.0, d.decode([10, 10], 1)), (0.0, d.decode([10], 1))) == pytest.approx([1.0, 2.0])
+    seen: list[float] = []
+
+    async def look() -> None:
+        seen.append(d.slots.filled_s())
+
+    decoded = (0.0, d.decode([10, 10], 1)), (0.0, d.decode([10], 1))
+    assert ends(*decoded, (3.0, look())) == pytest.approx([1.0, 2.0, 3.0])
+    assert seen == pytest.approx([1.5])  # seconds: both slots for one, then half of them
 
 
 def test_a_prompt_is_read_once_for_all_its_samples() -> None:
@@ -206,14 +213,14 @@ def test_what_is_generated_and_when_does_not_depend_on_the_order_of_arrival() ->
     assert generate(seeds) == generate(seeds[::-1]) == generate(random.Random(0).sample(seeds, 12))
 
 
-def updated(on_update: str) -> tuple[list[Sample], float, float]:
+def updated(on_update: str, keep_cache: bool) -> tuple[list[Sample], float, float]:
     """Update after 2 of 10 tokens; returns the samples, when they and when the update ended."""
 
     async def main() -> tuple[list[Sample], float, float]:
         calls = {"update_pause": CallCost(call_s=1.0), "update_transfer": CallCost(call_s=0.2)}
-        nodes = {"generator": NodeProfile(decode=DecodeCost(step_s=0.1), calls=calls)}
+        nodes = {"generator": NodeProfile(decode=DecodeCost(step_s=0.1, prompt_token_s=0.01), calls=calls)}
         scene = SimulationState(Profile(format=1, response_tokens=Spread(quantiles=(10.0,)), nodes=nodes))
-        engine = generation(scene, on_update=on_update)
+        engine = generation(scene, on_update=on_update, keep_cache=keep_cache)
         now = asyncio.get_running_loop().time
         weights = [Weights(version=v, transport="", manifest=b"", canary=None, size_bytes=0) for v in (0, 1)]
         await engine.update_weights(weights[0])
@@ -230,17 +237,19 @@ def updated(on_update: str) -> tuple[list[Sample], float, float]:
 
 
 @pytest.mark.parametrize(
-    ("on_update", "versions", "end_s", "updated_s"),
-    [
-        ("keep", [VersionSpan(0, 0, 2), VersionSpan(1, 2, 10)], 2.0, 1.2),
-        ("abort", [VersionSpan(1, 0, 10)], 2.2, 1.2),
-        ("wait", [VersionSpan(0, 0, 10)], 2.0, 2.0),
+    ("on_update", "keep_cache", "versions", "end_s", "updated_s"),
+    [  # the prompt is read in 0.01 s, and again with the 1.9 tokens that are there
+        ("keep", False, [VersionSpan(0, 0, 2), VersionSpan(1, 2, 10)], 2.01 + 0.029, 1.2),
+        ("keep", True, [VersionSpan(0, 0, 2), VersionSpan(1, 2, 10)], 2.01, 1.2),
+        ("resume", False, [VersionSpan(0, 0, 2), VersionSpan(1, 2, 10)], 2.01 + 0.029, 1.2),
+        ("abort", False, [VersionSpan(1, 0, 10)], 2.2, 1.2),
+        ("wait", False, [VersionSpan(0, 0, 10)], 2.01, 2.01),
     ],
 )
 def test_an_update_treats_what_is_in_flight_as_told(
-    on_update: str, versions: list[VersionSpan], end_s: float, updated_s: float
+    on_update: str, keep_cache: bool, versions: list[VersionSpan], end_s: float, updated_s: float
 ) -> None:
-    samples, ended_s, up_s = updated(on_update)
+    samples, ended_s, up_s = updated(on_update, keep_cache)
     assert samples[0].versions == versions
     assert (ended_s, up_s) == pytest.approx((end_s, updated_s))
 

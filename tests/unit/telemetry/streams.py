@@ -18,13 +18,13 @@ def status(
     done: int = 0,
     running: int = 0,
     version: int = -1,
-    occupied_s: float = 0.0,
+    filled_s: float | None = None,
     **seconds: float,
 ) -> Status:
     """A status; seconds by cause as keywords, the rest of the causes 0."""
     spent = {name.value: seconds.get(name.value, 0.0) for name in Cause}
     return Status(node=node, replica=replica, time_s=at, cause=cause.value, seconds=spent, done=done,
-                  running=running, version=version, occupied_s=occupied_s)  # fmt: skip
+                  running=running, version=version, filled_s=filled_s)  # fmt: skip
 
 
 def step(version: int, *, at: float, of: int = 40, staleness: tuple[int, ...] = (), **metrics: float) -> Step:
@@ -73,8 +73,9 @@ def random_run(seed: int, *, num_steps: int = 6, groups_per_step: int = 4) -> li
     for at in range(int(end_s) + 2):
         for replica in range(2):
             busy = status(
-                "generator", replica, at=float(at), running=at % 3, computing=0.75 * at, waiting_for_input=0.25 * at
-            )
+                "generator", replica, at=float(at), running=at % 3, computing=0.75 * at, waiting_for_input=0.25 * at,
+                filled_s=0.4 * at,
+            )  # fmt: skip
             dated.append((float(at), busy))
         dated.append((float(at), edge(draw.randrange(10), at=float(at))))
     return [event for _, event in sorted(dated, key=lambda pair: pair[0])]

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from flowrl.telemetry.events import PRIORITY, Cause, CauseClock
+from flowrl.telemetry.events import PRIORITY, Cause, CauseClock, Slots
 
 
 class Hand:
@@ -63,3 +63,12 @@ def test_random_overlapping_marks_add_up_to_the_clocks_age(seed: int) -> None:
 
 def test_every_cause_has_a_place_in_the_order() -> None:
     assert set(PRIORITY) == set(Cause)
+
+
+def test_slots_count_each_second_by_the_part_of_them_that_is_filled() -> None:
+    hand = Hand()
+    slots = Slots(4, hand)
+    for running, for_s in ((0, 5.0), (1, 4.0), (4, 1.0), (9, 1.0), (0, 7.0)):  # 5 of 9 wait for a slot
+        slots.fill(running)
+        hand.now_s += for_s
+    assert slots.filled_s() == 1.0 + 1.0 + 1.0

@@ -58,6 +58,8 @@ def test_the_shares_of_each_node_s_time_come_back(
     live = told(tmp_path, random_run(seed))
     read = RunView()
     read.fold(events_of(tmp_path))
+    assert read.slot_occupancy("generator") == pytest.approx(0.4, abs=0.001)
+    assert read.slot_occupancy("learner") is None
     assert read.nodes == live.nodes
     for node in live.nodes:
         assert shares(read.node_seconds(node)) == pytest.approx(shares(live.node_seconds(node)), abs=0.002)

@@ -19,7 +19,7 @@ RUN: list[Event] = [
     status(at=0.0, cause=Cause.START),
     step(1, at=10.0, tokens=500),
     evaluation(0, [[0.0, 1.0], [1.0, 1.0]]),
-    status(at=20.0, start=5.0, computing=10.0, waiting_for_input=5.0, done=30, running=12, version=3),
+    status(at=20.0, start=5.0, computing=10.0, waiting_for_input=5.0, done=30, running=12, version=3, filled_s=6.0),
     status("learner", at=20.0, cause=Cause.WAIT_INPUT, waiting_for_input=20.0, version=3),
     edge(9, at=20.0),
     notice("group 7 failed [quarantined]"),
@@ -47,9 +47,9 @@ def test_frame_shows_figures_replicas_and_queues_in_80_columns() -> None:
     assert "held-out score 0.750" in text
     assert "warnings: 1" in text
     generator = next(line for line in lines if line.startswith("generator.0"))
-    assert generator.split() == ["generator.0", "computing", "50%", "25%", "0%", "0%", "25%", "30", "1.5", "12", "3"]
+    assert " ".join(generator.split()) == "generator.0 computing 50% 40% 25% 0% 0% 25% 30 1.5 12 3"
     learner = next(line for line in lines if line.startswith("learner.0"))
-    assert learner.split()[1:7] == ["waiting", "for", "input", "0%", "100%", "0%"]
+    assert learner.split()[1:7] == ["waiting", "for", "input", "0%", "-", "100%"]
     queue = next(line for line in lines if line.startswith(EDGE))
     assert queue.endswith("9/10  9.0 MiB")
     assert "…" not in text

@@ -78,18 +78,24 @@ def test_time_that_nobody_was_charged_with_is_said() -> None:
     assert "DOES NOT ADD UP, charged against wall clock: generator.0 5.0 of 10.0 s" in text
 
 
-def steady(node: str, *, busy: float) -> list[Event]:
+def steady(node: str, *, busy: float, filled: float | None = None) -> list[Event]:
     def at(time_s: float) -> Event:
         return status(
-            node, at=time_s, computing=busy * time_s, waiting_for_input=(1 - busy) * time_s, occupied_s=busy * time_s
-        )
+            node, at=time_s, computing=busy * time_s, waiting_for_input=(1 - busy) * time_s,
+            filled_s=None if filled is None else filled * time_s,
+        )  # fmt: skip
 
     return [at(10.0), span(node, "generate" if node == "generator" else "work", 1, 2, 0), step(1, at=10.0), at(110.0)]
 
 
 def test_bottleneck_is_the_busiest_node_on_the_path_with_its_reason() -> None:
     idle_but_charged = status("evaluation", at=110.0, computing=110.0)  # handles no prompt groups
-    events = [*steady("generator", busy=0.93), *steady("learner", busy=0.41), idle_but_charged, step(2, at=110.0)]
+    events = [
+        *steady("generator", busy=0.93, filled=0.31),
+        *steady("learner", busy=0.41),
+        idle_but_charged,
+        step(2, at=110.0),
+    ]
     text = report_of(*events)
     assert line_with(text, "bottleneck") == (
         "bottleneck: generator, computing 93% of the time between the first and the last step, more than any other "
@@ -97,7 +103,8 @@ def test_bottleneck_is_the_busiest_node_on_the_path_with_its_reason() -> None:
     )
     assert "learner spends 59% of that time waiting for input" in text
     assert "give generator more replicas" in text
-    assert line_with(text, "generator busy").endswith("between the first and the last step: 93.0%")
+    assert line_with(text, "generator slot occupancy").endswith("between the first and the last step: 31.0%")
+    assert "31% of its decode slots are filled" in text
 
 
 def test_a_run_in_which_nobody_is_busy_waits_in_turns() -> None:

@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 WAIT_S = 200.0  # for a process at the lowest priority on a machine that is busy with other tests
-FIGURES = r"learner starved (\d+)%: (.+?) is worth \+(\d+)%.*?\(((?:--set \S+=\S+ ?)+)\).*"
+FIGURES = (
+    r"learner starved (\d+)%, generator's decode slots (\d+)% filled: "
+    r"(.+?) is worth \+(\d+)%.*?\(((?:--set \S+=\S+ ?)+)\).*"
+)
 BLOCKING = """
 import fcntl, os, signal
 held = open({lock!r}, "w")
@@ -110,13 +113,14 @@ def test_a_run_that_waits_for_its_generator_is_told_what_would_make_that_quicker
     told, costs = hinted(run_dir), load_profile(run_dir)
     found = re.fullmatch(FIGURES, told)
     assert found, told
-    assert "generator" in found[2]
+    assert "generator" in found[3]
     assert "more" not in told, "no core is left on the machine of the profile, which `flowrl check` knows as well"
     now, then = (
-        simulate(ppo(*setting).graph, costs, steps=24) for setting in ((), found[4].replace("--set ", "").split())
+        simulate(ppo(*setting).graph, costs, steps=24) for setting in ((), found[5].replace("--set ", "").split())
     )
     assert float(found[1]) / 100 == pytest.approx(now.shares["learner"]["waiting_for_input"], abs=0.06)
-    assert float(found[3]) / 100 == pytest.approx(then.samples_per_s / now.samples_per_s - 1, abs=0.03)
+    assert float(found[2]) / 100 == pytest.approx(now.slots["generator"], abs=0.06)
+    assert float(found[4]) / 100 == pytest.approx(then.samples_per_s / now.samples_per_s - 1, abs=0.03)
 
 
 @pytest.mark.slow
