@@ -4,7 +4,7 @@
 
 Runs `flowrl run graphs/ppo_async.py` (or another graph, or a recipe) once for each seed, one after the other, and
 prints for each the wall time, the held-out score before and after, the paired change with its 95 % interval, and how
-busy the generators were.
+full the generators' decode slots were.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     options.runs_dir.mkdir(parents=True, exist_ok=True)
     print(machine())
-    print("seed  minutes  before   after  change [95 % interval]     busy")
+    print("seed  minutes  before   after  change [95 % interval]    slots")
     for seed in options.seeds:
         seconds, directory = run_seed(seed, options)
         before, after, interval = held_out(directory)
         report = (directory / "report.txt").read_text().splitlines()
-        busy = next((line.partition(": ")[2] for line in report if line.startswith("generator busy")), "")
-        print(f"{seed:4d}  {seconds / 60:7.1f}  {before:6.3f}  {after:6.3f}  {interval:24s}  {busy}", flush=True)
+        slots = next((line.partition(": ")[2] for line in report if line.startswith("generator slot occupancy")), "")
+        print(f"{seed:4d}  {seconds / 60:7.1f}  {before:6.3f}  {after:6.3f}  {interval:24s}  {slots}", flush=True)
 
 
 if __name__ == "__main__":

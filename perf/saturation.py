@@ -1,11 +1,11 @@
-"""How busy the generators are where generation is the slowest stage, and how near a run comes to that stage's rate.
+"""How full the generators' decode slots are where generation is the slowest stage, and how near its rate a run comes.
 
     python -m perf.saturation [--steps 14] [--runs 3] [--max-staleness 1] [--set PATH=VALUE ...]
     python -m perf.saturation --bound --graph graphs/rejection.py --set generator.max_running=4
 
 By default the graph without a critic, on its default model, with a generator that decodes two samples at a time, as one
-with little memory for its cache: one core generates, the other scores and learns and waits for samples. A generator is
-busy while it has at least one request running, measured between the first and the last step.
+with little memory for its cache: one core generates, the other scores and learns and waits for samples. Slot occupancy
+is the part of what it could decode together that it did decode, by time, between the first and the last step.
 
 With `--bound` every run has a synchronous one before it, the same but for `max_staleness=0`. The seconds that nodes
 work in one of its steps are the stage times: G of the generators, R of all others together. The bound is a step in
@@ -16,7 +16,6 @@ down, which the bound knows nothing of.
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -38,7 +37,7 @@ class Steady(NamedTuple):
     """A run between its first and its last step."""
 
     step_s: float
-    busy: float  # part of the time in which a generator has requests, mean over replicas
+    occupancy: float  # part of the generators' decode slots filled, by time
     generating_s: float  # of a step; G
     other_s: float  # of a step, of every other node's work; R
 
@@ -65,17 +64,10 @@ def steady(run_dir: Path) -> Steady:
     work_s = {node: seconds.get(Cause.COMPUTE, 0.0) / num_steps for node, seconds in spent.items()}
     return Steady(
         step_s=(view.last_step.time_s - view.first_step.time_s) / num_steps,
-        busy=_busy((run_dir / "report.txt").read_text()),
+        occupancy=view.slot_occupancy(GENERATOR) or 0.0,
         generating_s=work_s.pop(GENERATOR) / num_generators,
         other_s=sum(work_s.values()),
     )
-
-
-def _busy(report: str) -> float:
-    """Return what a run's report says; the record of events does not hold it."""
-    found = re.search(rf"^{GENERATOR} busy .*: ([\d.]+)%$", report, re.MULTILINE)
-    assert found is not None, "a report tells it of every node that generates"
-    return float(found[1]) / 100
 
 
 def run_once(options: argparse.Namespace, max_staleness: int) -> Steady:
@@ -114,12 +106,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 flush=True,
             )
         found.append(run_once(options, options.max_staleness))
-        said = f"run {place}: {found[-1].step_s:.2f} s a step, generators busy {found[-1].busy:.1%}"
+        said = f"run {place}: {found[-1].step_s:.2f} s a step, decode slots {found[-1].occupancy:.1%} filled"
         if alone is not None:
             reached.append(alone.bound_s / found[-1].step_s)
             said += f", {reached[-1]:.1%} of the bound's rate, {alone.step_s / found[-1].step_s:.2f} times synchronous"
         print(said, flush=True)
-    print(f"busy, {_spread([each.busy for each in found])}")
+    print(f"slot occupancy, {_spread([each.occupancy for each in found])}")
     if reached:
         print(f"of the bound, {_spread(reached)}")
 
