@@ -3,11 +3,12 @@
     python -m perf.kept_cache [--model DIR] [--running 8] [--tokens 256] [--every 32] [--change 1e-3]
 
 Answers of `--tokens` tokens are decoded `--running` together while every `--every` steps a version arrives, whose
-matrices differ from the last's by `--change` of their own standard deviation, at random: 1e-3 is about what a step of
-AdamW at a learning rate of 1e-5 does. Once with the cache emptied at each update, when all that is in flight is read
-again, and once with it kept. Gap: the log-prob that vLLM gave a token against that of the version that is said to have
-sampled it, which has read all before it itself: mean of the absolute difference, and the mismatch KL (the mean of
-exp(-d) - 1 + d); "first version" are tokens before the first update, where only the engines differ.
+matrices differ from the last's by `--change` of their own standard deviation, at random. AdamW moves an element by
+about its learning rate, so at 1e-5 and a deviation of 0.05 a step's change is 2e-4. Once with the cache emptied at
+each update, when all that is in flight is read again, and once with it kept. Gap: the log-prob that vLLM gave a token
+against that of the version that is said to have sampled it, which has read all before it itself: mean of the absolute
+difference, and the mismatch KL (the mean of exp(-d) - 1 + d); "first version" are tokens before the first update,
+where only the engines differ.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import asyncio
 import os
 import sys
 import time
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
     from flowrl.messages import Sample
 
-PROMPT_IDS = [7, 300, 21, 1500, 9, 42, 77, 800] * 8
+PROMPT_IDS = [7, 130, 21, 150, 9, 42, 77, 80] * 8
 
 
 def change(model: Any, amount: float, version: int) -> None:
@@ -75,8 +77,10 @@ async def decoded(model: Any, options: argparse.Namespace, *, keep_cache: bool) 
         await update(0)
         start_s = time.perf_counter()
         drawing = asyncio.ensure_future(draw(options.tokens, options.running))
-        for version in range(1, options.tokens // options.every):
+        for version in count(1):
             await draw(options.every, 1)  # so many decoding steps, beside the others
+            if drawing.done():
+                break
             change(model, options.change, version)
             await update(version)
         return await drawing, time.perf_counter() - start_s
@@ -91,7 +95,7 @@ def gaps(model: Any, samples: Sequence[Sample], options: argparse.Namespace) -> 
     import torch
 
     found: dict[bool, list[Any]] = {True: [], False: []}
-    for version in range(options.tokens // options.every):
+    for version in range(1 + max(span.version for sample in samples for span in sample.versions)):
         if version:
             change(model, options.change, version)
         for sample in samples:
