@@ -91,7 +91,8 @@ def test_limits_beyond_what_can_be_under_way_make_no_difference(
     graphs = [searcher.build(each) for each in (setting, {**setting, **larger})]
     assert effective(graphs[0]) == effective(graphs[1])
     one, other = (simulate(graph, ppo_costs(), steps=6, detail="causes") for graph in graphs)
-    room = [graph.nodes["generator"].config.max_running for graph in graphs]
+    configs: list[Any] = [graph.nodes["generator"].config for graph in graphs]
+    room = [config.max_running for config in configs]
     assert one.slots["generator"] * room[0] == pytest.approx(other.slots["generator"] * room[1])
     assert one == msgspec.structs.replace(other, notes=one.notes, slots=one.slots)
 
