@@ -43,7 +43,7 @@ _flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-class Span(NamedTuple):
+class AttentionSpan(NamedTuple):
     """Queries from `start` to `end` of the row; `length` > 0: a run of sequences so long, else a crossing."""
 
     start: int
@@ -71,25 +71,25 @@ def _has_kernel() -> bool:
     return any(importlib.util.find_spec(name) for name in ("flash_attn", "torch.nn.attention.varlen"))
 
 
-def spans_of(pieces: Sequence[tuple[int, Sequence[int]]]) -> list[Span]:
+def spans_of(pieces: Sequence[tuple[int, Sequence[int]]]) -> list[AttentionSpan]:
     """Return the spans of pieces that stand one behind the other, each a prompt's tokens and its responses'.
 
     A piece with one response is one sequence: `spans_of([(3, [2, 2]), (4, [1])])` is runs 0-3 of 3, 3-7 of 2 and 7-12
     of 5, and the crossing of 3-7 with keys 0-3.
     """
-    found: list[Span] = []
+    found: list[AttentionSpan] = []
     start = 0
     for num_prompt, responses in pieces:
         if len(responses) == 1:
-            found.append(Span(start, start := start + num_prompt + responses[0], num_prompt + responses[0]))
+            found.append(AttentionSpan(start, start := start + num_prompt + responses[0], num_prompt + responses[0]))
             continue
         middle = start + num_prompt
-        found.append(Span(start, middle, num_prompt))
+        found.append(AttentionSpan(start, middle, num_prompt))
         end = middle
         for length, same in groupby(filter(None, responses)):
-            found.append(Span(end, end := end + length * len(list(same)), length))
+            found.append(AttentionSpan(end, end := end + length * len(list(same)), length))
         if end > middle:
-            found.append(Span(middle, end, 0, start, middle))
+            found.append(AttentionSpan(middle, end, 0, start, middle))
         start = end
     return found
 
@@ -129,7 +129,7 @@ def attend(
     if extra > 0:  # latent attention: kernels want one size of heads
         value_RGLD = torch.nn.functional.pad(value_RGLD, (0, extra))
     scale = query_RHLD.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    spans = [Span(*each) for each in attention_mask[0, 0].tolist()]
+    spans = [AttentionSpan(*each) for each in attention_mask[0, 0].tolist()]
     compute = _by_kernel if query_RHLD.is_cuda else _BySpan.apply
     return compute(query_RHLD, key_RGLD, value_RGLD, spans, scale)[..., :width], None
 
@@ -138,7 +138,9 @@ class _BySpan(torch.autograd.Function):
     """The flash kernel for CPUs, once for each span."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: list[Span], scale: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: list[AttentionSpan], scale: float
+    ) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         _, num_heads, length, width = query.shape
         out_LHD = query.new_zeros(length, num_heads, width)
         total_LH = torch.zeros(length, num_heads, dtype=torch.float32 if query.dtype != torch.float64 else query.dtype)
@@ -182,7 +184,7 @@ def _cut(tensor: Tensor, start: int, end: int, length: int) -> Tensor:
     return part[0].unflatten(1, (-1, length)).transpose(0, 1) if length else part
 
 
-def _parts_of(span: Span, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+def _parts_of(span: AttentionSpan, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
     keys = (span.start, span.end) if span.length else (span.first_key, span.last_key)
     return [
         _cut(query, span.start, span.end, span.length),
@@ -191,7 +193,9 @@ def _parts_of(span: Span, query: Tensor, key: Tensor, value: Tensor) -> list[Ten
 
 
 @functools.lru_cache(maxsize=4)
-def _sequences(spans: tuple[Span, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
+def _sequences(
+    spans: tuple[AttentionSpan, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
     """Return the queries' and keys' places in the row, where each sequence begins among them, and the longest."""
     crossed = {(each.start, each.end): range(each.first_key, each.last_key) for each in spans if not each.length}
     queries: list[np.ndarray] = []
@@ -207,7 +211,7 @@ def _sequences(spans: tuple[Span, ...], device: torch.device) -> tuple[Tensor, T
     return places[0], places[1], begins[0], begins[1], max(sizes[0]), max(sizes[1])
 
 
-def _by_kernel(query: Tensor, key: Tensor, value: Tensor, spans: list[Span], scale: float) -> Tensor:
+def _by_kernel(query: Tensor, key: Tensor, value: Tensor, spans: list[AttentionSpan], scale: float) -> Tensor:
     """Return the same from one call for sequences whose queries are the last of their keys."""
     asked, seen, begins_q, begins_k, most_q, most_k = _sequences(tuple(spans), query.device)
     q, k, v = (
@@ -227,7 +231,7 @@ def _by_kernel(query: Tensor, key: Tensor, value: Tensor, spans: list[Span], sca
     return query.new_zeros(query.shape[2], *found.shape[1:]).index_copy(0, asked, found)[None]  # pyright: ignore
 
 
-def block_mask(spans: list[Span], length: int, device: torch.device) -> Any:
+def block_mask(spans: list[AttentionSpan], length: int, device: torch.device) -> Any:
     """Return spans as FlexAttention's mask: the blocks to compute, and within them which key a query sees."""
     from torch.nn.attention.flex_attention import BlockMask
 

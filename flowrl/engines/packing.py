@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from flowrl.engines.attention import Span, block_mask, spans_of
+from flowrl.engines.attention import AttentionSpan, block_mask, spans_of
 from flowrl.engines.base import TokenGroup
 from flowrl.errors import StageError
 from flowrl.messages import Buffer
@@ -187,7 +187,7 @@ class PackedBatch:
     place_N: Tensor  # index into the flattened [B * T] results
     mask_BT: Tensor  # 1 on response tokens
     samples: list[tuple[int, int]]  # (group, sample) of each of the B rows
-    spans: list[Span]  # what tokens see, where no mask says it
+    spans: list[AttentionSpan]  # what tokens see, where no mask says it
 
     def attention(self, dtype: torch.dtype, *, is_flex: bool = False) -> Any:
         """Return what a model is given for its mask.

@@ -9,7 +9,7 @@ import asyncio
 import random
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from flowrl.algorithms.base import Algorithm
 from flowrl.config import Select
@@ -157,7 +157,7 @@ class FlowSettings:
     replay: ReplayBuffer.Config = NO_REPLAY
     ranks: int = 1  # of the learner
     evaluate_every: int = -1  # versions; 0: before and after; -1: no evaluator
-    on_update: str = "keep"
+    on_update: Literal["keep", "wait", "resume"] = "keep"
 
 
 # For a run in a process of its own, which goes on until it is stopped.

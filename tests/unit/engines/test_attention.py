@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowrl.engines.attention import Span, attend, block_mask, check_attention, spans_of
+from flowrl.engines.attention import AttentionSpan, attend, block_mask, check_attention, spans_of
 from flowrl.engines.models import TokenReader
 from flowrl.engines.packing import pack, plan
 from flowrl.errors import ConfigError
@@ -27,7 +27,7 @@ def mask_of(pieces) -> torch.Tensor:
 
 
 def test_spans_are_runs_of_equal_sequences_and_the_prompts_they_see():
-    found = [Span(0, 3, 3), Span(3, 7, 2), Span(3, 7, 0, 0, 3), Span(7, 12, 5)]
+    found = [AttentionSpan(0, 3, 3), AttentionSpan(3, 7, 2), AttentionSpan(3, 7, 0, 0, 3), AttentionSpan(7, 12, 5)]
     assert spans_of([(3, [2, 2]), (4, [1])]) == found
 
 
