@@ -210,7 +210,7 @@ def own_parts(here: Path) -> Path:
     (here / "my_stage.py").write_text(STAGE)
     text = GROUP.read_text()
     for before, after in (
-        ("import msgspec\n", "import msgspec\nfrom my_stage import Passing\n"),
+        ("from flowrl.config import Select\n", "from flowrl.config import Select\nfrom my_stage import Passing\n"),
         ("    reference: ", "    passing: Passing.Config = Passing.Config()\n    reference: "),
         ("row = dict(", "passing = Passing(s.passing)\n    row = dict(passing=passing, "),
         (
