@@ -49,6 +49,7 @@ def test_sigterm_to_every_process_leaves_a_stop_all_its_time(tmp_path: Path) -> 
     assert (tmp_path / "said").read_text() == ""
 
 
+@pytest.mark.long
 def test_a_killed_raylet_is_recovered_from_and_a_closed_terminal_stops_in_order(tmp_path: Path) -> None:
     run = Terminal(tmp_path / "run", "heartbeat_timeout_s=15", runtime="ray")
     run.until('"version":6,')
