@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tempfile
 from ipaddress import ip_address
 from itertools import groupby
@@ -53,9 +54,27 @@ class Publisher:
         self._device = device
         self._sender: Any = None
         self.transport = config.transport
+        self.said = ""  # what the user should know of the choice
         if config.transport == "auto":
-            is_alone = ip_address(host).is_loopback  # nobody elsewhere could reach us
-            self.transport = "shm" if is_alone else "broadcast" if device.type == "cuda" else "nearest"
+            if not ip_address(host).is_loopback:  # others could be elsewhere
+                self.transport = "broadcast" if device.type == "cuda" else "nearest"
+            elif short := self._no_room():
+                self.transport, self.said = "broadcast", short
+            else:
+                self.transport = "shm"
+
+    def _no_room(self) -> str:
+        """Return why two versions, as large as the model on the disk, do not fit into shared memory, or ""."""
+        from flowrl.engines.weights.shm import SHARED_MEMORY
+
+        if self._config.lora.publish == "adapter":
+            return ""
+        needed = 2 * sum(file.stat().st_size for file in Path(self._config.model).glob("*.safetensors"))
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        if needed <= free:
+            return ""
+        sizes = f"{SHARED_MEMORY} has {free / 1e9:.2f} GB free, and two versions take {needed / 1e9:.2f} GB"
+        return f"weights are broadcast: {sizes} (docker: --shm-size)"
 
     def open_sender(self) -> Any:
         """Return the transport's sender."""

@@ -253,8 +253,9 @@ class Trainer:
             if is_split and "shared" not in self.reader.layouts:
                 what = f"rows of {type(self.model).__name__} take no block mask and cannot be split"
                 raise ConfigError(f"{self.where}.sequence_parallel", what, "leave it 1")
-            if (said := self.reader.attention_in_words()) and self._line.rank == 0:
-                self._say(said)
+            for said in (self.reader.attention_in_words(), self._publisher.said if not self.config.frozen else ""):
+                if said and self._line.rank == 0:
+                    self._say(said)
             self._line.gather(b"")
 
     @property
