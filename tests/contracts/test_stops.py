@@ -148,7 +148,7 @@ def test_a_stop_that_takes_longer_than_its_grace_ends_the_run_as_it_is(tmp_path:
     assert "not stopped 0 s after SIGTERM: ended as it is" in (tmp_path / "out").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
 def test_a_signal_while_a_checkpoint_is_written_costs_nothing(tmp_path: Path, number: int) -> None:
     """It comes as soon as anything of the first checkpoint is there."""
     run = Driven(tmp_path)
