@@ -292,8 +292,8 @@ def served(found: dict[str, Any]) -> str:
     if isinstance(found["float32"], dict):
         return f"differs by itself ({found['float32']['loaded']:.0e})".replace("e-0", "e-")
     said = re.sub(r"^\S+ |/tmp/\S+ ?", "", str(found["float32"])).partition(";")[0]
-    if (cause := re.search(r"could not serve \((.*)\)", said)) is not None:
-        said = f"not: {re.sub(r'^ValidationError: .*?Value error, ', '', cause[1])}"
+    if (cause := re.search(r"could not serve \((.*?)\)?$", said)) is not None:
+        said = f"not: {re.sub(r'^ValidationError: .*?Value error, |Supported arch.*', '', cause[1])}"
     return said.partition(". ")[0].partition(" [type=")[0].strip()
 
 
