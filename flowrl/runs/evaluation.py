@@ -35,6 +35,7 @@ from flowrl.engines.base import GenerationConfig, Serving
 from flowrl.errors import ConfigError, DataError, FlowrlError, ResourceError, one_line, shortened
 from flowrl.rewards.http import Server, check_server
 from flowrl.runs.scores import Bounds, difference_of, score_of
+from flowrl.telemetry.files import new_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -126,9 +127,8 @@ def evaluate(request: EvalRequest, say: Say) -> Results:
     if request.against:
         results.against = answered[1]
         results.differences = differences(answered[0], answered[1], aggregates, request.seed)
-    partial = out / ".results.json.partial"
-    partial.write_bytes(msgspec.json.format(msgspec.json.encode(results, enc_hook=_plain), indent=1))
-    os.replace(partial, out / "results.json")
+    with new_file(out / "results.json") as aside:
+        aside.write_bytes(msgspec.json.format(msgspec.json.encode(results, enc_hook=_plain), indent=1))
     for line in table(results):
         say(line)
     say(f"written: {out / 'results.json'}")

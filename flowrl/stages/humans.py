@@ -19,7 +19,6 @@ import msgspec
 
 from flowrl.config import Meta
 from flowrl.data.judgments import JUDGMENTS, PRIVATE, QUESTIONS, Closed, Judgment, Said, Tail, Way, ask, worths
-from flowrl.errors import ChannelClosed
 from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import PassesOn
 from flowrl.graph.stage import Stage, StageConfig
@@ -79,11 +78,7 @@ class Humans(Stage):
 
     async def _lane(self, context: Context, board: _Board) -> None:
         name = self.config.name or context.node
-        while True:
-            try:
-                group = await self.rollouts.get()
-            except ChannelClosed:  # raised further, it would cut off the other lanes' questions
-                return
+        async for group in self.rollouts:
             question = ask(
                 group.group_id, group.columns.get("prompt", ""), [sample.text for sample in group.samples],
                 way=self.config.way, version=group.oldest_version, places=range(len(group.samples)),

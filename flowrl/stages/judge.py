@@ -23,7 +23,7 @@ from flowrl.data.models import prepare_model
 from flowrl.data.prompts import load_tokenizer
 from flowrl.data.rendering import Renderer
 from flowrl.engines.base import GenerationEngine, Sampling
-from flowrl.errors import ChannelClosed, ConfigError, RewardError
+from flowrl.errors import ConfigError, RewardError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import PassesOn
 from flowrl.graph.stage import Stage, StageConfig
@@ -71,11 +71,7 @@ class _Judging(Stage):
 
     async def _lane(self, context: Context, judgement: Judgement, failures: Failures, watch: _Watch) -> None:
         name = self.config.name or context.node
-        while True:
-            try:
-                group = await self.rollouts.get()
-            except ChannelClosed:  # raised further, it would cut off the other lanes' requests
-                return
+        async for group in self.rollouts:
             start_s = context.now()
             try:
                 with context.clock.charge(Cause.COMPUTE):

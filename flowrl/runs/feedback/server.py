@@ -184,8 +184,8 @@ def serve(run_dir: Path, *, host: str, port: int, way: Way, say: Callable[[str],
         say(notice)
     judgments = JudgmentFile(run_dir / JUDGMENTS, now=time.time)
     try:
-        page = Page(run_dir, asked, judgments, token_of(run_dir))
-        asyncio.run(_serve(page, host, port, token_of(run_dir), say))
+        token = token_of(run_dir)
+        asyncio.run(_serve(Page(run_dir, asked, judgments, token), host, port, token, say))
     except KeyboardInterrupt:
         say("stopped: what was said is in " + str(run_dir / JUDGMENTS))
     finally:

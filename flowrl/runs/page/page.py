@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from flowrl.runs.page.activity import MOST_ROWS, Record, node_strips, queue_stri
 from flowrl.runs.page.samples import MOST_TOKENS, RATIO_BOUNDS, has_ratios, shown_groups
 from flowrl.telemetry.charts import duration_ticks
 from flowrl.telemetry.events import Cause, Span
+from flowrl.telemetry.files import new_file
 from flowrl.telemetry.report import bottleneck
 from flowrl.telemetry.view import format_duration, words
 
@@ -57,9 +57,8 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
 def write_page(path: Path, subject: Subject, pieces: Pieces | None) -> None:
     """Write a run's page, whole or not at all; `pieces` gives the text of each token."""
     text = page(subject, pieces)
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    with new_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def page(subject: Subject, pieces: Pieces | None) -> str:
