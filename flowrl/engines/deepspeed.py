@@ -28,6 +28,7 @@ import msgspec
 import torch
 
 from flowrl.engines.deepspeed_interrupt import answered_alone, clear_gradients, leave_pass, replace_collectives
+from flowrl.engines.models import choose_dtype
 from flowrl.engines.savings import decay_groups, offloading
 from flowrl.engines.trainer import LossScale, Trainer
 from flowrl.errors import ConfigError, StageError
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from flowrl.engines.base import TrainingConfig
+    from flowrl.engines.base import Scoring, Training, TrainingConfig
     from flowrl.engines.ranks import RankLink
     from flowrl.graph.stage import Say
 
@@ -123,6 +124,7 @@ class DeepSpeedEngine(Trainer):
     """AdamW under ZeRO; `deepspeed` holds further DeepSpeed settings, which win over ours."""
 
     backend_of_one = True  # DeepSpeed insists on a process group
+    shards = True
     can_offload: ClassVar = {"offload_optimizer": 1, "offload_parameters": 3}
 
     def __init__(
@@ -139,20 +141,26 @@ class DeepSpeedEngine(Trainer):
         self._further = deepspeed or {}
         self._release_collectives: Callable[[], None] = lambda: None
 
+    @classmethod
+    def check_settings(cls, settings: Scoring | Training, where: str, *, has_gpu: bool) -> None:
+        """Insist also on float32 weights somewhere, and on weights that can be sharded."""
+        super().check_settings(settings, where, has_gpu=has_gpu)
+        dtype = choose_dtype(settings.dtype, torch.device("cuda" if has_gpu else "cpu"))
+        if settings.zero_stage == 0 and dtype != torch.float32:
+            what = f"zero_stage=0 with {dtype} keeps no float32 weights on every device"
+            raise ConfigError(f"{where}.zero_stage", what, "take zero_stage 1, 2 or 3, or dtype=float32")
+        if settings.zero_stage == 3 and settings.lora.bits:
+            what = f"{settings.lora.bits}-bit weights cannot be sharded by zero_stage=3"
+            raise ConfigError(f"{where}.lora.bits", what, "take zero_stage 2, or bits=0")
+
     @property
     def _ranks_meet_in_passes(self) -> bool:
         return self.config.zero_stage >= 2
 
     def _load(self) -> PreTrainedModel:
         _import_deepspeed(on_cpu=self.device.type == "cpu")
-        if self.config.zero_stage == 0 and self.dtype != torch.float32:
-            what = f"zero_stage=0 with {self.dtype} keeps no float32 weights on every device"
-            raise ConfigError(f"{self.where}.zero_stage", what, "take zero_stage 1, 2 or 3, or dtype=float32")
         if self.config.zero_stage < 3:
             return super()._load()
-        if self.config.lora.bits:
-            what = f"{self.config.lora.bits}-bit weights cannot be sharded by zero_stage=3"
-            raise ConfigError(f"{self.where}.lora.bits", what, "take zero_stage 2, or bits=0")
         from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
         sharding = HfDeepSpeedConfig(self._settings())  # from_pretrained shards while this lives

@@ -60,19 +60,17 @@ class Fsdp2Engine(Trainer):
     """AdamW over the shards of every rank."""
 
     backend_of_one = True  # a mesh of devices is one of a process group
+    shards = True
     can_offload: ClassVar = {"offload_parameters": 2}
 
     @property
     def _ranks_meet_in_passes(self) -> bool:
         return True
 
-    @staticmethod
-    def check_settings(settings: Scoring | Training, where: str) -> None:
-        """Insist on what can be sharded.
-
-        Raises:
-            ConfigError: weights would have to stay whole.
-        """
+    @classmethod
+    def check_settings(cls, settings: Scoring | Training, where: str, *, has_gpu: bool) -> None:
+        """Insist also on weights that can be sharded."""
+        super().check_settings(settings, where, has_gpu=has_gpu)
         if settings.zero_stage < 2:
             what = f"is {settings.zero_stage}, and fully_shard shards the weights too"
             raise ConfigError(f"{where}.zero_stage", what, "take 2 (a layer stays gathered until backward) or 3")
@@ -81,7 +79,6 @@ class Fsdp2Engine(Trainer):
             raise ConfigError(f"{where}.lora.bits", what, "take DeepSpeed at zero_stage 2, or bits=0")
 
     def _load(self) -> PreTrainedModel:
-        self.check_settings(self.config, self.where)
         on_host = torch.device("cpu")  # a layer comes to its device as it is sharded
         return load_model(self.config, where=self.where, dtype=self.dtype, device=on_host)
 

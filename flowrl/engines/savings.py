@@ -19,10 +19,11 @@ from flowrl.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
     from transformers import PreTrainedModel
 
-    from flowrl.engines.base import TrainingConfig
+    from flowrl.engines.base import Scoring, Training, TrainingConfig
+
+DEEPSPEED = "flowrl.engines.deepspeed:DeepSpeedEngine"
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -98,22 +99,21 @@ def recompute(model: PreTrainedModel, *, every: int, where: str) -> None:
         layer.gradient_checkpointing = index % every == 0
 
 
-def check_offload(config: TrainingConfig, device: torch.device, where: str, *, least_stage: dict[str, int]) -> None:
+def check_offload(settings: Scoring | Training, where: str, *, has_gpu: bool, least_stage: dict[str, int]) -> None:
     """Insist that what is to be moved to the CPU can be; `least_stage` is the ZeRO stage that each setting needs.
 
     Raises:
         ConfigError: the engine cannot do it, or there is nothing to gain.
     """
     for name in ("offload_optimizer", "offload_parameters"):
-        if not getattr(config, name):
+        if not getattr(settings, name, False):
             continue
         if name not in least_stage:
-            what = "this engine keeps that on its device"
-            raise ConfigError(f"{where}.{name}", what, "take engine=flowrl.engines.deepspeed:DeepSpeedEngine")
-        if device.type == "cpu":
+            raise ConfigError(f"{where}.{name}", "this engine keeps that on its device", f"take engine={DEEPSPEED}")
+        if not has_gpu:
             raise ConfigError(f"{where}.{name}", "the device is the CPU, where everything is already", "leave it false")
-        if config.zero_stage < least_stage[name]:
-            what = f"zero_stage={config.zero_stage} does not shard what it would move"
+        if settings.zero_stage < least_stage[name]:
+            what = f"zero_stage={settings.zero_stage} does not shard what it would move"
             raise ConfigError(f"{where}.{name}", what, f"take zero_stage {least_stage[name]} or more")
 
 

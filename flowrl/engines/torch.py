@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
+from flowrl.config import load_class
 from flowrl.engines.base import open_engine
-from flowrl.engines.savings import decay_groups
+from flowrl.engines.savings import DEEPSPEED, decay_groups
 from flowrl.engines.trainer import Trainer
 from flowrl.errors import StageError
 from flowrl.graph.stage import Ranks
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from flowrl.engines.base import TokenGroup, TrainingConfig
+    from flowrl.engines.base import Scoring, TokenGroup, Training, TrainingConfig
     from flowrl.messages import FloatArray
 
 
@@ -160,10 +161,18 @@ class SequenceScoringEngine:
     def __init__(self, config: TrainingConfig, *, where: str) -> None:
         self._where = where
         self._model = config.model
-        # Sharded weights are DeepSpeed's; whole ones are read with less around them.
-        path = "flowrl.engines.deepspeed:DeepSpeedEngine" if config.zero_stage == 3 else f"{__name__}:TorchEngine"
         told = msgspec.structs.replace(config, head="reward", frozen=True)
-        self._engine: Trainer = open_engine(path, config=told, where=where, name=where)
+        self._engine: Trainer = open_engine(self._path(config), config=told, where=where, name=where)
+
+    @staticmethod
+    def _path(settings: Scoring | Training) -> str:
+        """Return the engine that reads: sharded weights are DeepSpeed's, whole ones are read with less around them."""
+        return DEEPSPEED if settings.zero_stage == 3 else f"{__name__}:TorchEngine"
+
+    @classmethod
+    def check_settings(cls, settings: Scoring | Training, where: str, *, has_gpu: bool) -> None:
+        """Insist on what the engine that reads insists on."""
+        load_class(cls._path(settings), where).check_settings(settings, where, has_gpu=has_gpu)
 
     def open(self, ranks: Ranks = Ranks()) -> None:  # noqa: B008  # it is never changed
         """Load the model on this rank and join the others.

@@ -32,7 +32,7 @@ from flowrl.config import Select
 from flowrl.engines.agreement import check_fit, settle
 from flowrl.engines.attention import check_attention
 from flowrl.engines.average import Average, is_saved
-from flowrl.engines.base import TokenGroup
+from flowrl.engines.base import Computing, TokenGroup
 from flowrl.engines.lora import Adapter
 from flowrl.engines.memory import Budget, FitVote, NoRoom
 from flowrl.engines.models import TokenReader, choose_dtype, load_model, reads_of
@@ -41,7 +41,7 @@ from flowrl.engines.packing import LAYOUTS, PackedBatch, Part, deal, unpack
 from flowrl.engines.publishing import Publisher, as_saved, carried_buffers, score_canary, write_model
 from flowrl.engines.ranks import RankLink
 from flowrl.engines.router import Routing, check_router
-from flowrl.engines.savings import check_offload, freeze, recompute
+from flowrl.engines.savings import DEEPSPEED, check_offload, freeze, recompute
 from flowrl.engines.sequence import SequenceSplit, check_split, take_attention
 from flowrl.engines.teacher import Teacher
 from flowrl.errors import ConfigError, StageError
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from flowrl.algorithms.base import Loss, Objective
-    from flowrl.engines.base import TrainingConfig
+    from flowrl.engines.base import Scoring, Training, TrainingConfig
     from flowrl.engines.models import Reading
     from flowrl.engines.packing import Layout
     from flowrl.graph.stage import Ranks, Say
@@ -120,6 +120,7 @@ class Trainer:
     """One rank of a training engine; subclasses add the optimizer."""
 
     backend_of_one = False  # whether even one rank alone needs a process group
+    shards = False  # whether it looks at zero_stage
     can_offload: ClassVar[dict[str, int]] = {}  # setting -> the least ZeRO stage it needs
 
     device: torch.device
@@ -150,6 +151,19 @@ class Trainer:
         self._has_stepped = False  # in this process
         self._teacher: Teacher | None = None
         self._average = Average(config.ema_decay) if config.ema_decay else None
+
+    @classmethod
+    def check_settings(cls, settings: Scoring | Training, where: str, *, has_gpu: bool) -> None:
+        """Insist, before anything is loaded, on what this engine can do on such a device with settings that it uses.
+
+        Raises:
+            ConfigError: one of them it could not carry out, or would not look at.
+        """
+        check_attention(settings.attention, where, has_gpu=has_gpu)
+        check_offload(settings, where, has_gpu=has_gpu, least_stage=cls.can_offload)
+        if not cls.shards and settings.zero_stage != (default := Computing().zero_stage):
+            what = f"is {settings.zero_stage}, and {cls.__name__} holds every weight whole on each rank"
+            raise ConfigError(f"{where}.zero_stage", what, f"leave it {default}, or take engine={DEEPSPEED}")
 
     # What a subclass provides.
 
@@ -213,8 +227,7 @@ class Trainer:
         self.dtype = choose_dtype(self.config.dtype, self.device)
         if self.device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # transformers imports DeepSpeed, which else looks for devices aloud
-        check_offload(self.config, self.device, self.where, least_stage=self.can_offload)
-        check_attention(self.config.attention, self.where, has_gpu=self.device.type == "cuda")
+        self.check_settings(self.config, self.where, has_gpu=self.device.type == "cuda")
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         self._publisher = Publisher(
             self.config,

@@ -35,15 +35,12 @@ def check_engine_of(settings: Scoring | Training, where: str, model: str) -> Non
         ConfigError: its settings ask for what is not here.
     """
     check_engine(settings.engine, settings.engine_options, where)
-    if settings.attention == "flex" or (settings.attention == "varlen" and settings.gpus):
-        import torch
+    import torch
 
-        from flowrl.engines.attention import check_attention
-
-        check_attention(settings.attention, where, has_gpu=settings.gpus > 0 or torch.cuda.is_available())
+    has_gpu = settings.gpus > 0 or bool(settings.share) or torch.cuda.is_available()
     check_settings = getattr(load_class(settings.engine, f"{where}.engine"), "check_settings", None)
-    if check_settings is not None:  # what this engine cannot do
-        check_settings(settings, where)
+    if check_settings is not None:  # what this engine cannot do, or would not look at
+        check_settings(settings, where, has_gpu=has_gpu)
     lora = settings.lora
     if lora.start and not (Path(lora.start) / "adapter_config.json").is_file():
         what = f"{lora.start} has no adapter_config.json"
@@ -53,11 +50,8 @@ def check_engine_of(settings: Scoring | Training, where: str, model: str) -> Non
 
         check_split(settings, prepare_model(model), where, num_ranks=settings.ranks)
     if lora.bits:
-        import torch
-
         from flowrl.engines.quantization import check_quantization
 
-        has_gpu = settings.gpus > 0 or bool(settings.share) or torch.cuda.is_available()
         check_quantization(lora, where, has_gpu=has_gpu)
 
 

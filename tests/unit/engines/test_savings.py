@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowrl.engines.base import Ranks, TrainingConfig
+from flowrl.engines.base import Lora, Ranks, Scoring, Training, TrainingConfig
 from flowrl.engines.deepspeed import DeepSpeedEngine
-from flowrl.engines.savings import check_offload, offloading
-from flowrl.engines.torch import TorchEngine
+from flowrl.engines.fsdp import Fsdp2Engine
+from flowrl.engines.savings import offloading
+from flowrl.engines.torch import SequenceScoringEngine, TorchEngine
 from flowrl.errors import ConfigError
 from tests.unit.engines.test_trainer import GROUPS, WeightedTokens, choose, gradients, opened
 
 FROZEN = ["model.embed_tokens.*", "model.layers.0.*"]
-LEAST = DeepSpeedEngine.can_offload
 
 
 def test_frozen_parameters_keep_their_values_and_the_others_their_gradients(tiny_llama):
@@ -88,17 +88,30 @@ def test_fewer_layers_than_asked_for_are_refused(tiny_llama):
 
 
 @pytest.mark.parametrize(
-    ("settings", "device", "least", "words"),
+    ("kind", "settings", "has_gpu", "words"),
     [
-        ({"offload_optimizer": True}, "cuda", {}, "keeps that on its device; take engine=.*DeepSpeedEngine"),
-        ({"offload_optimizer": True}, "cpu", LEAST, "the device is the CPU, where everything is already"),
-        ({"offload_optimizer": True, "zero_stage": 0}, "cuda", LEAST, "zero_stage=0 .* take zero_stage 1 or more"),
-        ({"offload_parameters": True, "zero_stage": 2}, "cuda", LEAST, "zero_stage=2 .* take zero_stage 3 or more"),
+        (TorchEngine, {"offload_optimizer": True}, True, "keeps that on its device; take engine=.*DeepSpeedEngine"),
+        (DeepSpeedEngine, {"offload_optimizer": True}, False, "the device is the CPU, where everything is already"),
+        (DeepSpeedEngine, {"offload_optimizer": True, "zero_stage": 0}, True, "zero_stage=0 .* take zero_stage 1 or"),
+        (DeepSpeedEngine, {"offload_parameters": True}, True, "zero_stage=2 .* take zero_stage 3 or more"),
+        (DeepSpeedEngine, {"zero_stage": 0, "dtype": "bfloat16"}, False, "zero_stage=0 .* keeps no float32 weights"),
+        (DeepSpeedEngine, {"zero_stage": 3, "lora": Lora(rank=1, bits=4)}, True, "4-bit weights cannot be sharded"),
+        (Fsdp2Engine, {"zero_stage": 1}, False, "is 1, and fully_shard shards the weights too"),
+        (TorchEngine, {"zero_stage": 3}, False, "is 3, and TorchEngine holds every weight whole .* leave it 2"),
+        (SequenceScoringEngine, {"zero_stage": 1}, False, "is 1, and TorchEngine holds every weight whole"),
+        (TorchEngine, {"attention": "flex"}, False, "FlexAttention has no backward on CPUs"),
     ],
 )
-def test_offload_that_cannot_be_is_refused(settings, device, least, words):
+def test_what_an_engine_cannot_do_or_would_not_look_at_is_refused_by_its_class(kind, settings, has_gpu, words):
     with pytest.raises(ConfigError, match=words):
-        check_offload(TrainingConfig(model="m", **settings), torch.device(device), "learner", least_stage=least)
+        kind.check_settings(Training(**settings), "learner", has_gpu=has_gpu)
+
+
+def test_a_frozen_node_is_held_against_its_engine_too():
+    DeepSpeedEngine.check_settings(Scoring(zero_stage=3, offload_parameters=True), "reference", has_gpu=True)
+    SequenceScoringEngine.check_settings(Scoring(zero_stage=3), "reward_model", has_gpu=False)
+    with pytest.raises(ConfigError, match=r"reference\.offload_parameters"):
+        DeepSpeedEngine.check_settings(Scoring(zero_stage=3, offload_parameters=True), "reference", has_gpu=False)
 
 
 @pytest.mark.parametrize("kind", [TorchEngine, DeepSpeedEngine])
@@ -112,7 +125,7 @@ def test_an_engine_asks_before_it_loads(kind):
 def test_offload_reaches_deepspeed_as_its_settings():
     settings = {"offload_optimizer": True, "offload_parameters": True, "zero_stage": 3}
     config = TrainingConfig(model="m", **settings)
-    check_offload(config, torch.device("cuda"), "learner", least_stage=LEAST)
+    DeepSpeedEngine.check_settings(config, "learner", has_gpu=True)
     moved = {"device": "cpu", "pin_memory": True}
     assert offloading(config) == {"offload_optimizer": moved, "offload_param": moved}
     assert offloading(TrainingConfig(model="m")) == {}
