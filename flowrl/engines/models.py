@@ -39,7 +39,7 @@ from flowrl.model_files import has_tokenizer, is_classifier, quiet_transformers
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from flowrl.algorithms.base import Direction
+    from flowrl.algorithms.base import Direction, Head
     from flowrl.engines.base import AttentionKind, Dtype, TrainingConfig
     from flowrl.engines.packing import Layout, PackedBatch, Reads
     from flowrl.engines.router import Routing
@@ -103,6 +103,18 @@ def load_model(config: TrainingConfig, *, where: str, dtype: torch.dtype, device
         forget_quantization(model)
     nn.Module.to(model, device)
     return model
+
+
+def outline(directory: Path, head: Head, where: str, *, trust_remote_code: bool) -> PreTrainedModel:
+    """Return what `load_model` would, without any weights: its modules and the names and shapes of its parameters."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    settings = AutoConfig.from_pretrained(directory, **source, **({} if head == "policy" else {"num_labels": 1}))
+    with torch.device("meta"), quiet_transformers():
+        if head == "policy":
+            return AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
+        return _class_with_score(settings, where)(settings)
 
 
 def _check_directory(directory: Path, where: str) -> None:

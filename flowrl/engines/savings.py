@@ -1,7 +1,7 @@
 """What training does without to save memory: frozen parameters, activations computed again, state moved to the CPU.
 
-Each is asked for by a setting of `Training` and refused where it would do nothing. Called by trainer and the DeepSpeed
-engine, once, on the loaded model.
+Each is asked for by a setting of `Training` and refused where it would do nothing: before the start by `check_savings`
+and `check_offload`. Called by the stages' check, and by trainer and the DeepSpeed engine, once, on the loaded model.
 
 Tests: tests/unit/engines/test_savings.py
 """
@@ -18,9 +18,11 @@ from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from transformers import PreTrainedModel
 
+    from flowrl.algorithms.base import Head
     from flowrl.engines.base import Scoring, Training, TrainingConfig
 
 DEEPSPEED = "flowrl.engines.deepspeed:DeepSpeedEngine"
@@ -97,6 +99,23 @@ def recompute(model: PreTrainedModel, *, every: int, where: str) -> None:
         raise ConfigError(f"{where}.checkpoint_every", what, "leave it 1")
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index % every == 0
+
+
+def check_savings(settings: Training, model: Path, head: Head, where: str) -> None:
+    """Insist, before anything is loaded, that a model can be frozen and recomputed as a node asks for.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not settings.freeze and not settings.gradient_checkpointing:
+        return
+    from flowrl.engines.models import outline
+
+    bare = outline(model, head, where, trust_remote_code=settings.trust_remote_code)
+    if settings.gradient_checkpointing:
+        recompute(bare, every=settings.checkpoint_every, where=where)
+    if settings.freeze and not settings.lora.rank:
+        freeze(bare, settings.freeze, where)
 
 
 def check_offload(settings: Scoring | Training, where: str, *, has_gpu: bool, least_stage: dict[str, int]) -> None:

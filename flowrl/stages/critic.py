@@ -32,7 +32,7 @@ from flowrl.stages.step import check_divides, learned_group, mean_metrics, minib
 from flowrl.stages.tokens import token_group
 from flowrl.stages.training import (
     check_engine_of,
-    check_experts,
+    check_model,
     check_saving,
     check_schedule,
     load_state,
@@ -132,7 +132,7 @@ class Critic(Stage):
         check_engine_of(self.config, "critic", self.model)
         check_schedule(self.config, self.num_optimizer_steps, "critic")
         directory = prepare_model(self.model, say=say)
-        check_experts(self.config, directory, "critic")
+        check_model(self.config, directory, "critic", "value")
         if self.config.save_model:
             check_saving(self.config, directory, "critic")
         if self.model != self.sampler.model:

@@ -49,8 +49,8 @@ from flowrl.stages.texts import TextSource
 from flowrl.stages.tokens import example_group
 from flowrl.stages.training import (
     check_engine_of,
-    check_experts,
     check_masters,
+    check_model,
     check_saving,
     check_schedule,
     load_state,
@@ -127,7 +127,7 @@ class Learner(Stage):
         check_engine_of(self.config, "learner", self.sampler.model)
         check_schedule(self.config, self.num_optimizer_steps, "learner")
         model = prepare_model(self.sampler.model, say=say)
-        check_experts(self.config, model, "learner")
+        check_model(self.config, model, "learner")
         check_saving(self.config, model, "learner")
         check_masters(self.sampler.model, say)
         self._check_publishing(model, say)

@@ -28,8 +28,8 @@ from flowrl.stages.saving import save_checkpoint
 from flowrl.stages.tokens import example_group, group_batch, padded, with_constant
 from flowrl.stages.training import (
     check_engine_of,
-    check_experts,
     check_masters,
+    check_model,
     check_saving,
     check_schedule,
     load_state,
@@ -92,10 +92,10 @@ class OfflineLearner(Stage):
         check_engine_of(self.config, "learner", self.course.model)
         check_schedule(self.config, self.course.steps, "learner")
         model = prepare_model(self.course.model, say=say)
-        check_experts(self.config, model, "learner")
+        objective = load_objective(with_teacher(self.objective, self.course.model, say=say))
+        check_model(self.config, model, "learner", objective.head)
         check_saving(self.config, model, "learner")
         check_masters(self.course.model, say)
-        objective = load_objective(with_teacher(self.objective, self.course.model, say=say))
         if objective.learns_from == "labelled responses" and self.course.examples_per_step < 2:
             what = "1 never holds both a good and a bad response"
             raise ConfigError("examples_per_step", what, "set it to 2 or more; 16 is usual")

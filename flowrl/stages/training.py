@@ -23,6 +23,7 @@ from flowrl.telemetry.events import Cause
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from flowrl.algorithms.base import Head
     from flowrl.graph.ports import In
     from flowrl.graph.stage import Context, Say
     from flowrl.messages import M
@@ -55,12 +56,15 @@ def check_engine_of(settings: Scoring | Training, where: str, model: str) -> Non
         check_quantization(lora, where, has_gpu=has_gpu)
 
 
-def check_experts(settings: Training, model: Path, where: str) -> None:
-    """Insist that a node's model has the experts that it is to use evenly.
+def check_model(settings: Training, model: Path, where: str, head: Head = "policy") -> None:
+    """Insist that a node's model has the parameters, layers and experts that its settings speak of.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: it has not.
     """
+    from flowrl.engines.savings import check_savings
+
+    check_savings(settings, model, head, where)
     if settings.router_aux_loss:
         from transformers import AutoConfig
 

@@ -141,7 +141,10 @@ def test_sharded_engines_take_the_steps_of_plain_torch_and_out_of_memory_the_sam
     engine.close()
 
 
-@pytest.mark.parametrize(("sharded", "zero_stage"), [*((DEEPSPEED, stage) for stage in (1, 2, 3)), (FSDP, 2)])
+@pytest.mark.parametrize(
+    ("sharded", "zero_stage"),
+    [pytest.param(DEEPSPEED, 1, marks=pytest.mark.long), (DEEPSPEED, 2), (DEEPSPEED, 3), (FSDP, 2)],
+)
 def test_sharded_engines_in_bfloat16_keep_float32_weights_as_plain_torch_does(model, tmp_path, sharded, zero_stage):
     outcomes = []
     for path in (TORCH, sharded):
@@ -278,7 +281,7 @@ def scaled_engine(model: Path, power: int, zero_stage: int, **settings: Any):
     return engine
 
 
-@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize("zero_stage", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_an_overflow_in_float16_takes_no_step_and_lowers_the_scale(model, tmp_path, float16, zero_stage):
     engine = scaled_engine(model, 20, zero_stage)
     before, skipped = flat(engine.score(GROUPS)), 0
@@ -320,12 +323,12 @@ def two_halves(engine) -> dict[str, float]:
     ("head", "path", "zero_stage", "scarce"),
     [
         ("policy", TORCH, 0, "backward"),
-        ("policy", DEEPSPEED, 0, "forward"),
-        ("policy", DEEPSPEED, 1, "backward"),
         ("policy", DEEPSPEED, 2, "backward"),
         ("policy", DEEPSPEED, 3, "forward"),
-        ("value", DEEPSPEED, 3, "backward"),
         ("policy", FSDP, 3, "backward"),
+        pytest.param("policy", DEEPSPEED, 0, "forward", marks=pytest.mark.long),
+        pytest.param("policy", DEEPSPEED, 1, "backward", marks=pytest.mark.long),
+        pytest.param("value", DEEPSPEED, 3, "backward", marks=pytest.mark.long),
         pytest.param("policy", FSDP, 2, "forward", marks=pytest.mark.long),
         pytest.param("value", FSDP, 3, "forward", marks=pytest.mark.long),
     ],

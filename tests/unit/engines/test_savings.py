@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from flowrl.engines.base import Lora, Ranks, Scoring, Training, TrainingConfig
 from flowrl.engines.deepspeed import DeepSpeedEngine
 from flowrl.engines.fsdp import Fsdp2Engine
-from flowrl.engines.savings import offloading
+from flowrl.engines.savings import check_savings, offloading
 from flowrl.engines.torch import SequenceScoringEngine, TorchEngine
 from flowrl.errors import ConfigError
 from tests.unit.engines.test_trainer import GROUPS, WeightedTokens, choose, gradients, opened
@@ -52,15 +54,18 @@ def test_weight_decay_pulls_at_matrices_only(tiny_llama):
 
 
 @pytest.mark.parametrize(
-    ("patterns", "words"),
+    ("settings", "words"),
     [
-        (["model.layers.7.*"], "matches none of the .* parameters of LlamaForCausalLM; one of them is called model.l"),
-        (["model.*"], "match all .* parameters; leave some to train"),
+        ({"freeze": ["model.layers.7.*"]}, r"learner\.freeze: .* matches none of .*; one of them is called model\.l"),
+        ({"freeze": ["*"]}, r"match all .* parameters; leave some to train"),
+        ({"gradient_checkpointing": True, "checkpoint_every": 3}, "3 is more than the 2 layers of LlamaFor"),
     ],
 )
-def test_patterns_that_match_nothing_or_everything_are_refused(tiny_llama, patterns, words):
+@pytest.mark.parametrize("head", ["policy", "value"])
+def test_what_a_model_has_not_is_refused_before_it_is_loaded(tiny_llama, settings, words, head):
     with pytest.raises(ConfigError, match=words):
-        opened(tiny_llama, freeze=patterns)
+        check_savings(Training(**settings), Path(tiny_llama), head, "learner")
+    check_savings(Training(freeze=["model.layers.1.*"], gradient_checkpointing=True), Path(tiny_llama), head, "learner")
 
 
 @pytest.mark.parametrize(("every", "again"), [(1, [1, 1]), (2, [1, 0])])
@@ -80,11 +85,6 @@ def test_only_the_chosen_layers_are_computed_again_and_gradients_stay(tiny_llama
     found = gradients(saving)
     for name, expected in gradients(plain).items():
         torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=1e-5)
-
-
-def test_fewer_layers_than_asked_for_are_refused(tiny_llama):
-    with pytest.raises(ConfigError, match="3 is more than the 2 layers of LlamaForCausalLM"):
-        opened(tiny_llama, gradient_checkpointing=True, checkpoint_every=3)
 
 
 @pytest.mark.parametrize(
