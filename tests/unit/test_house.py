@@ -133,3 +133,10 @@ def test_every_module_says_which_test_files_hold_it_and_they_reach_it() -> None:
         for path in map(Path, ", ".join(said).split(", ")):
             assert (ROOT.parent / path).is_file(), f"{name}: there is no {path}"
             assert name in reached_from(".".join(path.with_suffix("").parts)), f"{name} is not reached by {path}"
+
+
+def test_files_of_the_house_that_the_book_names_are_there() -> None:
+    project = ROOT.parent
+    for page in [*sorted((project / "docs").rglob("*.md")), *project.glob("*.md")]:
+        for path in re.findall(r"`((?:flowrl|graphs|scripts|tests|perf)/[\w/.-]*\w/?)`", page.read_text()):
+            assert (project / path).exists(), f"{page.relative_to(project)} names {path}, and there is no such file"
