@@ -186,6 +186,8 @@ def device_findings(machine: Machine) -> Iterator[Finding]:
         yield Finding("FIX", "CUDA", what, remedy)
     else:
         yield Finding("ok", "CUDA", f"driver {machine.driver_cuda}, torch {machine.torch_cuda}")
+    flash = installed("flash-attn")
+    yield Finding("ok", "attention", f"varlen by flash-attn {flash}" if flash else "varlen by torch's own kernel")
 
 
 def offload_finding(available: int, num_gpus: int) -> Finding:

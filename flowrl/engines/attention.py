@@ -11,7 +11,8 @@ the 4D mask, which models hand to their layers as it is, also when layers are co
 - spans, on GPUs: one call of a kernel for sequences of several lengths (flash-attn, else torch's), prompts' keys
   repeated for each response.
 - a BlockMask: FlexAttention. Any other mask, or none: SDPA, as without us.
-What neither takes (caps, sinks, biases, dropout) raises, and the model stays on masked layouts (agreement.py).
+What neither takes (caps, sinks, biases, dropout) raises, and the model stays on masked layouts (agreement.py), as it
+does where a kernel of this device fails its `trial`.
 
 Called by models. Shapes: R rows, H heads, G heads of keys, L row length, D head size.
 
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from flowrl.errors import ConfigError
 
@@ -92,6 +94,34 @@ def spans_of(pieces: Sequence[tuple[int, Sequence[int]]]) -> list[AttentionSpan]
             found.append(AttentionSpan(middle, end, 0, start, middle))
         start = end
     return found
+
+
+def trial(num_heads: int, num_key_heads: int, width: int, *, dtype: torch.dtype, device: torch.device) -> float:
+    """Return by how much attention by spans differs from a mask's on made-up tokens: values and gradients, the worst.
+
+    In parts of their size; heads are those of a model. Whatever the kernel raises is raised.
+    """
+    pieces = [(5, [4, 3, 3]), (2, [6])]
+    spans, length = spans_of(pieces), sum(prompt + sum(fed) for prompt, fed in pieces)
+    sees_LL = torch.zeros(length, length, dtype=torch.bool)
+    for start, end, size, first, last in spans:
+        for begin in range(start, end, size) if size else ():
+            sees_LL[begin : begin + size, begin : begin + size] = torch.ones(size, size).tril().bool()
+        sees_LL[start:end, first:last] = True
+    random = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(1, n, length, width, generator=random) for n in (num_heads, num_key_heads, num_key_heads)]
+    outer = torch.randn(1, length, num_heads, width, generator=random).to(dtype)
+    found: list[tuple[Tensor, ...]] = []
+    for is_ours in (True, False):
+        leaves = [each.to(dtype) for each in drawn]
+        leaves = [(each.to(device) if is_ours else each.double()).requires_grad_() for each in leaves]
+        with torch.enable_grad():
+            if is_ours:
+                out, _ = attend(None, *leaves, torch.tensor(spans)[None, None])
+            else:
+                out = scaled_dot_product_attention(*leaves, sees_LL, enable_gqa=True).transpose(1, 2)
+            found.append((out.detach(), *torch.autograd.grad(out, leaves, outer.to(out))))
+    return max(float((a.cpu().double() - b).abs().max() / b.abs().max()) for a, b in zip(*found, strict=True))
 
 
 def has_mask(given: Any) -> bool:

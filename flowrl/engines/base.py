@@ -243,7 +243,7 @@ class Computing(StageConfig):
     # in which a policy's logits are multiplied; auto: float32 where that copy of the head is up to 256 MiB, else dtype
     head_dtype: Literal["auto", "float32", "model"] = "auto"
     # how what tokens see is given: by a mask (sdpa), or in memory linear in tokens: sequence by sequence (varlen), by
-    # blocks (flex, on GPUs); auto: varlen on CPUs, sdpa on GPUs
+    # blocks (flex, on GPUs); a model or a device that cannot is said and has a mask; auto: varlen
     attention: Annotated[AttentionKind, AUTO] = "varlen"
     # DeepSpeed: 1 shards the optimizer over the ranks, 2 gradients too, 3 weights too. Fsdp2Engine shards all of them:
     # with 2 a layer's weights stay gathered from forward to backward, with 3 they are gathered twice

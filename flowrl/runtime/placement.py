@@ -196,7 +196,7 @@ class _Placement:
         threads = max(1, min(MOST_THREADS, self._machine.cores // max(1, num_processes)))
         self._imply(path, threads=threads)
         if not isinstance(config, Serving):
-            self._imply(path, overlap_comm=True, attention="sdpa")
+            self._imply(path, overlap_comm=True)
             return
         servers = 1 + sum(isinstance(self._configs[each], Serving) for each in beside)
         has_trainers = any(not isinstance(self._configs[each], Serving) for each in beside)

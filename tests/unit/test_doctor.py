@@ -140,7 +140,8 @@ def test_the_command_names_every_package_and_ends_with_a_verdict(tmp_path: Path)
 
 def test_gpus_are_listed_with_what_keeps_a_run_from_them() -> None:
     lines = [str(finding) for finding in device_findings(machine(80, 80))]
-    assert [line.split()[0] for line in lines] == ["ok"] * 3
+    assert [line.split()[0] for line in lines] == ["ok"] * 4
+    assert "varlen by" in lines[-1]
     levels = {finding.name: finding.level for finding in device_findings(machine(80, 24))}
     assert levels["gpus"] == "FIX"
     old = Machine(gpus=machine(80).gpus, driver_cuda="11.8", torch_cuda="13.0")

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from flowrl.engines import attention
 from flowrl.engines.agreement import settle
-from flowrl.engines.base import TokenGroup, TrainingConfig
+from flowrl.engines.base import AttentionKind, TokenGroup, TrainingConfig
 from flowrl.engines.models import TokenReader, load_model, reach_of_positions
 from flowrl.engines.torch import TorchEngine
 from flowrl.errors import ModelError, StageError
@@ -19,10 +20,10 @@ from flowrl.messages import Buffer
 CPU = torch.device("cpu")
 
 
-def read(directory, **settings: Any) -> tuple[Any, TrainingConfig]:
+def read(directory, *, kind: AttentionKind = "sdpa", **settings: Any) -> tuple[Any, TrainingConfig]:
     config = TrainingConfig(model=str(directory), dtype="float32", **settings)
     model = load_model(config, where="learner", dtype=torch.float32, device=CPU)
-    return TokenReader(model, head=config.head, temperature=1.0), config
+    return TokenReader(model, head=config.head, temperature=1.0, attention=kind), config
 
 
 def group(prompt, response) -> TokenGroup:
@@ -51,6 +52,21 @@ def test_a_layout_that_differs_is_not_taken(tiny_llama, monkeypatch):
     settle(reader, reader, config, where="learner")
     assert reader.layouts == ("padded", "alone")
     assert reader.layout(30) == "padded"
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_a_kernel_whose_gradients_are_not_those_of_a_mask_is_not_taken(tiny_llama, monkeypatch, is_right):
+    """A forward alone would not show it."""
+    kernel = attention._flash_backward
+
+    def backward(*tensors, **options):
+        return [(1.0 if is_right else 0.9) * each for each in kernel(*tensors, **options)]
+
+    monkeypatch.setattr(attention, "_flash_backward", backward)
+    reader, config = read(tiny_llama, kind="varlen")
+    settle(reader, reader, config, where="learner")
+    assert ("unmasked" in reader.layouts) == is_right
+    assert bool(reader.attention_in_words()) != is_right
 
 
 @pytest.mark.parametrize("head", ["policy", "value"])

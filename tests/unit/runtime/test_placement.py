@@ -61,7 +61,7 @@ def test_what_is_left_to_auto_is_settled_and_written_with_the_settings() -> None
     s = placed("group_async", 2, "learner.gpus=auto", "generator.kv_cache_bytes=auto").settings
     generator, learner = s.generator, s.learner
     assert (generator.layout, generator.max_running, generator.kv_cache_bytes) == ("processes", 256, 0)
-    assert (learner.gpus, learner.threads, learner.overlap_comm, learner.attention) == (1, 8, True, "sdpa")
+    assert (learner.gpus, learner.threads, learner.overlap_comm) == (1, 8, True)
     without = placed("group_async", 0, "generator.layout=auto", "learner.overlap_comm=auto").settings
     assert (without.generator.layout, without.generator.max_running) == ("thread", 64)
     assert (without.learner.gpus, without.learner.overlap_comm, without.learner.attention) == (0, False, "varlen")
