@@ -312,7 +312,10 @@ class Word(str):
 
 @functools.cache
 def _loader() -> Any:
-    """Return a loader that keeps words as they are written and knows 1e-6 for a number."""
+    """Return a loader that keeps words as they are written, and takes for numbers what is one in any language.
+
+    1e-6 and 1_000 are; 010 and 1:30 (an octal number and a sexagesimal one to YAML 1.1) are texts, and so are dates.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -322,8 +325,17 @@ def _loader() -> Any:
         return Word(node.value) if node.value.lower() in TRUTH else loader.construct_yaml_bool(node)
 
     Loader.add_constructor("tag:yaml.org,2002:bool", boolean)
-    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    kinds = {
+        "int": r"[-+]?(0|[1-9][\d_]*|0x[\da-fA-F_]+|0b[01_]+)$",
+        "float": r"[-+]?((\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(?i:inf|nan))$",
+    }
+    others = {*(f"tag:yaml.org,2002:{kind}" for kind in kinds), "tag:yaml.org,2002:timestamp"}
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in pairs if tag not in others]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for kind, pattern in kinds.items():
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(pattern), list("-+.0123456789"))
     return Loader
 
 
@@ -481,6 +493,8 @@ def _assign(
         _put(_inside(tree, part), rest, value)
     elif rest:
         raise ConfigError(where, f"{here} is a single value and has no {rest!r}")
+    elif value == "None" and type(None) in _members(annotation):
+        raise ConfigError(where, f"{here} would be the text 'None'", "write null, or quote another text")
     elif inner is not None and isinstance(value, dict):
         for name, each in cast("dict[Any, Any]", value).items():
             _assign(_inside(tree, part), inner, str(name), each, where=where, at=here)
@@ -570,6 +584,8 @@ def _readable(error: Exception, tree: Any, kind: type, where: str) -> ConfigErro
     value, annotation = _follow(tree, kind, path)
     if what.startswith("Invalid enum value"):
         what = f"expected one of {', '.join(map(str, get_args(annotation)))}, got {_shown(value)}"
+    elif what.startswith("Invalid RFC3339 encoded date"):
+        what = f"expected a date such as 2026-01-31, got {_shown(value)}"
     elif what.startswith("Object contains unknown field"):
         name, holder = what.split("`")[1], _struct_type(annotation)
         what = f"has no setting {name!r}{suggest(name, _fields(holder)) if holder is not None else ''}"

@@ -22,10 +22,15 @@ if TYPE_CHECKING:
     from flowrl.data.sources import RawRow
 
 Conversation = list[dict[str, Any]]
-WEIGHTS = ("weight", "train", "loss")  # what OpenAI and Mistral, axolotl and ms-swift call it
+WEIGHTS = ("weight", "train", "loss", "loss_mask")  # what OpenAI and Mistral, axolotl and ms-swift call it
 SYSTEM_ROLES = ("system", "developer")
+SYSTEMS = ("system", "system_prompt")  # columns for what stands before a conversation
 THOUGHTS = {"reasoning_content", "reasoning", "thinking"}  # what an assistant thought, where it is apart from content
-ALIEN = {"function_call": "tool_calls", "functions": "the column tools"}  # fields that no template reads
+# Fields that neither a template nor training reads here.
+ALIEN = {
+    "function_call": "tool_calls", "functions": "the column tools", "train_detail": "weight, of the whole message",
+    "loss_scale": "weight, 0 or 1",
+}  # fmt: skip
 
 ROLES = ("system", "developer", "user", "assistant", "tool")  # that every template may be given
 SPEAKERS = {  # other names of them, whatever their case
@@ -87,6 +92,17 @@ def with_system(messages: Conversation, system_prompt: str | None) -> Conversati
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
+def system_of(row: RawRow) -> str | None:
+    """Return the system prompt in a column of its own, if there is one: a text, or Anthropic's text parts.
+
+    Raises:
+        DataError: among the parts is one that is no text.
+    """
+    given = ((name, row.columns.get(name)) for name in SYSTEMS)
+    texts = (_content(row, f"column {name!r}", value) for name, value in given if isinstance(value, str | list))
+    return next((text for text in texts if text.strip()), None)
+
+
 def tools_of(row: RawRow) -> list[dict[str, Any]] | None:
     """Return the tools a row offers: JSON schemas, or strings that hold them as JSON.
 
@@ -135,7 +151,7 @@ def _message(row: RawRow, where: str, message: Any) -> dict[str, Any]:
         raise DataError(row.place, what, "an object with role and content (or tool_calls) was expected")
     for alien, ours in ALIEN.items():
         if alien in found:
-            raise DataError(row.place, f"{where} has {alien}, which chat templates do not read", f"write {ours}")
+            raise DataError(row.place, f"{where} has {alien}, which nothing here reads", f"write {ours}")
     found = {"role": found["role"], "content": _content(row, where, content), **_others(found)}
     if isinstance(calls, list) and calls:
         found["tool_calls"] = [_call(row, where, call) for call in cast("list[Any]", calls)]
@@ -223,5 +239,6 @@ def noun(value: Any) -> str:
     if isinstance(value, list):
         kinds = {type(each) for each in cast("list[Any]", value)}
         return "a list of strings" if kinds == {str} else "a list of objects" if kinds == {dict} else "a list"
-    nouns = {str: "a string", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
+    nouns = {str: "a string", dict: "an object", bool: "true or false", int: "a number", float: "a number",
+             bytes: "bytes, not text"}  # fmt: skip
     return nouns.get(cast("Any", type(value)), "nothing")

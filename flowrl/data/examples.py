@@ -30,10 +30,10 @@ from flowrl.data.formats import (
     good_response,
     normalise,
     number_of,
-    with_names,
 )
 from flowrl.data.made import is_made, made_examples
 from flowrl.data.mixing import Mixture, split
+from flowrl.data.naming import with_answer, with_names
 from flowrl.data.prompts import GENERATED, REASONING_GYM
 from flowrl.data.rendering import Encoded, Renderer
 from flowrl.data.sources import DataDigest, RawRow, read_rows
@@ -48,6 +48,10 @@ if TYPE_CHECKING:
     from flowrl.data.sources import Bad
 
 Reason = Literal["bad", "too long", "truncated", "repeated", "labelled false", "prompt held out", "token at a boundary"]
+BARE = (
+    "examples: strings are learned as they are, without the chat template that the model is asked with; "
+    "data.strings_as_chat=true puts prompt and response under it"
+)
 MAX_LEVELS = 100  # finer ones would be told apart by a digit that means little
 
 
@@ -134,6 +138,7 @@ class ExampleSet:
         self.counts = report.counts  # rows by what befell them
         self.skipped = report.skipped  # why, one line for each row that is bad or too long
         self.digest = report.digest  # of the sources' rows, whatever befell them
+        self.is_bare = report.is_bare  # strings are learned without the model's chat template
         self._parts = parts
         self._mixture = Mixture([len(part) for part in parts], [each.weight for each in data.sources], data.seed)
 
@@ -151,6 +156,8 @@ class ExampleSet:
             yield f"examples: left out {', '.join(left_out)}"
         if self.counts["repeated"]:
             yield f"examples: {self.counts['repeated']} rows are others once more, and are learned once more"
+        if self.is_bare:
+            yield BARE
 
     def row_at(self, position: int) -> ExampleRow:
         """Return the training example at `position` of the endless order: sources mixed, every epoch shuffled anew."""
@@ -167,6 +174,7 @@ class ExampleFindings:
         self.counts: Counter[Reason] = Counter()
         self.skipped: list[str] = []
         self.digest = ""
+        self.is_bare = False
 
     def skip(self, error: DataError, reason: Reason) -> None:
         """Count a row that is left out."""
@@ -194,6 +202,8 @@ def load_examples(data: ExampleData, tokenizer: PreTrainedTokenizerBase) -> Exam
     """
     report = ExampleFindings()
     found = _read(data, report)
+    are_strings = any(not each.is_conversational and each.kind != "language-modeling" for each in report.formats)
+    report.is_bare = are_strings and not data.strings_as_chat and bool(data.chat_template or tokenizer.chat_template)
     for name in data.condition_on:
         report.ranges[name] = score_range(name, [each.row for each in found])
     found.sort(key=lambda each: _digest(each.row.asked) + each.digest)
@@ -218,7 +228,7 @@ def read_source(data: ExampleData, source: ExampleSource, bad: Bad) -> Iterable[
         return
     for row in read_rows(source.source, split=source.split, subset=source.subset, bad=bad):
         try:
-            yield with_names(row, source.columns)
+            yield with_answer(with_names(row, source.columns))
         except DataError as error:
             bad(error)
 
@@ -266,7 +276,11 @@ def _normal(data: ExampleData, raw: RawRow, format: Format, given: Kind | None) 
             raise DataError(raw.place, what, "condition demonstrations: prompt-completion or language-modeling")
         scores = {name: number_of(raw, name) for name in data.condition_on}
         row = msgspec.structs.replace(row, scores=scores)
-    return as_chat(row) if data.strings_as_chat and not format.is_conversational else row
+    row = as_chat(row) if data.strings_as_chat and not format.is_conversational else row
+    if row.system:
+        what = "has a system prompt in a column of its own, which only a conversation has a place for"
+        raise DataError(raw.place, what, "set data.strings_as_chat=true, or write the row as messages")
+    return row
 
 
 def _digest(value: Any) -> bytes:

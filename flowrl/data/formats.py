@@ -10,11 +10,11 @@ The types and column names are those of TRL's documentation ("Dataset formats an
     language-modeling     messages, or text
     prompt-only           prompt
 
-Preferences that Label Studio or Argilla exported are read as such (flowrl.data.labelling).
-ShareGPT's column `conversations` is read as `messages`, or as the `prompt` of chosen and rejected, with its `system`.
+Other names of columns are brought to these by naming.py.
 A row with the columns of several types is of the first that fits, in this order. Columns `tools` and
-`chat_template_kwargs` go to the chat template, `finish` (or `finish_reason`) says that a response was sampled and
-whether it was cut; others are left alone; a null is as good as a column that is not there.
+`chat_template_kwargs` go to the chat template, `system` (or `system_prompt`) before a conversation without one,
+`finish` (or `finish_reason`) says that a response was sampled and whether it was cut; others are left alone; a null is
+as good as a column that is not there.
 Invariant: what `normalise` returns has at least one response or step, and the types that `NormalRow` states. Called by
 `load_examples` and `flowrl data check`.
 
@@ -24,18 +24,17 @@ Tests: tests/unit/data/test_formats.py
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import msgspec
 
-from flowrl.data.conversations import Conversation, messages_of, noun, options_of, renamed, tools_of, with_system
-from flowrl.data.labelling import preference_of
+from flowrl.data.conversations import Conversation, messages_of, noun, options_of, system_of, tools_of, with_system
+from flowrl.data.naming import ASKING, SHOWN_COLUMNS
 from flowrl.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from flowrl.data.sources import RawRow
 
@@ -58,11 +57,6 @@ SHAPES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     ("prompt-only", ("prompt",)),
 )
 WORDS = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
-# Where prompts for online training are looked for, in this order.
-PROMPT_COLUMNS = ("prompt", "messages", "context_messages", "question", "problem", "instruction", "query", "input")
-SHAREGPT = "conversations"
-SPOKEN = (SHAREGPT, "messages", "context_messages", "prompt", "completion", "chosen", "rejected")  # may hold messages
-SHOWN_COLUMNS = 12  # of a row, in an error
 
 
 class Format(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,6 +88,7 @@ class NormalRow(msgspec.Struct, frozen=True, kw_only=True):
         ""  # "stop" or "length": the responses were sampled, and came to their end or were cut; "": not known
     )
     scores: dict[str, float] = {}  # by column, where a response is conditioned on them
+    system: str = ""  # of a row of strings, which only a conversation has a place for
 
     @property
     def asked(self) -> Text:
@@ -109,66 +104,6 @@ class NormalRow(msgspec.Struct, frozen=True, kw_only=True):
             return first[: num_shared(first, self.responses[-1])]
         roles = [message["role"] for message in first]
         return first[: roles.index("assistant")] if "assistant" in roles[1:] else first
-
-
-def with_names(row: RawRow, names: Mapping[str, str]) -> RawRow:
-    """Return a row with columns under other names as well, `names` saying which is whose: {"answer": "solution"}.
-
-    ShareGPT's names, and those of labelling tools, are known without being given.
-
-    Raises:
-        DataError: it lacks one of them, a message is from somebody unknown, or a labelled row prefers nothing.
-    """
-    row = msgspec.structs.replace(row, columns={**row.columns, **preference_of(row.columns, row.place)})
-    missing = [theirs for theirs in names.values() if theirs not in row.columns]
-    if missing:
-        what = f"no column {missing[0]!r} (columns: {', '.join(row.columns) or 'none'})"
-        raise DataError(row.place, what, "mend data.columns")
-    columns = row.columns | {ours: row.columns[names[ours]] for ours in names}
-    columns |= {name: renamed(columns[name], row.place) for name in SPOKEN if columns.get(name)}
-    ours, said, system = "prompt" if columns.get("chosen") else "messages", columns.get(SHAREGPT), columns.get("system")
-    if said and columns.get(ours) is None:
-        is_told = isinstance(system, str) and system and isinstance(said, list) and "role" in cast("list[Any]", said)[0]
-        columns[ours] = with_system(cast("Conversation", said), cast("str", system)) if is_told else said
-    return msgspec.structs.replace(row, columns=columns)
-
-
-def prompt_column(row: RawRow) -> str:
-    """Return the column that holds what is asked: the first known name with a text, or with messages to be answered.
-
-    Raises:
-        DataError: none does.
-    """
-    there = [name for name in PROMPT_COLUMNS if row.columns.get(name)]
-    if there:
-        return next((name for name in there if not ends_answered(row.columns[name])), there[0])
-    close = difflib.get_close_matches("prompt", row.columns, n=1)
-    names = ", ".join(list(row.columns)[:SHOWN_COLUMNS]) or "none"
-    what = f"no column is known to hold the prompt (columns: {names})"
-    hint = f"did you mean data.prompt_column={close[0]}?" if close else "name it with data.prompt_column"
-    raise DataError(row.place, what, hint)
-
-
-def ends_answered(value: Any) -> bool:
-    """Say whether these are messages of which the last is the assistant's."""
-    last = cast("list[Any]", value)[-1] if isinstance(value, list) and value else None
-    return isinstance(last, dict) and cast("dict[str, Any]", last).get("role") == "assistant"
-
-
-def with_prompt(row: RawRow, column: str) -> RawRow:
-    """Return a row with its prompt in the column `prompt`; an `instruction` is followed by its `input`.
-
-    Raises:
-        DataError: there is no such column.
-    """
-    if column not in row.columns:
-        close = difflib.get_close_matches(column, row.columns, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "set data.prompt_column"
-        raise DataError(row.place, f"no column {column!r} (columns: {', '.join(row.columns) or 'none'})", hint)
-    prompt = row.columns[column]
-    if column == "instruction" and isinstance(prompt, str) and row.columns.get("input"):
-        prompt = f"{prompt}\n\n{row.columns['input']}"
-    return msgspec.structs.replace(row, columns={**row.columns, "prompt": prompt})
 
 
 def detect(row: RawRow, kind: Kind | None = None) -> Format:
@@ -191,7 +126,8 @@ def detect(row: RawRow, kind: Kind | None = None) -> Format:
     shapes = dict.fromkeys(" + ".join(sorted(needed)) for each, needed in SHAPES if kind in (None, each))
     names = ", ".join(list(columns)[:SHOWN_COLUMNS]) or "none"
     what = f"has the columns {names}, which are " + (f"not those of {kind}" if kind else "those of no known format")
-    remedy = f"give {' or '.join(shapes)}, or name yours with data.columns"
+    asked = next((name for name in ASKING if name in columns), "question")
+    remedy = f"give {' or '.join(shapes)}, or name yours, such as data.columns.prompt={asked}"
     raise DataError(row.place, what, remedy)
 
 
@@ -201,6 +137,19 @@ def normalise(row: RawRow, format: Format, kind: Kind | None = None) -> NormalRo
     Raises:
         DataError: a column is missing, empty or of another type than the format says, or the row is of another format.
     """
+    normal = _normalised(row, format, kind)
+    system = system_of(row)
+    if not system or (format.kind == "language-modeling" and not format.is_conversational):
+        return normal
+    if isinstance(normal.prompt, str):
+        return msgspec.structs.replace(normal, system=system)
+    if normal.prompt:
+        return msgspec.structs.replace(normal, prompt=with_system(normal.prompt, system))
+    responses: list[Text] = [with_system(cast("Conversation", each), system) for each in normal.responses]
+    return msgspec.structs.replace(normal, responses=responses)
+
+
+def _normalised(row: RawRow, format: Format, kind: Kind | None) -> NormalRow:
     found = detect(row, kind)
     if msgspec.structs.replace(found, has_tools=format.has_tools) != format:
         remedy = "write all rows of a data set alike, or split it in two"
@@ -260,7 +209,8 @@ def as_chat(row: NormalRow) -> NormalRow:
         what = "has no prompt of its own, but data.strings_as_chat is true"
         raise DataError(row.place, what, "write it as messages, or set data.strings_as_chat=false")
     responses: list[Text] = [[{"role": "assistant", "content": each}] for each in row.responses]
-    return msgspec.structs.replace(row, prompt=[{"role": "user", "content": row.prompt}], responses=responses)
+    prompt = with_system([{"role": "user", "content": row.prompt}], row.system or None)
+    return msgspec.structs.replace(row, prompt=prompt, responses=responses, system="")
 
 
 def good_response(row: NormalRow, format: Format) -> NormalRow:

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from flowrl.config import Config, resolve
-from flowrl.data.examples import ExampleData, ExampleRow, ExampleSet, load_examples, read_source, read_template
-from flowrl.data.formats import detect, ends_answered, prompt_column
+from flowrl.data.examples import BARE, ExampleData, ExampleRow, ExampleSet, load_examples, read_source, read_template
+from flowrl.data.formats import detect
+from flowrl.data.naming import ends_answered, prompt_column
 from flowrl.data.prompts import PromptData, PromptRow, PromptSource, load_prompts
 from flowrl.ending import ending_of
 from flowrl.errors import ConfigError, DataError, printable
@@ -69,12 +70,13 @@ def check_settings(path: str, *, format: str | None, overrides: Sequence[str]) -
     given = [*source, *([f"data.format={format}"] if format else [])]
     try:
         return resolve(CheckSettings, overrides=[*given, *overrides]).data
-    except ConfigError:
+    except ConfigError as error:
         if format:
             raise
-        with contextlib.suppress(ConfigError):
+        try:
             return resolve(PromptSettings, overrides=[*source, *overrides]).data
-        raise
+        except ConfigError as other:  # the one that knows a name like it
+            raise max(error, other, key=lambda each: "did you mean" in str(each)) from None
 
 
 def check_data(data: ExampleData | PromptData, tokenizer: PreTrainedTokenizerBase, say: Say, *, colour: bool) -> None:
@@ -111,6 +113,8 @@ def check_data(data: ExampleData | PromptData, tokenizer: PreTrainedTokenizerBas
     lasts = [each[-1] for row in (*examples.train, *examples.heldout) for each in row.responses if not row.step_labels]
     if num_cut := sum(last not in ending.stops for last in lasts):
         say(f"           {num_cut} of {len(lasts)} responses were cut, and are learned without an end")
+    if examples.is_bare:
+        say(BARE)
     if examples.train:
         row = min(examples.train, key=lambda row: row.index)
         how = "in green" if colour else "between ⟦ and ⟧"
@@ -252,6 +256,8 @@ def _check_prompts(data: PromptData, tokenizer: PreTrainedTokenizerBase, say: Sa
     for line in _lengths([len(row.token_ids) for row in rows], "prompt"):
         say(line)
     say(f"ends       {ending_of(tokenizer)}")
+    if prompts.unopened:
+        say(f"unopened   the chat template opens no turn, so the policy writes {prompts.unopened!r} before each answer")
     row = min(rows, key=lambda row: row.index)
     say(f"example    {row.place}, with nothing to learn in it\n{printable(row.text)}")
     say(f"run        flowrl run graphs/group_async.py {' '.join(_wanted(data, rows, has_template=has_template))}")

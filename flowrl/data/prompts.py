@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import msgspec
 
 from flowrl.config import Config, Meta
-from flowrl.data.conversations import messages_of, noun, options_of, tools_of, with_system
-from flowrl.data.formats import NormalRow, prompt_column, with_names, with_prompt
+from flowrl.data.conversations import messages_of, noun, options_of, system_of, tools_of, with_system
+from flowrl.data.formats import NormalRow
 from flowrl.data.mixing import Mixture, split
+from flowrl.data.naming import prompt_column, with_names, with_prompt
 from flowrl.data.rendering import Renderer
 from flowrl.data.sources import DataDigest, RawRow, read_rows
 from flowrl.data.tasks import Task, make_rows
@@ -71,7 +72,7 @@ class PromptData(Config):
     system_prompt: str | None = None  # for prompts without a system message; None: what the chat template puts there
     date: datetime.date = DATE  # told to a template that writes today's: a prompt is the same on every day
     chat_template: bool = True  # false: strings go to the model as they are
-    prompt_column: str = ""  # holds a string, or a list of messages; "": found out (see flowrl.data.formats)
+    prompt_column: str = ""  # holds a string, or a list of messages; "": found out (see flowrl.data.naming)
     columns: dict[str, str] = {}  # other names of columns, for reward functions: `answer: solution`
     split: str = "train"  # of a hub data set; of a directory, the files and folders whose names begin so
     subset: str = ""  # of a hub data set, where it has several
@@ -122,6 +123,7 @@ class PromptSet:
         self.found_in = report.found_in  # the column of the prompts, of each source
         self.num_repeated = report.num_repeated  # rows that are others once more
         self.num_left_out = report.num_left_out  # rows that ask what a held-out one asks
+        self.unopened = report.unopened  # what the policy writes before each answer, for want of an opened turn
         self.skipped = report.skipped  # why, one line for each bad row
         self.digest = str(report.digest)  # of the sources' rows, whatever befell them
         self._parts = parts
@@ -139,6 +141,9 @@ class PromptSet:
             yield f"prompts: left out {', '.join(f'{count} that {why}' for why, count in left_out.items() if count)}"
         if self.num_repeated:
             yield f"prompts: {self.num_repeated} rows are others once more, and are sampled once more"
+        if self.unopened:
+            what = f"the chat template opens no turn for the assistant, so the policy writes {self.unopened!r} itself"
+            yield f"warning: prompts: {what}; give the model a template with add_generation_prompt"
 
     def row_at(self, position: int) -> PromptRow:
         """Return the training prompt at `position` of the endless order: sources mixed, every epoch shuffled anew."""
@@ -153,6 +158,7 @@ class PromptFindings:
         self.found_in: list[str] = []
         self.num_repeated = 0
         self.num_left_out = 0
+        self.unopened = ""
         self.skipped: list[str] = []
         self.digest = DataDigest()
         self._stops = data.on_bad == "stop"
@@ -220,6 +226,7 @@ def load_prompts(data: PromptData, tokenizer: PreTrainedTokenizerBase) -> Prompt
         raise ModelError(f"tokenizer {tokenizer.name_or_path}", "has no chat template", remedy)
     report = PromptFindings(data)
     renderer = Renderer(tokenizer, day=data.date)
+    report.unopened = renderer.unopened() if data.chat_template else ""
     found = list(_rendered(data, renderer, report))
     found.sort(key=lambda each: _digest(each.row.columns["prompt"]) + each.digest)
     report.num_repeated = len(found) - len({each.digest for each in found})
@@ -312,13 +319,17 @@ def prompt_of(data: PromptData, row: RawRow) -> NormalRow:
         raise DataError(row.place, f"the prompt is {noun(prompt)}", "a prompt is a string or a list of messages")
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise DataError(row.place, "the prompt is empty", "drop the row, or set data.on_bad=skip")
+    system = system_of(row)
     if not data.chat_template:
+        if system:
+            what = "has a system prompt in a column of its own, which only a chat template has a place for"
+            raise DataError(row.place, what, "set data.chat_template=true, or write it into the prompt")
         if isinstance(prompt, str):
             return NormalRow(place=row.place, prompt=prompt)
         remedy = "set data.chat_template=true, or write the prompt as one string"
         raise DataError(row.place, "is a conversation but data.chat_template is false", remedy)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else messages_of(row, "prompt")
-    messages = with_system(messages, data.system_prompt)
+    messages = with_system(messages, system or data.system_prompt)
     return NormalRow(place=row.place, prompt=messages, tools=tools_of(row), template_options=options_of(row))
 
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from flowrl.data.conversations import ROLES, THOUGHTS
-from flowrl.data.formats import num_shared
+from flowrl.data.formats import NormalRow, num_shared
 from flowrl.ending import (
     ASKED,
     CALL_STYLES,
@@ -36,6 +36,7 @@ from flowrl.ending import (
     CLOSERS,
     DATE,
     HEARD,
+    SAID,
     AnswerEnd,
     ending_of,
     render_options,
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from flowrl.data.conversations import Conversation
-    from flowrl.data.formats import NormalRow
 
 NAN = float("nan")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -106,11 +106,25 @@ class Renderer:
             DataError: the conversation ends with the assistant, or the template cannot render it.
             ModelError: there is no template.
         """
-        messages = cast("Conversation", row.prompt)
+        messages = self._said(row, cast("Conversation", row.prompt))
         if messages[-1]["role"] == "assistant":
             remedy = "end it with the user's message; the policy writes the answer"
             raise DataError(row.place, f"message {len(messages) - 1}, the last, is the assistant's", remedy)
         return self._render(row, messages, is_open=True) + prefix
+
+    def unopened(self) -> str:
+        """Return what the policy must write itself before each answer, where the template opens no turn for it."""
+        asked = {"role": "user", "content": ASKED}
+        row = NormalRow(place=f"tokenizer {self._tokenizer.name_or_path}", prompt=[asked])
+        said = {"role": "assistant", "content": SAID}
+        try:
+            opened, bare, whole = (
+                self._render(row, [asked], is_open=True), self._render(row, [asked]), self._render(row, [asked, said])
+            )  # fmt: skip
+        except DataError:  # it takes no such conversation
+            return ""
+        before = whole[len(opened) :].partition(SAID)[0]
+        return before if opened == bare and whole.startswith(opened) and before.strip() else ""
 
     def prompt_ids(self, text: str, *, is_rendered: bool) -> list[int]:
         """Return a prompt's tokens; a template writes its own special tokens, plain text gets those it begins with."""
@@ -206,14 +220,34 @@ class Renderer:
         return stripped if self._is_ended(stripped) else text
 
     def _is_ended(self, text: str) -> bool:
-        return any(text.endswith(stop) for stop in self.ending.stops.values())
+        return bool(self._end_of(text))
 
     # Conversations
+
+    def _said(self, row: NormalRow, messages: Conversation) -> Conversation:
+        """Return messages without the token that ends an answer where a data set has written it into the assistant's.
+
+        Raises:
+            DataError: there is more behind it, which generation would never come to.
+        """
+        found: Conversation = []
+        for place, message in enumerate(messages):
+            content = message["content"]
+            if message["role"] == "assistant" and not row.finish and (head := self.ending.cut(content)) is not None:
+                if content[len(head) :].strip():
+                    what = f"message {place} goes on behind {self._end_of(head)}, which ends an answer"
+                    raise DataError(row.place, what, "write what follows as messages of their own, or take it out")
+                message = {**message, "content": head.removesuffix(self._end_of(head))}
+            found.append(message)
+        return found
+
+    def _end_of(self, text: str) -> str:
+        return next((stop for stop in self.ending.stops.values() if text.endswith(stop)), "")
 
     def _write(self, row: NormalRow, response: Conversation) -> Written:
         """Return a conversation's text with what the assistant writes in it, after the prompt if there is one."""
         prompt = cast("Conversation", row.prompt)
-        messages = [*prompt, *response]
+        messages = self._said(row, [*prompt, *response])
         turns = [k for k, message in enumerate(messages) if message["role"] == "assistant" and k >= len(prompt)]
         learned = [k for k in (turns if self._learns_all else turns[-1:]) if messages[k].get("weight") != 0]
         if not learned:
@@ -338,8 +372,9 @@ class Renderer:
 
     def _finished(self, row: NormalRow, answer: str) -> str:
         """Return an answer, without its end where it is a sample that was cut."""
-        stop = next((stop for stop in self.ending.stops.values() if answer.endswith(stop)), "")
-        return answer if row.finish != "length" else answer.removesuffix(stop).removesuffix(self.ending.gap)
+        if row.finish != "length":
+            return answer
+        return answer.removesuffix(self._end_of(answer)).removesuffix(self.ending.gap)
 
     def _own_end(self, message: dict[str, Any]) -> str:
         ending = self.ending

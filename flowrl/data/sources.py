@@ -53,6 +53,8 @@ def read_rows(source: str, *, split: str, subset: str, bad: Bad) -> Iterator[Raw
     Raises:
         DataError: the source is missing, of an unknown kind, unreachable or damaged as a whole.
     """
+    if source.lstrip().startswith("["):
+        raise DataError(f"data {source}", "is a list", "give several sources as data.mix=[{source: a.jsonl}, ...]")
     path = Path(source).expanduser()
     if (path / "settings.yaml").is_file():  # a run: what its writer has written
         path = path / "data"
@@ -272,7 +274,8 @@ def _read_arrow(path: Path, bad: Bad) -> Iterator[RawRow]:
 
 
 def _read_batches(path: Path, batches: Any, bad: Bad) -> Iterator[RawRow]:
-    yield from _number(str(path), chain.from_iterable(batch.to_pylist() for batch in batches), bad)
+    rows = chain.from_iterable(batch.to_pylist(maps_as_pydicts="strict") for batch in batches)
+    yield from _number(str(path), rows, bad)
 
 
 def _read_saved(path: Path, split: str, bad: Bad) -> Iterator[RawRow]:
@@ -286,6 +289,8 @@ def _read_saved(path: Path, split: str, bad: Bad) -> Iterator[RawRow]:
                 f"data {path}", f"no split {split!r} (found {', '.join(map(str, found))})", "set data.split"
             )
         found = found[split]
+    elif split not in ("train", "", str(found.split)):
+        raise DataError(f"data {path}", f"is one data set, without a split {split!r}", "leave data.split out")
     yield from _number(str(path), found, bad)
 
 
@@ -320,9 +325,9 @@ def _number(source: str, rows: Any, bad: Bad) -> Iterator[RawRow]:
 
 
 def _jsonable(row: dict[str, Any], place: str) -> dict[str, Any]:
-    """Return the row with dates, decimals and the like as JSON has them; columns travel in messages."""
+    """Return the row with dates, decimals and the like as JSON has them, bytes as they are: they are no text."""
     try:
-        return cast("dict[str, Any]", msgspec.to_builtins(row, str_keys=True))
+        return cast("dict[str, Any]", msgspec.to_builtins(row, str_keys=True, builtin_types=(bytes,)))
     except TypeError as error:
         raise DataError(place, f"a column cannot be sent to reward functions ({error})", "drop the column") from error
 

@@ -18,10 +18,11 @@
                 names (prompts, completions, ...) it takes lists and returns one number for each sample. Only by
                 adapter=verifiers, since a rubric has no signature.
 
-All but the last may be `async`; a function is given those it names, or all with **kwargs. Two differences from
-verifiers: a function that raises is an error and not a score of 0, and a function of weight 0 is not called. Sources:
-TRL GRPOTrainer "custom reward function"; verl/utils/reward_score; OpenRLHF examples/python/reward_func.py. Invariant:
-what comes back is not yet checked; `RewardFunction`, which calls `style_of`, does that.
+All but the last may be `async`; a function is given those it names, or all with **kwargs; verl's and OpenRLHF's keep
+the defaults of further parameters (gsm8k's `score=1.0`), whatever columns there are. Two differences from verifiers: a
+function that raises is an error and not a score of 0, and a function of weight 0 is not called. Sources: TRL
+GRPOTrainer "custom reward function"; verl/utils/reward_score; OpenRLHF examples/python/reward_func.py. Invariant: what
+comes back is not yet checked; `RewardFunction`, which calls `style_of`, does that.
 
 Tests: tests/unit/rewards/test_adapters.py
 """
@@ -71,6 +72,8 @@ def style_of(found: Any, adapter: Adapter, *, path: str, where: str) -> Style:
         return Style("verifiers")
     if isinstance(found, type) or not callable(found):
         remedy = "set adapter=verifiers" if _is_rubric(found) else f"name a function: {TO_COPY}"
+        if isinstance(found, type) and "__call__" in vars(found):
+            remedy = f"name an object of it: write `scorer = {found.__name__}()` in the module and name `scorer`"
         raise ConfigError(where, f"{path} is a {type(found).__name__}, not a function", remedy)
     try:
         parameters = inspect.signature(found).parameters.values()
@@ -88,14 +91,15 @@ def style_of(found: Any, adapter: Adapter, *, path: str, where: str) -> Style:
 
 def _style(names: set[str], takes_all: bool, adapter: Adapter) -> Style | None:
     if adapter == "auto":
-        known = ("verl", "openrlhf", "trl", "sample")
+        own = "completions" in names or "completion" in names  # the other names are then columns of the data
+        known = ("trl", "sample") if own else ("verl", "openrlhf", "trl", "sample")
         tried = (_style(names, False, each) for each in known)
         found = next((style for style in tried if style is not None), None)
         return found or (Style("trl") if takes_all else None)
-    if adapter == "verl" and (names & {f"{name}s" for name in VERL[:3]}):
+    if adapter == "verl" and "solution_strs" in names:
         return Style("verl", is_plural=True)
     says = {
-        "verl": {"solution_str", "data_source"},
+        "verl": {"solution_str"},
         "openrlhf": {"queries"},
         "trl": {"completions", "prompts", "completion_ids"},
         "sample": {"completion"},
@@ -125,7 +129,7 @@ def columns_for(style: Style, texts: Columns, *, label_column: str, where: str) 
             queries = [before + behind for before, behind in zip(asked, said, strict=True)]
             given = {"queries": queries, "prompts": asked, "labels": labels}
         case "verl":
-            empty: list[Any] = [None] * len(said)
+            empty: list[Any] = [{} for _ in said]
             truths = _ground_truths(columns, label_column, where)
             found = (columns.get("data_source", [""] * len(said)), said, truths, columns.get("extra_info", empty))
             given = {f"{name}s" if style.is_plural else name: each for name, each in zip(VERL, found, strict=True)}

@@ -119,7 +119,9 @@ class RewardFunction:
         for name in self._required:
             if name not in known:
                 raise missing_column(name, known, where)
-        wanted = self._names | (known.keys() if offered is None else offered) if self._takes_all else self._names
+        wanted = self._names if offered is None else {*self._required, *offered} & self._names  # other defaults stay
+        if self._takes_all:
+            wanted = wanted | (known.keys() if offered is None else offered)
         given = {name: value for name, value in known.items() if name in wanted}
         if self._style.is_one_by_one:
             places = range(len(group.samples))

@@ -5,7 +5,8 @@
 "\\frac{1}{2}", "0.5" and "1/2" are the same answer, and so are "A" and "(A)". math-verify hands parts of the completion
 to sympy's evaluating parser and ends what takes too long by a signal: both are reasons why this runs in a worker
 process and in its main thread (`isolation=process`, the default). Invariants: what is marked as the final answer is
-read as the data's answer is; an `answer` in the data that is none is an error, never a wrong completion.
+read as the data's answer is; what `exact_answer` takes is right here too; an `answer` in the data that is none is an
+error, never a wrong completion.
 
 Tests: tests/contracts/test_reward_workers.py
 """
@@ -16,7 +17,7 @@ import re
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from flowrl.rewards.verify import accepted, choice, marked_answer, text_of
+from flowrl.rewards.verify import accepted, choice, is_right, marked_answer, plain, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,14 +45,15 @@ def math_answer(completions: Sequence[Completion], answer: Sequence[object], **_
     golds: dict[str, list[list[Any]]] = {}
     scores: list[float] = []
     for completion, wanted in zip(completions, answer, strict=True):
-        key = repr(wanted)
+        key, texts = repr(wanted), accepted(wanted)
         if key not in golds:
-            golds[key] = [_parsed_gold(each) for each in accepted(wanted)]
-        scores.append(_is_equal(golds[key], text_of(completion)))
+            golds[key] = [_parsed_gold(each) for each in texts]
+        is_same = is_right(completion, [plain(each) for each in texts])
+        scores.append(float(is_same or _is_equal(golds[key], text_of(completion))))
     return scores
 
 
-def _is_equal(golds: list[list[Any]], text: str) -> float:
+def _is_equal(golds: list[list[Any]], text: str) -> bool:
     from math_verify import parse, verify
 
     marked = marked_answer(text)
@@ -59,7 +61,7 @@ def _is_equal(golds: list[list[Any]], text: str) -> float:
     found = parse(said, parsing_timeout=LIMIT_S) if marked is None or _SENTENCE.search(marked) else []
     if not found and (marked is not None or choice(said) or _WORD.fullmatch(said.strip())):
         found = _parsed(said)
-    return float(any(verify(gold, found, timeout_seconds=LIMIT_S) for gold in golds))
+    return any(verify(gold, found, timeout_seconds=LIMIT_S) for gold in golds)
 
 
 def _parsed_gold(text: str) -> list[Any]:

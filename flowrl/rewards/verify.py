@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _TYPED = {0x2212: "-", **{0xFF01 + place: 0x21 + place for place in range(94)}}  # the minus sign, and wide letters
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s*([^\s{}$\\]+)")
+_OPENED = re.compile(r"\s*(?:<[\w:]*think\w*>|\[THINK\]|<\|START_THINKING\|>)")  # what is not ended is not said
 _MARKED = (re.compile(r"<answer>(.*?)</answer>", re.DOTALL), re.compile(r"####(.*)"))
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped one is no brace
 _SPACE = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|~|\s")
@@ -34,7 +36,10 @@ _WORDS = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\s*\{([^{}]*)\}")
 _CHOICE = re.compile(r"\(?([a-z])[).:]{0,2}", re.IGNORECASE)
 _WHOLE = r"\d{1,3}(?:,\d{3})+|\d+"  # a comma stands before each three digits, or "1,2" would be 12
 _NUMBER = re.compile(rf"([-+]?)\\?\$?({_WHOLE})?(\.\d*)?(?:e([-+]?\d{{1,3}}))?")
-_RATIO = re.compile(r"([-+]?)(?:\\[dt]?frac\{(\d+)\}\{(\d+)\}|(\d+)/(\d+))")
+_GAP = re.compile(r"(?<=\d)(?:\{,\}|\\[!,;: ]|[~\s])(?=\d{3}(?!\d))")  # between thousands
+_FRACTION = re.compile(r"\\[cdt]?frac(?:\{([-+]?\d+)\}|(\d))(?:\{(\d+)\}|(\d))")
+_NO_GAP = re.compile(r" (?!\d)|(?<![\d,]) ")  # "1 2" and "1, 200" are two numbers
+_RATIO = re.compile(r"([-+]?)(?:(\d+) )?(\d+)/(\d+)")  # "1 1/2" is 3/2
 _UNIT = re.compile(r"(.*?[\d}.])\s*(?:\\?%|\^?\\circ|\^\{\\circ\}|°|[^\W\d_]+)")  # a number and one word, or a sign
 
 
@@ -47,8 +52,8 @@ def exact_answer(completions: Sequence[Completion], answer: Sequence[object], **
     Raises:
         ValueError: a row has no answer, or an object, or several numbers.
     """
-    wanted = [[_plain(each) for each in accepted(value)] for value in answer]
-    return [float(_is_right(c, golds)) for c, golds in zip(completions, wanted, strict=True)]
+    wanted = [[plain(each) for each in accepted(value)] for value in answer]
+    return [float(is_right(c, golds)) for c, golds in zip(completions, wanted, strict=True)]
 
 
 def reasoning_gym_score(
@@ -68,7 +73,8 @@ def final_answer(completion: Completion) -> str:
 def text_of(completion: Completion) -> str:
     """Return what a completion says behind its thinking, of a conversation its last message."""
     text = completion if isinstance(completion, str) else str(completion[-1]["content"])
-    return CLOSERS.split(text)[-1].translate(_TYPED)
+    said = CLOSERS.split(text)[-1].translate(_TYPED)
+    return "" if _OPENED.match(said) else said
 
 
 def marked_answer(text: str) -> str | None:
@@ -113,7 +119,8 @@ def choice(answer: str) -> str:
 
 
 def _boxes(text: str) -> Iterator[tuple[int, str]]:
-    """Yield where each closed box begins and what stands in it, braces and all."""
+    """Yield where each box begins and what stands in it, braces and all; one that is not closed is none."""
+    yield from ((box.start(), box[1]) for box in _BARE_BOX.finditer(text))
     for box in _BOX.finditer(text):
         depth = 1
         for brace in _BRACE.finditer(text, box.end()):
@@ -123,31 +130,35 @@ def _boxes(text: str) -> Iterator[tuple[int, str]]:
                 break
 
 
-def _is_right(completion: Completion, golds: list[str | Fraction]) -> bool:
+def is_right(completion: Completion, golds: Sequence[str | Fraction]) -> bool:
+    """Say whether the final answer is one of those that are right, each as `plain` has it."""
     final = final_answer(completion)
-    if _plain(final) in golds:
+    if plain(final) in golds:
         return True
     unit = _UNIT.fullmatch(_WORDS.sub(r" \1", final).strip("$ ."))
     if unit is None or marked_answer(text_of(completion)) is None:
         return False
-    number = _plain(unit[1])
+    number = plain(unit[1])
     return isinstance(number, Fraction) and number in golds
 
 
-def _plain(answer: str) -> str | Fraction:
+def plain(answer: str) -> str | Fraction:
     """Return an answer as it is compared: "$1,200" and "1200.0" are one number, "Paris" and "paris" one text."""
     text = answer.strip().removesuffix(".").strip()
     text = text.strip("$") if text.startswith("$") and text.endswith("$") else text
-    number = _number(_SPACE.sub("", text))
+    number = _number(text)
     if number is not None:
         return number
     text = choice(text) or _WORDS.sub(r"\1", text)
-    return re.sub(r"\\[dt]frac", r"\\frac", _SPACE.sub(" ", text).strip()).casefold()
+    text = re.sub(r"\\[dt]frac", r"\\frac", " ".join(_SPACE.sub(" ", text).split()))
+    return re.sub(r"(?<=[,(\[]) | (?=[,)\]])", "", text).casefold()
 
 
 def _number(text: str) -> Fraction | None:
-    if (found := _RATIO.fullmatch(text)) and int(found[3] or found[5]):
-        value = Fraction(int(found[2] or found[4]), int(found[3] or found[5]))
+    text = _FRACTION.sub(lambda found: f" {found[1] or found[2]}/{found[3] or found[4]}", _GAP.sub(",", text))
+    text = _NO_GAP.sub("", " ".join(_SPACE.sub(" ", text).split()))
+    if (found := _RATIO.fullmatch(text)) and int(found[4]) and not (found[2] and int(found[3]) >= int(found[4])):
+        value = int(found[2] or 0) + Fraction(int(found[3]), int(found[4]))
     elif (found := _NUMBER.fullmatch(text)) and (found[2] or len(found[3] or "") > 1):
         digits = (found[2] or "0").replace(",", "") + (found[3] or "")
         value = Fraction(Decimal(digits).scaleb(int(found[4] or 0)))

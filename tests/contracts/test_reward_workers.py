@@ -354,6 +354,8 @@ def test_the_stage_refuses_a_function_that_does_not_load():
         (r"\boxed{12\text{ km}}", 12.0, 1.0),
         ("#### 1000000", "1e6", 1.0),
         ("#### 72", {"ground_truth": "72"}, 1.0),
+        ("12:30", "12:30", 1.0),
+        (r"\boxed{1\,000{,}000}", "1000000", 1.0),
     ],
 )
 def test_math_answers_are_compared_by_their_meaning(completion: str, answer: object, reward: float):

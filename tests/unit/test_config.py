@@ -106,6 +106,16 @@ def test_an_override_is_read_as_the_type_of_its_field(override, read):
     assert read(set_to(override))
 
 
+@pytest.mark.parametrize("text", ["010", "1:30", "0o17", "08.5.1"])
+def test_what_is_a_number_in_old_yaml_alone_is_none(text: str, tmp_path: Path):
+    file = tmp_path / "a.yaml"
+    file.write_text(f"model: {text}\n")
+    assert resolve(Settings, config=file).model == text
+    file.write_text(f"steps: {text}\n")
+    with pytest.raises(ConfigError, match=f"steps: expected an integer, got '{text}'"):
+        resolve(Settings, config=file)
+
+
 @pytest.mark.parametrize("text", ["no", "007", "1e3", "null", "2026-01-02", "[1", "a: b", "{x}", " ", "say # it"])
 def test_a_text_setting_keeps_what_was_typed(text):
     assert set_to(f"model={text}").model == text
@@ -221,6 +231,7 @@ def test_what_to_tree_writes_resolves_to_the_same_settings(tmp_path: Path):
         ("critic.replicas=0", "critic.replicas: expected an integer >= 1, got 0"),
         ("items=[{weight: x}]", "items[0].weight: expected a number, got 'x'"),
         ("items=[{wait: 1}]", "items[0]: has no setting 'wait', did you mean 'weight'?"),
+        ("learner.share=None", "learner.share would be the text 'None'; write null"),
         ("learner={replicas: 3, share: x}", "learner: 3 replicas cannot share x; set replicas=1"),
     ],
 )
@@ -240,7 +251,7 @@ def test_a_long_wrong_value_is_cut():
         ("- steps", "must be a mapping of settings"),
         ("model: 7", "model: expected a text, got 7"),
         ("3: 4", "run.yaml: settings has no setting '3'"),
-        ("model: 2026-13-01", "run.yaml: holds a value that is none (month must be in 1..12)"),
+        ("steps: 0x_", "run.yaml: holds a value that is none"),
     ],
 )
 def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text, said):

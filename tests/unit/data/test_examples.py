@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from flowrl.config import resolve
-from flowrl.data.examples import ExampleData, ExampleSet, ExampleSource, load_examples
+from flowrl.data.examples import BARE, ExampleData, ExampleSet, ExampleSource, load_examples
 from flowrl.errors import ConfigError, DataError
 from tests.support.tiny import CHAT_TEMPLATE
 
@@ -189,6 +189,7 @@ def test_rows_that_are_repeated_are_learned_as_often_and_held_out_once(load):
         "examples: 14 to train on, 3 held out (prompt-completion, standard)",
         "examples: left out 3 prompt held out",
         "examples: 10 rows are others once more, and are learned once more",
+        BARE,
     ]
 
 

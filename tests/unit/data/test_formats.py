@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from flowrl.data.formats import detect, good_response, normalise, with_names
+from flowrl.data.formats import detect, good_response, normalise
+from flowrl.data.naming import with_names
 from flowrl.data.sources import RawRow
 from flowrl.errors import DataError
 

@@ -380,6 +380,27 @@ def test_a_text_begins_with_the_tokenizer_s_own_token_once(ends, begins):
     assert steps.prompt_ids == prompt
 
 
+def test_an_end_that_the_data_have_written_into_an_answer_is_learned_once(tokenizer):
+    ask, answer = said("user", "a"), said("assistant", "yo<|im_end|>\n")
+    again = [said("user", "b"), said("assistant", "bye")]
+    found = renderer(tokenizer).encode(row(messages=[ask, answer, *again]))
+    plain = renderer(tokenizer).encode(row(messages=[ask, said("assistant", "yo"), *again]))
+    assert found == plain
+    asked = renderer(tokenizer).prompt_text(NormalRow(place="a", prompt=[ask, answer, again[0]]))
+    assert asked.count("<|im_end|>") == 3
+    with pytest.raises(DataError, match=r"message 1 goes on behind <\|im_end\|>, which ends an answer"):
+        renderer(tokenizer).encode(row(messages=[ask, said("assistant", "yo<|im_end|> and more")]))
+
+
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [(CHAT_TEMPLATE, ""), (CHAT_TEMPLATE.partition("{% if add")[0], "<|im_start|>assistant\n"),
+     ("{% for m in messages %}{{ m.content }} {{ '[/INST]' if m.role == 'user' else eos_token }}{% endfor %}", "")],
+)  # fmt: skip
+def test_what_a_policy_must_write_itself_for_want_of_an_opened_turn_is_known(tokenizer, template, written):
+    assert renderer(tokenizer, template=template).unopened() == written
+
+
 @pytest.mark.parametrize("finish", ["length", "stop", "eos", None])
 @pytest.mark.parametrize("template", [None, MARKED])
 def test_a_sample_that_was_cut_is_not_taught_to_end(tokenizer, template, finish):

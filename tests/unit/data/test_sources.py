@@ -38,6 +38,16 @@ def test_parquet_columns_come_as_json_has_them(tmp_path):
     assert [row.columns for row in read(tmp_path / "x.parquet")] == [{"prompt": messages, "day": "2024-05-01"}]
 
 
+def test_bytes_are_no_text_and_a_map_is_an_object(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    options = pa.array([[("enable_thinking", False)]], pa.map_(pa.string(), pa.bool_()))
+    pq.write_table(pa.table({"image": pa.array([b"abc"], pa.binary()), "options": options}), tmp_path / "x.parquet")
+    (row,) = read(tmp_path / "x.parquet")
+    assert row.columns == {"image": b"abc", "options": {"enable_thinking": False}}
+
+
 @pytest.mark.slow
 def test_damaged_parquet_file_is_named(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1 but not really")
@@ -66,6 +76,9 @@ def test_saved_data_set_is_read_by_split(tmp_path):
     assert [row.columns for row in read(tmp_path / "saved")] == [{"prompt": "a"}]
     with pytest.raises(DataError, match=r"no split 'dev'.*found train"):
         read(tmp_path / "saved", split="dev")
+    assert [row.columns for row in read(tmp_path / "saved" / "train")] == [{"prompt": "a"}]
+    with pytest.raises(DataError, match=r"is one data set, without a split 'dev'"):
+        read(tmp_path / "saved" / "train", split="dev")
 
 
 @pytest.mark.slow

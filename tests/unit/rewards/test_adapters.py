@@ -235,6 +235,10 @@ def gives_a_coroutine(completion: str) -> Any:
 partly = functools.partial(one_later)
 
 
+def of_columns(completions: list[str], data_source: list[str], ground_truths: Any = (), **_: Any) -> list[float]:
+    return [float(len(completion)) for completion in completions]
+
+
 @pytest.mark.parametrize(
     ("name", "scores"),
     [
@@ -258,6 +262,18 @@ def test_a_signature_is_known_by_its_parameters(name: str, scores: list[float]):
         assert RewardFunction(f"{HERE}:{name}", "worker").call_here(rollouts("one", "three"), runner) == scores
 
 
+def test_columns_that_bear_verls_names_do_not_make_a_function_verls():
+    assert score("of_columns", "auto", rollouts("one", "three", data_source="gsm8k", ground_truths="1")) == [3.0, 5.0]
+
+
+def weighed(solution_str: str, ground_truth: str, extra_info: dict[str, Any], score: float = 1.0) -> float:
+    return score + extra_info.get("bonus", 0.0)
+
+
+def test_a_further_default_of_verls_function_is_kept_and_extra_info_is_an_object():
+    assert score("weighed", "auto", rollouts("one", "three", ground_truth="1", score=9.0)) == [1.0, 1.0]
+
+
 def test_one_sample_is_given_its_text_and_its_rows_columns():
     asked.clear()
     score("one", "auto", rollouts("one", prompt=CONVERSATION, level=3))
@@ -275,7 +291,7 @@ def test_one_sample_is_given_its_text_and_its_rows_columns():
 def test_verls_functions_are_given_the_ground_truth_wherever_the_row_has_it(columns: dict[str, Any], truth: str):
     asked.clear()
     score("compute_score", "auto", rollouts("one", **columns))
-    assert asked == [(columns.get("data_source", ""), "one", truth, columns.get("extra_info"))]
+    assert asked == [(columns.get("data_source", ""), "one", truth, columns.get("extra_info", {}))]
 
 
 def textual(text: str, gold: str) -> float:

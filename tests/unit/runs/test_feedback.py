@@ -10,8 +10,9 @@ import pytest
 
 from flowrl.cli import main
 from flowrl.data.examples import ExampleData
-from flowrl.data.formats import detect, normalise, with_names
+from flowrl.data.formats import detect, normalise
 from flowrl.data.judgments import JUDGMENTS, Closed, Judgment, JudgmentFile, Said, ask
+from flowrl.data.naming import with_names
 from flowrl.data.sources import read_rows
 from flowrl.runs.feedback.questions import Questions
 from flowrl.runs.feedback.server import token_of
