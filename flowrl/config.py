@@ -301,6 +301,7 @@ def _nested_defaults(kind: type) -> dict[str, Any]:
 
 
 LARGEST = 2**63 - 1  # that a message carries
+MOST_YAML_BYTES = 4 << 20  # reading takes a second for some hundred kilobytes
 TRUTH = {"yes": True, "on": True, "no": False, "off": False}  # booleans in YAML 1.1, and words all the same
 
 
@@ -339,7 +340,7 @@ def _loader() -> Any:
     return Loader
 
 
-def _parse_yaml(content: str | bytes, where: str) -> Any:
+def _load_yaml(content: str | bytes, where: str) -> Any:
     """Return what YAML holds; keys are texts.
 
     Raises:
@@ -388,26 +389,40 @@ def read_yaml(path: Path, remedy: str) -> Any:
     Raises:
         ConfigError: it cannot be read, which `remedy` answers, is not YAML, or gives something twice.
     """
-    import yaml
-
     try:
-        return _parse_yaml(path.read_bytes(), str(path))
+        content = path.read_bytes()
     except OSError as error:
         raise ConfigError(str(path), f"cannot be read ({error.strerror})", remedy) from error
+    return parse_yaml(content, str(path))
+
+
+def parse_yaml(content: bytes, where: str) -> Any:
+    """Return what the YAML of a file holds, JSON too; `where` is the file.
+
+    Raises:
+        ConfigError: it is not YAML, or too much of it, or gives something twice.
+    """
+    import yaml
+
+    if len(content) > MOST_YAML_BYTES:
+        what = f"has {len(content):,} bytes, of settings {MOST_YAML_BYTES:,} at most are read"
+        raise ConfigError(where, what, "name another file, or restore it")
+    try:
+        return _load_yaml(content, where)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
+        place = f"{where}:{mark.line + 1}" if mark is not None else where
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(where, f"is not valid YAML ({reason})", "mend the line") from error
-    except ValueError as error:
-        raise ConfigError(str(path), f"holds a value that is none ({error})", "mend it") from error
+        raise ConfigError(place, f"is not valid YAML ({reason})", "mend the line") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(where, f"holds a value that is none ({error})", "mend it") from error
 
 
 def _parse_set(text: str, where: str) -> Any:
     import yaml
 
     try:
-        return _parse_yaml(text, where) if text else ""
+        return _load_yaml(text, where) if text else ""
     except (yaml.YAMLError, ValueError):  # such as a date that there is not
         return text
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})  # how the system says that a disk, or a share of it, is full
+MOST_CHARACTERS = 4000  # of an error's line
 
 
 def printable(text: str) -> str:
@@ -54,7 +55,11 @@ class FlowrlError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}"
-        return one_line(f"{text}; {self.remedy}" if self.remedy else text)
+        text = f"{text}; {self.remedy}" if self.remedy else text
+        if len(text) > MOST_CHARACTERS:  # foreign words within it: its beginning and its end are ours
+            half = MOST_CHARACTERS // 2
+            text = f"{text[:half]} ... ({len(text) - 2 * half:,} characters) ... {text[-half:]}"
+        return one_line(text)
 
 
 class UserError(FlowrlError):

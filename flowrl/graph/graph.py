@@ -43,6 +43,8 @@ class ClusterConfig(Config):
     strategy: Literal["pack", "spread"] = "pack"  # on as few nodes as hold them, or on as many as there are
     # graph node -> Ray labels of the cluster's nodes that may hold it: cluster.labels.generator.zone=a
     labels: dict[str, dict[str, str]] = {}
+    # graph node -> replicas at most, from its `replicas` on, as the cluster's nodes have room: cluster.most.generator=8
+    most: dict[str, Annotated[int, Meta(ge=1)]] = {}
     place_timeout_s: Annotated[float, Meta(gt=0)] = 300.0  # for cores and GPUs to be free: nodes may have to start
 
 

@@ -15,6 +15,7 @@ import contextlib
 import inspect
 import math
 import threading
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from flowrl.config import load_object
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 LARGEST = 3.4028234e38  # that float32 holds
+MOST_MORE = 1000  # scores beyond those asked for that are counted
 SHOWN_CHARS = 500  # of what user code says or returns: an error is one line
 MEND = "mend the reward function"
 MADE = ("The answer is 42.", "42")  # completions to try a function on: two, so that one score for both shows
@@ -100,7 +102,7 @@ class RewardFunction:
             return self._checked(results, len(group.samples), where)
         except RewardError:
             raise
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
+        except BaseException as error:  # an interrupt that user code raises is no more than its own error
             raise raised(where, error, MEND) from error
 
     def _begin(self, calls: list[dict[str, Any]]) -> list[Any]:
@@ -179,8 +181,12 @@ def raised(where: str, error: BaseException, remedy: str) -> RewardError:
         error = error.exceptions[0]
     if isinstance(error, RewardError):
         return error
-    said = f"raised {type(error).__name__}: {_said(error)}"
-    return RewardError(where, said, remedy)
+    return RewardError(where, saying(error), remedy)
+
+
+def saying(error: BaseException) -> str:
+    """Return what user code raised and what that says, where it can be asked."""
+    return f"raised {type(error).__name__}: {_said(error)}"
 
 
 def checked(result: Any, num_samples: int, where: str, remedy: str = "") -> list[float]:
@@ -189,11 +195,13 @@ def checked(result: Any, num_samples: int, where: str, remedy: str = "") -> list
     if isinstance(result, str | bytes | dict | set | frozenset):  # iterable, and none of them a list of scores
         raise RewardError(where, f"returned a {type(result).__name__}", remedy)
     try:
-        values = list(result)
+        scores = iter(result)
     except TypeError as error:
         raise RewardError(where, f"returned a {type(result).__name__}", remedy) from error
+    values = list(islice(scores, num_samples + MOST_MORE))  # it may never end
     if len(values) != num_samples:
-        raise RewardError(where, f"returned {len(values)} scores for {num_samples} completions", remedy)
+        most = " or more" if len(values) == num_samples + MOST_MORE else ""
+        raise RewardError(where, f"returned {len(values)}{most} scores for {num_samples} completions", remedy)
     return [finite(value, f"score {place} of {num_samples}", where, remedy) for place, value in enumerate(values)]
 
 
@@ -247,10 +255,9 @@ async def in_thread(function: Callable[[], Any]) -> Any:
         result, failure = None, None
         try:
             result = function()
-        except (StopIteration, SystemExit) as error:  # a future refuses the one, the other would end the loop
-            failure = RuntimeError(repr(error))
-        except Exception as error:
-            failure = error
+        except BaseException as error:  # a future refuses StopIteration, and what is no Exception would end the loop
+            is_usual = isinstance(error, Exception) and not isinstance(error, StopIteration)
+            failure = error if is_usual else RuntimeError(repr(error))
         with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits for the result
             loop.call_soon_threadsafe(settle, result, failure)
 

@@ -33,7 +33,7 @@ from flowrl.errors import ConfigError, FlowrlError
 from flowrl.messages import Rollouts, decode
 from flowrl.rewards.adapters import Adapter
 from flowrl.rewards.environments import Environments, Observed, Request, run_here
-from flowrl.rewards.function import RewardFunction
+from flowrl.rewards.function import RewardFunction, saying
 
 if TYPE_CHECKING:
     import io
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 MAX_FRAME_BYTES = 1 << 30  # what is longer is not a frame: something else was written to the socket
 GRACE_S = 2.0  # beyond the time limit, before a call without a parent ends by itself
+MOST_LOGGED = 1 << 16  # characters of one error
 MOST_S = 1e6  # the longest time the fault handler's own timer takes
 
 
@@ -161,9 +162,9 @@ def _open(opening: Opening | Playing) -> Serve:
         return _scoring(opening) if isinstance(opening, Opening) else _playing(opening)
     except FlowrlError:
         raise
-    except (Exception, SystemExit) as error:
-        print(traceback.format_exc(), file=sys.stderr, flush=True)
-        what = f"importing {opening.path} raised {type(error).__name__}: {error}"
+    except BaseException as error:
+        _log_error()
+        what = f"importing {opening.path} {saying(error)}"
         raise ConfigError(opening.where, what, "mend the module") from error
 
 
@@ -181,14 +182,20 @@ def _playing(opening: Playing) -> Serve:
 
 def _answer(serve: Serve, body: bytes, runner: asyncio.Runner, timeout_s: float) -> Reply:
     with _signals_held_back():
-        faulthandler.dump_traceback_later(min(timeout_s + GRACE_S, MOST_S), exit=True)  # a timer that needs no lock
+        faulthandler.dump_traceback_later(min(timeout_s + GRACE_S, MOST_S), exit=True, file=2)  # needs no lock
     try:
         return serve(body, runner)
     except FlowrlError as error:
-        print(traceback.format_exc(), file=sys.stderr, flush=True)
+        _log_error()
         return _refused(error)
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def _log_error() -> None:
+    """Write where the present error came from to the log, whatever user code has made of `sys.stderr`."""
+    with contextlib.suppress(OSError):
+        os.write(2, traceback.format_exc()[:MOST_LOGGED].encode(errors="backslashreplace"))
 
 
 def _refused(error: FlowrlError) -> Refused:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowrl.config import redacted
 from flowrl.engines.checkpoint import checkpoint_version
+from flowrl.runtime.rundir import read_settings
 from flowrl.telemetry.intervals import mean_interval, prompt_means
 from flowrl.telemetry.metrics import read_evaluations
 
@@ -89,10 +90,8 @@ def _card(checkpoint: Path, node: str, library: str, loading: str) -> str:
 
 
 def _settings(run: Path) -> dict[str, Any]:
-    import yaml
-
     path = run / "settings.yaml"
-    return yaml.safe_load(path.read_text()) if path.is_file() else {}
+    return read_settings(path) if path.is_file() else {}
 
 
 def _start(settings: dict[str, Any], node: str) -> str:

@@ -27,7 +27,7 @@ from flowrl.graph.stage import Specification, from_specification
 from flowrl.messages import Buffer
 from flowrl.runtime.launch import Say, check_program, drive
 from flowrl.runtime.ledger import Cut
-from flowrl.runtime.rundir import claim, create_run_dir, existing_run, read_plan, write_plan
+from flowrl.runtime.rundir import claim, create_run_dir, existing_run, read_plan, read_settings, write_plan
 from flowrl.runtime.supervisor import Start
 from flowrl.stages.critic import Critic
 from flowrl.stages.learner import Learner
@@ -125,9 +125,7 @@ def starting_point(run_dir: Path, first: int) -> tuple[int, Path | None]:
 
 def retrained_settings(run_dir: Path) -> RunSettings:
     """Return the settings of the run that belong to no node, with nothing reported elsewhere and nothing restarted."""
-    import yaml
-
-    tree = yaml.safe_load((run_dir / "settings.yaml").read_text())
+    tree = read_settings(run_dir / "settings.yaml")
     own = {name: tree[name] for name in RunSettings.__struct_fields__ if name in tree}
     settings = msgspec.convert(own, RunSettings)
     off: Any = {"wandb": WandbConfig(), "tensorboard": False, "mlflow": "", "trackio": "", "prometheus_port": 0}

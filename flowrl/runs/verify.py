@@ -21,9 +21,9 @@ import msgspec
 
 from flowrl.engines.checkpoint import checkpoint_version, checkpoints_in, damage, read_cut, strays
 from flowrl.errors import DataError
-from flowrl.runtime.ledger import ENDINGS, Cut, Entry, read_entries, surviving
+from flowrl.runtime.ledger import ENDINGS, Cut, Entry, foreign, read_entries, surviving
 from flowrl.runtime.rundir import digest_of, existing_run, is_held, read_plan, read_settings, read_starts
-from flowrl.telemetry.files import REPLACED, UNREADABLE
+from flowrl.telemetry.files import REPLACED, UNREADABLE, read_file, run_id
 from flowrl.telemetry.metrics import read_steps
 from flowrl.telemetry.records import read_digests, read_groups, step_of, step_path
 from flowrl.telemetry.report import read_ending
@@ -170,7 +170,7 @@ def verify_run(run_dir: Path) -> Verdict:
         max_age=_whole(_node(settings, "replay").get("max_age")),
         bounds=bounds,
     )
-    saved = _compare_checkpoints(run_dir / "checkpoints", entries, verdict)
+    saved = _compare_checkpoints(run_dir, entries, verdict)
     _compare_starts(run_dir, starts, settings, verdict)
     _compare_rollouts(run_dir, entries, settings, saved, verdict)
     _compare_versions(run_dir, saved, verdict)
@@ -209,10 +209,12 @@ def _compare_starts(run_dir: Path, starts: list[RunStart], settings: dict[str, A
         verdict.disagreeing.append("graph.json: is not the graph that the run was started with: the file was changed")
 
 
-def _compare_checkpoints(directory: Path, entries: list[Entry], verdict: Verdict) -> int:
+def _compare_checkpoints(run_dir: Path, entries: list[Entry], verdict: Verdict) -> int:
     """Hold every checkpoint against its manifest, and its cut against the ledger; returns the newest one's version."""
     newest = 0
-    for checkpoint in checkpoints_in(directory):
+    ledger = run_dir / "ledger.jsonl"
+    lines = (read_file(ledger) or b"").splitlines(keepends=True)
+    for checkpoint in checkpoints_in(run_dir / "checkpoints"):
         if wrong := damage(checkpoint):
             verdict.disagreeing.append(f"checkpoints/{checkpoint.name}: {wrong}")
             continue
@@ -228,6 +230,8 @@ def _compare_checkpoints(directory: Path, entries: list[Entry], verdict: Verdict
             what = f"was made after {cut.records} entries of the ledger, which has {len(entries)}"
             verdict.disagreeing.append(f"{where}: {what}")
             continue
+        if wrong := foreign(ledger, lines, cut):
+            verdict.disagreeing.append(f"{where}: ledger.jsonl: {wrong}")
         ended = Counter(entry.event for entry in surviving(entries[: cut.records]))
         for name in ENDINGS:
             if ended[name] != getattr(cut, name):
@@ -251,11 +255,13 @@ def _compare_rollouts(
             recorded[step_of(path)] = path
         elif path.name != REPLACED:
             verdict.strays.append(f"rollouts/{path.name}")
-    given_up = _given_up(entries)
+    given_up, here = _given_up(entries), run_id(run_dir)
     for step, path in recorded.items():
         if given_up is not None and step >= given_up:
             continue  # killed before the learner could set it aside
-        groups = _groups_of(path)
+        run, groups = _groups_of(path)
+        if run and here and run != here:
+            verdict.disagreeing.append(f"rollouts/{path.name}: is of another run ({run}, this one is {here})")
         if groups != by_step.get(step, set()):
             odd = _some(sorted(groups ^ by_step.get(step, set())))
             verdict.disagreeing.append(f"step {step}: groups {odd} are in one of ledger and {path.name} only")
@@ -275,7 +281,7 @@ def _given_up(entries: list[Entry]) -> int | None:
     return None
 
 
-def _groups_of(path: Path) -> set[int]:
+def _groups_of(path: Path) -> tuple[str, set[int]]:
     import pyarrow as pa
 
     try:

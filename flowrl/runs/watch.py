@@ -14,6 +14,7 @@ import time
 from typing import TYPE_CHECKING, Literal
 
 from flowrl.telemetry.events import Evaluation, Notice
+from flowrl.telemetry.files import read_file
 from flowrl.telemetry.metrics import INTERVAL_S, events_in, read_state
 from flowrl.telemetry.terminal import LiveView, PlainLines
 from flowrl.telemetry.view import RunView, format_duration
@@ -136,12 +137,7 @@ class Follower:
 
     def _new_lines(self) -> list[bytes]:
         """Return the whole lines that were added since the last call."""
-        try:
-            with self._metrics.open("rb") as file:
-                file.seek(self._offset)
-                added = file.read()
-        except FileNotFoundError:  # the run is about to write it
-            return []
+        added = read_file(self._metrics, self._offset) or b""  # None: the run is about to write it
         whole = added[: added.rfind(b"\n") + 1]
         self._offset += len(whole)
         return whole.splitlines()

@@ -9,6 +9,9 @@ Why a thread: Ray installs a handler for SIGTERM when it starts in the main thre
 long as a cluster does not answer. Its processes die with the thread that started them, so that lives until `stop`. Its
 native part puts a handler before Python's all the same, which ends the process 3 s after a SIGTERM: that is undone.
 
+Whatever a Ray of ours starts, and what that starts, has `MARK` in its environment: `stop` ends when none of it lives,
+and what outlives a driver that was killed (a stopped process hears of nothing) is killed by the next one.
+
 Tests: tests/ray/test_faults_of_ray.py
 """
 
@@ -55,8 +58,11 @@ START_S = 120.0  # for Ray to start here; some seconds are usual
 REACH_S = 25.0  # for a cluster to answer
 CONNECT_S = 5.0  # for something to listen at its address
 STOP_S = 20.0  # for Ray to end by itself
+END_LOOK_S = 0.02  # between two looks whether what was killed is dead
+END_LOOKS = 500  # one that writes to a slow disk takes its time to die
 SLICES = 6  # of a time limit: a driver that was stopped has used up one of them when it goes on
 MAX_SAID = 400  # characters of Ray's own words
+MARK = "FLOWRL_DRIVER"
 OURS = "flowrl"  # marks a session directory that a run of ours made
 
 
@@ -200,7 +206,7 @@ class Cluster:
         """Return what is wrong with a Ray that was started here: a process of it has died, or stands still too long."""
         for name, pid in self._processes.items():
             state = _state(pid)
-            if state in ("", "Z", "X"):
+            if not state:
                 return f"Ray's {name} died"
             if state != "T":
                 self._stopped_s.pop(name, None)
@@ -276,7 +282,8 @@ class Cluster:
         """Start Ray, keep it until the end, stop it: the body of its thread."""
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # its processes are started with the mask of this thread
         try:
-            _start_ray(self._address, num_gpus=self._num_gpus())
+            with _marked() if self.is_local else contextlib.nullcontext():
+                _start_ray(self._address, num_gpus=self._num_gpus())
             self._note_processes()
             ready.set_result(None)
         except BaseException as error:
@@ -298,7 +305,7 @@ class Cluster:
             return
         self._processes = {name: each[0].process.pid for name, each in node.all_processes.items() if each}
         self._session = Path(node.get_session_dir_path())
-        (self._session / OURS).write_text(f"{os.getpid()}\n")
+        (self._session / OURS).write_text(driver_mark())
 
     def _refusal(self, error: BaseException) -> BaseException:
         if isinstance(error, ResourceError):
@@ -327,6 +334,8 @@ class Cluster:
         is_connecting = self._address is not None and not self._ready.done()
         thread.join(1.0 if is_connecting else STOP_S)
         self._kill()
+        if self.is_local:
+            _end_marked(lambda driver: driver == driver_mark())
         thread.join(1.0)
         if not thread.is_alive():
             self._thread = None
@@ -336,7 +345,7 @@ class Cluster:
 
     def _kill(self) -> None:
         for pid in self._processes.values():
-            if _state(pid) not in ("", "Z", "X"):
+            if _state(pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
@@ -430,17 +439,72 @@ def _stay_on_loopback() -> None:
     ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
 
 
+@contextlib.contextmanager
+def _marked() -> Generator[None]:
+    """Let what is started in this block carry our mark; what the user starts beside it does not."""
+    os.environ[MARK] = driver_mark()
+    try:
+        yield
+    finally:
+        del os.environ[MARK]
+
+
+def driver_mark(pid: int | str = "self") -> str:
+    """Return what tells a process of this machine from every other, a later one of the same number too; "": it is dead.
+
+    The namespace is part of it: a container's processes are seen from outside by other numbers.
+    """
+    try:
+        about = Path(f"/proc/{pid}/stat").read_text()
+        number, (state, *rest) = about.split()[0], about.rpartition(") ")[2].split()
+        return f"{os.readlink('/proc/self/ns/pid')} {number} {rest[18]}" if state not in "ZX" else ""
+    except OSError:
+        return ""
+
+
+def _is_dead(driver: str) -> bool:
+    """Return whether a driver that has marked a process is dead; one of another namespace is not ours to judge."""
+    namespace, _, rest = driver.partition(" ")
+    pid = rest.partition(" ")[0]
+    return namespace == os.readlink("/proc/self/ns/pid") and pid.isdigit() and driver_mark(pid) != driver
+
+
+def _end_marked(is_due: Callable[[str], bool]) -> None:
+    """Kill every process of this user whose mark is due, and see that it is dead."""
+    for _ in range(END_LOOKS):
+        due = [pid for pid, driver in marked_processes() if is_due(driver)]
+        if not due:
+            return
+        for pid in due:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        threading.Event().wait(END_LOOK_S)
+
+
+def marked_processes() -> Generator[tuple[int, str]]:
+    """Yield the living processes of this user that carry a mark, and the mark."""
+    for each in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # it has ended
+            if each.name.isdigit() and each.stat().st_uid == os.getuid() and _state(int(each.name)):
+                for variable in (each / "environ").read_bytes().split(b"\0"):
+                    name, _, value = variable.decode(errors="replace").partition("=")
+                    if name == MARK:
+                        yield int(each.name), value
+
+
 def sweep(root: Path = Path("/tmp/ray")) -> None:
-    """Remove the session directories of runs of ours whose driver is dead, and no others."""
+    """Kill the processes and remove the session directories of runs of ours whose driver is dead, and no others."""
+    _end_marked(_is_dead)
     for mark in root.glob(f"session_*/{OURS}"):
-        with contextlib.suppress(OSError, ValueError):  # somebody else sweeps too
-            if mark.stat().st_uid == os.getuid() and not _state(int(mark.read_text())):
+        with contextlib.suppress(OSError):  # somebody else sweeps too
+            if mark.stat().st_uid == os.getuid() and _is_dead(mark.read_text()):
                 shutil.rmtree(mark.parent, ignore_errors=True)
 
 
 def _state(pid: int) -> str:
-    """Return the letter of a process's state, "" where there is none: R, S, T stopped, Z dead."""
+    """Return the letter of a process's state, "" where there is none or it is dead: R, S, T stopped."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
     except OSError:
         return ""
+    return "" if state in "ZX" else state

@@ -24,11 +24,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from flowrl.errors import ResourceError, RunError
 from flowrl.runtime.actors import seen_devices
 from flowrl.runtime.cluster import Unanswered, answer_of, ask
+from flowrl.runtime.flow import replica_name
 from flowrl.runtime.nodes import amounts, capacities, lacking
-from flowrl.runtime.placement import places
+from flowrl.runtime.placement import places, places_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from flowrl.graph.graph import ClusterConfig, Graph
     from flowrl.runtime.cluster import Cluster
@@ -200,14 +201,18 @@ class Fleet:
             with contextlib.suppress(RayError):
                 remove_placement_group(self._grown.pop(place))
 
-    async def look(self, *, is_due: bool = False) -> None:
-        """Tell which nodes have been lost, with what they held, and which have joined.
+    def room(self) -> dict[str, int]:
+        """Return how many replicas the nodes of `cluster.most` may have on the cluster as it is."""
+        return room_for(self._graph, self._config.most, self._nodes.values())
+
+    async def look(self, *, is_due: bool = False) -> bool:
+        """Tell which nodes have been lost, with what they held, and which have joined; returns whether there are some.
 
         Raises:
             RunError: Ray's head has not answered for long.
         """
         if not is_due and (self._cluster.is_local or time.monotonic() < self._looked_s + LOOK_S):
-            return
+            return False
         self._looked_s = time.monotonic()
         try:
             nodes = await self._cluster.nodes()
@@ -215,17 +220,18 @@ class Fleet:
             if (silent_s := time.monotonic() - self._heard_s) > HEAD_S:
                 what = f"its head has not answered for {silent_s:.0f} s, so nothing can be started any more"
                 raise RunError("ray", what, "start the cluster again and resume the run") from error
-            return
+            return False
         self._heard_s = time.monotonic()
         alive = {node.id: node for node in usable(nodes, self._config)}
         before, self._nodes = self._nodes, alive
         if self._cluster.is_local or not before:
-            return
+            return False
         for node in [node for node in before.values() if node.id not in alive]:
             held = sorted(replica for replica, addresses in self._born.items() if node.address in addresses)
             self._tell("warning", f"node {node.address}", f"is lost, with {', '.join(held) or 'nothing of this run'}")
         for node in [node for node in alive.values() if node.id not in before]:
             self._tell("info", f"node {node.address}", f"has joined, with {capacities([node]).partition(' ')[2]}")
+        return before.keys() != alive.keys()
 
     def free(self) -> None:
         """Give back what was reserved."""
@@ -238,6 +244,21 @@ class Fleet:
 def usable(nodes: list[RayNode], config: ClusterConfig) -> list[RayNode]:
     """Return the living nodes that a run may use."""
     return [node for node in nodes if node.is_alive and (not config.nodes or node.address in config.nodes)]
+
+
+def room_for(graph: Graph, most: Mapping[str, int], nodes: Collection[RayNode]) -> dict[str, int]:
+    """Return how many replicas of each node in `most` the nodes have room for, all else placed; at least its own."""
+    wanted = [place for place in places(graph) if place.host == place.node and place.node not in most]
+    found: dict[str, int] = {}
+    for node, limit in most.items():
+        by_replica = [places_of(graph, replica_name(node, index)) for index in range(limit)]
+        least = graph.nodes[node].config.replicas
+        for count in range(limit, least - 1, -1):
+            asked = [*wanted, *(place for ranks in by_replica[:count] for place in ranks)]
+            if count == least or not lacking([(name_of(place), needs_of(place)) for place in asked], nodes):
+                found[node], wanted = count, asked
+                break
+    return found
 
 
 def needs_of(place: Place) -> dict[str, float]:

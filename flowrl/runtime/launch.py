@@ -34,7 +34,7 @@ from flowrl.runtime.ledger import Cut
 from flowrl.runtime.placement import check_computes, check_resources, place, quiet_libraries
 from flowrl.runtime.resuming import check_same_data, check_same_run, record_attempt
 from flowrl.runtime.rundir import claim, create_run_dir, existing_run, recorded_settings, write_plan
-from flowrl.runtime.scaling import follow_scale
+from flowrl.runtime.scaling import check_most, follow_scale
 from flowrl.runtime.supervisor import STOPS, Options, Scaling, Start, newest_start
 from flowrl.telemetry.report import Ending, report, write_ending, write_report
 from flowrl.telemetry.sinks import Sinks, open_sinks
@@ -99,6 +99,7 @@ def check_program(program: Program, *, say: Say, address: str | None) -> None:
         if not Path(directory).expanduser().exists():
             raise ConfigError(directory, "is not there, and the run reads from it", f"make it first: {command}")
     check_trackers(program.settings)
+    check_most(program.graph, program.settings.cluster.most)
     if address is None and program.settings.runtime == "ray":
         check_resources(program.graph)
     for name, stage in program.graph.nodes.items():

@@ -15,12 +15,13 @@ Tests: tests/unit/runtime/test_ledger.py
 from __future__ import annotations
 
 import os
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from flowrl.errors import DataError, RunError
-from flowrl.telemetry.files import RecordFile, is_sealed, read_file, seal, unseal
+from flowrl.telemetry.files import RecordFile, is_sealed, read_file, run_id, seal, unseal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,6 +51,8 @@ class Cut(msgspec.Struct, frozen=True, kw_only=True):
     learned: int = 0
     filtered: int = 0
     failed: int = 0
+    run: str = ""  # which run this is the cut of
+    digest: str = ""  # of the ledger's entries
 
 
 class Ledger:
@@ -68,11 +71,15 @@ class Ledger:
         self._open: set[int] = set()
         self._records = begin.records
         self._file: RecordFile | None = None
+        self._run = run_id(path.parent) if path is not None else ""
+        self._hash = blake2b(digest_size=16)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._records, whole_bytes = whole_lines(path, begin)
+            lines = whole_lines(path, begin)
+            self._records = len(lines)
+            self._hash.update(b"".join(lines))
             if path.exists():
-                os.truncate(path, whole_bytes)  # what follows was torn by a death, and is after the cut
+                os.truncate(path, sum(map(len, lines)))  # what follows was torn by a death, and is after the cut
             self._file = RecordFile(path)
         if cut is not None:
             self._write(Entry(event="rollback", step=cut.version, records=cut.records, start=start))
@@ -135,6 +142,8 @@ class Ledger:
             ended_ahead=sorted(self._ended_ahead),
             records=self._records,
             **self._counts,
+            run=self._run,
+            digest=self._hash.hexdigest() if self._file is not None else "",
         )
 
     def totals(self) -> dict[str, int]:
@@ -150,7 +159,9 @@ class Ledger:
 
     def _write(self, entry: Entry) -> None:
         if self._file is not None:
-            self._file.append(encode_entry(entry))
+            line = encode_entry(entry)
+            self._hash.update(line)
+            self._file.append(line)
         self._records += 1
 
 
@@ -202,14 +213,14 @@ def surviving(entries: list[Entry]) -> list[Entry]:
     return [entry for _, entry in alive]
 
 
-def whole_lines(path: Path, cut: Cut) -> tuple[int, int]:
-    """Return how many lines of a log stand before the first damaged one, and their bytes; all before the cut must.
+def whole_lines(path: Path, cut: Cut) -> list[bytes]:
+    """Return the lines of a log before the first damaged one; all before the cut must be as they were then.
 
     What comes after the cut is void once the run goes on from there, so damage is no loss there: a machine that lost
     its power may leave anything behind what it had brought to the disk.
 
     Raises:
-        DataError: a line before the cut is damaged or missing.
+        DataError: a line before the cut is damaged or missing, or the cut is not of this run, or not of this log.
     """
     where, remedy = str(path), "restore the file, or begin again with --from-start"
     lines = (read_file(path) or b"").splitlines(keepends=True)
@@ -219,4 +230,16 @@ def whole_lines(path: Path, cut: Cut) -> tuple[int, int]:
     if sound < cut.records:
         what = f"has {sound} entries, the checkpoint of version {cut.version} was made after {cut.records}"
         raise DataError(where, what, remedy)
-    return sound, sum(map(len, lines[:sound]))
+    if wrong := foreign(path, lines, cut):
+        raise DataError(where, wrong, remedy)
+    return lines[:sound]
+
+
+def foreign(path: Path, lines: list[bytes], cut: Cut) -> str:
+    """Return by what a cut is seen not to be of a log of these lines, "" where it is."""
+    here = run_id(path.parent)
+    if cut.run and here and cut.run != here:
+        return f"the checkpoint of version {cut.version} is of another run ({cut.run}, this one is {here})"
+    if cut.digest and cut.digest != blake2b(b"".join(lines[: cut.records]), digest_size=16).hexdigest():
+        return f"its first {cut.records} entries are not those before the checkpoint of version {cut.version}"
+    return ""

@@ -34,7 +34,7 @@ from flowrl.runtime.supervisor import Death, HostLost, Options, Outcome, Start, 
 from flowrl.telemetry.events import CauseClock, Recorder
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping
 
     from flowrl.graph.graph import Graph
     from flowrl.runtime.calls import FlowCalls
@@ -140,7 +140,7 @@ class LocalCrew:
             cut=cut,
             fewer_out=flow.fewer_out,
             note_wait=flow.note_wait,
-            num_readers=num_readers(self._graph, node),
+            num_readers=num_readers(self._graph, node, self._options.scaling.wanted),
             resume_from=start.checkpoint,
             now=self._options.now,
         )
@@ -207,11 +207,14 @@ class LocalCrew:
             self._options.consume([*self._recorder.drain(), *self._gate.flow.report(now_s)])
 
 
-def num_readers(graph: Graph, node: str) -> int:
-    """Return how many replicas take the weights that `node` publishes: whom its transport waits for."""
+def num_readers(graph: Graph, node: str, wanted: Mapping[str, int]) -> int:
+    """Return how many replicas take the weights that `node` publishes: whom its transport waits for.
+
+    `wanted` has the numbers of replicas that were asked for while the run went on.
+    """
     read_by = {
         graph.node_of(edge.target)
         for edge in graph.edges
         if isinstance(edge, Latest) and graph.node_of(edge.source) == node and edge.source.message is Weights
     }
-    return sum(graph.nodes[reader].config.replicas for reader in read_by)
+    return sum(wanted.get(reader, graph.nodes[reader].config.replicas) for reader in read_by)

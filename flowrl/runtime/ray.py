@@ -235,7 +235,7 @@ class RayCrew:
             kinds={address: kind for address, kind in attempt.kinds.items() if node_name(address) == place.node},
             hub=attempt.wire,
             run_dir=str(self._run_dir),
-            num_readers=num_readers(self._graph, place.node),
+            num_readers=num_readers(self._graph, place.node, self._options.scaling.wanted),
             attempt=attempt.number,
             token=token,
             resume_from=str(start.checkpoint) if start.checkpoint else None,
@@ -262,15 +262,20 @@ class RayCrew:
         return self._run_dir / "logs" / f"{replica}.log"
 
     async def watch(self) -> None:
-        """Wait for a stall, or for the hub, or Ray itself, to be lost."""
+        """Wait for a stall, or for the hub, or Ray itself, to be lost; give nodes of the graph the room there is."""
+        is_other = True
         while True:
+            for node, count in self._now.fleet.room().items() if is_other else ():
+                if count != self._options.scaling.wanted.get(node, self._graph.nodes[node].config.replicas):
+                    self._tell("info", node, f"has room for {count} replicas")
+                    self._options.scaling.ask(node, count)
             batch, stall = await self._ask_hub("listen", self._interval_s)
             self._options.consume(decode_events(batch))
             if stall:
                 raise StallError("flow", stall, "see the run's timeline and logs")
             if trouble := self._cluster.trouble(self._options.heartbeat_timeout_s):
                 raise HostLost("ray", trouble)
-            await self._now.fleet.look()
+            is_other = await self._now.fleet.look()
 
     async def release(self, replica: str, successor: int, *, blames: bool = True) -> Released:
         """Fence a replica off that is gone and give back what it held."""

@@ -18,7 +18,7 @@ import msgspec
 from flowrl.config import Config, resolve, to_tree
 from flowrl.errors import ConfigError, DataError
 from flowrl.graph.program import plan_of
-from flowrl.runtime.rundir import read_plan
+from flowrl.runtime.rundir import read_plan, read_starts
 from flowrl.telemetry.files import replace_file
 
 if TYPE_CHECKING:
@@ -72,9 +72,8 @@ def check_same_data(run_dir: Path, program: Program) -> None:
     Raises:
         DataError: a source has grown or changed.
     """
-    path = run_dir / "data.json"
-    known = msgspec.json.decode(path.read_bytes(), type=dict[str, str]) if path.is_file() else {}
-    for node, before in known.items():
+    starts = read_starts(run_dir)
+    for node, before in starts[0].data.items() if starts else ():
         now = program.graph.nodes[node].data_digest
         if now != before:
             what = f"the data have changed since the run began (then {before}; now {now})"

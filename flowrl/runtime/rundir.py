@@ -18,22 +18,23 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from flowrl.config import to_tree
-from flowrl.errors import ConfigError, DataError, ResourceError
+from flowrl.config import parse_yaml, to_tree
+from flowrl.errors import ConfigError, DataError, ResourceError, RunError
 from flowrl.graph.program import GraphPlan, plan_of
 from flowrl.telemetry.files import UNREADABLE, RecordFile, check_fence, fence, read_file, replace_file, seal, unseal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from flowrl.graph.program import Program
 
 CLAIM_TIMEOUT_S = 60.0  # Ray needs some seconds to notice that a driver is gone
+LOOKED_AT_S = 0.2  # more than `is_held` holds a lock for, to see whether somebody does
 LOOK_S = 0.02  # between two looks whether a process is dead: no system call waits for it with a time limit
 PRIVATE = 0o600
 LEAST_FREE_BYTES = 2 << 30  # a checkpoint of a small model with its optimizer state, twice
@@ -47,6 +48,7 @@ class RunStart(msgspec.Struct, frozen=True, kw_only=True):
     graph: str  # the graph's file
     plan_digest: str  # of graph.json as it was written then
     settings: dict[str, Any]  # all of them, resolved
+    data: dict[str, str] = {}  # node -> digest of the rows that it has read
 
 
 def create_run_dir(directory: Path) -> Path:
@@ -86,7 +88,12 @@ def write_plan(directory: Path, program: Program) -> int:
     digests = {name: stage.data_digest for name, stage in program.graph.nodes.items() if stage.data_digest}
     number = len(read_starts(directory))
     start = RunStart(
-        number=number, time_s=time.time(), graph=str(program.path), plan_digest=digest_of(plan), settings=settings
+        number=number,
+        time_s=time.time(),
+        graph=str(program.path),
+        plan_digest=digest_of(plan),
+        settings=settings,
+        data=digests,
     )
     path = directory / "starts.jsonl"
     try:
@@ -95,7 +102,6 @@ def write_plan(directory: Path, program: Program) -> int:
             file.sync()
             if file.is_waiting:
                 raise OSError(errno.ENOSPC, file.trouble)
-        replace_file(directory / "data.json", msgspec.json.format(msgspec.json.encode(digests)))
         replace_file(directory / "settings.yaml", as_yaml(program.settings).encode(), mode=PRIVATE)
         replace_file(directory / "graph.json", plan, mode=PRIVATE)
         (directory / "ending.json").unlink(missing_ok=True)  # of the start before
@@ -146,15 +152,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     """Return recorded settings as plain data.
 
     Raises:
-        ConfigError: the file cannot be read, or does not hold settings.
+        UserError: the file cannot be read, or does not hold settings.
     """
-    import yaml
-
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        what = " ".join(str(error).split())
-        raise ConfigError(str(path), f"cannot be read ({what})", "restore the file") from error
+    tree = parse_yaml(read_file(path) or b"", str(path))
     if not isinstance(tree, dict) or not tree:
         raise ConfigError(str(path), "holds no settings", "restore the file, or begin again in another directory")
     return cast("dict[str, Any]", tree)
@@ -214,7 +214,7 @@ class Claim:
         """
         self._directory = directory
         self._driver = _open(directory / "driver.lock")
-        if not _is_free(self._driver, keep=True):
+        if not _wait_until(lambda: _is_free(self._driver, keep=True), LOOKED_AT_S):
             pid = os.pread(self._driver, 20, 0).decode(errors="replace").strip()
             os.close(self._driver)
             what = f"is driven by another flowrl already (process {pid or 'unknown'})"
@@ -229,16 +229,11 @@ class Claim:
 
     def wait_alone(self, timeout_s: float) -> bool:
         """Wait until every other process of the run is dead; blocks. Returns whether it came so far."""
-        deadline_s = time.monotonic() + timeout_s
-        while not self.is_alone():
-            if time.monotonic() >= deadline_s:
-                return False
-            threading.Event().wait(LOOK_S)
-        return True
+        return _wait_until(self.is_alone, timeout_s)
 
     def begin_attempt(self) -> int:
         """Begin an attempt and return its number: from now on processes of an older one write no more."""
-        attempt = 1 + int(os.pread(self._processes, 20, 0).strip() or b"0")
+        attempt = 1 + _attempt_in(self._processes)
         os.pwrite(self._processes, b"%-19d\n" % attempt, 0)
         os.fsync(self._processes)
         return attempt
@@ -257,22 +252,28 @@ class Claim:
         os.close(self._processes)
 
 
+def _attempt_in(lock: int) -> int:
+    body = os.pread(lock, 20, 0).strip()
+    if body and not body.isdigit():
+        raise DataError(os.readlink(f"/proc/self/fd/{lock}"), "holds no number of an attempt", "empty it")
+    return int(body or b"0")
+
+
 def holders(lock: Path) -> list[int]:
-    """Return the other processes of this machine that have a lock's file open, as far as we may see."""
+    """Return the other processes of this machine that hold a lock, as far as we may see; not who has it open only."""
     found: list[int] = []
     about = lock.stat()
 
-    def is_it(path: str) -> bool:
+    def is_held_by(pid: int, descriptor: str) -> bool:
         with contextlib.suppress(OSError):  # closed meanwhile
-            seen = os.stat(path)
-            return (seen.st_dev, seen.st_ino) == (about.st_dev, about.st_ino)
+            seen = os.stat(f"/proc/{pid}/fd/{descriptor}")
+            if (seen.st_dev, seen.st_ino) == (about.st_dev, about.st_ino):
+                return "\nlock:" in Path(f"/proc/{pid}/fdinfo/{descriptor}").read_text()
         return False
 
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         with contextlib.suppress(OSError):  # it has ended, or is not ours
-            if pid != os.getpid() and any(
-                map(is_it, (f"/proc/{pid}/fd/{each}" for each in os.listdir(f"/proc/{pid}/fd")))
-            ):
+            if pid != os.getpid() and any(is_held_by(pid, each) for each in os.listdir(f"/proc/{pid}/fd")):
                 found.append(pid)
     return found
 
@@ -281,15 +282,21 @@ def hold(directory: Path, attempt: int) -> None:
     """Show, as long as this process lives, that the run has a process; it writes as long as its attempt goes on.
 
     Raises:
-        RunError: another attempt has begun.
+        RunError: another attempt has begun, or this machine sees another directory under that path.
     """
-    fcntl.flock(_open(directory / "lock"), fcntl.LOCK_SH)
+    lock = _open(directory / "lock")
+    fcntl.flock(lock, fcntl.LOCK_SH)
     fence(directory / "lock", attempt)
     check_fence()
+    if (present := _attempt_in(lock)) < attempt:
+        what = f"is not the run's on this machine: attempt {present} stands there, not {attempt}"
+        raise RunError(str(directory), what, "give a --runs-dir on a disk that every node sees")
 
 
 def claim(directory: Path, say: Callable[[str], None], *, timeout_s: float = CLAIM_TIMEOUT_S) -> Claim:
     """Hold a run's directory as its driver, once no other process of the run is left.
+
+    They end by themselves when their driver is dead; those of this machine that do not (a stopped one) are killed.
 
     Raises:
         ConfigError: another process drives it, or one is still there after `timeout_s`.
@@ -297,7 +304,9 @@ def claim(directory: Path, say: Callable[[str], None], *, timeout_s: float = CLA
     found = Claim(directory)
     if not found.is_alone():
         say(f"waiting for the processes of an earlier attempt to end, at most {timeout_s:.0f} s")
-        if not found.wait_alone(timeout_s):
+        if not found.wait_alone(timeout_s / 2):
+            found.kill_processes()
+        if not found.wait_alone(timeout_s / 2):
             pids = ", ".join(map(str, holders(directory / "lock"))) or "on another machine"
             found.close()
             what = f"still has processes of an earlier attempt after {timeout_s:.0f} s ({pids})"
@@ -320,6 +329,16 @@ def is_held(directory: Path) -> bool:
     return False
 
 
+def _wait_until(is_so: Callable[[], bool], timeout_s: float) -> bool:
+    """Look again and again, at most so long; returns whether it came so far."""
+    deadline_s = time.monotonic() + timeout_s
+    while not is_so():
+        if time.monotonic() >= deadline_s:
+            return False
+        threading.Event().wait(LOOK_S)
+    return True
+
+
 def _is_free(lock: int, *, keep: bool) -> bool:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -331,4 +350,4 @@ def _is_free(lock: int, *, keep: bool) -> bool:
 
 
 def _open(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE)  # who may open it might hold it, too

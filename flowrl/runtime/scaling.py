@@ -2,8 +2,8 @@
 
 The command writes what it asks for into the run's directory, and the driver, wherever it is, takes it up. A replica
 that joins starts from the newest weights, as one that was restarted does; one that leaves hands back what it holds,
-which is issued again. So the staleness bound, the credits and the ledger stay what they are. Called by the command line
-and by launch.
+which is issued again. So the staleness bound, the credits and the ledger stay what they are. `cluster.most` asks
+likewise, as nodes join and go (runtime/fleet.py). Called by the command line and by launch.
 
 Tests: tests/unit/runtime/test_scaling.py
 """
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from flowrl.graph.graph import Graph
     from flowrl.runtime.supervisor import Scaling
 
 FILE = "scale.json"
@@ -43,19 +44,39 @@ def scale(run_dir: Path, asked: Sequence[str]) -> str:
         node, _, number = each.partition("=")
         if not number.isdigit() or int(number) < 1:
             raise ConfigError("scale", f"{each!r} is not NODE=N with N of 1 or more", "write generator=4")
-        if node not in graph.nodes:
-            raise ConfigError(
-                "scale", f"the run has no node {node!r}{suggest(node, graph.nodes)}", "name one of its nodes"
-            )
-        stage = graph.nodes[node]
-        if stage.is_stateful or stage.is_single or stage.config.share:
-            why = "sits on the devices of another node" if stage.config.share else "can have one replica only"
-            raise ConfigError(f"scale {node}", why, "scale generators and scorers")
+        check_scales(graph, node, "scale")
         wanted[node] = int(number)
     if not is_held(run_dir):
         raise ConfigError(str(run_dir), "does not go on: no process drives it", "resume it with --set NODE.replicas=N")
     replace_file(run_dir / FILE, msgspec.json.encode(_read(run_dir) | wanted))
     return ", ".join(f"{node} {count}" for node, count in wanted.items())
+
+
+def check_scales(graph: Graph, node: str, where: str) -> None:
+    """Insist that a node may have other numbers of replicas while its run goes on.
+
+    Raises:
+        ConfigError: there is no such node, or it may not.
+    """
+    if node not in graph.nodes:
+        raise ConfigError(where, f"the run has no node {node!r}{suggest(node, graph.nodes)}", "name one of its nodes")
+    stage = graph.nodes[node]
+    if stage.is_stateful or stage.is_single or stage.config.share:
+        why = "sits on the devices of another node" if stage.config.share else "can have one replica only"
+        raise ConfigError(f"{where} {node}", why, "scale generators and scorers")
+
+
+def check_most(graph: Graph, most: dict[str, int]) -> None:
+    """Insist that nodes may have as many replicas as `cluster.most` says.
+
+    Raises:
+        ConfigError: one may not, or begins with more.
+    """
+    for node, count in most.items():
+        check_scales(graph, node, "cluster.most")
+        if (least := graph.nodes[node].config.replicas) > count:
+            what = f"is {count}, but {node}.replicas={least} are started"
+            raise ConfigError(f"cluster.most.{node}", what, "raise it, or lower the replicas")
 
 
 def _read(run_dir: Path) -> dict[str, int]:

@@ -245,7 +245,10 @@ class Supervisor:
 
     async def _attempt(self, start: Start) -> dict[str, int]:
         running: dict[asyncio.Future[None], str] = {}
-        for node in self._graph.nodes:
+        for node, stage in self._graph.nodes.items():
+            for index in range(self._size(node), stage.config.replicas):  # let go before a rollback: not waited for
+                name = replica_name(node, index)
+                await self._crew.release(name, self._incarnations[name], blames=False)
             for index in range(self._size(node)):
                 self._start(replica_name(node, index), running, start)
         watching = asyncio.ensure_future(self._crew.watch())

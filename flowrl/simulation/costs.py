@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
-from flowrl.config import Config, Meta
+from flowrl.config import Config, Meta, read_yaml
 from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -125,17 +125,9 @@ def load_profile(path: Path) -> Profile:
     Raises:
         ConfigError: there is none, it is of another format, or a value in it is wrong.
     """
-    import yaml
-
     file = path / "profile.json" if path.is_dir() else path
     where = str(file)
-    try:
-        tree = yaml.safe_load(file.read_text())
-    except OSError as error:
-        what = f"cannot be read ({error.strerror})"
-        raise ConfigError(where, what, "name a run that has ended, or a profile file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(where, "is neither JSON nor YAML") from error
+    tree = read_yaml(file, "name a run that has ended, or a profile file")
     found = tree.get("format") if isinstance(tree, dict) else None
     if found != FORMAT:
         what = f"is of profile format {found}, this flowrl reads {FORMAT}"

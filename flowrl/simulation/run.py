@@ -268,7 +268,7 @@ async def run_timed(
         tasks.append(asyncio.ensure_future(_look(flow, watch, look_s)))
     for node, stage in graph.nodes.items():
         kinds = {f"{node}.{name}": flow.kind(f"{node}.{name}") for name in stage.ports}
-        readers = num_readers(graph, node)
+        readers = num_readers(graph, node, {})
         for index in range(stage.config.replicas):
             own = stage if index == 0 else from_specification(plan.nodes[node], node)
             client = (connect or DirectFlow)(flow, replica_name(node, index), message_s)

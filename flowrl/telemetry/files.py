@@ -16,6 +16,7 @@ import contextlib
 import os
 import shutil
 from collections import deque
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 from zlib import crc32
 
@@ -70,8 +71,8 @@ def no_room(path: Path, needed: int | None = None) -> str:
     return f"{path} needs {'more' if needed is None else needed} bytes, its disk {mount} has {free}"
 
 
-def read_file(path: Path) -> bytes | None:
-    """Return what a file of a run holds, None where nothing is there.
+def read_file(path: Path, offset: int = 0) -> bytes | None:
+    """Return what a file of a run holds, from a byte on, None where nothing is there.
 
     Raises:
         DataError: it cannot be read, or is something else than a file.
@@ -79,7 +80,9 @@ def read_file(path: Path) -> bytes | None:
     try:
         if path.exists() and not path.is_file():
             raise DataError(str(path), "is no file", "restore the file")  # reading a pipe would wait for ever
-        return path.read_bytes()
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read()
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -146,6 +149,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def run_id(run_dir: Path) -> str:
+    """Return what tells a run from every other, a digest of its first start; "" where that is not known."""
+    first = (read_file(run_dir / "starts.jsonl") or b"").partition(b"\n")[0]
+    return blake2b(first, digest_size=8).hexdigest() if is_sealed(first + b"\n") else ""
 
 
 def seal(text: bytes) -> bytes:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from flowrl.messages import Buffer, Samples, decode, encode
-from flowrl.telemetry.files import UNREADABLE, RecordFile, new_file, read_file, replace_file, set_aside
+from flowrl.telemetry.files import UNREADABLE, RecordFile, new_file, read_file, replace_file, run_id, set_aside
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
     Ours = Mapping[tuple[int, int], FloatArray]  # (group id, sample) -> the learner's log-probs
     from flowrl.messages import Message
+
+
+RUN = b"flowrl.run"  # in a file's metadata: which run it is of
 
 
 def write_rollouts(path: Path, rows: Sequence[Scored], version: int, ours: Ours | None = None) -> None:
@@ -50,8 +53,9 @@ def write_rollouts(path: Path, rows: Sequence[Scored], version: int, ours: Ours 
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    table = rollout_table(rows, version, ours or {}).replace_schema_metadata({RUN: run_id(path.parent.parent)})
     with new_file(path) as aside:
-        pq.write_table(rollout_table(rows, version, ours or {}), aside, compression="zstd")
+        pq.write_table(table, aside, compression="zstd")
 
 
 def rollout_table(rows: Sequence[Scored], version: int, ours: Ours) -> Any:
@@ -170,11 +174,13 @@ def step_of(path: Path) -> int:
     return int(path.stem.partition("-")[2])
 
 
-def read_groups(path: Path) -> set[int]:
-    """Return the ids of the groups in a step's file."""
+def read_groups(path: Path) -> tuple[str, set[int]]:
+    """Return which run a step's file is of, "" where it does not say, and the ids of the groups in it."""
     import pyarrow.parquet as pq
 
-    return set(pq.read_table(path, columns=["group_id"]).column("group_id").to_pylist())
+    table = pq.read_table(path, columns=["group_id"])
+    run = (table.schema.metadata or {}).get(RUN, b"").decode(errors="replace")
+    return run, set(table.column("group_id").to_pylist())
 
 
 SHOWN_DIGITS = 16  # of a digest: 64 bits tell any two versions of a run apart

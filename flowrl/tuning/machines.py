@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import msgspec
 
+from flowrl.config import read_yaml
 from flowrl.errors import ConfigError
 from flowrl.runtime.devices import Gpu, Machine, visible_machine
 
@@ -175,15 +176,8 @@ def _named(name: str, where: str) -> tuple[Speed, bool, int]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
     where = f"{WHERE} {path}"
-    try:
-        tree = yaml.safe_load(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(where, f"cannot be read ({error.strerror})", EXAMPLE) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(where, "is not valid YAML", "mend it") from error
+    tree = read_yaml(path, EXAMPLE)
     if not isinstance(tree, dict):
         raise ConfigError(where, "is no mapping", "write machines: 2, gpus: 8, device: 80GB, host: 1TB, cores: 96")
     if unknown := [str(name) for name in cast("dict[Any, Any]", tree) if name not in NAMES]:

@@ -235,12 +235,18 @@ def test_what_is_printed_is_bounded_and_said_to_be_cut(tmp_path: Path):
         ("surrogate", r"raised ValueError: half a pair: \ud800"),
         ("unsayable", "raised Unsayable: what it says cannot be shown (RuntimeError)"),
         ("beyond float32", "score 0 of 1 is 1e+39, which float32 cannot hold"),
+        ("endless", "returned 1001 or more scores for 1 completions"),
+        ("interrupt", "raised KeyboardInterrupt: mine"),
+        ("long name", " characters) ... "),
+        ("streams", "raised ValueError: and then"),
     ],
 )
 def test_hostile_functions_are_told_of_in_one_harmless_line(word: str, said: str, tmp_path: Path):
-    (found,) = score("hostile", tmp_path, rollouts(word))
+    found, after = score("hostile", tmp_path, rollouts(word), rollouts("well"))
     assert said in found
     assert found.isprintable()
+    assert len(found) < 5000
+    assert after == [0.0], "whoever comes next is not harmed"
 
 
 @pytest.mark.parametrize(("name", "timeout_s"), [("starts_sleeper", 600.0), ("regex", 1.0)])

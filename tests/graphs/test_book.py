@@ -20,7 +20,8 @@ pytestmark = pytest.mark.slow
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *(DOCS / "start").glob("*.md"), *(DOCS / "tutorials").glob("*.md")]
 # Whose parts are the user's or vLLM's; `flowrl judge` has a server of its own.
-FREE = {"agent.environment_options", "data.columns", "generator.engine_options", "server", "cluster.labels"}
+CLUSTER = {"cluster.labels", "cluster.most"}
+FREE = {"agent.environment_options", "data.columns", "generator.engine_options", "server", *CLUSTER}
 
 
 def addresses(settings: msgspec.Struct, at: str = "") -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import itertools
 import os
 import re
 import signal
@@ -233,6 +234,15 @@ class Unsayable(Exception):
 def hostile(completions: list[str]) -> list[float]:
     """Raise, or return, what the completion asks for."""
     match completions[0]:
+        case "endless":
+            return itertools.count()  # type: ignore[return-value]
+        case "interrupt":
+            raise KeyboardInterrupt("mine")
+        case "long name":
+            raise type("E" * 1_000_000, (Exception,), {})("x")
+        case "streams":
+            sys.stdout = sys.stderr = None  # type: ignore[assignment]
+            raise ValueError("and then")
         case "clipboard":
             raise ValueError("\x1b]52;c;cm0gLXJm\x07\x1b[2J\nflowrl: all is well\r\x9b31m\u202e")
         case "surrogate":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from typing import TYPE_CHECKING
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
@@ -14,7 +15,8 @@ from flowrl.engines.checkpoint import CheckpointWriter
 from flowrl.errors import UserError
 from flowrl.runs.verify import describe, verify_run
 from flowrl.runtime.ledger import Cut, Entry, encode_entry, read_entries
-from flowrl.telemetry.records import write_digests
+from flowrl.telemetry.files import run_id, seal, unseal
+from flowrl.telemetry.records import read_samples, write_digests, write_rollouts
 from flowrl.telemetry.report import Ending, write_ending
 from tests.support.past_run import past_run
 
@@ -37,7 +39,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for version in (3, 6):
         aside = writer.begin(version)
         (aside / "weights").write_bytes(bytes([version]) * 100)
-        cut = Cut(version=version, next_group=4 * version, records=8 * version, learned=4 * version)
+        digest = blake2b(b"".join(lines_of(run_dir / "ledger.jsonl")[: 8 * version]), digest_size=16).hexdigest()
+        cut = Cut(version=version, next_group=4 * version, records=8 * version, learned=4 * version,
+                  run=run_id(run_dir), digest=digest)  # fmt: skip
         writer.commit(aside, version=version, cut=msgspec.json.encode(cut), score=0.0)
     totals = {"admitted": 25, "learned": 24, "filtered": 1, "failed": 0, "unfinished": 0}
     write_ending(run_dir, Ending(name="run", totals=totals, checkpoint=f"runs/run/{NEWEST}"))
@@ -108,6 +112,39 @@ def drop(event: str, group: int) -> Harm:
     return dropped
 
 
+def of_another_run(name: str) -> Harm:
+    """Put in what a run of the same graph and settings has in that place."""
+
+    def swapped(run_dir: Path) -> None:
+        other = shutil.copytree(run_dir, run_dir.parent / "other")
+        starts = other / "starts.jsonl"
+        starts.write_bytes(seal(unseal(starts.read_bytes()).replace(b'"time_s":', b'"time_s":1')))
+        if name.startswith("rollouts"):
+            write_rollouts(other / name, read_samples(other / name), 2)
+        else:
+            cut = msgspec.json.decode((other / name / "cut.json").read_bytes(), type=Cut)
+            writer = CheckpointWriter(other / "checkpoints", keep=2)
+            aside = writer.begin(cut.version)
+            foreign = msgspec.structs.replace(cut, run=run_id(other))
+            writer.commit(aside, version=cut.version, cut=msgspec.json.encode(foreign), score=0.0)
+            shutil.rmtree(run_dir / name)
+        (other / name).rename(run_dir / name)
+
+    return swapped
+
+
+def reworded(line: int, **changes: Any) -> Harm:
+    """Change an entry of the ledger and seal it again, as somebody would who knows the form."""
+
+    def changed(run_dir: Path) -> None:
+        path = run_dir / "ledger.jsonl"
+        entries = read_entries(path)
+        entries[line] = msgspec.structs.replace(entries[line], **changes)
+        path.write_bytes(b"".join(map(encode_entry, entries)))
+
+    return changed
+
+
 def pipe(name: str) -> Harm:
     def piped(run_dir: Path) -> None:
         (run_dir / name).unlink()
@@ -161,6 +198,12 @@ DAMAGES: dict[str, tuple[Harm, str]] = {
         write("ledger.jsonl", encode_entry(Entry(event="admitted", group=0))[:-10] + b"[" * 9999 + b"\n\n"),
         "ledger.jsonl:1: is damaged",
     ),
+    "an ending's step changed": (reworded(17, step=4), "its first 48 entries are not those before the checkpoint"),
+    "rollouts of another run": (
+        of_another_run("rollouts/step-000002.parquet"),
+        "parquet: is of another run",
+    ),
+    "a checkpoint of another run": (of_another_run(NEWEST), "the checkpoint of version 6 is of another run"),
     "rollouts gone": (remove("rollouts"), "missing: rollouts/step-000000.parquet"),
     "one step's rollouts gone": (remove("rollouts/step-000002.parquet"), "missing: rollouts/step-000002.parquet"),
     "the newest rollouts gone": (remove("rollouts/step-000005.parquet"), "missing: rollouts/step-000005.parquet"),
@@ -171,9 +214,11 @@ DAMAGES: dict[str, tuple[Harm, str]] = {
     "settings emptied": (write("settings.yaml", b""), "settings.yaml: holds no settings"),
     "settings gone": (remove("settings.yaml"), "holds no run"),
     "settings of a list": (write("settings.yaml", b"- 1\n"), "settings.yaml: holds no settings"),
-    "settings not text": (write("settings.yaml", b"\xff\xfe\x00"), "settings.yaml: cannot be read"),
-    "settings not YAML": (write("settings.yaml", b"a: [1\n"), "settings.yaml: cannot be read"),
-    "settings nested too deep": (write("settings.yaml", b"a: " + b"[" * 1200), "settings.yaml: cannot be read"),
+    "settings not text": (write("settings.yaml", b"\xff\xfe\x00"), "settings.yaml: is not valid YAML"),
+    "settings not YAML": (write("settings.yaml", b"a: [1\n"), "settings.yaml:2: is not valid YAML"),
+    "settings nested too deep": (write("settings.yaml", b"a: " + b"[" * 500), "holds a value that is none"),
+    "settings without an end": (write("settings.yaml", b"x" * (5 << 20)), "settings.yaml: has 5,242,880 bytes"),
+    "settings of too long a number": (write("settings.yaml", b"a: " + b"9" * 5000), "holds a value that is none"),
     "a bound raised afterwards": (change("settings.yaml", "max_staleness: 1", "max_staleness: 9"), "file was changed"),
     "fewer steps afterwards": (change("settings.yaml", "steps: 6", "steps: 3"), "the file was changed"),
     "starts gone": (remove("starts.jsonl"), "missing: starts.jsonl"),

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from flowrl.errors import ConfigError, RunError
-from flowrl.runtime.rundir import claim
+from flowrl.errors import ConfigError, DataError, RunError
+from flowrl.runtime.rundir import claim, hold
 from flowrl.telemetry.files import RecordFile, fence, replace_file, unfence
 
 if TYPE_CHECKING:
@@ -60,6 +60,16 @@ def test_a_run_has_one_driver(tmp_path: Path) -> None:
         claim(tmp_path, print)
     first.close()
     claim(tmp_path, print).close()
+
+
+def test_a_machine_that_sees_another_directory_under_the_same_path_joins_no_run(tmp_path: Path) -> None:
+    """What it wrote there would be lost to the run."""
+    with pytest.raises(RunError, match=r"is not the run's on this machine: attempt 0 stands there, not 3"):
+        hold(tmp_path, 3)
+    (tmp_path / "lock").write_text("damaged")
+    with pytest.raises(DataError, match="lock: holds no number"):
+        hold(tmp_path, 3)
+    unfence()
 
 
 def test_a_process_of_an_older_attempt_writes_no_more(tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ import pytest
 
 from flowrl.errors import ConfigError, FlowrlError
 from flowrl.graph.program import plan_of
+from flowrl.runtime.fleet import room_for
 from flowrl.runtime.local import LocalOptions, run_local
-from flowrl.runtime.placement import places_of
+from flowrl.runtime.nodes import RayNode
+from flowrl.runtime.placement import places, places_of
 from flowrl.runtime.rundir import Claim
-from flowrl.runtime.scaling import FILE, scale
+from flowrl.runtime.scaling import FILE, check_most, scale
 from flowrl.simulation.clock import run_virtual
 from flowrl.telemetry.events import Notice
 from tests.support.chaos import Chaos
@@ -58,8 +60,8 @@ class Fleeting(Chaos):
             scaling.ask(node, count)
 
 
-@pytest.mark.parametrize("first", range(0, 30, 6))
-def test_thirty_schedules_of_joins_leaves_and_deaths_keep_the_laws(first: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", range(0, 300, 6))
+def test_three_hundred_schedules_of_joins_leaves_and_deaths_keep_the_laws(first: int, tmp_path: Path) -> None:
     for seed in range(first, first + 6):
         run_faulty(seed, tmp_path / str(seed), chaos=Fleeting(seed, deaths=seed % 4))
 
@@ -102,11 +104,57 @@ def test_a_fleet_of_two_becomes_four_one_and_three(tmp_path: Path) -> None:
     assert any(line.startswith("generator.1 has left") for line in said)
 
 
+def test_who_was_let_go_is_not_waited_for_after_a_rollback(tmp_path: Path) -> None:
+    """The graph still has it, and a flow that begins anew would wait for its acknowledgement for ever."""
+
+    async def shrink_and_fall(crew: LocalCrew) -> None:
+        if not crew._options.scaling.wanted:
+            await asyncio.sleep(0.5)
+            crew._options.scaling.ask("generator", 1)
+            await asyncio.sleep(0.5)
+            crew.lose_host()
+
+    async def body() -> Any:
+        options = LocalOptions(run_dir=tmp_path, is_virtual=True, chaos=shrink_and_fall, stall_timeout_s=1000.0,
+                               status_interval_s=50.0)  # fmt: skip
+        return await run_local(flow(SETTINGS), options)
+
+    outcome = run_virtual(body())
+    assert outcome.recoveries["rollback"] == 1
+    assert outcome.totals["learned"] == 160
+
+
 def test_a_replica_that_joins_reserves_what_its_siblings_do() -> None:
     graph = flow(SETTINGS)
     (first,), (fifth,) = places_of(graph, "generator.0"), places_of(graph, "generator.4")
     assert fifth == msgspec.structs.replace(first, replica=4)
     assert graph.nodes["generator"].config.replicas == 2
+
+
+def test_a_range_takes_what_room_there_is_and_never_less_than_its_least() -> None:
+    graph = flow(SETTINGS)
+    for name, cpus in {"generator": 2.0, "scorer": 1.0}.items():
+        config = graph.nodes[name].config
+        graph.nodes[name].config = msgspec.structs.replace(config, cpus=cpus)
+    others = sum(p.cpus for p in places(graph) if p.node != "generator")
+
+    def room(*cpus: float) -> dict[str, int]:
+        nodes = [RayNode(id=str(k), address=str(k), is_alive=True, cpus=each, gpus=0) for k, each in enumerate(cpus)]
+        return room_for(graph, {"generator": 5}, nodes)
+
+    assert room(others, 4.0) == {"generator": 2}
+    assert room(others, 4.0, 3.0) == {"generator": 3}, "one has room on the node that joined, its last core is left"
+    assert room(others, 40.0) == {"generator": 5}
+    assert room(1.0) == {"generator": 2}
+
+
+@pytest.mark.parametrize(
+    ("most", "words"),
+    [({"generator": 1}, "is 1, but generator.replicas=2"), ({"learner": 2}, "one replica only"), ({"x": 2}, "no node")],
+)
+def test_a_range_that_cannot_be_is_refused(most: dict[str, int], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_most(flow(SETTINGS), most)
 
 
 @pytest.mark.parametrize(

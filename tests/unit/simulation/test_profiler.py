@@ -58,7 +58,7 @@ def test_a_profile_is_read_from_a_file_or_from_a_run(tmp_path: Path) -> None:
         ("nodes: {}", "is of profile format None"),
         ("format: 1", "missing required field `nodes`"),
         ("format: 1\nnodes: {a: {calls: {train: {call_s: -1}}}}", ">= 0"),
-        ("{", "neither JSON nor YAML"),
+        ("{", "is not valid YAML"),
     ],
 )
 def test_a_profile_that_cannot_be_used_is_refused(text: str, said: str, tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def test_the_front_holds_what_nothing_else_beats_in_both() -> None:
     [
         (None, "cannot be read"),
         ("{format: 0, nodes: {}}", "profile format 0"),
-        ("[1, 2", "neither JSON nor YAML"),
+        ("[1, 2", "is not valid YAML"),
         ("{format: 1, nodes: {learner: {speed: 1}}}", "speed"),
         ("{format: 1, nodes: {}}", "no costs of node"),
     ],
