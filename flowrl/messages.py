@@ -99,6 +99,28 @@ class Buffer(msgspec.Struct, frozen=True, array_like=True):
         return len(self.data) // 4
 
 
+class Routes(msgspec.Struct, frozen=True, array_like=True):
+    """The experts that tokens were sent to, in each layer: raw bytes, one or two for an expert."""
+
+    num_layers: int
+    top_k: int  # experts of a token; all 0 in layers without experts
+    dtype: str  # uint8 or uint16
+    data: bytes
+
+    @classmethod
+    def of(cls, routes_TAK: NDArray[Any]) -> Routes:
+        """Pack experts [tokens, layers, top_k] below 65,536."""
+        dtype, raw = ("uint8", "u1") if routes_TAK.max(initial=0) < 256 else ("uint16", "<u2")
+        _, num_layers, top_k = routes_TAK.shape
+        return cls(num_layers, top_k, dtype, routes_TAK.astype(raw).tobytes())
+
+    def numpy(self) -> NDArray[Any]:
+        """Return a read-only view, [tokens, layers, top_k]."""
+        import numpy as np
+
+        return np.frombuffer(self.data, dtype=self.dtype).reshape(-1, self.num_layers, self.top_k)
+
+
 OF_GROUP = msgspec.Meta(extra={"is_of_group": True})  # a list with another length than the group has samples
 
 
@@ -122,6 +144,8 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     finish: str  # "stop" | "length" | "abort"; of an episode: ended by its environment, or cut by a limit
     text: str  # what the tokens say, special ones too, without the one that ended it
     mask: Buffer | None = None  # float32, 1 on the tokens the policy sampled, 0 on an environment's; None: all are its
+    # The experts of each token that was fed: the prompt's and all of these but the last (engines/routes.py).
+    routes: Routes | None = None
     # What a user's stage knows of the sample, for the loss: one float32 for each token, or one number for all of them.
     columns: dict[str, Buffer | float] = {}
 

@@ -22,7 +22,7 @@ from flowrl.config import AUTO, Config, ImportPath, Meta, Select, load_class
 from flowrl.errors import ConfigError
 from flowrl.graph.stage import Ranks, StageConfig
 from flowrl.imports import suggest
-from flowrl.messages import Buffer, Sample, Weights
+from flowrl.messages import Buffer, Routes, Sample, Weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -55,6 +55,7 @@ GIVEN = {"config", "where", "name", "num_receivers", "receiver_index", "say"}
 LEAST_CACHE_BYTES = 1 << 20  # for keys and values; less holds no sequence
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 AttentionKind = Literal["sdpa", "varlen", "flex"]
+RoutingKind = Literal["own", "replay"]
 
 
 class Sampling(Config):
@@ -142,6 +143,7 @@ class GenerationConfig(Serving):
 
     model: str  # local directory in Hugging Face format
     adapter: Lora = Lora()  # that each version brings, and nothing else; of rank 0: versions bring the whole model
+    routing: RoutingKind = "own"  # replay: samples bring the experts that their tokens were sent to
 
 
 class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -313,6 +315,7 @@ class TrainingConfig(Training):
     temperature: Annotated[float, Meta(gt=0)] = 1.0  # logits are divided by it, as in sampling
     chat_template: str = ""  # that was learned with, and goes with the saved model; "": the tokenizer's own
     frozen: bool = False  # it is only scored with: no optimizer is made, however its weights are sharded
+    routing: RoutingKind = "own"  # replay: tokens go to the experts that samples bring
 
 
 class TokenGroup(msgspec.Struct, frozen=True, kw_only=True):
@@ -325,6 +328,7 @@ class TokenGroup(msgspec.Struct, frozen=True, kw_only=True):
     prompt_ids: Buffer
     responses: list[Buffer]
     columns: dict[str, list[Buffer]] = {}
+    routes: list[Routes] = []  # one for each response, or none: the model's own choice of experts
 
 
 class TrainingEngine(Protocol):

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from flowrl.engines.base import AttentionKind, Dtype, TrainingConfig
     from flowrl.engines.packing import Layout, PackedBatch, Reads
     from flowrl.engines.router import Routing
+    from flowrl.engines.routes import RouteReplay
     from flowrl.engines.sequence import SequenceSplit
 
 _loading = threading.Lock()  # transformers sets process-wide state (the meta device) while it loads
@@ -348,6 +349,7 @@ class TokenReader(nn.Module):
         self.language_head: LanguageHead | None = LanguageHead(model) if self.is_policy else None
         self.layouts: tuple[Layout, ...] = LAYOUTS  # in which the model reads right
         self.split: SequenceSplit | None = None  # of rows over ranks
+        self.replay: RouteReplay | None = None  # of the experts that batches bring
         self._body_name, body = body_of(model)
         self._takes_positions = "position_ids" in inspect.signature(body.forward).parameters
         most = 8 * (int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0) or 4096)
@@ -402,15 +404,26 @@ class TokenReader(nn.Module):
             if split is not None:
                 ids, positions = split.part(ids), split.part(positions)
             extra = {"position_ids": positions} if self._takes_positions else {}
+            routes, copies = batch.routes_RLAK, batch.copies_RL
+            if split is not None and routes is not None:
+                routes, copies = split.part(routes), split.part(copies)
+            self._send(routes, copies)
             output = part(input_ids=ids, attention_mask=mask, use_cache=False, **extra, **options)
             states = output[0] if split is None else split.gather(output[0], length)
             states, routers = states.flatten(0, 1), output.router_logits if options else []
         return states.index_select(0, batch.read_N), routers
 
+    def _send(self, routes: Tensor | None, copies: Tensor) -> None:
+        """Have the tokens of the pass that comes go to these experts, [..., layers, experts of a token]."""
+        if self.replay is not None:
+            self.replay.use(None if routes is None else routes.flatten(0, -3), copies.flatten())
+
     def _run_row(self, part: nn.Module, batch: PackedBatch, row: int, options: dict[str, bool]) -> tuple[Tensor, Any]:
         """Return what a row's sequence gives when it is run as it is, followed by zeros to the row's length."""
         length = batch.piece_RL.shape[1]
         ids = batch.input_ids_RL[row, : int((batch.piece_RL[row] >= 0).sum())]
+        routes, copies = batch.routes_RLAK, batch.copies_RL[row, : len(ids)]
+        self._send(None if routes is None else routes[row, : len(ids)], copies)
         output = part(input_ids=ids[None], use_cache=False, **options)
         grown = (0, 0, 0, length - len(ids))
         routers = output.router_logits if options else []

@@ -188,6 +188,7 @@ class PackedBatch:
     mask_BT: Tensor  # 1 on response tokens
     samples: list[tuple[int, int]]  # (group, sample) of each of the B rows
     spans: list[AttentionSpan]  # what tokens see, where no mask says it
+    routes_RLAK: Tensor | None  # the experts that positions are sent to, -1 where the model chooses; None: everywhere
 
     def attention(self, dtype: torch.dtype, *, is_flex: bool = False) -> Any:
         """Return what a model is given for its mask.
@@ -283,7 +284,31 @@ def pack(
         mask_BT=mask_BT,
         samples=samples,
         spans=spans_of(pieces),
+        routes_RLAK=_pack_routes(groups, rows, length, reads, device),
     )
+
+
+def _pack_routes(
+    groups: Sequence[TokenGroup], rows: MicroBatch, length: int, reads: Reads, device: torch.device
+) -> Tensor | None:
+    """Return the routes of a micro-batch's positions; a prompt has those of its group's first response everywhere."""
+    first = next((routes for row in rows for piece in row for routes in groups[piece.group].routes), None)
+    if first is None:
+        return None
+    found = np.full((len(rows), length, first.num_layers, first.top_k), -1, dtype=np.int16)
+    for r, row in enumerate(rows):
+        start = 0
+        for piece in row:
+            group, at = groups[piece.group], start
+            if group.routes:
+                found[r, at : at + len(group.prompt_ids)] = group.routes[0].numpy()[: len(group.prompt_ids)]
+                at += len(group.prompt_ids)
+            for sample in piece.samples if group.routes else ():
+                routes = group.routes[sample].numpy()[len(group.prompt_ids) :]
+                found[r, at : at + len(routes)] = routes
+                at += len(routes) + (reads == "after")  # nobody has sent the last token anywhere
+            start += piece.length
+    return torch.from_numpy(found).to(device)
 
 
 def pack_columns(groups: Sequence[TokenGroup], batch: PackedBatch) -> dict[str, Tensor]:

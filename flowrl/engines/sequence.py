@@ -88,7 +88,7 @@ class SequenceSplit:
 
     def padded(self, batch: PackedBatch) -> PackedBatch:
         """Return a batch whose rows N divides, without a mask or under a 4D one."""
-        more = (0, -batch.input_ids_RL.shape[1] % self.size)
+        more, routes = (0, -batch.input_ids_RL.shape[1] % self.size), batch.routes_RLAK
         return replace(
             batch,
             layout="unmasked" if batch.layout == "unmasked" else "shared",
@@ -96,6 +96,8 @@ class SequenceSplit:
             position_ids_RL=functional.pad(batch.position_ids_RL, more),
             piece_RL=functional.pad(batch.piece_RL, more, value=-1),
             branch_RL=functional.pad(batch.branch_RL, more),
+            copies_RL=functional.pad(batch.copies_RL, more),
+            routes_RLAK=None if routes is None else functional.pad(routes, (0, 0, 0, 0, *more), value=-1),
         )
 
     def gather(self, states: Tensor, length: int) -> Tensor:

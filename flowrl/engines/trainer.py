@@ -41,6 +41,7 @@ from flowrl.engines.packing import LAYOUTS, PackedBatch, Part, deal, unpack
 from flowrl.engines.publishing import Publisher, as_saved, carried_buffers, score_canary, write_model
 from flowrl.engines.ranks import RankLink
 from flowrl.engines.router import Routing, check_router
+from flowrl.engines.routes import RouteReplay
 from flowrl.engines.savings import DEEPSPEED, check_offload, freeze, recompute
 from flowrl.engines.sequence import SequenceSplit, check_split, take_attention
 from flowrl.engines.teacher import Teacher
@@ -260,8 +261,12 @@ class Trainer:
             )
             if is_split:
                 self.reader.split = SequenceSplit(self._line, self._room, self.config.sequence_parallel)
+            if self.config.routing == "replay":
+                self.reader.replay = RouteReplay(self.model, self.where)
             self._module = self.reader
             self._opened()
+            if self.reader.replay is not None:
+                self.reader.replay.settle(self.model, self._module, self.device)
             settle(self.reader, self._module, self.config, where=self.where)
             if is_split and "shared" not in self.reader.layouts:
                 what = f"rows of {type(self.model).__name__} take no block mask and cannot be split"
@@ -439,7 +444,9 @@ class Trainer:
         """
         if not groups:
             raise StageError(self.where, "no groups to learn from", "give at least one")
-        objective.load(f"{self.where}.objective")
+        found: Objective = objective.load(f"{self.where}.objective")
+        if self.reader.replay is not None and not found.is_beside:
+            self.reader.replay.check(groups)
         self._check_schedule()
         answers = self._lead(_Accumulate(list(groups), objective))
         return divide(msgspec.msgpack.decode(answer, type=Sums) for answer in answers)
@@ -457,7 +464,8 @@ class Trainer:
             self._clear_gradients()
             calls = [*self._since_step, call]
         self._since_step.append(call)
-        return sums | self._learning.figures()
+        replayed = {} if self.reader.replay is None else self.reader.replay.figures()
+        return sums | self._learning.figures() | replayed
 
     def _ensure_training(self) -> None:
         if self.config.frozen:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 
 from flowrl.ending import sample_text
 from flowrl.engines import vllm_adapters, vllm_settings
@@ -30,12 +31,13 @@ from flowrl.engines.base import GenerationConfig, Sampling, UpdateReport
 from flowrl.engines.canary import NO_CANARY, Gap, compare, gap_of
 from flowrl.engines.weights import Receiver
 from flowrl.errors import FlowrlError, ModelError, ProofError, StageError, TransferError
-from flowrl.messages import Buffer, Canary, Sample, VersionSpan, Weights
+from flowrl.messages import Buffer, Canary, Routes, Sample, VersionSpan, Weights
 from flowrl.telemetry.events import Slots
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
     from vllm.outputs import CompletionOutput, RequestOutput
 
     from flowrl.engines.base import Lora
@@ -234,7 +236,7 @@ class VllmEngine:
             # Only an update that does not keep requests ends or refuses ours: the new weights draw it, or its rest.
             if output is not None and output.token_ids and self.config.on_update == "resume":
                 drawn.append(output)
-        sample = self._read([*drawn, output], sampling)
+        sample = self._read([*drawn, output], sampling, num_prompt=len(prompt_ids))
         while self._unproved is not None and any(span.version == self._unproved for span in sample.versions):
             await self._proved.wait()
         self._check_serving()
@@ -265,11 +267,12 @@ class VllmEngine:
         self._num_running += change
         self.slots.fill(0 if self._is_paused else self._num_running)
 
-    def _read(self, outputs: Sequence[CompletionOutput], sampling: Sampling) -> Sample:
+    def _read(self, outputs: Sequence[CompletionOutput], sampling: Sampling, *, num_prompt: int) -> Sample:
         """Return outputs, each of which goes on from those before it, as one sample."""
         token_ids: list[int] = []
         logprobs: list[float] = []
         versions: list[VersionSpan] = []
+        routes: list[NDArray[Any]] = []
         for output in outputs:
             assert output.weight_versions is not None, "vLLM gives the versions of a finished request"
             flat: Any = output.logprobs
@@ -280,6 +283,9 @@ class VllmEngine:
                 VersionSpan(int(span.version), begin + span.start, begin + span.end) for span in output.weight_versions
             ]
             token_ids += output.token_ids
+            if self.config.routing == "replay":  # those of the pass that sampled the token behind
+                assert output.routed_experts is not None, "vLLM was asked for the experts that it takes"
+                routes.append(output.routed_experts[sum(map(len, routes)) : num_prompt + len(token_ids) - 1])
         finish = str(outputs[-1].finish_reason)
         stops = {*self._stop_ids, *sampling.stop_token_ids} if finish == "stop" else ()
         return Sample(
@@ -287,6 +293,7 @@ class VllmEngine:
             logprobs=Buffer.floats(logprobs),
             versions=versions,
             finish=finish,
+            routes=Routes.of(np.concatenate(routes)) if routes else None,
             text=sample_text(self._tokenizer, token_ids, stops, keeps_special=sampling.special_tokens == "keep"),
         )
 

@@ -37,6 +37,7 @@ CANARY_PRIORITY = -1  # before every request (0)
 FIRST_MAMBA = ("mamba", "falcon_mamba", "jamba")  # model types
 CPU_CACHE_BYTES = 512 << 20  # where kv_cache_bytes leaves it open: nothing there limits it by itself
 FEW_BITS = ("fp8", "int8", "nvfp4", "turboquant")
+ROUTES = "enable_return_routed_experts"
 # Arguments of vLLM's engine that are not the user's, and what is in their place.
 OURS = {
     **{name: f"set generator.{ours}" for name, ours in (
@@ -45,6 +46,7 @@ OURS = {
         ("gpu_memory_utilization", "gpu_memory_utilization"), ("kv_cache_memory_bytes", "kv_cache_bytes"),
         ("data_parallel_size", "replicas"),
     )},
+    ROUTES: "set learner.routing",
     **{name: f"flowrl sets {name}: it {why}" for name, why in (
         ("model", "is the policy"), ("logprobs_mode", "gives behaviour log-probs of what was sampled from"),
         ("scheduling_policy", "lets the canary go first"), ("weight_transfer_config", "brings the versions"),
@@ -69,6 +71,11 @@ def check(config: GenerationConfig, where: str) -> None:
         )
     if not (Path(config.model) / "config.json").is_file():
         raise ModelError(where, f"{config.model} has no config.json", "give a local directory in Hugging Face format")
+    if config.routing == "replay":
+        lacking = "vLLM's build for CPUs" if _is_for_cpus() else "" if ROUTES in taken_options() else "this vLLM"
+        if lacking:
+            what = f"is replay, and {lacking} does not give the experts that it takes"
+            raise ConfigError("learner.routing", what, "set it to own, or take a vLLM for GPUs from 0.32 on")
     if _is_for_cpus():
         _check_cpu_kernels(config, where)
 
@@ -208,6 +215,7 @@ def engine_arguments(config: GenerationConfig, options: Mapping[str, Any]) -> As
         "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
         "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
         **engine_options(config.adapter, Path(config.model)),
+        **({ROUTES: True} if config.routing == "replay" else {}),
         **choices,
     }
     arguments = AsyncEngineArgs(**{**settings, **options})

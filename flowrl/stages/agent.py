@@ -29,7 +29,7 @@ from flowrl.engines.base import GenerationEngine, Sampling
 from flowrl.errors import ConfigError, DataError, RewardError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage
-from flowrl.messages import Buffer, Prompt, Sample, Scored, VersionSpan, Weights, extend
+from flowrl.messages import Buffer, Prompt, Routes, Sample, Scored, VersionSpan, Weights, extend
 from flowrl.rewards.environments import Reset, StepRequest
 from flowrl.rewards.function import MADE
 from flowrl.rewards.isolated import check_loads, untaken
@@ -86,6 +86,7 @@ class Transcript:
         self._mask: list[float] = []
         self._rewards: list[float] = []
         self._spans: list[VersionSpan] = []
+        self._routes: Routes | None = None  # of the last turn, whose prompt was all before it
 
     def add_turn(self, turn: Sample, reward: float) -> None:
         """Add what the policy sampled and what it earned."""
@@ -95,6 +96,7 @@ class Transcript:
         self._mask += [1.0] * len(turn.token_ids)
         self._rewards += [*[0.0] * (len(turn.token_ids) - 1), reward]
         self._spans += [VersionSpan(span.version, start + span.start, start + span.end) for span in turn.versions]
+        self._routes = turn.routes
 
     def add_environment(self, token_ids: Sequence[int]) -> None:
         """Add what stands between two turns."""
@@ -111,6 +113,7 @@ class Transcript:
             finish=finish,
             text=text,
             mask=Buffer.floats(self._mask),
+            routes=self._routes,
         )
         return Played(prompt_ids, sample, Buffer.floats(self._rewards), sum(self._rewards))
 
@@ -190,7 +193,7 @@ class Agent(Stage):
 
     def check(self, say: Say) -> None:
         """Prepare the model, try its chat template turn by turn, and the environment where it will run."""
-        check_context(self.config, self.sampler.model, say, where="agent")
+        check_context(self.config, self.sampler.model, say, where="agent", routing=self.sampler.routing)
         self._turns()
         self._try(self._playing("agent.environment"))
 

@@ -46,7 +46,7 @@ class Generator(Stage):
 
     def check(self, say: Say) -> None:
         """Prepare the model; its context must hold `max_model_len` tokens."""
-        check_context(self.config, self.sampler.model, say, where="generator")
+        check_context(self.config, self.sampler.model, say, where="generator", routing=self.sampler.routing)
 
     def simulated(self, costs: Costs) -> Itself:
         """Sample zeros."""

@@ -21,7 +21,7 @@ import msgspec
 
 from flowrl.config import ImportPath, Meta, Select, widen
 from flowrl.data.models import prepare_model
-from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine, unserved
+from flowrl.engines.base import RoutingKind, TokenGroup, Training, TrainingConfig, TrainingEngine, unserved
 from flowrl.engines.checkpoint import CARD
 from flowrl.engines.weights.manifest import tensor_digests
 from flowrl.errors import ConfigError, RunError, TransferError
@@ -51,6 +51,7 @@ from flowrl.stages.training import (
     check_engine_of,
     check_masters,
     check_model,
+    check_routing,
     check_saving,
     check_schedule,
     load_state,
@@ -82,6 +83,8 @@ class Learner(Stage):
         engine: ImportPath = "flowrl.engines.deepspeed:DeepSpeedEngine"
         epochs: Annotated[int, Meta(ge=1)] = 1  # passes over a step's groups
         minibatches: Annotated[int, Meta(ge=1)] = 1  # optimizer steps in one pass; must divide groups_per_step
+        # of a mixture of experts: tokens go to the experts that the generator sent them to (replay), or to its own
+        routing: RoutingKind = "own"
         freeze_steps: Annotated[int, Meta(ge=0)] = 0  # first steps in which only the critic learns
         save_every: Annotated[int, Meta(ge=0)] = 10  # versions between checkpoints; 0: only at the end
         keep_checkpoints: Annotated[int, Meta(ge=1)] = 2  # newest ones kept, besides the best
@@ -128,6 +131,7 @@ class Learner(Stage):
         check_schedule(self.config, self.num_optimizer_steps, "learner")
         model = prepare_model(self.sampler.model, say=say)
         check_model(self.config, model, "learner")
+        self._check_routing(model, say)
         check_saving(self.config, model, "learner")
         check_masters(self.sampler.model, say)
         self._check_publishing(model, say)
@@ -138,6 +142,16 @@ class Learner(Stage):
             say(f"warning: {line}")
         for line in objective.idle_settings(num_updates):
             say(line)
+
+    def _check_routing(self, model: Path, say: Say) -> None:
+        """Insist that samples bring the routes that are to be replayed, and say what they weigh."""
+        if self.config.routing == "own":
+            return
+        if self.sampler.routing == "own":
+            what = "is replay, but the graph's Sampler was not given it"
+            raise ConfigError("learner.routing", what, "give it routing=settings.learner.routing, or set own")
+        num_bytes = check_routing(self.config, model, "learner") * self.sampler.longest
+        say(f"learner.routing: a sample of {self.sampler.longest} tokens brings {num_bytes / 1e6:.3g} MB of routes")
 
     def _check_freezing(self, objective: Objective) -> None:
         """Insist that the policy learns at some time, and until then a critic does."""

@@ -66,8 +66,9 @@ class OnlineSettings(SamplingSettings):
     evaluation: Evaluator.Config = Evaluator.Config()
 
     def sampler(self, generation: Generation, *, greedy: bool = False) -> Sampler:
-        """Return what the nodes agree on, the adapter that the learner trains among it."""
-        return msgspec.structs.replace(super().sampler(generation), adapter=self.learner.lora, greedy=greedy)
+        """Return what the nodes agree on, with what the learner asks of those that sample."""
+        asked = {"adapter": self.learner.lora, "routing": self.learner.routing}
+        return msgspec.structs.replace(super().sampler(generation), **asked, greedy=greedy)
 
     def learning(self, algorithm: Select) -> Learning:
         """Return what the nodes that learn agree on."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from flowrl.config import Config, Meta, Select
 from flowrl.data.examples import ExampleData
 from flowrl.data.prompts import PromptData
-from flowrl.engines.base import Lora, Sampling, travelling
+from flowrl.engines.base import Lora, RoutingKind, Sampling, travelling
 from flowrl.graph.staleness import Admission
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Sampler(Config):
     seed: int = 0
     engine: str = ""  # of the nodes that sample, module:Class
     adapter: Lora = Lora()  # that its learner trains; rank 0: the whole model, or nothing
+    routing: RoutingKind = "own"  # replay: samples bring the experts that their tokens were sent to
 
     def travelling(self, model: Path) -> Lora:
         """Return the adapter that versions bring as it is, or none where they bring merged weights (engines.base)."""

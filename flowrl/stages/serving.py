@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from flowrl.config import ImportPath, Meta, widen
 from flowrl.data.models import inspect_model, prepare_model
-from flowrl.engines.base import GenerationConfig, GenerationEngine, Lora, Serving, check_engine, open_engine
+from flowrl.engines.base import (
+    GenerationConfig,
+    GenerationEngine,
+    Lora,
+    RoutingKind,
+    Serving,
+    check_engine,
+    open_engine,
+)
 from flowrl.errors import ChannelClosed, ConfigError
 from flowrl.telemetry.events import Cause
 
@@ -38,13 +46,13 @@ class Generation(Serving):
     engine: ImportPath = "flowrl.engines.vllm:VllmEngine"  # module:Class of the generation engine
 
 
-def check_context(config: Generation, model: str, say: Say, *, where: str) -> None:
+def check_context(config: Generation, model: str, say: Say, *, where: str, routing: RoutingKind = "own") -> None:
     """Prepare the model; its context must hold `max_model_len` tokens, and the engine take its options and settings."""
     check_engine(config.engine, config.engine_options, where)
     directory = prepare_model(model, say=say)
     open_engine(
         config.engine,
-        config=widen(GenerationConfig, config, model=str(directory)),
+        config=widen(GenerationConfig, config, model=str(directory), routing=routing),
         where=where,
         **config.engine_options,
     )
@@ -65,9 +73,10 @@ async def serving(
     with context.clock.charge(Cause.START):
         directory = await context.compute(prepare_model, sampler.model if sampler else model)
         adapter = sampler.travelling(directory) if sampler and weights.is_connected else Lora()
+        routing = sampler.routing if sampler else "own"
         engine: GenerationEngine = open_engine(
             config.engine,
-            config=widen(GenerationConfig, config, model=str(directory), adapter=adapter),
+            config=widen(GenerationConfig, config, model=str(directory), adapter=adapter, routing=routing),
             where=context.where,
             receiver_index=context.replica,
             **config.engine_options,

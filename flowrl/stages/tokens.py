@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from flowrl.engines.base import TokenGroup
 from flowrl.errors import RunError
 from flowrl.messages import Buffer, Example, Referenced, Rollouts, Sample, Samples
@@ -42,6 +44,7 @@ def token_group(group: Rollouts, **columns: list[Buffer]) -> TokenGroup:
         prompt_ids=group.token_ids,
         responses=[sample.token_ids for sample in group.samples],
         columns={**_of_samples(group), **known, **columns},
+        routes=[sample.routes for sample in group.samples if sample.routes is not None],
     )
 
 
@@ -95,7 +98,7 @@ def example_group(example: Example, *, mismatched: bool = False) -> TokenGroup:
 def with_constant(group: TokenGroup, name: str, value: float) -> TokenGroup:
     """Return the group with one more column, the same value on every token."""
     column = [_constant(value, len(response)) for response in group.responses]
-    return TokenGroup(prompt_ids=group.prompt_ids, responses=group.responses, columns={**group.columns, name: column})
+    return msgspec.structs.replace(group, columns={**group.columns, name: column})
 
 
 def _constant(value: float, num_tokens: int) -> Buffer:

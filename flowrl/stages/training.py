@@ -73,6 +73,21 @@ def check_model(settings: Training, model: Path, where: str, head: Head = "polic
         check_router(AutoConfig.from_pretrained(model, trust_remote_code=settings.trust_remote_code), where)
 
 
+def check_routing(settings: Training, model: Path, where: str) -> int:
+    """Insist that a node's model has experts to choose from; returns the bytes of a token's routes.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    from transformers import AutoConfig
+
+    from flowrl.engines.routes import experts_of
+
+    config = AutoConfig.from_pretrained(model, trust_remote_code=settings.trust_remote_code)
+    num_experts, top_k = experts_of(config, where)
+    return int(config.get_text_config().num_hidden_layers) * top_k * (1 if num_experts <= 256 else 2)
+
+
 def check_masters(model: str, say: Say) -> None:
     """Say it where a model is another run's, whose float32 weights were rounded when it was saved."""
     directory = prepare_model(model)
