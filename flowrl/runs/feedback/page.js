@@ -3,6 +3,7 @@
 
 const TAGS = new Set(["P", "BR", "HR", "PRE", "CODE", "EM", "STRONG", "S", "UL", "OL", "LI", "BLOCKQUOTE", "TABLE",
   "THEAD", "TBODY", "TR", "TD", "TH", "H1", "H2", "H3", "H4", "H5", "H6"]);
+const MENDED = "mended: sent with your verdict";
 const LOOK_MS = 3000, MOST_WAIT_MS = 10000;
 const VERDICTS = { pairs: [["left", "A is better", "1"], ["right", "B is better", "2"], ["tie", "Tie", "3"],
   ["bad", "Both bad", "4"]], ratings: [] };
@@ -11,9 +12,9 @@ const ARROWS = { ArrowLeft: "left", ArrowRight: "right", ArrowUp: "tie", ArrowDo
 
 const byId = (id) => document.getElementById(id);
 const token = location.hash.slice(1);
-const place = `flowrl ${token.slice(0, 8)}`;  // the outboxes of two runs are two
+const place = `flowrl ${token.slice(0, 8)} `;  // begins the names of what waits; two runs' are apart
 let rater = localStorage.getItem("flowrl rater") || "";
-let shown = null, ratings = [], edits = {}, current = 0, since = 0, isBusy = false, looking = 0;
+let shown = null, ratings = [], edits = {}, current = 0, since = 0, isBusy = false, looking = 0, numKept = 0;
 const past = [];
 
 function made(tag, kind, text) {
@@ -38,12 +39,14 @@ function rendered(html) {
   return copied(new DOMParser().parseFromString(html, "text/html").body, made("div", "text"));
 }
 
+// What waits has an entry each, so that two tabs neither lose nor overwrite anything of one another's.
 function outbox() {
-  return JSON.parse(localStorage.getItem(place) || "[]");
+  return Object.keys(localStorage).filter((name) => name.startsWith(place)).sort();
 }
 
-function keep(box) {
-  localStorage.setItem(place, JSON.stringify(box));
+function keep(judgment) {
+  const when = String(Date.now()).padStart(15, "0") + String(numKept++).padStart(6, "0");
+  localStorage.setItem(`${place}${when} ${judgment.key}`, JSON.stringify(judgment));
 }
 
 async function call(path, body) {
@@ -62,16 +65,18 @@ function trouble(text) {
 // Send what waits, oldest first; keeps trying, for nothing a rater said may be lost.
 async function send() {
   for (let wait = 500; outbox().length; wait = Math.min(2 * wait, MOST_WAIT_MS)) {
-    const [first, ...rest] = outbox();
+    const [name] = outbox();
+    const judgment = JSON.parse(localStorage.getItem(name));
+    if (!judgment) continue;  // another tab has sent it meanwhile
     try {
-      const answer = await call("/api/judge", first);
-      keep(rest);
+      const answer = await call("/api/judge", judgment);
+      localStorage.removeItem(name);
       trouble("");
-      told(first, answer);
+      told(judgment, answer);
       wait = 250;
     } catch (error) {
       if (error.status === 400) {
-        keep(rest);
+        localStorage.removeItem(name);
         trouble(`not taken: ${error.message}`);
         continue;
       }
@@ -98,8 +103,8 @@ function progress(found) {
   const parts = [`${found.judged} of ${found.asked} judged, ${found.mine} by you`];
   if (found.waiting) parts.push(`${found.waiting} waiting`);
   if (found.several) {
-    const alpha = found.agreement === null ? "not known yet" : found.agreement.toFixed(2);
-    parts.push(`agreement of ${found.raters} raters ${alpha} (Krippendorff's alpha, ${found.several} questions)`);
+    const alpha = found.agreement === null ? "not known yet" : `${found.agreement.toFixed(2)} (Krippendorff's alpha)`;
+    parts.push(`agreement of ${found.raters} raters ${alpha}, judged by several: ${found.several}`);
   }
   byId("progress").textContent = parts.join(" · ");
   byId("bar").firstElementChild.style.setProperty("width", `${found.asked ? 100 * found.judged / found.asked : 0}%`);
@@ -108,7 +113,7 @@ function progress(found) {
 // Show the next question, or a certain one again.
 async function next(question) {
   clearTimeout(looking);
-  isBusy = true;
+  busy(true);
   try {
     await send();
     const answer = await call("/api/next", { rater, question: question || "" });
@@ -117,11 +122,16 @@ async function next(question) {
     document.title = `${answer.run}: feedback`;
     progress(answer.progress);
     show(answer.question);
-  } catch (error) {
+    busy(false);
+  } catch (error) {  // what is shown is judged already: no key counts until something else is
     lost(error);
     looking = setTimeout(() => next(question), LOOK_MS);
   }
-  isBusy = false;
+}
+
+function busy(whether) {
+  isBusy = whether;
+  document.querySelector("main").setAttribute("aria-busy", String(whether));
 }
 
 function show(question) {
@@ -136,6 +146,7 @@ function show(question) {
   }
   const about = [`group ${question.group}`, `policy version ${question.version}`];
   if (question.why) about.push(question.why);
+  if (question.way === "ratings") about.push("keys 1 to 5 rate the framed answer");
   byId("about").textContent = about.join(" · ");
   byId("prompt").replaceChildren(...question.prompt.flatMap((message) =>
     [...(message.role ? [made("p", "role", message.role)] : []), rendered(message.html)]));
@@ -199,7 +210,7 @@ function say(verdict, flag) {
   const judgment = { key: crypto.randomUUID ? crypto.randomUUID() : unique(), question: shown.id, rater, verdict,
     ratings: verdict === "rated" ? ratings : [], edits: verdict === "undone" ? {} : edits, flag: flag || "",
     took_s: (performance.now() - since) / 1000 };
-  keep([...outbox(), judgment]);
+  keep(judgment);
   if (verdict !== "undone") past.push(shown.id);
   next();
 }
@@ -212,26 +223,32 @@ function undo() {
   const question = past.pop();
   if (!question) return;
   const judgment = { key: unique(), question, rater, verdict: "undone", took_s: 0 };
-  keep([...outbox(), judgment]);
+  keep(judgment);
   next(question);
 }
 
+// Open the answers for mending; once more, and they are shown as mended.
 function edit() {
   const cards = [...byId("answers").children];
-  const open = cards.findIndex((card) => card.querySelector("textarea"));
-  if (open >= 0) return;
-  cards.forEach((card, number) => {
-    const area = made("textarea");
-    area.value = edits[number] ?? shown.answers[number].text;
-    area.setAttribute("aria-label", `what ${String.fromCharCode(65 + number)} should have been`);
-    area.addEventListener("input", () => {
-      if (area.value === shown.answers[number].text) delete edits[number];
-      else edits[number] = area.value;
-      card.querySelector(".edited").textContent = number in edits ? "mended: sent with your verdict" : "";
-    });
-    card.querySelector(".text").replaceWith(area);
+  const isOpen = cards.some((card) => card.querySelector("textarea"));
+  cards.forEach((card, number) => card.querySelector(".text, textarea").replaceWith(
+    !isOpen ? fieldOf(card, number) : number in edits ? made("div", "text mended", edits[number])
+      : rendered(shown.answers[number].html)));
+  if (!isOpen) cards[0].querySelector("textarea").focus();
+}
+
+function fieldOf(card, number) {
+  const area = made("textarea");
+  area.value = edits[number] ?? shown.answers[number].text;
+  area.setSelectionRange(0, 0);
+  area.setAttribute("aria-label", `what ${String.fromCharCode(65 + number)} should have been`);
+  card.querySelector(".edited").textContent = number in edits ? MENDED : "Esc, then judge";
+  area.addEventListener("input", () => {
+    if (area.value === shown.answers[number].text) delete edits[number];
+    else edits[number] = area.value;
+    card.querySelector(".edited").textContent = number in edits ? MENDED : "";
   });
-  cards[0].querySelector("textarea").focus();
+  return area;
 }
 
 function act(name) {
@@ -247,7 +264,10 @@ function act(name) {
 
 document.addEventListener("keydown", (event) => {
   const isTyping = ["INPUT", "TEXTAREA"].includes(event.target.tagName);
-  if (event.key === "Escape" && isTyping) event.target.blur();
+  if (event.key === "Escape" && isTyping) {
+    event.target.blur();
+    byId("flagging").hidden = true;
+  }
   if (isTyping || event.ctrlKey || event.metaKey || event.altKey || !rater) return;
   const other = OTHERS.find(([, , key]) => key === event.key.toLowerCase());
   if (event.key.toLowerCase() === "u" && !shown && !isBusy) undo();
@@ -263,7 +283,7 @@ document.addEventListener("keydown", (event) => {
 
 byId("flagging").addEventListener("submit", (event) => {
   event.preventDefault();
-  say("skip", byId("reason").value.trim());
+  if (!isBusy && shown) say("skip", byId("reason").value.trim());
 });
 byId("unflag").addEventListener("click", () => { byId("flagging").hidden = true; });
 byId("who").addEventListener("click", () => sign());

@@ -126,7 +126,7 @@ class Questions:
     def progress(self, rater: str, said: Said) -> dict[str, Any]:
         """Return how far it is."""
         judged = [each for each in self.questions if said.of(each)]
-        raters = {name for each in self.questions for name in said.by_question.get(each, {})}
+        raters = {found.rater for each in judged for found in said.of(each)}
         several = sum(len([each for each in said.of(name) if each.verdict in SAYS]) > 1 for name in judged)
         agreement = said.agreement()
         return {
