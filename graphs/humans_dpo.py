@@ -2,9 +2,11 @@
 
     flowrl run graphs/humans_dpo.py --set humans.deadline_s=1800
     flowrl feedback runs/NAME      # the page: another process, which may come and go
+    flowrl run graphs/humans_dpo.py --set offline.data.source=preferences.jsonl --set humans.asked=0.5
 
-A group that nobody judges in time is filtered, as is a tie, and others are admitted in its place. The reference is the
-policy as it starts. Staleness is bounded as in graphs/ppo_async.py, people's time included.
+A group that nobody judges in time is filtered, as is a tie, and others are admitted in its place; with `offline.data` a
+pair of these is learned in its place, and `humans.asked` is the weight of people's pairs in the mix. The reference is
+the policy as it starts. Staleness is bounded as in graphs/ppo_async.py, people's time included.
 """
 
 from flowrl.config import Select
@@ -13,6 +15,7 @@ from flowrl.stages.evaluator import Evaluator
 from flowrl.stages.generator import Generator
 from flowrl.stages.humans import Humans
 from flowrl.stages.learner import Learner
+from flowrl.stages.offline_pairs import OfflinePairs, filled, has_pairs
 from flowrl.stages.online import OnlineSettings, evaluated
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.reference import Reference
@@ -25,6 +28,7 @@ class Settings(OnlineSettings):
     objective: Select = Select(use="flowrl.algorithms.dpo:DPO")
     generator: Generator.Config = Generator.Config(cpus=1, group_size=2)
     humans: Humans.Config = Humans.Config()
+    offline: OfflinePairs.Config = OfflinePairs.Config()  # data.source="": people's pairs alone
     select: Selector.Config = Selector.Config()
     reference: Reference.Config = Reference.Config(share="learner")
     learner: Learner.Config = Learner.Config(cpus=1, lr=1e-6)
@@ -36,18 +40,20 @@ def build(s: Settings) -> Graph:
     sampler, learning = s.sampler(s.generator), s.learning(s.objective)
     prompts = Prompts(s.prompts, sampler)
     generator = Generator(s.generator, sampler)
-    humans = Humans(s.humans)
+    humans = Humans(s.humans, passes=has_pairs(s.offline))
+    judged = filled(humans.scored, s.offline, sampler)
     select = Selector(s.select, take="pair")
     reference = Reference(s.reference, sampler)
     learner = SelectionLearner(s.learner, sampler, learning, num_samples=select.num_kept)
     evaluation = evaluated(s.evaluation, learner, generator, Reward.Config(function=""))
-    row = dict(prompts=prompts, generator=generator, humans=humans, select=select, reference=reference)
+    row = dict(generator=generator, humans=humans, **judged.nodes, select=select, reference=reference)
     return Graph(
-        nodes=dict(**row, learner=learner, **evaluation.nodes),
+        nodes=dict(prompts=prompts, **row, learner=learner, **evaluation.nodes),
         edges=[
             Queue(prompts.prompts, generator.prompts),
             Queue(generator.rollouts, humans.rollouts),
-            Queue(humans.scored, select.scored),
+            *judged.edges,
+            Queue(judged.scored, select.scored),
             Queue(select.selected, reference.scored),
             Queue(reference.referenced, learner.samples),
             Latest(learner.weights, generator.weights),

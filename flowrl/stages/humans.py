@@ -3,9 +3,10 @@
 The stage asks by a line in the run's questions.jsonl and reads what people said from judgments.jsonl; the page that
 they sit at is another process (`flowrl feedback RUN`), which may come and go. Invariants: a group leaves with one score
 per answer that was shown, or is rejected as filtered with the reason: nobody judged it within `deadline_s`, somebody
-flagged it, or there was nothing to compare; at most `in_flight` groups wait for people at a time; a judgment counts
-once it could be taken back for `undo_s`, and what is on the disk counts for a group that is issued again, so that
-nobody is asked twice. Waiting for people is charged as waiting for input, and to the runtime is no stall.
+flagged it, or there was nothing to compare. Where the graph has a use for it (`passes`), what nobody judged goes on
+with scores of 0, told apart by the metric `judged`. At most `in_flight` groups wait for people at a time; a judgment
+counts once it could be taken back for `undo_s`, and what is on the disk counts for a group that is issued again, so
+that nobody is asked twice. Waiting for people is charged as waiting for input, and to the runtime is no stall.
 
 Tests: tests/unit/stages/test_humans.py
 """
@@ -13,12 +14,14 @@ Tests: tests/unit/stages/test_humans.py
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
 from flowrl.config import Meta
 from flowrl.data.judgments import JUDGMENTS, PRIVATE, QUESTIONS, Closed, Judgment, Said, Tail, Way, ask, worths
+from flowrl.errors import ConfigError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import PassesOn
 from flowrl.graph.stage import Stage, StageConfig
@@ -30,8 +33,9 @@ from flowrl.telemetry.files import RecordFile
 if TYPE_CHECKING:
     from flowrl.data.judgments import Ended, Question
     from flowrl.graph.simulated import Costs
-    from flowrl.graph.stage import Context
+    from flowrl.graph.stage import Context, Say
 
+JUDGED = "judged"  # metric of a group: 1 where people decided it, 0 where it goes on without
 LOOK_S = 0.5  # between two looks at what was said: a shared disk tells nobody what is written on another machine
 
 
@@ -43,7 +47,10 @@ class Humans(Stage):
 
         way: Way = "pairs"  # two answers against each other, 1 for the better; or each rated from 1 to 5
         raters: Annotated[int, Meta(ge=1)] = 1  # who must have judged an answer; their mean is its score
-        deadline_s: Annotated[float, Meta(gt=0)] = 600.0  # after which a group that nobody judged is filtered
+        # after which a group that nobody judged is filtered, or goes on without where the graph has a use for it
+        deadline_s: Annotated[float, Meta(gt=0)] = 600.0
+        # share of the groups that people are asked about; the others go on at once, which needs such a graph
+        asked: Annotated[float, Meta(gt=0, le=1)] = 1.0
         undo_s: Annotated[float, Meta(ge=0)] = 5.0  # for which a judgment can be taken back before it counts
         in_flight: Annotated[int, Meta(ge=1)] = 64  # groups that wait for people at a time
         name: str = ""  # of the score; "" takes the node's name
@@ -55,16 +62,24 @@ class Humans(Stage):
     rollouts: In[Rollouts]
     scored: Out[Scored]
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, passes: bool = False) -> None:
         self.config: Humans.Config = config
+        self.passes = passes  # groups that nobody judges go on; else they are filtered
+
+    def check(self, say: Say) -> None:
+        """Insist on a use for the groups that nobody is asked about."""
+        if self.config.asked < 1 and not self.passes:
+            what = f"{self.config.asked:g} leaves groups that nobody judges, and nothing takes their place"
+            raise ConfigError("humans.asked", what, "leave it 1, or give offline.data.source")
 
     def simulated(self, costs: Costs) -> PassesOn:
         """Take people's time."""
-        return PassesOn(seconds=self.config.judgment_s * self.config.raters, lanes=self.config.people)
+        seconds = self.config.asked * self.config.judgment_s * self.config.raters
+        return PassesOn(seconds=seconds, lanes=self.config.people)
 
     async def run(self, context: Context) -> None:
         """Ask people until the edge closes."""
-        board = await context.compute(_Board, context, self.config)
+        board = await context.compute(partial(_Board, context, self.config, passes=self.passes))
         context.notice(f"answers wait for people: flowrl feedback {context.run_dir}", level="info")
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -77,26 +92,40 @@ class Humans(Stage):
             board.close()
 
     async def _lane(self, context: Context, board: _Board) -> None:
-        name = self.config.name or context.node
         async for group in self.rollouts:
             question = ask(
                 group.group_id, group.columns.get("prompt", ""), [sample.text for sample in group.samples],
                 way=self.config.way, version=group.oldest_version, places=range(len(group.samples)),
             )  # fmt: skip
-            if self.config.way == "pairs" and len(set(question.answers)) < 2:
-                await self.rollouts.reject(group, kind="filtered", reason="all answers are the same: nothing to judge")
+            judgments, why, waited = list[Judgment](), self._why_not(question), dict[str, float]()
+            if not why:
+                start_s = context.now()
+                judgments, how = await board.judged(question)
+                args = {"judgments": len(judgments), "ended": how}
+                context.span("people", start_s, groups=[group.group_id], args=args)
+                waited = {f"{self._name(context)}.wait_s": context.now() - start_s}
+                if how != "judged":
+                    why = _why(judgments, how, self.config.deadline_s)
+            if why and (judgments or not self.passes):  # whatever is flagged is not learned
+                await self.rollouts.reject(group, kind="filtered", reason=why)
                 continue
-            start_s = context.now()
-            judgments, how = await board.judged(question)
-            context.span("people", start_s, groups=[group.group_id], args={"judgments": len(judgments), "ended": how})
-            if how != "judged":
-                await self.rollouts.reject(group, kind="filtered", reason=_why(judgments, how, self.config.deadline_s))
-                continue
-            scores = [self.config.weight * worth for worth in worths(judgments)]
-            judged = add_scores(narrowed(group, question.places), name, scores)
-            waited = {f"{name}.wait_s": context.now() - start_s}
-            await self.scored.put(msgspec.structs.replace(judged, metrics={**judged.metrics, **waited}))
+            worth = worths(judgments) if judgments else [0.0] * len(group.samples)
+            shown = narrowed(group, question.places) if judgments else group
+            scored = add_scores(shown, self._name(context), [self.config.weight * each for each in worth])
+            told = {**scored.metrics, **waited, JUDGED: float(bool(judgments))}
+            await self.scored.put(msgspec.structs.replace(scored, metrics=told))
             context.done += 1
+
+    def _name(self, context: Context) -> str:
+        return self.config.name or context.node
+
+    def _why_not(self, question: Question) -> str:
+        """Return why people are not asked a question; "" where they are."""
+        if int(question.group * self.config.asked) == int((question.group + 1) * self.config.asked):
+            return f"people are asked about {self.config.asked:g} of the groups"
+        if self.config.way == "pairs" and len(set(question.answers)) < 2:
+            return "all answers are the same: nothing to judge"
+        return ""
 
 
 def _why(judgments: list[Judgment], how: Ended, deadline_s: float) -> str:
@@ -109,9 +138,10 @@ def _why(judgments: list[Judgment], how: Ended, deadline_s: float) -> str:
 class _Board:
     """The questions that wait for people, and what is known of the answers."""
 
-    def __init__(self, context: Context, config: Humans.Config) -> None:
+    def __init__(self, context: Context, config: Humans.Config, *, passes: bool) -> None:
         self._context = context
         self._config = config
+        self._ending = "went on" if passes else "were filtered"
         self._questions = RecordFile(context.run_dir / QUESTIONS, mode=PRIVATE, tell=context.notice)
         self._tail = Tail(context.run_dir / JUDGMENTS, Judgment)
         self._said = Said(self._tail.read())  # of before a restart: no longer to be taken back
@@ -165,7 +195,9 @@ class _Board:
     def _count_unjudged(self) -> None:
         self._num_unjudged += 1
         if self._num_unjudged & (self._num_unjudged - 1) == 0:  # 1, 2, 4, 8, ...
-            what = f"{self._num_unjudged} groups were filtered, not judged within {self._config.deadline_s:g} s"
+            what = (
+                f"{self._num_unjudged} groups were not judged within {self._config.deadline_s:g} s and {self._ending}"
+            )
             self._context.notice(f"{what}; open flowrl feedback {self._context.run_dir}, or raise humans.deadline_s")
 
     async def _tell(self) -> None:

@@ -5,7 +5,7 @@ iterative DPO does. Invariant: a group leaves with the samples to learn from, th
 filtered with the reason: the best is not good enough, or the two do not differ. Its credit then returns and its place
 is skipped. What the policy's rewards are without the selection stands in the group's metrics; what is left of the group
 is told as a span, from which a profile knows the tokens of the nodes behind. Replicas compete for groups. `choose` is
-also how the writer of graphs/generate.py selects.
+also how the writer of graphs/generate.py selects, and `PairExamples`, which gives the pair to an offline learner.
 
 `SelectionLearner` trains with an offline objective on what the policy has just sampled (SFT on the best, DPO on the
 pair) and sends its versions to the generators, which draw the next samples meanwhile. Everything else is the learner's:
@@ -25,10 +25,11 @@ from flowrl.data.examples import ExampleRow
 from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import Itself, PassesOn
 from flowrl.graph.stage import Stage, StageConfig
-from flowrl.messages import Referenced, Scored
+from flowrl.messages import Example, Referenced, Scored
 from flowrl.stages.examples import load_objective, try_rows, with_teacher
 from flowrl.stages.learner import Learner
 from flowrl.stages.sampler import Learning, Sampler
+from flowrl.stages.tokens import mask_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,6 +85,29 @@ class Selector(Stage):
             left = {"prompt_tokens": len(narrow.token_ids), "samples": len(places), "tokens": num_tokens}
             context.span("select", now_s, groups=[group.group_id], args=left)
             await self.selected.put(narrow)
+            context.done += 1
+
+
+class PairExamples(Stage):
+    """Makes of a group an example: the best sample, chosen, and the worst, rejected."""
+
+    scored: In[Scored]
+    examples: Out[Example]
+
+    def __init__(self, config: Selector.Config) -> None:
+        self.config: Selector.Config = config
+
+    async def run(self, context: Context) -> None:
+        """Make examples until the edge closes."""
+        async for group in self.scored:
+            places, reason = choose(group, "pair", self.config, range(len(group.samples)))
+            if reason:
+                await self.scored.reject(group, kind="filtered", reason=reason)
+                continue
+            responses = [group.samples[place].token_ids for place in places]
+            masks = [mask_of(group.samples[place]) for place in places]
+            example = Example(group_id=group.group_id, token_ids=group.token_ids, responses=responses, masks=masks)
+            await self.examples.put(example)
             context.done += 1
 
 

@@ -201,14 +201,15 @@ def step_metrics(batch: Sequence[Scored], staleness: Sequence[int]) -> dict[str,
     rewards = np.array([reward for group in batch for reward in group.rewards])
     lengths = np.array([sample.num_sampled for group in batch for sample in group.samples])
     cut = np.array([is_cut(sample) for group in batch for sample in group.samples])
-    surprise = -sum(float(sample.logprobs.numpy().sum(dtype=np.float64)) for group in batch for sample in group.samples)
+    sampled = [sample for group in batch if group.generator for sample in group.samples]
+    surprise = -sum(float(sample.logprobs.numpy().sum(dtype=np.float64)) for sample in sampled)
     figures = {
         "reward.mean": float(rewards.mean()),
         "reward.std": float(rewards.std()),
         "groups.mixed": float(np.mean([len(set(group.rewards)) > 1 for group in batch])),
         "response_tokens.mean": float(lengths.mean()),
         "response_tokens.cut": float(cut.mean()),
-        "sampled_entropy": surprise / max(1.0, float(lengths.sum())),
+        "sampled_entropy": surprise / max(1, sum(sample.num_sampled for sample in sampled)),
         "tokens": float(lengths.sum()),
         "samples": float(len(rewards)),
         "staleness.mean": float(np.mean(staleness)),
@@ -237,9 +238,15 @@ def replay_metrics(batch: Sequence[Scored], version: int) -> dict[str, float]:
 
 
 def logprob_gap(engine: TrainingEngine, batch: Sequence[Rollouts]) -> dict[str, float]:
-    """Return how far the learner's log-probs are from the generators', over tokens of the learner's own version."""
+    """Return how far the learner's log-probs are from the generators', over tokens of the learner's own version.
+
+    Nothing where no generator sampled any of the batch: a pair that was given brings no log-probs.
+    """
     import numpy as np
 
+    batch = [group for group in batch if group.generator]
+    if not batch:
+        return {}
     rows = engine.score([token_group(group) for group in batch])
     gaps = [
         np.abs(ours - sample.logprobs.numpy())[mask_of(sample).numpy() > 0]

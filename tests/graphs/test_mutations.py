@@ -29,6 +29,7 @@ GRAPHS = sorted((ROOT / "graphs").glob("*.py"))
 WHOLE = {
     "generate": ["reward_models=[a, b]", "reference_model=c"],
     "group_async": ["reward_models=[a, b]", "texts.per_step=2", "replay.ratio=0.5"],
+    "humans_dpo": ["offline.data.source=pairs.jsonl"],
     "iterative_dpo": ["reward_models=[a, b]"],
     "ppo_async": ["reward_models=[a, b]", "texts.per_step=2"],
 }

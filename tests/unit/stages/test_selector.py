@@ -111,7 +111,7 @@ class Judge(Stage):
             await self.scored.put(extend(Scored, group, scores={"judge": rewards}))
 
 
-def graph(*, steps: int, per_step: int, max_staleness: int, judge: Any = None) -> Graph:
+def graph(*, steps: int, per_step: int, max_staleness: int, judge: Any = None, save_every: int = 0) -> Graph:
     sampler = Sampler(model=stand_in_model(), sampling=Sampling(max_tokens=4), group_size=4)
     learning = Learning(algorithm=Select(use=DPO), steps=steps, groups_per_step=per_step, max_staleness=max_staleness)
     costs = {"costs": {"decode": {"step_s": 0.05}, "calls": {"train": {"call_s": 0.6}}}}
@@ -122,7 +122,7 @@ def graph(*, steps: int, per_step: int, max_staleness: int, judge: Any = None) -
     reward = judge or Judge(Judge.Config())
     select = Selector(Selector.Config(), take="pair")
     reference = Reference(Reference.Config(engine=FAKE, engine_options=costs), sampler)
-    config = Learner.Config(engine=FAKE, engine_options=costs)
+    config = Learner.Config(engine=FAKE, engine_options=costs, save_every=save_every)
     learner = SelectionLearner(config, sampler, learning, num_samples=select.num_kept)
     return Graph(
         nodes={"prompts": prompts, "generator": generator, "reward": reward, "select": select, "reference": reference,
