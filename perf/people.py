@@ -44,7 +44,6 @@ THINGS = ("a river", "a kettle", "the moon", "a bicycle", "bread", "a lighthouse
 SETTINGS = [
     "groups_per_step=16", "sampling.max_tokens=48", "generator.group_size=2", "data.num_heldout=48",
     "evaluation.samples=2", "evaluation.function=perf.people:brevity", "learner.lora.rank=16", "learner.save_every=2",
-    "objective.beta=0.1",
 ]  # fmt: skip
 
 

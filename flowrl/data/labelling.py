@@ -1,8 +1,9 @@
 """Preferences as labelling tools export them, made into TRL's columns: Label Studio's tasks and Argilla's records.
 
 Label Studio: `data` with what is asked and the two answers, `annotations` of type `pairwise`, whose `to_name` names the
-two in their order. Argilla: `fields` with the same, `responses` to a ranking or to a question whose values are the
-fields' names. Several annotators vote. Invariant: a row that prefers neither raises, which `data.on_bad` may skip.
+two in their order, or the tags that show them, in the order of the data. Argilla: `fields` with the same, submitted
+`responses` to a ranking or to a question whose values are the fields' names. Several annotators vote. Invariant: a row
+that prefers neither raises, which `data.on_bad` may skip.
 Called by naming.py.
 
 Tests: tests/unit/runs/test_feedback.py
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 Columns = dict[str, Any]
+SIDES = ["left", "right"]
 ASKED = ("prompt", "instruction", "question", "input", "text")
 
 
@@ -34,13 +36,14 @@ def preference_of(columns: Mapping[str, Any], place: str) -> Columns:
     return {}
 
 
-def _preferred(fields: Columns, votes: Iterator[str], place: str) -> Columns:
+def _preferred(fields: Columns, votes: Iterator[str | int], place: str) -> Columns:
     asked = next((name for name in ASKED if isinstance(fields.get(name), str)), "")
     answers = [name for name, text in fields.items() if name != asked and isinstance(text, str)]
     counts = {name: 0 for name in answers}
     for vote in votes:
-        if vote in counts:
-            counts[vote] += 1
+        name = vote if isinstance(vote, str) else answers[vote] if len(answers) == 2 else ""
+        if name in counts:
+            counts[name] += 1
     ranked = sorted(counts, key=lambda name: -counts[name])
     if not asked or len(ranked) < 2 or counts[ranked[0]] == counts[ranked[1]]:
         what = f"prefers none of {', '.join(answers) or 'no answers'}" if asked else "does not say what was asked"
@@ -48,24 +51,26 @@ def _preferred(fields: Columns, votes: Iterator[str], place: str) -> Columns:
     return {"prompt": fields[asked], "chosen": fields[ranked[0]], "rejected": fields[ranked[1]]}
 
 
-def _picked(data: Columns, annotations: list[Any]) -> Iterator[str]:
-    """Yield what each annotation of Label Studio prefers."""
+def _picked(data: Columns, annotations: list[Any]) -> Iterator[str | int]:
+    """Yield what each annotation of Label Studio prefers: an answer's name, or which of the two it is."""
     for annotation in annotations:
         if not isinstance(annotation, dict) or annotation.get("was_cancelled"):
             continue
         for result in cast("list[Any]", annotation.get("result") or []):
             if isinstance(result, dict) and result.get("type") == "pairwise":
                 names = str(result.get("to_name", "")).split(",")
-                known = names if len(names) == 2 and all(name in data for name in names) else ["answer1", "answer2"]
+                are_data = len(names) == 2 and all(name in data for name in names)
                 selected = cast("Columns", result.get("value") or {}).get("selected")
-                yield from (known[place] for place, side in enumerate(("left", "right")) if selected == side)
+                if selected in SIDES:
+                    yield names[SIDES.index(selected)] if are_data else SIDES.index(selected)
 
 
 def _ranked(responses: Columns) -> Iterator[str]:
     """Yield what each response of Argilla prefers: a field's name, or the first of a ranking without a tie."""
     for answers in responses.values():
         for answer in answers if isinstance(answers, list) else []:
-            value = answer.get("value") if isinstance(answer, dict) else None
+            is_given = isinstance(answer, dict) and answer.get("status", "submitted") in ("submitted", None)
+            value = answer.get("value") if is_given else None
             if isinstance(value, str):
                 yield value
             elif isinstance(value, list) and value and all(isinstance(each, str) for each in cast("list[Any]", value)):

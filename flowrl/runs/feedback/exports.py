@@ -5,6 +5,9 @@
     labelstudio  Label Studio's tasks with annotations, of its template for human preferences (`pairwise`)
     argilla      Argilla's records, of its settings for ranking (instruction, response1, response2)
 
+Both tools refuse people that they do not know: Label Studio takes a judgment as the importing user's, and the rater's
+name stands beside it; Argilla knows users by UUIDs, which are made of the names.
+
 Invariant: ties, skipped and flagged questions are in no preference, and how many of them is said.
 
 Tests: tests/unit/runs/test_feedback.py
@@ -13,6 +16,7 @@ Tests: tests/unit/runs/test_feedback.py
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, get_args
+from uuid import UUID, uuid5
 
 import msgspec
 
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     from flowrl.data.judgments import Judgment, Question, Way
 
 Format = Literal["jsonl", "trl", "labelstudio", "argilla"]
+RATERS = UUID("e2a3f6d0-5c1b-4c5e-9b60-6f0f3d3a7c11")  # the name space of raters' UUIDs
 FORMATS: tuple[Format, ...] = get_args(Format)
 Judged = list[tuple["Question", list["Judgment"]]]
 
@@ -108,16 +113,13 @@ def _task(question: Question, judgments: list[Judgment]) -> dict[str, Any]:
     names = ["answer1", "answer2"]
     annotations: list[dict[str, Any]] = []
     for judgment in judgments:
-        found = judgment.worth()
-        common = {"from_name": "comparison", "to_name": ",".join(names)}
+        found, result = judgment.worth(), list[dict[str, Any]]()
         if found is not None and found[0] != found[1]:
             selected = "left" if found[0] > found[1] else "right"
-            result = [{**common, "type": "pairwise", "value": {"selected": selected}}]
-        else:
-            choice = judgment.verdict if judgment.verdict in ("tie", "bad") else "tie"
-            result = [{**common, "type": "choices", "value": {"choices": [choice]}}]
+            result = [{"id": judgment.key[:10], "from_name": "comparison", "to_name": ",".join(names),
+                       "type": "pairwise", "value": {"selected": selected}}]  # fmt: skip
         annotations.append(
-            {"completed_by": {"email": judgment.rater}, "was_cancelled": bool(judgment.flag), "result": result,
+            {"rater": judgment.rater, "was_cancelled": bool(judgment.flag), "ground_truth": False, "result": result,
              "lead_time": judgment.took_s}
         )  # fmt: skip
     data = {
@@ -139,8 +141,6 @@ def _record(question: Question, judgments: list[Judgment]) -> dict[str, Any]:
         order = sorted(range(2), key=lambda place, found=found: -found[place])
         ranks = [1, 1 if found[0] == found[1] else 2]
         value = [{"value": names[place], "rank": rank} for place, rank in zip(order, ranks, strict=True)]
-        responses.append({"user_id": judgment.rater, "value": value, "status": "submitted"})
+        responses.append({"user_id": str(uuid5(RATERS, judgment.rater)), "value": value, "status": "submitted"})
     fields = {"instruction": _text(question.prompt), **dict(zip(names, question.answers, strict=True))}
-    metadata = {"group": question.group, "version": question.version}
-    return {"id": question.id, "fields": fields, "metadata": metadata, "suggestions": {},
-            "responses": {"ranking": responses}}  # fmt: skip
+    return {"id": question.id, "fields": fields, "suggestions": {}, "responses": {"ranking": responses}}

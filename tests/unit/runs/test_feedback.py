@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import msgspec
 import pytest
@@ -122,6 +123,15 @@ def test_what_people_prefer_is_written_as_other_tools_have_it_and_read_again(
         ]  # fmt: skip
         assert len(rows) == 5
         return
+    if format == "labelstudio":
+        said = [each for task in json.loads(out.read_text()) for each in task["annotations"]]
+        assert [each["rater"] for each in said] == ["ann", "bob", "ann", "ann", "ann"]
+        assert all("completed_by" not in each for each in said), "an unknown annotator ends the whole import"
+        assert [len(each["result"]) for each in said] == [1, 1, 0, 1, 0]
+    if format == "argilla":
+        ids = [{UUID(each["user_id"]) for each in row["responses"]["ranking"]} for row in json.loads(out.read_text())]
+        assert [len(each) for each in ids] == [2, 1, 1, 0], "a name is one user"
+        assert ids[0] > ids[1] == ids[2]
     bad: list[Exception] = []
     found = []
     for row in read_rows(str(out), split="train", subset="", bad=bad.append):
@@ -145,11 +155,15 @@ def test_label_studio_and_argilla_are_read_whatever_their_fields_are_called() ->
 
     result = [{"type": "pairwise", "value": {"selected": "right"}, "to_name": "one,two"}]
     task = {"data": {"question": "q", "one": "x", "two": "y"}, "annotations": [{"result": result}], "id": 4}
+    of_tags = {**task, "annotations": [{"result": [{**result[0], "to_name": "txt-1,txt-2"}]}]}
     record = {
         "fields": {"prompt": "q", "response-1": "x", "response-2": "y"},
-        "responses": {"preference": [{"value": "response-2", "user_id": "u"}]},
-    }
-    for columns in (task, record):
+        "responses": {"preference": [
+            {"value": "response-2", "user_id": "u"},
+            *({"value": "response-1", "user_id": status, "status": status} for status in ("draft", "discarded")),
+        ]},
+    }  # fmt: skip
+    for columns in (task, of_tags, record):
         row = with_names(RawRow("a:1", columns), {})
         assert {name: row.columns[name] for name in ("prompt", "chosen", "rejected")} == {
             "prompt": "q", "chosen": "y", "rejected": "x",
