@@ -164,7 +164,10 @@ class PolicyGradient(Algorithm):
             found.append(f"algorithm.constant_tokens: no effect with normalisation={self.normalisation}")
         if self.kl.horizon != KL().horizon and not self.kl.target:
             found.append("algorithm.kl.horizon: no effect while kl.target is 0")
-        found += [f"algorithm.shaping.{line}" for line in self.shaping.idle_settings()]
+        shaping = self.shaping
+        if shaping.mean and self.compares_group and not shaping.clip and shaping.cut_factor == 1.0:
+            found.append(f"algorithm.shaping.mean: no effect, for {type(self).__name__} takes off the group's own mean")
+        found += [f"algorithm.shaping.{line}" for line in shaping.idle_settings()]
         if self.kl.coef == 0.0 and (self.kl.placement, self.kl.estimator) != (KL().placement, KL().estimator):
             found.append("algorithm.kl.placement, kl.estimator: no effect while kl.coef is 0")
         return found

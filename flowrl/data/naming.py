@@ -56,7 +56,7 @@ def with_names(row: RawRow, names: Mapping[str, str]) -> RawRow:
         columns[ours] = columns[SHAREGPT]
     if columns.get("label") is None and columns.get("kto_tag") is not None:
         columns["label"] = columns["kto_tag"]
-    if columns.get("prompt") is None and (column := _answered(columns)):
+    if not columns.get("prompt") and (column := _answered(columns)):
         columns["prompt"] = _asked(row, columns, column)
     return msgspec.structs.replace(row, columns=columns)
 
@@ -112,12 +112,12 @@ def _answered(columns: Mapping[str, Any]) -> str:
     """Return the column with what the responses answer, "" where they hold it themselves or none does."""
     chosen, rejected = columns.get("chosen"), columns.get("rejected")
     first = chosen if chosen is not None and rejected is not None else columns.get("completion")
-    column = next((name for name in ASKING if isinstance(columns.get(name), str) and columns[name].strip()), "")
+    column = next((name for name in ASKING if columns.get(name) and str(columns[name]).strip()), "")
     if isinstance(first, list):
         return column if ends_answered(cast("list[Any]", first)[:1]) else ""
     if not column or not isinstance(first, str):
         return ""
-    asked = columns[column].strip()
+    asked = str(columns[column]).strip()
     end = first.find(asked) + len(asked) if asked in first else 0
     return "" if end and isinstance(rejected, str) and rejected.startswith(first[:end]) else column
 

@@ -53,6 +53,8 @@ def read_rows(source: str, *, split: str, subset: str, bad: Bad) -> Iterator[Raw
     Raises:
         DataError: the source is missing, of an unknown kind, unreachable or damaged as a whole.
     """
+    if not source.strip():
+        raise DataError("data.source", "is empty", "give a file, a directory or a Hugging Face id")
     if source.lstrip().startswith("["):
         raise DataError(f"data {source}", "is a list", "give several sources as data.mix=[{source: a.jsonl}, ...]")
     path = Path(source).expanduser()
@@ -296,7 +298,7 @@ def _read_saved(path: Path, split: str, bad: Bad) -> Iterator[RawRow]:
 
 def _read_hub(source: str, split: str, subset: str, bad: Bad) -> Iterator[RawRow]:
     from datasets import load_dataset
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     where = f"data {source}"
     try:
@@ -305,6 +307,11 @@ def _read_hub(source: str, split: str, subset: str, bad: Bad) -> Iterator[RawRow
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         remedy = f"check the id and the network, or copy the data here as one of {', '.join(FORMATS)}"
         raise DataError(where, f"cannot be fetched from the hub ({reason})", remedy) from error
+    except HFValidationError as error:
+        what = "is no file or directory here, and no name that the hub could have"
+        raise DataError(
+            where, what, "check data.source; a split or subset goes to data.split or data.subset"
+        ) from error
     except ValueError as error:  # an unknown split, or a data set with several subsets
         reason = str(error).splitlines()[0]
         raise DataError(where, f"cannot be loaded ({reason})", "set data.split or data.subset") from error

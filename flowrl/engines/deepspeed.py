@@ -126,6 +126,7 @@ class DeepSpeedEngine(Trainer):
     backend_of_one = True  # DeepSpeed insists on a process group
     shards = True
     can_offload: ClassVar = {"offload_optimizer": 1, "offload_parameters": 3}
+    scales_loss: ClassVar = True
 
     def __init__(
         self,

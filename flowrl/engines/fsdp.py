@@ -128,8 +128,6 @@ class Fsdp2Engine(Trainer):
                 module.reshard()
 
     def _start_training(self) -> None:
-        if self.dtype == torch.float16:
-            raise StageError(self.where, "float16 needs loss scaling", "take dtype=bfloat16 or the DeepSpeed engine")
         self._optimizer = torch.optim.AdamW(
             decay_groups(self.reader, self.config.weight_decay),
             lr=self.config.lr,

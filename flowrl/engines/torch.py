@@ -41,8 +41,6 @@ class TorchEngine(Trainer):
     """AdamW over whole parameters on every rank; gradients are summed over ranks once, in `apply`."""
 
     def _start_training(self) -> None:
-        if self.dtype == torch.float16:
-            raise StageError(self.where, "float16 needs loss scaling", "take dtype=bfloat16 or the DeepSpeed engine")
         self._names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         self._live = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._masters: list[Tensor] = [*self._live]

@@ -123,6 +123,7 @@ class Trainer:
     backend_of_one = False  # whether even one rank alone needs a process group
     shards = False  # whether it looks at zero_stage
     can_offload: ClassVar[dict[str, int]] = {}  # setting -> the least ZeRO stage it needs
+    scales_loss: ClassVar[bool] = False  # without which float16's gradients vanish
 
     device: torch.device
     dtype: torch.dtype

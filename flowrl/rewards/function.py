@@ -26,7 +26,7 @@ from flowrl.rewards.adapters import Adapter, columns_for, missing_column, reward
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-LARGEST = 3.4028234e38  # that float32 holds
+LARGEST = 1e30  # float32, in which learning sums groups and steps, ends at 3.4e38
 MOST_MORE = 1000  # scores beyond those asked for that are counted
 SHOWN_CHARS = 500  # of what user code says or returns: an error is one line
 MEND = "mend the reward function"
@@ -219,8 +219,8 @@ def finite(value: Any, place: str, where: str, remedy: str) -> float:
     if not math.isfinite(score):
         raise RewardError(where, f"{place} is {score}", "return None where it does not apply")
     if abs(score) > LARGEST:
-        what = f"{place} is {score}, which float32 cannot hold, and learning uses float32"
-        raise RewardError(where, what, f"return numbers between -{LARGEST:.3g} and {LARGEST:.3g}")
+        what = f"{place} is {score}, beyond what float32 can sum, and learning uses float32"
+        raise RewardError(where, what, f"return numbers between -{LARGEST:g} and {LARGEST:g}")
     return score
 
 

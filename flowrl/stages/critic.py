@@ -130,7 +130,7 @@ class Critic(Stage):
     def check(self, say: Say) -> None:
         """Prepare the model, which must read the policy's tokens, and load the algorithm."""
         check_engine_of(self.config, "critic", self.model)
-        check_schedule(self.config, self.num_optimizer_steps, "critic")
+        check_schedule(self.config, self.num_optimizer_steps, "critic", say)
         directory = prepare_model(self.model, say=say)
         check_model(self.config, directory, "critic", "value")
         if self.config.save_model:

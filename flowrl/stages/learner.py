@@ -128,7 +128,7 @@ class Learner(Stage):
             what = f"{self.beside.per_step} texts a step are too few for {minibatches} learner.minibatches"
             raise ConfigError("texts.per_step", what, "give each minibatch one or more")
         check_engine_of(self.config, "learner", self.sampler.model)
-        check_schedule(self.config, self.num_optimizer_steps, "learner")
+        check_schedule(self.config, self.num_optimizer_steps, "learner", say)
         model = prepare_model(self.sampler.model, say=say)
         check_model(self.config, model, "learner")
         self._check_routing(model, say)

@@ -90,7 +90,7 @@ class OfflineLearner(Stage):
     def check(self, say: Say) -> None:
         """Prepare the model and load the objective."""
         check_engine_of(self.config, "learner", self.course.model)
-        check_schedule(self.config, self.course.steps, "learner")
+        check_schedule(self.config, self.course.steps, "learner", say)
         model = prepare_model(self.course.model, say=say)
         objective = load_objective(with_teacher(self.objective, self.course.model, say=say))
         check_model(self.config, model, "learner", objective.head)

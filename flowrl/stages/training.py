@@ -39,7 +39,11 @@ def check_engine_of(settings: Scoring | Training, where: str, model: str) -> Non
     import torch
 
     has_gpu = settings.gpus > 0 or bool(settings.share) or torch.cuda.is_available()
-    check_settings = getattr(load_class(settings.engine, f"{where}.engine"), "check_settings", None)
+    engine = load_class(settings.engine, f"{where}.engine")
+    if isinstance(settings, Training) and settings.dtype == "float16" and not getattr(engine, "scales_loss", True):
+        what = f"is float16, whose gradients vanish without the loss scaling that {engine.__name__} lacks"
+        raise ConfigError(f"{where}.dtype", what, "take bfloat16, or engine=flowrl.engines.deepspeed:DeepSpeedEngine")
+    check_settings = getattr(engine, "check_settings", None)
     if check_settings is not None:  # what this engine cannot do, or would not look at
         check_settings(settings, where, has_gpu=has_gpu)
     lora = settings.lora
@@ -112,12 +116,14 @@ def check_saving(settings: Training, model: Path, where: str) -> None:
     try_saving(model, where, trust_remote_code=settings.trust_remote_code)
 
 
-def check_schedule(settings: Training, num_steps: int, where: str) -> None:
-    """Insist that the learning rate reaches its peak in a run of so many optimizer steps.
+def check_schedule(settings: Training, num_steps: int, where: str, say: Say) -> None:
+    """Insist that the learning rate reaches its peak in a run of so many optimizer steps; say it where that is 0.
 
     Raises:
         ConfigError: the warm-up is longer than the run.
     """
+    if not settings.lr:
+        say(f"warning: {where}.lr is 0, so that it learns nothing")
     warmup, total = settings.schedule.warmup_steps, settings.schedule.total_steps or num_steps
     if warmup > min(total, num_steps):
         what = f"{warmup} optimizer steps, but the run takes {min(total, num_steps)}: lr would never reach its peak"

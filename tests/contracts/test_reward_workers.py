@@ -234,7 +234,7 @@ def test_what_is_printed_is_bounded_and_said_to_be_cut(tmp_path: Path):
         ("clipboard", r"raised ValueError: \x1b]52;c;cm0gLXJm\x07\x1b[2J\nflowrl: all is well\r\x9b31m\u202e"),
         ("surrogate", r"raised ValueError: half a pair: \ud800"),
         ("unsayable", "raised Unsayable: what it says cannot be shown (RuntimeError)"),
-        ("beyond float32", "score 0 of 1 is 1e+39, which float32 cannot hold"),
+        ("beyond float32", "score 0 of 1 is 1e+39, beyond what float32 can sum"),
         ("endless", "returned 1001 or more scores for 1 completions"),
         ("interrupt", "raised KeyboardInterrupt: mine"),
         ("long name", " characters) ... "),

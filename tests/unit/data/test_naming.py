@@ -32,6 +32,8 @@ def normal(columns: dict[str, Any], **names: str):
         ({"question": "2+2?", "chosen": "4", "rejected": "5"}, {}, {"prompt": "2+2?", "chosen": "4", "rejected": "5"}),
         ({"instruction": "Add", "input": "2+2", "chosen": "4", "rejected": "5"}, {},
          {"prompt": "Add\n\n2+2", "chosen": "4", "rejected": "5"}),
+        ({"prompt": "", "question": "2+2?", "chosen": "4", "rejected": "5"}, {},
+         {"prompt": "2+2?", "chosen": "4", "rejected": "5"}),
         ({"question": "2+2?", "chosen": FOUR, "rejected": FIVE}, {}, {"prompt": ASK, "chosen": FOUR, "rejected": FIVE}),
         ({"query": "2+2?", "completion": "4", "label": True}, {}, {"prompt": "2+2?", "completion": "4", "label": True}),
         ({"instruction": "Add", "input": "2+2", "output": "4"}, {}, {"prompt": "Add\n\n2+2", "completion": "4"}),
@@ -97,9 +99,13 @@ def test_a_system_prompt_beside_strings_goes_into_their_conversation():
     [
         ({"prompt": str(ASK)}, "column 'prompt' holds messages in a text that is no JSON"),
         ({"instruction": "and?", "history": [["hi", "yo"]], "output": "x"}, "former turns in the column 'history'"),
+        (
+            {"question": {"full_text": "2+2?"}, "chosen": "4", "rejected": "5"},
+            "column 'prompt' holds an object",
+        ),
         ({"instruction": "Add", "input": [2, 2], "output": "4"}, "column 'input' holds a list; a string was expected"),
     ],
 )
 def test_what_would_be_left_out_is_refused(columns: dict[str, Any], says: str):
     with pytest.raises(DataError, match=says):
-        named(columns)
+        normal(columns)

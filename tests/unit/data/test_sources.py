@@ -89,8 +89,12 @@ def test_unreachable_hub_data_set_says_what_to_do():
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("gone.jsonl", "no such file"), ("./gone", "no such file"), ("a.txt", "is a .txt file")]
-)
+    ("name", "said"),
+    [
+        ("gone.jsonl", "no such file"), ("./gone", "no such file"), ("a.txt", "is a .txt file"),
+        ("", "data.source: is empty"), ("[a.jsonl, b.jsonl]", r"is a list; give several sources as data.mix=\["),
+    ],
+)  # fmt: skip
 def test_source_that_is_not_there_or_of_another_kind_is_refused(tmp_path, monkeypatch, name, said):
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("prompt\n")

@@ -14,6 +14,7 @@ from flowrl.engines.base import Schedule, TokenGroup
 from flowrl.errors import ConfigError
 from flowrl.messages import Buffer, Sample, Samples, VersionSpan
 from flowrl.stages.learner import Learner
+from flowrl.stages.reference import Reference
 from flowrl.stages.step import (
     ages,
     derived,
@@ -25,7 +26,7 @@ from flowrl.stages.step import (
     with_drift_limit,
     with_proximal,
 )
-from flowrl.stages.training import check_schedule
+from flowrl.stages.training import check_engine_of, check_schedule
 from tests.unit.stages.test_estimation import ADAPTIVE, adaptive, group
 
 
@@ -155,6 +156,16 @@ def test_a_mismatch_that_was_measured_on_no_token_is_not_told():
 
 def test_a_warm_up_longer_than_the_run_is_refused():
     settings = Learner.Config(schedule=Schedule(warmup_steps=10))
-    check_schedule(settings, 10, "learner")
+    said: list[str] = []
+    check_schedule(settings, 10, "learner", said.append)
     with pytest.raises(ConfigError, match="10 optimizer steps, but the run takes 4: lr would never reach its peak"):
-        check_schedule(settings, 4, "learner")
+        check_schedule(settings, 4, "learner", said.append)
+    check_schedule(Learner.Config(lr=0.0), 4, "learner", said.append)
+    assert said == ["warning: learner.lr is 0, so that it learns nothing"]
+
+
+def test_float16_is_refused_where_nothing_scales_the_loss():
+    plain = "flowrl.engines.torch:TorchEngine"
+    with pytest.raises(ConfigError, match=r"learner.dtype: is float16, whose gradients vanish .* TorchEngine lacks"):
+        check_engine_of(Learner.Config(engine=plain, dtype="float16"), "learner", "model")
+    check_engine_of(Reference.Config(engine=plain, dtype="float16"), "reference", "model")  # which learns nothing
