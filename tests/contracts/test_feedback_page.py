@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
+from aiohttp.test_utils import TestServer
 
-from flowrl.data.judgments import JUDGMENTS, Judgment, Tail
-from flowrl.runs.feedback.server import MOST_BYTES
+from flowrl.data.judgments import JUDGMENTS, Judgment, JudgmentFile, Tail
+from flowrl.runs.feedback import server
+from flowrl.runs.feedback.questions import Questions
 from tests.support.browser import BROWSER, Browser
 from tests.support.feedback import Served, asking_run
 from tests.support.past_run import HOSTILE
@@ -117,7 +119,7 @@ def test_the_server_takes_only_what_it_should(tmp_path: Path) -> None:
                 ]  # fmt: skip
                 for body in refused:
                     assert (await post("judge", body, authority))[0] == 400, body
-                assert (await post("judge", b" " * (MOST_BYTES + 1), authority))[0] == 413
+                assert (await post("judge", b" " * (server.MOST_BYTES + 1), authority))[0] == 413
                 assert (await post("next", {"rater": "ann"}, authority))[1]["question"]["id"] == question.id
                 assert (await post("next", {"rater": "bob"}, authority))[1]["question"]["id"] == other.id
                 answers = await asyncio.gather(*(post("judge", judgment, authority) for _ in range(5)))
@@ -138,3 +140,22 @@ def test_the_server_takes_only_what_it_should(tmp_path: Path) -> None:
 
     asyncio.run(tried())
     assert [(each.key, each.rater) for each in written(run_dir)] == [("k", "ann"), ("l", "bob")]
+
+
+def test_who_sends_half_a_request_holds_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "BODY_S", 0.1)
+    asking_run(tmp_path / "run", [("a", "b")])
+    judgments = JudgmentFile(tmp_path / "run" / JUDGMENTS, now=lambda: 0.0)
+    page = server.Page(tmp_path / "run", Questions(tmp_path / "run"), judgments, "token")
+    head = "POST /api/next HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer token\r\nContent-Length: 9\r\n\r\nhalf"
+
+    async def tried() -> bytes:
+        async with TestServer(page.application()) as running:
+            reader, writer = await asyncio.open_connection(running.host, running.port)
+            writer.write(head.encode())
+            answer = await reader.readuntil(b"\r\n")
+            writer.close()
+            return answer
+
+    assert b" 408 " in asyncio.run(tried())
+    judgments.close()

@@ -1,10 +1,10 @@
 """The server behind `flowrl feedback`: three files and three calls, on a port of this machine.
 
 Invariants: a call without the run's token is refused, compared in constant time; the token stands in the URL behind
-`#`, which no browser sends; a body has at most `MOST_BYTES`, and at most `MOST_CONNECTIONS` and a few are open; what
-answers hold becomes text and the few tags of Markdown, without links or pictures, under a policy that lets no other
-script run and nothing be fetched from elsewhere; a judgment is acknowledged after it is on the disk, and the token
-outlives the process, so that a page whose server was killed goes on with the next one.
+`#`, which no browser sends; a body has at most `MOST_BYTES` and arrives within `BODY_S`, and at most `MOST_CONNECTIONS`
+and a few are open; what answers hold becomes text and the few tags of Markdown, without links or pictures, under a
+policy that lets no other script run and nothing be fetched from elsewhere; a judgment is acknowledged after it is on
+the disk, and the token outlives the process, so that a page whose server was killed goes on with the next one.
 
 Tests: tests/contracts/test_feedback_page.py
 """
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from flowrl.data.judgments import Question, Way
 
 MOST_BYTES = 1 << 20  # of a request
+BODY_S = 30.0  # for a request's body to arrive
 MOST_CONNECTIONS = 64
 BACKLOG = 8  # accepted at once, before any of them is counted
 MOST_SHOWN = 20_000  # characters of a prompt or an answer
@@ -167,7 +168,11 @@ async def _read(request: web.Request, kind: Any) -> Any:
     from aiohttp import web
 
     try:
-        return msgspec.json.decode(await request.read(), type=kind)
+        async with asyncio.timeout(BODY_S):
+            body = await request.read()
+        return msgspec.json.decode(body, type=kind)
+    except TimeoutError as error:  # who sends no more would hold one of the connections for good
+        raise web.HTTPRequestTimeout(text=f"the request did not arrive within {BODY_S:g} s") from error
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise web.HTTPBadRequest(text=f"cannot be read: {error}") from error
 
