@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from flowrl.data.judgments import Way
 
 
-def asking_run(run_dir: Path, pairs: Sequence[tuple[str, str]], *, way: Way = "pairs") -> list[Question]:
+def asking_run(
+    run_dir: Path, pairs: Sequence[tuple[str, str]], *, way: Way = "pairs", overrides: Sequence[str] = ()
+) -> list[Question]:
     """Write the directory of a run that asks about pairs of answers; returns what it asks."""
     create_run_dir(run_dir)
-    write_plan(run_dir, load_program(ROOT / "graphs" / "humans_dpo.py"))
+    write_plan(run_dir, load_program(ROOT / "graphs" / "humans_dpo.py", overrides=[*overrides]))
     questions = [
         ask(number, f"question {number}", pair, way=way, version=number, places=[0, 1])
         for number, pair in enumerate(pairs)

@@ -48,6 +48,7 @@ class Questions:
         self._run_dir = existing_run(run_dir)
         plan = read_plan(run_dir)
         self.node = next((name for name, node in plan.nodes.items() if node.stage == HUMANS), "")
+        self._raters = plan.nodes[self.node].arguments["config"]["raters"] if self.node else 1
         self._way: Way = way
         self._tail = Tail(run_dir / QUESTIONS, Question | Closed)
         self._steps: set[str] = set()  # files of rollouts that were read
@@ -113,7 +114,7 @@ class Questions:
         free = [each for each in self.questions.values() if each.id not in self._held]
         new = [each for each in free if _is_new(mine.get(each.id))]
         kinds: list[tuple[str, Callable[[Question], bool]]] = [
-            ("", lambda each: each.id not in self.closed and not said.of(each.id)),
+            ("", lambda each: self._is_wanted(each.id, said)),
             ("judged by others too: for agreement", lambda each: bool(said.of(each.id))),
             ("training waits for it no more", lambda each: True),
         ]
@@ -122,6 +123,10 @@ class Questions:
                 self._held[found.id] = (rater, now_s + HELD_S)
                 return Offered(found, why)
         return next((Offered(each, "skipped before") for each in free if _is_skipped(mine.get(each.id))), None)
+
+    def _is_wanted(self, question: str, said: Said) -> bool:
+        """Return whether training waits for somebody to judge a question."""
+        return question not in self.closed and len(said.of(question)) < self._raters
 
     def progress(self, rater: str, said: Said) -> dict[str, Any]:
         """Return how far it is."""
@@ -133,7 +138,7 @@ class Questions:
             "mine": sum(1 for each in judged if any(found.rater == rater for found in said.of(each))),
             "judged": len(judged),
             "asked": len(self.questions),
-            "waiting": sum(1 for each in self.questions if each not in self.closed and not said.of(each)),
+            "waiting": sum(1 for each in self.questions if self._is_wanted(each, said)),
             "raters": len(raters),
             "several": several,
             "agreement": None if agreement is None else round(agreement, 3),

@@ -102,6 +102,17 @@ def test_what_cannot_be_served_is_one_line(
     assert said in line
 
 
+def test_a_second_rater_that_training_waits_for_is_given_the_oldest_question_first(tmp_path: Path) -> None:
+    first, second, *_ = asking_run(tmp_path / "run", PAIRS, overrides=["humans.raters=2"])
+    asked, said = Questions(tmp_path / "run"), Said([])
+    said.add(said_of(first, "left"))
+    assert asked.progress("ann", said)["waiting"] == len(PAIRS), "one of two has judged it"
+    assert asked.next("bob", said, 0.0) == (first, "")
+    said.add(said_of(first, "left", "bob"))
+    assert asked.next("bob", said, 0.0) == (second, "")
+    assert asked.progress("bob", said)["waiting"] == len(PAIRS) - 1
+
+
 @pytest.mark.parametrize("format", ["jsonl", "trl", "labelstudio", "argilla"])
 def test_what_people_prefer_is_written_as_other_tools_have_it_and_read_again(
     format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
