@@ -183,16 +183,19 @@ def test_as_many_groups_are_filtered_as_in_the_profile(name: str, num_samples: i
 
 
 @pytest.mark.slow
-def test_people_take_the_time_that_the_settings_say() -> None:
+@pytest.mark.parametrize("name", ["humans_dpo", "humans_ppo"])
+def test_people_take_the_time_that_the_settings_say(name: str) -> None:
     settings = ["groups_per_step=8", "generator.max_running=4", "sampling.max_tokens=8", "humans.judgment_s=20"]
     nodes = {
         "generator": NodeProfile(decode=DecodeCost(step_s=0.01)),
         "reference": NodeProfile(calls={"score": CallCost(call_s=1e-3)}),
+        "reward_model": NodeProfile(calls={"score": CallCost(call_s=1e-3)}),
+        "critic": NodeProfile(calls={"score": CallCost(call_s=1e-3)}),
         "learner": NodeProfile(calls={"train": CallCost(call_s=1e-3)}),
     }
     costs = Profile(format=1, cores=8, response_tokens=Spread(quantiles=(8.0,)), nodes=nodes, learned=1.0)
     one, two = (
-        quick(load_program(GRAPH.with_name("humans_dpo.py"), overrides=[*settings, f"humans.people={k}"]).graph, costs)
+        quick(load_program(GRAPH.with_name(f"{name}.py"), overrides=[*settings, f"humans.people={k}"]).graph, costs)
         for k in (1, 2)
     )
     assert one.steps_per_s == pytest.approx(1 / 160, rel=0.01)  # eight judgments of 20 s
