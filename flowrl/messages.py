@@ -174,6 +174,7 @@ class Rollouts(Prompt):
     """A prompt with its sampled responses."""
 
     samples: list[Sample]
+    num_given_up: int = 0  # so many more were begun, and aborted when these had ended
     num_greedy: int = 0  # so many samples at the end are the likeliest response: scored, as a baseline, never learned
     generator: str  # node and replica, for errors and the timeline
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
+from itertools import product
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
@@ -104,11 +105,12 @@ def predicted(max_staleness: int, learner: float, *, window: int = 1, **generato
 
 
 def row(found: Prediction, learner: float) -> list[str]:
-    """Return steps an hour, the part of the bound's rate, slot occupancy, the learner's waiting and mean staleness."""
+    """Return steps an hour, the part of the bound's rate, slot occupancy, the learner's waiting, staleness, length."""
     bound_s = generating_s() * max(1.0, learner)
     waits = found.shares["learner"].get("waiting_for_input", 0.0)
+    length = found.tokens_per_s / found.samples_per_s
     return [f"{3600 * found.steps_per_s:.2f}", f"{bound_s * found.steps_per_s:.1%}", f"{found.slots['generator']:.1%}",
-            f"{waits:.1%}", f"{found.mean_staleness:.2f}"]  # fmt: skip
+            f"{waits:.1%}", f"{found.mean_staleness:.2f}", f"{length:,.0f}"]  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -116,22 +118,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 2, 4, 8])
     parser.add_argument("--on-update", nargs="+", default=["keep"], choices=["keep", "resume", "abort", "wait"])
     parser.add_argument("--keep-cache", action="store_true", help="keys and values of earlier weights are used on")
+    parser.add_argument("--spare", type=int, nargs="+", default=[0], help="generator.spare_samples")
     parser.add_argument("--window", type=int, default=1, help="of the learner's queue, in groups")
     parser.add_argument("--learner", type=float, nargs="+", default=[0.5, 1.0], help="its step over G")
     options = parser.parse_args(argv)
     print(f"simulated on {machine()}")
     print(f"a step has {tokens_per_step():,.0f} tokens; G = {generating_s():,.0f} s at {SLOTS} slots")
-    heads = ("learner / G", "on_update", "max_staleness", "steps/h", "of the bound", "slot occupancy", "learner waits",
-             "staleness")  # fmt: skip
+    heads = ("learner / G", "on_update", "max_staleness", "spare", "steps/h", "of the bound", "slot occupancy",
+             "learner waits", "staleness", "tokens an answer")  # fmt: skip
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for learner in options.learner:
         for on_update in options.on_update:
-            for stale in options.staleness:
-                found = predicted(
-                    stale, learner, window=options.window, on_update=on_update, keep_cache=options.keep_cache
-                )
-                cells = row(found, learner)
-                print("| " + " | ".join([f"{learner:g}", on_update, str(stale), *cells]) + " |", flush=True)
+            for stale, spare in product(options.staleness, options.spare):
+                chosen = {"on_update": on_update, "keep_cache": options.keep_cache, "spare_samples": spare}
+                found = predicted(stale, learner, window=options.window, **chosen)
+                cells = [f"{learner:g}", on_update, str(stale), str(spare), *row(found, learner)]
+                print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -179,11 +179,13 @@ class GenerationEngine(Protocol):
         ...
 
     async def generate(
-        self, *, request_id: str, prompt_ids: Sequence[int], num_samples: int, seed: int, sampling: Sampling
-    ) -> list[Sample]:
+        self, *, request_id: str, prompt_ids: Sequence[int], num_samples: int, seed: int, sampling: Sampling,
+        num_spare: int = 0,
+    ) -> list[Sample]:  # fmt: skip
         """Sample `num_samples` responses; waits for the last of them. Cancelling it aborts the request.
 
-        Sample i is drawn with seed + i and is the same alone or in a batch under the same weights.
+        Sample i is drawn with seed + i and is the same alone or in a batch under the same weights. With `num_spare` so
+        many more are begun, and those that have not ended when enough have are aborted; an engine may leave it out.
         """
         ...
 

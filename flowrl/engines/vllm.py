@@ -184,9 +184,12 @@ class VllmEngine:
     # Sampling.
 
     async def generate(
-        self, *, request_id: str, prompt_ids: Sequence[int], num_samples: int, seed: int, sampling: Sampling
-    ) -> list[Sample]:
+        self, *, request_id: str, prompt_ids: Sequence[int], num_samples: int, seed: int, sampling: Sampling,
+        num_spare: int = 0,
+    ) -> list[Sample]:  # fmt: skip
         """Sample `num_samples` responses, sample i with seed + i; cancelling it aborts the requests.
+
+        With `num_spare` so many more are begun, and those that come first are returned, in the order of their seeds.
 
         Raises:
             StageError: no version has been loaded, the prompt leaves no room for a response, or vLLM failed.
@@ -204,11 +207,16 @@ class VllmEngine:
             async with asyncio.TaskGroup() as tasks:
                 drawing = [
                     tasks.create_task(self._sample(f"{request_id}/{i}", prompt_ids, seed + i, sampling))
-                    for i in range(num_samples)
+                    for i in range(num_samples + num_spare)
                 ]
+                left = set(drawing)
+                while num_spare and len(drawing) - len(left) < num_samples:
+                    _, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+                for task in left if num_spare else ():
+                    task.cancel()
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
-        return [task.result() for task in drawing]
+        return [task.result() for task in drawing if not task.cancelled()][:num_samples]
 
     async def _sample(self, name: str, prompt_ids: Sequence[int], seed: int, sampling: Sampling) -> Sample:
         parameters = vllm_settings.sampling_parameters(sampling, seed=seed, stop_ids=self._stop_ids)

@@ -172,26 +172,33 @@ class Decoder:
         """Return how many samples are decoded now."""
         return len(self._running)
 
-    async def decode(self, lengths: Sequence[int], prompt_tokens: int, factor: float = 1.0) -> list[list[VersionSpan]]:
+    async def decode(
+        self, lengths: Sequence[int], prompt_tokens: int, factor: float = 1.0, *, enough: int | None = None
+    ) -> list[list[VersionSpan]]:
         """Decode samples of these lengths; returns which version sampled which tokens of each.
 
-        A token takes `factor` steps.
+        A token takes `factor` steps. When `enough` have ended the others are given up, and have no versions.
         """
         done = asyncio.get_running_loop().create_future()
-        request = _Request(len(lengths), prompt_tokens, done, [[] for _ in lengths], factor)
+        num_left = len(lengths) if enough is None else enough
+        request = _Request(num_left, prompt_tokens, done, [[] for _ in lengths], factor)
         self._settle()
         self._waiting.extend((place, length, request) for place, length in enumerate(lengths))
         self._admit()
         try:
             await request.done
-        except asyncio.CancelledError:
-            self._settle()
-            self._waiting = deque(entry for entry in self._waiting if entry[2] is not request)
-            self._running = [entry for entry in self._running if entry[5] is not request]
-            heapq.heapify(self._running)
-            self._admit()
-            raise
+        finally:
+            if num_left < len(lengths) or not request.done.done() or request.done.cancelled():
+                self._give_up(request)
         return request.spans
+
+    def _give_up(self, request: _Request) -> None:
+        """Let what is left of a request go on no longer."""
+        self._settle()
+        self._waiting = deque(entry for entry in self._waiting if entry[2] is not request)
+        self._running = [entry for entry in self._running if entry[5] is not request]
+        heapq.heapify(self._running)
+        self._admit()
 
     @contextmanager
     def paused(self) -> Generator[None]:

@@ -104,21 +104,24 @@ class FakeGeneration:
         """Start at once."""
 
     async def generate(
-        self, *, request_id: str, prompt_ids: Sequence[int], num_samples: int, seed: int, sampling: Sampling
-    ) -> list[Sample]:
+        self, *, request_id: str, prompt_ids: Sequence[int], num_samples: int, seed: int, sampling: Sampling,
+        num_spare: int = 0,
+    ) -> list[Sample]:  # fmt: skip
         """Return responses of lengths that follow from the seed, when they have been decoded."""
+        num_begun = num_samples + num_spare
         if self._responses is None:
             draw = random.Random(seed)
-            lengths = tuple(draw.randint(1, sampling.max_tokens) for _ in range(num_samples))
+            lengths = tuple(draw.randint(1, sampling.max_tokens) for _ in range(num_begun))
         else:
-            lengths = draw_lengths(self._responses, seed=seed, num=num_samples, most=sampling.max_tokens)
+            lengths = draw_lengths(self._responses, seed=seed, num=num_begun, most=sampling.max_tokens)
         factor = scatter(self._log_sigma, f"decode {seed}") if self._log_sigma > 0 else 1.0
-        self.num_running += num_samples
+        self.num_running += num_begun
         try:
-            spans = await self._decoder.decode(lengths, len(prompt_ids), factor)
+            spans = await self._decoder.decode(lengths, len(prompt_ids), factor, enough=num_samples)
         finally:
-            self.num_running -= num_samples
-        each = enumerate(zip(lengths, spans, strict=True))
+            self.num_running -= num_begun
+        ended = [(place, pair) for place, pair in enumerate(zip(lengths, spans, strict=True)) if pair[1]]
+        each = ended[:num_samples]
         if self._responses is None:
             return [_nonsense(seed + place, length, versions) for place, (length, versions) in each]
         return [_blank(length, versions, most=sampling.max_tokens) for _, (length, versions) in each]

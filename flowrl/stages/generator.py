@@ -8,11 +8,14 @@ Tests: tests/contracts/test_synchronous.py
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import inspect
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
+from flowrl.config import Meta, load_class
 from flowrl.engines.base import GenerationEngine
+from flowrl.errors import ConfigError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import Itself
 from flowrl.graph.stage import Stage
@@ -32,6 +35,10 @@ class Generator(Stage):
     class Config(Generation):
         """Settings of the generator node."""
 
+        # samples of each prompt that are begun besides; the slowest are given up once group_size have ended, which
+        # favours short answers
+        spare_samples: Annotated[int, Meta(ge=0)] = 0
+
     optional = frozenset({"heldout", "heldout_rollouts", "weights"})
     together = (frozenset({"heldout", "heldout_rollouts"}),)
     prompts: In[Prompt]
@@ -46,7 +53,19 @@ class Generator(Stage):
 
     def check(self, say: Say) -> None:
         """Prepare the model; its context must hold `max_model_len` tokens."""
+        if num_spare := self.config.spare_samples:
+            self._check_spare()
+            drawn = f"the {num_spare} slowest of {self.config.group_size + num_spare} answers"
+            say(f"generator.spare_samples: {drawn} to a prompt are given up, which favours short ones")
         check_context(self.config, self.sampler.model, say, where="generator", routing=self.sampler.routing)
+
+    def _check_spare(self) -> None:
+        """Insist that the engine takes spare samples."""
+        path = self.config.engine
+        if "num_spare" not in inspect.signature(load_class(path, "generator.engine").generate).parameters:
+            raise ConfigError(
+                "generator.spare_samples", f"{path} draws none", "set it to 0, or take num_spare in `generate`"
+            )
 
     def simulated(self, costs: Costs) -> Itself:
         """Sample zeros."""
@@ -56,7 +75,7 @@ class Generator(Stage):
         """Serve until the prompt edges close."""
 
         async def train(prompt: Prompt) -> None:
-            rollouts = await self._sample(context, engine, prompt, "generate")
+            rollouts = await self._sample(context, engine, prompt, "generate", num_spare=self.config.spare_samples)
             if self.sampler.greedy:
                 rollouts = await self._with_greedy(context, engine, rollouts)
             await self.rollouts.put(rollouts)
@@ -81,9 +100,12 @@ class Generator(Stage):
             )
         return msgspec.structs.replace(rollouts, samples=[*rollouts.samples, *greedy], num_greedy=1)
 
-    async def _sample(self, context: Context, engine: GenerationEngine, prompt: Prompt, name: str) -> Rollouts:
-        start_s = context.now()
-        context.running += prompt.num_samples
+    async def _sample(
+        self, context: Context, engine: GenerationEngine, prompt: Prompt, name: str, *, num_spare: int = 0
+    ) -> Rollouts:
+        start_s, drawn = context.now(), prompt.num_samples + num_spare
+        spare = {"num_spare": num_spare} if num_spare else {}
+        context.running += drawn
         try:
             with context.clock.charge(Cause.COMPUTE):
                 samples = await engine.generate(
@@ -92,8 +114,9 @@ class Generator(Stage):
                     num_samples=prompt.num_samples,
                     seed=prompt.seed,
                     sampling=self.sampler.sampling,
+                    **spare,
                 )
         finally:
-            context.running -= prompt.num_samples
+            context.running -= drawn
         record_generation(context, prompt, samples, start_s, name)
-        return extend(Rollouts, prompt, samples=samples, generator=context.where)
+        return extend(Rollouts, prompt, samples=samples, num_given_up=num_spare, generator=context.where)

@@ -215,6 +215,8 @@ def step_metrics(batch: Sequence[Scored], staleness: Sequence[int]) -> dict[str,
         "staleness.mean": float(np.mean(staleness)),
         "staleness.max": float(max(staleness)),
     }
+    if given_up := sum(group.num_given_up for group in batch):
+        figures["samples.given_up"] = given_up / (given_up + len(rewards))
     worths = [group.advantages for group in batch if isinstance(group, Samples)]
     if worths:
         figures["groups.idle"] = float(np.mean([not any(row.numpy().any() for row in rows) for rows in worths]))

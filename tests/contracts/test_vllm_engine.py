@@ -247,6 +247,24 @@ def test_cancelling_generate_aborts_its_requests(served, loop):
     assert loop.run(scenario()) == (8, 0, 0)
 
 
+def test_of_spare_samples_the_first_to_end_are_returned_and_the_others_aborted(served, loop):
+    sampling = Sampling(max_tokens=200)
+
+    async def drawn(num_samples: int, num_spare: int) -> list[list[int]]:
+        found = await served.generate(
+            request_id=f"spare {num_spare}", prompt_ids=PROMPTS[0], num_samples=num_samples, seed=7, sampling=sampling,
+            num_spare=num_spare,
+        )  # fmt: skip
+        return [sample.token_ids.tolist() for sample in found]
+
+    all_six, two = loop.run(drawn(6, 0)), loop.run(drawn(2, 4))
+    assert served.num_running == 0
+    places = [all_six.index(each) for each in two]
+    assert places == sorted(places)
+    others = [len(each) for place, each in enumerate(all_six) if place not in places]
+    assert max(map(len, two)) <= min(others)
+
+
 def test_a_prompt_without_room_for_a_response_is_refused_with_the_numbers(served, loop):
     with pytest.raises(StageError, match="512 tokens leaves no room for a response in max_model_len=512"):
         loop.run(draw(served, [5] * 512))

@@ -160,6 +160,18 @@ def test_a_cancelled_request_leaves_its_place() -> None:
     assert d.num_running == 0
 
 
+def test_what_is_slower_than_enough_samples_is_given_up() -> None:
+    d = decoder(step_s=0.1, sample_s=0.0)
+    found: list[list[list[VersionSpan]]] = []
+
+    async def enough() -> None:
+        found.append(await d.decode([100, 5, 10, 200], 1, enough=2))
+
+    assert ends((0.0, enough()), (0.0, d.decode([20], 1))) == pytest.approx([1.0, 2.0])
+    assert found == [[[], [VersionSpan(0, 0, 5)], [VersionSpan(0, 0, 10)], []]]
+    assert d.num_running == 0
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_all_tokens_are_paid_for_whatever_the_arrivals(seed: int) -> None:
     draw = random.Random(seed)

@@ -13,8 +13,10 @@ from flowrl.config import Select
 from flowrl.engines.base import Schedule, TokenGroup
 from flowrl.errors import ConfigError
 from flowrl.messages import Buffer, Sample, Samples, VersionSpan
+from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
 from flowrl.stages.reference import Reference
+from flowrl.stages.sampler import Sampler
 from flowrl.stages.step import (
     ages,
     derived,
@@ -93,6 +95,13 @@ def test_figures_of_groups_are_of_the_scores_that_are_learned():
     assert found["reward.mean"] == 13.25
 
 
+def test_samples_that_were_given_up_are_counted():
+    groups = [samples([1.0], [-1.0], rewards=[1.0, 0.0], metrics={}) for _ in range(2)]
+    assert "samples.given_up" not in step_metrics(groups, [0, 0])
+    spared = [msgspec.structs.replace(groups[0], num_given_up=1), groups[1]]
+    assert step_metrics(spared, [0, 0])["samples.given_up"] == pytest.approx(1 / 5)  # of 5 that were begun
+
+
 def test_a_step_has_the_references_column_in_all_groups_or_in_none():
     whole = samples([1.0, 1.0], [2.0, 2.0], rewards=[1.0, 2.0], metrics={"kl": 0.5})
     bare = msgspec.structs.replace(whole, ref_logprobs=[], metrics={})
@@ -169,3 +178,17 @@ def test_float16_is_refused_where_nothing_scales_the_loss():
     with pytest.raises(ConfigError, match=r"learner.dtype: is float16, whose gradients vanish .* TorchEngine lacks"):
         check_engine_of(Learner.Config(engine=plain, dtype="float16"), "learner", "model")
     check_engine_of(Reference.Config(engine=plain, dtype="float16"), "reference", "model")  # which learns nothing
+
+
+class DrawsNoSpare:
+    """A user's generation engine that knows nothing of spare samples."""
+
+    async def generate(self, *, request_id, prompt_ids, num_samples, seed, sampling):
+        raise NotImplementedError
+
+
+def test_an_engine_that_draws_no_spare_samples_is_refused_before_the_start():
+    engine = f"{__name__}:DrawsNoSpare"
+    generator = Generator(Generator.Config(engine=engine, spare_samples=1), Sampler(model="none"))
+    with pytest.raises(ConfigError, match=r"generator.spare_samples: .*DrawsNoSpare draws none; set it to 0"):
+        generator.check(print)
