@@ -28,6 +28,7 @@ MAX_KL = 0.05  # nats a token to the reference; a run that stays near it is belo
 MIN_ENTROPY = 0.2  # of what it was
 MAX_DRIFT = 2.0  # times, or one so many-th, of the length that it was
 MAX_IDLE = 0.7  # share of groups
+ROUNDED = 1e-9  # of their mean, what equal rewards spread by rounding
 MAX_CUT = 0.5  # share of answers
 NEARLY_ALL = 0.9  # share of a single step's answers: no noise
 MAX_CLIPPED = 0.1  # share of scores
@@ -76,6 +77,15 @@ def length_drift(steps: Sequence[Step]) -> str:
         return ""
     found = f"answers have gone from {first:.0f} to {now:.0f} tokens"
     return f"{found}: read some (flowrl inspect RUN) and see whether the reward pays for length"
+
+
+def equal_rewards(steps: Sequence[Step]) -> str:
+    """Say that every sample earns the same, whatever it says: a critic's values then still give advantages."""
+    spread, mean = recent(steps, "reward.std"), recent(steps, "reward.mean")
+    if spread is None or mean is None or spread > ROUNDED * abs(mean):
+        return ""
+    found = f"every sample of the last {WINDOW} steps has earned {mean:g}"
+    return f"{found}, so that no answer is better than another; read some (flowrl inspect RUN) and see what scores them"
 
 
 def idle_groups(steps: Sequence[Step]) -> str:
@@ -141,7 +151,7 @@ def up_to(steps: Sequence[Step], version: int) -> list[Step]:
 
 
 SYMPTOMS: tuple[Callable[[Sequence[Step]], str], ...] = (
-    kl_growth, entropy_collapse, length_drift, idle_groups, cut_answers, clipped_scores, idle_critic,
+    kl_growth, entropy_collapse, length_drift, equal_rewards, idle_groups, cut_answers, clipped_scores, idle_critic,
 )  # fmt: skip
 
 

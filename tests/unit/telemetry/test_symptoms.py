@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 HEALTHY = {
     "kl": 0.2, "response_tokens.mean": 20.0, "sampled_entropy": 1.5, "groups.idle": 0.3, "response_tokens.cut": 0.1,
-    "critic.explained_variance": 0.4, "reward.mean": 0.5, "reward.clipped": 0.0,
+    "critic.explained_variance": 0.4, "reward.mean": 0.5, "reward.std": 0.4, "reward.clipped": 0.0,
 }  # fmt: skip
 
 
@@ -42,6 +42,7 @@ CASES = {  # figure; a run that shows the fault, one that comes near it; part of
     "kl_growth": ("kl", [0.1 * 1.4**k for k in range(20)], steadily(0.1, 0.9), "the KL to the reference has grown"),
     "entropy_collapse": ("sampled_entropy", steadily(1.5, 0.0), steadily(1.5, 0.5), "the entropy of what is sampled"),
     "length_drift": ("response_tokens__mean", steadily(20, 80), steadily(20, 35), "answers have gone from 2"),
+    "equal_rewards": ("reward__std", [1e-17] * 20, [*[0.0] * 4, *[0.01] * 16], "every sample of the last 5 steps"),
     "idle_groups": ("groups__idle", steadily(0.5, 1.0), steadily(0.3, 0.6), "of the groups teach nothing"),
     "cut_answers": ("response_tokens__cut", steadily(0.1, 0.9), steadily(0.0, 0.4), "of the answers are cut"),
     "clipped_scores": ("reward__clipped", [0.3] * 20, [0.05] * 20, "30% of the scores are clipped"),
