@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowrl.errors import FlowrlError, hold_output, let_go_of_output
+from flowrl.errors import FlowrlError, files_named, hold_output, let_go_of_output
 from flowrl.errors import say as _say
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hold_output()
     options = _parser().parse_args(arguments)
     try:
-        return options.command(options)
+        with files_named():
+            return options.command(options)
     except FlowrlError as error:
         if options.debug:
             raise

@@ -21,6 +21,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
     from typing import TextIO
 
 
@@ -118,6 +119,18 @@ class StallError(RunError):
 
 class ChannelClosed(FlowrlError):
     """The edge was closed and holds nothing more."""
+
+
+@contextlib.contextmanager
+def files_named() -> Generator[None]:
+    """Let what the system says of a file in this block be an error of ours: a line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        what = f"cannot be used ({error.strerror})"
+        raise ResourceError(str(error.filename), what, "see whose it is, and whether its disk is there") from error
 
 
 def say(text: str, *, aside: bool = False) -> None:

@@ -173,7 +173,7 @@ def verify_run(run_dir: Path) -> Verdict:
     saved = _compare_checkpoints(run_dir, entries, verdict)
     _compare_starts(run_dir, starts, settings, verdict)
     _compare_rollouts(run_dir, entries, settings, saved, verdict)
-    _compare_versions(run_dir, saved, verdict)
+    _compare_versions(run_dir, saved, verdict, is_whole=0 in learned)
     _compare_metrics(run_dir, entries, verdict, is_whole=len(starts) == 1 and has_ended)
     if ending is not None and (name := Path(ending.checkpoint).name) and not (run_dir / "checkpoints" / name).is_dir():
         verdict.missing.append(f"checkpoints/{name}: the run ended with it")
@@ -291,8 +291,11 @@ def _groups_of(path: Path) -> tuple[str, set[int]]:
         raise DataError(str(path), f"cannot be read ({what})", "the record of that step is lost") from error
 
 
-def _compare_versions(run_dir: Path, saved: int, verdict: Verdict) -> None:
-    """See that every version up to the newest checkpoint's was published, where weights are."""
+def _compare_versions(run_dir: Path, saved: int, verdict: Verdict, *, is_whole: bool) -> None:
+    """See that every version up to the newest checkpoint's was published, where weights are.
+
+    Only a run that has not learned its first step, but one of the run that it trains again, begins with another than 0.
+    """
     path = run_dir / "versions.jsonl"
     publishes = any(e.kind == "latest" and e.source.endswith(".weights") for e in read_plan(run_dir).edges)
     if not path.exists():
@@ -300,7 +303,7 @@ def _compare_versions(run_dir: Path, saved: int, verdict: Verdict) -> None:
             verdict.missing.append("versions.jsonl: which weights were published is not known")
         return
     versions = read_digests(run_dir)
-    first = min(versions, default=0)
+    first = 0 if is_whole else min(versions, default=0)
     if gone := [version for version in range(first, saved + 1) if version not in versions]:
         verdict.disagreeing.append(f"versions.jsonl: lacks versions {_some(gone)}, the newest checkpoint is of {saved}")
 

@@ -372,6 +372,7 @@ def _start_ray(address: str | None, *, num_gpus: int) -> None:
         _reach(address)
         if (Path.home() / ".ray" / "auth_token").is_file() or "RAY_AUTH_TOKEN" in os.environ:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
+        _knock(address)
     ray._private.worker.print_to_stdstream = _unheard  # what it tells of dead workers, the supervisor tells better
     logging.getLogger("ray").setLevel(logging.ERROR)  # before it starts; `logging_level` holds only from then on
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -408,6 +409,31 @@ def _reach(address: str) -> None:
     except OSError as error:
         what = f"nothing answers at {address} ({error})"
         raise ResourceError("ray", what, "see that the head runs (`ray status` there) and its port is open") from error
+
+
+def _knock(address: str) -> None:
+    """Ask a cluster's head who it is, which says why it does not let us in where connecting would only fail, later.
+
+    Raises:
+        AuthenticationError: it refuses our token.
+    """
+    if address in ("auto", "local") or "://" in address:
+        return
+    with _errors_unheard():
+        ray._raylet.GcsClient(address=address)
+
+
+@contextlib.contextmanager
+def _errors_unheard() -> Generator[None]:
+    """Let nothing reach standard error that Ray's native part writes there in this block."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        for descriptor in (kept, null):
+            os.close(descriptor)
 
 
 def _keep_token_private() -> None:

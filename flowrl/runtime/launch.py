@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowrl.engines.checkpoint import complete_checkpoints, set_checkpoints_aside
-from flowrl.errors import ConfigError, FlowrlError
+from flowrl.errors import ConfigError, FlowrlError, files_named
 from flowrl.graph.program import Program, load_program
 from flowrl.graph.show import edge_table, node_table, staleness_line
 from flowrl.runtime.devices import visible_machine
@@ -115,7 +115,7 @@ def launch(request: RunRequest, *, say: Say, companion: RunCompanion) -> Path:
         UserError: something is wrong with the request; nothing was started or written.
         RunError: the run failed.
     """
-    with contextlib.ExitStack() as held:
+    with files_named(), contextlib.ExitStack() as held:
         if request.resume is not None:
             run_dir = existing_run(request.resume).resolve()
             config = request.config or recorded_settings(run_dir)
@@ -192,7 +192,8 @@ def drive(
         companion.add_sinks(program, run_dir, sinks)
         try:
             options: dict[str, Any] = {"claim": claimed, "start_number": start_number, "resume": resume}
-            outcome = _run_on_loop(program, address, run_dir, options, sinks, companion)
+            with files_named():
+                outcome = _run_on_loop(program, address, run_dir, options, sinks, companion)
         except (FlowrlError, KeyboardInterrupt) as error:
             _report(again, run_dir, None, sinks.view, failure=str(error) or "aborted", say=sinks.say)
             raise

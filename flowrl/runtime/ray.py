@@ -267,7 +267,8 @@ class RayCrew:
         while True:
             for node, count in self._now.fleet.room().items() if is_other else ():
                 if count != self._options.scaling.wanted.get(node, self._graph.nodes[node].config.replicas):
-                    self._tell("info", node, f"has room for {count} replicas")
+                    most = self._options.placing.most[node]
+                    self._tell("info", node, f"the cluster has room for {count} of at most {most}")
                     self._options.scaling.ask(node, count)
             batch, stall = await self._ask_hub("listen", self._interval_s)
             self._options.consume(decode_events(batch))

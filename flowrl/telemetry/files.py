@@ -20,7 +20,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING
 from zlib import crc32
 
-from flowrl.errors import FULL, DataError, RunError
+from flowrl.errors import FULL, DataError, LastingError, RunError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -259,8 +259,16 @@ class RecordFile:
         self._end += len(record)
 
     def sync(self) -> None:
-        """Bring what is written to the disk."""
+        """Bring what is written to the disk.
+
+        Raises:
+            LastingError: the file was removed, or has another in its place: nobody will find what was written.
+        """
         os.fsync(self._descriptor)
+        mine = os.fstat(self._descriptor)
+        if not self.path.exists() or not os.path.samestat(mine, self.path.stat()):
+            what = "was removed or replaced while it was written, so what it held is lost"
+            raise LastingError(str(self.path), what, "restore it, or begin again in another directory")
 
     def close(self) -> None:
         """Write what there is room for and close the file."""

@@ -34,6 +34,7 @@ def stop(run: Running, run_dir: Path, *, rollbacks: int) -> None:
     assert not [line for line in run.text.splitlines() if "raylet" in line or "\x1b[" in line], run.text
 
 
+@pytest.mark.long
 def test_a_node_that_dies_is_named_and_waited_for_and_taken_up_when_another_joins(disk: Path) -> None:
     with machines(3) as (head, second, third):
         head.start_ray()

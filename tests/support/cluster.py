@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 from tests.support.command import ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Generator, Mapping, Sequence
     from types import TracebackType
 
 NETWORK = "10.77.0"
@@ -114,14 +114,14 @@ class Machine:  # of the tests; what Ray knows of one is a RayNode
             raise AssertionError(f"{' '.join(command)}: not done after {within_s:.0f} s:\n{said}") from None
         return started.returncode, said
 
-    def start_ray(self, head: Machine | None = None, *, cpus: float = 1) -> None:
+    def start_ray(self, head: Machine | None = None, *, cpus: float = 1, environment: Mapping[str, str] = {}) -> None:
         """Let the machine be the head of a cluster, or join that of `head`."""
         joins = ["--address", head.ray] if head else ["--head", f"--port={PORT}", "--include-dashboard=false"]
         command = [f"{Path(sys.executable).parent}/ray", "start", *joins, "--block", f"--num-cpus={cpus:g}",
                    f"--node-ip-address={self.address}", "--object-store-memory=100000000",
                    "--disable-usage-stats"]  # fmt: skip
         log = Path(f"/proc/{self._first}/root/tmp/ray.log")
-        started = self.start(command, log=log)
+        started = self.start(command, log=log, **environment)
         deadline_s = time.monotonic() + START_S
         while "Ray runtime started" not in log.read_text():
             assert started.poll() is None, log.read_text()

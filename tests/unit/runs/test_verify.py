@@ -61,6 +61,10 @@ def keep_lines(count: int, name: str) -> Harm:
     return lambda run_dir: (run_dir / name).write_bytes(b"".join(lines_of(run_dir / name)[:count]))
 
 
+def drop_lines(count: int, name: str) -> Harm:
+    return lambda run_dir: (run_dir / name).write_bytes(b"".join(lines_of(run_dir / name)[count:]))
+
+
 def write(name: str, body: bytes) -> Harm:
     return lambda run_dir: (run_dir / name).write_bytes(body)
 
@@ -228,6 +232,7 @@ DAMAGES: dict[str, tuple[Harm, str]] = {
     "graph not JSON": (write("graph.json", b"{"), "graph.json: cannot be read"),
     "versions gone": (remove("versions.jsonl"), "missing: versions.jsonl"),
     "versions shortened": (keep_lines(4, "versions.jsonl"), "versions.jsonl: lacks versions 4, 5, 6"),
+    "versions without the first ones": (drop_lines(2, "versions.jsonl"), "versions.jsonl: lacks versions 0, 1"),
     "metrics gone": (remove("metrics.jsonl"), "missing: metrics.jsonl"),
     "metrics a directory": (directory("metrics.jsonl"), "metrics.jsonl: is no file"),
     "metrics of other bytes": (write("metrics.jsonl", b"\xff\xfe\0" * 99), "versions 1, 2, 3, 4, 5, 6 are not known"),

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from flowrl.errors import ConfigError, DataError, RunError
+from flowrl.errors import ConfigError, DataError, LastingError, ResourceError, RunError, files_named
+from flowrl.runtime.ledger import Ledger
 from flowrl.runtime.rundir import claim, hold
 from flowrl.telemetry.files import RecordFile, fence, replace_file, unfence
 
@@ -60,6 +61,25 @@ def test_a_run_has_one_driver(tmp_path: Path) -> None:
         claim(tmp_path, print)
     first.close()
     claim(tmp_path, print).close()
+
+
+def test_a_ledger_that_was_removed_or_replaced_is_noticed_at_the_next_cut(tmp_path: Path) -> None:
+    """What goes on to be written to a file without a name is lost, and a new file hides it."""
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.admit(0)
+    ledger.cut(0)
+    (tmp_path / "ledger.jsonl").rename(tmp_path / "moved")
+    for _ in range(2):
+        with pytest.raises(LastingError, match=r"ledger\.jsonl: was removed or replaced while it was written"):
+            ledger.cut(1)
+        (tmp_path / "ledger.jsonl").touch()
+    ledger.close()
+
+
+def test_what_the_system_says_of_a_file_is_one_line(tmp_path: Path) -> None:
+    said = r"/none/file: cannot be used \(No such file or directory\); see whose"
+    with pytest.raises(ResourceError, match=said), files_named():
+        (tmp_path / "none" / "file").touch()
 
 
 def test_a_machine_that_sees_another_directory_under_the_same_path_joins_no_run(tmp_path: Path) -> None:
