@@ -272,8 +272,12 @@ class Weights(Message):
     size_bytes: int
 
 
+class PinnedWeights(Weights):
+    """A version for whoever keeps it while the others go on: it is fetched when they have it already."""
+
+
 class EvaluationRequest(Message):
-    """A policy version to be evaluated before the learner publishes the next one."""
+    """A policy version to be evaluated, which the generators that are asked serve until it is acknowledged."""
 
     version: int
     is_final: bool

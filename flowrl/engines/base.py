@@ -379,8 +379,8 @@ class TrainingEngine(Protocol):
         """Wait until the bytes of `version` no longer depend on the parameters (they may change afterwards)."""
         ...
 
-    def retire(self, version: int) -> None:
-        """Forget the bytes of every version before `version`."""
+    def retire(self, version: int, keep: frozenset[int] = frozenset()) -> None:
+        """Forget the bytes of every version before `version` but those in `keep`."""
         ...
 
     def save_model(self, directory: Path, *, card: str) -> None:

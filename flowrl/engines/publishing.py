@@ -104,10 +104,10 @@ class Publisher:
         if self._sender is not None:
             self._sender.transfer(version)
 
-    def retire(self, version: int) -> None:
-        """Forget every version before `version`."""
+    def retire(self, version: int, keep: frozenset[int] = frozenset()) -> None:
+        """Forget every version before `version` but those in `keep`."""
         if self._sender is not None:
-            self._sender.retire(version)
+            self._sender.retire(version, keep)
 
     def close(self) -> None:
         """Release the transport."""

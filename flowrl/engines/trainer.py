@@ -625,9 +625,9 @@ class Trainer:
         """Wait until the bytes of `version` no longer depend on the parameters; rank 0 only, any thread."""
         self._publisher.transfer(version)
 
-    def retire(self, version: int) -> None:
-        """Forget the bytes of every version before `version`; rank 0 only, any thread."""
-        self._publisher.retire(version)
+    def retire(self, version: int, keep: frozenset[int] = frozenset()) -> None:
+        """Forget the bytes of every version before `version` but those in `keep`; rank 0 only, any thread."""
+        self._publisher.retire(version, keep)
 
     def save_model(self, directory: Path, *, card: str) -> None:
         """Write Hugging Face format: safetensors, config, tokenizer, model card.

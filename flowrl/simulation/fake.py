@@ -225,7 +225,7 @@ class FakeTraining:
         """Take the time until the bytes would have left, beside the work."""
         self.last_duration_s = self._costs.calls.get("transfer", NOTHING).call_s
 
-    def retire(self, version: int) -> None:
+    def retire(self, version: int, keep: frozenset[int] = frozenset()) -> None:
         """Nothing to forget."""
         self.last_duration_s = 0.0
 

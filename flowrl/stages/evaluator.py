@@ -1,9 +1,10 @@
 """Evaluator: scores the policy on the held-out set at the versions the learner names.
 
 Invariant: an evaluation uses one version only, because the learner publishes no newer one before it is acknowledged
-here; the same prompts are drawn with the same seeds each time, so that before and after are paired. The score is that
-of the reward function the policy is trained on, or of one of its own; it runs in a worker process. Where an agent plays
-the held-out prompts, it is what their environment gave.
+here, or, with `beside`, sends none to the generators that keep this one; the same prompts are drawn with the same seeds
+each time, so that before and after are paired. The score is that of the reward function the policy is trained on, or of
+one of its own; it runs in a worker process. Where an agent plays the held-out prompts, it is what their environment
+gave.
 
 Tests: tests/unit/stages/test_reward.py
 """
@@ -42,6 +43,8 @@ class Evaluator(Stage):
         """Settings of the evaluation node."""
 
         samples: Annotated[int, Meta(ge=1)] = 4  # responses to each held-out prompt
+        # generators of its own, which keep a version while the learner goes on; 0: no version is published meanwhile
+        beside: Annotated[int, Meta(ge=0)] = 0
         in_flight: Annotated[int, Meta(ge=1)] = 64  # held-out prompts sent and not yet scored
         # As reward.function; null: the reward's own; "": the scores that the rollouts bring from their environment
         function: ImportPath | None = None

@@ -120,3 +120,10 @@ class Generator(Stage):
             context.running -= drawn
         record_generation(context, prompt, samples, start_s, name)
         return extend(Rollouts, prompt, samples=samples, num_given_up=num_spare, generator=context.where)
+
+
+class Examiner(Generator):
+    """A generator that samples held-out prompts alone, under the version that it was sent last."""
+
+    optional = frozenset({"prompts", "rollouts", "weights"})
+    simulated = Generator.simulated

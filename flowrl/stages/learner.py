@@ -5,9 +5,10 @@ Invariants: step v learns exactly `groups_per_step` groups while the policy is v
 for none of this); a credit goes back only after every live generator has acknowledged the version that its group was
 learned into (law 2); version v + 1 is on its way to the generators while the next step's forward and backward run, and
 has left before the next optimizer step changes the weights; where an evaluator is joined, no version is published while
-an older one is being evaluated; a checkpoint holds the state of every stateful node and the flow's cut between the same
-two steps. Where texts are joined (a pre-training loss), those of step v are
-learned in it, each loss divided by its own count; they are asked for a step ahead. Its return ends the run.
+an older one is being evaluated, unless an examiner keeps it meanwhile (examinations.py); a checkpoint holds the state
+of every stateful node and the flow's cut between the same two steps. Where texts are joined (a pre-training loss),
+those of step v are learned in it, each loss divided by its own count; they are asked for a step ahead. Its return ends
+the run.
 
 Tests: tests/unit/stages/test_step.py
 """
@@ -28,8 +29,19 @@ from flowrl.errors import ConfigError, RunError, TransferError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import Itself
 from flowrl.graph.stage import Stage
-from flowrl.messages import FIRST_TEXTS, Buffer, Credit, EvaluationRequest, Samples, Texts, Weights, replays_of
+from flowrl.messages import (
+    FIRST_TEXTS,
+    Buffer,
+    Credit,
+    EvaluationRequest,
+    PinnedWeights,
+    Samples,
+    Texts,
+    Weights,
+    replays_of,
+)
 from flowrl.stages.estimation import advice, check_sampling, load_algorithm, settled
+from flowrl.stages.examinations import Examinations
 from flowrl.stages.sampler import Learning, Sampler
 from flowrl.stages.saving import save_checkpoint
 from flowrl.stages.step import (
@@ -92,7 +104,7 @@ class Learner(Stage):
         save_rollouts: bool = True  # write every learned group to Parquet
         min_ess: Annotated[float, Meta(ge=0, le=1)] = 0.3  # warn when the effective sample size falls below
 
-    optional = frozenset({"evaluations", "wanted", "texts"})
+    optional = frozenset({"evaluations", "examined", "wanted", "texts"})
     together = (frozenset({"wanted", "texts"}),)
     ordered = frozenset({"samples"})
     is_stateful = True
@@ -102,6 +114,7 @@ class Learner(Stage):
     weights: Out[Weights]
     released: Out[Credit]
     evaluations: Out[EvaluationRequest]
+    examined: Out[PinnedWeights]  # to generators that keep a version while it is evaluated
 
     def __init__(
         self, config: Config, sampler: Sampler, learning: Learning, beside: TextSource.Config = NO_TEXTS
@@ -216,6 +229,7 @@ class Learner(Stage):
             if self.config.save_rollouts:
                 await context.compute(forget_steps, context.run_dir / "rollouts", context.version)
             await self._ask_for_texts(context.version)
+            self._examinations = Examinations(self.examined, self.evaluations)
             async with asyncio.TaskGroup() as tasks:
                 push = await self._publish(context, engine, [], tasks)
                 while context.version < self.learning.steps:
@@ -312,11 +326,12 @@ class Learner(Stage):
         start_s = context.now()
         weights = await context.compute(engine.publish, context.version, _canary())
         await context.write(write_digests, context.run_dir, weights.version, tensor_digests(weights.manifest))
-        return tasks.create_task(self._push(context, engine, weights, learned, start_s))
+        return tasks.create_task(self._push(context, engine, weights, learned, start_s, tasks))
 
     async def _push(
-        self, context: Context, engine: TrainingEngine, weights: Weights, learned: list[Samples], start_s: float
-    ) -> None:
+        self, context: Context, engine: TrainingEngine, weights: Weights, learned: list[Samples], start_s: float,
+        tasks: asyncio.TaskGroup,
+    ) -> None:  # fmt: skip
         """Wait for every live generator to serve the version, then return the credits of what it was learned from."""
         async with asyncio.TaskGroup() as both:
             both.create_task(self.weights.put(weights))
@@ -325,10 +340,12 @@ class Learner(Stage):
             await self.released.put(Credit(groups=[group.group_id for group in learned]))
         context.span(f"publish v{weights.version}", start_s, args={"bytes": weights.size_bytes})
         if self.evaluations.is_connected and self._is_evaluated(weights.version):
-            await self.evaluations.put(
-                EvaluationRequest(version=weights.version, is_final=weights.version == self.learning.steps)
-            )
-        await context.background(engine.retire, weights.version)
+            is_final = weights.version == self.learning.steps
+            if self.examined.is_connected:
+                self._examinations.ask(context, weights, is_final=is_final, tasks=tasks)
+            else:
+                await self.evaluations.put(EvaluationRequest(version=weights.version, is_final=is_final))
+        await context.background(engine.retire, weights.version, self._examinations.kept)
 
     async def _transfer(self, context: Context, engine: TrainingEngine, version: int) -> None:
         """Send the bytes; that no generator is there to take them is not the learner's failure."""

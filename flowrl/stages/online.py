@@ -15,9 +15,11 @@ import msgspec
 from flowrl.config import Meta, Select
 from flowrl.data.prompts import PromptData
 from flowrl.engines.base import Sampling
+from flowrl.errors import ConfigError
 from flowrl.graph.edges import Edge, Latest, Queue
 from flowrl.graph.graph import RunSettings, Section
 from flowrl.stages.evaluator import Evaluator
+from flowrl.stages.generator import Examiner, Generator
 from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.replay_buffer import ReplayBuffer
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from flowrl.graph.stage import Stage
     from flowrl.messages import Samples
     from flowrl.stages.agent import Agent
-    from flowrl.stages.generator import Generator
     from flowrl.stages.serving import Generation
 
 
@@ -83,14 +84,25 @@ class OnlineSettings(SamplingSettings):
 def evaluated(
     config: Evaluator.Config, learner: Learner, generator: Generator | Agent, reward: Reward.Config | None = None
 ) -> Section:
-    """Return the evaluation of a learner's versions on held-out prompts, which the generator samples as well."""
+    """Return the evaluation of a learner's versions on held-out prompts.
+
+    The generator answers them as well, or with `beside` an examiner with the generator's settings.
+    """
     evaluation = Evaluator(config, generator.sampler, reward=reward)
-    edges: list[Edge] = [
-        Latest(learner.evaluations, evaluation.requests),
+    nodes: dict[str, Stage] = {"evaluation": evaluation}
+    edges: list[Edge] = [Latest(learner.evaluations, evaluation.requests)]
+    if config.beside:
+        if not isinstance(generator, Generator):
+            what = f"is {config.beside}, but an agent's episodes are evaluated by the training's own agents"
+            raise ConfigError("evaluation.beside", what, "leave it 0")
+        settings = msgspec.structs.replace(generator.config, replicas=config.beside)
+        nodes["examiner"] = generator = Examiner(settings, generator.sampler)
+        edges.append(Latest(learner.examined, generator.weights))
+    edges += [
         Queue(evaluation.prompts, generator.heldout, depth=16),
         Queue(generator.heldout_rollouts, evaluation.rollouts, depth=config.in_flight, most=config.in_flight),
     ]
-    return Section({"evaluation": evaluation}, edges)
+    return Section(nodes, edges)
 
 
 def texts_for(learner: Learner) -> Section:

@@ -162,6 +162,18 @@ def test_shared_memory_keeps_a_mapped_version_after_it_was_retired(opened):
     assert_same(received(ShmFetcher("late"), second), some_tensors(1))
 
 
+@pytest.mark.parametrize("kind", ["shm", "broadcast", "nearest"])
+def test_a_version_that_is_kept_is_there_for_whoever_comes_late(opened, kind: str):
+    sender = sender_of(kind)
+    opened.append(sender)
+    wires = [sender.publish(version, some_tensors(version).items())[0] for version in range(4)]
+    sender.retire(3, frozenset({1}))
+    held = getattr(sender, "_shm", sender)
+    assert sorted(held._files if kind != "broadcast" else held._held) == [1, 3]
+    if kind == "shm":
+        assert_same(received(ShmFetcher("late"), wires[1]), some_tensors(1))
+
+
 def test_shared_memory_is_private_and_leaves_nothing_behind():
     sender = sender_of("shm")
     wire, _ = sender.publish(0, some_tensors(0).items())

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import msgspec
+
 from flowrl.algorithms.base import Algorithm
 from flowrl.config import Select
 from flowrl.engines.base import Sampling
@@ -24,12 +26,12 @@ from flowrl.runtime.local import LocalOptions, Outcome, run_local
 from flowrl.simulation.clock import run_virtual
 from flowrl.simulation.stand_ins import stand_in_model
 from flowrl.stages.evaluator import Evaluator
-from flowrl.stages.generator import Generator
+from flowrl.stages.generator import Examiner, Generator
 from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.replay_buffer import ReplayBuffer
 from flowrl.stages.sampler import Learning, Sampler
-from flowrl.telemetry.events import Event, Notice, Span, Step
+from flowrl.telemetry.events import Evaluation, Event, Notice, Span, Step
 
 if TYPE_CHECKING:
     from flowrl.graph.simulated import Costs
@@ -103,13 +105,20 @@ class Scorer(Stage):
 
 
 class Judge(Stage):
-    """Gives every held-out sample the score 1."""
+    """Gives every held-out sample the score 1, after a time."""
+
+    class Config(StageConfig):
+        mean_s: float = 0.0
 
     rollouts: In[Rollouts]
     scored: Out[Scored]
 
+    def __init__(self, config: Config) -> None:
+        self.config: Judge.Config = config
+
     async def run(self, context: Context) -> None:
         async for group in self.rollouts:
+            await asyncio.sleep(self.config.mean_s)
             await self.scored.put(extend(Scored, group, scores={"one": [1.0] * len(group.samples)}))
 
 
@@ -157,6 +166,8 @@ class FlowSettings:
     replay: ReplayBuffer.Config = NO_REPLAY
     ranks: int = 1  # of the learner
     evaluate_every: int = -1  # versions; 0: before and after; -1: no evaluator
+    judge_s: float = 0.0  # for each held-out prompt
+    beside: int = 0  # generators that keep a version while it is evaluated
     on_update: Literal["keep", "wait", "resume"] = "keep"
 
 
@@ -220,15 +231,20 @@ def flow(s: FlowSettings, learner_class: type[Learner] = ObservedLearner) -> Gra
     samples, edges = scorer.samples, list[Edge]()
     if s.replay.ratio:
         nodes["replay"] = replay = ReplayBuffer(s.replay, sampler, learning)
-        edges = [Queue(scorer.samples, replay.fresh)]
+        edges.append(Queue(scorer.samples, replay.fresh))
         samples = replay.samples
     if s.evaluate_every >= 0:
-        nodes["judge"] = judge = Judge(StageConfig())
+        nodes["judge"] = judge = Judge(Judge.Config(mean_s=s.judge_s))
         nodes["evaluation"] = evaluation = NumberedEvaluator(Evaluator.Config(samples=1, in_flight=4), sampler)
+        examiner = generator
+        if s.beside:
+            settings = msgspec.structs.replace(generator.config, replicas=s.beside)
+            nodes["examiner"] = examiner = Examiner(settings, sampler)
+            edges.append(Latest(learner.examined, examiner.weights))
         edges += [
             Latest(learner.evaluations, evaluation.requests),
-            Queue(evaluation.prompts, generator.heldout, depth=4, most=4),
-            Queue(generator.heldout_rollouts, judge.rollouts, depth=4, most=4),
+            Queue(evaluation.prompts, examiner.heldout, depth=4, most=4),
+            Queue(examiner.heldout_rollouts, judge.rollouts, depth=4, most=4),
             Queue(judge.scored, evaluation.rollouts, depth=4, most=4),
         ]
     return Graph(
@@ -251,6 +267,7 @@ class Ran:
     steps: list[Step]
     spans: list[Span]
     notices: list[Notice]
+    evaluations: list[Evaluation]
 
 
 def run(graph: Graph, run_dir: Any, **options: Any) -> Ran:
@@ -263,4 +280,5 @@ def run(graph: Graph, run_dir: Any, **options: Any) -> Ran:
     outcome = run_virtual(run_local(graph, settings))
     steps = [event for event in events if isinstance(event, Step)]
     spans = [event for event in events if isinstance(event, Span)]
-    return Ran(outcome, steps, spans, [event for event in events if isinstance(event, Notice)])
+    notices = [event for event in events if isinstance(event, Notice)]
+    return Ran(outcome, steps, spans, notices, [event for event in events if isinstance(event, Evaluation)])

@@ -20,6 +20,7 @@ from flowrl.messages import (
     EvaluationRequest,
     Example,
     Message,
+    PinnedWeights,
     Prompt,
     Referenced,
     Rollouts,
@@ -89,7 +90,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "directory": letters,
 }
 KINDS: list[type[Message]] = [
-    Prompt, Rollouts, Scored, Referenced, Samples, Example, Texts, Credit, Weights, EvaluationRequest, Save, End,
+    Prompt, Rollouts, Scored, Referenced, Samples, Example, Texts, Credit, Weights, PinnedWeights,
+    EvaluationRequest, Save, End,
 ]  # fmt: skip
 CHAIN: list[type[Prompt]] = [Prompt, Rollouts, Scored, Referenced, Samples]
 

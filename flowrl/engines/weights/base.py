@@ -44,8 +44,8 @@ class WeightSender(Protocol):
         """
         ...
 
-    def retire(self, version: int) -> None:
-        """Forget every version before `version`; any thread."""
+    def retire(self, version: int, keep: frozenset[int] = frozenset()) -> None:
+        """Forget every version before `version` but those in `keep`; any thread."""
         ...
 
     def close(self) -> None:

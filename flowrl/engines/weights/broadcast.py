@@ -291,9 +291,9 @@ class BroadcastSender:
             self._group.close()
         self._group = None
 
-    def retire(self, version: int) -> None:
-        """Forget the buckets of every version before `version`."""
-        for old in [known for known in self._held if known < version]:
+    def retire(self, version: int, keep: frozenset[int] = frozenset()) -> None:
+        """Forget the buckets of every version before `version` but those in `keep`."""
+        for old in [known for known in self._held if known < version and known not in keep]:
             del self._held[old]
 
     def close(self) -> None:

@@ -54,10 +54,10 @@ class NearestSender:
         """
         self._broadcast.transfer(version)
 
-    def retire(self, version: int) -> None:
-        """Forget every version before `version`."""
-        self._broadcast.retire(version)
-        self._shm.retire(version)
+    def retire(self, version: int, keep: frozenset[int] = frozenset()) -> None:
+        """Forget every version before `version` but those in `keep`."""
+        self._broadcast.retire(version, keep)
+        self._shm.retire(version, keep)
 
     def close(self) -> None:
         """End a transfer under way and release everything."""

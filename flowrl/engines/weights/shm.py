@@ -99,9 +99,9 @@ class ShmSender:
     def transfer(self, version: int) -> None:
         """Return at once: the bytes left the parameters in `publish`."""
 
-    def retire(self, version: int) -> None:
-        """Remove the files of every version before `version`."""
-        for old in [known for known in self._files if known < version]:
+    def retire(self, version: int, keep: frozenset[int] = frozenset()) -> None:
+        """Remove the files of every version before `version` but those in `keep`."""
+        for old in [known for known in self._files if known < version and known not in keep]:
             self._files.pop(old).unlink(missing_ok=True)
 
     def close(self) -> None:
