@@ -1,5 +1,5 @@
-"""The command line: `flowrl run | check | plan | show | report | inspect | watch | scale | verify | export | eval`,
-and `simulate | tune | bench | data | judge | feedback | graphs | init | doctor`.
+"""The command line: `flowrl run | check | plan | show | report | inspect | watch | scale | verify | export`,
+and `eval | compare | simulate | tune | bench | data | judge | feedback | graphs | init | doctor`.
 
 Bad input is one line on standard error (where, what, what to do) and exit code 2; a failed run is one line and exit
 code 1; a run the user stopped twice is 130. `--debug` adds the traceback. Nothing heavier than msgspec is imported
@@ -91,6 +91,13 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--debug", action="store_true", help="show tracebacks")
     report.set_defaults(command=_report)
 
+    compare = commands.add_parser("compare", help="write runs side by side as one HTML file, and print a table")
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the runs' directories, two or more")
+    compare.add_argument("--out", type=Path, default=Path("comparison.html"), metavar="FILE",
+                         help="where to write it (default: comparison.html)")  # fmt: skip
+    compare.add_argument("--debug", action="store_true", help="show tracebacks")
+    compare.set_defaults(command=_compare)
+
     inspect = commands.add_parser("inspect", help="list the rollouts that an expression chooses, or show a group")
     inspect.add_argument("run", type=Path, help="the run's directory")
     inspect.add_argument("--where", default="", metavar="EXPRESSION", help="e.g. 'reward < 0 and staleness > 0'")
@@ -133,8 +140,11 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluation = commands.add_parser("eval", help="answer benchmarks with a run, a model or a server")
     evaluation.add_argument("target", metavar="RUN|MODEL|URL", help="a run, a model, or https://host/v1")
-    evaluation.add_argument("--tasks", nargs="+", required=True, metavar="NAME",
-                            help="of lm-eval, a task's YAML file, or a directory of such files")  # fmt: skip
+    asked = evaluation.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--tasks", nargs="+", default=[], metavar="NAME",
+                       help="of lm-eval, a task's YAML file, or a directory of such files")  # fmt: skip
+    asked.add_argument("--mt-bench", type=Path, metavar="DIR", help="with question.jsonl, as FastChat's data/mt_bench")
+    asked.add_argument("--alpaca-eval", type=Path, metavar="FILE", help="the baseline's outputs, as alpaca_eval's JSON")
     evaluation.add_argument("--against", default="", metavar="RUN|MODEL|URL", help="compare with it, item by item")
     evaluation.add_argument(
         "--out", type=Path, metavar="DIR", help="for results and answers (default: evaluations/NAME)"
@@ -146,7 +156,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--model", default="", metavar="NAME", help="of a URL: as the server names it")
     evaluation.add_argument("--tokenizer", default="", metavar="MODEL", help="of a URL: its model's directory or id")
     evaluation.add_argument("--unsafe-code", action="store_true", help="run tasks that execute what a model wrote")
-    _settings_option(evaluation, help="one setting of the engine, e.g. max_model_len=2048; may be repeated")
+    _settings_option(evaluation, help="one setting of the engine or the judge, e.g. max_model_len=2048, "
+                     "judge.url=https://host/v1; may be repeated")  # fmt: skip
     evaluation.add_argument("--debug", action="store_true", help="show tracebacks")
     evaluation.set_defaults(command=_eval)
 
@@ -325,6 +336,13 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(options: argparse.Namespace) -> int:
+    from flowrl.runs.page.comparison import compare
+
+    compare(options.runs, options.out, _say)
+    return 0
+
+
 def _inspect(options: argparse.Namespace) -> int:
     from flowrl.runs.review import inspect_group, inspect_rollouts
 
@@ -403,11 +421,17 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from flowrl.runs.evaluation import EvalRequest, evaluate
+    from flowrl.errors import ConfigError
+    from flowrl.runs import alpaca_eval, evaluation, mt_bench
+    from flowrl.runs.answering import EvalRequest
 
+    if options.limit < 0:
+        raise ConfigError("--limit", f"{options.limit} items are none", "give 1 or more, or leave it out for all")
     request = EvalRequest(
         target=options.target,
         tasks=options.tasks,
+        mt_bench=options.mt_bench,
+        alpaca_eval=options.alpaca_eval,
         against=options.against,
         out=options.out,
         limit=options.limit,
@@ -419,7 +443,8 @@ def _eval(options: argparse.Namespace) -> int:
         unsafe_code=options.unsafe_code,
         overrides=options.overrides,
     )
-    evaluate(request, _say)
+    asked = mt_bench if request.mt_bench else alpaca_eval if request.alpaca_eval else evaluation
+    asked.evaluate(request, _say)
     return 0
 
 

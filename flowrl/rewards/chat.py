@@ -7,7 +7,8 @@ Whatever speaks it can judge: vLLM, SGLang, llama.cpp, and the services that sel
 which wait, is as in flowrl.rewards.http.
 
 Invariants: at most `concurrency` requests are under way and at most `per_minute` begin in a minute; tokens are counted
-as the server counts them; an answer without text is an error. Called by the Judge stage and `flowrl judge`.
+as the server counts them; an answer without text is an error, and so is one of more than 2 MiB. Called by the Judge
+stage, `flowrl judge` and `flowrl eval`.
 
 Tests: tests/contracts/test_judges.py
 """
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 PATH = "/chat/completions"
 MINUTE_S = 60.0
+MOST_BYTES = 2 << 20  # of one answer; what is longer is none
 
 
 class ChatServer(Server):
@@ -51,9 +53,23 @@ class _Message(msgspec.Struct):
     refusal: str | None = None
 
 
+class _Likely(msgspec.Struct):
+    token: str
+    logprob: float
+
+
+class _Token(msgspec.Struct):
+    top_logprobs: list[_Likely] = []
+
+
+class _Logprobs(msgspec.Struct):
+    content: list[_Token] | None = None
+
+
 class _Choice(msgspec.Struct):
     message: _Message
     finish_reason: str | None = None
+    logprobs: _Logprobs | None = None
 
 
 class _Usage(msgspec.Struct):
@@ -64,6 +80,14 @@ class _Usage(msgspec.Struct):
 class _Completion(msgspec.Struct):
     choices: Annotated[list[_Choice], Meta(min_length=1)]
     usage: _Usage | None = None
+
+
+class Spoken(msgspec.Struct, frozen=True, kw_only=True):
+    """What a server answered."""
+
+    text: str
+    is_refusal: bool = False  # it says that it does not answer
+    likeliest: list[dict[str, float]] = []  # log-probs of the likeliest tokens at each place, where asked for
 
 
 class Chat:
@@ -80,7 +104,11 @@ class Chat:
         self._next_s = 0.0  # when the next request may begin
 
     async def __call__(self, messages: Messages) -> str:
-        """Return what comes next; waits for room, and for its turn in the minute.
+        """Return what comes next; for the rest see `say`."""
+        return (await self.say(messages)).text
+
+    async def say(self, messages: Messages, **asked: Any) -> Spoken:
+        """Return what comes next; `asked` goes into the request; waits for room, and for its turn in the minute.
 
         Raises:
             Unreachable: no attempt was answered.
@@ -88,7 +116,7 @@ class Chat:
         """
         server = self._server
         request: dict[str, Any] = {"model": server.model, "messages": messages, "max_tokens": server.max_tokens,
-                                   "temperature": server.temperature, "seed": self._seed}  # fmt: skip
+                                   "temperature": server.temperature, "seed": self._seed, **asked}  # fmt: skip
         async with self._room:
             await self._turn()
             body = await self._ask(msgspec.json.encode(request))
@@ -101,11 +129,14 @@ class Chat:
         if completion.usage is not None:
             self.prompt_tokens += completion.usage.prompt_tokens
             self.completion_tokens += completion.usage.completion_tokens
-        message = completion.choices[0].message
-        text = message.content or message.refusal
+        choice = completion.choices[0]
+        text = choice.message.content or choice.message.refusal
         if not text:
             raise RewardError(self._ask.where, "answered no text", "see the server's log, or raise max_tokens")
-        return text
+        tokens = (choice.logprobs.content if choice.logprobs is not None else None) or []
+        likeliest = [{each.token: each.logprob for each in token.top_logprobs} for token in tokens]
+        is_refusal = not choice.message.content or choice.finish_reason == "content_filter"
+        return Spoken(text=text, is_refusal=is_refusal, likeliest=likeliest)
 
     async def _turn(self) -> None:
         if not self._server.per_minute:
@@ -138,5 +169,5 @@ async def chatting(server: ChatServer, where: str, *, now: Callable[[], float], 
     check_chat(server, where)
     url = server.url.rstrip("/")
     endpoint = msgspec.structs.replace(server, url=url if url.endswith(PATH) else url + PATH)
-    async with connected(endpoint, where, num_connections=server.concurrency) as post:
+    async with connected(endpoint, where, num_connections=server.concurrency, most_bytes=MOST_BYTES) as post:
         yield Chat(endpoint, post, where, now=now, seed=seed)

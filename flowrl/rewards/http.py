@@ -273,7 +273,9 @@ def _trusted(server: Server, where: str) -> ssl.SSLContext | None:
 
 
 @asynccontextmanager
-async def connected(server: Server, where: str, *, num_connections: int) -> AsyncIterator[Post]:
+async def connected(
+    server: Server, where: str, *, num_connections: int, most_bytes: int | None = None
+) -> AsyncIterator[Post]:
     """Yield what posts to the server over kept connections; they are closed with the block.
 
     Raises:
@@ -282,6 +284,7 @@ async def connected(server: Server, where: str, *, num_connections: int) -> Asyn
     import aiohttp
 
     check_server(server, where)
+    most = most_bytes or MAX_ANSWER_BYTES
     trusted = _trusted(server, where)
     token = read_token(server, where)
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
@@ -295,9 +298,9 @@ async def connected(server: Server, where: str, *, num_connections: int) -> Asyn
                     body = bytearray()
                     async for chunk in response.content.iter_chunked(1 << 16):
                         body += chunk
-                        if len(body) > MAX_ANSWER_BYTES:
-                            what = f"answered more than {MAX_ANSWER_BYTES >> 20} MiB"
-                            raise RewardError(f"{where} ({shown_url(server.url)})", what, "answer the scores alone")
+                        if len(body) > most:
+                            what = f"answered more than {most / (1 << 20):g} MiB"
+                            raise RewardError(f"{where} ({shown_url(server.url)})", what, "see the server's log")
                     retry_after = response.headers.get("Retry-After")
                     return ServerReply(status=response.status, retry_after=retry_after, body=bytes(body))
             except aiohttp.ClientSSLError as error:  # trying again would not help

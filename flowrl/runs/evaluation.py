@@ -14,86 +14,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import importlib.util
 import logging
 import os
 import random
-import socket
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import urlsplit
 
 import msgspec
 
-from flowrl.config import resolve, widen
-from flowrl.data.models import inspect_model, prepare_model
 from flowrl.data.prompts import load_tokenizer
-from flowrl.engines.base import GenerationConfig, Serving
-from flowrl.errors import ConfigError, DataError, FlowrlError, ResourceError, one_line, shortened
-from flowrl.rewards.http import Server, check_server
-from flowrl.runs.scores import Bounds, difference_of, score_of
-from flowrl.telemetry.files import new_file
+from flowrl.errors import ConfigError, DataError, FlowrlError
+from flowrl.runs.answering import engine_of, is_url, prepare, said_briefly
+from flowrl.runs.results import Answers, Results, Score, conclude, differences, directory
+from flowrl.runs.scores import score_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-Say = Callable[[str], None]
-Aggregate = Callable[[Sequence[Any]], float]
+    from flowrl.runs.answering import EvalRequest, Prepared, Say
+    from flowrl.runs.scores import Aggregate
 
-MOST_CONTEXT = 4096  # tokens, where nothing else is set
-CONNECT_S = 5.0
 CONCURRENT = 8  # requests to a server under way
-SHOWN_CHARS = 300
-
-
-class EvalRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What the user asked for."""
-
-    target: str  # a run, a model or a URL
-    tasks: list[str]
-    against: str = ""  # another; "": no comparison
-    out: Path | None = None  # directory; None: evaluations/NAME
-    limit: int = 0  # items of each task; 0: all
-    num_fewshot: int | None = None  # None: as the task says
-    seed: int = 0
-    chat: bool = False  # questions go through the chat template, or a server's chat completions
-    model: str = ""  # as the server names it
-    tokenizer: str = ""  # of a server's model: a directory or a Hugging Face id
-    unsafe_code: bool = False  # run tasks that execute what a model wrote
-    overrides: Sequence[str] = ()  # of the engine
-
-
-class Score(msgspec.Struct, frozen=True, kw_only=True):
-    """One metric of one task."""
-
-    task: str
-    metric: str
-    filter: str
-    bounds: Bounds
-    higher_is_better: bool | None
-
-
-class Answers(msgspec.Struct, kw_only=True):
-    """What came of the tasks for one model."""
-
-    target: str
-    scores: list[Score] = []
-    items: dict[str, list[Any]] = {}  # by task, metric and filter: each item's value
-    digests: dict[str, list[str]] = {}  # of those items
-
-
-class Results(msgspec.Struct, kw_only=True):
-    """What is written to results.json."""
-
-    lm_eval: str
-    seed: int
-    limit: int
-    of: Answers
-    against: Answers | None = None
-    differences: list[Score] = []
 
 
 def evaluate(request: EvalRequest, say: Say) -> Results:
@@ -104,17 +47,14 @@ def evaluate(request: EvalRequest, say: Say) -> Results:
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("flowrl eval", "lm-eval is not installed", "pip install 'flowrl-engine[eval]'")
-    if request.limit < 0:
-        raise ConfigError("--limit", f"{request.limit} items are none", "give 1 or more, or leave it out for all")
     targets = [request.target, *([request.against] if request.against else [])]
-    if not any(map(_is_url, targets)):  # a server's progress is lm-eval's own to show; read when tqdm is imported
+    if not any(map(is_url, targets)):  # a server's progress is lm-eval's own to show; read when tqdm is imported
         os.environ.setdefault("TQDM_DISABLE", "1")
-    prepared = [_prepare(each, request, say) for each in targets]
-    out = request.out or Path("evaluations") / _short_name(request.target)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResourceError(str(out), f"cannot be written ({error.strerror})", "choose another --out") from error
+    elif not request.chat and not request.tokenizer:
+        what, remedy = "is not given, but completions are asked for in tokens", "give the model's directory or id"
+        raise ConfigError("--tokenizer", what, f"{remedy}, or --chat for generated answers alone")
+    prepared = [prepare(each, request, say, overrides=request.overrides) for each in targets]
+    out = directory(request.directory)
     import lm_eval
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -123,16 +63,13 @@ def evaluate(request: EvalRequest, say: Say) -> Results:
     num_items = {name: _num_items(task, request.limit) for name, task in tasks.items()}
     say(f"{', '.join(f'{name} ({num} items)' for name, num in num_items.items())}; answers are kept in {out}")
     answered = [_answer(each, tasks, request, out, aggregates, say) for each in prepared]
-    results = Results(lm_eval=lm_eval.__version__, seed=request.seed, limit=request.limit, of=answered[0])
+    results = Results(
+        benchmark=f"lm-eval {lm_eval.__version__}", seed=request.seed, limit=request.limit, of=answered[0]
+    )
     if request.against:
         results.against = answered[1]
         results.differences = differences(answered[0], answered[1], aggregates, request.seed)
-    with new_file(out / "results.json") as aside:
-        aside.write_bytes(msgspec.json.format(msgspec.json.encode(results, enc_hook=_plain), indent=1))
-    for line in table(results):
-        say(line)
-    say(f"written: {out / 'results.json'}")
-    return results
+    return conclude(results, out, say)
 
 
 def load_tasks(names: Sequence[str]) -> dict[str, Any]:
@@ -182,7 +119,7 @@ def _specs(name: str) -> Iterator[str | dict[str, Any]]:
             spec = load_yaml(file.absolute(), resolve_func=True)
         except Exception as error:  # of a YAML parser, or of the user's functions beside it
             raise ConfigError(
-                "--tasks", f"{file} cannot be read ({_said(error)})", "see lm-eval's task guide"
+                "--tasks", f"{file} cannot be read ({said_briefly(error)})", "see lm-eval's task guide"
             ) from error
         if not isinstance(spec, dict) or not isinstance(spec.get("task"), str):
             raise ConfigError("--tasks", f"{file} names no task", "write `task: NAME` and what it needs")
@@ -209,10 +146,10 @@ def _no_data(name: str, error: Exception) -> FlowrlError:
         chain.append(at)
         at = at.__cause__ or at.__context__
     if any(isinstance(each, ConnectionError) or "Offline" in type(each).__name__ for each in chain):
-        what = f"its data lie on the Hugging Face hub, which cannot be reached ({_said(error)})"
+        what = f"its data lie on the Hugging Face hub, which cannot be reached ({said_briefly(error)})"
         remedy = "go where the hub can be reached, or give a task file whose dataset_kwargs.data_files are local"
         return DataError(f"task {name}", what, remedy)
-    return DataError(f"task {name}", f"cannot be loaded ({_said(error)})", "see its file and its data")
+    return DataError(f"task {name}", f"cannot be loaded ({said_briefly(error)})", "see its file and its data")
 
 
 def _num_items(task: Any, limit: int) -> int:
@@ -229,59 +166,8 @@ def _aggregates(tasks: dict[str, Any]) -> dict[tuple[str, str], Aggregate | None
     return found
 
 
-class _Prepared(msgspec.Struct, frozen=True):
-    """A model that can be asked."""
-
-    name: str
-    digest: str  # of all that its answers depend on
-    directory: Path | None  # None: a server
-    settings: Serving | None = None
-
-
-def _prepare(target: str, request: EvalRequest, say: Say) -> _Prepared:
-    if _is_url(target):
-        return _prepare_server(target, request)
-    directory = prepare_model(target, say=say)
-    card = inspect_model(directory)
-    implied: dict[str, Any] = {"max_model_len": min(card.max_context or MOST_CONTEXT, MOST_CONTEXT)}
-    implied["threads"] = min(8, len(os.sched_getaffinity(0)))
-    import torch
-
-    if torch.cuda.is_available():
-        implied |= {"layout": "processes", "kv_cache_bytes": 0, "max_running": 256}
-    settings = resolve(Serving, overrides=request.overrides, implied=implied)
-    if card.max_context and settings.max_model_len > card.max_context:
-        what = f"{settings.max_model_len} tokens, but {target} has a context of {card.max_context}"
-        raise ConfigError("max_model_len", what, f"lower it to {card.max_context} or less")
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(directory.iterdir())]
-    parts = [str(directory), files, settings, request.chat, request.seed]  # a file that is written anew is another
-    return _Prepared(target, _digest(parts), directory, settings)
-
-
-def _prepare_server(url: str, request: EvalRequest) -> _Prepared:
-    check_server(Server(url=url), "flowrl eval")
-    if not request.model:
-        raise ConfigError("--model", f"is not given for {url}", "name the model as the server does")
-    if not request.chat and not request.tokenizer:
-        what = "is not given, but completions are asked for in tokens"
-        raise ConfigError(
-            "--tokenizer", what, "give the model's directory or id, or --chat for generated answers alone"
-        )
-    parts = urlsplit(url)
-    address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
-    try:
-        socket.create_connection(address, timeout=CONNECT_S).close()
-    except OSError as error:
-        raise ConfigError(url, f"does not answer ({_said(error)})", "start the server, or mend the address") from error
-    return _Prepared(url, _digest([url, request.model, request.chat, request.seed]), None)
-
-
-def _digest(parts: list[Any]) -> str:
-    return hashlib.blake2b(msgspec.json.encode(parts), digest_size=8).hexdigest()
-
-
 def _answer(
-    prepared: _Prepared, tasks: dict[str, Any], request: EvalRequest, out: Path,
+    prepared: Prepared, tasks: dict[str, Any], request: EvalRequest, out: Path,
     aggregates: dict[tuple[str, str], Aggregate | None], say: Say,
 ) -> Answers:  # fmt: skip
     """Have one model answer every task."""
@@ -294,13 +180,13 @@ def _answer(
             raise
         except Exception as error:  # lm-eval raises whatever its clients, metrics and the user's functions raise
             remedy = "what was answered is kept: the same command goes on from there"
-            raise ConfigError(f"evaluating {prepared.name}", _said(error), remedy) from error
+            raise ConfigError(f"evaluating {prepared.name}", said_briefly(error), remedy) from error
     say(f"{prepared.name}: answered in {time.monotonic() - start_s:,.1f} s")
     return answers
 
 
 @contextlib.contextmanager
-def _asked(prepared: _Prepared, request: EvalRequest, say: Say) -> Iterator[Any]:
+def _asked(prepared: Prepared, request: EvalRequest, say: Say) -> Iterator[Any]:
     """Yield lm-eval's view of a model while it is served."""
     if prepared.directory is None or prepared.settings is None:
         from lm_eval.api.registry import get_model
@@ -312,22 +198,18 @@ def _asked(prepared: _Prepared, request: EvalRequest, say: Say) -> Iterator[Any]
         try:
             lm = kind.create_from_arg_obj({**options, "seed": request.seed})
         except Exception as error:  # of the tokenizer
-            raise ConfigError("--tokenizer", _said(error), "give the model's directory") from error
+            raise ConfigError("--tokenizer", said_briefly(error), "give the model's directory") from error
         yield lm
         return
-    from flowrl.engines.vllm_answers import AnsweringVllm
     from flowrl.runs.harness import EngineLM
 
-    config = widen(GenerationConfig, prepared.settings, model=str(prepared.directory))
-    engine = AnsweringVllm(config, where="flowrl eval", **prepared.settings.engine_options)
     with asyncio.Runner() as runner:
-        say(f"{prepared.name}: loading {prepared.directory}")
-        runner.run(engine.open())
+        serving = engine_of(prepared, say)
+        engine = runner.run(serving.__aenter__())
         try:
-            runner.run(engine.serve_loaded())
             yield EngineLM(engine, load_tokenizer(prepared.directory), runner.run, say, seed=request.seed)
         finally:
-            runner.run(engine.close())
+            runner.run(serving.__aexit__(None, None, None))
 
 
 def run_tasks(lm: Any, tasks: dict[str, Any], request: EvalRequest, answers: Path) -> Any:
@@ -378,74 +260,3 @@ def _gather(name: str, results: Any, aggregates: dict[tuple[str, str], Aggregate
                     Score(task=task, metric=metric, filter=chosen, bounds=bounds, higher_is_better=better.get(metric))
                 )
     return answers
-
-
-def differences(
-    ours: Answers, theirs: Answers, aggregates: dict[tuple[str, str], Aggregate | None], seed: int
-) -> list[Score]:
-    """Return ours - theirs for every score, item by item."""
-    found: list[Score] = []
-    for score in ours.scores:
-        key = f"{score.task}/{score.metric}/{score.filter}"
-        if ours.digests[key] != theirs.digests.get(key):
-            raise DataError(
-                f"task {score.task}", "the two models were asked different items", "see the task's function"
-            )
-        function = aggregates.get((score.task, score.metric))
-        bounds = difference_of(ours.items[key], theirs.items[key], function, seed=seed)
-        found.append(msgspec.structs.replace(score, bounds=bounds))
-    return found
-
-
-def table(results: Results) -> list[str]:
-    """Return the scores as lines, each with its 95 % interval and the method behind it."""
-    rows = [("task", "metric", "score [95 % interval]", "items", "method")]
-    rows += [_row(score, score.bounds.said()) for score in results.of.scores]
-    lines = [f"{results.of.target}:", *_aligned(rows)]
-    if results.against is not None:
-        lines += [
-            f"{results.against.target}:",
-            *_aligned([rows[0], *(_row(s, s.bounds.said()) for s in results.against.scores)]),
-        ]
-        rows = [("task", "metric", "difference [95 % interval]", "items", "method")]
-        rows += [_row(score, f"{score.bounds.said()} {_verdict(score)}") for score in results.differences]
-        lines += [f"{results.of.target} - {results.against.target}, on the same items:", *_aligned(rows)]
-    return lines
-
-
-def _row(score: Score, said: str) -> tuple[str, ...]:
-    metric = score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
-    return (one_line(score.task), one_line(metric), said, str(score.bounds.num), score.bounds.method)
-
-
-def _verdict(score: Score) -> str:
-    low, high, better = score.bounds.low, score.bounds.high, score.higher_is_better
-    if low is None or high is None or low <= 0 <= high or better is None:
-        return "not told apart"
-    return "better" if (low > 0) == better else "worse"
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    return [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
-
-
-def _plain(value: Any) -> Any:
-    """Return a number of numpy's as Python's, and anything else as text."""
-    return value.item() if hasattr(value, "item") else str(value)
-
-
-def _is_url(target: str) -> bool:
-    return target.startswith(("http://", "https://"))
-
-
-def _short_name(target: str) -> str:
-    if _is_url(target):
-        return urlsplit(target).netloc.replace(":", "-")
-    return Path(target).resolve().name
-
-
-def _said(error: BaseException) -> str:
-    return shortened(f"{type(error).__name__}: {error}", SHOWN_CHARS)

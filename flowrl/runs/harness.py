@@ -10,7 +10,6 @@ Tests: tests/contracts/test_evaluation.py
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import TemplateLM
@@ -18,6 +17,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from flowrl.errors import ConfigError
+from flowrl.runs.answering import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from flowrl.engines.vllm_answers import AnsweringVllm
 
 DEFAULT_TOKENS = 256  # of an answer, where a task leaves it open; as lm-eval's own models
-SAY_EVERY_S = 10.0
 
 
 class EngineLM(TemplateLM):
@@ -145,7 +144,7 @@ class EngineLM(TemplateLM):
 
         async def together() -> list[Any]:
             room = asyncio.Semaphore(2 * self._engine.config.max_running)
-            progress = _Progress(what, len(asking), self._say)
+            progress = Progress(what, len(asking), self._say)
 
             async def one(coroutine: Awaitable[Any]) -> Any:
                 async with room:
@@ -164,22 +163,3 @@ class EngineLM(TemplateLM):
             return [task.result() for task in running]
 
         return self._run(together())
-
-
-class _Progress:
-    """Says from time to time how many of a kind are done and how long the others will take."""
-
-    def __init__(self, what: str, total: int, say: Callable[[str], None]) -> None:
-        self._what, self._total, self._say_line = what, total, say
-        self._done = 0
-        self._start_s = self._said_s = time.monotonic()
-
-    def step(self) -> None:
-        """Count one."""
-        self._done += 1
-        now_s = time.monotonic()
-        if now_s - self._said_s < SAY_EVERY_S:
-            return
-        self._said_s = now_s
-        left_s = (now_s - self._start_s) / self._done * (self._total - self._done)
-        self._say_line(f"{self._done} of {self._total} {self._what}, about {left_s:,.0f} s left")

@@ -4,7 +4,7 @@
     student     a mean of other values, and every mean of paired differences: Student's t (telemetry/intervals.py)
     bootstrap   anything else that a task computes from its items (perplexity, F1, BLEU): percentiles of 1000 resamples
 
-Invariant: the same values and seed give the same interval. Called by runs/evaluation.py.
+Invariant: the same values and seed give the same interval. Called by runs/results.py and whoever evaluates.
 
 Tests: tests/unit/runs/test_scores.py
 """
@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import math
 import random
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any, Literal
 
 import msgspec
 
 from flowrl.telemetry.intervals import mean_interval
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
+Aggregate = Callable[[Sequence[Any]], float]
 Z = 1.959963984540054  # the normal's 97.5 % quantile
 RESAMPLES = 1000
 
@@ -34,6 +34,11 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
     high: float | None
     num: int
     method: Literal["wilson", "student", "bootstrap"]
+
+    def times(self, factor: float) -> Bounds:
+        """Return them on another scale."""
+        low, high = (None if end is None else factor * end for end in (self.low, self.high))
+        return msgspec.structs.replace(self, value=factor * self.value, low=low, high=high)
 
     def said(self) -> str:
         """Return it as text."""
@@ -50,7 +55,7 @@ def wilson(num_right: int, num: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def score_of(values: Sequence[Any], aggregate: Callable[[Sequence[Any]], float] | None, *, seed: int) -> Bounds:
+def score_of(values: Sequence[Any], aggregate: Aggregate | None, *, seed: int) -> Bounds:
     """Return the bounds of a score; `aggregate` None is the mean."""
     if aggregate is None:
         numbers = [float(value) for value in values]
@@ -58,16 +63,31 @@ def score_of(values: Sequence[Any], aggregate: Callable[[Sequence[Any]], float] 
             low, high = wilson(round(sum(numbers)), len(numbers))
             return Bounds(value=sum(numbers) / len(numbers), low=low, high=high, num=len(numbers), method="wilson")
         return _student(numbers)
-    return _bootstrap(len(values), lambda drawn: aggregate([values[k] for k in drawn]), seed)
+    return bootstrap(len(values), lambda drawn: aggregate([values[k] for k in drawn]), seed)
 
 
-def difference_of(
-    ours: Sequence[Any], theirs: Sequence[Any], aggregate: Callable[[Sequence[Any]], float] | None, *, seed: int
-) -> Bounds:
+def mean_over(rows: Sequence[Sequence[float]], *, is_share: bool = False, seed: int) -> Bounds:
+    """Return the bounds of the mean over all values, those of one row not being independent of each other.
+
+    `is_share` says that every value is one of 0 to 1, so that rows which are all 0 or 1 have Wilson's interval.
+    """
+    if len({len(row) for row in rows}) > 1:
+        return bootstrap(len(rows), lambda drawn: fmean(value for k in drawn for value in rows[k]), seed)
+    means = [fmean(row) for row in rows]
+    return score_of(means, None, seed=seed) if is_share else _student(means)
+
+
+def mean_difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], *, seed: int) -> Bounds:
+    """Return the bounds of ours - theirs, row by row; else as `mean_over`."""
+    apart = [[one - other for one, other in zip(*rows, strict=True)] for rows in zip(ours, theirs, strict=True)]
+    return mean_over(apart, seed=seed)
+
+
+def difference_of(ours: Sequence[Any], theirs: Sequence[Any], aggregate: Aggregate | None, *, seed: int) -> Bounds:
     """Return the bounds of ours - theirs on the same items, pair by pair."""
     if aggregate is None:
         return _student([float(a) - float(b) for a, b in zip(ours, theirs, strict=True)])
-    return _bootstrap(
+    return bootstrap(
         len(ours), lambda drawn: aggregate([ours[k] for k in drawn]) - aggregate([theirs[k] for k in drawn]), seed
     )
 
@@ -79,7 +99,8 @@ def _student(numbers: Sequence[float]) -> Bounds:
     return Bounds(value=found.mean, low=low, high=high, num=found.num, method="student")
 
 
-def _bootstrap(num: int, compute: Callable[[Sequence[int]], float], seed: int) -> Bounds:
+def bootstrap(num: int, compute: Callable[[Sequence[int]], float], seed: int) -> Bounds:
+    """Return the bounds of what is computed from items, given the places of those that were drawn."""
     value = float(compute(range(num)))
     if num < 2:
         return Bounds(value=value, low=None, high=None, num=num, method="bootstrap")

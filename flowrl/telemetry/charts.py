@@ -43,6 +43,7 @@ class ChartLine(msgspec.Struct, frozen=True):
     path: str
     last: str  # its last value in words
     values: list[float | None]  # at the chart's places
+    whiskers: str = ""  # path of the intervals about its points
 
 
 class Chart(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,7 +55,6 @@ class Chart(msgspec.Struct, frozen=True, kw_only=True):
     labels: list[str]  # what stands at each place, in words
     x_ticks: list[Tick]
     y_ticks: list[Tick]
-    whiskers: str = ""  # path of the intervals
     note: str = ""
 
 
@@ -63,12 +63,12 @@ def line_chart(
     series: Mapping[str, Points],
     *,
     x_name: str = "version",
-    half_widths: Mapping[float, float] | None = None,
+    half_widths: Mapping[str, Mapping[float, float]] | None = None,
     note: str = "",
 ) -> Chart | None:
     """Return a chart of series over whole numbers, or None where they have no finite point.
 
-    `half_widths` are those of intervals about the first series, by x.
+    `half_widths` are those of intervals about a series' points, by its name and x.
     """
     finite = {name: [p for p in points if math.isfinite(p[1])] for name, points in series.items()}
     finite = {name: points for name, points in finite.items() if points}
@@ -78,38 +78,46 @@ def line_chart(
     if num_merged > 1:
         finite = {name: thinned(points, num_merged) for name, points in finite.items()}
         note = f"{note + '; ' if note else ''}each point is the mean of {num_merged} {x_name}s"
-    spread = {x: w for x, w in (half_widths or {}).items() if math.isfinite(w)}
+    spread = {
+        name: {x: w for x, w in widths.items() if math.isfinite(w)} for name, widths in (half_widths or {}).items()
+    }
     xs = sorted({x for points in finite.values() for x, _ in points})
     ys = [y for points in finite.values() for _, y in points]
-    ys += [y + sign * spread[x] for x, y in next(iter(finite.values())) if x in spread for sign in (-1, 1)]
+    ys += [
+        y + sign * widths[x]
+        for name, widths in spread.items()
+        for x, y in finite.get(name, [])
+        if x in widths
+        for sign in (-1, 1)
+    ]
     x_at = _scale(xs[0], xs[-1])
     low, high = _with_room(min(ys), max(ys))
     y_at = _scale(low, high)
-    first = next(iter(finite.values()))
     return Chart(
         title=title,
-        lines=[_line(name, points, xs, x_at, y_at) for name, points in finite.items()],
+        lines=[_line(name, points, xs, x_at, y_at, spread.get(name, {})) for name, points in finite.items()],
         places=[round(x_at(x), 2) for x in xs],
         labels=[f"{x_name} {x:g}" for x in xs],
         x_ticks=[Tick(round(x_at(x), 2), f"{x:g}") for x in ticks(xs[0], xs[-1], most=5, is_whole=True)],
         y_ticks=[Tick(round(y_at(y), 2), number(y)) for y in ticks(low, high, most=4)],
-        whiskers="".join(
-            f"M{x_at(x):.2f} {100 - y_at(y - spread[x]):.2f}V{100 - y_at(y + spread[x]):.2f}"
-            for x, y in first
-            if x in spread
-        ),
         note=note,
     )
 
 
 def _line(
-    name: str, points: Points, xs: Sequence[float], x_at: Callable[[float], float], y_at: Callable[[float], float]
-) -> ChartLine:
+    name: str, points: Points, xs: Sequence[float], x_at: Callable[[float], float], y_at: Callable[[float], float],
+    widths: Mapping[float, float],
+) -> ChartLine:  # fmt: skip
     steps = [f"{x_at(x):.2f} {100 - y_at(y):.2f}" for x, y in points]
     path = "M" + "L".join(steps) + ("h0" if len(steps) == 1 else "")  # a line of no length is drawn as a dot
     known = dict(points)
     values = [float(f"{known[x]:.4g}") if x in known else None for x in xs]
-    return ChartLine(name, path, number(points[-1][1]), values)
+    whiskers = "".join(
+        f"M{x_at(x):.2f} {100 - y_at(y - widths[x]):.2f}V{100 - y_at(y + widths[x]):.2f}"
+        for x, y in points
+        if x in widths
+    )
+    return ChartLine(name, path, number(points[-1][1]), values, whiskers)
 
 
 def thinned(points: Points, count: int) -> Points:

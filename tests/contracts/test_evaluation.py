@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flowrl.cli import main
-from flowrl.runs.evaluation import EvalRequest, evaluate, load_tasks, run_tasks
+from flowrl.runs.answering import EvalRequest
+from flowrl.runs.evaluation import evaluate, load_tasks, run_tasks
 from tests.support.tiny import tiny_model
 
 if TYPE_CHECKING:

@@ -120,11 +120,7 @@ def test_a_judge_that_follows_the_order_is_warned_of(tmp_path: Path):
         (lambda: web.Response(body=b"x" * (3 << 20)), "answered more than 2 MiB"),
     ],
 )
-def test_an_answer_that_is_no_verdict_is_one_clear_line(
-    tmp_path: Path, answer: Any, said: str, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("flowrl.rewards.http.MAX_ANSWER_BYTES", 2 << 20)
-
+def test_an_answer_that_is_no_verdict_is_one_clear_line(tmp_path: Path, answer: Any, said: str):
     async def respond(asked: dict[str, Any]) -> web.StreamResponse:
         return answer()
 

@@ -99,9 +99,9 @@ def heldout(evaluations: Mapping[int, Evaluation]) -> Heldout | None:
     found = {each.version: mean_interval(prompt_means(each.scores)) for each in scored}
     change = paired_interval(first.scores, last.scores) if last is not first else None
     shown = [first, last] if last is not first else [first]
-    rows = [(f"version {each.version}", number(found[each.version].mean), _ends(found[each.version])) for each in shown]
+    rows = [(f"version {each.version}", number(found[each.version].mean), ends(found[each.version])) for each in shown]
     if change is not None:
-        rows.append(("change", f"{change.mean:+.4g}", _ends(change, "+")))
+        rows.append(("change", f"{change.mean:+.4g}", ends(change, "+")))
     says = verdict(change) if change is not None else ""
     if last is not first and change is None:
         says = "the two were not scored on the same prompts: no paired change"
@@ -109,7 +109,8 @@ def heldout(evaluations: Mapping[int, Evaluation]) -> Heldout | None:
     if len(scored) > 1:
         points: Points = [(version, interval.mean) for version, interval in found.items()]
         widths: dict[float, float] = {version: interval.half_width for version, interval in found.items()}
-        chart = line_chart("Held-out score with 95 % intervals", {"mean over prompts": points}, half_widths=widths)
+        name = "mean over prompts"
+        chart = line_chart("Held-out score with 95 % intervals", {name: points}, half_widths={name: widths})
     return Heldout(
         about=f"{len(first.scores)} prompts, {len(first.scores[0])} samples each; 95 % t intervals over prompt means",
         rows=rows,
@@ -121,7 +122,8 @@ def heldout(evaluations: Mapping[int, Evaluation]) -> Heldout | None:
     )
 
 
-def _ends(interval: Interval, sign: str = "") -> str:
+def ends(interval: Interval, sign: str = "") -> str:
+    """Return where an interval begins and ends."""
     if math.isinf(interval.half_width):
         return "one prompt: no interval"
     return f"{interval.low:{sign}.4g} to {interval.high:{sign}.4g}"
@@ -132,16 +134,17 @@ def _completions(shown: list[Evaluation]) -> list[tuple[str, list[tuple[str, str
     for row in shown[0].completions[:MOST_COMPLETIONS]:
         prompt = row.get("prompt", "")
         said = [
-            (f"version {each.version}", other.get("reward", "?"), _cut(other.get("completion", "")))
+            (f"version {each.version}", other.get("reward", "?"), cut(other.get("completion", "")))
             for each in shown
             for other in each.completions
             if other.get("prompt", "") == prompt
         ]
-        found.append((_cut(prompt), said))
+        found.append((cut(prompt), said))
     return found
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
+    """Return a text of at most `CHARACTERS`, its middle left out."""
     return text if len(text) <= CHARACTERS else text[: CHARACTERS // 2] + " ... " + text[-CHARACTERS // 2 :]
 
 
@@ -163,9 +166,9 @@ def tiles(record: Record, scores: Heldout | None) -> list[tuple[str, str, str]]:
     """Return the few figures on top: what, how much, and a remark."""
     found: list[tuple[str, str, str]] = []
     if scores is not None and scores.change is not None:
-        found.append(("held-out change", f"{scores.change.mean:+.3g}", _ends(scores.change, "+")))
+        found.append(("held-out change", f"{scores.change.mean:+.3g}", ends(scores.change, "+")))
     elif scores is not None:
-        found.append(("held-out score", f"{scores.last.mean:.3g}", _ends(scores.last)))
+        found.append(("held-out score", f"{scores.last.mean:.3g}", ends(scores.last)))
     versions = sorted(record.steps)
     for label, metric in (("reward", "reward.mean"), ("loss", "loss")):
         series = [record.steps[v].metrics[metric] for v in versions if metric in record.steps[v].metrics]

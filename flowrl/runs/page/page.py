@@ -63,10 +63,15 @@ def write_page(path: Path, subject: Subject, pieces: Pieces | None) -> None:
 
 def page(subject: Subject, pieces: Pieces | None) -> str:
     """Return a run's page."""
-    import jinja2
-
     record = Record(subject.run_dir, nodes=subject.nodes)
     groups = shown_groups(subject.run_dir, pieces)
+    return rendered("page.html", subject=subject, **_contents(subject, record, groups, has_text=pieces is not None))
+
+
+def rendered(template: str, **contents: Any) -> str:
+    """Return a page of this package, with the style and the script that they share."""
+    import jinja2
+
     style, script = (HERE / "page.css").read_text(), (HERE / "page.js").read_text()
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
@@ -76,12 +81,11 @@ def page(subject: Subject, pieces: Pieces | None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html").render(
-        subject=subject,
+    return environment.get_template(template).render(
         style=style,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        **_contents(subject, record, groups, has_text=pieces is not None),
+        **contents,
     )
 
 

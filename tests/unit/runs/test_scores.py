@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flowrl.errors import DataError
-from flowrl.runs.evaluation import Answers, Results, Score, differences, table
-from flowrl.runs.scores import difference_of, score_of, wilson
+from flowrl.runs.results import Answers, Results, Score, differences, table
+from flowrl.runs.scores import difference_of, mean_difference, mean_over, score_of, wilson
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,6 +59,15 @@ def test_a_difference_is_taken_item_by_item():
     assert (total.low, total.high) == (30.0, 30.0)
 
 
+def test_turns_of_one_question_are_no_two_observations():
+    assert mean_over([[6.0, 8.0], [3.0, 5.0]], seed=0).num == 2
+    assert mean_over([[6.0, 8.0], [3.0]], seed=0).value == pytest.approx(17 / 3)  # of all turns, as FastChat's
+    all_won = mean_over([[1.0, 1.0]] * 6, is_share=True, seed=0)
+    assert (all_won.low, all_won.high) == (pytest.approx(wilson(6, 6)[0]), 1.0)
+    apart = mean_difference([[2.0, 3.0], [5.0]], [[1.0, 1.0], [5.0]], seed=0)
+    assert (apart.value, apart.num) == (1.0, 2)
+
+
 def answers(target: str, values: list[float], digests: list[str]) -> Answers:
     score = Score(task="t", metric="acc", filter="none", bounds=score_of(values, None, seed=0), higher_is_better=True)
     return Answers(target=target, scores=[score], items={"t/acc/none": values}, digests={"t/acc/none": digests})
@@ -73,7 +82,7 @@ def test_two_models_are_told_apart_only_beyond_the_interval():
     bad = answers("bad", [0.0] * 40, names)
     for other, said in ((bad, "better"), (same, "not told apart")):
         found = Results(
-            lm_eval="", seed=0, limit=0, of=good, against=other, differences=differences(good, other, {}, 0)
+            benchmark="", seed=0, limit=0, of=good, against=other, differences=differences(good, other, {}, 0)
         )
         assert said in table(found)[-1]
     with pytest.raises(DataError, match="different items"):

@@ -36,10 +36,10 @@ def test_what_is_not_finite_is_no_chart() -> None:
 
 
 def test_intervals_are_within_the_plot() -> None:
-    chart = line_chart("score", {"mean": [(0, 0.1), (9, 0.4)]}, half_widths={0: 0.05, 9: math.inf})
+    chart = line_chart("score", {"mean": [(0, 0.1), (9, 0.4)]}, half_widths={"mean": {0: 0.05, 9: math.inf}})
     assert chart is not None
-    assert chart.whiskers.count("M") == 1, "an interval of one prompt has no ends"
-    low, high = (float(y) for y in re.findall(r"[ V]([\d.]+)", chart.whiskers))
+    assert chart.lines[0].whiskers.count("M") == 1, "an interval of one prompt has no ends"
+    low, high = (float(y) for y in re.findall(r"[ V]([\d.]+)", chart.lines[0].whiskers))
     assert 0 <= high < low <= 100
 
 
