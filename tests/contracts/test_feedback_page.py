@@ -15,6 +15,7 @@ from aiohttp.test_utils import TestServer
 from flowrl.data.judgments import JUDGMENTS, Judgment, JudgmentFile, Tail
 from flowrl.runs.feedback import server
 from flowrl.runs.feedback.questions import Questions
+from flowrl.runs.feedback.server import TOKEN
 from tests.support.browser import BROWSER, Browser
 from tests.support.feedback import Served, asking_run
 from tests.support.past_run import HOSTILE
@@ -63,7 +64,11 @@ def test_a_rater_judges_by_keys_whatever_answers_hold_and_loses_nothing_to_a_kil
                 other = {"key": "tab", "question": questions[5].id, "rater": "bob", "verdict": "tie"}
                 await page.value(f"keep({json.dumps(other)})")  # as another tab of this browser does
                 await page.until("byId('trouble').textContent.includes('2 judgments are kept in this browser')")
+                (run_dir / TOKEN).unlink()
                 served.start()
+                await page.until("byId('trouble').textContent.includes('open the page with the address')")
+                await page.open("about:blank")  # a page that reloads itself may leave a question without an answer
+                await page.open(served.address)
                 await page.until(f"{READY} && shown.id === '{questions[2].id}' && byId('trouble').hidden")
                 await page.press("e")
                 await page.until("document.activeElement.tagName === 'TEXTAREA'")
@@ -80,16 +85,21 @@ def test_a_rater_judges_by_keys_whatever_answers_hold_and_loses_nothing_to_a_kil
                 await page.press("s")
                 await page.until(f"{READY} && shown.id === '{questions[5].id}'")
                 assert await page.value("document.title") == "run: feedback", "no script but the page's own has run"
-                assert page.complaints == []
+                await page.value(f"keep({json.dumps({**other, 'key': 'strange', 'question': 'of another run'})})")
+                await page.press("s")
+                await page.until(f"{READY} && outbox().length === 1 && outbox()[0].endsWith('strange')")
+                assert [each for each in page.complaints if "status of 40" not in each] == [], (
+                    "but what the server refused"
+                )
 
     asyncio.run(rated())
     found = [each for each in written(run_dir) if each.rater == "ann"]
     said = [(each.question, each.verdict) for each in found]
-    wanted = ["left", "undone", "right", "tie", "right", "skip", "skip"]
+    wanted = ["left", "undone", "right", "tie", "right", "skip", "skip", "skip"]
     assert said == [
-        (questions[place].id, verdict) for place, verdict in zip([0, 0, 0, 1, 2, 3, 4], wanted, strict=True)
+        (questions[place].id, verdict) for place, verdict in zip([0, 0, 0, 1, 2, 3, 4, 5], wanted, strict=True)
     ]
-    assert [each.flag for each in found][-2:] == ["odd", ""]
+    assert [each.flag for each in found][-3:] == ["odd", "", ""]
     assert "mended" in found[4].edits[0]
     assert [each.key for each in written(run_dir) if each.rater == "bob"] == ["tab"]
 
@@ -115,10 +125,11 @@ def test_the_server_takes_only_what_it_should(tmp_path: Path) -> None:
                 assert written(run_dir) == []
                 refused = [
                     b"<html>", b"[" * 5000, {**judgment, "verdict": "best"}, {**judgment, "more": 1},
-                    {**judgment, "question": "none"}, {**judgment, "verdict": "rated", "ratings": [1, 2]},
+                    {**judgment, "verdict": "rated", "ratings": [1, 2]},
                 ]  # fmt: skip
                 for body in refused:
                     assert (await post("judge", body, authority))[0] == 400, body
+                assert (await post("judge", {**judgment, "question": "of another run"}, authority))[0] == 404
                 assert (await post("judge", b" " * (server.MOST_BYTES + 1), authority))[0] == 413
                 assert (await post("next", {"rater": "ann"}, authority))[1]["question"]["id"] == question.id
                 assert (await post("next", {"rater": "bob"}, authority))[1]["question"]["id"] == other.id

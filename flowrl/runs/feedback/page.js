@@ -12,7 +12,7 @@ const ARROWS = { ArrowLeft: "left", ArrowRight: "right", ArrowUp: "tie", ArrowDo
 
 const byId = (id) => document.getElementById(id);
 const token = location.hash.slice(1);
-const place = `flowrl ${token.slice(0, 8)} `;  // begins the names of what waits; two runs' are apart
+const place = "flowrl judgment ";  // begins the names of what waits
 let rater = localStorage.getItem("flowrl rater") || "";
 let shown = null, ratings = [], edits = {}, current = 0, since = 0, isBusy = false, looking = 0, numKept = 0;
 const past = [];
@@ -62,10 +62,11 @@ function trouble(text) {
   byId("trouble").textContent = text;
 }
 
-// Send what waits, oldest first; keeps trying, for nothing a rater said may be lost.
+// Send what waits, oldest first; keeps trying, for nothing a rater said may be lost. What is about another run, which
+// this address served before, goes on waiting for it.
 async function send() {
-  for (let wait = 500; outbox().length; wait = Math.min(2 * wait, MOST_WAIT_MS)) {
-    const [name] = outbox();
+  const strange = new Set(), first = () => outbox().find((each) => !strange.has(each));
+  for (let wait = 500, name = first(); name; name = first(), wait = Math.min(2 * wait, MOST_WAIT_MS)) {
     const judgment = JSON.parse(localStorage.getItem(name));
     if (!judgment) continue;  // another tab has sent it meanwhile
     try {
@@ -75,13 +76,14 @@ async function send() {
       told(judgment, answer);
       wait = 250;
     } catch (error) {
-      if (error.status === 400) {
+      if (error.status === 404) strange.add(name);
+      else if (error.status === 400) {
         localStorage.removeItem(name);
         trouble(`not taken: ${error.message}`);
-        continue;
+      } else {
+        lost(error);
+        await new Promise((resolve) => setTimeout(resolve, wait));
       }
-      lost(error);
-      await new Promise((resolve) => setTimeout(resolve, wait));
     }
   }
 }
@@ -310,6 +312,7 @@ function begin() {
   next();
 }
 
+window.addEventListener("hashchange", () => location.reload());  // another token
 if (!token) trouble("This address lacks its token: open the one that flowrl feedback says, with what stands behind #.");
 else if (rater) begin();
 else sign();

@@ -124,8 +124,9 @@ class Page:
         judgment = await _read(request, Judgment)
         self._asked.look()
         question = self._asked.questions.get(judgment.question)
-        fault = "no such question" if question is None else judgment.fault(question)
-        if fault:
+        if question is None:
+            raise web.HTTPNotFound(text="this run has asked no such question")
+        if fault := judgment.fault(question):
             raise web.HTTPBadRequest(text=fault)
         try:
             is_new = self._judgments.add(judgment)  # a few bytes: the loop waits for the disk, and order is kept
