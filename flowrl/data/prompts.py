@@ -304,7 +304,9 @@ def _render(data: PromptData, renderer: Renderer, row: RawRow) -> str:
     normal = prompt_of(data, row)
     prefix = row.columns.get("answer_prefix") or ""
     if not isinstance(normal.prompt, str):
-        return renderer.prompt_text(normal, prefix=prefix)
+        text = renderer.prompt_text(normal, prefix=prefix)
+        renderer.check_history(normal, text)
+        return text
     return f"{normal.prompt}\n{prefix}" if prefix else normal.prompt
 
 

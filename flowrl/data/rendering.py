@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -266,6 +266,7 @@ class Renderer:
             written = self._grown(row, messages, learned)
         if not written.spans or not any(begin < end for begin, end in written.spans):
             raise DataError(row.place, "the chat template writes nothing for the assistant", PREFIX_REMEDY)
+        self.check_history(row, written.text)
         for turn, (begin, end) in zip(learned, written.spans, strict=False):
             said = CLOSERS.split(messages[turn]["content"])[-1].strip()  # thinking is brought to one form by some
             if len(learned) == len(written.spans) and not _is_within(said, written.text[begin:end]):
@@ -284,7 +285,8 @@ class Renderer:
                 raise DataError(row.place, f"{what}, so the last is not known", "set data.learn=all, and no weight")
             spans = [span for span, turn in zip(spans, turns, strict=True) if turn in learned]
         start = self._start(row, text, messages[:num_before], num_before) if num_before else 0
-        spans = [(max(start, begin), end) for begin, end in spans if end > start]
+        openings = list(self._openings(row, messages, turns, text))
+        spans = [(max(start, self._opened(row, openings, begin, end)), end) for begin, end in spans if end > start]
         if not spans:
             return Written(text, start, [])
         limits = [*(begin for begin, _ in spans[1:]), len(text)]
@@ -302,6 +304,22 @@ class Renderer:
         if not num_before and (opened := self._render(row, messages[: learned[0]], is_open=True) if learned[0] else ""):
             start = len(opened) if text.startswith(opened) and len(opened) <= spans[0][0] else spans[0][0]
         return Written(text, start or spans[0][0], spans)
+
+    def _openings(self, row: NormalRow, messages: Conversation, turns: Sequence[int], text: str) -> Iterator[int]:
+        """Yield the characters at which turns are opened, as far as what stands before one stays as it is."""
+        for turn in turns:
+            with suppress(DataError):  # a conversation that the template does not take up to there
+                opened = self._render(row, messages[:turn], is_open=True) if turn else ""
+                if text.startswith(opened):
+                    yield len(opened)
+
+    def _opened(self, row: NormalRow, openings: Sequence[int], begin: int, end: int) -> int:
+        """Return where in a marked part the policy begins to write: behind what opens its turn."""
+        within = [opening for opening in openings if begin < opening < end]
+        if len(within) > 1:
+            what = "the chat template marks what stands between two of the assistant's turns as the assistant's"
+            raise DataError(row.place, what, "mend its {% generation %} marks, or take them out")
+        return within[0] if within else begin
 
     def _end_of_marked(self, text: str, end: int) -> int:
         """Return where a marked part ends: with the token that ends the turn, though the marks leave it out."""
@@ -412,6 +430,9 @@ class Renderer:
 
         template = self._template_of(row)
         _check_roles(row, messages, template)
+        if unread := [name for name in row.template_options if not re.search(rf"\b{re.escape(name)}\b", template)]:
+            what = f"column 'chat_template_kwargs' sets {unread[0]}, which the chat template does not read"
+            raise DataError(row.place, what, "take it out, or check its name")
         given = {**self._tokenizer.special_tokens_map, **self._clock, **row.template_options}
         with _refusals(row.place, messages):
             texts, marks = render_jinja_template(
@@ -430,10 +451,24 @@ class Renderer:
         calls = [call["function"]["name"] for message in messages for call in message.get("tool_calls", [])]
         if lost := [name for name in calls if name not in text]:
             raise DataError(row.place, f"has tool_calls, which the chat template does not write ({lost[0]})", remedy)
-        for place, message in enumerate(messages):  # of the assistant, templates leave out former thinking
+        for place, message in enumerate(messages):
             if message["role"] not in ("assistant", "tool") and not _is_within(message["content"].strip(), text):
                 what = f"has a {message['role']} message ({place}), which the chat template does not write"
                 raise DataError(row.place, what, remedy)
+
+    def check_history(self, row: NormalRow, text: str) -> None:
+        """Insist that what the assistant has said in a prompt stands in its text.
+
+        Templates leave out former thinking, and what is said beside a call.
+
+        Raises:
+            DataError: it does not.
+        """
+        for place, message in enumerate(cast("Conversation", row.prompt)):
+            is_said = message["role"] == "assistant" and not message.get("tool_calls")
+            if is_said and not _is_within(CLOSERS.split(message["content"])[-1].strip(), text):
+                what = f"has an assistant message ({place}), which the chat template does not write"
+                raise DataError(row.place, what, "take a model that knows it, or give data.chat_template=FILE")
 
     def _check_thoughts(self, row: NormalRow, message: dict[str, Any], answer: str) -> None:
         for name in sorted(THOUGHTS & message.keys()):

@@ -173,7 +173,11 @@ def test_pair_shares_its_prompt_and_has_one_rendering_each(tokenizer):
             "refuses the roles",
         ),
         ([said("user", "a"), said("assistant", "b")], "{{ raise_exception('no!') }}", "refuses the roles"),
-        ([said("user", "a"), said("assistant", "b")], "a{% generation %}{% endgeneration %}x", "writes nothing"),
+        (
+            [said("user", "a"), said("assistant", "b")],
+            "a{% generation %}{% endgeneration %}x",
+            "writes nothing",
+        ),
         (
             [said("user", "a"), said("asistant", "b"), said("assistant", "c")],
             None,
@@ -378,6 +382,31 @@ def test_a_text_begins_with_the_tokenizer_s_own_token_once(ends, begins):
     assert (pair.prompt_ids, pair.responses[0]) == (prompt, answer)
     steps = made.encode(row(prompt=begins + "Ab", completions=["c"], labels=[True]))
     assert steps.prompt_ids == prompt
+
+
+HEADED = MARKED.replace("<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}",
+    "{% if m['role'] == 'assistant' %}{% generation %}<|im_start|>assistant\n").replace(
+    "{% else %}", "{% else %}<|im_start|>{{ m['role'] }}\n")  # fmt: skip
+
+
+def test_marks_around_what_opens_a_turn_do_not_make_it_learned(tokenizer):
+    messages = [said("user", "a"), said("assistant", "b"), said("user", "c"), said("assistant", "d")]
+    found, plain = (renderer(tokenizer, template=each).encode(row(messages=messages)) for each in (HEADED, MARKED))
+    assert found == plain
+    whole = f"{{% generation %}}{CHAT_TEMPLATE}{{% endgeneration %}}"
+    with pytest.raises(DataError, match="marks what stands between two of the assistant's turns as the assistant's"):
+        renderer(tokenizer, template=whole).encode(row(messages=messages))
+
+
+def test_a_prompt_of_which_the_template_would_leave_something_out_is_refused(tokenizer):
+    asked = [said("user", "a"), said("assistant", "b"), said("user", "c")]
+    deaf = CHAT_TEMPLATE.replace("messages %}", "messages if m.role != 'assistant' %}", 1)
+    silent, normal = renderer(tokenizer, template=deaf), NormalRow(place="a", prompt=asked)
+    with pytest.raises(DataError, match=r"has an assistant message \(1\), which the chat template does not write"):
+        silent.check_history(normal, silent.prompt_text(normal))
+    misspelt = NormalRow(place="a", prompt=asked, template_options={"enable_thinkin": False})
+    with pytest.raises(DataError, match="sets enable_thinkin, which the chat template does not read"):
+        renderer(tokenizer).prompt_text(misspelt)
 
 
 def test_an_end_that_the_data_have_written_into_an_answer_is_learned_once(tokenizer):
