@@ -79,6 +79,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "labels": st.lists(st.floats(allow_nan=False), max_size=3),
     "step_labels": st.none() | st.lists(float_buffers, max_size=3),
     "num_greedy": st.integers(0, 1),
+    "num_given_up": counts,
     "num_mismatched": counts,
     "groups": st.lists(counts, max_size=4),
     "version": counts,
