@@ -56,6 +56,7 @@ LEAST_CACHE_BYTES = 1 << 20  # for keys and values; less holds no sequence
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 AttentionKind = Literal["sdpa", "varlen", "flex"]
 RoutingKind = Literal["own", "replay"]
+CheckpointKeeps = Literal["inputs", "products"]
 
 
 class Sampling(Config):
@@ -292,6 +293,9 @@ class Training(Computing):
     max_grad_norm: Annotated[float, Meta(ge=0)] = 1.0  # the gradient is scaled down to it; 0: never
     gradient_checkpointing: bool = False  # keep only the inputs of layers and compute the rest again in backward
     checkpoint_every: Annotated[int, Meta(ge=1)] = 1  # with gradient_checkpointing: the first of so many layers only
+    # with it, too: what of such a layer is kept; with its matrix products norms, activations and attention alone are
+    # computed again, which costs little
+    checkpoint_keeps: CheckpointKeeps = "inputs"
     offload_optimizer: bool = False  # its state and its step on the CPU (DeepSpeed, zero_stage 1 to 3)
     freeze: list[str] = []  # parameters that are not trained, by name: ["model.embed_tokens.*", "model.layers.[01].*"]
     ema_decay: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # of an average of the weights, saved as ema_model; 0: none

@@ -23,9 +23,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from flowrl.algorithms.base import Head
-    from flowrl.engines.base import Scoring, Training, TrainingConfig
+    from flowrl.engines.base import CheckpointKeeps, Scoring, Training, TrainingConfig
 
 DEEPSPEED = "flowrl.engines.deepspeed:DeepSpeedEngine"
+
+
+# Of torch's operators those that cost by the square of a model's width, experts' among them.
+PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "_grouped_mm"})
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -77,8 +81,10 @@ def layers_of(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def recompute(model: PreTrainedModel, *, every: int, where: str) -> None:
+def recompute(model: PreTrainedModel, *, every: int, where: str, keeps: CheckpointKeeps = "inputs") -> None:
     """Let the first of every so many layers keep only its input and compute the rest again in backward.
+
+    Where it `keeps` the results of its matrix products too, norms, activations and attention alone are computed again.
 
     Raises:
         ConfigError: the model has no such layers, or cannot tell them apart.
@@ -86,7 +92,8 @@ def recompute(model: PreTrainedModel, *, every: int, where: str) -> None:
     if not model.supports_gradient_checkpointing:
         what = f"{type(model).__name__} cannot compute its layers again"
         raise ConfigError(f"{where}.gradient_checkpointing", what, "leave it false")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    chosen = {"context_fn": _keeping_products} if keeps == "products" else {}
+    model.gradient_checkpointing_enable({"use_reentrant": False, **chosen})
     layers = layers_of(model)
     for layer in layers:  # which do so in train mode only; what is in them stays as it is
         layer.training = True
@@ -101,6 +108,17 @@ def recompute(model: PreTrainedModel, *, every: int, where: str) -> None:
         layer.gradient_checkpointing = index % every == 0
 
 
+def _keeping_products() -> Any:
+    """Return the contexts of torch's checkpoint in which matrix products are computed once only."""
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def choose(_: Any, operation: Any, *args: Any, **options: Any) -> CheckpointPolicy:
+        name = operation.overloadpacket.__name__
+        return CheckpointPolicy.MUST_SAVE if name in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(choose)
+
+
 def check_savings(settings: Training, model: Path, head: Head, where: str) -> None:
     """Insist, before anything is loaded, that a model can be frozen and recomputed as a node asks for.
 
@@ -113,7 +131,7 @@ def check_savings(settings: Training, model: Path, head: Head, where: str) -> No
 
     bare = outline(model, head, where, trust_remote_code=settings.trust_remote_code)
     if settings.gradient_checkpointing:
-        recompute(bare, every=settings.checkpoint_every, where=where)
+        recompute(bare, every=settings.checkpoint_every, where=where, keeps=settings.checkpoint_keeps)
     if settings.freeze and not settings.lora.rank:
         freeze(bare, settings.freeze, where)
 

@@ -251,7 +251,8 @@ class Trainer:
             if self.config.router_aux_loss:
                 check_router(self.model.config, self.where)
             if self.config.gradient_checkpointing:
-                recompute(self.model, every=self.config.checkpoint_every, where=self.where)
+                every, keeps = self.config.checkpoint_every, self.config.checkpoint_keeps
+                recompute(self.model, every=every, where=self.where, keeps=keeps)
             if self.config.freeze:
                 freeze(self.model, self.config.freeze, self.where)
             self.reader = TokenReader(

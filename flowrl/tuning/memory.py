@@ -253,6 +253,10 @@ class _Rank:
             again = -(-layers // every)
             kept = layers - again + 1
             parts["inputs of layers"] = self.b * tokens * self.shape.hidden * again
+            if getattr(self.config, "checkpoint_keeps", "inputs") == "products":
+                s = self.shape
+                products = s.query + 2 * s.key + 2 * s.hidden + (2 if s.is_gated else 1) * s.inner
+                parts["products of layers"] = self.b * tokens * products * again
         parts["activations"] = tokens * each * kept + self.b * fed * self.work.whole  # and the mask
         return parts
 

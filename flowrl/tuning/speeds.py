@@ -91,7 +91,7 @@ def _computing(config: Computing, shape: Shape, site: Site) -> NodeProfile:
     each = 2 * (shape.active + (0 if shape.has_score else shape.embedding)) * sharded / flops
     calls = {"score": CallCost(call_s=0.01, token_s=each)}
     if isinstance(config, Training):
-        again = 4 / 3 if config.gradient_checkpointing else 1.0
+        again = 4 / 3 if config.gradient_checkpointing and config.checkpoint_keeps == "inputs" else 1.0
         offloaded = 16.0 * shape.num_parameters / LINK if config.offload_optimizer else 0.0  # of one rank, shared below
         weights = 2.0 * shape.num_parameters
         calls |= {

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowrl.engines.base import Lora, Ranks, Scoring, Training, TrainingConfig
 from flowrl.engines.deepspeed import DeepSpeedEngine
 from flowrl.engines.fsdp import Fsdp2Engine
-from flowrl.engines.savings import check_savings, offloading
+from flowrl.engines.savings import PRODUCTS, check_savings, offloading
 from flowrl.engines.torch import SequenceScoringEngine, TorchEngine
 from flowrl.errors import ConfigError
 from tests.unit.engines.test_trainer import GROUPS, WeightedTokens, choose, gradients, opened
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 FROZEN = ["model.embed_tokens.*", "model.layers.0.*"]
 
@@ -132,3 +139,33 @@ def test_offload_reaches_deepspeed_as_its_settings():
     engine = DeepSpeedEngine(config, where="learner", name="test")
     engine.device, engine.dtype = torch.device("cuda"), torch.bfloat16
     assert engine._settings()["zero_optimization"]["offload_param"] == moved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["varlen", "sdpa"])
+def test_products_that_are_kept_are_not_computed_again_and_gradients_stay(tiny_llama, attention):
+    plain = opened(tiny_llama, attention=attention)
+    saving = opened(tiny_llama, gradient_checkpointing=True, checkpoint_keeps="products", attention=attention)
+    whole = opened(tiny_llama, gradient_checkpointing=True, attention=attention)
+    engines = (plain, saving, whole)
+    calls = [count_operations(partial(engine.accumulate, GROUPS, choose(WeightedTokens))) for engine in engines]
+    products = [sum(found[name] for name in PRODUCTS) for found in calls]
+    assert products[0] == products[1] < products[2]
+    assert calls[0]["rsqrt"] < calls[1]["rsqrt"] == calls[2]["rsqrt"]  # norms are computed again by both
+    found = gradients(saving)
+    for name, expected in gradients(plain).items():
+        torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=1e-5)
+
+
+def count_operations(work: Callable[[], object]) -> Counter[str]:
+    """Return how often torch's operators run below autograd, by name."""
+    counts: Counter[str] = Counter()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            counts[func.overloadpacket.__name__] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Counting():
+        work()
+    return counts

@@ -81,6 +81,12 @@ def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer_whole():
     assert plain["activations"] == 4096 * 32 * each + mask
     assert saving["activations"] == 4096 * each + mask
     assert saving["inputs of layers"] == 2 * 4096 * 4096 * 32
+    kept = held(
+        engine=TORCH, micro_batch_tokens=4096, gradient_checkpointing=True, checkpoint_keeps="products"
+    )[1].device  # fmt: skip
+    of_token = 4096 + 2 * 1024 + 2 * 4096 + 2 * 14336  # queries; keys and values; both ways back; gate and up
+    assert kept["products of layers"] == 2 * 4096 * 32 * of_token
+    assert all(kept[part] == saving[part] for part in ("activations", "inputs of layers"))
 
 
 def test_the_cache_holds_what_runs_together_at_its_longest():
