@@ -210,8 +210,8 @@ class LocalCrew:
 def num_readers(graph: Graph, node: str, wanted: Mapping[str, int]) -> int:
     """Return how many replicas take the weights that `node` publishes: whom its transport waits for.
 
-    `wanted` has the numbers of replicas that were asked for while the run went on.
-    Those that keep a version fetch it later, when nobody waits for them.
+    `wanted` has the numbers of replicas that were asked for while the run went on. Those that keep a version fetch it
+    later, when nobody waits for them.
     """
     read_by = {
         graph.node_of(edge.target)

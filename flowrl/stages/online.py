@@ -95,7 +95,7 @@ def evaluated(
         if not isinstance(generator, Generator):
             what = f"is {config.beside}, but an agent's episodes are evaluated by the training's own agents"
             raise ConfigError("evaluation.beside", what, "leave it 0")
-        settings = msgspec.structs.replace(generator.config, replicas=config.beside)
+        settings = msgspec.structs.replace(generator.config, replicas=config.beside, spare_samples=0)
         nodes["examiner"] = generator = Examiner(settings, generator.sampler)
         edges.append(Latest(learner.examined, generator.weights))
     edges += [
