@@ -24,6 +24,7 @@ from flowrl.messages import (
     Prompt,
     Referenced,
     Rollouts,
+    Routes,
     Sample,
     Samples,
     Save,
@@ -56,6 +57,7 @@ samples = st.builds(
     finish=st.sampled_from(["stop", "length", "abort"]),
     text=letters,
     mask=st.none() | float_buffers,
+    routes=st.none() | st.just(Routes.of(np.arange(12).reshape(2, 3, 2))),
 )
 scores = st.dictionaries(letters, st.lists(st.floats(allow_nan=False), max_size=3), max_size=3)
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
@@ -118,6 +120,7 @@ def one(kind: type[Message], **changed: Any) -> Any:
     values: dict[str, Any] = {
         "group_id": 3, "token_ids": Buffer.ints([1, 2]), "columns": {"answer": "7"}, "num_samples": 2, "seed": 11,
         "num_greedy": 0,
+        "num_given_up": 2,
         "samples": [sample, sample], "generator": "generator.0", "scores": {"exact": [1.0, 0.0], "short": [0.25, -0.5]},
         "ref_logprobs": column, "advantages": column, "returns": column, "values": column, "metrics": {"kl": 0.5},
         "placed": column, "replays": [],
