@@ -119,6 +119,11 @@ class Serving(StageConfig):
     tensor_parallel: Annotated[int, Meta(ge=1), AUTO] = 1  # GPUs that one replica's model is split over; auto: its gpus
     # share of a GPU's memory for the engine; auto: less where others compute on it
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1), AUTO] = 0.85
+    # nodes that train or score on the same devices (share) put aside what they hold while this one samples, and it
+    # sleeps while they compute
+    turns: Annotated[bool, AUTO] = False
+    # with turns: a replica that others wait for, and of which no call ends for so long, is ended
+    turn_limit_s: Annotated[float, Meta(gt=0)] = 900.0
     trust_remote_code: bool = False  # run the Python code that the model's directory brings
     threads: Annotated[int, Meta(ge=1), AUTO] = 1  # CPU threads for its kernels; auto: up to 8 beside a GPU
     transfer_timeout_s: Annotated[float, Meta(gt=0)] = 120.0  # for one weight update
@@ -203,6 +208,14 @@ class GenerationEngine(Protocol):
         """
         ...
 
+    async def sleep(self) -> None:
+        """Free what it holds on its devices; nothing is in flight, and nothing is asked for before `wake`."""
+        ...
+
+    async def wake(self) -> None:
+        """Be as before `sleep`: the same version is served, proved again where it was loaded again."""
+        ...
+
     async def close(self) -> None:
         """Stop every process and thread it started."""
         ...
@@ -263,6 +276,8 @@ class Computing(StageConfig):
     offload_parameters: bool = False
     trust_remote_code: bool = False  # run the Python code that the model's directory brings
     threads: Annotated[int, Meta(ge=1), AUTO] = 1  # CPU threads of each rank; auto: up to 8 beside a GPU
+    # on CPUs: where it puts aside what it holds while a generator has the devices (turns); "": for temporary files
+    aside_dir: str = ""
 
 
 class Scoring(Computing):
@@ -397,6 +412,14 @@ class TrainingEngine(Protocol):
 
     def load_state(self, directory: Path) -> None:
         """Read what `save_state` wrote."""
+        ...
+
+    def sleep(self) -> None:
+        """Put aside what it holds on its devices; nothing else is called before `wake`."""
+        ...
+
+    def wake(self) -> None:
+        """Be as before `sleep`, to the bit."""
         ...
 
     def close(self) -> None:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import msgspec
 import torch
 
+from flowrl.engines.aside import tensors_of
 from flowrl.engines.deepspeed_interrupt import answered_alone, clear_gradients, leave_pass, replace_collectives
 from flowrl.engines.models import choose_dtype
 from flowrl.engines.savings import decay_groups, offloading
@@ -117,6 +118,11 @@ def _resharded(directory: Path, line: RankLink) -> Path:
 
 
 GATHER_ELEMENTS = 1 << 24  # ZeRO-3 parameters made whole at once: as fast as all together, and bounded
+# What DeepSpeed's optimizers hold beside torch's: gradients, and the flat tensors that parameters are parts of.
+BUFFERS = (
+    "averaged_gradients", "grad_partitions_flat_buffer", "bit16_groups_flat", "single_partition_of_fp32_groups",
+    "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat",
+)  # fmt: skip
 NEVER = 1 << 62  # steps between DeepSpeed's own progress lines
 
 
@@ -141,6 +147,7 @@ class DeepSpeedEngine(Trainer):
         super().__init__(config, where=where, name=name, num_receivers=num_receivers, say=say)
         self._further = deepspeed or {}
         self._release_collectives: Callable[[], None] = lambda: None
+        self._is_offloaded = False
 
     @classmethod
     def check_settings(cls, settings: Scoring | Training, where: str, *, has_gpu: bool) -> None:
@@ -238,6 +245,30 @@ class DeepSpeedEngine(Trainer):
     def _clip(self, *_: Any) -> None:
         self._norm = torch.nn.utils.clip_grad_norm_(self.reader.parameters(), self.config.max_grad_norm or math.inf)
 
+    def _held(self) -> Iterator[Tensor]:
+        yield from super()._held()
+        yield from (part for each in self.reader.parameters() if (part := getattr(each, "ds_tensor", None)) is not None)
+        if not self._is_training:
+            return
+        optimizer: Any = self._engine.optimizer
+        yield from tensors_of(optimizer.optimizer if self.config.zero_stage else optimizer)
+        for name in BUFFERS:
+            yield from _tensors_in(getattr(optimizer, name, None))
+
+    def _put_aside(self) -> None:
+        """Move states to host memory by DeepSpeed's own means where it has any; only an optimizer's can."""
+        self._is_offloaded = self.device.type == "cuda" and self._is_training and self.config.zero_stage > 0
+        if self._is_offloaded:
+            self._engine.offload_states(pin_memory=True)
+        else:
+            super()._put_aside()
+
+    def _take_back(self) -> None:
+        if self._is_offloaded:
+            self._engine.reload_states()
+        else:
+            super()._take_back()
+
     def _backward(self, loss: Tensor) -> None:
         self._engine.backward(loss * self.line.world_size)  # DeepSpeed takes the mean over ranks, we want the sum
 
@@ -317,6 +348,14 @@ def _merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
         if isinstance(ours[key], dict) and isinstance(theirs[key], dict):
             merged[key] = _merge(ours[key], theirs[key])
     return merged
+
+
+def _tensors_in(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, dict | list | tuple):
+        for each in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors_in(each)
 
 
 def _buckets(parameters: list[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:

@@ -33,6 +33,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from torch.distributed.tensor import DTensor
 
+from flowrl.engines.aside import tensors_of
 from flowrl.engines.models import load_model
 from flowrl.engines.savings import decay_groups, layers_of
 from flowrl.engines.trainer import Trainer
@@ -139,6 +140,11 @@ class Fsdp2Engine(Trainer):
     def _trained(self) -> list[tuple[str, DTensor]]:
         """Return what is trained, as this rank's shards, under the model's names."""
         return [(name, cast("DTensor", each)) for name, each in self.model.named_parameters() if each.requires_grad]
+
+    def _held(self) -> Iterator[Tensor]:
+        yield from super()._held()
+        if self._is_training:
+            yield from tensors_of(self._optimizer)
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -21,6 +21,7 @@ import msgspec
 import torch
 
 from flowrl.config import load_class
+from flowrl.engines.aside import tensors_of
 from flowrl.engines.base import open_engine
 from flowrl.engines.savings import DEEPSPEED, decay_groups
 from flowrl.engines.trainer import Trainer
@@ -29,7 +30,7 @@ from flowrl.graph.stage import Ranks
 from flowrl.model_files import check_classifier
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -57,6 +58,11 @@ class TorchEngine(Trainer):
             eps=self.config.adam_eps,
             fused=True,
         )
+
+    def _held(self) -> Iterator[Tensor]:
+        yield from super()._held()
+        if self._is_training:
+            yield from tensors_of(self._optimizer)
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -198,6 +204,14 @@ class SequenceScoringEngine:
     def score(self, groups: Sequence[TokenGroup]) -> list[list[FloatArray]]:
         """Return the value after every response token, [group][sample] -> float32 [tokens]."""
         return self._engine.score(groups)
+
+    def sleep(self) -> None:
+        """Put aside what it holds on its devices."""
+        self._engine.sleep()
+
+    def wake(self) -> None:
+        """Be as before `sleep`."""
+        self._engine.wake()
 
     def close(self) -> None:
         """Release the model."""

@@ -30,6 +30,7 @@ import torch
 
 from flowrl.config import Select
 from flowrl.engines.agreement import check_fit, settle
+from flowrl.engines.aside import Aside
 from flowrl.engines.attention import check_attention
 from flowrl.engines.average import Average, is_saved
 from flowrl.engines.base import Computing, TokenGroup
@@ -101,11 +102,19 @@ class _LoadState(msgspec.Struct, frozen=True, tag=True):
     directory: str
 
 
+class _Sleep(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+class _Wake(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
 class _Close(msgspec.Struct, frozen=True, tag=True):
     pass
 
 
-Command = _Score | _Accumulate | _Apply | _Publish | _SaveModel | _SaveState | _LoadState | _Close
+Command = _Score | _Accumulate | _Apply | _Publish | _SaveModel | _SaveState | _LoadState | _Sleep | _Wake | _Close
 _pack = msgspec.msgpack.encode
 _unpack_command = msgspec.msgpack.Decoder(Command).decode
 
@@ -152,6 +161,7 @@ class Trainer:
         self._num_steps = 0  # optimizer steps taken, the schedule's clock
         self._has_stepped = False  # in this process
         self._teacher: Teacher | None = None
+        self._aside = Aside(config.aside_dir)
         self._average = Average(config.ema_decay) if config.ema_decay else None
 
     @classmethod
@@ -321,9 +331,36 @@ class Trainer:
                 self._save_state(Path(command.directory))
             case _LoadState():
                 self._load_state(Path(command.directory))
+            case _Sleep():
+                self._put_aside()
+            case _Wake():
+                self._take_back()
             case _Close():
                 pass
         return b""
+
+    # Turns on its devices.
+
+    def sleep(self) -> None:
+        """Put aside what it holds on its devices, on every rank; nothing else is called before `wake`."""
+        self._lead(_Sleep())
+
+    def wake(self) -> None:
+        """Be as before `sleep`, to the bit."""
+        self._lead(_Wake())
+
+    def _held(self) -> Iterator[Tensor]:
+        """Yield the tensors that it holds on its device between two calls; a subclass adds the optimizer's."""
+        for model in [self.reader, *([] if self._teacher is None else [self._teacher.reader])]:
+            yield from model.buffers()
+            for parameter in model.parameters():
+                yield from (parameter, *([] if parameter.grad is None else [parameter.grad]))
+
+    def _put_aside(self) -> None:
+        self._aside.put(self._held())
+
+    def _take_back(self) -> None:
+        self._aside.back()
 
     def close(self) -> None:
         """Release the ranks, the transport and the model."""

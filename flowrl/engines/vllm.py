@@ -27,6 +27,7 @@ import numpy as np
 
 from flowrl.ending import sample_text
 from flowrl.engines import vllm_adapters, vllm_settings
+from flowrl.engines.aside import give_back_to_system
 from flowrl.engines.base import GenerationConfig, Sampling, UpdateReport
 from flowrl.engines.canary import NO_CANARY, Gap, compare, gap_of
 from flowrl.engines.weights import Receiver
@@ -78,6 +79,7 @@ class VllmEngine:
         self._receiver = Receiver(where, replica=receiver_index, timeout_s=config.transfer_timeout_s)  # of adapters
         self._adapter: Path | None = None  # that is served
         self._note = ""  # of how the last version came
+        self._served: Weights | None = None
         self._admitting = asyncio.Event()  # cleared while a pause ends requests: vLLM refuses new ones meanwhile
         self._admitting.set()
         self._engine: Any = None
@@ -164,6 +166,30 @@ class VllmEngine:
     @property
     def _socket_path(self) -> Path:
         return self._directory / "replies"
+
+    async def sleep(self) -> None:
+        """Free its devices' memory, by vLLM's own sleep; its build for CPUs has none, so there it is ended."""
+        if vllm_settings.can_sleep():
+            await self._engine.sleep(level=1)
+        else:
+            await self.close()
+            give_back_to_system()
+
+    async def wake(self) -> None:
+        """Serve the same version as before; where it is loaded anew its digests and canary are proved again.
+
+        Raises:
+            ProofError: a digest or the canary disagrees.
+            ModelError: vLLM did not start again.
+        """
+        if vllm_settings.can_sleep():
+            await self._engine.wake_up()
+            return
+        await self.open()
+        if self._served is not None:
+            await self.update_weights(self._served)
+        elif self.version is not None:
+            await self.serve_loaded()
 
     async def close(self) -> None:
         """Stop the engine's processes and threads and remove its sockets; safe to call twice."""
@@ -381,7 +407,7 @@ class VllmEngine:
         pause_s = time.monotonic() - pause_start_s
         self._admitting.set()
         gap = await self._prove(weights, scored)
-        self.version = weights.version
+        self.version, self._served = weights.version, weights
         return UpdateReport(
             version=weights.version,
             pause_s=pause_s,

@@ -88,6 +88,11 @@ def _is_for_cpus() -> bool:
         return False
 
 
+def can_sleep() -> bool:
+    """Return whether vLLM can free its devices' memory while it runs: on CPUs it cannot."""
+    return not _is_for_cpus()
+
+
 def _check_cpu_kernels(config: GenerationConfig, where: str) -> None:
     """Refuse what the kernels of vLLM's build for CPUs are known not to do; `VllmEngine.open` finds the rest."""
     import torch
@@ -195,6 +200,7 @@ def engine_arguments(config: GenerationConfig, options: Mapping[str, Any]) -> As
         }
     else:
         choices |= {"gpu_memory_utilization": config.gpu_memory_utilization}
+        choices |= {"enable_sleep_mode": True} if config.turns else {}
         if config.kv_cache_bytes:
             choices |= {"kv_cache_memory_bytes": config.kv_cache_bytes}
     if config.layout == "thread":

@@ -39,8 +39,9 @@ def node_table(graph: Graph) -> str:
         config = stage.config
         processes = f"{config.replicas} x {config.ranks} ranks" if config.ranks > 1 else str(config.replicas)
         count = config.replicas * config.ranks
+        shares = f"{config.share or 'its own'} in turns" if getattr(config, "turns", False) else config.share or "-"
         cores = "-" if config.share else f"{config.cpus * count:g}"
-        rows.append((name, type(stage).__name__, processes, cores, f"{config.gpus * count:g}", config.share or "-"))
+        rows.append((name, type(stage).__name__, processes, cores, f"{config.gpus * count:g}", shares))
     return _aligned(rows)
 
 

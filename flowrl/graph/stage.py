@@ -47,6 +47,7 @@ from flowrl.telemetry.events import Notice, Span
 from flowrl.telemetry.files import is_full, no_room
 
 if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
     from flowrl.graph.simulated import Costs, Simulated
@@ -86,6 +87,26 @@ class Compute(Protocol):
     async def __call__(self, function: Callable[..., T], *arguments: Any) -> T: ...
 
 
+class Devices(Protocol):
+    """Devices that a replica has in turns with others; its engine sleeps while they have them."""
+
+    def use(self) -> AbstractAsyncContextManager[None]:
+        """Have the devices for the duration of the block; waits for the turn."""
+        ...
+
+    def join(self, engine: Any) -> None:
+        """Have this engine sleep while others have the devices: `sleep` and `wake`, blocking or not."""
+        ...
+
+    def leave(self) -> None:
+        """Wait for no turn any more: the engine is about to be closed."""
+        ...
+
+    async def attend(self, context: Context) -> None:
+        """Take the devices when they are needed and give them back when others wait; the runtime's."""
+        ...
+
+
 class Context:
     """What one replica is told by its runtime."""
 
@@ -106,6 +127,7 @@ class Context:
         note_wait: Callable[[str], Awaitable[None]],
         num_readers: int = 1,
         resume_from: Path | None = None,
+        devices: Devices | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
         self.node = node
@@ -115,7 +137,8 @@ class Context:
         self.clock = clock
         self.recorder = recorder
         self.stopping = stopping  # set when the user asks for a controlled stop
-        self.compute = compute
+        self.devices = devices  # None: it need not wait for them
+        self.compute = compute if devices is None else _in_turn(compute, devices)
         self.background = background  # like compute, but beside it and not charged: for what merely waits
         self.cut = cut  # what a checkpoint of this version must hold of the flow; opaque to stages
         self.fewer_out = fewer_out  # wait until fewer groups than this are admitted and have not ended
@@ -196,6 +219,14 @@ class Context:
                     await self.stopping.wait()
         finally:
             await self.note_wait("")
+
+
+def _in_turn(compute: Compute, devices: Devices) -> Compute:
+    async def under_lease(function: Callable[..., T], *arguments: Any) -> T:
+        async with devices.use():
+            return await compute(function, *arguments)
+
+    return under_lease
 
 
 class Stage:

@@ -29,6 +29,8 @@ from flowrl.graph.program import GraphPlan, graph_of
 from flowrl.graph.stage import Context, Ranks, Specification, from_specification
 from flowrl.runtime.calls import CallClient, CallGate
 from flowrl.runtime.flow import Flow
+from flowrl.runtime.holder import Holder
+from flowrl.runtime.lease import Turn
 from flowrl.runtime.ledger import Cut, Ledger
 from flowrl.runtime.placement import Place
 from flowrl.runtime.replica import Threads, run_replica
@@ -57,6 +59,7 @@ class ReplicaPlan(msgspec.Struct, frozen=True, kw_only=True):
     token: str  # by which the ranks of this replica know each other
     resume_from: str | None
     folder: str  # the driver's working directory, from which relative paths count
+    turn: Turn | None = None  # in which it has its devices
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,11 +99,15 @@ class HubActor:
         """Return the kind of edge at each address."""
         return {address: self._flow.kind(address) for address in addresses}
 
-    async def listen(self, wait_s: float) -> tuple[bytes, str]:
-        """Return after `wait_s`, or at a stall, what there is to tell: the edges' state, and who waits for what."""
+    async def listen(self, wait_s: float) -> tuple[bytes, str, list[str]]:
+        """Return after `wait_s`, or at a stall, what there is to tell.
+
+        That is the edges' state, at a stall who waits for what, and who is to be ended since it lost its devices.
+        """
         assert self._stalling is not None, "open comes first"
         await asyncio.wait([self._stalling], timeout=wait_s)
-        return encode_events(self._flow.report(time.time())), self._stalling.result() if self._stalling.done() else ""
+        stall = self._stalling.result() if self._stalling.done() else ""
+        return encode_events(self._flow.report(time.time())), stall, self._flow.lost()
 
     async def _stall(self, timeout_s: float) -> str:
         try:
@@ -210,6 +217,7 @@ class ReplicaActor:
             note_wait=flow.note_wait,
             num_readers=plan.num_readers,
             resume_from=Path(plan.resume_from) if plan.resume_from else None,
+            devices=Holder(plan.turn, flow, clock, threads.compute) if plan.turn and place.rank == 0 else None,
         )
 
 

@@ -24,6 +24,7 @@ from flowrl.errors import ChannelClosed, GraphError, StallError
 from flowrl.graph.edges import Credits, Latest, Queue
 from flowrl.messages import decode
 from flowrl.runtime.channels import CreditsChannel, RegisterChannel, Waiters
+from flowrl.runtime.lease import Lease, turns_of
 from flowrl.runtime.ledger import Cut
 from flowrl.runtime.queue import QueueChannel
 from flowrl.telemetry.events import EdgeStatus, Notice
@@ -76,6 +77,7 @@ class Flow:
         self._deaths: Counter[int] = Counter()  # of holders, by group
         self._drains: Waiters[int] = Waiters()
         self._moves = 0
+        self._leases = {host: Lease(host, turns) for host, turns in turns_of(graph).items()}
         self._elsewhere: dict[str, str] = {}  # what a replica, or the ledger, waits for outside the flow
         self._is_told = False  # that the ledger's disk is full
         self._failure: Exception | None = None
@@ -255,6 +257,35 @@ class Flow:
             await asyncio.sleep(ROOM_RETRY_S)
         self._elsewhere.pop("ledger", None)
 
+    async def take(self, replica: str, host: str) -> int:
+        """Wait for the turn of the caller's side on a node's devices; returns the turn's number."""
+        self._raise_failure()
+        turn = await self._leases[host].take(replica)
+        self._moves += 1
+        return turn
+
+    def undo_take(self, replica: str, host: str, turn: int) -> None:
+        """Give devices back for a replica that did not wait for them."""
+        self._leases[host].drop(replica)
+
+    async def recalled(self, replica: str, host: str, turn: int) -> None:
+        """Wait until others wait for the devices that the caller has."""
+        await self._leases[host].recalled(replica, turn)
+
+    async def getting_on(self, replica: str, host: str, turn: int) -> None:
+        """Note that the caller ends uses of the devices that others wait for."""
+        self._leases[host].getting_on(replica, turn)
+        self._moves += 1
+
+    async def hand_over(self, replica: str, host: str, turn: int) -> None:
+        """End the caller's part in its side's turn."""
+        self._leases[host].give_back(replica, turn)
+        self._moves += 1
+
+    def lost(self) -> list[str]:
+        """Return who has lost a lease since the last look: the runtime ends it, for it may go on computing."""
+        return [replica for lease in self._leases.values() for replica in lease.take_lost()]
+
     async def fewer_out(self, replica: str, count: int) -> None:
         """Wait until fewer than `count` groups are on their way: admitted and not ended."""
         if self.ledger.num_open >= count:
@@ -292,6 +323,8 @@ class Flow:
             register.release(replica)
         for credits in set(self._credits.values()):
             credits.release(replica)
+        for lease in self._leases.values():
+            lease.release(replica)
         self._moves += 1
         return released
 
@@ -307,10 +340,14 @@ class Flow:
                     channel.close()
         if address is None:
             self._drains.fail(ChannelClosed("flow", "is closed"))
+            for lease in self._leases.values():
+                lease.close()
 
     def waits(self) -> list[str]:
         """Say who waits for what, oldest first within each edge."""
-        channels = [*self._queues.values(), *self._registers.values(), *self._credits.values()]
+        channels = [
+            *self._queues.values(), *self._registers.values(), *self._credits.values(), *self._leases.values(),
+        ]  # fmt: skip
         lines = [line for channel in dict.fromkeys(channels) for line in channel.waits()]
         held = {k: c for queue in self._all_queues for k, c in queue.held.items()}
         lines += [f"{replica} waits: {text}" for replica, text in self._elsewhere.items()]

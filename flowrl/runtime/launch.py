@@ -30,6 +30,7 @@ from flowrl.errors import ConfigError, FlowrlError, files_named
 from flowrl.graph.program import Program, load_program
 from flowrl.graph.show import edge_table, node_table, staleness_line
 from flowrl.runtime.devices import visible_machine
+from flowrl.runtime.lease import check_turns
 from flowrl.runtime.ledger import Cut
 from flowrl.runtime.placement import check_computes, check_resources, place, quiet_libraries
 from flowrl.runtime.resuming import check_same_data, check_same_run, record_attempt
@@ -102,6 +103,7 @@ def check_program(program: Program, *, say: Say, address: str | None) -> None:
     check_most(program.graph, program.settings.cluster.most)
     if address is None and program.settings.runtime == "ray":
         check_resources(program.graph)
+    check_turns(program.graph)
     for name, stage in program.graph.nodes.items():
         if "." in name or not name.isidentifier():
             raise ConfigError(name, "is not a node name", "use letters, digits and underscores")

@@ -28,6 +28,8 @@ from flowrl.graph.stage import Context, Ranks, from_specification
 from flowrl.messages import Weights
 from flowrl.runtime.calls import Call, CallClient, CallGate
 from flowrl.runtime.flow import Flow, Released, node_name
+from flowrl.runtime.holder import Holder
+from flowrl.runtime.lease import turn_of
 from flowrl.runtime.ledger import Ledger
 from flowrl.runtime.replica import Threads, VirtualThreads, run_replica
 from flowrl.runtime.supervisor import Death, HostLost, Options, Outcome, Start, Supervisor
@@ -127,6 +129,7 @@ class LocalCrew:
         async def cut(version: int) -> bytes:
             return msgspec.json.encode(await flow.cut(version))
 
+        turn = turn_of(self._graph, node)
         context = Context(
             node=node,
             replica=index,
@@ -142,6 +145,7 @@ class LocalCrew:
             note_wait=flow.note_wait,
             num_readers=num_readers(self._graph, node, self._options.scaling.wanted),
             resume_from=start.checkpoint,
+            devices=None if turn is None else Holder(turn, flow, clock, threads.compute),
             now=self._options.now,
         )
         kinds = {f"{node}.{name}": self._gate.flow.kind(f"{node}.{name}") for name in stage.ports}
@@ -205,6 +209,8 @@ class LocalCrew:
             await asyncio.sleep(self._options.status_interval_s)
             now_s = self._options.now() if self._options.is_virtual else time.time()
             self._options.consume([*self._recorder.drain(), *self._gate.flow.report(now_s)])
+            for replica in self._gate.flow.lost():
+                await self.kill(replica)
 
 
 def num_readers(graph: Graph, node: str, wanted: Mapping[str, int]) -> int:

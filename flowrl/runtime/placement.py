@@ -86,7 +86,7 @@ class _Placement:
         free = [path for path in self._configs if not self._is_settled(path)]
         trains, serves = self._trainer in free, self._server in free
         if serves and trains:
-            self._split(left) if self._can_split(left) else self._together(left)
+            self._split(left) if self._can_split(left) and not self._has_turns else self._together(left)
         elif serves and left >= self._width(self._server):
             self._serve(left)
         elif trains and left >= 1:
@@ -106,6 +106,11 @@ class _Placement:
 
     def _is_given(self, path: str, *names: str) -> bool:
         return any(is_given(self._given, f"{path}.{name}") for name in names)
+
+    @property
+    def _has_turns(self) -> bool:
+        """Return whether generation and training are to take turns, and so to be together."""
+        return bool(self._server) and self._is_given(self._server, "turns") and self._value(self._server, "turns")
 
     def _is_settled(self, path: str) -> bool:
         """Return whether the user says where a node computes."""
@@ -199,7 +204,7 @@ class _Placement:
             self._imply(path, overlap_comm=True)
             return
         servers = 1 + sum(isinstance(self._configs[each], Serving) for each in beside)
-        has_trainers = any(not isinstance(self._configs[each], Serving) for each in beside)
+        has_trainers = any(not isinstance(self._configs[each], Serving) for each in beside) and not config.turns
         share = (SHARED_UTILIZATION if has_trainers else UTILIZATION) / servers
         self._imply(path, layout="processes", max_running=RUNNING_ON_GPU, kv_cache_bytes=0)
         self._imply(

@@ -29,6 +29,7 @@ from flowrl.runtime.actors import Failure, HubActor, ReplicaActor, ReplicaPlan
 from flowrl.runtime.cluster import Cluster, Unanswered, ask
 from flowrl.runtime.fleet import Fleet, needs_of
 from flowrl.runtime.flow import Released, node_name
+from flowrl.runtime.lease import turn_of
 from flowrl.runtime.local import num_readers
 from flowrl.runtime.nodes import amounts
 from flowrl.runtime.placement import Place, environment, module_path, places, places_of
@@ -240,6 +241,7 @@ class RayCrew:
             token=token,
             resume_from=str(start.checkpoint) if start.checkpoint else None,
             folder=os.getcwd(),
+            turn=turn_of(self._graph, place.node),
         )
         choice: dict[str, Any] = {
             "num_cpus": place.cpus,
@@ -270,8 +272,13 @@ class RayCrew:
                     most = self._options.placing.most[node]
                     self._tell("info", node, f"the cluster has room for {count} of at most {most}")
                     self._options.scaling.ask(node, count)
-            batch, stall = await self._ask_hub("listen", self._interval_s)
+            batch, stall, lost = await self._ask_hub("listen", self._interval_s)
             self._options.consume(decode_events(batch))
+            for replica in lost:
+                self._tell(
+                    "warning", replica, "kept devices that others wait for, and nothing got on there: it is ended"
+                )
+                await self.kill(replica)
             if stall:
                 raise StallError("flow", stall, "see the run's timeline and logs")
             if trouble := self._cluster.trouble(self._options.heartbeat_timeout_s):

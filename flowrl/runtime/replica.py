@@ -26,7 +26,7 @@ from flowrl.messages import Credit, Message, decode, encode, replays_of
 from flowrl.telemetry.events import Cause, CauseClock, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from flowrl.graph.stage import Context, Stage
     from flowrl.runtime.calls import FlowCalls
@@ -203,7 +203,7 @@ async def run_replica(
     ticker = asyncio.ensure_future(_report_status(context, status_interval_s))
     try:
         with contextlib.suppress(ChannelClosed):
-            await (_lead(stage, context) if context.ranks.rank == 0 else stage.follow(context))
+            await _in_turns(_lead(stage, context) if context.ranks.rank == 0 else stage.follow(context), context)
     except BaseExceptionGroup as group:
         _closed, other = group.split(ChannelClosed)
         if other is not None:
@@ -213,6 +213,17 @@ async def run_replica(
     finally:
         ticker.cancel()
         _record_status(context)
+
+
+async def _in_turns(body: Coroutine[Any, Any, None], context: Context) -> None:
+    """Run a stage, and beside it what takes its devices and gives them back, where it has them in turns."""
+    if context.devices is None:
+        await body
+        return
+    async with asyncio.TaskGroup() as tasks:
+        attending = tasks.create_task(context.devices.attend(context))
+        await body
+        attending.cancel()
 
 
 async def _lead(stage: Stage, context: Context) -> None:

@@ -149,6 +149,14 @@ class FakeGeneration:
             self._serve(weights.version)
         return UpdateReport(version=weights.version, pause_s=pause_s, transfer_s=transfer_s, mean_gap=0.0, max_gap=0.0)
 
+    async def sleep(self) -> None:
+        """Take the time until its memory is free."""
+        await asyncio.sleep(self._costs.calls.get("sleep", NOTHING).call_s)
+
+    async def wake(self) -> None:
+        """Take the time until it serves again."""
+        await asyncio.sleep(self._costs.calls.get("wake", NOTHING).call_s)
+
     async def close(self) -> None:
         """Nothing to release."""
 
@@ -243,6 +251,14 @@ class FakeTraining:
         """Read what `save_state` wrote."""
         state: dict[str, Any] = msgspec.json.decode((directory / "state.json").read_bytes())
         self.steps, self.loss = state["steps"], state["loss"]
+
+    def sleep(self) -> None:
+        """Take the time until its memory is free."""
+        self.last_duration_s = self._costs.calls.get("sleep", NOTHING).call_s
+
+    def wake(self) -> None:
+        """Take the time until its memory is filled again."""
+        self.last_duration_s = self._costs.calls.get("wake", NOTHING).call_s
 
     def close(self) -> None:
         """Nothing to release."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 LEAST_STEPS = 6  # measured before their scatter says anything
 NORMAL_95 = 1.96
-SHOWN = (Cause.COMPUTE, Cause.WAIT_INPUT, Cause.WAIT_ROOM, Cause.UPDATE)
+SHOWN = (Cause.COMPUTE, Cause.WAIT_INPUT, Cause.WAIT_ROOM, Cause.UPDATE, Cause.WAIT_DEVICES)
 
 
 class Fill(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,12 +192,16 @@ def _fill(looks: list[EdgeStatus]) -> Fill:
 def table(prediction: Prediction, *, steps: int) -> str:
     """Return a prediction for people; `steps` are those of the run that is asked about."""
     p = prediction
+    has_turns = any(part.get(Cause.WAIT_DEVICES) for part in p.shares.values())
+    shown = SHOWN if has_turns else SHOWN[:-1]
     lines = [
         f"learned: {p.samples_per_s:,.2f} samples/s, {p.tokens_per_s:,.0f} tokens/s, "
         f"{3600 * p.steps_per_s:,.1f} steps/h",
         f"{steps} steps take {format_duration(p.time_s(steps))}, the first {format_duration(p.first_step_s)}",
         "",
-        *_aligned([("% of the time", *map(words, SHOWN)), *(_shares(node, p.shares[node]) for node in p.shares)]),
+        *_aligned(
+            [("% of the time", *map(words, shown)), *(_shares(node, p.shares[node], shown) for node in p.shares)]
+        ),
         "",
         bottleneck_line(p),
         *(f"  {node}: {part:.0%} of its decode slots filled" for node, part in p.slots.items() if node != p.bottleneck),
@@ -225,8 +229,8 @@ def bottleneck_line(prediction: Prediction) -> str:
     return f"bottleneck: {prediction.bottleneck}, computing {computing:.0%} of the time{slots}"
 
 
-def _shares(node: str, shares: dict[str, float]) -> tuple[str, ...]:
-    return (node, *(f"{100 * shares.get(cause, 0.0):.1f}" for cause in SHOWN))
+def _shares(node: str, shares: dict[str, float], shown: tuple[Cause, ...]) -> tuple[str, ...]:
+    return (node, *(f"{100 * shares.get(cause, 0.0):.1f}" for cause in shown))
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+MOVES = ("sleep", "wake")  # of an engine that has its devices in turns
 MAX_SPANS = 20_000  # newest ones kept of each node
 MAX_STATUSES = 20_000  # newest ones kept of each node: hours at one a second
 MAX_STEPS = 20_000  # newest ones kept
@@ -167,6 +168,7 @@ class Profiler:
             calls["checkpoint"] = _mean([self._work.of(s) for s in kinds["checkpoint"]])
         if kinds["publish"]:
             calls |= self._publishing(node, kinds)
+        calls |= {name: _mean([s.end_s - s.start_s for s in kinds[name]]) for name in MOVES if kinds[name]}
         decoding = kinds["generate"][-MAX_DECODING:]
         config = self._places[node].config if node in self._places else {}
         return NodeProfile(
@@ -379,6 +381,8 @@ def _kind(name: str) -> str:
     """Return what kind of call a span was."""
     if name in ("generate", "evaluate"):
         return "generate"
+    if name in MOVES:
+        return name
     for start, kind in (("weight update", "update"), ("publish", "publish"), ("checkpoint", "checkpoint")):
         if name.startswith(start):
             return kind
@@ -386,7 +390,7 @@ def _kind(name: str) -> str:
 
 
 def _computes(span: Span) -> bool:
-    return _kind(span.name) not in ("update", "publish")
+    return _kind(span.name) not in ("update", "publish", *MOVES)
 
 
 def _union(spans: list[Span]) -> list[tuple[float, float]]:

@@ -26,6 +26,8 @@ from flowrl.graph.stage import Context, Ranks, from_specification
 from flowrl.graph.staleness import staleness_bound
 from flowrl.messages import Rollouts, buffer_fields
 from flowrl.runtime.flow import Flow, replica_name
+from flowrl.runtime.holder import Holder
+from flowrl.runtime.lease import turn_of
 from flowrl.runtime.ledger import Ledger
 from flowrl.runtime.local import num_readers
 from flowrl.runtime.replica import Wire, run_replica
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from flowrl.graph.program import GraphPlan
     from flowrl.messages import Message
     from flowrl.runtime.calls import FlowCalls
+    from flowrl.runtime.lease import Turn
 
 T = TypeVar("T")
 Detail = Literal["speed", "causes", "queues"]
@@ -273,7 +276,7 @@ async def run_timed(
             own = stage if index == 0 else from_specification(plan.nodes[node], node)
             client = (connect or DirectFlow)(flow, replica_name(node, index), message_s)
             clock = (NoCauses if is_bare else CauseClock)(asyncio.get_running_loop().time)
-            context = _context(node, index, client, watch, stopping, readers, clock)
+            context = _context(node, index, client, watch, stopping, readers, clock, turn_of(graph, node))
             if not is_bare:
                 watch.contexts[node, index] = context
             body = run_replica(
@@ -309,8 +312,9 @@ async def _look(flow: Flow, watch: Watch, interval_s: float) -> None:
 
 
 def _context(
-    node: str, replica: int, client: DirectFlow, watch: Watch, stopping: asyncio.Event, readers: int, clock: CauseClock
-) -> Context:
+    node: str, replica: int, client: DirectFlow, watch: Watch, stopping: asyncio.Event, readers: int,
+    clock: CauseClock, turn: Turn | None,
+) -> Context:  # fmt: skip
     now = asyncio.get_running_loop().time
 
     async def compute(function: Callable[..., T], *arguments: Any) -> T:
@@ -347,5 +351,6 @@ def _context(
         fewer_out=client.fewer_out,
         note_wait=client.note_wait,
         num_readers=readers,
+        devices=None if turn is None else Holder(turn, cast("FlowCalls", client), clock, compute),
         now=now,
     )

@@ -36,7 +36,7 @@ from flowrl.rewards.isolated import IsolatedFunction, check_loads, untaken
 from flowrl.rewards.worker import Opening
 from flowrl.stages.model_scores import SequenceScores, StepScores, read_normalisation
 from flowrl.stages.sampler import Sampler
-from flowrl.stages.training import check_engine_of
+from flowrl.stages.training import check_engine_of, sleeping
 from flowrl.telemetry.events import Cause
 from flowrl.telemetry.records import quarantine
 
@@ -241,12 +241,13 @@ class RewardModel(Stage):
             scorer: Any = await context.compute(self._scorer, directory, context.where)
         name = self.config.name or context.node
         try:
-            async for group in self.rollouts:
-                start_s = context.now()
-                found = await context.compute(*scorer.call(engine, group))
-                await self.scored.put(add_scores(group, name, *scorer.scores(found, group)))
-                context.done += 1
-                context.span("score", start_s, groups=[group.group_id])
+            with sleeping(context, engine):
+                async for group in self.rollouts:
+                    start_s = context.now()
+                    found = await context.compute(*scorer.call(engine, group))
+                    await self.scored.put(add_scores(group, name, *scorer.scores(found, group)))
+                    context.done += 1
+                    context.span("score", start_s, groups=[group.group_id])
         finally:
             await context.compute(engine.close)
 

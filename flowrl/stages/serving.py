@@ -10,8 +10,8 @@ Tests: tests/unit/stages/test_agent.py
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Annotated
+from contextlib import asynccontextmanager, nullcontext
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from flowrl.config import ImportPath, Meta, widen
 from flowrl.data.models import inspect_model, prepare_model
@@ -30,8 +30,9 @@ from flowrl.telemetry.events import Cause
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
+    from flowrl.engines.base import UpdateReport
     from flowrl.graph.ports import In
-    from flowrl.graph.stage import Context, Say
+    from flowrl.graph.stage import Context, Devices, Say
     from flowrl.messages import Prompt, Sample, Weights
     from flowrl.stages.sampler import Sampler
 
@@ -81,7 +82,10 @@ async def serving(
             receiver_index=context.replica,
             **config.engine_options,
         )
-        await engine.open()
+        async with nullcontext() if context.devices is None else context.devices.use():
+            await engine.open()
+        if context.devices is not None:
+            engine = cast("GenerationEngine", TakingTurns(engine, context.devices))
         context.slots = getattr(engine, "slots", None)
     try:
         if not weights.is_connected:
@@ -97,7 +101,36 @@ async def serving(
             yield engine
             updates.cancel()
     finally:
+        if context.devices is not None:
+            context.devices.leave()
         await engine.close()
+
+
+class TakingTurns:
+    """A generation engine that has its devices in turns: it asks for them whenever it is asked for something."""
+
+    def __init__(self, engine: GenerationEngine, devices: Devices) -> None:
+        self._engine = engine
+        self._devices = devices
+        devices.join(engine)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    async def generate(self, **request: Any) -> list[Sample]:
+        """Sample once the devices are there."""
+        async with self._devices.use():
+            return await self._engine.generate(**request)
+
+    async def serve_loaded(self) -> None:
+        """Serve what `open` loaded."""
+        async with self._devices.use():
+            await self._engine.serve_loaded()
+
+    async def update_weights(self, weights: Weights) -> UpdateReport:
+        """Take a version in once the devices are there."""
+        async with self._devices.use():
+            return await self._engine.update_weights(weights)
 
 
 async def _follow_weights(context: Context, engine: GenerationEngine, port: In[Weights], first: asyncio.Event) -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -21,7 +21,7 @@ from flowrl.errors import ConfigError
 from flowrl.telemetry.events import Cause
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Generator
 
     from flowrl.algorithms.base import Head
     from flowrl.graph.ports import In
@@ -151,9 +151,23 @@ async def opened(
         )
         await context.compute(engine.open, context.ranks)
     try:
-        yield engine
+        with sleeping(context, engine):
+            yield engine
     finally:
         await context.compute(engine.close)
+
+
+@contextmanager
+def sleeping(context: Context, engine: Any) -> Generator[None]:
+    """Have an engine sleep while others have its devices, where it has them in turns."""
+    if context.devices is None:
+        yield
+        return
+    context.devices.join(engine)
+    try:
+        yield
+    finally:
+        context.devices.leave()
 
 
 def save_state(engine: TrainingEngine, directory: Path, version: int) -> None:

@@ -29,6 +29,7 @@ class Cause(StrEnum):
     START = "start"
     RECOVERY = "recovery"
     UPDATE = "weight_update"
+    WAIT_DEVICES = "waiting_for_devices"  # that it has in turns with others, and moving there and away
     COMPUTE = "computing"
     WAIT_ROOM = "waiting_for_room"
     WAIT_INPUT = "waiting_for_input"
@@ -36,9 +37,12 @@ class Cause(StrEnum):
     __hash__ = str.__hash__  # an Enum's own is a Python function, called for every mark of every clock
 
 
-# A paused generator is updating even while requests are in flight; one with any request running is computing even
-# while other tasks of it wait; a full edge is named before an empty one because it says where the bottleneck is.
-PRIORITY = (Cause.START, Cause.RECOVERY, Cause.UPDATE, Cause.COMPUTE, Cause.WAIT_ROOM, Cause.WAIT_INPUT)
+# A paused generator is updating even while requests are in flight; who waits for devices computes nothing there; one
+# with any request running is computing even while other tasks of it wait; a full edge is named before an empty one
+# because it says where the bottleneck is.
+PRIORITY = (
+    Cause.START, Cause.RECOVERY, Cause.UPDATE, Cause.WAIT_DEVICES, Cause.COMPUTE, Cause.WAIT_ROOM, Cause.WAIT_INPUT,
+)  # fmt: skip
 
 
 class Charge:

@@ -34,7 +34,9 @@ COVERAGE = 0.02  # charged time may miss the wall clock by this much: statuses a
 BUSY = 0.6  # a node computing less than this is no bottleneck; the run is waiting in turns
 WORTH_SAYING = 0.05  # share of its time a node must spend waiting to be named
 WINDOW = "between the first and the last step"
-COLUMNS = (Cause.COMPUTE, Cause.WAIT_INPUT, Cause.WAIT_ROOM, Cause.UPDATE, Cause.START, Cause.RECOVERY)
+COLUMNS = (
+    Cause.COMPUTE, Cause.WAIT_INPUT, Cause.WAIT_ROOM, Cause.WAIT_DEVICES, Cause.UPDATE, Cause.START, Cause.RECOVERY,
+)  # fmt: skip
 
 
 class Ending(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,12 +180,12 @@ def _rate(value: float | None, form: str) -> str:
 
 
 def _time_by_cause(view: RunView) -> list[str]:
-    rows = [("node", "replicas", *(words(cause) for cause in COLUMNS), "sum")]
-    for node in view.nodes:
-        part = shares(view.node_seconds(node))
-        if not part:
-            continue
-        cells = [100 * part.get(cause, 0.0) for cause in COLUMNS]
+    parts = {node: part for node in view.nodes if (part := shares(view.node_seconds(node)))}
+    has_turns = any(part.get(Cause.WAIT_DEVICES) for part in parts.values())
+    columns = [cause for cause in COLUMNS if cause is not Cause.WAIT_DEVICES or has_turns]
+    rows = [("node", "replicas", *(words(cause) for cause in columns), "sum")]
+    for node, part in parts.items():
+        cells = [100 * part.get(cause, 0.0) for cause in columns]
         num_replicas = sum(replica.node == node for replica in view.replicas)
         rows.append((node, str(num_replicas), *(f"{cell:.1f}" for cell in cells), f"{sum(cells):.1f}"))
     if len(rows) == 1:
@@ -219,7 +221,7 @@ def bottleneck(view: RunView) -> list[str]:
     lines = [f"bottleneck: {named}, computing {busy[named]:.0%} of the time {WINDOW}"]
     if len(order) > 1:
         lines[0] += f", more than any other node on the path (next {order[1]}, {busy[order[1]]:.0%})"
-    for cause in (Cause.WAIT_INPUT, Cause.WAIT_ROOM):
+    for cause in (Cause.WAIT_INPUT, Cause.WAIT_ROOM, Cause.WAIT_DEVICES):
         share, node = max((part.get(cause, 0.0), node) for node, part in parts.items())
         if node != named and share >= WORTH_SAYING:
             lines.append(f"  {node} spends {share:.0%} of that time {words(cause)}")

@@ -133,6 +133,7 @@ STYLES: dict[str, str] = {
     Cause.UPDATE: "cyan",
     Cause.WAIT_ROOM: "magenta",
     Cause.WAIT_INPUT: "yellow",
+    Cause.WAIT_DEVICES: "magenta",
     Cause.START: "blue",
     Cause.RECOVERY: "red",
 }

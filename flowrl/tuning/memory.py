@@ -39,6 +39,8 @@ FIXED = 1.5e9  # Ray and the driver
 BUCKET = 64 << 20  # of weights on their way; two at either end
 DS_BUCKET = 500_000_000  # elements that DeepSpeed collects gradients in (reduce_bucket_size)
 DS_LIVE = 1_000_000_000  # elements that ZeRO-3 keeps whole at once (stage3_max_live_parameters)
+PERSISTENT = ("weights", "float32 weights", "Adam's moments", "gradients", "teacher")  # from one call to the next
+OF_RANK_0 = ("weights on their way", "average of weights")  # that no other rank of a node holds
 FRAGMENTS = 0.04  # of what an allocator has asked of a device, lost between blocks
 
 
@@ -257,8 +259,15 @@ class _Rank:
                 s = self.shape
                 products = s.query + 2 * s.key + 2 * s.hidden + (2 if s.is_gated else 1) * s.inner
                 parts["products of layers"] = self.b * tokens * products * again
-        parts["activations"] = tokens * each * kept + self.b * fed * self.work.whole  # and the mask
+        parts["activations"] = tokens * each * kept
+        if self._has_mask:
+            parts["activations"] += self.b * fed * self.work.whole
         return parts
+
+    @property
+    def _has_mask(self) -> bool:
+        """Say whether what tokens see is given by a mask, of each token against its row."""
+        return self.config.attention == "sdpa"
 
     def _layer_back(self) -> float:
         s = self.shape
@@ -283,10 +292,10 @@ class _Rank:
     # What goes out.
 
     def published(self) -> Parts:
-        """Return what a version takes on its way, and a model that is being saved, both on rank 0's host."""
+        """Return what two versions take, the newest and the one before, or a model that is being saved; of rank 0."""
         if not self.trains or self.head != "policy":
             return {}
-        return {"weights on their way": 2 * BUCKET if self.on_gpu else 2 * self.b * self.total}
+        return {"weights on their way": 2 * self.b * self.total + 2 * BUCKET * self.on_gpu}
 
 
 def serving(shape: Shape, config: Serving, *, on_gpu: bool) -> Need:
@@ -311,6 +320,20 @@ def serving(shape: Shape, config: Serving, *, on_gpu: bool) -> Need:
     return Need(device=device, host={"process": SERVER + (parts > 1) * parts * WORKER})
 
 
+def asleep(need: Need) -> Need:
+    """Return what a process holds while others have its devices in turns (engines/aside, vLLM's sleep level 1).
+
+    On a GPU its context and captured graphs stay, and what it held moves to the host, its cache excepted; on a CPU it
+    goes to the disk, or is given up.
+    """
+    if not need.device:
+        kept = ("process", "weights on their way", "average of weights")
+        return Need(host={name: size for name, size in need.host.items() if name in kept})
+    stays = {name: size for name, size in need.device.items() if name in ("CUDA context", "graphs and workspace")}
+    moved = sum(size for name, size in need.device.items() if name in PERSISTENT)
+    return Need(device=stays, host={**need.host, "put aside": moved})
+
+
 def cached(shape: Shape, config: Serving, work: Work) -> float:
     """Return the KV cache of as many samples as may run together, each as long as it may get; bytes."""
     most = min(config.max_running, getattr(config, "max_groups", 1 << 30) * getattr(config, "group_size", 1))
@@ -332,4 +355,16 @@ def _merged(*parts: Parts) -> Parts:
     return found
 
 
-__all__ = ["CONTEXT", "FIXED", "PLAIN", "Need", "Scoring", "Work", "cached", "computing", "serving", "width_of"]
+__all__ = [
+    "CONTEXT",
+    "FIXED",
+    "PLAIN",
+    "Need",
+    "Scoring",
+    "Work",
+    "asleep",
+    "cached",
+    "computing",
+    "serving",
+    "width_of",
+]

@@ -18,8 +18,9 @@ import msgspec
 
 from flowrl.engines.base import Computing, Serving
 from flowrl.graph.stage import StageConfig
+from flowrl.runtime.lease import turns_of
 from flowrl.runtime.placement import places
-from flowrl.tuning.memory import FIXED, PLAIN, Head, Need, Work, cached, computing, serving, width_of
+from flowrl.tuning.memory import FIXED, OF_RANK_0, PLAIN, Head, Need, Work, asleep, cached, computing, serving, width_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from flowrl.tuning.shapes import Shape
 
 FULL = 0.97  # of a device or a host: what a plan may fill
+RESTING = ("sampling", "training")  # the sides that take turns: one of them sleeps
 REST = "all else"  # Ray, the driver, and nodes without a model
 LEAST_RUNNING = 8  # samples of full length that a generator's cache must hold at once, or as many as may run
 # Where parts of memory stand in the table; all others are "other".
@@ -58,6 +60,7 @@ class PlacedProcess(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[int, ...]  # counted over all machines
     machine: int
     need: Need
+    side: str = ""  # with which it takes turns on its devices: "sampling" or "training"
 
 
 class Placed(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,7 +86,7 @@ def place_processes(configs: Mapping[str, StageConfig], until: str, models: Mode
     Raises:
         ConfigError: a process is to compute on more GPUs than it can.
     """
-    seats = _Seats(site)
+    seats, sides = _Seats(site), _sides(configs, until)
     processes: list[PlacedProcess] = []
     lacks: list[str] = []
     running: dict[str, int] = {}
@@ -93,6 +96,8 @@ def place_processes(configs: Mapping[str, StageConfig], until: str, models: Mode
         if devices is None:
             break
         need = _need(each.node, config, models, site, on_gpu=bool(devices))
+        if each.rank:
+            need = msgspec.structs.replace(need, host={n: s for n, s in need.host.items() if n not in OF_RANK_0})
         if isinstance(config, Serving) and devices:
             running[each.node] = _running(config, models, each.node, need)
             least = min(LEAST_RUNNING, config.max_running)
@@ -101,16 +106,38 @@ def place_processes(configs: Mapping[str, StageConfig], until: str, models: Mode
         rank = f" rank {each.rank}" if config.ranks > 1 else f".{each.replica}" if config.replicas > 1 else ""
         machine = devices[0] // site.per_machine if devices else 0
         processes.append(
-            PlacedProcess(node=each.node, name=f"{each.node}{rank}", devices=devices, machine=machine, need=need)
-        )
-    on_devices, on_hosts = [0.0] * len(site.machine.gpus), [FIXED] + [0.0] * (site.num_machines - 1)
-    for process in processes:
-        on_hosts[process.machine] += process.need.host_bytes
-        for device in process.devices:
-            on_devices[device] += process.need.device_bytes
+            PlacedProcess(node=each.node, name=f"{each.node}{rank}", devices=devices, machine=machine, need=need,
+                          side=sides.get(each.node, ""))
+        )  # fmt: skip
+    moments = [_filled(processes, site, resting) for resting in RESTING]
+    on_devices, on_hosts = ([max(sizes) for sizes in zip(*both, strict=True)] for both in zip(*moments, strict=True))
     lacks = [*seats.lacks, *_too_full(on_devices, on_hosts, processes, site), *dict.fromkeys(lacks)]
     return Placed(configs=dict(configs), processes=processes, devices=on_devices, hosts=on_hosts, running=running,
                   lacks=lacks)  # fmt: skip
+
+
+def _sides(configs: Mapping[str, StageConfig], until: str) -> dict[str, str]:
+    """Return with whom nodes take turns on their devices."""
+    found: dict[str, str] = {}
+    for turns in turns_of(rough_graph(configs, until)).values():
+        found |= dict.fromkeys(turns.sampling, "sampling") | dict.fromkeys(turns.training, "training")
+    return found
+
+
+def held_by(process: PlacedProcess, resting: str) -> Need:
+    """Return what a process holds while one side, "sampling" or "training", sleeps."""
+    return asleep(process.need) if process.side and process.side == resting else process.need
+
+
+def _filled(processes: list[PlacedProcess], site: Site, resting: str) -> tuple[list[float], list[float]]:
+    """Return the bytes on every device and host while one side sleeps."""
+    devices, hosts = [0.0] * len(site.machine.gpus), [FIXED] + [0.0] * (site.num_machines - 1)
+    for process in processes:
+        need = held_by(process, resting)
+        hosts[process.machine] += need.host_bytes
+        for device in process.devices:
+            devices[device] += need.device_bytes
+    return devices, hosts
 
 
 class _Seats:
@@ -227,9 +254,10 @@ def _groups(placed: Placed, site: Site) -> list[tuple[str, list[tuple[str, dict[
     members: dict[tuple[Any, ...], list[tuple[str, dict[str, float]]]] = {}
     for device in range(len(placed.devices)):
         here = [process for process in placed.processes if device in process.devices]
-        key = tuple((process.node, round(process.need.device_bytes)) for process in here)
+        mine = _fullest(here, device=True)
+        key = tuple((name, round(sum(parts.values()))) for name, parts in mine)
         kinds[key].append(device)
-        members[key] = [(process.node, process.need.device) for process in here]
+        members[key] = mine
     found = [
         (f"GPU {ranges(devices)}", members[key] or [("nothing", {})], float(site.device_bytes))
         for key, devices in kinds.items()
@@ -239,13 +267,12 @@ def _groups(placed: Placed, site: Site) -> list[tuple[str, list[tuple[str, dict[
     for host in range(site.num_machines):
         by_node: dict[str, dict[str, float]] = {REST: {"other": FIXED}} if host == 0 else {}
         counts: dict[str, int] = defaultdict(int)
-        for process in placed.processes:
-            if process.machine == host:
-                node = REST if sum(process.need.host.values()) <= PLAIN else process.node
-                counts[node] += node != REST
-                mine = by_node.setdefault(node, {})
-                for name, size in process.need.host.items():
-                    mine[name] = mine.get(name, 0.0) + size
+        for label, parts in _fullest([each for each in placed.processes if each.machine == host], device=False):
+            node = REST if sum(parts.values()) <= PLAIN else label
+            counts[node] += node != REST
+            mine = by_node.setdefault(node, {})
+            for name, size in parts.items():
+                mine[name] = mine.get(name, 0.0) + size
         key = tuple((node, round(sum(parts.values()))) for node, parts in by_node.items())
         hosts[key].append(host)
         held[key] = [
@@ -255,6 +282,19 @@ def _groups(placed: Placed, site: Site) -> list[tuple[str, list[tuple[str, dict[
         label = "host" if site.num_machines == 1 else f"host {ranges(which)}"
         found.append((label, held[key], float(site.host_bytes)))
     return found
+
+
+def _fullest(processes: list[PlacedProcess], *, device: bool) -> list[tuple[str, dict[str, float]]]:
+    """Return who holds what on a device or host in the turn in which it is fullest; who sleeps is named so."""
+
+    def held(resting: str) -> list[tuple[str, dict[str, float]]]:
+        return [
+            (f"{each.node} (asleep)" if each.side == resting else each.node, need.device if device else need.host)
+            for each in processes
+            if (need := held_by(each, resting))
+        ]
+
+    return max(map(held, RESTING), key=lambda all_of: sum(sum(parts.values()) for _, parts in all_of))
 
 
 def _by_column(parts: Mapping[str, float]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from flowrl.simulation.run import simulate
 from flowrl.simulation.stand_ins import lacking
 from flowrl.stages.reward import RewardModel
 from flowrl.stages.sampler import Course, Learning
-from flowrl.tuning.placed import FULL, Models, Placed, place_processes, rough_graph
+from flowrl.tuning.placed import FULL, Models, Placed, held_by, place_processes, rough_graph
 from flowrl.tuning.speeds import profile_of
 
 if TYPE_CHECKING:
@@ -137,7 +137,11 @@ class Search:
         placed = place_processes(configs, self.graph.until_node, self.models, self.site)
         mine = {device for process in placed.processes if process.node == self.server for device in process.devices}
         theirs = [
-            sum(p.need.device_bytes for p in placed.processes if device in p.devices and p.node != self.server)
+            sum(
+                held_by(p, "training").device_bytes
+                for p in placed.processes
+                if device in p.devices and p.node != self.server
+            )
             for device in mine
         ]
         if not theirs or not max(theirs):
@@ -185,6 +189,13 @@ class Search:
                 shares_s += seconds * min(1.0, config.threads * width / profile.cores)
             per_host[config.share or node] += seconds
         overlaps = learning is not None and learning.max_staleness > 0
+        server: Any = placed.configs.get(self.server)
+        if server is not None and server.turns:
+            moves = ("sleep", "wake") * 2
+            per_host[server.share or self.server] += sum(
+                max((costs.calls[name].call_s for costs in profile.nodes.values() if name in costs.calls), default=0.0)
+                for name in moves
+            )
         if self.site.speed is None and overlaps:
             return max(shares_s, *per_host.values())  # whoever has work has the cores
         return max(per_host.values(), default=0.0) if overlaps else sum(per_host.values())
@@ -244,7 +255,8 @@ class Search:
 
     def _kind(self, tried: Tried) -> Any:
         """Return what tells placements apart, whatever memory they save."""
-        return tuple((n, c.replicas, c.ranks, c.gpus, c.share, getattr(c, "tensor_parallel", 1))
+        return tuple((n, c.replicas, c.ranks, c.gpus, c.share, getattr(c, "tensor_parallel", 1),
+                      getattr(c, "turns", False))
                      for n, c in tried.placed.configs.items() if n in (self.server, *self.trainers))  # fmt: skip
 
     def _missing(self, tried: Tried) -> tuple[float, ...]:
@@ -307,8 +319,10 @@ class Search:
                     half = rest // 2
                     apart = {f"{critics[0]}.ranks": half, f"{critics[0]}.gpus": 1, f"{critics[0]}.share": ""}
                     yield split | apart | {f"{trainer}.ranks": rest - half, f"{trainer}.gpus": 1}
-            yield {f"{trainer}.ranks": num, f"{trainer}.gpus": 1, f"{server}.share": trainer, f"{server}.gpus": 0,
-                   f"{server}.tensor_parallel": width, f"{server}.replicas": num // width}  # fmt: skip
+            for turns in (False, True):
+                yield {f"{trainer}.ranks": num, f"{trainer}.gpus": 1, f"{server}.share": trainer, f"{server}.gpus": 0,
+                       f"{server}.tensor_parallel": width, f"{server}.replicas": num // width,
+                       f"{server}.turns": turns}  # fmt: skip
 
     def _widths(self) -> list[int]:
         """Return over how many GPUs a generator's model may be split: the fewest that hold it, and twice as many."""

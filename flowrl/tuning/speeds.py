@@ -28,6 +28,9 @@ READ = 0.6  # of its memory's bandwidth, in decoding
 LAUNCH_S = 0.004  # of a decoding step, whatever the model
 SPLIT = 0.85  # what each doubling of tensor parallelism leaves of a GPU's speed
 LINK = 20e9  # bytes a second to another GPU or the host, for weights and offloaded states
+DISK = 1e9  # bytes a second to the disk, where a CPU's states sleep
+MOVE_S = 0.3  # of going to sleep or waking, whatever the model
+RESTART_S = 5.0  # of vLLM's engine, which cannot sleep on CPUs
 SMALL = 1500  # tokens of a micro-batch at which a GPU reaches half of what it can
 SLOWDOWN = 0.2  # of a core while all the others work
 TYPICAL = 0.6  # of the longest response: the mean
@@ -78,7 +81,11 @@ def _decoding(config: Serving, shape: Shape, work: Work, site: Site, running: in
             step_s=LAUNCH_S + 2 * experts / carried, sample_s=sample_s, prompt_token_s=2 * shape.active / flops,
             log_sigma=0.1, running=(1.0, float(running)),
         ),
-        calls={"update_transfer": CallCost(call_s=weights / LINK), "update_pause": CallCost(call_s=0.2)},
+        calls={
+            "update_transfer": CallCost(call_s=weights / LINK), "update_pause": CallCost(call_s=0.2),
+            "sleep": CallCost(call_s=MOVE_S + weights / parts / LINK),
+            "wake": CallCost(call_s=MOVE_S + weights / parts / LINK),
+        },
     )  # fmt: skip
 
 
@@ -99,7 +106,10 @@ def _computing(config: Computing, shape: Shape, site: Site) -> NodeProfile:
             "publish": CallCost(call_s=weights / LINK),
             "transfer": CallCost(call_s=weights / LINK),
         }
-    return NodeProfile(calls=calls)
+    sharded_over = config.ranks if isinstance(config, Training) or config.zero_stage == 3 else 1
+    held = (16.0 if isinstance(config, Training) else 2.0) * shape.num_parameters / sharded_over
+    move = CallCost(call_s=MOVE_S + held / LINK)
+    return NodeProfile(calls=calls | {"sleep": move, "wake": move})
 
 
 def _on_cores(config: StageConfig, shape: Shape) -> NodeProfile:
@@ -109,8 +119,11 @@ def _on_cores(config: StageConfig, shape: Shape) -> NodeProfile:
         # 16 samples together are decoded at three quarters of the rate of many
         sample_s = 1 / (DECODED * faster)
         return NodeProfile(decode=DecodeCost(step_s=8 * sample_s, sample_s=sample_s, prompt_token_s=sample_s / 3,
-                                             running=(1.0, float(config.max_running))))  # fmt: skip
+                                             running=(1.0, float(config.max_running))),
+                           calls={"sleep": CallCost(call_s=MOVE_S), "wake": CallCost(call_s=RESTART_S)})  # fmt: skip
     calls: dict[str, Any] = {"score": CallCost(call_s=0.05, token_s=1 / (SCORED * faster))}
     if isinstance(config, Training):
         calls["train"] = CallCost(call_s=0.2, token_s=1 / (TRAINED * faster))
+    held = (16.0 if isinstance(config, Training) else 4.0) * shape.num_parameters
+    calls |= dict.fromkeys(("sleep", "wake"), CallCost(call_s=MOVE_S + held / DISK))
     return NodeProfile(calls=calls)

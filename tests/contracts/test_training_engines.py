@@ -18,9 +18,11 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from flowrl.config import Select, load_class
 from flowrl.engines.base import Ranks, Schedule, TrainingConfig
+from flowrl.engines.weights.manifest import tensor_digests
 from flowrl.errors import ConfigError, StageError
 from flowrl.messages import Buffer
 from tests.support.families import write_family
@@ -434,6 +436,49 @@ def test_a_frozen_model_at_stage_3_is_sharded_without_an_optimizer(model, path):
         held[frozen] = (live_bytes() - before) / size
         engine.close()
     assert held[True] < 2 < held[False], held
+
+
+def slept_through(engine, *, sleeps: bool) -> tuple[list[int], dict[str, str]]:
+    """Take two steps, asleep wherever a turn may end; returns the bytes then, and the digests of what is sent."""
+    asleep: list[int] = []
+
+    def turn_ends() -> None:
+        if sleeps:
+            engine.sleep()
+            asleep.append(live_bytes())
+            engine.wake()
+
+    engine.open(Ranks())
+    turn_ends()
+    for _ in range(2):
+        engine.accumulate(GROUPS, choose(WeightedTokens))
+        turn_ends()
+        engine.apply()
+        turn_ends()
+    digests = tensor_digests(engine.publish(0, None).manifest)
+    engine.close()
+    return asleep, digests
+
+
+@pytest.mark.parametrize(
+    ("path", "dtype", "zero_stage"),
+    [
+        (TORCH, "float32", 0),
+        (TORCH, "bfloat16", 0),
+        *((DEEPSPEED, "bfloat16", stage) for stage in (1, 2, 3)),
+        (DEEPSPEED, "float32", 0),
+        (FSDP, "bfloat16", 3),
+    ],
+)
+def test_an_engine_that_sleeps_holds_little_and_goes_on_to_the_bit(model, tmp_path, path, dtype, zero_stage):
+    settings = {"dtype": dtype, "zero_stage": zero_stage, "aside_dir": str(tmp_path)}
+    before = live_bytes()
+    awake = slept_through(engine_of(path, model, **settings), sleeps=False)[1]
+    asleep, digests = slept_through(engine_of(path, model, **settings), sleeps=True)
+    assert digests == awake
+    num_parameters = sum(tensor.numel() for tensor in load_file(model / "model.safetensors").values())
+    assert max(asleep) - before < num_parameters, "of 16 bytes a parameter and more, less than one"
+    assert not [*tmp_path.iterdir()]
 
 
 def test_two_deepspeed_engines_share_a_process(model, tmp_path):

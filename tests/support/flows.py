@@ -169,6 +169,7 @@ class FlowSettings:
     judge_s: float = 0.0  # for each held-out prompt
     beside: int = 0  # generators that keep a version while it is evaluated
     on_update: Literal["keep", "wait", "resume"] = "keep"
+    turn_limit_s: float = 0.0  # generator and learner take turns on the same devices; 0: each has its own
 
 
 # For a run in a process of its own, which goes on until it is stopped.
@@ -209,19 +210,26 @@ def random_settings(seed: int) -> FlowSettings:
 def flow(s: FlowSettings, learner_class: type[Learner] = ObservedLearner) -> Graph:
     costs = {
         "decode": {"step_s": s.token_s, "log_sigma": s.sigma},
-        "calls": {"update_transfer": {"call_s": s.update_s}, "train": {"call_s": s.train_s * s.groups_per_step}},
+        "calls": {
+            "update_transfer": {"call_s": s.update_s},
+            "train": {"call_s": s.train_s * s.groups_per_step},
+            "sleep": {"call_s": 0.3},
+            "wake": {"call_s": 0.2},
+        },
     }
     sampler = Sampler(model=stand_in_model(), sampling=Sampling(max_tokens=8), group_size=2, seed=s.seed)
     grpo = Select(use="flowrl.algorithms.grpo:GRPO" if s.replay.ratio else NULL)
     learning = Learning(algorithm=grpo, steps=s.steps, groups_per_step=s.groups_per_step, max_staleness=s.max_staleness)
     prompts = NumberedPrompts(Prompts.Config(), sampler)
+    module, kind = ("tests.support.turns", "Shared") if s.turn_limit_s else ("flowrl.simulation.fake", "Fake")
+    shared = {"share": "learner", "turns": True, "turn_limit_s": s.turn_limit_s} if s.turn_limit_s else {}
     generator = Generator(
         Generator.Config(replicas=s.generators, max_groups=2, on_update=s.on_update,
-                         engine="flowrl.simulation.fake:FakeGeneration", engine_options={"costs": costs}),
+                         engine=f"{module}:{kind}Generation", engine_options={"costs": costs}, **shared),
         sampler,
     )  # fmt: skip
     scorer = Scorer(Scorer.Config(replicas=s.scorers, mean_s=s.score_s, filter_every=s.filter_every, seed=s.seed))
-    engine = "flowrl.simulation.fake:FakeTraining" if s.ranks == 1 else "tests.support.marching:MarchingTraining"
+    engine = f"{module}:{kind}Training" if s.ranks == 1 else "tests.support.marching:MarchingTraining"
     learner = learner_class(
         Learner.Config(ranks=s.ranks, engine=engine, engine_options={"costs": costs}, save_rollouts=False,
                        save_every=s.save_every, evaluate_every=max(0, s.evaluate_every)),

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
     from flowrl.runs.page.samples import Pieces, ShownGroup
 HERE = Path(__file__).parent
-STACKED = (Cause.COMPUTE, Cause.UPDATE, Cause.WAIT_INPUT, Cause.WAIT_ROOM, Cause.RECOVERY, Cause.START)
+STACKED = (
+    Cause.COMPUTE, Cause.UPDATE, Cause.WAIT_INPUT, Cause.WAIT_ROOM, Cause.WAIT_DEVICES, Cause.RECOVERY, Cause.START,
+)  # fmt: skip
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):

@@ -75,7 +75,7 @@ def test_the_table_of_calls_is_what_the_flow_has() -> None:
         ours = ast_arguments(FlowCalls, name)
         assert ast_arguments(Flow, name) == ["self", "replica", *ours[1:]], name
     undone = {name.removeprefix("undo_") for name in vars(Flow) if name.startswith("undo_")}
-    assert undone == {"get", "acquire"}
+    assert undone == {"get", "acquire", "take"}
     assert undone <= METHODS
     with pytest.raises(AttributeError, match="'drop_all' is not a call of the flow"):
         _ = CallClient(lambda call: asyncio.sleep(0), "scorer.0", 0).drop_all

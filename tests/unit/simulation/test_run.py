@@ -14,6 +14,7 @@ from flowrl.cli import main
 from flowrl.errors import ConfigError, RunError
 from flowrl.graph.graph import Graph
 from flowrl.graph.program import load_program
+from flowrl.runtime.holder import LINGER_S
 from flowrl.simulation.costs import CallCost, DecodeCost, NodeProfile, Profile, Spread
 from flowrl.simulation.run import simulate
 from flowrl.simulation.stand_ins import lacking
@@ -106,6 +107,18 @@ def test_a_pause_for_new_weights_takes_its_time_from_generation() -> None:
 def test_what_a_version_costs_the_learner_besides_is_in_its_step() -> None:
     found = quick(graph(1), profile(train_s=2.0, learner_calls={"publish": CallCost(call_s=0.5)}))
     assert found.steps_per_s == pytest.approx(1 / 2.5)
+
+
+def test_in_turns_a_step_takes_the_sum_of_its_stages_and_of_going_to_sleep_and_waking() -> None:
+    moves = {"sleep": CallCost(call_s=0.5), "wake": CallCost(call_s=0.25)}
+    costs = profile(generator_calls=moves, learner_calls=moves)
+    found = quick(graph(0, replace(PLAIN, turn_limit_s=900.0)), costs)
+    assert found.steps_per_s == pytest.approx(1 / (2 * 0.8 + 0.4 + 2 * (0.5 + 0.25 + LINGER_S)), rel=0.01)
+    assert found.shares["learner"][Cause.WAIT_DEVICES] > 2 * found.shares["learner"][Cause.COMPUTE]
+    ahead = quick(graph(1, replace(PLAIN, turn_limit_s=900.0)), costs)
+    beside = quick(graph(1), costs)
+    assert ahead.steps_per_s < beside.steps_per_s, "whoever takes turns overlaps nothing"
+    assert max(ahead.staleness) <= 1
 
 
 def test_a_message_takes_its_time_on_every_queue() -> None:

@@ -76,10 +76,11 @@ def test_an_adapter_is_rank_times_both_sides_of_each_layer():
 def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer_whole():
     each = 16 * 4096 + 8 * 4096 + 8 * 14336 + 24  # bytes of a token in a layer, as autograd was seen to save
     plain = held(engine=TORCH, micro_batch_tokens=4096)[1].device
+    masked = held(engine=TORCH, micro_batch_tokens=4096, attention="sdpa")[1].device
     saving = held(engine=TORCH, micro_batch_tokens=4096, gradient_checkpointing=True)[1].device
-    mask = 2 * 4096 * 2048
-    assert plain["activations"] == 4096 * 32 * each + mask
-    assert saving["activations"] == 4096 * each + mask
+    assert plain["activations"] == 4096 * 32 * each
+    assert masked["activations"] == 4096 * 32 * each + 2 * 4096 * 2048
+    assert saving["activations"] == 4096 * each
     assert saving["inputs of layers"] == 2 * 4096 * 4096 * 32
     kept = held(
         engine=TORCH, micro_batch_tokens=4096, gradient_checkpointing=True, checkpoint_keeps="products"

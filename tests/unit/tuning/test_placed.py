@@ -5,7 +5,7 @@ from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
 from flowrl.stages.reference import Reference
 from flowrl.tuning.machines import parse_site
-from flowrl.tuning.memory import Work
+from flowrl.tuning.memory import BUCKET, CONTEXT, GRAPHS, PERSISTENT, Need, Work, asleep
 from flowrl.tuning.placed import Models, place_processes, table
 from flowrl.tuning.shapes import find_shape
 
@@ -65,6 +65,40 @@ def test_the_devices_of_one_replica_are_of_one_machine():
 )  # fmt: skip
 def test_what_is_too_much_is_said_with_the_numbers(on, words):
     assert any(words in lack for lack in placed(on, **split())[0].lacks)
+
+
+def test_in_turns_a_device_holds_the_fuller_side_and_what_the_other_leaves_there_asleep():
+    sampling = {"replicas": 4, "kv_cache_bytes": 0, "gpu_memory_utilization": 0.85, "share": "learner"}
+    training = {"learner": Learner.Config(ranks=4, gpus=1, zero_stage=3, gradient_checkpointing=True),
+                "reference": Reference.Config(share="learner", replicas=4)}  # fmt: skip
+    beside, _ = placed("4x80GB", generator=Generator.Config(**sampling), **training)
+    found, site = placed("4x80GB", generator=Generator.Config(**sampling, turns=True), **training)
+    assert any("on a GPU of 80.0" in lack for lack in beside.lacks)
+    assert not found.lacks
+    needs = {process.node: process.need for process in found.processes}
+    trained = needs["learner"].device_bytes + needs["reference"].device_bytes
+    left = asleep(needs["generator"]).device_bytes
+    assert left == CONTEXT + GRAPHS
+    assert found.devices[0] == pytest.approx(max(trained + left, needs["generator"].device_bytes + 2 * CONTEXT))
+    moved = asleep(needs["learner"]).host["put aside"]
+    assert moved == pytest.approx(
+        sum(needs["learner"].device[name] for name in PERSISTENT if name in needs["learner"].device)
+    )
+    assert sum(found.hosts) > sum(beside.hosts), "what sleeps is in the hosts"
+    assert any("(asleep)" in line for line in table(found, site))
+
+
+def test_on_cpus_what_sleeps_is_on_the_disk():
+    need = Need(host={"process": 1e9, "weights": 2e9, "KV cache": 5e8})
+    assert asleep(need).host_bytes == 1e9
+
+
+def test_only_rank_0_holds_versions_on_their_way():
+    found, _ = placed("8x80GB", **split())
+    sizes = [
+        process.need.host.get("weights on their way", 0.0) for process in found.processes if process.node == "learner"
+    ]
+    assert sizes == [4 * SHAPE.num_parameters + 2 * BUCKET, 0.0, 0.0, 0.0], "two versions, and two pinned buckets"
 
 
 def test_a_generator_without_room_for_a_cache_is_said_to_have_none():

@@ -1,0 +1,76 @@
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from flowrl.engines.aside import Aside, tensors_of
+from flowrl.engines.base import TrainingConfig
+from flowrl.engines.deepspeed import DeepSpeedEngine
+
+
+def test_bytes_go_and_come_back_and_views_stay_views(tmp_path):
+    flat = torch.arange(40_000, dtype=torch.float32)
+    view, small, copy = flat[10:20], torch.ones(8), flat.clone()
+    aside = Aside(str(tmp_path))
+    assert aside.put([flat, view, small]) == 160_000, "a storage once; what is small stays"
+    assert flat.untyped_storage().nbytes() == 0
+    assert small.sum() == 8
+    aside.back()
+    assert torch.equal(flat, copy)
+    flat[10] = -1.0
+    assert view[0] == -1.0
+    assert not [*tmp_path.iterdir()], "a file without a name"
+
+
+def test_where_the_disk_takes_nothing_everything_stays(tmp_path, monkeypatch):
+    flat = torch.arange(40_000)
+    with pytest.raises(OSError, match="No such file"):
+        Aside(str(tmp_path / "gone")).put([flat])
+    assert flat[-1] == 39_999
+
+
+def test_what_cannot_be_emptied_stays(tmp_path):
+    mapped = torch.frombuffer(bytearray(1 << 16), dtype=torch.uint8)
+    assert Aside(str(tmp_path)).put([mapped]) == 0
+    assert mapped.untyped_storage().nbytes() == 1 << 16
+
+
+def test_an_optimizer_tells_what_it_steps_on_with_gradients_and_moments():
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.ones(4)
+    optimizer.step()
+    told = [*tensors_of(optimizer)]
+    moments = [optimizer.state[weight][name] for name in ("exp_avg", "exp_avg_sq")]
+    assert all(any(each is tensor for each in told) for tensor in (weight, weight.grad, *moments))
+
+
+@pytest.mark.parametrize(
+    ("device", "zero_stage", "is_training", "called"),
+    [
+        ("cuda", 2, True, ["offload_states", "reload_states"]),
+        ("cuda", 3, True, ["offload_states", "reload_states"]),
+        ("cuda", 0, True, []),  # no ZeRO: the optimizer is torch's
+        ("cuda", 3, False, []),  # without an optimizer DeepSpeed moves nothing
+        ("cpu", 2, True, []),
+    ],
+)
+def test_deepspeed_moves_its_own_states_on_gpus_and_ours_are_moved_elsewhere(
+    device, zero_stage, is_training, called, monkeypatch
+):
+    done: list[str] = []
+    engine = DeepSpeedEngine(TrainingConfig(model="", zero_stage=zero_stage), where="learner", name="test")
+    engine.device, engine._is_training = torch.device(device), is_training
+    fake: Any = SimpleNamespace(
+        offload_states=lambda *, pin_memory: done.append("offload_states"),
+        reload_states=lambda: done.append("reload_states"),
+    )
+    engine._engine = fake
+    moved: list[str] = []
+    monkeypatch.setattr(Aside, "put", lambda self, tensors: moved.append("put"))
+    monkeypatch.setattr(Aside, "back", lambda self: moved.append("back"))
+    engine._put_aside()
+    engine._take_back()
+    assert done == called
+    assert moved == ([] if called else ["put", "back"])
