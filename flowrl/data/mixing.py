@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
 
 MIN_BLOCK = 100  # positions whose shares are exact; longer where a source's weight is below 1/100
+MAX_BLOCK = 100_000  # a block is drawn as a whole
 
 
 class Origin(Protocol):
@@ -90,13 +91,16 @@ class Mixture:
     """An order over sources of `sizes` rows, drawn in proportion to `weights`."""
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
-        """Raises `DataError` where a source has no rows."""
+        """Raises `DataError` where a source has no rows, or hardly any share."""
         for number, size in enumerate(sizes):
             if not size:
                 raise DataError(f"data.mix[{number}]", "has no rows left to train on", "drop it, or add rows to it")
         exact = [Fraction(str(weight)) for weight in weights]  # as they were written: 0.1 is a tenth
         self.sizes = list(sizes)
         self.shares = [weight / sum(exact) for weight in exact]
+        if (least := min(self.shares)) < Fraction(1, MAX_BLOCK):
+            what = f"has {float(least):.1g} of all weight, so that hardly a row of it would ever be learned"
+            raise DataError(f"data.mix[{self.shares.index(least)}]", what, f"give it 1/{MAX_BLOCK} or more, or drop it")
         self._ends = list(accumulate(self.shares))
         self._seed = seed
         self._block_size = max(MIN_BLOCK, math.ceil(1 / min(self.shares)))

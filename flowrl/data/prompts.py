@@ -303,6 +303,8 @@ def _render(data: PromptData, renderer: Renderer, row: RawRow) -> str:
     """
     normal = prompt_of(data, row)
     prefix = row.columns.get("answer_prefix") or ""
+    if not isinstance(prefix, str):
+        raise DataError(row.place, f"column 'answer_prefix' holds {noun(prefix)}", "a string was expected")
     if not isinstance(normal.prompt, str):
         text = renderer.prompt_text(normal, prefix=prefix)
         renderer.check_history(normal, text)

@@ -77,3 +77,8 @@ def test_sources_are_mixed_within_a_block_not_one_after_the_other():
 def test_source_without_rows_is_refused():
     with pytest.raises(DataError, match=r"data\.mix\[1\]: has no rows left"):
         Mixture([5, 0], [1, 1], 0)
+
+
+def test_source_without_a_share_worth_the_name_is_refused():
+    with pytest.raises(DataError, match=r"data\.mix\[0\]: has 1e-09 of all weight, so that hardly a row of it"):
+        Mixture([5, 5], [1e-9, 1.0], 0)

@@ -164,6 +164,7 @@ BAD_ROWS: list[tuple[list[Any], dict[str, Any], list[str]]] = [
     ([{"prompt": "a"}, "[1]"], {}, [":2", "holds a list, not an object"]),
     ([{"promt": "a", "answer": 1}], {}, [":1", "no column is known", "columns: promt, answer", "prompt_column=promt"]),
     ([{"prompt": 7}], {}, [":1", "the prompt is a number"]),
+    ([{"prompt": "a", "answer_prefix": 7}], {}, [":1", "column 'answer_prefix' holds a number; a string"]),
     ([{"prompt": "a"}, {"prompt": "  "}], {}, [":2", "is empty"]),
     ([{"prompt": "x" * 50}], {"chat_template": False, "max_prompt_tokens": 49}, [":1", "has 50 tokens", "is 49"]),
     ([{"prompt": [{"role": "user", "content": "a"}]}], {"chat_template": False}, [":1", "is a conversation"]),
