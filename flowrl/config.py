@@ -16,6 +16,7 @@ import copy
 import functools
 import math
 import re
+from itertools import count
 from types import UnionType
 from typing import (
     TYPE_CHECKING,
@@ -38,7 +39,7 @@ from flowrl.errors import ConfigError
 from flowrl.imports import load_class, load_object, named_beside, pin, suggest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 __all__ = [
@@ -302,6 +303,7 @@ def _nested_defaults(kind: type) -> dict[str, Any]:
 
 LARGEST = 2**63 - 1  # that a message carries
 MOST_YAML_BYTES = 4 << 20  # reading takes a second for some hundred kilobytes
+MOST_VALUES = 1_000_000
 TRUTH = {"yes": True, "on": True, "no": False, "off": False}  # booleans in YAML 1.1, and words all the same
 
 
@@ -351,17 +353,22 @@ def _load_yaml(content: str | bytes, where: str) -> Any:
     try:
         node = loader.get_single_node()
         if node is not None:
-            _check_once(node, "", {}, where)
+            _check_once(node, "", {}, where, count())
         return None if node is None else loader.construct_document(node)
     finally:
         loader.dispose()
 
 
-def _check_once(node: Any, path: str, lines: dict[str, int], where: str) -> None:
-    """Insist that no path is given twice, by nesting or by dots; `lines` has those that were seen."""
+def _check_once(node: Any, path: str, lines: dict[str, int], where: str, values: Iterator[int]) -> None:
+    """Insist that no path is given twice, by nesting or by dots; `lines` has those that were seen.
+
+    What is written once and named often (`*name`) counts each time: few lines can stand for more than any memory holds.
+    """
+    if next(values) > MOST_VALUES:
+        raise ConfigError(where, f"holds more than {MOST_VALUES:,} values", "write fewer")
     for place, each in enumerate(() if isinstance(node.value, str) else node.value):
         if not isinstance(each, tuple):
-            _check_once(each, f"{path}[{place}]", lines, where)
+            _check_once(each, f"{path}[{place}]", lines, where, values)
             continue
         key, value = cast("tuple[Any, Any]", each)
         if key.tag == "tag:yaml.org,2002:merge" or not isinstance(key.value, str):
@@ -371,7 +378,7 @@ def _check_once(node: Any, path: str, lines: dict[str, int], where: str) -> None
         if here in lines:
             raise ConfigError(where, f"gives {here!r} twice, in lines {lines[here]} and {line}", "write it once")
         lines[here] = line
-        _check_once(value, here, lines, where)
+        _check_once(value, here, lines, where, values)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -194,12 +194,12 @@ def _guarded(path: Path, what: str, function: Any, *arguments: Any) -> Any:
         return function(*arguments)
     except FlowrlError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         line = _line_in(path, error)
         raise GraphError(f"{path}{line}", f"{what} raised {type(error).__name__}: {error}", "see --debug") from error
 
 
-def _line_in(path: Path, error: Exception) -> str:
+def _line_in(path: Path, error: BaseException) -> str:
     """Return ":line" of the innermost frame of the traceback that is in the graph file."""
     trace, line = error.__traceback__, ""
     while trace is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import pytest
 
+from flowrl import config
 from flowrl.config import Config, Meta, Select, load_class, load_object, redacted, resolve, to_tree, widen
 from flowrl.errors import ConfigError
 
@@ -140,6 +142,15 @@ def test_words_mean_what_their_field_takes(tmp_path: Path, path, text, read):
     assert read(set_to(f"{path}={text}"))
     (tmp_path / "run.yaml").write_bytes(f"\ufeff{path}: {text}\n".encode())
     assert read(resolve(Settings, config=tmp_path / "run.yaml"))
+
+
+def test_few_lines_that_stand_for_more_than_any_memory_holds_are_refused(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(config, "MOST_VALUES", 1000)
+    names = "abcdefgh"
+    doubled = [f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}]" for a, b in pairwise(names)]
+    (tmp_path / "run.yaml").write_text("\n".join(["a: &a [x]", *doubled]))
+    with pytest.raises(ConfigError, match=r"run\.yaml: holds more than 1,000 values"):
+        resolve(Settings, config=tmp_path / "run.yaml")
 
 
 def test_a_quoted_text_loses_its_quotes_and_no_other_part():
