@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
-def start(head: Machine, disk: Path, **settings: object) -> Running:
-    return Running(head, disk / "log", "run", FLEET, "--address", head.ray, "--name", "run", "--runs-dir", disk,
-                   *told({"learner_cpus": 1, **settings}))  # fmt: skip
+def start(machine: Machine, disk: Path, *, address: str = "", **settings: object) -> Running:
+    return Running(machine, disk / "log", "run", FLEET, "--address", address or machine.ray, "--name", "run",
+                   "--runs-dir", disk, *told({"learner_cpus": 1, **settings}))  # fmt: skip
 
 
 def stop(run: Running, run_dir: Path, *, rollbacks: int) -> None:
@@ -44,7 +44,8 @@ def test_a_node_that_dies_is_named_and_waited_for_and_taken_up_when_another_join
         second.stop()
         run.until("node 10.77.0.2: is lost, with generator.0", within_s=240.0)
         third.start_ray(head)
-        run.until("node 10.77.0.3: has joined", within_s=60.0)
+        room = "generator: the cluster has room for {} of at most 3"
+        run.until("node 10.77.0.3: has joined", room.format(2), "generator.1: joins", within_s=90.0)
         until_step(run, disk / "run", steps_of(disk / "run") + 4)
         stop(run, disk / "run", rollbacks=0)
 
@@ -73,4 +74,23 @@ def test_ctrl_c_is_heard_when_the_only_generators_machine_is_gone_for_good(disk:
         until_step(run, disk / "run", 6)
         second.stop()
         run.until("generator.0: has no process yet: it needs 1 CPU; the nodes have 10.77.0.1 1 CPU", within_s=300.0)
+        stop(run, disk / "run", rollbacks=0)
+
+
+@pytest.mark.long
+def test_a_node_that_joins_is_used_where_a_range_of_replicas_is_given(disk: Path) -> None:
+    with machines(3) as (head, second, third):
+        head.start_ray()
+        second.start_ray(head)
+        most: dict[str, Any] = {"cluster.most.generator": 3}
+        run = start(head, disk, **most)
+        until_step(run, disk / "run", 4)
+        assert "generator.1" not in run.text
+        third.start_ray(head)
+        room = "generator: the cluster has room for {} of at most 3"
+        run.until("node 10.77.0.3: has joined", room.format(2), "generator.1: joins", within_s=90.0)
+        until_step(run, disk / "run", steps_of(disk / "run") + 8)
+        third.stop()
+        run.until("node 10.77.0.3: is lost", room.format(1), within_s=240.0)
+        until_step(run, disk / "run", steps_of(disk / "run") + 4)
         stop(run, disk / "run", rollbacks=0)
