@@ -19,8 +19,8 @@ import msgspec
 
 from flowrl.config import ImportPath, Meta
 from flowrl.data.models import prepare_model
-from flowrl.data.prompts import PromptSet, load_prompts, load_tokenizer
-from flowrl.errors import ConfigError
+from flowrl.data.prompts import PromptRow, PromptSet, load_prompts, load_tokenizer
+from flowrl.errors import ConfigError, DataError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import FIRST_HELDOUT, Buffer, EvaluationRequest, Prompt, Rollouts, Scored
@@ -45,6 +45,8 @@ class Evaluator(Stage):
         samples: Annotated[int, Meta(ge=1)] = 4  # responses to each held-out prompt
         # generators of its own, which keep a version while the learner goes on; 0: no version is published meanwhile
         beside: Annotated[int, Meta(ge=0)] = 0
+        # further held-out sets by name, each a source as data.source; all of its prompts are asked
+        sets: dict[str, str] = {}
         in_flight: Annotated[int, Meta(ge=1)] = 64  # held-out prompts sent and not yet scored
         # As reward.function; null: the reward's own; "": the scores that the rollouts bring from their environment
         function: ImportPath | None = None
@@ -60,7 +62,8 @@ class Evaluator(Stage):
         self.reward = reward  # what the policy is trained on; None: the scores that the rollouts bring
 
     def check(self, say: Say) -> None:
-        """Load the function where it will run, and try it on a row of the data."""
+        """Load the function where it will run, and try it on a row of the data; read the further sets."""
+        self._load_sets()
         scoring = self._scoring()
         if scoring is not None and self.config.function:
             try_function(scoring, self.sampler.data, where="evaluation.function")
@@ -78,46 +81,65 @@ class Evaluator(Stage):
         """Evaluate every version the learner names until the edge closes."""
         with context.clock.charge(Cause.START):
             prompts = await context.compute(self._load)
+            sets = await context.compute(self._load_sets)
         scoring = self._scoring()
         log = context.run_dir / "logs" / f"{context.where}.function.log"
         num_sent = FIRST_HELDOUT
         isolated = IsolatedFunction(opening_of(scoring, context.where), log=log) if scoring else nullcontext()
         async with isolated as function:
             async for request in self.requests:
-                evaluation = await self._evaluate(context, prompts, function, request, num_sent)
-                num_sent += len(prompts.heldout)
+                evaluation = await self._evaluate(context, prompts, sets, function, request, num_sent)
+                num_asked = len(prompts.heldout) + sum(map(len, sets.values()))
+                num_sent += num_asked
                 if evaluation is not None:
                     context.recorder.record(evaluation)
                 context.version = request.version
-                context.done += len(prompts.heldout)
+                context.done += num_asked
                 await self.requests.done(request)
 
     def _load(self) -> PromptSet:
         return load_prompts(self.sampler.data, load_tokenizer(prepare_model(self.sampler.model)))
 
+    def _load_sets(self) -> dict[str, list[PromptRow]]:
+        """Return the prompts of the further sets.
+
+        Raises:
+            ConfigError: one cannot be used.
+        """
+        found: dict[str, list[PromptRow]] = {}
+        for name, source in self.config.sets.items():
+            data = msgspec.structs.replace(self.sampler.data, source=source, mix=[], num_heldout=0, num_train=0)
+            try:
+                found[name] = load_prompts(data, load_tokenizer(prepare_model(self.sampler.model))).train
+            except DataError as error:
+                raise ConfigError(f"evaluation.sets.{name}", f"{error.where}: {error.what}", error.remedy) from error
+        return found
+
     async def _evaluate(
         self,
         context: Context,
         prompts: PromptSet,
+        sets: dict[str, list[PromptRow]],
         function: IsolatedFunction | None,
         request: EvaluationRequest,
         first_id: int,
     ) -> Evaluation | None:
         """Return the scores, or nothing where the generators have moved on to another version meanwhile."""
         room = asyncio.Semaphore(self.config.in_flight)
+        asked = [*prompts.heldout, *(row for rows in sets.values() for row in rows)]
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._send(prompts, first_id, room))
+            tasks.create_task(self._send(asked, first_id, room))
             scores: dict[int, list[float]] = {}
             texts: dict[int, dict[str, str]] = {}
             versions: set[int] = set()
-            while len(scores) < len(prompts.heldout):
+            while len(scores) < len(asked):
                 group = await self.rollouts.get()
                 place = group.group_id - first_id
                 versions |= {span.version for sample in group.samples for span in sample.versions}
                 scores[place] = _brought(group) if function is None else await call(function, group, retries=RETRIES)
                 if place < SHOWN:
                     texts[place] = {
-                        "prompt": prompts.heldout[place].text,
+                        "prompt": asked[place].text,
                         "completion": group.samples[0].text,
                         "reward": f"{scores[place][0]:g}",
                     }
@@ -127,15 +149,17 @@ class Evaluator(Stage):
             text = f"version {request.version} was not evaluated: the generators serve {max(versions)}"
             context.notice(text)
             return None
+        ordered = iter([scores[place] for place in range(len(asked))])
         return Evaluation(
             version=request.version,
             time_s=context.now(),
-            scores=[scores[place] for place in range(len(prompts.heldout))],
+            scores=[next(ordered) for _ in prompts.heldout],
             completions=[texts[place] for place in sorted(texts)],
+            sets={name: [next(ordered) for _ in rows] for name, rows in sets.items()},
         )
 
-    async def _send(self, prompts: PromptSet, first_id: int, room: asyncio.Semaphore) -> None:
-        for place, row in enumerate(prompts.heldout):
+    async def _send(self, asked: list[PromptRow], first_id: int, room: asyncio.Semaphore) -> None:
+        for place, row in enumerate(asked):
             await room.acquire()
             await self.prompts.put(
                 Prompt(

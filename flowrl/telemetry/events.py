@@ -185,6 +185,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     time_s: float
     scores: list[list[float]]  # [prompt][sample], same prompts in the same order each time
     completions: list[dict[str, str]]  # a few rows with keys prompt, completion, reward
+    sets: dict[str, list[list[float]]] = {}  # scores of further held-out sets, by name
 
 
 class Notice(msgspec.Struct, frozen=True, kw_only=True, tag=True):

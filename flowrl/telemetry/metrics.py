@@ -89,6 +89,7 @@ def row_of(event: Event) -> dict[str, Any] | None:
                 "num_prompts": len(means),
                 "scores": event.scores,
                 "completions": event.completions,
+                **({"sets": event.sets} if event.sets else {}),
             }
         case Notice():
             return {
@@ -115,6 +116,7 @@ class _EvaluationLine(msgspec.Struct, tag_field="kind", tag="evaluation"):
     time_s: float
     scores: list[list[float]]
     completions: list[dict[str, str]]
+    sets: dict[str, list[list[float]]] = {}
 
 
 class _NoticeLine(msgspec.Struct, tag_field="kind", tag="notice"):
@@ -142,7 +144,7 @@ def events_in(lines: Iterable[bytes]) -> Iterator[Step | Evaluation | Notice]:
                     version=row.version, num_steps=row.num_steps, time_s=row.time_s, metrics=known, staleness=stale
                 )
             case _EvaluationLine():
-                yield Evaluation(version=row.version, time_s=row.time_s, scores=row.scores, completions=row.completions)
+                yield Evaluation(**msgspec.structs.asdict(row))
             case _NoticeLine():
                 yield Notice(level=row.level, where=row.where, text=row.text, time_s=row.time_s)
 

@@ -115,6 +115,12 @@ def _heldout(view: RunView) -> list[str]:
     change = paired_interval(first.scores, last.scores) if last is not first else None
     if change is not None:
         rows.append(("change", *_interval_cells(change, "{:+.4f}")))
+    for name, scores in last.sets.items():
+        further = mean_interval(prompt_means(scores))
+        rows.append((f"{one_line(name)}, version {last.version}", *_interval_cells(further, "{:.4f}")))
+        moved = paired_interval(first.sets.get(name, []), scores) if last is not first else None
+        if moved is not None:
+            rows.append((f"{one_line(name)}, change", *_interval_cells(moved, "{:+.4f}")))
     lines += _aligned(rows, left=1)
     if change is not None:
         lines.append(f"  the change is paired by prompt; {verdict(change)}")

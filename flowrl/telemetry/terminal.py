@@ -110,13 +110,19 @@ def step_line(step: Step, view: RunView) -> str:
 
 
 def evaluation_line(evaluation: Evaluation) -> str:
-    """Return `held-out score 0.312 +- 0.041 (64 prompts) at version 0`."""
+    """Return `held-out score 0.312 +- 0.041 (64 prompts) at version 0`, and further sets by name."""
     means = prompt_means(evaluation.scores)
-    if not means:
+    if not means and not evaluation.sets:
         return f"held-out score: no prompts at version {evaluation.version}"
+    told = {"held-out score": means, **{name: prompt_means(scores) for name, scores in evaluation.sets.items()}}
+    parts = [f"{one_line(name)} {_mean_of(each)}" for name, each in told.items() if each]
+    return f"{', '.join(parts)} at version {evaluation.version}"
+
+
+def _mean_of(means: list[float]) -> str:
     interval = mean_interval(means)
     spread = f" +- {interval.half_width:.3f}" if interval.num > 1 else ""
-    return f"held-out score {interval.mean:.3f}{spread} ({interval.num} prompts) at version {evaluation.version}"
+    return f"{interval.mean:.3f}{spread} ({interval.num} prompts)"
 
 
 def notice_line(notice: Notice) -> str:

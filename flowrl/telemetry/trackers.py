@@ -272,8 +272,9 @@ def figures_of(event: Event) -> dict[str, float]:
         case Step():
             return {**event.metrics, "version": event.version}
         case Evaluation() if event.scores:
-            interval = mean_interval(prompt_means(event.scores))
-            return {"heldout.mean": interval.mean, "version": event.version}
+            sets = {f"heldout.{name}.mean": mean_interval(prompt_means(each)).mean for name, each in event.sets.items()}
+            mean = mean_interval(prompt_means(event.scores)).mean
+            return {"heldout.mean": mean, **sets, "version": event.version}
         case _:
             return {}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -128,6 +128,9 @@ class NumberedEvaluator(Evaluator):
     def _load(self) -> Any:
         return SimpleNamespace(heldout=[NumberedRow([3, 4, 5], {}) for _ in range(self.config.in_flight)])
 
+    def _load_sets(self) -> Any:
+        return {name: [NumberedRow([3, 4, 5], {})] * int(count) for name, count in self.config.sets.items()}
+
 
 class ObservedLearner(Learner):
     """The real learner; notes the oldest version in every group it is given, by its own reckoning."""
@@ -166,6 +169,7 @@ class FlowSettings:
     replay: ReplayBuffer.Config = NO_REPLAY
     ranks: int = 1  # of the learner
     evaluate_every: int = -1  # versions; 0: before and after; -1: no evaluator
+    sets: dict[str, str] = field(default_factory=dict[str, str])  # further held-out prompts, by name: how many
     judge_s: float = 0.0  # for each held-out prompt
     beside: int = 0  # generators that keep a version while it is evaluated
     on_update: Literal["keep", "wait", "resume"] = "keep"
@@ -243,7 +247,8 @@ def flow(s: FlowSettings, learner_class: type[Learner] = ObservedLearner) -> Gra
         samples = replay.samples
     if s.evaluate_every >= 0:
         nodes["judge"] = judge = Judge(Judge.Config(mean_s=s.judge_s))
-        nodes["evaluation"] = evaluation = NumberedEvaluator(Evaluator.Config(samples=1, in_flight=4), sampler)
+        config = Evaluator.Config(samples=1, in_flight=4, sets=s.sets)
+        nodes["evaluation"] = evaluation = NumberedEvaluator(config, sampler)
         examiner = generator
         if s.beside:
             settings = msgspec.structs.replace(generator.config, replicas=s.beside)

@@ -102,6 +102,12 @@ def heldout(evaluations: Mapping[int, Evaluation]) -> Heldout | None:
     rows = [(f"version {each.version}", number(found[each.version].mean), ends(found[each.version])) for each in shown]
     if change is not None:
         rows.append(("change", f"{change.mean:+.4g}", ends(change, "+")))
+    for name, scores in last.sets.items():
+        further = mean_interval(prompt_means(scores))
+        rows.append((f"{name}, version {last.version}", number(further.mean), ends(further)))
+        moved = paired_interval(first.sets.get(name, []), scores) if last is not first else None
+        if moved is not None:
+            rows.append((f"{name}, change", f"{moved.mean:+.4g}", ends(moved, "+")))
     says = verdict(change) if change is not None else ""
     if last is not first and change is None:
         says = "the two were not scored on the same prompts: no paired change"

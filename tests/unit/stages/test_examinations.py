@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
+from flowrl.telemetry.metrics import events_in, row_of
+from flowrl.telemetry.terminal import evaluation_line
 from tests.support.flows import FlowSettings, Ran, flow, random_settings, run
 
 if TYPE_CHECKING:
@@ -53,3 +56,14 @@ def test_whatever_the_speeds_every_evaluation_is_of_the_version_that_was_asked_f
     assert (found[0], found[-1]) == (0, drawn.steps)
     assert not [notice for notice in ran.notices if "was not evaluated" in notice.text]  # by another version's weights
     assert len(ran.steps) == drawn.steps
+
+
+def test_further_sets_are_scored_beside_the_held_out_prompts_and_told_by_name(tmp_path: Path) -> None:
+    ran = run(flow(replace(SLOW, judge_s=0.0, steps=2, beside=1, sets={"hard": "3", "easy": "2"})), tmp_path)
+    assert [(each.version, each.scores, each.sets) for each in ran.evaluations] == [
+        (version, [[1.0]] * 4, {"hard": [[1.0]] * 3, "easy": [[1.0]] * 2}) for version in (0, 2)
+    ]
+    line = evaluation_line(ran.evaluations[0])
+    assert line.startswith("held-out score 1.000 +- 0.000 (4 prompts), hard 1.000 +- 0.000 (3 prompts), easy 1.000")
+    written = msgspec.json.encode(row_of(ran.evaluations[0]))
+    assert [*events_in([written])] == [ran.evaluations[0]]

@@ -17,7 +17,7 @@ from flowrl.stages.reward import Reward, RewardModel
 from flowrl.stages.sampler import Sampler
 from flowrl.telemetry.events import Notice, Span
 from tests.support.alone import rollouts, run_alone
-from tests.support.tiny import tiny_tokenizer
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -274,3 +274,14 @@ def test_a_model_without_normalisation_is_left_as_it_is(tmp_path: Path):
 def test_a_score_that_is_no_number_ends_the_run(tmp_path: Path):
     with pytest.raises(RewardError, match="scored a sample of group 7 nan"):
         run_model(tmp_path, stand_in_model(), [rollouts("a", "b")], engine_options={"scale": float("nan")})
+
+
+@pytest.mark.slow  # a tokenizer is read
+def test_a_further_held_out_set_is_read_whole_and_one_that_cannot_be_is_refused_by_its_name(tmp_path: Path) -> None:
+    rows = tmp_path / "hard.jsonl"
+    rows.write_text("".join(f'{{"prompt": "What is {k} + 1?", "answer": "{k + 1}"}}\n' for k in range(5)))
+    sampler = Sampler(model=str(tiny_model(tmp_path / "model")), data=PromptData(source=str(rows), num_heldout=2))
+    found = Evaluator(Evaluator.Config(sets={"hard": str(rows)}), sampler)._load_sets()
+    assert sorted(row.columns["answer"] for row in found["hard"]) == ["1", "2", "3", "4", "5"]
+    with pytest.raises(ConfigError, match=r"^evaluation\.sets\.harder: .*none\.jsonl"):
+        Evaluator(Evaluator.Config(sets={"harder": str(tmp_path / "none.jsonl")}), sampler).check(lambda line: None)
