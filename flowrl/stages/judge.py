@@ -6,7 +6,7 @@ the reward of PPO and GRPO, the pairs of iterative DPO, the data that graphs/gen
 
 Invariants: as for `Reward`, a group leaves with exactly one more named score per sample, or is rejected as failed with
 its input on disk; an unreadable verdict is counted and is never a score. What the judge cannot be trusted in is said:
-verdicts that follow the order, scores that follow the length or contradict the other scorers.
+verdicts that follow the order, scores that follow the length or contradict the other scorers or a second judge.
 
 Tests: tests/contracts/test_judges.py
 """
@@ -46,6 +46,7 @@ FEW = 20  # groups, pairs or verdicts that say nothing yet
 FOLLOWS_LENGTH = 0.5  # mean correlation of score and length within a group
 FOLLOWS_ORDER = 0.3  # share of pairs whose verdict turns with their order
 UNREADABLE = 0.05  # share of verdicts
+SECOND_AGREES = 0.2  # mean correlation with a second judge
 
 
 class _Judging(Stage):
@@ -54,14 +55,16 @@ class _Judging(Stage):
     config: Any
     rollouts: In[Rollouts]
     scored: Out[Scored]
+    _second: Judgement | None = None
 
     def simulated(self, costs: Costs) -> PassesOn:
         """Take the judge's time."""
         return PassesOn("score", lanes=self.config.in_flight)
 
-    async def _score(self, context: Context, voice: Voice) -> None:
-        """Judge groups until the edge closes."""
+    async def _score(self, context: Context, voice: Voice, second: Voice | None = None) -> None:
+        """Judge groups until the edge closes; some of them a second voice judges besides."""
         judgement = Judgement(voice, self.config.rubric, context.where)
+        self._second = Judgement(second, self.config.rubric, context.where) if second is not None else None
         failures = Failures(context, on_error=self.config.on_error)
         watch = _Watch(context, judgement.tally)
         async with asyncio.TaskGroup() as tasks:
@@ -81,6 +84,8 @@ class _Judging(Stage):
                 continue
             failures.forget()
             watch.note(group, scores)
+            if self._second is not None and group.group_id % self.config.second_every == 0:
+                await watch.ask_second(self._second, asked_of(group, self.config.rubric), scores)
             await self.scored.put(add_scores(group, name, [self.config.weight * score for score in scores]))
             context.done += 1
             context.span("score", start_s, groups=[group.group_id])
@@ -97,6 +102,8 @@ class Judge(_Judging):
         name: str = ""  # of the score; "" takes the node's name
         weight: float = 1.0  # the score is multiplied by it
         in_flight: Annotated[int, Meta(ge=1)] = 8  # groups judged at a time
+        second: ChatServer = ChatServer()  # another judge, whose agreement with this one is watched; url="": none
+        second_every: Annotated[int, Meta(ge=1)] = 16  # groups, of which the second judges one
         on_error: Literal["skip", "stop"] = "stop"  # quarantine a group that cannot be judged, or end the run
 
     def __init__(self, config: Config) -> None:
@@ -105,6 +112,8 @@ class Judge(_Judging):
     def check(self, say: Say) -> None:
         """Check the address and read the principles; connects to nothing."""
         check_chat(self.config.server, "judge.server")
+        if self.config.second.url:
+            check_chat(self.config.second, "judge.second")
         self.config.rubric.principles("judge.rubric.constitution")
 
     async def run(self, context: Context) -> None:
@@ -113,7 +122,11 @@ class Judge(_Judging):
             with context.clock.charge(Cause.START):
                 open_chat = chatting(self.config.server, context.where, now=context.now, seed=context.replica)
                 chat = await stack.enter_async_context(open_chat)
-            await self._score(context, chat)
+                second = None
+                if self.config.second.url:
+                    other = chatting(self.config.second, f"{context.where}, second", now=context.now)
+                    second = await stack.enter_async_context(other)
+            await self._score(context, chat, second)
             text = f"{chat.prompt_tokens} tokens were read and {chat.completion_tokens} written by the judge"
             context.notice(text, level="info")
 
@@ -225,6 +238,8 @@ class _Watch:
         self._tally = tally
         self._num_groups = 0
         self._agreements: list[float] = []  # with the scorers before, by group
+        self._seconds: list[float] = []  # with the second judge, by group
+        self._num_silent = 0  # groups that the second could not judge
         self._told: set[str] = set()
 
     def note(self, group: Rollouts, scores: list[float]) -> None:
@@ -237,10 +252,21 @@ class _Watch:
         if self._num_groups % REPORT_EVERY == 0:
             self.report()
 
+    async def ask_second(self, second: Judgement, asked: Asked, scores: list[float]) -> None:
+        """Take note of what another judge says of the same answers; that it fails is counted and no more."""
+        try:
+            agreement = correlated(scores, await second(asked))
+        except RewardError:
+            self._num_silent += 1
+            return
+        self._seconds = self._seconds[-999:] + ([] if agreement is None else [agreement])
+
     def report(self) -> None:
         """Say how it stands."""
         if self._num_groups:
             agreed = f", agreement with the other scores {_mean(self._agreements):+.2f}" if self._agreements else ""
+            agreed += f", with a second judge {_mean(self._seconds):+.2f}" if self._seconds else ""
+            agreed += f", which could not judge {self._num_silent} groups" if self._num_silent else ""
             self._say("info", f"{self._num_groups} groups judged: {self._tally.said()}{agreed}")
 
     def _warn(self) -> None:
@@ -257,6 +283,10 @@ class _Watch:
         if len(self._agreements) >= FEW and (mean := _mean(self._agreements)) < 0:
             what = f"the judge contradicts the other scores (correlation {mean:+.2f} within a group)"
             self._warn_once(f"{what}; one of them is being gamed, or they measure different things")
+
+        if len(self._seconds) >= FEW and (mean := _mean(self._seconds)) < SECOND_AGREES:
+            what = f"a second judge orders the answers otherwise (correlation {mean:+.2f} within a group)"
+            self._warn_once(f"{what}; the policy may please this judge alone: read samples, or let the two take turns")
 
     def _warn_once(self, text: str) -> None:
         kind = text.rpartition(";")[2]

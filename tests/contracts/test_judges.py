@@ -8,6 +8,7 @@ import re
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -105,6 +106,30 @@ def test_a_judge_that_follows_the_order_is_warned_of(tmp_path: Path):
     assert len(alone.put) == 24
     (warning,) = lines(alone, "warning")
     assert warning.startswith("100% of the pairs turn with their order")
+
+
+def test_a_second_judge_that_parts_from_the_first_is_told_and_changes_no_score(tmp_path: Path):
+    async def as_asked(asked: dict[str, Any]) -> web.Response:
+        ones = asked["messages"][0]["content"].count("one")
+        if asked["model"] == "broken":
+            return web.Response(text="<html>")
+        return saying(f"[[{min(9, ones) if asked['model'] == 'rater' else 10 - min(9, ones)}]]")
+
+    async def run(second: str) -> Alone:
+        async with answering(as_asked) as (url, _):
+            server = ChatServer(url=url, model="rater", retries=0)
+            other = msgspec.structs.replace(server, model=second)
+            config = Judge.Config(server=server, second=other, second_every=2)
+            groups = [rollouts(f"{k}", f"{k} one one", group_id=k) for k in range(48)]
+            return await stage_alone(Judge(config), groups, tmp_path / second, node="judge")
+
+    alone = asyncio.run(run("other"))
+    (warning,) = (line for line in lines(alone, "warning") if "second judge" in line)
+    assert "orders the answers otherwise (correlation -1.00 within a group)" in warning
+    assert len({tuple(group.scores["judge"]) for group in alone.put}) == 1  # the first one's
+    silent = asyncio.run(run("broken"))
+    assert len(silent.put) == 48
+    assert "which could not judge 24 groups" in lines(silent, "info")[-2]
 
 
 @pytest.mark.parametrize(
