@@ -114,8 +114,8 @@ class Kills:
             print(f"{num_decided} pairs decided: {name} killed", flush=True)
 
 
-async def rated(training: Training, counts: Sequence[int]) -> None:
-    """Judge in a browser until the run is over."""
+async def rated(training: Training, counts: Sequence[int], *, pause_s: float) -> None:
+    """Judge in a browser until the run is over, thinking so long about each pair."""
     from tests.support.browser import Browser
     from tests.support.feedback import Served
 
@@ -141,6 +141,7 @@ async def rated(training: Training, counts: Sequence[int]) -> None:
                     await asyncio.sleep(LOOK_S)
                     continue
                 left, right = map(worth, asked[1:])
+                await asyncio.sleep(pause_s)
                 said[asked[0]] = {True: "left", False: "right"}[left > right] if left != right else "tie"
                 await page.press({"left": "1", "right": "2", "tie": "3"}[said[asked[0]]])
                 kills.look(len(said))
@@ -197,10 +198,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--kills", type=int, nargs=3, default=[24, 56, 88], metavar="PAIRS",
                         help="decided pairs after which page, queue host and driver are killed")  # fmt: skip
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds that the browser's rater needs for a pair")
     parser.add_argument("--port", type=int, default=8797, help="of the judge")
     parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="PATH=VALUE")
     options = parser.parse_args(argv)
+    from flowrl.telemetry.metrics import read_steps
     from perf.improvement import held_out
 
     runs_dir = options.runs_dir.resolve()
@@ -220,14 +223,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     began_s = time.monotonic()
     training = Training(graph.resolve(), run_dir, [*settings, *options.settings])
     try:
-        rating = rated(training, options.kills) if is_browser else judged(training, options.kills, options.port)
-        asyncio.run(rating)
+        if is_browser:
+            asyncio.run(rated(training, options.kills, pause_s=options.pause))
+        else:
+            asyncio.run(judged(training, options.kills, options.port))
     finally:
         if training.process.poll() is None:
             training.process.kill()
     print(f"the run ended with {training.process.wait()} after {(time.monotonic() - began_s) / 60:.1f} minutes")
     verified = subprocess.run(["flowrl", "verify", str(run_dir)], text=True, capture_output=True, check=False)
     print(verified.stdout.strip() or verified.stderr.strip())
+    shares = [step["judged"] for step in read_steps(run_dir / "metrics.jsonl").values() if "judged" in step]
+    if shares:
+        print(f"share of people's pairs by step: {' '.join(f'{share:.2f}' for share in shares)}")
     before, after, change = held_out(run_dir)
     print(f"held-out score of the rule {before:.3f} -> {after:.3f}, change {change}")
     print(machine())

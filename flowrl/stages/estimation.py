@@ -144,7 +144,7 @@ class Estimation:
         if self.algorithm.adapting:
             self._rewards += group.rewards
             self._kls += [fields["metrics"].get("kl", math.nan)] * len(group.samples)
-        fields["metrics"] |= self.figures | self._changes[self._version]
+        fields["metrics"] = group.metrics | fields["metrics"] | self.figures | self._changes[self._version]
         return fields
 
     def end_step(self) -> None:

@@ -124,7 +124,9 @@ class Evaluator(Stage):
         request: EvaluationRequest,
         first_id: int,
     ) -> Evaluation | None:
-        """Return the scores, or nothing where the generators have moved on to another version meanwhile."""
+        """Return the scores; nothing where no prompt is held out, or the generators have moved on meanwhile."""
+        if not prompts.heldout:
+            return None
         room = asyncio.Semaphore(self.config.in_flight)
         asked = [*prompts.heldout, *(row for rows in sets.values() for row in rows)]
         async with asyncio.TaskGroup() as tasks:

@@ -44,7 +44,8 @@ class OfflinePairs(Stage):
     class Config(StageConfig):
         """Settings of the offline node; a graph has none where there are no data."""
 
-        data: ExampleData = ExampleData(source="", num_heldout=0)  # preferences
+        # Preferences; strings are put under the chat template as those of the run's own prompts are.
+        data: ExampleData = ExampleData(source="", num_heldout=0, strings_as_chat=True)
 
     judged: In[Scored]
     scored: Out[Scored]
