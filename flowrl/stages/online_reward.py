@@ -74,7 +74,7 @@ class OnlineRewardModel(Stage):
     def check(self, say: Say) -> None:
         """Prepare the model, which must read the policy's tokens, and load the objective, which must give scores."""
         check_engine_of(self.config, "reward_model", self.model)
-        check_schedule(self.config, self.num_optimizer_steps, "reward_model")
+        check_schedule(self.config, self.num_optimizer_steps, "reward_model", say)
         directory = prepare_model(self.model, say=say)
         if self.config.save_model:
             check_saving(self.config, directory, "reward_model")

@@ -36,7 +36,7 @@ async def _rater(run_dir: Path) -> None:
                 file.add(Judgment(key=each.id, question=each.id, rater="ann", verdict=verdict))
 
 
-def steps_of(graph: str, tiny: Path, run_dir: Path, **more: object) -> list[dict[str, float | None]]:
+def steps_of(graph: str, tiny: Path, run_dir: Path, **more: object) -> list[dict[str, float]]:
     """Run a graph with a rater before it; returns the figures of its steps."""
     fixed: dict[str, object] = {
         "runtime": "local", "model": tiny, "steps": STEPS, "data.num_train": 40, "humans.undo_s": 0,
@@ -85,9 +85,7 @@ def test_ppo_is_rewarded_by_a_model_that_learns_what_people_say(tiny: Path, tmp_
     more = {"groups_per_step": PER_STEP, "reference.dtype": "float32", **engines}
     steps = steps_of("humans_ppo", tiny, tmp_path, **more, **{"reward_model.lr": 1e-2, "reward_model.epochs": 2})
     assert [step["reward_model.version"] for step in steps] == [0.0, 1.0, 2.0]
-    assert [step["reward_model.pairs"] for step in steps[1:]] == [
-        PER_STEP * step["judged"] for step in steps[:-1] if step["judged"] is not None
-    ]
+    assert [step["reward_model.pairs"] for step in steps[1:]] == [PER_STEP * step["judged"] for step in steps[:-1]]
     assert steps[0]["score.reward_model"] == pytest.approx(0.0, abs=1e-6), "a head that has learned nothing says 0"
     assert steps[0]["reward_model.agreement"] == pytest.approx(0.5)
     assert steps[-1]["score.reward_model"] != steps[0]["score.reward_model"]
