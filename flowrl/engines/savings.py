@@ -18,11 +18,9 @@ from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from transformers import PreTrainedModel
 
-    from flowrl.algorithms.base import Head
     from flowrl.engines.base import CheckpointKeeps, Scoring, Training, TrainingConfig
 
 DEEPSPEED = "flowrl.engines.deepspeed:DeepSpeedEngine"
@@ -119,17 +117,12 @@ def _keeping_products() -> Any:
     return create_selective_checkpoint_contexts(choose)
 
 
-def check_savings(settings: Training, model: Path, head: Head, where: str) -> None:
-    """Insist, before anything is loaded, that a model can be frozen and recomputed as a node asks for.
+def check_savings(settings: Training, bare: PreTrainedModel, where: str) -> None:
+    """Insist, on a model without weights, that it can be frozen and recomputed as a node asks for.
 
     Raises:
         ConfigError: it cannot.
     """
-    if not settings.freeze and not settings.gradient_checkpointing:
-        return
-    from flowrl.engines.models import outline
-
-    bare = outline(model, head, where, trust_remote_code=settings.trust_remote_code)
     if settings.gradient_checkpointing:
         recompute(bare, every=settings.checkpoint_every, where=where, keeps=settings.checkpoint_keeps)
     if settings.freeze and not settings.lora.rank:

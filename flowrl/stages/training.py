@@ -66,9 +66,11 @@ def check_model(settings: Training, model: Path, where: str, head: Head = "polic
     Raises:
         ConfigError: it has not.
     """
-    from flowrl.engines.savings import check_savings
+    if settings.freeze or settings.gradient_checkpointing:
+        from flowrl.engines.models import outline
+        from flowrl.engines.savings import check_savings
 
-    check_savings(settings, model, head, where)
+        check_savings(settings, outline(model, head, where, trust_remote_code=settings.trust_remote_code), where)
     if settings.router_aux_loss:
         from transformers import AutoConfig
 

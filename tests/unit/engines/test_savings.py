@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flowrl.engines.base import Lora, Ranks, Scoring, Training, TrainingConfig
 from flowrl.engines.deepspeed import DeepSpeedEngine
 from flowrl.engines.fsdp import Fsdp2Engine
-from flowrl.engines.savings import PRODUCTS, check_savings, offloading
+from flowrl.engines.savings import PRODUCTS, offloading
 from flowrl.engines.torch import SequenceScoringEngine, TorchEngine
 from flowrl.errors import ConfigError
+from flowrl.stages.training import check_model
 from tests.unit.engines.test_trainer import GROUPS, WeightedTokens, choose, gradients, opened
 
 if TYPE_CHECKING:
@@ -71,8 +72,9 @@ def test_weight_decay_pulls_at_matrices_only(tiny_llama):
 @pytest.mark.parametrize("head", ["policy", "value"])
 def test_what_a_model_has_not_is_refused_before_it_is_loaded(tiny_llama, settings, words, head):
     with pytest.raises(ConfigError, match=words):
-        check_savings(Training(**settings), Path(tiny_llama), head, "learner")
-    check_savings(Training(freeze=["model.layers.1.*"], gradient_checkpointing=True), Path(tiny_llama), head, "learner")
+        check_model(Training(**settings), Path(tiny_llama), "learner", head)
+    right = Training(freeze=["model.layers.1.*"], gradient_checkpointing=True)
+    check_model(right, Path(tiny_llama), "learner", head)
 
 
 @pytest.mark.parametrize(("every", "again"), [(1, [1, 1]), (2, [1, 0])])
