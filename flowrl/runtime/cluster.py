@@ -58,6 +58,7 @@ START_S = 120.0  # for Ray to start here; some seconds are usual
 REACH_S = 25.0  # for a cluster to answer
 CONNECT_S = 5.0  # for something to listen at its address
 STOP_S = 20.0  # for Ray to end by itself
+HEAD_GONE_S = 3600  # fleet.HEAD_S comes before it
 END_LOOK_S = 0.02  # between two looks whether what was killed is dead
 END_LOOKS = 500  # one that writes to a slow disk takes its time to die
 SLICES = 6  # of a time limit: a driver that was stopped has used up one of them when it goes on
@@ -372,6 +373,8 @@ def _start_ray(address: str | None, *, num_gpus: int) -> None:
         _reach(address)
         if (Path.home() / ".ray" / "auth_token").is_file() or "RAY_AUTH_TOKEN" in os.environ:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
+        # Ray's native part ends a driver, without a word of ours, when its head has been silent for this long.
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", f"{HEAD_GONE_S}")
         _knock(address)
     ray._private.worker.print_to_stdstream = _unheard  # what it tells of dead workers, the supervisor tells better
     logging.getLogger("ray").setLevel(logging.ERROR)  # before it starts; `logging_level` holds only from then on

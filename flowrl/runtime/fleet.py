@@ -44,7 +44,7 @@ LOOK_AT_GPUS_S = 300.0  # for a process to start in each bundle
 NODE_ID = "ray.io/node-id"  # a label that every node of Ray has
 TELL_S = 5.0  # of waiting for a place, before it is said
 LOOK_S = 2.0  # between two looks at which nodes there are
-HEAD_S = 60.0  # without an answer from Ray's head, after which nothing can be started any more
+HEAD_S = 30.0  # without an answer from Ray's head, after which nothing can be started any more
 
 
 class Fleet:
@@ -217,7 +217,8 @@ class Fleet:
         try:
             nodes = await self._cluster.nodes()
         except (Unanswered, RayError, RuntimeError, OSError) as error:
-            if (silent_s := time.monotonic() - self._heard_s) > HEAD_S:
+            if self.is_headless:
+                silent_s = time.monotonic() - self._heard_s
                 what = f"its head has not answered for {silent_s:.0f} s, so nothing can be started any more"
                 raise RunError("ray", what, "start the cluster again and resume the run") from error
             return False
@@ -232,6 +233,11 @@ class Fleet:
         for node in [node for node in alive.values() if node.id not in before]:
             self._tell("info", f"node {node.address}", f"has joined, with {capacities([node]).partition(' ')[2]}")
         return before.keys() != alive.keys()
+
+    @property
+    def is_headless(self) -> bool:
+        """Return whether Ray's head has been silent for so long that every question to it would only wait."""
+        return not self._cluster.is_local and time.monotonic() - self._heard_s > HEAD_S
 
     def free(self) -> None:
         """Give back what was reserved."""

@@ -327,7 +327,7 @@ class RayCrew:
         if attempt.passing_on is not None:
             attempt.passing_on.cancel()
             await asyncio.gather(attempt.passing_on, return_exceptions=True)
-        if not self._cluster.trouble(0.0):
+        if not self._cluster.trouble(0.0) and not attempt.fleet.is_headless:
             for actor in [*(actor for ranks in attempt.actors.values() for actor in ranks), attempt.hub]:
                 with contextlib.suppress(RayError, ValueError):
                     ray.kill(actor)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flowrl.runs.verify import verify_run
+from flowrl.telemetry.report import read_ending
 from tests.cluster.test_two_machines import FLEET, Running, steps_of, told, until_step
 from tests.support.cluster import machines
 
@@ -75,6 +76,28 @@ def test_ctrl_c_is_heard_when_the_only_generators_machine_is_gone_for_good(disk:
         second.stop()
         run.until("generator.0: has no process yet: it needs 1 CPU; the nodes have 10.77.0.1 1 CPU", within_s=300.0)
         stop(run, disk / "run", rollbacks=0)
+
+
+@pytest.mark.long
+def test_the_heads_death_ends_the_run_in_order_and_it_goes_on_in_another_cluster(disk: Path) -> None:
+    with machines(3) as (head, second, third):
+        head.start_ray(cpus=0)
+        second.start_ray(head, cpus=2)
+        run = start(second, disk, address=head.ray)
+        until_step(run, disk / "run", 6)
+        head.stop()
+        assert run.ends(180.0) == 1, run.text
+        said = [line for line in run.text.splitlines() if line.startswith("flowrl: ")]
+        assert len(said) == 1, run.text
+        assert "resume" in said[0], said
+        ending = read_ending(disk / "run")
+        assert ending is not None
+        assert ending.failure, "the report says why"
+        before = steps_of(disk / "run")
+        third.start_ray(cpus=2)
+        again = Running(third, disk / "log2", "run", FLEET, "--address", third.ray, "--resume", disk / "run")
+        until_step(again, disk / "run", before + 4)
+        stop(again, disk / "run", rollbacks=1)
 
 
 @pytest.mark.long
