@@ -311,6 +311,8 @@ class Training(Computing):
     # with it, too: what of such a layer is kept; with its matrix products norms, activations and attention alone are
     # computed again, which costs little
     checkpoint_keeps: CheckpointKeeps = "inputs"
+    # layers are compiled when they first run, once for all of them: a minute or more at the start, and each step faster
+    compile: bool = False
     offload_optimizer: bool = False  # its state and its step on the CPU (DeepSpeed, zero_stage 1 to 3)
     freeze: list[str] = []  # parameters that are not trained, by name: ["model.embed_tokens.*", "model.layers.[01].*"]
     ema_decay: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # of an average of the weights, saved as ema_model; 0: none

@@ -34,6 +34,7 @@ from flowrl.engines.aside import Aside
 from flowrl.engines.attention import check_attention
 from flowrl.engines.average import Average, is_saved
 from flowrl.engines.base import Computing, TokenGroup
+from flowrl.engines.compiled import check_compile, compile_layers
 from flowrl.engines.lora import Adapter
 from flowrl.engines.memory import Budget, FitVote, NoRoom
 from flowrl.engines.models import TokenReader, choose_dtype, load_model, reads_of
@@ -173,6 +174,7 @@ class Trainer:
         """
         check_attention(settings.attention, where, has_gpu=has_gpu)
         check_offload(settings, where, has_gpu=has_gpu, least_stage=cls.can_offload)
+        check_compile(settings, where, has_gpu=has_gpu)
         if not cls.shards and settings.zero_stage != (default := Computing().zero_stage):
             what = f"is {settings.zero_stage}, and {cls.__name__} holds every weight whole on each rank"
             raise ConfigError(f"{where}.zero_stage", what, f"leave it {default}, or take engine={DEEPSPEED}")
@@ -271,6 +273,8 @@ class Trainer:
                 temperature=self.config.temperature,
                 attention=self.config.attention,
             )
+            if self.config.compile:
+                compile_layers(self.model, self.where)
             if is_split:
                 self.reader.split = SequenceSplit(self._line, self._room, self.config.sequence_parallel)
             if self.config.routing == "replay":
