@@ -321,6 +321,8 @@ class Training(Computing):
     # auto: shared memory within a machine, broadcast to others, for each generator; with GPUs one of them for all
     transport: Literal["auto", "shm", "broadcast"] = "auto"
     transfer_timeout_s: Annotated[float, Meta(gt=0)] = 120.0  # for one weight transfer
+    # versions from one whose tensors have digests to the next; those between are proved by their canary alone
+    digest_every: Annotated[int, Meta(ge=1)] = 1
 
     def implied(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return an adapter's learning rate where one is trained."""

@@ -88,6 +88,7 @@ class Publisher:
             # An adapter is small, and the process that takes it in for a generator has no device.
             device="cpu" if self._config.lora.publish == "adapter" else self._device,
             host=self._host,
+            digest_every=self._config.digest_every,
         )
 
     def publish(self, version: int, tensors: Iterable[tuple[str, Tensor]], canary: Canary | None) -> Weights:

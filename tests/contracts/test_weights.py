@@ -48,8 +48,11 @@ def sender_of(kind: str, *, num_receivers: int = 1, timeout_s: float = SOON_S) -
     )
 
 
-def receiver(replica: int = 0, *, rank: int = 0, size: int = 1, timeout_s: float = SOON_S) -> BroadcastFetcher:
-    return BroadcastFetcher(f"g[{replica}]", replica=replica, rank=rank, size=size, device="cpu", timeout_s=timeout_s)
+def receiver(
+    replica: int = 0, *, rank: int = 0, size: int = 1, timeout_s: float = SOON_S, together: str = ""
+) -> BroadcastFetcher:
+    return BroadcastFetcher(f"g[{replica}]", replica=replica, rank=rank, size=size, device="cpu", timeout_s=timeout_s,
+                            together=together)  # fmt: skip
 
 
 def received(fetcher: Any, wire: bytes) -> dict[str, torch.Tensor]:
@@ -264,6 +267,57 @@ def test_broadcast_goes_through_one_group_and_not_the_pull_server(opened, monkey
             assert_same(answer.result(), some_tensors(0))
         sent.result()
     assert sizes == [len(decode_manifest(wire).buckets)] * 4
+
+
+def test_the_workers_of_a_replica_hold_a_version_once_which_the_first_of_them_has_verified(opened, monkeypatch):
+    """The others map its memory; what they hold of their own, and what is hashed and sent, does not grow with them."""
+    hashed: list[int] = []
+    monkeypatch.setattr("flowrl.engines.weights.broadcast.verify", lambda *told: hashed.append(1) or verify(*told))
+    sender = sender_of("broadcast")
+    workers = [receiver(rank=rank, size=3, together="one") for rank in range(3)]
+    opened += [sender, *workers]
+    for version in range(2):
+        wire, size_bytes = sender.publish(version, some_tensors(version).items())
+        with ThreadPoolExecutor(4) as pool:
+            sending = pool.submit(sender.transfer, version)
+            found = [*pool.map(lambda worker: received(worker, wire), workers)]  # noqa: B023  # done before the next
+            sending.result()
+        for tensors in found:
+            assert_same(tensors, some_tensors(version))
+    assert len(hashed) == 2, "once a version"
+    assert [(member.rank, member.size) for member in sender._plan.members] == [(0, 1)]
+    assert [bool(worker._buffers) for worker in workers] == [True, False, False]
+    kept = os.fstat(workers[0]._kept).st_size
+    assert size_bytes <= kept < size_bytes + 64 * 20, "one copy, each bucket at a multiple of 64"
+
+
+def test_where_the_first_worker_fails_the_others_hear_why(opened):
+    sender = sender_of("broadcast")
+    workers = [receiver(rank=rank, size=2, together="one") for rank in range(2)]
+    opened += [sender, *workers]
+    wire, _ = sender.publish(0, some_tensors(0).items())
+    sender._held[0][0][5] ^= 1
+    with ThreadPoolExecutor(3) as pool:
+        sending = pool.submit(sender.transfer, 0)
+        failed = [pool.submit(received, worker, wire) for worker in workers]
+        with pytest.raises(ProofError, match=r"embed.weight of version 0"):
+            failed[0].result()
+        with pytest.raises(TransferError, match=r"the first worker has no version 0: embed.weight"):
+            failed[1].result()
+        sending.result()
+
+
+@pytest.mark.parametrize("kind", ["shm", "broadcast", "nearest"])
+def test_between_versions_with_digests_come_versions_without(opened, kind):
+    sender = open_sender(kind, name="test", num_receivers=0, timeout_s=SOON_S, device="cpu", bucket_bytes=BUCKET,
+                         digest_every=3)  # fmt: skip
+    opened.append(sender)
+    told = [decode_manifest(sender.publish(version, some_tensors(0).items())[0]) for version in range(4)]
+    has_digests = [{bool(spec.digest) for bucket in each.buckets for spec in bucket.tensors} for each in told]
+    assert has_digests == [{True}, {False}, {False}, {True}]
+    verify(told[1], [torch.zeros(bucket.size, dtype=torch.uint8) for bucket in told[1].buckets], "test")
+    with pytest.raises(ProofError, match=r"embed.weight of version 3"):
+        verify(told[3], [torch.zeros(bucket.size, dtype=torch.uint8) for bucket in told[3].buckets], "test")
 
 
 def test_a_receiver_that_never_comes_does_not_keep_the_others_waiting_past_the_deadline(opened):

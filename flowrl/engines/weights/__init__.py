@@ -32,10 +32,12 @@ def open_sender(
     device: str | torch.device,
     host: str = "127.0.0.1",
     bucket_bytes: int = BUCKET_BYTES,
+    digest_every: int = 1,
 ) -> WeightSender:
     """Return the sender of a transport; it takes no memory, port or file before its first `publish`.
 
-    `host` is the address a broadcast listens on and that receivers connect to.
+    `host` is the address a broadcast listens on and that receivers connect to; of `digest_every` versions one is
+    hashed.
 
     Raises:
         ConfigError: there is no transport of that name.
@@ -43,19 +45,21 @@ def open_sender(
     if kind == "shm":
         from flowrl.engines.weights.shm import ShmSender
 
-        return ShmSender(name, bucket_bytes=bucket_bytes)
+        return ShmSender(name, bucket_bytes=bucket_bytes, digest_every=digest_every)
     if kind == "broadcast":
         from flowrl.engines.weights.broadcast import BroadcastSender
 
         return BroadcastSender(
-            name, num_receivers=num_receivers, timeout_s=timeout_s, device=device, host=host, bucket_bytes=bucket_bytes
-        )
+            name, num_receivers=num_receivers, timeout_s=timeout_s, device=device, host=host, bucket_bytes=bucket_bytes,
+            digest_every=digest_every,
+        )  # fmt: skip
     if kind == "nearest":
         from flowrl.engines.weights.nearest import NearestSender
 
         return NearestSender(
-            name, num_receivers=num_receivers, timeout_s=timeout_s, device=device, host=host, bucket_bytes=bucket_bytes
-        )
+            name, num_receivers=num_receivers, timeout_s=timeout_s, device=device, host=host, bucket_bytes=bucket_bytes,
+            digest_every=digest_every,
+        )  # fmt: skip
     raise ConfigError(name, f"there is no weight transport {kind!r}", "choose shm or broadcast")
 
 

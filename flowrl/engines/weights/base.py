@@ -1,9 +1,9 @@
 """Packing tensors into the buckets that a manifest lists, and what senders and fetchers of a transport do.
 
-Invariants: a receiver holds the bytes of every tensor against its digest before they are loaded; tensors lie in a
-bucket as raw little-endian bytes, each at a multiple of 64, never pickled; a tensor that is yielded under two names
-(tied embeddings) travels once, under the first; two buckets are in flight at most, one that is filled while the other
-is hashed and kept beside it. Called by the senders and by the receivers.
+Invariants: a receiver holds the bytes of every tensor against its digest before they are loaded, unless the version was
+published without (`digest_every`); tensors lie in a bucket as raw little-endian bytes, each at a multiple of 64, never
+pickled; a tensor that is yielded under two names (tied embeddings) travels once, under the first; two buckets are in
+flight at most, one that is filled while the other is hashed and kept beside it. Called by senders and receivers.
 
 Tests: tests/contracts/test_weights.py
 """
@@ -14,6 +14,7 @@ import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
 import torch
 from blake3 import blake3
 
@@ -90,12 +91,14 @@ def pack(
     bucket_bytes: int,
     reuse: bool,
     keep: Callable[[Bucket, torch.Tensor], None],
+    hashes: bool = True,
 ) -> list[Bucket]:
     """Copy tensors one by one into host buckets, give each full one to `keep` and return what they hold.
 
     A tensor is copied before the next one is asked for, so its storage may be freed or reused then (gathered shards
     are). `keep` is called in order by a thread of its own while the next bucket is being filled; with `reuse` a buffer
-    is overwritten once `keep` has returned, and pinned where tensors come from a GPU.
+    is overwritten once `keep` has returned, and pinned where tensors come from a GPU. Without `hashes` tensors have no
+    digest ("").
     """
     sent: dict[int, weakref.ref[torch.Tensor]] = {}
     buffers = [torch.empty(0, dtype=torch.uint8)] * 2
@@ -104,8 +107,8 @@ def pack(
     used = start = 0
 
     def leave(start: int, raw: torch.Tensor, specs: list[TensorSpec]) -> Bucket:
-        hashed = [TensorSpec(s.name, s.dtype, s.shape, s.offset, s.size, digest(_bytes_of(s, raw))) for s in specs]
-        bucket = Bucket(offset=start, size=raw.numel(), tensors=hashed)
+        told = [msgspec.structs.replace(s, digest=digest(_bytes_of(s, raw))) for s in specs] if hashes else specs
+        bucket = Bucket(offset=start, size=raw.numel(), tensors=told)
         keep(bucket, raw)
         return bucket
 
@@ -145,14 +148,14 @@ def unpack(bucket: Bucket, raw: torch.Tensor) -> Iterator[tuple[str, torch.Tenso
 
 
 def verify(manifest: WeightManifest, buffers: Sequence[torch.Tensor], where: str) -> None:
-    """Hold every tensor received against its digest.
+    """Hold every tensor received against its digest, where it has one.
 
     Raises:
         ProofError: one of them differs, by its name.
     """
     for bucket, raw in zip(manifest.buckets, buffers, strict=True):
         for spec in bucket.tensors:
-            found = digest(_bytes_of(spec, raw))
+            found = digest(_bytes_of(spec, raw)) if spec.digest else ""
             if found != spec.digest:
                 raise ProofError(
                     where,

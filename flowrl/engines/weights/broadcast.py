@@ -5,8 +5,9 @@ store's address in the manifest; each receiver announces itself in the store; wh
 has passed, `transfer` writes the plan (who is in which group) and broadcasts to those in it. Invariants: no wait is
 without a deadline; the dead are left out and the living go on; whoever came for a version is waited for at the next, so
 that a receiver which is gone holds the sender up once; a group outside torch's default one is formed anew when its
-members change or it failed once, and ends no process, whatever befalls it; a receiver that is late, restarted, new or
-in a broken group pulls the same buckets from the sender's server.
+members change or it failed once, and ends no process, whatever befalls it; the workers of one replica hold a version
+once, received and verified by the first of them, whose memory the others map; a receiver that is late, restarted, new
+or in a broken group pulls the same buckets from the sender's server.
 
 Tests: tests/contracts/test_weights.py
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import mmap
 import os
 import socket
 import time
@@ -30,7 +32,8 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from flowrl.engines.weights.base import pack, verify
 from flowrl.engines.weights.manifest import AnyManifest, BroadcastManifest, Bucket, encode_manifest
 from flowrl.engines.weights.pull import PullServer, pull
-from flowrl.errors import ResourceError, TransferError
+from flowrl.engines.weights.shm import map_file, split
+from flowrl.errors import ResourceError, RunError, TransferError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -121,6 +124,13 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
     is_near: bool = False  # it has the bytes already, by shared memory
 
 
+class _Kept(msgspec.Struct, frozen=True):
+    """Where the first worker of a replica keeps a version, or why it has none."""
+
+    path: str = ""
+    failure: str = ""
+
+
 class _Plan(msgspec.Struct, frozen=True):
     """Who receives a version together, in rank order behind the sender."""
 
@@ -140,8 +150,10 @@ class BroadcastSender:
         device: str | torch.device,
         host: str,
         bucket_bytes: int,
+        digest_every: int = 1,
     ) -> None:
         self._where = name
+        self._digest_every = digest_every
         self._num_receivers = num_receivers
         self._timeout_s = timeout_s
         self._device = torch.device(device)
@@ -164,7 +176,9 @@ class BroadcastSender:
             ResourceError: the host address cannot be listened on.
         """
         held: list[torch.Tensor] = []
-        buckets = pack(tensors, bucket_bytes=self._bucket_bytes, reuse=False, keep=lambda _, raw: held.append(raw))
+        hashes = version % self._digest_every == 0
+        buckets = pack(tensors, bucket_bytes=self._bucket_bytes, reuse=False, hashes=hashes,
+                       keep=lambda _, raw: held.append(raw))  # fmt: skip
         manifest = self.offer(version, buckets, held)
         return encode_manifest(manifest), manifest.size_bytes
 
@@ -312,13 +326,21 @@ class BroadcastSender:
 
 
 class BroadcastFetcher:
-    """Rank 1 and up: receives each version with the others, or pulls it alone."""
+    """Rank 1 and up: receives each version with the others, or pulls it alone.
+
+    `together` is a name that only the workers of one replica have in common, all on one machine: the first receives for
+    them all. Without it each receives for itself.
+    """
 
     def __init__(
-        self, where: str, *, replica: int, rank: int, size: int, device: str | torch.device, timeout_s: float
-    ) -> None:
+        self, where: str, *, replica: int, rank: int, size: int, device: str | torch.device, timeout_s: float,
+        together: str = "",
+    ) -> None:  # fmt: skip
         self.where = where
-        self._member = Member(replica, rank, size, uuid.uuid4().hex)
+        self._together = together if size > 1 else ""
+        self._is_led = bool(self._together) and rank > 0
+        self._member = Member(replica, rank, 1 if self._together else size, uuid.uuid4().hex)
+        self._kept = -1  # the descriptor of the memory that the other workers map
         self._device = torch.device(device)
         self._timeout_s = timeout_s
         self._sender: tuple[str, int, str] | None = None
@@ -336,15 +358,56 @@ class BroadcastFetcher:
             TransferError: the sender is gone or did not send before the deadline.
         """
         assert isinstance(manifest, BroadcastManifest)
-        sizes = [bucket.size for bucket in manifest.buckets]
-        if [raw.numel() for raw in self._buffers] != sizes:
-            self._buffers = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        if self._is_led:
+            return self._map(manifest)
+        self._make_buffers(manifest)
         self.note = ""
-        if not self._receive(manifest):
-            self.note = f"the broadcast did not bring version {manifest.version}, which is pulled ({self._why})"
-            pull(manifest, self._buffers, timeout_s=self._timeout_s, where=self.where)
-        verify(manifest, self._buffers, self.where)
+        try:
+            if not self._receive(manifest):
+                self.note = f"the broadcast did not bring version {manifest.version}, which is pulled ({self._why})"
+                pull(manifest, self._buffers, timeout_s=self._timeout_s, where=self.where)
+            verify(manifest, self._buffers, self.where)
+        except RunError as error:
+            self._tell(manifest, _Kept(failure=error.what))
+            raise
+        self._tell(manifest, _Kept(path=f"/proc/{os.getpid()}/fd/{self._kept}"))
         return self._buffers
+
+    def _make_buffers(self, manifest: BroadcastManifest) -> None:
+        """Make room for a version, in memory that other workers can map where there are such."""
+        sizes = [bucket.size for bucket in manifest.buckets]
+        if [raw.numel() for raw in self._buffers] == sizes:
+            return
+        self._free()
+        if not self._together:
+            self._buffers = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+            return
+        end = max((bucket.offset + bucket.size for bucket in manifest.buckets), default=0)
+        self._kept = os.memfd_create("flowrl-weights", os.MFD_CLOEXEC)
+        os.ftruncate(self._kept, max(1, end))
+        self._buffers = split(torch.frombuffer(mmap.mmap(self._kept, max(1, end)), dtype=torch.uint8), manifest.buckets)
+
+    def _tell(self, manifest: BroadcastManifest, kept: _Kept) -> None:
+        """Say to the other workers where a version is, or why it is nowhere."""
+        if self._together:
+            with contextlib.suppress(RuntimeError):  # the sender is gone: they will see it themselves
+                self._join(manifest).set(self._key(manifest), msgspec.json.encode(kept).decode())
+
+    def _key(self, manifest: BroadcastManifest) -> str:
+        return f"{manifest.version}/kept/{self._together}"
+
+    def _map(self, manifest: BroadcastManifest) -> list[torch.Tensor]:
+        """Wait until the first worker has received and verified a version, and map its memory."""
+        try:
+            store = self._join(manifest)
+            store.wait([self._key(manifest)], datetime.timedelta(seconds=3 * self._timeout_s))
+            kept = msgspec.json.decode(store.get(self._key(manifest)), type=_Kept)
+            if kept.failure:
+                raise TransferError(self.where, f"the first worker has no version {manifest.version}: {kept.failure}")
+            return split(map_file(kept.path), manifest.buckets)
+        except (RuntimeError, OSError) as error:
+            what = f"version {manifest.version} did not come from the first worker ({error})"
+            raise TransferError(self.where, what, "see the learner's and the first worker's log") from error
 
     def _receive(self, manifest: BroadcastManifest) -> bool:
         """Take part in the broadcast; false when this receiver is not in it or it broke."""
@@ -377,6 +440,8 @@ class BroadcastFetcher:
 
     def announce_near(self, manifest: BroadcastManifest) -> None:
         """Let the sender not wait for this receiver, which has the bytes."""
+        if self._is_led:
+            return
         with contextlib.suppress(RuntimeError):  # the sender is gone, or waits for a while
             _announce(self._join(manifest), manifest.version, msgspec.structs.replace(self._member, is_near=True))
 
@@ -398,7 +463,13 @@ class BroadcastFetcher:
         """Leave the group and the store."""
         self._leave()
         self._store = None
+        self._free()
+
+    def _free(self) -> None:
         self._buffers = []
+        if self._kept >= 0:
+            os.close(self._kept)
+        self._kept = -1
 
 
 def _complete(members: dict[tuple[int, int], Member]) -> set[int]:

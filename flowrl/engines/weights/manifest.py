@@ -22,7 +22,7 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the bucket
     size: int  # bytes
-    digest: str  # blake3, hex
+    digest: str  # blake3, hex; "": the version was published without
 
 
 class Bucket(msgspec.Struct, frozen=True, kw_only=True):

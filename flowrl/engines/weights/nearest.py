@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class NearestSender:
     """A sender of each kind, over the same bytes."""
 
-    def __init__(self, name: str, *, bucket_bytes: int, **options: Any) -> None:
-        self._shm = ShmSender(name, bucket_bytes=bucket_bytes)
+    def __init__(self, name: str, *, bucket_bytes: int, digest_every: int = 1, **options: Any) -> None:
+        self._shm = ShmSender(name, bucket_bytes=bucket_bytes, digest_every=digest_every)
         self._broadcast = BroadcastSender(name, bucket_bytes=bucket_bytes, **options)
 
     def publish(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[bytes, int]:

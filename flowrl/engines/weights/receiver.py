@@ -100,6 +100,7 @@ class FlowrlWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             size=ranks.world_size,
             device=self.device,
             timeout_s=init_info.timeout_s,
+            together=init_info.replies,
         )
 
     def prefetch(self, wire: str) -> None:

@@ -37,7 +37,7 @@ LOCK = "alive"
 class ShmSender:
     """Writes each version aside and renames it."""
 
-    def __init__(self, name: str, *, bucket_bytes: int, root: Path = SHARED_MEMORY) -> None:
+    def __init__(self, name: str, *, bucket_bytes: int, digest_every: int = 1, root: Path = SHARED_MEMORY) -> None:
         self._where = name
         # Two runs may share a name, a process may have two senders, and on two machines process ids are the same.
         self._directory = (
@@ -45,6 +45,7 @@ class ShmSender:
         )
         self._lock = -1
         self._bucket_bytes = bucket_bytes
+        self._digest_every = digest_every
         self._files: dict[int, Path] = {}
 
     def publish(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[bytes, int]:
@@ -57,7 +58,7 @@ class ShmSender:
         aside = path.with_suffix(".partial")
         try:
             self._open()
-            buckets = self._write(aside, tensors)
+            buckets = self._write(aside, tensors, hashes=version % self._digest_every == 0)
             aside.rename(path)
         except OSError as error:
             aside.unlink(missing_ok=True)
@@ -76,14 +77,14 @@ class ShmSender:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         unlisted.rename(self._directory)
 
-    def _write(self, path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> list[Bucket]:
+    def _write(self, path: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, hashes: bool) -> list[Bucket]:
         with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
 
             def keep(bucket: Bucket, raw: torch.Tensor) -> None:
                 file.seek(bucket.offset)
                 file.write(memory(raw))
 
-            return pack(tensors, bucket_bytes=self._bucket_bytes, reuse=True, keep=keep)
+            return pack(tensors, bucket_bytes=self._bucket_bytes, reuse=True, hashes=hashes, keep=keep)
 
     def _no_room(self, version: int, error: OSError) -> ResourceError:
         root = self._directory.parent
