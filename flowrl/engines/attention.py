@@ -114,12 +114,12 @@ def trial(num_heads: int, num_key_heads: int, width: int, *, dtype: torch.dtype,
     found: list[tuple[Tensor, ...]] = []
     for is_ours in (True, False):
         leaves = [each.to(dtype) for each in drawn]
-        leaves = [(each.to(device) if is_ours else each.double()).requires_grad_() for each in leaves]
+        leaves = q, k, v = [(each.to(device) if is_ours else each.double()).requires_grad_() for each in leaves]
         with torch.enable_grad():
             if is_ours:
-                out, _ = attend(None, *leaves, torch.tensor(spans)[None, None])
+                out, _ = attend(None, q, k, v, torch.tensor(spans)[None, None])
             else:
-                out = scaled_dot_product_attention(*leaves, sees_LL, enable_gqa=True).transpose(1, 2)
+                out = scaled_dot_product_attention(q, k, v, sees_LL, enable_gqa=True).transpose(1, 2)
             found.append((out.detach(), *torch.autograd.grad(out, leaves, outer.to(out))))
     return max(float((a.cpu().double() - b).abs().max() / b.abs().max()) for a, b in zip(*found, strict=True))
 
