@@ -41,13 +41,13 @@ def check_compile(settings: Scoring | Training, where: str, *, has_gpu: bool) ->
     compiler = os.environ.get("CXX") or "g++"
     if not has_gpu and shutil.which(compiler) is None:
         raise ConfigError(where, f"there is no C++ compiler ({compiler})", f"install g++, or {leave}")
-    changed = {
-        "routing=replay": getattr(settings, "routing", "own") == "replay",
-        "lora.bits": settings.lora.bits > 0,
-        "sequence_parallel": settings.sequence_parallel > 1,
-        "zero_stage=3": settings.zero_stage == 3,
-    }
-    for name, is_set in changed.items():
+    changes = (
+        ("routing=replay", getattr(settings, "routing", "own") == "replay"),
+        ("lora.bits", settings.lora.bits > 0),
+        ("sequence_parallel", settings.sequence_parallel > 1),
+        ("zero_stage=3", settings.zero_stage == 3),
+    )
+    for name, is_set in changes:
         if is_set:
             raise ConfigError(where, f"layers cannot be compiled with {name}", leave)
 
