@@ -30,19 +30,16 @@ class Aside:
     def __init__(self, directory: str = "") -> None:
         self._directory = directory
         self._kept: list[tuple[UntypedStorage, int, Tensor | None]] = []  # None: in the file, one after the other
+        self._scratch: list[tuple[UntypedStorage, int]] = []
         self._file: IO[bytes] | None = None
 
-    def put(self, tensors: Iterable[Tensor]) -> int:
-        """Empty the storages of tensors and return how many bytes that frees.
+    def put(self, tensors: Iterable[Tensor], scratch: Iterable[Tensor] = ()) -> int:
+        """Empty the storages of tensors and return how many bytes that frees; what is in `scratch` need not come back.
 
         Raises:
             OSError: the file cannot be written; everything is then as it was.
         """
-        storages = {each._cdata: each for each in map(_storage_of, tensors)}
-        chosen = [
-            each for each in storages.values()
-            if each.device.type != "meta" and each.nbytes() >= LEAST_BYTES and each.resizable()
-        ]  # fmt: skip
+        chosen = _emptied(tensors)
         on_host = [each for each in chosen if each.device.type == "cpu"]
         if on_host:
             self._file = tempfile.TemporaryFile(dir=self._directory or None)  # noqa: SIM115  # open until `back`
@@ -57,16 +54,21 @@ class Aside:
         for each in chosen:
             self._kept.append((each, each.nbytes(), kept.get(each._cdata)))
             each.resize_(0)
+        for each in _emptied(scratch):
+            self._scratch.append((each, each.nbytes()))
+            each.resize_(0)
         if kept:
             torch.cuda.empty_cache()
-        if on_host:
-            give_back_to_system()
-        return sum(size for _, size, _ in self._kept)
+        give_back_to_system()
+        return sum(size for _, size, *_ in (*self._kept, *self._scratch))
 
     def back(self) -> None:
         """Fill the storages again."""
         if self._file is not None:
             self._file.seek(0)
+        while self._scratch:
+            storage, size = self._scratch.pop()
+            storage.resize_(size)
         for storage, size, kept in self._kept:
             storage.resize_(size)
             if kept is not None:
@@ -96,6 +98,13 @@ def tensors_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
         yield from (parameter, *([] if parameter.grad is None else [parameter.grad]))
     for state in optimizer.state.values():
         yield from (each for each in state.values() if isinstance(each, torch.Tensor))
+
+
+def _emptied(tensors: Iterable[Tensor]) -> list[UntypedStorage]:
+    """Return the storages of tensors that can be emptied, each once."""
+    storages = {each._cdata: each for each in map(_storage_of, tensors)}
+    large = (each for each in storages.values() if each.device.type != "meta" and each.nbytes() >= LEAST_BYTES)
+    return [each for each in large if each.resizable()]
 
 
 @torch.no_grad()

@@ -255,6 +255,11 @@ class DeepSpeedEngine(Trainer):
         for name in BUFFERS:
             yield from _tensors_in(getattr(optimizer, name, None))
 
+    def _scratch(self) -> Iterator[Tensor]:
+        buckets = getattr(self._engine.optimizer, "ipg_buckets", None) if self._is_training else None
+        for bucket in (buckets or {}).values():  # of gradients on their way; of a gigabyte at stage 3
+            yield from _tensors_in(bucket.buffer)
+
     def _put_aside(self) -> None:
         """Move states to host memory by DeepSpeed's own means where it has any; only an optimizer's can."""
         self._is_offloaded = self.device.type == "cuda" and self._is_training and self.config.zero_stage > 0

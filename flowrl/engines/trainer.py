@@ -175,7 +175,7 @@ class Trainer:
         check_attention(settings.attention, where, has_gpu=has_gpu)
         check_offload(settings, where, has_gpu=has_gpu, least_stage=cls.can_offload)
         check_compile(settings, where, has_gpu=has_gpu)
-        if not cls.shards and settings.zero_stage != (default := Computing().zero_stage):
+        if not cls.shards and settings.zero_stage not in (0, default := Computing().zero_stage):
             what = f"is {settings.zero_stage}, and {cls.__name__} holds every weight whole on each rank"
             raise ConfigError(f"{where}.zero_stage", what, f"leave it {default}, or take engine={DEEPSPEED}")
 
@@ -360,8 +360,15 @@ class Trainer:
             for parameter in model.parameters():
                 yield from (parameter, *([] if parameter.grad is None else [parameter.grad]))
 
+    def _scratch(self) -> Iterator[Tensor]:
+        """Yield the tensors whose contents nothing needs between two calls."""
+        return iter(())
+
     def _put_aside(self) -> None:
-        self._aside.put(self._held())
+        for parameter in self.reader.parameters():
+            if not hasattr(parameter, "to_local") and not parameter.untyped_storage().resizable():
+                parameter.data = parameter.detach().clone()  # it lay in the mapping of the model's file
+        self._aside.put(self._held(), self._scratch())
 
     def _take_back(self) -> None:
         self._aside.back()

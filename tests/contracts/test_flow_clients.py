@@ -81,7 +81,7 @@ def on_runtime(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Body
                 return self._flow.waits()
 
         actor: Any = ray.remote(num_cpus=0, max_concurrency=1000)(Hub)
-        hub = actor.remote(msgspec.json.encode(plan_of(flow(SETTINGS))), str(tmp_path), b"null", 1, 0)
+        hub = actor.remote(msgspec.json.encode(plan_of(flow(SETTINGS))), str(tmp_path), b"null", 0, 0)
         wire = await Connection.open(Address(*await hub.open.remote(60.0)))
         try:
             await body(Clients(wire.carry, hub.waits.remote), lambda: hub.close.remote())

@@ -149,8 +149,8 @@ def test_sharded_engines_take_the_steps_of_plain_torch_and_out_of_memory_the_sam
 )
 def test_sharded_engines_in_bfloat16_keep_float32_weights_as_plain_torch_does(model, tmp_path, sharded, zero_stage):
     outcomes = []
-    for path in (TORCH, sharded):
-        engine = engine_of(path, model, dtype="bfloat16", zero_stage=zero_stage)
+    for path, stage in ((TORCH, 0), (sharded, zero_stage)):
+        engine = engine_of(path, model, dtype="bfloat16", zero_stage=stage)
         engine.open(Ranks())
         outcomes.append(two_steps(engine, tmp_path / path.partition(":")[2]))
         engine.close()
@@ -472,8 +472,8 @@ def slept_through(engine, *, sleeps: bool) -> tuple[list[int], dict[str, str]]:
 )
 def test_an_engine_that_sleeps_holds_little_and_goes_on_to_the_bit(model, tmp_path, path, dtype, zero_stage):
     settings = {"dtype": dtype, "zero_stage": zero_stage, "aside_dir": str(tmp_path)}
-    before = live_bytes()
     awake = slept_through(engine_of(path, model, **settings), sleeps=False)[1]
+    before = live_bytes()
     asleep, digests = slept_through(engine_of(path, model, **settings), sleeps=True)
     assert digests == awake
     num_parameters = sum(tensor.numel() for tensor in load_file(model / "model.safetensors").values())

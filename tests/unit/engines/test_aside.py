@@ -23,6 +23,17 @@ def test_bytes_go_and_come_back_and_views_stay_views(tmp_path):
     assert not [*tmp_path.iterdir()], "a file without a name"
 
 
+def test_scratch_is_emptied_and_not_kept(tmp_path):
+    kept, scratch = torch.arange(10_000), torch.ones(50_000)
+    aside = Aside(str(tmp_path))
+    assert aside.put([kept], [scratch]) == 280_000
+    assert scratch.untyped_storage().nbytes() == 0
+    aside.back()
+    assert torch.equal(kept, torch.arange(10_000))
+    assert scratch.shape == (50_000,)
+    assert scratch.untyped_storage().nbytes() == 200_000
+
+
 def test_where_the_disk_takes_nothing_everything_stays(tmp_path, monkeypatch):
     flat = torch.arange(40_000)
     with pytest.raises(OSError, match="No such file"):
@@ -70,6 +81,7 @@ def test_deepspeed_moves_its_own_states_on_gpus_and_ours_are_moved_elsewhere(
     moved: list[str] = []
     monkeypatch.setattr(Aside, "put", lambda self, tensors: moved.append("put"))
     monkeypatch.setattr(Aside, "back", lambda self: moved.append("back"))
+    engine.reader = torch.nn.Module()  # type: ignore[assignment]
     engine._put_aside()
     engine._take_back()
     assert done == called
