@@ -329,8 +329,8 @@ class Cluster:
         thread = self._thread
         if thread is None:
             return
-        if self.trouble(0.0):
-            self._kill()  # what is left would only wait for what is dead
+        if self.is_local or self.trouble(0.0):
+            self._kill()  # Ray itself gives each of its processes a second, and some wait for what is dead
         self._end.set()
         is_connecting = self._address is not None and not self._ready.done()
         thread.join(1.0 if is_connecting else STOP_S)
@@ -369,6 +369,8 @@ def _start_ray(address: str | None, *, num_gpus: int) -> None:
     if address is None:
         _stay_on_loopback()
         _keep_token_private()
+        # Nobody asks it which tasks there were, and at its end it would try to tell for five seconds.
+        os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     else:
         _reach(address)
         if (Path.home() / ".ray" / "auth_token").is_file() or "RAY_AUTH_TOKEN" in os.environ:

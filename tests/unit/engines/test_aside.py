@@ -79,7 +79,7 @@ def test_deepspeed_moves_its_own_states_on_gpus_and_ours_are_moved_elsewhere(
     )
     engine._engine = fake
     moved: list[str] = []
-    monkeypatch.setattr(Aside, "put", lambda self, tensors: moved.append("put"))
+    monkeypatch.setattr(Aside, "put", lambda self, *tensors: moved.append("put"))
     monkeypatch.setattr(Aside, "back", lambda self: moved.append("back"))
     engine.reader = torch.nn.Module()  # type: ignore[assignment]
     engine._put_aside()
