@@ -10,6 +10,7 @@ import pytest
 
 from flowrl.config import Select
 from flowrl.graph.program import load_program
+from flowrl.runs.judged import JudgedSettings
 from tests.support.command import ROOT
 
 if TYPE_CHECKING:
@@ -20,8 +21,10 @@ pytestmark = pytest.mark.slow
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *(DOCS / "start").glob("*.md"), *(DOCS / "tutorials").glob("*.md")]
 # Whose parts are the user's or vLLM's; `flowrl judge` has a server of its own.
-CLUSTER = {"cluster.labels", "cluster.most"}
-FREE = {"agent.environment_options", "data.columns", "generator.engine_options", "server", *CLUSTER}
+FREE = {
+    "agent.environment_options", "cluster.labels", "cluster.most", "data.columns", "evaluation.sets",
+    "generator.engine_options", "server",
+}  # fmt: skip
 
 
 def addresses(settings: msgspec.Struct, at: str = "") -> Iterator[str]:
@@ -37,6 +40,7 @@ def addresses(settings: msgspec.Struct, at: str = "") -> Iterator[str]:
 
 def test_every_setting_that_is_named_exists():
     known = {name for path in (ROOT / "graphs").glob("*.py") for name in addresses(load_program(path).settings)}
+    known |= {*addresses(JudgedSettings())}  # of flowrl eval
     figures = set(re.findall(r"`([a-z_.]+)`", (DOCS / "reference" / "metrics.md").read_text()))
     knobs = (DOCS / "reference" / "which-knob.md").read_text()
     named = {name for page in PAGES for name in re.findall(r"--set '?([a-z_.]+)=", page.read_text())}
