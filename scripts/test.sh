@@ -42,7 +42,7 @@ pytest_tier() {
 printf 'test: check, slow units, contracts, ray and graphs, cluster, book, pages: about 13 minutes\n'
 tier check "1 min" bash scripts/check.sh
 tier "slow units" "1 min" python -m pytest tests/unit -m "slow and not gpu and not long" --tb=short --numprocesses 2
-pytest_tier contracts "3 min" "not gpu" --numprocesses 2 --dist loadfile
+pytest_tier contracts "4 min" "not gpu" --numprocesses 3 --dist loadfile # many of them wait for processes
 # The longest of all first, the many small ones beside and after them.
 tier "ray, graphs" "4 min" python -m pytest tests/ray tests/graphs -m "not gpu and not long" --tb=short --durations=5 \
     --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -21,11 +21,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARK = "<!-- tested -->\n"
-AT_ONCE = 2  # pages, on two cores
+AT_ONCE = 3  # pages, on two cores: each waits now and then for what it has started
 
 
 def main(names: list[str]) -> int:
-    """Do the tested blocks of the named pages, or of all, two pages at a time."""
+    """Do the tested blocks of the named pages, or of all, three pages at a time."""
     pages = [Path(name).resolve() for name in names] or [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
         each = [pool.submit(follow, page) for page in pages]

@@ -50,8 +50,9 @@ def closed_pipe() -> Iterator[int]:
 @pytest.mark.parametrize(
     ("number", "sign"),
     [
-        (signal.SIGINT, '"version":1,'), (signal.SIGTERM, '"version":7,'), (signal.SIGHUP, '"version":1,'),
-        (signal.SIGUSR1, '"version":7,'),
+        (signal.SIGTERM, '"version":7,'), (signal.SIGHUP, '"version":1,'),
+        pytest.param(signal.SIGINT, '"version":1,', marks=pytest.mark.long),
+        pytest.param(signal.SIGUSR1, '"version":7,', marks=pytest.mark.long),
     ],
     ids=str,
 )  # fmt: skip
