@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up where needed, then run every check and every test that this machine can run; fails at the end if one failed.
-# About 10 minutes on 2 cores, set-up not counted. A tier that hangs is ended after 10 minutes.
+# About 14 minutes on 2 cores, set-up not counted. A tier that hangs is ended after 10 minutes.
 # With --all also the proofs of minutes, with a table of their own: tests marked long, the contracts on the vLLM that GPU
 # users get (340 MB, fetched once), and faults on real processes.
 set -uo pipefail
@@ -39,14 +39,14 @@ pytest_tier() {
     tier "$1" "$2" python -m pytest "tests/$1" -m "(${3:-not gpu}) and not long" --tb=short --durations=5 "${@:4}"
 }
 
-printf 'test: check, slow units, contracts, ray and graphs, cluster, book, pages: about 13 minutes\n'
-tier check "1 min" bash scripts/check.sh
+printf 'test: check, slow units, contracts, ray and graphs, cluster, book, pages: about 14 minutes\n'
+tier check "2 min" bash scripts/check.sh
 tier "slow units" "1 min" python -m pytest tests/unit -m "slow and not gpu and not long" --tb=short --numprocesses 2
 pytest_tier contracts "4 min" "not gpu" --numprocesses 3 --dist loadfile # many of them wait for processes
 # The longest of all first, the many small ones beside and after them.
 tier "ray, graphs" "4 min" python -m pytest tests/ray tests/graphs -m "not gpu and not long" --tb=short --durations=5 \
-    --numprocesses 2 --dist loadfile --no-loadscope-reorder
-pytest_tier cluster "3 min" "not gpu" # two machines made of namespaces; skipped without root
+    --numprocesses 3 --dist loadfile --no-loadscope-reorder
+pytest_tier cluster "1 min" "not gpu" # two machines made of namespaces; skipped without root
 if nvidia-smi -L >/dev/null 2>&1; then tier gpu "5 min" bash scripts/gpu_check.sh; fi
 tier book "10 s" bash scripts/docs.sh
 tier pages "2 min" python scripts/tested_pages.py
