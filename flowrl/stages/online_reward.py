@@ -36,7 +36,15 @@ from flowrl.stages.offline_learner import VALUES_CARD
 from flowrl.stages.sampler import Learning, Sampler
 from flowrl.stages.step import mean_metrics
 from flowrl.stages.tokens import token_group
-from flowrl.stages.training import check_engine_of, check_saving, check_schedule, load_state, opened, save_state
+from flowrl.stages.training import (
+    check_engine_of,
+    check_model,
+    check_saving,
+    check_schedule,
+    load_state,
+    opened,
+    save_state,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,6 +93,7 @@ class OnlineRewardModel(Stage):
         if not objective.gives_score or objective.learns_from != "pairs":
             what = f"{self.config.objective.use} makes no reward model of pairs"
             raise ConfigError("reward_model.objective", what, "take flowrl.algorithms.pairwise:Pairwise")
+        check_model(self.config, directory, "reward_model", objective.head)
 
     def _settings(self) -> TrainingConfig:
         head = load_objective(self.config.objective).head
