@@ -39,7 +39,7 @@ class Aside:
         Raises:
             OSError: the file cannot be written; everything is then as it was.
         """
-        chosen = _emptied(tensors)
+        chosen = _storages_of(tensors)
         on_host = [each for each in chosen if each.device.type == "cpu"]
         if on_host:
             self._file = tempfile.TemporaryFile(dir=self._directory or None)  # noqa: SIM115  # open until `back`
@@ -54,7 +54,7 @@ class Aside:
         for each in chosen:
             self._kept.append((each, each.nbytes(), kept.get(each._cdata)))
             each.resize_(0)
-        for each in _emptied(scratch):
+        for each in _storages_of(scratch):
             self._scratch.append((each, each.nbytes()))
             each.resize_(0)
         if kept:
@@ -100,7 +100,7 @@ def tensors_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
         yield from (each for each in state.values() if isinstance(each, torch.Tensor))
 
 
-def _emptied(tensors: Iterable[Tensor]) -> list[UntypedStorage]:
+def _storages_of(tensors: Iterable[Tensor]) -> list[UntypedStorage]:
     """Return the storages of tensors that can be emptied, each once."""
     storages = {each._cdata: each for each in map(_storage_of, tensors)}
     large = (each for each in storages.values() if each.device.type != "meta" and each.nbytes() >= LEAST_BYTES)

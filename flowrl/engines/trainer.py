@@ -33,7 +33,7 @@ from flowrl.engines.agreement import check_fit, settle
 from flowrl.engines.aside import Aside
 from flowrl.engines.attention import check_attention
 from flowrl.engines.average import Average, is_saved
-from flowrl.engines.base import Computing, TokenGroup
+from flowrl.engines.base import Computing, TokenGroup, Training
 from flowrl.engines.compiled import check_compile, compile_layers
 from flowrl.engines.lora import Adapter
 from flowrl.engines.memory import Budget, FitVote, NoRoom
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from flowrl.algorithms.base import Loss, Objective
-    from flowrl.engines.base import Scoring, Training, TrainingConfig
+    from flowrl.engines.base import Scoring, TrainingConfig
     from flowrl.engines.models import Reading
     from flowrl.engines.packing import Layout
     from flowrl.graph.stage import Ranks, Say
@@ -175,6 +175,10 @@ class Trainer:
         check_attention(settings.attention, where, has_gpu=has_gpu)
         check_offload(settings, where, has_gpu=has_gpu, least_stage=cls.can_offload)
         check_compile(settings, where, has_gpu=has_gpu)
+        trains = isinstance(settings, Training) and not getattr(settings, "frozen", False)
+        if trains and settings.dtype == "float16" and not cls.scales_loss:
+            what = f"is float16, whose gradients vanish without the loss scaling that {cls.__name__} lacks"
+            raise ConfigError(f"{where}.dtype", what, f"take bfloat16, or engine={DEEPSPEED}")
         if not cls.shards and settings.zero_stage not in (0, default := Computing().zero_stage):
             what = f"is {settings.zero_stage}, and {cls.__name__} holds every weight whole on each rank"
             raise ConfigError(f"{where}.zero_stage", what, f"leave it {default}, or take engine={DEEPSPEED}")

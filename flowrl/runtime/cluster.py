@@ -329,12 +329,11 @@ class Cluster:
         thread = self._thread
         if thread is None:
             return
-        if self.is_local or self.trouble(0.0):
-            self._kill()  # Ray itself gives each of its processes a second, and some wait for what is dead
+        self._kill()  # Ray itself gives each of its processes a second, and some wait for what is dead
         self._end.set()
         is_connecting = self._address is not None and not self._ready.done()
         thread.join(1.0 if is_connecting else STOP_S)
-        self._kill()
+        self._kill()  # what it had only begun to start
         if self.is_local:
             _end_marked(lambda driver: driver == driver_mark())
         thread.join(1.0)

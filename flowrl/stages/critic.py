@@ -31,10 +31,7 @@ from flowrl.stages.sampler import Learning, Sampler
 from flowrl.stages.step import check_divides, learned_group, mean_metrics, minibatches, with_reference_or_without
 from flowrl.stages.tokens import token_group
 from flowrl.stages.training import (
-    check_engine_of,
-    check_model,
-    check_saving,
-    check_schedule,
+    check_training,
     load_state,
     opened,
     save_state,
@@ -129,12 +126,10 @@ class Critic(Stage):
 
     def check(self, say: Say) -> None:
         """Prepare the model, which must read the policy's tokens, and load the algorithm."""
-        check_engine_of(self.config, "critic", self.model)
-        check_schedule(self.config, self.num_optimizer_steps, "critic", say)
-        directory = prepare_model(self.model, say=say)
-        check_model(self.config, directory, "critic", "value")
-        if self.config.save_model:
-            check_saving(self.config, directory, "critic")
+        directory = check_training(
+            self.config, self.model, "critic", num_steps=self.num_optimizer_steps, say=say, head="value",
+            saves=self.config.save_model,
+        )  # fmt: skip
         if self.model != self.sampler.model:
             check_same_vocabulary(
                 prepare_model(self.sampler.model, say=say), directory, "critic_model", longest=self.sampler.longest

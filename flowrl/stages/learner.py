@@ -60,12 +60,9 @@ from flowrl.stages.step import (
 from flowrl.stages.texts import TextSource
 from flowrl.stages.tokens import example_group
 from flowrl.stages.training import (
-    check_engine_of,
     check_masters,
-    check_model,
     check_routing,
-    check_saving,
-    check_schedule,
+    check_training,
     load_state,
     opened,
     take_step,
@@ -140,12 +137,8 @@ class Learner(Stage):
         if 0 < self.beside.per_step < minibatches:
             what = f"{self.beside.per_step} texts a step are too few for {minibatches} learner.minibatches"
             raise ConfigError("texts.per_step", what, "give each minibatch one or more")
-        check_engine_of(self.config, "learner", self.sampler.model)
-        check_schedule(self.config, self.num_optimizer_steps, "learner", say)
-        model = prepare_model(self.sampler.model, say=say)
-        check_model(self.config, model, "learner")
+        model = check_training(self.config, self.sampler.model, "learner", num_steps=self.num_optimizer_steps, say=say)
         self._check_routing(model, say)
-        check_saving(self.config, model, "learner")
         check_masters(self.sampler.model, say)
         self._check_publishing(model, say)
         objective = self.load_objective()

@@ -27,11 +27,8 @@ from flowrl.stages.sampler import Course
 from flowrl.stages.saving import save_checkpoint
 from flowrl.stages.tokens import example_group, group_batch, padded, with_constant
 from flowrl.stages.training import (
-    check_engine_of,
     check_masters,
-    check_model,
-    check_saving,
-    check_schedule,
+    check_training,
     load_state,
     opened,
     take_step,
@@ -89,12 +86,10 @@ class OfflineLearner(Stage):
 
     def check(self, say: Say) -> None:
         """Prepare the model and load the objective."""
-        check_engine_of(self.config, "learner", self.course.model)
-        check_schedule(self.config, self.course.steps, "learner", say)
-        model = prepare_model(self.course.model, say=say)
         objective = load_objective(with_teacher(self.objective, self.course.model, say=say))
-        check_model(self.config, model, "learner", objective.head)
-        check_saving(self.config, model, "learner")
+        check_training(
+            self.config, self.course.model, "learner", num_steps=self.course.steps, say=say, head=objective.head
+        )
         check_masters(self.course.model, say)
         if objective.learns_from == "labelled responses" and self.course.examples_per_step < 2:
             what = "1 never holds both a good and a bad response"

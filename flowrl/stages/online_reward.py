@@ -37,10 +37,7 @@ from flowrl.stages.sampler import Learning, Sampler
 from flowrl.stages.step import mean_metrics
 from flowrl.stages.tokens import token_group
 from flowrl.stages.training import (
-    check_engine_of,
-    check_model,
-    check_saving,
-    check_schedule,
+    check_training,
     load_state,
     opened,
     save_state,
@@ -81,19 +78,17 @@ class OnlineRewardModel(Stage):
 
     def check(self, say: Say) -> None:
         """Prepare the model, which must read the policy's tokens, and load the objective, which must give scores."""
-        check_engine_of(self.config, "reward_model", self.model)
-        check_schedule(self.config, self.num_optimizer_steps, "reward_model", say)
-        directory = prepare_model(self.model, say=say)
-        if self.config.save_model:
-            check_saving(self.config, directory, "reward_model")
-        if self.model != self.sampler.model:
-            policy = prepare_model(self.sampler.model, say=say)
-            check_same_vocabulary(policy, directory, "reward_model", longest=self.sampler.longest)
         objective = load_objective(self.config.objective)
         if not objective.gives_score or objective.learns_from != "pairs":
             what = f"{self.config.objective.use} makes no reward model of pairs"
             raise ConfigError("reward_model.objective", what, "take flowrl.algorithms.pairwise:Pairwise")
-        check_model(self.config, directory, "reward_model", objective.head)
+        directory = check_training(
+            self.config, self.model, "reward_model", num_steps=self.num_optimizer_steps, say=say, head=objective.head,
+            saves=self.config.save_model,
+        )  # fmt: skip
+        if self.model != self.sampler.model:
+            policy = prepare_model(self.sampler.model, say=say)
+            check_same_vocabulary(policy, directory, "reward_model", longest=self.sampler.longest)
 
     def _settings(self) -> TrainingConfig:
         head = load_objective(self.config.objective).head

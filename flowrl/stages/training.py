@@ -39,11 +39,7 @@ def check_engine_of(settings: Scoring | Training, where: str, model: str) -> Non
     import torch
 
     has_gpu = settings.gpus > 0 or bool(settings.share) or torch.cuda.is_available()
-    engine = load_class(settings.engine, f"{where}.engine")
-    if isinstance(settings, Training) and settings.dtype == "float16" and not getattr(engine, "scales_loss", True):
-        what = f"is float16, whose gradients vanish without the loss scaling that {engine.__name__} lacks"
-        raise ConfigError(f"{where}.dtype", what, "take bfloat16, or engine=flowrl.engines.deepspeed:DeepSpeedEngine")
-    check_settings = getattr(engine, "check_settings", None)
+    check_settings = getattr(load_class(settings.engine, f"{where}.engine"), "check_settings", None)
     if check_settings is not None:  # what this engine cannot do, or would not look at
         check_settings(settings, where, has_gpu=has_gpu)
     lora = settings.lora
@@ -58,6 +54,25 @@ def check_engine_of(settings: Scoring | Training, where: str, model: str) -> Non
         from flowrl.engines.quantization import check_quantization
 
         check_quantization(lora, where, has_gpu=has_gpu)
+
+
+def check_training(
+    settings: Training, model: str, where: str, *, num_steps: int, say: Say, head: Head = "policy", saves: bool = True
+) -> Path:
+    """Insist on all that a node that trains needs: its engine, schedule, model, and a checkpoint that can be written.
+
+    Prepares the model and returns its directory; `num_steps` is how many optimizer steps the run takes.
+
+    Raises:
+        UserError: one of them is not what its settings ask for.
+    """
+    check_engine_of(settings, where, model)
+    check_schedule(settings, num_steps, where, say)
+    directory = prepare_model(model, say=say)
+    check_model(settings, directory, where, head)
+    if saves:
+        check_saving(settings, directory, where)
+    return directory
 
 
 def check_model(settings: Training, model: Path, where: str, head: Head = "policy") -> None:
