@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowrl.errors import FlowrlError
 from flowrl.graph.staleness import staleness_bound
 from flowrl.runs.verify import Verdict, judge
 from flowrl.runtime.ledger import ENDINGS, Entry, read_entries, surviving
@@ -16,11 +19,26 @@ from tests.support.chaos import Chaos
 from tests.support.flows import FlowSettings, ObservedLearner, flow, random_settings
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
     from flowrl.telemetry.events import Event
 
 UNLIMITED = 1_000_000
+MEMORY = Path("/dev/shm")
+FULL = 10_000  # schedules
+SHARES = 20  # tests they are spread over, for several processes
+
+
+def check_share(first: int, check: Callable[[int, Path], object]) -> None:
+    """Run a test's share of the ten thousand schedules, from seed `first` on; says all that are wrong at once."""
+    wrong: list[str] = []
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as directory:
+        for seed in range(first, first + FULL // SHARES):
+            try:
+                check(seed, Path(directory) / str(seed))
+            except (AssertionError, FlowrlError) as error:
+                wrong.append(f"seed {seed}: {type(error).__name__}: {error}")
+    assert not wrong, "\n".join(wrong[:5])
 
 
 def faulty_settings(seed: int) -> FlowSettings:

@@ -7,9 +7,7 @@ every change, ten thousand in the slow tier.
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,17 +20,15 @@ from flowrl.telemetry.events import Notice, Recovery
 from tests.support.bugs import BUGS, planted
 from tests.support.chaos import Chaos
 from tests.support.flows import flow
-from tests.support.recovery import UNLIMITED, faulty_settings, run_faulty
+from tests.support.recovery import FULL, SHARES, UNLIMITED, check_share, faulty_settings, run_faulty
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from flowrl.runtime.calls import Call
     from flowrl.runtime.local import Carry, LocalCrew
 
-MEMORY = Path("/dev/shm")
-FULL = 10_000  # schedules
-SHARES = 20  # tests they are spread over, for several processes
 LONG_FROM = 100 + FULL // SHARES  # those from here on are for `scripts/test.sh --all`
 
 
@@ -51,14 +47,7 @@ def test_thirty_faulty_schedules_keep_the_laws(first: int, tmp_path: Path) -> No
     ],
 )
 def test_ten_thousand_faulty_schedules_keep_the_laws(first: int) -> None:
-    wrong: list[str] = []
-    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as directory:
-        for seed in range(first, first + FULL // SHARES):
-            try:
-                run_faulty(seed, Path(directory) / str(seed))
-            except (AssertionError, FlowrlError) as error:
-                wrong.append(f"seed {seed}: {type(error).__name__}: {error}")
-    assert not wrong, "\n".join(wrong[:5])
+    check_share(first, run_faulty)
 
 
 @pytest.mark.slow

@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
 
-from flowrl.errors import ConfigError, FlowrlError
+from flowrl.errors import ConfigError
 from flowrl.graph.program import plan_of
 from flowrl.runtime.fleet import room_for
 from flowrl.runtime.local import LocalOptions, run_local
@@ -25,15 +23,14 @@ from flowrl.simulation.clock import run_virtual
 from flowrl.telemetry.events import Notice
 from tests.support.chaos import Chaos
 from tests.support.flows import FlowSettings, flow
-from tests.support.recovery import run_faulty
+from tests.support.recovery import FULL, SHARES, check_share, run_faulty
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from flowrl.runtime.local import LocalCrew
     from flowrl.runtime.supervisor import Scaling
 
-MEMORY = Path("/dev/shm")
-FULL = 10_000  # schedules, `--all`
-SHARES = 20
 SETTINGS = FlowSettings(
     seed=0, steps=40, groups_per_step=4, window=2, max_staleness=2, generators=2, scorers=1, depth=4, token_s=0.05,
     sigma=0.5, update_s=0.01, score_s=0.01, train_s=0.01, filter_every=5, initial=8, save_every=4,
@@ -60,24 +57,21 @@ class Fleeting(Chaos):
             scaling.ask(node, count)
 
 
+def in_a_fleet(seed: int, run_dir: Path) -> None:
+    run_faulty(seed, run_dir, chaos=Fleeting(seed, deaths=seed % 4))
+
+
 @pytest.mark.parametrize("first", range(0, 60, 6))
-def test_three_hundred_schedules_of_joins_leaves_and_deaths_keep_the_laws(first: int, tmp_path: Path) -> None:
+def test_random_schedules_of_joins_leaves_and_deaths_keep_the_laws(first: int, tmp_path: Path) -> None:
     for seed in range(first, first + 6):
-        run_faulty(seed, tmp_path / str(seed), chaos=Fleeting(seed, deaths=seed % 4))
+        in_a_fleet(seed, tmp_path / str(seed))
 
 
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("first", range(1000, 1000 + FULL, FULL // SHARES))
 def test_ten_thousand_schedules_of_joins_leaves_and_deaths_keep_the_laws(first: int) -> None:
-    wrong: list[str] = []
-    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as directory:
-        for seed in range(first, first + FULL // SHARES):
-            try:
-                run_faulty(seed, Path(directory) / str(seed), chaos=Fleeting(seed, deaths=seed % 4))
-            except (AssertionError, FlowrlError) as error:
-                wrong.append(f"seed {seed}: {type(error).__name__}: {error}")
-    assert not wrong, "\n".join(wrong[:20])
+    check_share(first, in_a_fleet)
 
 
 def test_a_fleet_of_two_becomes_four_one_and_three(tmp_path: Path) -> None:

@@ -48,14 +48,18 @@ def test_two_runs_have_one_page_with_what_differs(
     assert "src=" not in page  # nothing from anywhere else
 
 
+def with_setting(directory: Path, old: str, new: str) -> Path:
+    run = past_run(directory, num_steps=3, num_recorded=1)
+    text = (run / "settings.yaml").read_text()
+    assert old in text
+    (run / "settings.yaml").write_text(text.replace(old, new, 1))
+    return run
+
+
 def test_settings_that_are_the_same_are_left_out(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changed = past_run(tmp_path / "changed", num_steps=3, num_recorded=1)
-    settings = changed / "settings.yaml"
-    text = settings.read_text()
-    assert "lr: 1.0e-05" in text
-    settings.write_text(text.replace("lr: 1.0e-05", "lr: 0.5", 1))
+    changed = with_setting(tmp_path / "changed", "lr: 1.0e-05", "lr: 0.5")
     page, _ = compared([runs[0], changed], tmp_path / "page.html", capsys)
     table = page[page.index('<section id="settings">') : page.index('<section id="samples">')]
     assert "0.5" in table
@@ -65,11 +69,8 @@ def test_settings_that_are_the_same_are_left_out(
 def test_scores_of_other_prompts_are_not_paired(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = past_run(tmp_path / "other", num_steps=3, num_recorded=1)
-    settings = other / "settings.yaml"
-    text = settings.read_text()
-    assert text.startswith("seed: 0")
-    settings.write_text(text.replace("seed: 0", "seed: 1", 1))
+    other = with_setting(tmp_path / "other", "seed: 0", "seed: 1")
+    assert (other / "settings.yaml").read_text().startswith("seed: 1")
     page, _ = compared([runs[0], other], tmp_path / "page.html", capsys)
     assert "other - first: not the same prompts (seed), so there is no paired difference." in page
 
