@@ -346,7 +346,7 @@ def _resolved(kind: type, name: str, annotation: Any) -> Any:
 
 
 class Specification(msgspec.Struct, frozen=True, kw_only=True):
-    """A stage as plain data: its class and its constructor's arguments."""
+    """A stage as plain data: its class and its constructor's arguments, its settings as it settled them."""
 
     stage: str  # "module:Class"
     arguments: dict[str, Any]
@@ -360,7 +360,10 @@ def specification(stage: Stage) -> Specification:
         raise GraphError(kind.__name__, what, "define the class in the graph file itself or in a module beside it")
     return Specification(
         stage=path_of(kind),
-        arguments={name: msgspec.to_builtins(value) for name, value in stage.arguments.items()},
+        arguments={
+            name: msgspec.to_builtins(stage.config if name == "config" else value)
+            for name, value in stage.arguments.items()
+        },
     )
 
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
+import msgspec
+
 from flowrl.config import ImportPath, Meta, Select, widen
 from flowrl.data.models import prepare_model
 from flowrl.data.vocabulary import check_same_vocabulary
@@ -115,14 +117,15 @@ class Critic(Stage):
     def __init__(
         self, config: Config, sampler: Sampler, learning: Learning, policy: Learner.Config, *, model: str = ""
     ) -> None:
-        self.config: Critic.Config = config
+        # what is 0 follows the policy, and whoever reads the settings (estimate, plan, profile) reads what is done
+        self.config: Critic.Config = msgspec.structs.replace(
+            config, minibatches=config.minibatches or policy.minibatches, epochs=config.epochs or policy.epochs
+        )
         self.sampler = sampler
         self.learning = learning
         self.model = model or sampler.model  # "": it begins as the policy does
         self.algorithm = learning.algorithm
-        self.minibatches = config.minibatches or policy.minibatches
-        self.epochs = config.epochs or policy.epochs
-        check_divides(self.minibatches, learning.groups_per_step, "critic.minibatches")
+        check_divides(self.config.minibatches, learning.groups_per_step, "critic.minibatches")
 
     def check(self, say: Say) -> None:
         """Prepare the model, which must read the policy's tokens, and load the algorithm."""
@@ -136,7 +139,7 @@ class Critic(Stage):
             )
         self._load()
         objective = self.config.objective.load("critic.objective")
-        if self.minibatches * self.epochs == 1 and getattr(objective, "clip", 0.0):
+        if self.config.minibatches * self.config.epochs == 1 and getattr(objective, "clip", 0.0):
             what = "with one optimizer step a version no value has moved yet when it is clipped"
             say(f"critic.objective.clip: no effect, for {what}; set critic.minibatches or critic.epochs to 2 or more")
 
@@ -150,7 +153,7 @@ class Critic(Stage):
     @property
     def num_optimizer_steps(self) -> int:
         """Return how many optimizer steps the whole run takes, the length of its schedule."""
-        return self.learning.steps * self.epochs * self.minibatches
+        return self.learning.steps * self.config.epochs * self.config.minibatches
 
     async def follow(self, context: Context) -> None:
         """Serve as a rank other than 0."""
@@ -233,11 +236,12 @@ class Critic(Stage):
         """Take a step's optimizer steps and return its figures."""
         start_s = context.now()
         updates: list[dict[str, float]] = []
-        for places in minibatches(len(step), self.minibatches, self.epochs, seed=(self.config.seed, context.version)):
+        num_parts, epochs = self.config.minibatches, self.config.epochs
+        for places in minibatches(len(step), num_parts, epochs, seed=(self.config.seed, context.version)):
             metrics = await context.compute(engine.accumulate, [step[place] for place in places], self.config.objective)
             updates.append(metrics | await context.compute(engine.apply))
         context.span(f"critic step {context.version + 1}", start_s)
         figures = {f"critic.{name}": value for name, value in mean_metrics(updates).items()}
-        if self.minibatches * self.epochs == 1:
+        if self.config.minibatches * self.config.epochs == 1:
             figures.pop("critic.value_clip_frac", None)  # before the only update no value has moved
         return figures | explained_variance(step)

@@ -17,8 +17,9 @@ import msgspec
 
 from flowrl.data.examples import read_source
 from flowrl.data.models import inspect_model, prepare_model
-from flowrl.engines.base import Scoring, Serving, Training
+from flowrl.engines.base import Computing, Serving, Training
 from flowrl.runtime.placement import num_cores
+from flowrl.stages.critic import Critic
 from flowrl.stages.sampler import Course, Sampler
 from flowrl.telemetry.view import format_duration
 
@@ -34,6 +35,7 @@ DECODED, TRAINED = 250.0, 130.0
 SCORED = 3 * TRAINED  # a forward is a third of a training step
 MOST = 30.0  # times as quick a model can be for being small
 STEP_S = 1.0  # of every step, whatever the model
+UPDATE_S = 1.6  # of a core, for one optimizer step of SIZE parameters
 PROMPT = 80  # tokens, with the chat template
 OBSERVATION = 32  # tokens of an environment's between two turns, with the chat template
 CHARACTERS = 4.0  # in a token
@@ -65,15 +67,16 @@ def _line(graph: Graph, cores: int) -> str:
     if why or load is None:
         return f"how long it will take cannot be said before a first run: {why}"
     per_device: dict[str, float] = defaultdict(float)
-    first_s, model = 0.0, (_given(graph, Sampler) or _given(graph, Course)).model
+    core_s, first_s, model = 0.0, 0.0, (_given(graph, Sampler) or _given(graph, Course)).model
     for name, stage in graph.nodes.items():
-        step_s, evaluation_s = _node_s(stage, model, load)
-        per_device[stage.config.share or name] += step_s
-        first_s += evaluation_s
-    total_s = sum(per_device.values())
+        width = _width(stage, cores)
+        node_s, evaluation_s = _node_core_s(stage, model, load)
+        core_s += node_s
+        per_device[stage.config.share or name] += node_s / width
+        first_s += evaluation_s / width
     admission = graph.until.admission
     is_synchronous = admission is not None and admission.max_staleness == 0
-    step_s = STEP_S + (total_s if is_synchronous else max(*per_device.values(), total_s / cores))
+    step_s = STEP_S + (sum(per_device.values()) if is_synchronous else max(*per_device.values(), core_s / cores))
     size = inspect_model(prepare_model(model)).num_parameters
     sampled = f" ({load.response:.0f} of them sampled)" if load.response else ""
     return (
@@ -131,19 +134,28 @@ def _example_tokens(data: ExampleData) -> float:
     return min(sum(sizes) / max(1, len(sizes)), 2.0 * data.max_tokens)
 
 
-def _node_s(stage: Stage, model: str, load: Load) -> tuple[float, float]:
-    """Return the seconds that a node works in each step, and in the evaluations of the whole run."""
-    config = stage.config
-    if not isinstance(config, Serving | Training | Scoring):
+def _width(stage: Stage, cores: int) -> int:
+    """Return how many cores a node works on at once."""
+    config: Any = stage.config
+    return min(cores, config.threads * config.ranks * config.replicas) if isinstance(config, Serving | Computing) else 1
+
+
+def _node_core_s(stage: Stage, model: str, load: Load) -> tuple[float, float]:
+    """Return the seconds of a core that a node takes in each step, and in the evaluations of the whole run."""
+    config: Any = stage.config
+    if not isinstance(config, Serving | Computing):
         return 0.0, 0.0
     size = inspect_model(prepare_model(getattr(stage, "model", "") or model)).num_parameters
-    width = config.threads * config.ranks * config.replicas
-    faster = width * min(MOST, SIZE / max(1, size))
+    faster = min(MOST, SIZE / max(1, size))
     if isinstance(config, Serving):
         return load.samples * load.response / (DECODED * faster), load.heldout * load.response / (DECODED * faster)
-    tokens = load.samples * load.whole
-    if isinstance(config, Scoring):
-        return tokens / (SCORED * faster), 0.0
+    scored_s = load.samples * load.whole / (SCORED * faster)
+    if not isinstance(config, Training):
+        return scored_s, 0.0
     passes: int = getattr(config, "epochs", 1)
-    evaluated = 0.0 if load.response else 2 * load.heldout * load.whole / (SCORED * faster)
-    return passes * tokens / (TRAINED * faster), evaluated
+    trained_s = passes * load.samples * load.whole / (TRAINED * faster)
+    updated = 0.0 if config.lora.rank else size / SIZE
+    updates_s = passes * getattr(config, "minibatches", 1) * UPDATE_S * updated
+    valued_s = scored_s if isinstance(stage, Critic) else 0.0
+    evaluated_s = 0.0 if load.response else 2 * load.heldout * load.whole / (SCORED * faster)
+    return trained_s + updates_s + valued_s, evaluated_s

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from flowrl.errors import ConfigError
-from flowrl.graph.program import plan_of
+from flowrl.graph.program import load_program, plan_of
 from flowrl.messages import FIRST_HELDOUT
 from flowrl.simulation.clock import run_virtual
 from flowrl.simulation.costs import CallCost, DecodeCost, NodeProfile, Profile, Spread, load_profile, pace
@@ -20,6 +20,7 @@ from flowrl.simulation.decoding import Arrival, replay
 from flowrl.simulation.devices import Decoder, Device
 from flowrl.simulation.profiler import Contention, ProfileFile, Profiler, ReplicaDevice, nonnegative, places
 from flowrl.telemetry.events import Span
+from tests.support.command import ROOT
 from tests.support.flows import flow, random_settings
 from tests.support.timed_past import events_of
 from tests.unit.telemetry.streams import random_run, span
@@ -276,3 +277,12 @@ def test_a_run_of_no_steps_leaves_no_profile(tmp_path: Path) -> None:
     sink.consume([span("generator", "generate", 0.0, 1.0, 1)])
     sink.close()
     assert not (tmp_path / "profile.json").exists()
+
+
+@pytest.mark.slow
+def test_what_a_node_settles_from_another_s_settings_stands_in_its_plan() -> None:
+    program = load_program(ROOT / "graphs" / "ppo_async.py", overrides=["critic.minibatches=0", "learner.epochs=2"])
+    graph = msgspec.to_builtins(plan_of(program.graph))
+    critic, learner = (places(graph)[node].config for node in ("critic", "learner"))
+    for name in ("epochs", "minibatches"):  # the critic's are 0 in the settings: the policy's
+        assert critic[name] == learner[name] > 0

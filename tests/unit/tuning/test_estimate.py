@@ -62,3 +62,12 @@ def test_what_cannot_be_estimated_is_said_to_be_so(graph: str, override: str, wh
     line = estimate(load_program(ROOT / "graphs" / f"{graph}.py", overrides=[override]))
     assert line.startswith("how long it will take cannot be said before a first run")
     assert why in line
+
+
+@pytest.mark.slow
+def test_what_the_critic_learns_as_often_as_the_policy_is_counted() -> None:
+    one = minutes("ppo_async")
+    assert minutes("ppo_async", "learner.epochs=2") > 1.5 * one  # the critic's, too
+    assert minutes("ppo_async", "critic.epochs=4") > 1.5 * one
+    single = [f"{node}.threads=1" for node in ("generator", "reference", "critic", "learner")]
+    assert minutes("ppo_async", *single) == pytest.approx(one, rel=0.2)  # the cores have the same work
