@@ -318,7 +318,7 @@ class Training(Computing):
     ema_decay: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # of an average of the weights, saved as ema_model; 0: none
     router_aux_loss: Annotated[float, Meta(ge=0)] = 0.0  # weight of the loss that uses experts evenly; 0: none
     seed: int = 0  # of a new adapter, and of the order in which a step's groups come into minibatches
-    # auto: shared memory within a machine, broadcast to others, for each generator; with GPUs one of them for all
+    # auto: shared memory within a machine, broadcast to others, for each generator
     transport: Literal["auto", "shm", "broadcast"] = "auto"
     transfer_timeout_s: Annotated[float, Meta(gt=0)] = 120.0  # for one weight transfer
     # versions from one whose tensors have digests to the next; those between are proved by their canary alone

@@ -56,12 +56,9 @@ class Publisher:
         self.transport = config.transport
         self.said = ""  # what the user should know of the choice
         if config.transport == "auto":
-            if not ip_address(host).is_loopback:  # others could be elsewhere
-                self.transport = "broadcast" if device.type == "cuda" else "nearest"
-            elif short := self._no_room():
-                self.transport, self.said = "broadcast", short
-            else:
-                self.transport = "shm"
+            self.said = self._no_room()
+            others = "shm" if ip_address(host).is_loopback else "nearest"  # some could be elsewhere
+            self.transport = "broadcast" if self.said else others
 
     def _no_room(self) -> str:
         """Return why two versions, as large as the model on the disk, do not fit into shared memory, or ""."""

@@ -31,6 +31,8 @@ from flowrl.engines.aside import give_back_to_system
 from flowrl.engines.base import GenerationConfig, Sampling, UpdateReport
 from flowrl.engines.canary import NO_CANARY, Gap, compare, gap_of
 from flowrl.engines.weights import Receiver
+from flowrl.engines.weights.manifest import BroadcastManifest, decode_manifest
+from flowrl.engines.weights.nearest import is_near
 from flowrl.errors import FlowrlError, ModelError, ProofError, StageError, TransferError
 from flowrl.messages import Buffer, Canary, Routes, Sample, VersionSpan, Weights
 from flowrl.telemetry.events import Slots
@@ -419,14 +421,15 @@ class VllmEngine:
         )
 
     def _shares_nccl(self, weights: Weights) -> bool:
-        """Return whether receiving would run NCCL beside the collectives of tensor-parallel generation.
+        """Return whether receiving would run NCCL beside the collectives of split generation.
 
         Kernels of two communicators may start in a different order on each GPU and wait for one another for ever, so
         there the broadcast waits for the pause.
         """
-        if weights.transport != "broadcast" or self.config.num_workers == 1:
+        manifest = decode_manifest(weights.manifest)
+        if self.config.num_workers == 1 or is_near(manifest):
             return False
-        return msgspec.json.decode(weights.manifest)["backend"] == "nccl"
+        return isinstance(manifest, BroadcastManifest) and manifest.backend == "nccl"
 
     async def _fetch(self, weights: Weights) -> float:
         """Have every worker receive and verify the version; return how long the slowest took."""

@@ -2,7 +2,8 @@
 
 Invariants: a version is packed once, into shared memory, from where it is broadcast too; each receiver finds out for
 itself, at every version, which way is its own: the file is there, or it is on another machine. So a replica that comes
-back elsewhere, or a run whose generators are spread, needs no setting. Opened by transport=auto on CPUs of a cluster.
+back elsewhere, a run whose generators are spread, or one on the learner's own GPU (NCCL would not take both into a
+group) needs no setting. Opened by transport=auto on a cluster.
 
 Tests: tests/contracts/test_weights.py
 """
@@ -80,7 +81,7 @@ class NearestFetcher:
             TransferError: the sender is gone or did not send before the deadline.
         """
         assert isinstance(manifest, NearestManifest)
-        if not Path(manifest.path).exists():
+        if not is_near(manifest):
             buffers = self._far.fetch(manifest)
             self.note = self._far.note
             return buffers
@@ -92,6 +93,11 @@ class NearestFetcher:
     def close(self) -> None:
         """Leave the group and the store."""
         self._far.close()
+
+
+def is_near(manifest: AnyManifest) -> bool:
+    """Return whether a version's bytes are in this machine's shared memory."""
+    return isinstance(manifest, ShmManifest | NearestManifest) and Path(manifest.path).exists()
 
 
 def fetchers(where: str, **far: Any) -> dict[str, WeightFetcher]:
