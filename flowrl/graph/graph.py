@@ -1,9 +1,12 @@
 """Graphs: named nodes, edges, and the node whose return ends the run, checked before anything starts.
 
-Invariants that `check` proves, each refused with its arithmetic: every required port is fed exactly once, with
-messages it takes; a value that several nodes are given under one name is one value; every cycle goes through a Latest
-or Credits edge, or through a queue that never fills; staleness cannot exceed what the learner allows; an ordered queue
-has room for every group that may be ahead of the one it waits for. `flowrl check` and every runtime call it first.
+Invariants that `check` proves, each refused with its arithmetic:
+- every required port is fed exactly once, with messages it takes;
+- a number that several nodes are told is one number: an `Agreement`, a value under one name, another node's settings;
+- every cycle goes through a Latest or Credits edge, or through a queue that never fills;
+- staleness cannot exceed what the learner allows;
+- an ordered queue has room for every group that may be ahead of the one it waits for.
+`flowrl check` and every runtime call it first.
 
 `RunSettings` are the settings that every graph has, whatever its topology; a graph file's `Settings` extends it.
 
@@ -24,7 +27,7 @@ from flowrl.config import Config, Meta
 from flowrl.errors import GraphError
 from flowrl.graph.edges import DEPTH, UNSAID, Credits, Edge, Latest, Queue
 from flowrl.graph.ports import In, Out
-from flowrl.graph.stage import Stage
+from flowrl.graph.stage import Agreement, Stage, StageConfig
 from flowrl.graph.staleness import staleness_bound
 from flowrl.telemetry.trackers import WandbConfig
 
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from flowrl.graph.ports import Port
+    from flowrl.graph.staleness import Admission
 
 
 class ClusterConfig(Config):
@@ -188,6 +192,9 @@ class Graph:
                 remedy = "annotate what it takes and gives: rollouts: In[Rollouts], scored: Out[Scored]"
                 raise GraphError(node, f"{name} declares no port", remedy)
             self._check_copies(node, stage)
+            if not stage.is_stateful and type(stage).save is not Stage.save:
+                what = f"{name} defines `save`, which nobody calls: it is not stateful"
+                raise GraphError(node, what, "set is_stateful = True in the class")
             if not stage.is_stateful or stage is self.until:
                 continue
             if type(stage).save is Stage.save:
@@ -236,16 +243,29 @@ class Graph:
                     raise GraphError(f"{node}.{alone[0]}", f"is on no edge, but {others} is", "join both or neither")
 
     def _check_agreement(self) -> None:
-        """Insist that what several nodes are given under one name is the same."""
-        given: dict[str, tuple[str, msgspec.Struct]] = {}
+        """Insist that what several nodes are told is the same, by its name, its kind or the node whose it is."""
+        given: dict[str | type, tuple[str, msgspec.Struct]] = {}
         for node, stage in self.nodes.items():
             for name, value in stage.arguments.items():
                 if name == "config" or not isinstance(value, msgspec.Struct):
                     continue
-                first, known = given.setdefault(name, (node, value))
+                first, known = given.setdefault(_agreed_as(name, value), (node, value))
                 if value != known:
                     what = f"differs from that of {first}: {_difference(value, known)}"
                     raise GraphError(f"{node}.{name}", what, "make it once, and give it to both")
+                if isinstance(value, StageConfig):
+                    self._check_settings_of_another(f"{node}.{name}", value)
+
+    def _check_settings_of_another(self, where: str, told: StageConfig) -> None:
+        """Insist that settings which a node is told besides its own are those of a node, where one has such settings.
+
+        A critic learns in as many minibatches as the learner that it is told of.
+        """
+        of_kind = {node: s.config for node, s in self.nodes.items() if type(s.config) is type(told)}
+        if of_kind and told not in of_kind.values():
+            node, config = next(iter(of_kind.items()))
+            what = f"differs from {node}'s own: {_difference(told, config)}"
+            raise GraphError(where, what, "give it the same settings")
 
     def _check_shares(self) -> None:
         for node, stage in self.nodes.items():
@@ -306,6 +326,10 @@ class Graph:
         """Prove the staleness bound of what the credits admit."""
         name, admission = self.name(credits), credits.admission
         learner, per_version, limit = self.node_of(credits.source), admission.per_version, admission.max_staleness
+        for told in self.nodes[learner].arguments.values():
+            if isinstance(told, Agreement) and told.admission not in (None, admission):
+                what = f"says {_in_words(admission)}, but was given {_in_words(told.admission)}"
+                raise GraphError(f"{learner}.admission", what, "let it be that of what the stage is given")
         if per_version < 1 or (admission.versions is not None and admission.versions < 1):
             raise GraphError(learner, f"learns {per_version} groups into each of {admission.versions} versions")
         ordered = [
@@ -335,6 +359,16 @@ class Graph:
         num = credits.initial if of is None else of
         what = f"{num} credits can never fill a step of {credits.per_version} groups"
         raise GraphError(self.name(credits), what, mend)
+
+
+def _in_words(admission: Admission) -> str:
+    return ", ".join(f"{name}={value}" for name, value in admission._asdict().items())
+
+
+def _agreed_as(name: str, value: msgspec.Struct) -> str | type:
+    """Return what a value is held against others by: its kind where it is an `Agreement`, else its name."""
+    kinds = (kind for kind in type(value).__mro__ if Agreement in kind.__bases__)
+    return next(kinds, name)
 
 
 def with_bounds(edge: Edge, **bounds: int) -> Edge:

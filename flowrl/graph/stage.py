@@ -70,6 +70,15 @@ class StageConfig(Config):
     share: Annotated[str, AUTO] = ""  # another node, on whose devices this one sits
 
 
+class Agreement(Config):
+    """What several nodes of a graph are given and must be given alike, whatever their constructors call it."""
+
+    @property
+    def admission(self) -> Admission | None:
+        """Return what it says of how much is learned into a version; None: nothing."""
+        return None
+
+
 class Ranks(msgspec.Struct, frozen=True, kw_only=True):
     """A process's place among the ranks that march together."""
 

@@ -4,7 +4,7 @@ One flow serves one run from one cut on. Every runtime reaches it through its ga
 calling; there is no other implementation. Invariants: a replica hands on, settles or rejects only what it holds; its
 hold on a group ends in the same step in which the group is accepted downstream, so a group is in one place; a group
 enters only against a credit and is in the ledger from then on; a rejected group leaves a tombstone in every ordered
-queue and returns its credit (laws 1 to 3).
+queue and returns its credit; whoever gives credits back learns what the bound was proved of (laws 1 to 3).
 
 Any movement resets the stall timer; when nothing has moved for `stall_timeout_s`, every waiter gets a StallError that
 names who waits for what.
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
-from flowrl.errors import ChannelClosed, GraphError, StallError
+from flowrl.errors import ChannelClosed, GraphError, LastingError, StallError
 from flowrl.graph.edges import Credits, Latest, Queue
 from flowrl.messages import decode
 from flowrl.runtime.channels import CreditsChannel, RegisterChannel, Waiters
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from flowrl.graph.graph import Graph
+    from flowrl.graph.staleness import Admission
     from flowrl.messages import Credit
     from flowrl.runtime.ledger import Ledger
     from flowrl.telemetry.events import Event
@@ -61,6 +62,34 @@ class Released:
     poisonous: list[tuple[int, bytes]] = field(default_factory=list[tuple[int, bytes]])  # with the message it held
 
 
+class StepLaw:
+    """Holds what a node learns against what it said it would, of which the staleness bound was proved."""
+
+    def __init__(self, node: str, admission: Admission) -> None:
+        self._node = node
+        self._admission = admission
+        self._step, self._count = -1, 0  # the present step, and the groups learned in it
+
+    def note(self, group: int, *, step: int, oldest: int) -> None:
+        """Note that a group is learned in a step.
+
+        Raises:
+            LastingError: it is too old, or the step before had fewer groups than a version should, or this has more.
+        """
+        most, size = self._admission.max_staleness, self._admission.per_version
+        if most is None:
+            return
+        if step - oldest > most:
+            what = f"group {group} is {step - oldest} versions old in step {step}, more than max_staleness={most}"
+            raise LastingError(self._node, what, f"learn {size} groups into each version, in their order")
+        before, self._count = self._count, self._count + 1 if step == self._step else 1
+        if self._count > size or (step != self._step >= 0 and before < size):
+            which, count = (step, self._count) if self._count > size else (self._step, before)
+            what = f"{count} groups are learned in step {which}, and the staleness bound was proved of {size}"
+            raise LastingError(self._node, what, "let its `admission` say how many groups it learns into a version")
+        self._step = step
+
+
 class Flow:
     """The live edges of one run; ports are addressed as "node.port", callers named by replica."""
 
@@ -70,6 +99,7 @@ class Flow:
         self._queues: dict[str, QueueChannel] = {}  # by the address of either end
         self._registers: dict[str, RegisterChannel] = {}
         self._credits: dict[str, CreditsChannel] = {}
+        self._steps: dict[str, StepLaw] = {}  # by the node that learns
         self._queues_into: dict[str, list[QueueChannel]] = {}  # by node
         self._admitting: dict[str, CreditsChannel] = {}  # by the node whose messages need a credit
         self._starts = _starts(graph)
@@ -101,6 +131,8 @@ class Flow:
                                          first_group=begin.next_group, ended=begin.ended_ahead)  # fmt: skip
                 self._credits[source] = self._credits[target] = credits
                 self._admitting[into] = credits
+                learner = graph.node_of(edge.source)
+                self._steps[learner] = StepLaw(learner, edge.admission)
             else:
                 raise GraphError(name, f"{type(edge).__name__} is not a kind of edge")
 
@@ -159,10 +191,15 @@ class Flow:
         """Settle held messages; with `learned_in` the groups end in the ledger as learned in that step.
 
         `replays` are, for each of the messages, the groups learned again with it and their oldest versions.
+
+        Raises:
+            LastingError: the step is not one of those that the staleness bound was proved of.
         """
         for place, key in enumerate(keys):
             if self._queues[address].holder(key) != replica:
                 continue
+            if learned_in is not None and (law := self._steps.get(node_name(replica))) is not None:
+                law.note(key, step=learned_in, oldest=oldest[place])
             self._queues[address].settle(key)
             if self._sent_by.pop(key, None) is not None:
                 self._forget(key)

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
-from flowrl.errors import ChannelClosed, FlowrlError, StageError
+from flowrl.errors import ChannelClosed, FlowrlError, LastingError, StageError
 from flowrl.graph.ports import In, Out
 from flowrl.messages import Credit, Message, decode, encode, replays_of
 from flowrl.telemetry.events import Cause, CauseClock, Status
@@ -240,8 +240,16 @@ async def _lead(stage: Stage, context: Context) -> None:
 async def _save_when_asked(stage: Stage, context: Context) -> None:
     async for save in stage.saves:
         async with context.between_steps(save.version):
-            await context.compute(stage.save, Path(save.directory) / context.node, save.version)
+            part = Path(save.directory) / context.node
+            await context.compute(stage.save, part, save.version)
+            if not await context.compute(_holds_a_file, part):
+                what = f"{type(stage).__name__}.save wrote nothing of version {save.version}"
+                raise LastingError(context.where, what, f"write what the stage goes on from into {part.name}/")
         await stage.saves.done(save)
+
+
+def _holds_a_file(directory: Path) -> bool:
+    return bool([path for path in directory.rglob("*") if path.is_file()])
 
 
 async def _report_status(context: Context, interval_s: float) -> None:

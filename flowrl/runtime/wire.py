@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
-from flowrl.errors import ChannelClosed, FlowrlError, RunError
+from flowrl.errors import ChannelClosed, FlowrlError, LastingError, RunError
 from flowrl.runtime.calls import Call
 from flowrl.runtime.ledger import Cut
 
@@ -58,7 +58,7 @@ class WireAnswer(msgspec.Struct, frozen=True, array_like=True):
     """What became of a request: what the call returned, or where and what went wrong."""
 
     number: int
-    outcome: Literal["done", "closed", "failed"]
+    outcome: Literal["done", "closed", "failed", "lasting"]
     value: Any
 
 
@@ -126,6 +126,8 @@ class Listener:
             answer = WireAnswer(number, "done", msgspec.json.encode(found) if isinstance(found, Cut) else found)
         except ChannelClosed as closed:
             answer = WireAnswer(number, "closed", (closed.where, closed.what))
+        except LastingError as error:
+            answer = WireAnswer(number, "lasting", (error.where, error.what, error.remedy))
         except FlowrlError as error:
             answer = WireAnswer(number, "failed", (error.where, error.what))
         except Exception as error:  # a defect of the flow; the replica that met it says so
@@ -185,8 +187,8 @@ class Connection:
             del self._waiting[number]
         if answer.outcome == "done":
             return answer.value
-        where, what = answer.value
-        raise ChannelClosed(where, what) if answer.outcome == "closed" else RunError(where, what)
+        kinds = {"closed": ChannelClosed, "lasting": LastingError, "failed": RunError}
+        raise kinds[answer.outcome](*answer.value)
 
     async def close(self) -> None:
         """Hang up."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, DataError
 from flowrl.messages import Buffer, R, Referenced, narrowed
 from flowrl.stages.tokens import mask_of, padded, unpadded
 
@@ -172,9 +172,16 @@ class Estimation:
         (directory / STATE).write_bytes(msgspec.json.encode(state))
 
     def load(self, directory: Path) -> None:
-        """Go on with what `save` wrote; a checkpoint without it is of a run in which nothing changed."""
+        """Go on with what `save` wrote.
+
+        Raises:
+            DataError: it is not there, and the algorithm adapts something from step to step.
+        """
         if not (directory / STATE).is_file():
-            return
+            if not self.algorithm.adapting:
+                return
+            where, what = str(directory / STATE), "is not there, so what the algorithm has adapted would be lost"
+            raise DataError(where, what, "resume from another checkpoint, or begin again with --from-start")
         state = msgspec.json.decode((directory / STATE).read_bytes(), type=dict[str, dict[str, float]])
         known = {name: value for name, value in state["settings"].items() if name in self.algorithm.adapting}
         self._changes[self._version] |= known

@@ -53,6 +53,7 @@ class Generator(Stage):
 
     def check(self, say: Say) -> None:
         """Prepare the model; its context must hold `max_model_len` tokens."""
+        self.sampler.check_node(self.config, "generator")
         if num_spare := self.config.spare_samples:
             self._check_spare()
             drawn = f"the {num_spare} slowest of {self.config.group_size + num_spare} answers"

@@ -151,11 +151,11 @@ class Learner(Stage):
 
     def _check_routing(self, model: Path, say: Say) -> None:
         """Insist that samples bring the routes that are to be replayed, and say what they weigh."""
+        if self.sampler.routing != self.config.routing:
+            what = f"is {self.config.routing}, but the graph's Sampler has {self.sampler.routing}"
+            raise ConfigError("learner.routing", what, "give it routing=settings.learner.routing")
         if self.config.routing == "own":
             return
-        if self.sampler.routing == "own":
-            what = "is replay, but the graph's Sampler was not given it"
-            raise ConfigError("learner.routing", what, "give it routing=settings.learner.routing, or set own")
         num_bytes = check_routing(self.config, model, "learner") * self.sampler.longest
         say(f"learner.routing: a sample of {self.sampler.longest} tokens brings {num_bytes / 1e6:.3g} MB of routes")
 
@@ -173,6 +173,9 @@ class Learner(Stage):
     def _check_publishing(self, model: Path, say: Say) -> None:
         """Say it where an adapter does not travel as it is, and insist on it where it must."""
         lora = self.config.lora
+        if self.sampler.adapter.rank and self.sampler.adapter != lora:
+            what = f"has rank {lora.rank}, but the graph's Sampler another adapter, of rank {self.sampler.adapter.rank}"
+            raise ConfigError("learner.lora", what, "give it adapter=settings.learner.lora")
         if not lora.rank or lora.publish == "merged" or self.sampler.travelling(model).rank:
             return
         if lora.publish == "adapter":

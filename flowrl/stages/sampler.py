@@ -1,7 +1,8 @@
 """What the nodes of a run agree on: whose samples are drawn and how, and what a learner makes of them.
 
-Each is made once, in `build`, and given to every node that needs a part of it; `Graph.check` refuses a graph in which
-two nodes were given different ones. So the numbers that a law depends on exist once.
+Each is made once, in `build`, and given to every node that needs a part of it. `Graph.check` refuses a graph in which
+two nodes were given different ones, and a node that samples otherwise than its `Sampler` says refuses itself. So the
+numbers that a law depends on exist once.
 
 Tests: tests/unit/stages/test_reward.py
 """
@@ -10,17 +11,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from flowrl.config import Config, Meta, Select
+from flowrl.config import Meta, Select
 from flowrl.data.examples import ExampleData
 from flowrl.data.prompts import PromptData
 from flowrl.engines.base import Lora, RoutingKind, Sampling, travelling
+from flowrl.errors import GraphError
+from flowrl.graph.stage import Agreement
 from flowrl.graph.staleness import Admission
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from flowrl.engines.base import Serving
 
-class Sampler(Config):
+
+# Of a Sampler: what the node that samples has among its own settings, too.
+OF_THE_NODE = ("group_size", "max_model_len", "max_turns", "engine")
+
+
+class Sampler(Agreement):
     """The policy whose samples are drawn, the prompts it answers, and how."""
 
     model: str  # Hugging Face id, local directory or a run's
@@ -39,6 +48,18 @@ class Sampler(Config):
         """Return the adapter that versions bring as it is, or none where they bring merged weights (engines.base)."""
         return travelling(self.adapter, engine=self.engine, model=model, where="learner")
 
+    def check_node(self, config: Serving, where: str) -> None:
+        """Insist that the node which samples has the numbers that all the others were told.
+
+        Raises:
+            GraphError: it has others.
+        """
+        for name in OF_THE_NODE:
+            told, here = getattr(self, name), getattr(config, name, None)
+            if here is not None and told not in (here, ""):
+                what = f"is {here}, but the graph's Sampler has {told}"
+                raise GraphError(f"{where}.{name}", what, "make the Sampler of this node's settings")
+
     @property
     def max_response(self) -> int:
         """Return the tokens that the policy samples for the longest response."""
@@ -56,7 +77,7 @@ class Sampler(Config):
         return self.max_model_len if self.max_turns > 1 else min(self.max_model_len, both)
 
 
-class Learning(Config):
+class Learning(Agreement):
     """What is learned from the samples, and in which steps."""
 
     algorithm: Select  # an Algorithm, or an offline Objective where samples are selected
@@ -70,7 +91,7 @@ class Learning(Config):
         return Admission(self.groups_per_step, self.steps, self.max_staleness)
 
 
-class Course(Config):
+class Course(Agreement):
     """What is learned from given examples, and in which steps."""
 
     model: str
@@ -78,3 +99,8 @@ class Course(Config):
     objective: Select
     steps: Annotated[int, Meta(ge=1)]  # optimizer steps
     examples_per_step: Annotated[int, Meta(ge=1)]
+
+    @property
+    def admission(self) -> Admission:
+        """Return what a step learns; two of them are out at a time, so that reading hides behind training."""
+        return Admission(self.examples_per_step, self.steps)

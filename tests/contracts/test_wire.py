@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import uvloop
 
-from flowrl.errors import ChannelClosed, RunError
+from flowrl.errors import ChannelClosed, LastingError, RunError
 from flowrl.runtime.calls import CallClient, CallGate
 from flowrl.runtime.flow import Flow
 from flowrl.runtime.ledger import Ledger
@@ -109,6 +109,9 @@ def test_who_does_not_know_the_secret_is_not_heard() -> None:
 
 
 def test_a_failure_or_closed_edge_arrives_as_what_it_is() -> None:
+    async def lasting(replica: str, text: str) -> None:
+        raise LastingError("learner", "is too old", "learn in order")
+
     async def body() -> None:
         async with listening() as (f, address):
             wire = await Connection.open(address)
@@ -117,6 +120,9 @@ def test_a_failure_or_closed_edge_arrives_as_what_it_is() -> None:
                 await prompts.put("prompts.prompts", 7, b"")
             with pytest.raises(RunError, match="KeyError"):
                 await prompts.get("nowhere.at_all", 1)
+            f.note_wait = lasting
+            with pytest.raises(LastingError, match="learner: is too old; learn in order"):
+                await prompts.note_wait("a disk")
             f.close()
             with pytest.raises(ChannelClosed):
                 await prompts.acquire("prompts.credits")

@@ -14,7 +14,7 @@ from flowrl.graph.graph import Credits, Graph, Latest, Queue
 from flowrl.graph.ports import In, Out
 from flowrl.graph.program import GraphPlan, graph_of, load_program, plan_of
 from flowrl.graph.show import edge_table, mermaid, staleness_line
-from flowrl.graph.stage import Stage, StageConfig
+from flowrl.graph.stage import Agreement, Stage, StageConfig
 from flowrl.graph.staleness import Admission, most_credits, staleness_bound
 from flowrl.messages import Credit, Prompt, Rollouts, Samples, Weights
 from tests.support.command import ROOT
@@ -22,6 +22,7 @@ from tests.support.flows import flow, random_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 GRAPHS = ROOT / "graphs"
 
@@ -254,6 +255,105 @@ def test_two_nodes_that_are_given_different_numbers_are_refused() -> None:
     graph(3, 3).check()
     with pytest.raises(GraphError, match=r"two.numbers: differs from that of one: group_size is 4 and 3"):
         graph(3, 4).check()
+
+
+class Shared(Agreement):
+    group_size: int = 1
+
+
+class SharedMore(Shared):
+    more: int = 0
+
+
+class ToldOtherwise(Loop):
+    def __init__(self, config: StageConfig, mine: Shared) -> None:
+        self.config = config
+
+
+class ToldToo(Loop):
+    def __init__(self, config: StageConfig, shared: Shared) -> None:
+        self.config = config
+
+
+@pytest.mark.parametrize("other", [Shared(group_size=4), SharedMore(group_size=3)])
+def test_what_nodes_agree_on_is_one_value_whatever_their_constructors_call_it(other: Shared) -> None:
+    def graph(second: Shared) -> Graph:
+        one, two = ToldToo(StageConfig(), Shared(group_size=3)), ToldOtherwise(StageConfig(), second)
+        edges = [Queue(one.prompts, two.rollouts), Queue(two.prompts, one.rollouts, depth=1, most=1)]
+        return Graph(nodes={"one": one, "two": two}, edges=edges, until=one)
+
+    graph(Shared(group_size=3)).check()
+    with pytest.raises(GraphError, match=r"two.mine: differs from that of one: (group_size is 4 and 3|SharedMore and)"):
+        graph(other).check()
+
+
+class OfSink(Loop):
+    class Config(StageConfig):
+        pass
+
+    def __init__(self, config: Config, sink: SizedSink.Config) -> None:
+        self.config = config
+
+
+class SizedSink(Loop):
+    class Config(StageConfig):
+        size: int = 2
+
+
+def test_settings_of_another_node_are_that_node_s() -> None:
+    def graph(told: SizedSink.Config) -> Graph:
+        one, two = OfSink(OfSink.Config(), told), SizedSink(SizedSink.Config(size=3))
+        edges = [Queue(one.prompts, two.rollouts), Queue(two.prompts, one.rollouts, depth=1, most=1)]
+        return Graph(nodes={"one": one, "two": two}, edges=edges, until=one)
+
+    graph(SizedSink.Config(size=3)).check()
+    with pytest.raises(GraphError, match=r"one.sink: differs from two's own: size is 2 and 3; give it the same"):
+        graph(SizedSink.Config()).check()
+
+
+class Course(Agreement):
+    per_version: int
+
+    @property
+    def admission(self) -> Admission:
+        return Admission(self.per_version, None, 1)
+
+
+class TaughtSink(Sink):
+    def __init__(self, config: StageConfig, course: Course, *, per_version: int) -> None:
+        self.config, self.per_version, self.max_staleness = config, per_version, 1
+
+
+def test_a_learner_says_what_it_was_given_to_learn() -> None:
+    """Four times the groups that it takes: proved at most 1, and truly 5."""
+    parts = Parts()
+
+    def graph(per_version: int) -> Graph:
+        sink = TaughtSink(StageConfig(), Course(per_version=4), per_version=per_version)
+        edges = [
+            Queue(parts.source.prompts, parts.worker.prompts), Queue(parts.worker.rollouts, sink.rollouts),
+            Credits(sink.released, parts.source.credits), Latest(sink.weights, parts.worker.weights),
+        ]  # fmt: skip
+        return Graph(nodes={"source": parts.source, "worker": parts.worker, "sink": sink}, edges=edges, until=sink)
+
+    graph(4).check()
+    with pytest.raises(GraphError, match=r"sink.admission: says per_version=16, .* was given per_version=4,"):
+        graph(16).check()
+
+
+def test_a_stage_that_saves_but_is_not_stateful_is_refused() -> None:
+    class Saves(Worker):
+        def save(self, directory: Path, version: int) -> None:
+            pass
+
+    parts = Parts()
+    saves = Saves(Worker.Config())
+    parts.edges[0] = Queue(parts.source.prompts, saves.prompts)
+    parts.edges[1] = Queue(saves.rollouts, parts.sink.rollouts)
+    parts.edges[3] = Latest(parts.sink.weights, saves.weights)
+    parts.worker = saves
+    with pytest.raises(GraphError, match=r"worker: Saves defines `save`, which nobody calls.*set is_stateful = True"):
+        parts.graph().check()
 
 
 def test_ports_that_go_together_are_joined_together() -> None:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from flowrl.errors import ChannelClosed, RunError, StallError
+from flowrl.errors import ChannelClosed, LastingError, RunError, StallError
+from flowrl.graph.staleness import Admission
 from flowrl.messages import Credit, encode
-from flowrl.runtime.flow import Flow
+from flowrl.runtime.flow import Flow, StepLaw
 from flowrl.runtime.ledger import Ledger
 from flowrl.simulation.clock import run_virtual
 from flowrl.telemetry.events import Status
@@ -80,6 +81,50 @@ def test_a_rejected_group_returns_its_credit_and_leaves_a_tombstone() -> None:
         await f.put("scorer.0", "scorer.samples", 1, b"s1")
         assert await f.get("learner.0", "learner.samples", 1) == [b"s1"]  # group 0's place is skipped
         assert f.ledger.totals()["failed"] == 1
+
+    check(body())
+
+
+def noted(*groups: tuple[int, int]) -> StepLaw:
+    """Return the law of two groups a version, at most 1 old, after groups were learned in (step, by version)."""
+    law = StepLaw("learner", Admission(per_version=2, versions=None, max_staleness=1))
+    for number, (step, oldest) in enumerate(groups):
+        law.note(number, step=step, oldest=oldest)
+    return law
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        ([(0, 0), (0, 0), (0, 0)], "learner: 3 groups are learned in step 0, and the staleness bound was proved of 2"),
+        ([(0, 0), (1, 0)], "learner: 1 groups are learned in step 0, and"),
+        ([(4, 4), (4, 4), (5, 4), (6, 5)], "learner: 1 groups are learned in step 5, and"),
+        ([(2, 0)], "learner: group 0 is 2 versions old in step 2, more than max_staleness=1"),
+    ],
+)
+def test_a_learner_that_takes_another_number_than_the_bound_was_proved_of_is_stopped(
+    groups: list[tuple[int, int]], said: str
+) -> None:
+    with pytest.raises(LastingError, match=said):
+        noted(*groups)
+
+
+def test_a_learner_that_takes_what_it_said_goes_on_also_from_the_middle_and_to_a_short_end() -> None:
+    noted((7, 6), (7, 7), (8, 7), (8, 8), (9, 9))
+
+
+def test_the_flow_holds_its_learner_to_the_bound() -> None:
+    async def body() -> None:
+        f = new_flow()
+        for key in range(3):
+            await admit(f, key)
+            for node, into, out in [("generator", "prompts", "rollouts"), ("scorer", "rollouts", "samples")]:
+                await f.get(f"{node}.0", f"{node}.{into}", 1)
+                await f.put(f"{node}.0", f"{node}.{out}", key, b"group")
+        await f.get("learner.0", "learner.samples", 3)
+        with pytest.raises(LastingError, match=r"3 groups are learned in step 0, .* was proved of 2"):
+            await f.done("learner.0", "learner.samples", [0, 1, 2], 0, [0, 0, 0])
+        assert f.ledger.totals()["learned"] == 2
 
     check(body())
 

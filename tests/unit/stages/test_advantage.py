@@ -8,6 +8,7 @@ import pytest
 
 from flowrl.config import Select
 from flowrl.engines.base import Sampling
+from flowrl.errors import LastingError
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
 from flowrl.graph.ports import In, Out
 from flowrl.graph.stage import Stage, StageConfig
@@ -63,13 +64,20 @@ class Drifted(FakeTraining):
         return super().accumulate(groups, objective) | {"is_weight": 1.0, "is_weight_sq": 1.0 / self._ess}
 
 
-def flow(algorithm: Select, *, greedy: bool = False, ess: float = 1.0) -> Graph:
+class Forgets(Advantage):
+    """Writes nothing into its part of a checkpoint, so that no run could go on from there."""
+
+    def save(self, directory: Path, version: int) -> None:
+        pass
+
+
+def flow(algorithm: Select, *, greedy: bool = False, ess: float = 1.0, kind: type[Advantage] = Advantage) -> Graph:
     sampler = Sampler(model=stand_in_model(), sampling=Sampling(max_tokens=4), group_size=2, greedy=greedy)
     learning = Learning(algorithm=algorithm, steps=STEPS, groups_per_step=GROUPS, max_staleness=1)
     prompts = NumberedPrompts(Prompts.Config(), sampler)
     generator = Generator(Generator.Config(engine="flowrl.simulation.fake:FakeGeneration"), sampler)
     rewarder = Rewarder(Rewarder.Config())
-    advantage = Advantage(Advantage.Config(), sampler, learning)
+    advantage = kind(Advantage.Config(), sampler, learning)
     config = Learner.Config(engine=f"{__name__}:Drifted", engine_options={"ess": ess}, save_rollouts=False)
     learner = Learner(config, sampler, learning)
     return Graph(
@@ -113,3 +121,8 @@ def test_a_small_effective_sample_size_is_warned_of(tmp_path: Path, ess: float, 
     told = [notice.text for notice in ran.notices if "effective sample size" in notice.text]
     assert len(told) == STEPS * is_told
     assert all("effective sample size 0.20 in step" in text and "lower max_staleness or lr" in text for text in told)
+
+
+def test_a_stage_that_saves_nothing_of_its_state_fails_at_the_checkpoint_and_not_at_the_resume(tmp_path: Path) -> None:
+    with pytest.raises(LastingError, match=r"advantage\.0: Forgets\.save wrote nothing of version 3; write what"):
+        run(flow(DAPO, kind=Forgets), tmp_path)

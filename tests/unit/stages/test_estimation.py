@@ -15,7 +15,7 @@ from flowrl.algorithms.policy import KL
 from flowrl.algorithms.ppo import PPO
 from flowrl.config import Select
 from flowrl.engines.base import TokenGroup
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, DataError
 from flowrl.messages import Buffer, Referenced, Sample, VersionSpan
 from flowrl.stages.critic import explained_variance, longer, split_after
 from flowrl.stages.estimation import (
@@ -113,10 +113,13 @@ def test_a_setting_that_adapts_from_a_resume_on_begins_as_configured(tmp_path: P
     assert run_steps(resumed, 0, 2) == run_steps(adaptive(), 0, 2)
 
 
-def test_a_checkpoint_without_a_nodes_state_changes_nothing(tmp_path: Path):
-    estimation = adaptive()
-    estimation.load(tmp_path)
-    assert run_steps(estimation, 0, 2) == run_steps(adaptive(), 0, 2)
+def test_a_checkpoint_without_a_nodes_state_is_refused_where_there_was_something_to_save(tmp_path: Path):
+    with pytest.raises(
+        DataError, match=r"estimation\.json: is not there, so what .* would be lost; resume from another"
+    ):
+        adaptive().load(tmp_path)
+    choice = Select(use="flowrl.algorithms.grpo:GRPO")
+    Estimation(choice, choice.load("algorithm")).load(tmp_path)  # nothing changes from step to step
 
 
 def valued(returns: list[float], values: list[float], mask: list[float] | None = None) -> TokenGroup:

@@ -189,6 +189,6 @@ class DrawsNoSpare:
 
 def test_an_engine_that_draws_no_spare_samples_is_refused_before_the_start():
     engine = f"{__name__}:DrawsNoSpare"
-    generator = Generator(Generator.Config(engine=engine, spare_samples=1), Sampler(model="none"))
+    generator = Generator(Generator.Config(engine=engine, spare_samples=1), Sampler(model="none", group_size=8))
     with pytest.raises(ConfigError, match=r"generator.spare_samples: .*DrawsNoSpare draws none; set it to 0"):
         generator.check(print)
