@@ -23,7 +23,7 @@ import msgspec
 
 from flowrl.data.models import DEFAULT_MODEL
 from flowrl.errors import ResourceError
-from flowrl.runtime.devices import check_usable, unusable, visible_machine
+from flowrl.runtime.devices import CGROUPS, check_usable, cpu_quota, unusable, visible_machine
 from flowrl.runtime.placement import num_gpus
 from flowrl.runtime.rundir import LEAST_FREE_BYTES
 
@@ -46,7 +46,6 @@ GOOD_MEMORY = 12 * GIB  # the same with critic and reference
 MIN_SHM = GIB  # one policy version in shared memory (0.3 GB for the default model) and Ray's objects
 GOOD_DISK = 12 * GIB  # three checkpoints of the default run, with the optimizer states of policy and critic
 OFFLOADED = 16  # bytes a parameter: weight, both moments and gradient in float32
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -200,7 +199,7 @@ def _processor() -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0))
     quota = cpu_quota(CGROUPS)
     if quota is not None and quota < cores:
-        yield Finding("note", "cores", f"{cores}, of which this container may use {quota:g}", "set cpus by the latter")
+        yield Finding("note", "cores", f"{cores}, of which this container may use {quota:g}", "a run takes no more")
     elif cores < 2:
         yield Finding("note", "cores", "1: generation and learning take turns on it")
     else:
@@ -210,15 +209,6 @@ def _processor() -> Iterator[Finding]:
         yield Finding("ok", "bfloat16", "in hardware")
     else:
         yield Finding("note", "bfloat16", "not in the processor: dtype=auto is float32 on CPUs")
-
-
-def cpu_quota(root: Path) -> float | None:
-    """Return the cores a control group grants, from `cpu.max` ("150000 100000" is 1.5); None for no limit."""
-    try:
-        granted, period = (root / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return None
-    return None if granted == "max" else int(granted) / int(period)
 
 
 def _cpu_flags() -> set[str]:

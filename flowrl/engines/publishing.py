@@ -28,6 +28,7 @@ from flowrl.engines.packing import pack, plan
 from flowrl.errors import ModelError
 from flowrl.messages import Buffer, Canary, Weights
 from flowrl.model_files import GENERATION, carry_along, is_classifier, quiet_transformers
+from flowrl.scratch import SHARED_MEMORY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -62,12 +63,10 @@ class Publisher:
 
     def _no_room(self) -> str:
         """Return why two versions, as large as the model on the disk, do not fit into shared memory, or ""."""
-        from flowrl.engines.weights.shm import SHARED_MEMORY
-
         if self._config.lora.publish == "adapter":
             return ""
         needed = 2 * sum(file.stat().st_size for file in Path(self._config.model).glob("*.safetensors"))
-        free = shutil.disk_usage(SHARED_MEMORY).free
+        free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
         if needed <= free:
             return ""
         sizes = f"{SHARED_MEMORY} has {free / 1e9:.2f} GB free, and two versions take {needed / 1e9:.2f} GB"

@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import tempfile
 import time
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -35,10 +33,12 @@ from flowrl.engines.weights.manifest import BroadcastManifest, decode_manifest
 from flowrl.engines.weights.nearest import is_near
 from flowrl.errors import FlowrlError, ModelError, ProofError, StageError, TransferError
 from flowrl.messages import Buffer, Canary, Routes, Sample, VersionSpan, Weights
+from flowrl.scratch import ScratchDirectory
 from flowrl.telemetry.events import Slots
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
     from vllm.outputs import CompletionOutput, RequestOutput
@@ -107,7 +107,7 @@ class VllmEngine:
         Raises:
             ModelError: vLLM cannot load it with these settings.
         """
-        self._directory = Path(tempfile.mkdtemp(prefix="flowrl-vllm-"))
+        self._scratch = ScratchDirectory("vllm")
         self._replies = await asyncio.start_unix_server(self._hear, self._socket_path)
         try:
             await asyncio.to_thread(self._load)
@@ -133,7 +133,7 @@ class VllmEngine:
         if self.config.layout == "thread":
             from flowrl.engines.vllm_thread import ThreadedCore
 
-            self._core = ThreadedCore(arguments, self._directory)
+            self._core = ThreadedCore(arguments, self._scratch.path)
             self._core.start()
         else:
             from vllm.v1.engine.async_llm import AsyncLLM
@@ -167,7 +167,7 @@ class VllmEngine:
 
     @property
     def _socket_path(self) -> Path:
-        return self._directory / "replies"
+        return self._scratch.path / "replies"
 
     async def sleep(self) -> None:
         """Free its devices' memory, by vLLM's own sleep; its build for CPUs has none, so there it is ended."""
@@ -207,7 +207,7 @@ class VllmEngine:
         if self._replies is not None:
             self._replies.close()
             self._replies = None
-            shutil.rmtree(self._directory, ignore_errors=True)
+            self._scratch.close()
 
     # Sampling.
 
@@ -470,7 +470,7 @@ class VllmEngine:
         vllm_adapters.write_adapter(self._adapter_of(weights.version), self.config.adapter, tensors)
 
     def _adapter_of(self, version: int) -> Path:
-        return self._directory / f"adapter-{version}"
+        return self._scratch.path / f"adapter-{version}"
 
     def _applied(self) -> Any:
         """Return the adapter as a request names it, or None where there is none."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -31,6 +30,7 @@ from flowrl.engines.base import GenerationConfig, Serving
 from flowrl.errors import ConfigError, DataError, shortened
 from flowrl.rewards.chat import ChatServer, chatting
 from flowrl.rewards.http import check_server
+from flowrl.runtime.devices import num_cores
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -97,7 +97,7 @@ def prepare(target: str, request: EvalRequest, say: Say, *, overrides: Sequence[
     directory = prepare_model(target, say=say)
     card = inspect_model(directory)
     implied: dict[str, Any] = {"max_model_len": min(card.max_context or MOST_CONTEXT, MOST_CONTEXT)}
-    implied["threads"] = min(8, len(os.sched_getaffinity(0)))
+    implied["threads"] = min(8, num_cores())
     import torch
 
     if torch.cuda.is_available():

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -36,11 +37,13 @@ import ray as _ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from flowrl import scratch
 from flowrl.errors import ResourceError, RunError
 from flowrl.runtime.devices import num_cores, visible_machine
 from flowrl.runtime.nodes import NodeReport, RayNode, answer, node_of
 from flowrl.runtime.placement import check_resources, module_path, places
-from flowrl.runtime.supervisor import STOPS
+from flowrl.scratch import MOST_SOCKET_BYTES, SOCKET_BYTES, socket_root
+from flowrl.stops import STOPS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -336,6 +339,7 @@ class Cluster:
         self._kill()  # what it had only begun to start
         if self.is_local:
             _end_marked(lambda driver: driver == driver_mark())
+            scratch.sweep()  # what they could not remove any more
         thread.join(1.0)
         if not thread.is_alive():
             self._thread = None
@@ -372,8 +376,9 @@ def _start_ray(address: str | None, *, num_gpus: int) -> None:
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     else:
         _reach(address)
-        if (Path.home() / ".ray" / "auth_token").is_file() or "RAY_AUTH_TOKEN" in os.environ:
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        with contextlib.suppress(OSError):  # no home, and so no token in it
+            if "RAY_AUTH_TOKEN" in os.environ or _token().is_file():
+                os.environ.setdefault("RAY_AUTH_MODE", "token")
         # Ray's native part ends a driver, without a word of ours, when its head has been silent for this long.
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", f"{HEAD_GONE_S}")
         _knock(address)
@@ -387,6 +392,7 @@ def _start_ray(address: str | None, *, num_gpus: int) -> None:
         "include_dashboard": False,
         "object_store_memory": 512 << 20,
         "_node_ip_address": "127.0.0.1",
+        "_temp_dir": str(ray_root()),
     }
     ray.init(
         address=address or "local",
@@ -440,9 +446,31 @@ def _errors_unheard() -> Generator[None]:
             os.close(descriptor)
 
 
+def ray_root() -> Path:
+    """Return where a Ray that is started here keeps its sockets and logs: by itself, or since a path is too long."""
+    root = Path(os.environ.get("RAY_TMPDIR") or socket_root())
+    return (root if len(os.fsencode(root)) <= MOST_SOCKET_BYTES - SOCKET_BYTES else Path("/tmp")) / "ray"
+
+
 def _keep_token_private() -> None:
-    """Let nobody but its owner read the token that keeps others out of Ray; Ray itself leaves that to the umask."""
-    token = Path.home() / ".ray" / "auth_token"
+    """Let nobody but its owner read the token that keeps others out of Ray; Ray itself leaves that to the umask.
+
+    Where there is no home, or it may not be written, this run has a token of its own.
+    """
+    try:
+        _write_token(_token())
+    except OSError:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def _token() -> Path:
+    """Return where Ray's token is kept; its native part goes by the variable alone."""
+    if not (home := os.environ.get("HOME")):
+        raise FileNotFoundError(errno.ENOENT, "HOME is not set")
+    return Path(home) / ".ray" / "auth_token"
+
+
+def _write_token(token: Path) -> None:
     token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not token.exists():
         private = token.with_name(f".auth_token.{os.getpid()}")
@@ -522,10 +550,11 @@ def marked_processes() -> Generator[tuple[int, str]]:
                         yield int(each.name), value
 
 
-def sweep(root: Path = Path("/tmp/ray")) -> None:
+def sweep(root: Path | None = None) -> None:
     """Kill the processes and remove the session directories of runs of ours whose driver is dead, and no others."""
     _end_marked(_is_dead)
-    for mark in root.glob(f"session_*/{OURS}"):
+    scratch.sweep()
+    for mark in (root or ray_root()).glob(f"session_*/{OURS}"):
         with contextlib.suppress(OSError):  # somebody else sweeps too
             if mark.stat().st_uid == os.getuid() and _is_dead(mark.read_text()):
                 shutil.rmtree(mark.parent, ignore_errors=True)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 GIB = 1 << 30
+CGROUPS = Path("/sys/fs/cgroup")
 IN_USE = 0.1  # of a GPU's memory: more than what a display or the driver itself holds
 SAME_SIZE = 0.95  # of the largest GPU's memory; less is another model of GPU
 NVIDIA = "0x10de"  # on the bus
@@ -140,14 +141,10 @@ def _text(value: str | bytes) -> str:
 def _on_bus(root: Path = Path("/sys/bus/pci/devices")) -> str:
     """Return "an NVIDIA GPU is" where the machine has one, whatever drives it."""
 
-    def read(path: Path) -> str:
-        try:
-            return path.read_text().strip()
-        except OSError:
-            return ""
-
     found = [
-        each for each in root.glob("*") if read(each / "vendor") == NVIDIA and read(each / "class").startswith(DISPLAYS)
+        each
+        for each in root.glob("*")
+        if text_in(each / "vendor").strip() == NVIDIA and text_in(each / "class").startswith(DISPLAYS)
     ]
     return "" if not found else f"{len(found)} NVIDIA GPU{'s are' if len(found) > 1 else ' is'}"
 
@@ -164,8 +161,37 @@ def cuda_of_torch() -> str:
 
 
 def num_cores() -> int:
-    """Return the cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Return the cores this process may use: those it may run on, and no more than its container has time for."""
+    cores, quota = len(os.sched_getaffinity(0)), cpu_quota(CGROUPS)
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def cpu_quota(root: Path, groups: Path = Path("/proc/self/cgroup")) -> float | None:
+    """Return the cores that control groups grant this process, from the tightest one down from `root`; None: all.
+
+    `cpu.max` of "150000 100000" is 1.5, as is a cpu.cfs_quota_us of 150000, which is what older systems have.
+    """
+    found: list[float] = []
+    for line in text_in(groups).splitlines() or ["0::/"]:
+        _, controllers, group = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        base = root / controllers
+        inner = base / group.lstrip("/")
+        for each in (inner, *(parent for parent in inner.parents if parent.is_relative_to(base))):
+            words = (text_in(each / "cpu.max") or text_in(each / "cpu.cfs_quota_us")).split()
+            words += text_in(each / "cpu.cfs_period_us").split()
+            if len(words) == 2 and words[0].isdecimal() and words[1].isdecimal():
+                found.append(int(words[0]) / int(words[1]))
+    return min(found, default=None)
+
+
+def text_in(path: Path) -> str:
+    """Return what a file of the system says, "" where it is not there or not for us."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def unusable(machine: Machine) -> str:

@@ -27,6 +27,7 @@ import msgspec
 
 from flowrl.errors import ResourceError
 from flowrl.imports import home_of
+from flowrl.runtime.devices import num_cores
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -92,7 +93,7 @@ def report_on(question: NodeQuestion) -> NodeReport:
         host_name=name,
         is_resolved=_resolves(name),
         versions=_versions(),
-        cores=len(os.sched_getaffinity(0)),
+        cores=num_cores(),
         gpus=_gpus(),
         memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         shm_bytes=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,

@@ -22,6 +22,7 @@ from flowrl.config import is_given
 from flowrl.engines.base import Computing, Serving, Training
 from flowrl.errors import ConfigError, ResourceError
 from flowrl.runtime.devices import Machine, check_usable, num_cores, unusable, visible_machine
+from flowrl.scratch import socket_root
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -353,6 +354,7 @@ def environment(config: StageConfig, *, devices: Sequence[str]) -> dict[str, str
         "VLLM_NO_USAGE_STATS": "1",
         "CUDA_VISIBLE_DEVICES": ",".join(devices),
         "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",  # Ray would hide what is shared
+        "VLLM_RPC_BASE_PATH": str(socket_root()),
         "PYTHONPATH": module_path(),
     }
     if not devices:

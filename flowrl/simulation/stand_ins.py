@@ -13,9 +13,6 @@ import asyncio
 import atexit
 import functools
 import random
-import shutil
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast, get_origin
 
 import msgspec
@@ -29,6 +26,7 @@ from flowrl.graph.program import GraphPlan, plan_of
 from flowrl.graph.simulated import Admits, Itself, PassesOn
 from flowrl.graph.stage import Specification, Stage, StageConfig
 from flowrl.messages import Buffer, Credit, Message, Prompt, Rollouts, Scored, extend, narrowed
+from flowrl.scratch import ScratchDirectory
 from flowrl.simulation.costs import CallCost, NodeProfile, Profile, Spread, pace, speedup
 from flowrl.simulation.fake import CURRENT, NOTHING, TOKEN_BYTES, is_learned
 from flowrl.telemetry.events import Cause, Span
@@ -224,8 +222,9 @@ class NodeCosts:
 @functools.cache
 def stand_in_model() -> str:
     """Return a directory that passes for a model's: fake engines never open it."""
-    directory = Path(tempfile.mkdtemp(prefix="flowrl-simulate-"))
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    scratch = ScratchDirectory("simulate")
+    atexit.register(scratch.close)
+    directory = scratch.path
     header = b"{}"
     (directory / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     for name in ("config.json", "tokenizer.json"):

@@ -25,6 +25,7 @@ from flowrl.engines.base import Serving
 from flowrl.errors import FlowrlError
 from flowrl.graph.edges import Credits
 from flowrl.graph.program import load_program, plan_of
+from flowrl.runtime.devices import num_cores
 from flowrl.simulation.costs import load_profile
 from flowrl.simulation.run import simulate
 from flowrl.tuning.knobs import Knob, Setting, graph_with, knobs_of
@@ -196,7 +197,7 @@ class TrialPool:
 @contextmanager
 def crew(request: TuneRequest, searcher: Searcher) -> Generator[TrialPool]:
     """Open what does the trials: processes where the budget is worth starting them."""
-    num = len(os.sched_getaffinity(0))
+    num = num_cores()
     if request.budget < WORTH_PROCESSES or num == 1:
         yield TrialPool(searcher, None)
         return

@@ -548,7 +548,7 @@ def test_closing_leaves_no_thread_and_no_socket(model, policy, loop):
         await draw(engine, PROMPTS[0])
         await engine.close()
         await engine.close()
-        return engine._directory
+        return engine._scratch.path
 
     directory = loop.run(scenario())
     left = [thread.name for thread in set(threading.enumerate()) - before if not thread.name.startswith("asyncio_")]

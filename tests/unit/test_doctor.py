@@ -13,7 +13,6 @@ from flowrl.doctor import (
     GIB,
     Finding,
     companions,
-    cpu_quota,
     device_findings,
     diagnose,
     disk_finding,
@@ -98,12 +97,6 @@ def test_a_package_is_held_against_what_is_wanted(name, wanted, level):
     assert (f"pip install '{name}{wanted}'" == finding.remedy) is (level == "FIX")
 
 
-@pytest.mark.parametrize(("text", "cores"), [("150000 100000", 1.5), ("max 100000", None), ("odd", None)])
-def test_a_container_s_share_of_cores_is_read(tmp_path: Path, text, cores):
-    (tmp_path / "cpu.max").write_text(f"{text}\n")
-    assert cpu_quota(tmp_path) == cores
-
-
 @pytest.mark.parametrize(("text", "limit"), [("1073741824", GIB), ("max", None)])
 def test_a_container_s_memory_is_read(tmp_path: Path, text, limit):
     (tmp_path / "memory.max").write_text(f"{text}\n")
@@ -116,7 +109,6 @@ def test_only_a_disk_on_which_no_run_would_start_must_be_mended(tmp_path: Path, 
 
 
 def test_a_machine_without_control_groups_has_no_limits(tmp_path: Path):
-    assert cpu_quota(tmp_path) is None
     assert memory_limit(tmp_path) is None
 
 

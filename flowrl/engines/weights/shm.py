@@ -1,9 +1,7 @@
-"""Weights through shared memory: one file a version, in a directory of ours under /dev/shm.
+"""Weights through shared memory: one file a version, in a directory of ours under /dev/shm (scratch.py).
 
 Invariants: a file appears under its name only when it is complete; a receiver that maps it keeps its bytes even after
-`retire` removed the name; a late or restarted receiver finds the newest version as long as the sender lives. The
-directory is readable by its owner only and goes with `close`; that of a sender that was killed goes when the next one
-opens, which knows the dead by a lock that nobody holds any more.
+`retire` removed the name; a late or restarted receiver finds the newest version as long as the sender lives.
 
 Tests: tests/contracts/test_weights.py
 """
@@ -11,13 +9,9 @@ Tests: tests/contracts/test_weights.py
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
 import os
-import re
-import secrets
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,13 +19,11 @@ import torch
 from flowrl.engines.weights.base import memory, pack, verify
 from flowrl.engines.weights.manifest import AnyManifest, Bucket, NearestManifest, ShmManifest, encode_manifest
 from flowrl.errors import ProofError, ResourceError, TransferError
+from flowrl.scratch import SHARED_MEMORY, ScratchDirectory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-SHARED_MEMORY = Path("/dev/shm")
-PREFIX = "flowrl-weights-"
-LOCK = "alive"
+    from pathlib import Path
 
 
 class ShmSender:
@@ -39,11 +31,8 @@ class ShmSender:
 
     def __init__(self, name: str, *, bucket_bytes: int, digest_every: int = 1, root: Path = SHARED_MEMORY) -> None:
         self._where = name
-        # Two runs may share a name, a process may have two senders, and on two machines process ids are the same.
-        self._directory = (
-            root / f"{PREFIX}{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{os.getpid()}-{secrets.token_hex(6)}"
-        )
-        self._lock = -1
+        self._root = root
+        self._scratch: ScratchDirectory | None = None
         self._bucket_bytes = bucket_bytes
         self._digest_every = digest_every
         self._files: dict[int, Path] = {}
@@ -54,28 +43,22 @@ class ShmSender:
         Raises:
             ResourceError: shared memory is full or cannot be written.
         """
-        path = self._directory / f"{version}.weights"
-        aside = path.with_suffix(".partial")
         try:
-            self._open()
-            buckets = self._write(aside, tensors, hashes=version % self._digest_every == 0)
-            aside.rename(path)
+            if self._scratch is None:
+                self._scratch = ScratchDirectory(f"weights-{self._where}", self._root)
+            path = self._scratch.path / f"{version}.weights"
+            aside = path.with_suffix(".partial")
+            try:
+                buckets = self._write(aside, tensors, hashes=version % self._digest_every == 0)
+                aside.rename(path)
+            except OSError:
+                aside.unlink(missing_ok=True)
+                raise
         except OSError as error:
-            aside.unlink(missing_ok=True)
             raise self._no_room(version, error) from error
         self._files[version] = path
         manifest = ShmManifest(version=version, buckets=buckets, path=str(path))
         return encode_manifest(manifest), manifest.size_bytes
-
-    def _open(self) -> None:
-        if self._lock >= 0:
-            return
-        sweep(self._directory.parent)
-        unlisted = self._directory.with_name(f".{self._directory.name}")  # a sweep must not meet it without its lock
-        unlisted.mkdir(mode=0o700)
-        self._lock = os.open(unlisted / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        unlisted.rename(self._directory)
 
     def _write(self, path: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, hashes: bool) -> list[Bucket]:
         with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
@@ -87,7 +70,7 @@ class ShmSender:
             return pack(tensors, bucket_bytes=self._bucket_bytes, reuse=True, hashes=hashes, keep=keep)
 
     def _no_room(self, version: int, error: OSError) -> ResourceError:
-        root = self._directory.parent
+        root = self._root
         if error.errno != errno.ENOSPC:
             return ResourceError(self._where, f"version {version} cannot be written to {root} ({error})")
         free = shutil.disk_usage(root).free
@@ -108,27 +91,9 @@ class ShmSender:
     def close(self) -> None:
         """Remove the directory."""
         self._files.clear()
-        shutil.rmtree(self._directory, ignore_errors=True)
-        if self._lock >= 0:
-            os.close(self._lock)
-        self._lock = -1
-
-
-def sweep(root: Path) -> None:
-    """Remove the directories of senders that were killed; receivers keep what they have mapped."""
-    for directory in root.glob(f"{PREFIX}*"):
-        try:
-            lock = os.open(directory / LOCK, os.O_RDWR)
-        except OSError:  # somebody else's, or gone meanwhile
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue  # its sender lives
-        else:
-            shutil.rmtree(directory, ignore_errors=True)
-        finally:
-            os.close(lock)
+        scratch, self._scratch = self._scratch, None
+        if scratch is not None:
+            scratch.close()
 
 
 class ShmFetcher:

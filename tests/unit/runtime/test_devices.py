@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
 import pytest
 
 from flowrl.errors import ResourceError
-from flowrl.runtime.devices import GIB, Machine, check_usable, unusable, visible_machine
+from flowrl.runtime.devices import GIB, Machine, check_usable, cpu_quota, unusable, visible_machine
 from tests.support.devices import PretendedNvml, machine
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def seen(nvml: PretendedNvml, visible: str | None = None) -> Machine:
@@ -66,3 +71,27 @@ def test_a_driver_of_an_older_cuda_than_torchs_is_said_and_a_newer_one_serves() 
     assert unusable(new) == ""
     assert "torch is built for CPUs" in unusable(msgspec.structs.replace(machine(80), torch_cuda=""))
     assert unusable(Machine(torch_cuda="13.0")) == ""
+
+
+@pytest.mark.parametrize(
+    ("about", "files", "cores"),
+    [
+        ("", {"cpu.max": "150000 100000"}, 1.5),
+        ("0::/pod/box", {"cpu.max": "400000 100000", "pod/cpu.max": "50000 100000", "pod/box/cpu.max": "max 9"}, 0.5),
+        ("0::/not/seen/from/here", {"cpu.max": "200000 100000"}, 2.0),
+        ("4:cpu,acct:/box", {"cpu,acct/cpu.cfs_quota_us": "300000", "cpu,acct/cpu.cfs_period_us": "100000"}, 3.0),
+        ("4:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ("5:memory:/", {"memory/cpu.max": "100000 100000"}, None),
+        ("0::/", {"cpu.max": "max 100000"}, None),
+        ("0::/", {"cpu.max": "odd"}, None),
+        ("0::/", {}, None),
+    ],
+)  # fmt: skip
+def test_a_container_has_the_cores_that_it_is_given_time_for(
+    tmp_path: Path, about: str, files: dict[str, str], cores: float | None
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    (tmp_path / "groups").write_text(about)
+    assert cpu_quota(tmp_path, tmp_path / "groups") == cores

@@ -1,0 +1,53 @@
+"""Signals that ask to stop, and what they do while there is nothing yet that could be stopped in order.
+
+A run that is under way hears them on its event loop (runtime/launch.py). Before that, and in every other command, each
+of them is an `Interrupted`, so that whatever is open is closed and the command says how it ended. Invariant: who asked
+that a closed terminal be ignored (nohup) is heeded. Ray's processes hold all of them back (runtime/cluster.py).
+
+Tests: tests/unit/test_stops.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from types import FrameType
+
+# Ctrl-C; batch systems and clusters; a closed terminal; batch systems again, as their notice before the time is up.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+ALWAYS = {signal.SIGINT, signal.SIGTERM}  # also where whoever started us ignores them: a script's background jobs do
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal has asked to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number  # as a shell reports a process that a signal ended
+
+
+def heard() -> list[signal.Signals]:
+    """Return the signals that this thread is to hear; only a main thread hears any."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    return [number for number in STOPS if number in ALWAYS or signal.getsignal(number) is not signal.SIG_IGN]
+
+
+@contextlib.contextmanager
+def interrupted() -> Generator[None]:
+    """Let each of them end this block with `Interrupted`."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, interrupt) for number in heard()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
