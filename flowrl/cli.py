@@ -2,8 +2,8 @@
 and `eval | compare | simulate | tune | bench | data | judge | feedback | graphs | init | doctor`.
 
 Bad input is one line on standard error (where, what, what to do) and exit code 2; a failed run is one line and exit
-code 1; a run the user stopped twice is 130. `--debug` adds the traceback. Nothing heavier than msgspec is imported
-before a command needs it, so that `flowrl --help` answers at once.
+code 1; a run the user stopped twice is 130, a command that a signal ended 128 and the signal's number. `--debug` adds
+the traceback. Nothing heavier than msgspec is imported before a command needs it: `flowrl --help` answers at once.
 
 Tests: tests/graphs/test_commands.py
 """
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from flowrl.errors import FlowrlError, files_named, hold_output, let_go_of_output
 from flowrl.errors import say as _say
+from flowrl.stops import Interrupted, interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,16 +29,21 @@ ABORTED = 130  # as a shell reports a process ended by Ctrl-C
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    hold_output()
-    options = _parser().parse_args(arguments)
+    is_debugged = False
     try:
-        with files_named():
+        with interrupted(), files_named():
+            hold_output()
+            options = _parser().parse_args(arguments)
+            is_debugged = options.debug
             return options.command(options)
     except FlowrlError as error:
-        if options.debug:
+        if is_debugged:
             raise
         _say_aside(f"flowrl: {error}")
         return error.exit_code
+    except Interrupted as stop:
+        _say_aside(f"flowrl: {stop}")
+        return stop.exit_code
     except KeyboardInterrupt:
         _say_aside("flowrl: aborted")
         return ABORTED
@@ -265,13 +271,16 @@ def _show(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from flowrl.errors import ResourceError
     from flowrl.graph.program import load_program
-    from flowrl.runtime.launch import check_program, describe
+    from flowrl.runtime.launch import check_program, describe, load_for_cluster
     from flowrl.runtime.placement import check_computes
     from flowrl.tuning.companion import Advised
 
     advised = Advised()
-    placing = advised.placing() if options.address is None else None  # of this machine
-    program = load_program(options.graph, config=options.config, overrides=options.overrides, placing=placing)
+    if options.address is None:
+        placing = advised.placing()
+        program = load_program(options.graph, config=options.config, overrides=options.overrides, placing=placing)
+    else:
+        program = load_for_cluster(options.graph, options.config, options.overrides)
     _say(describe(program))
     try:
         if options.address is None:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AUTO", "Config", "ImportPath", "Meta", "Select", "given", "load_class", "load_object", "resolve", "takes_auto",
-    "to_tree", "widen",
+    "to_tree", "widen", "written",
 ]  # fmt: skip
 
 C = TypeVar("C", bound="Config")
@@ -138,6 +138,14 @@ def to_tree(settings: Config) -> dict[str, Any]:
 def given(kind: type[Config], *, config: Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Return what a YAML file and then `path=value` overrides give of the settings of type `kind`, as a tree.
 
+    What is left to `auto` is not given.
+    """
+    return _without_auto(written(kind, config=config, overrides=overrides), kind)
+
+
+def written(kind: type[Config], *, config: Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what is given, with the word `auto` where it stands; see `given`.
+
     Raises:
         ConfigError: an unknown path (with the nearest known one), or a file that cannot be read.
     """
@@ -150,7 +158,7 @@ def given(kind: type[Config], *, config: Path | None = None, overrides: Sequence
         if not separator:
             raise ConfigError(f"--set {override}", "no value given", "write --set path=value")
         _assign(tree, kind, path.strip(), _parse_set(text, f"--set {path}"), where=f"--set {override}", text=text)
-    return _without_auto(tree, kind)
+    return tree
 
 
 def resolve(

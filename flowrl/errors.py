@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from typing import TextIO
 
 
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT})  # how the system says that a disk, or a share of it, is full
+# How the system says that a disk takes nothing as it is: full, so is one's share of it, or it is mounted read-only.
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 MOST_CHARACTERS = 4000  # of an error's line
 
 

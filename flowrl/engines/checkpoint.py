@@ -11,6 +11,7 @@ Tests: tests/unit/engines/test_checkpoint.py
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from flowrl.errors import ConfigError, ResourceError
-from flowrl.telemetry.files import check_fence, is_full, sync
+from flowrl.telemetry.files import check_fence, is_full, no_room, sync, why_closed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,17 +73,20 @@ class CheckpointWriter:
         """Make the directory to write into and return it.
 
         Raises:
-            ResourceError: the disk has less room than the last checkpoint took.
+            ResourceError: the disk has less room than the last checkpoint took, or takes nothing.
         """
         known = complete_checkpoints(self._directory)
         needed = int(SPARE * _size(known[-1])) if known else 0
-        self._directory.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self._directory).free
-        if free < needed:
-            raise _no_room(self._directory, version, needed, free)
         aside = self._directory / f".step-{version:06d}.partial"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self._directory).free
+            if free < needed:
+                raise _no_room(self._directory, version, needed, free)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+        except OSError as error:
+            raise self.failure(aside, version, error) from error
         return aside
 
     def commit(self, aside: Path, *, version: int, cut: bytes, score: float) -> Path:
@@ -112,10 +116,13 @@ class CheckpointWriter:
         return final
 
     def failure(self, aside: Path, version: int, error: Exception) -> Exception:
-        """Clear away what was written; returns a ResourceError where the disk was full, else the error itself."""
+        """Clear away what was written; returns a ResourceError where the disk takes no more, else the error itself."""
         written = _size(aside)
         shutil.rmtree(aside, ignore_errors=True)
-        free = shutil.disk_usage(self._directory).free
+        disk = self._directory if self._directory.exists() else self._directory.parent
+        free = shutil.disk_usage(disk).free
+        if why_closed(disk) or (isinstance(error, OSError) and error.errno == errno.EDQUOT):
+            return ResourceError(str(disk), f"{no_room(disk)} ({error})", "mend that; the checkpoints before are kept")
         was_full = is_full(error) or free <= written
         return _no_room(self._directory, version, 2 * written, free) if was_full else error
 

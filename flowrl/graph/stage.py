@@ -19,7 +19,6 @@ import contextlib
 import functools
 import inspect
 import sys
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -43,6 +42,7 @@ from flowrl.errors import GraphError
 from flowrl.graph.ports import In, Out, Port
 from flowrl.imports import path_of
 from flowrl.messages import Message, Save
+from flowrl.telemetry import clock as clocks
 from flowrl.telemetry.events import Notice, Span
 from flowrl.telemetry.files import is_full, no_room
 
@@ -137,7 +137,7 @@ class Context:
         num_readers: int = 1,
         resume_from: Path | None = None,
         devices: Devices | None = None,
-        now: Callable[[], float] = time.time,
+        now: Callable[[], float] = clocks.now,
     ) -> None:
         self.node = node
         self.replica = replica
@@ -217,7 +217,7 @@ class Context:
 
     async def wait_for_room(self, trouble: str) -> None:
         """Say what a full disk lacks, now and then, and wait a while; to the runtime this is no stall."""
-        if not 0.0 <= self.now() - self._room_told_s < ROOM_TOLD_S:
+        if self.now() - self._room_told_s >= ROOM_TOLD_S:
             self._room_told_s = self.now()
             text = f"{trouble}; waiting for room, tried again every {ROOM_RETRY_S:.0f} s"
             self.notice(text)

@@ -14,7 +14,6 @@ import asyncio
 import os
 import socket
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -36,6 +35,7 @@ from flowrl.runtime.placement import Place
 from flowrl.runtime.replica import Threads, run_replica
 from flowrl.runtime.rundir import hold
 from flowrl.runtime.wire import Address, Connection, Listener
+from flowrl.telemetry import clock
 from flowrl.telemetry.events import CauseClock, Recorder, encode_events
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class ReplicaPlan(msgspec.Struct, frozen=True, kw_only=True):
     token: str  # by which the ranks of this replica know each other
     resume_from: str | None
     folder: str  # the driver's working directory, from which relative paths count
+    epoch: clock.Epoch  # the driver's
     turn: Turn | None = None  # in which it has its devices
 
 
@@ -79,7 +80,8 @@ def seen_devices() -> tuple[str, list[str]]:
 class HubActor:
     """The flow of one attempt, in one process. Ray calls its methods concurrently on one loop."""
 
-    def __init__(self, plan: bytes, run_dir: str, cut: bytes, attempt: int, start_number: int) -> None:
+    def __init__(self, plan: bytes, run_dir: str, cut: bytes, attempt: int, start_number: int, epoch: bytes) -> None:
+        clock.agree(msgspec.json.decode(epoch, type=clock.Epoch))
         _join_run(Path(run_dir), "hub", attempt)
         start = msgspec.json.decode(cut, type=Cut | None)
         self._ledger = Ledger(Path(run_dir) / "ledger.jsonl", cut=start, start=start_number)
@@ -107,7 +109,7 @@ class HubActor:
         assert self._stalling is not None, "open comes first"
         await asyncio.wait([self._stalling], timeout=wait_s)
         stall = self._stalling.result() if self._stalling.done() else ""
-        return encode_events(self._flow.report(time.time())), stall, self._flow.lost()
+        return encode_events(self._flow.report(clock.now())), stall, self._flow.lost()
 
     async def _stall(self, timeout_s: float) -> str:
         try:
@@ -125,6 +127,10 @@ class HubActor:
         """Close every edge."""
         self._flow.close()
 
+    async def has_begun(self) -> bool:
+        """Return whether anybody was given a message."""
+        return self._flow.has_begun
+
     async def totals(self) -> dict[str, int]:
         """Return the ledger's totals."""
         return self._ledger.totals()
@@ -138,6 +144,7 @@ class ReplicaActor:
         place = self._plan.place
         self._name = process_name(place)
         self._address: str = ray.util.get_node_ip_address()
+        clock.agree(self._plan.epoch)
         _settle(self._address, self._plan.folder)
         _join_run(Path(self._plan.run_dir), self._name, self._plan.attempt)
         self._stopping = asyncio.Event()
@@ -170,14 +177,14 @@ class ReplicaActor:
 
     async def _run(self, address: str, port: int) -> bytes:
         """Run the stage to its end; returns b"" or its failure."""
-        clock = CauseClock(asyncio.get_running_loop().time)
-        threads = Threads(clock, self._name)
+        causes = CauseClock(asyncio.get_running_loop().time)
+        threads = Threads(causes, self._name)
         wire: Connection | None = None
         try:
             wire = await Connection.open(self._plan.hub)
             stage = from_specification(self._plan.stage, self._plan.place.node)
             flow = cast("FlowCalls", CallClient(wire.carry, self._replica, self._plan.incarnation))
-            context = self._context(flow, clock, threads, address, port)
+            context = self._context(flow, causes, threads, address, port)
             await run_replica(stage, context, flow, kinds=self._plan.kinds, status_interval_s=1.0)
         except FlowrlError as error:
             print(traceback.format_exc(), file=sys.stderr, flush=True)
@@ -193,7 +200,7 @@ class ReplicaActor:
     def _replica(self) -> str:
         return f"{self._plan.place.node}.{self._plan.place.replica}"
 
-    def _context(self, flow: FlowCalls, clock: CauseClock, threads: Threads, address: str, port: int) -> Context:
+    def _context(self, flow: FlowCalls, causes: CauseClock, threads: Threads, address: str, port: int) -> Context:
         plan, place = self._plan, self._plan.place
         return Context(
             node=place.node,
@@ -207,7 +214,7 @@ class ReplicaActor:
                 token=plan.token,
             ),
             run_dir=Path(plan.run_dir),
-            clock=clock,
+            clock=causes,
             recorder=self._recorder,
             stopping=self._stopping,
             compute=threads.compute,
@@ -217,7 +224,7 @@ class ReplicaActor:
             note_wait=flow.note_wait,
             num_readers=plan.num_readers,
             resume_from=Path(plan.resume_from) if plan.resume_from else None,
-            devices=Holder(plan.turn, flow, clock, threads.compute) if plan.turn and place.rank == 0 else None,
+            devices=Holder(plan.turn, flow, causes, threads.compute) if plan.turn and place.rank == 0 else None,
         )
 
 

@@ -107,6 +107,7 @@ class Flow:
         self._deaths: Counter[int] = Counter()  # of holders, by group
         self._drains: Waiters[int] = Waiters()
         self._moves = 0
+        self.has_begun = False  # whether anybody was given a message
         self._leases = {host: Lease(host, turns) for host, turns in turns_of(graph).items()}
         self._elsewhere: dict[str, str] = {}  # what a replica, or the ledger, waits for outside the flow
         self._is_told = False  # that the ledger's disk is full
@@ -176,6 +177,7 @@ class Flow:
         """Take up to `limit` messages, at least one; the caller holds them until they are settled."""
         self._raise_failure()
         items = await self._queues[address].get(replica, limit)
+        self.has_begun = True
         self._moves += 1
         return [item.body for item in items]
 

@@ -4,7 +4,8 @@ Order matters: everything the user could have got wrong is found before a direct
 what the caller knows of the run beforehand (`RunCompanion.foretell`) is said before it begins.
 Invariant: nothing here knows of a simulator; the caller hands over the lines to say and the sinks to add.
 Each of `STOPS` once asks for a controlled stop (what is under way is learned and saved, and the report says how to go
-on), which may take `stop_grace_s`; a second one aborts. Called by the command line and by runs/retrain.py.
+on), which may take `stop_grace_s`; a second one aborts. Before a run begins they end the command, and nothing is left.
+Called by the command line and by runs/retrain.py.
 
 Tests: tests/contracts/test_stops.py
 """
@@ -15,16 +16,17 @@ import asyncio
 import contextlib
 import os
 import shlex
+import shutil
 import signal
-import threading
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
+from flowrl.config import written
 from flowrl.engines.checkpoint import complete_checkpoints, set_checkpoints_aside
 from flowrl.errors import ConfigError, FlowrlError, files_named
 from flowrl.graph.program import Program, load_program
@@ -35,8 +37,9 @@ from flowrl.runtime.ledger import Cut
 from flowrl.runtime.placement import check_computes, check_resources, place, quiet_libraries
 from flowrl.runtime.resuming import check_same_data, check_same_run, record_attempt
 from flowrl.runtime.rundir import claim, create_run_dir, existing_run, recorded_settings, write_plan
-from flowrl.runtime.scaling import check_most, follow_scale
-from flowrl.runtime.supervisor import STOPS, Options, Scaling, Start, newest_start
+from flowrl.runtime.scaling import check_most, follow_scale, most_of_auto
+from flowrl.runtime.supervisor import Options, Scaling, Start, newest_start
+from flowrl.stops import heard
 from flowrl.telemetry.report import Ending, report, write_ending, write_report
 from flowrl.telemetry.sinks import Sinks, open_sinks
 from flowrl.telemetry.trackers import check_trackers
@@ -49,7 +52,6 @@ if TYPE_CHECKING:
     from flowrl.telemetry.view import RunView
 
 Say = Callable[[str], None]
-ALWAYS = {signal.SIGINT, signal.SIGTERM}  # also where whoever started us ignores them: a script's background jobs do
 
 
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,26 +120,28 @@ def launch(request: RunRequest, *, say: Say, companion: RunCompanion) -> Path:
         RunError: the run failed.
     """
     with files_named(), contextlib.ExitStack() as held:
-        if request.resume is not None:
-            run_dir = existing_run(request.resume).resolve()
-            config = request.config or recorded_settings(run_dir)
-            claimed = held.enter_context(contextlib.closing(claim(run_dir, say)))
-            resume = _resumed(request, run_dir, say)
-            program = _load(request, config, companion)
-            changes = check_same_run(run_dir, program)
-            _check(program, request, say)
-            check_same_data(run_dir, program)
-            for line in record_attempt(run_dir, changes, version=resume.cut.version if resume.cut else 0):
+        with _unbegun(say) as made:
+            if request.resume is not None:
+                run_dir = existing_run(request.resume).resolve()
+                config = request.config or recorded_settings(run_dir)
+                claimed = held.enter_context(contextlib.closing(claim(run_dir, say)))
+                resume = _resumed(request, run_dir, say)
+                program = _load(request, config, companion)
+                changes = check_same_run(run_dir, program)
+                _check(program, request, say)
+                check_same_data(run_dir, program)
+                for line in record_attempt(run_dir, changes, version=resume.cut.version if resume.cut else 0):
+                    say(line)
+            else:
+                program, resume = _load(request, request.config, companion), None
+                _check(program, request, say)
+                name = request.name or f"{request.graph.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+                run_dir = create_run_dir(request.runs_dir / name).resolve()
+                claimed = held.enter_context(contextlib.closing(claim(run_dir, say)))
+                made.append(run_dir)
+            number = write_plan(run_dir, program)
+            for line in companion.foretell(program, run_dir.parent):
                 say(line)
-        else:
-            program, resume = _load(request, request.config, companion), None
-            _check(program, request, say)
-            name = request.name or f"{request.graph.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-            run_dir = create_run_dir(request.runs_dir / name).resolve()
-            claimed = held.enter_context(contextlib.closing(claim(run_dir, say)))
-        number = write_plan(run_dir, program)
-        for line in companion.foretell(program, run_dir.parent):
-            say(line)
         again = ["flowrl", "run", str(request.graph), "--resume", os.path.relpath(run_dir)]
         if request.address is not None:
             again += ["--address", request.address]
@@ -146,10 +150,34 @@ def launch(request: RunRequest, *, say: Say, companion: RunCompanion) -> Path:
     return run_dir
 
 
+@contextlib.contextmanager
+def _unbegun(say: Say) -> Generator[list[Path]]:
+    """Say of a signal in this block that nothing has begun, and remove the directory that is put into the list."""
+    made: list[Path] = []
+    try:
+        yield made
+    except KeyboardInterrupt:
+        for run_dir in made:
+            shutil.rmtree(run_dir, ignore_errors=True)
+        say("nothing has begun, and the same command may be given again")
+        raise
+
+
 def _load(request: RunRequest, config: Path | None, companion: RunCompanion) -> Program:
-    """Load the program; on a cluster, whose devices this machine does not know, what is left to auto is not placed."""
-    placing = companion.placing() if request.address is None else None
-    return load_program(request.graph, config=config, overrides=request.overrides, placing=placing)
+    if request.address is not None:
+        return load_for_cluster(request.graph, config, request.overrides)
+    return load_program(request.graph, config=config, overrides=request.overrides, placing=companion.placing())
+
+
+def load_for_cluster(graph: Path, config: Path | None, overrides: Sequence[str]) -> Program:
+    """Load a program for a cluster, whose devices this machine does not know: what is left to auto is not placed.
+
+    `NODE.replicas=auto` is as many as there is room for, also on nodes that join later: `cluster.most`.
+    """
+    program = load_program(graph, config=config, overrides=overrides)
+    kind = cast("type[RunSettings]", type(program.settings))
+    most = most_of_auto(program, written(kind, config=config, overrides=overrides))
+    return load_program(graph, config=config, overrides=[*overrides, *most]) if most else program
 
 
 def _check(program: Program, request: RunRequest, say: Say) -> None:
@@ -207,21 +235,25 @@ def _report(again: str, run_dir: Path, outcome: Outcome | None, view: RunView, *
     """Write the report beside the run and, unless it failed, print it."""
     checkpoints = complete_checkpoints(run_dir / "checkpoints")
     is_done = view.last_step is not None and view.last_step.version >= view.last_step.num_steps
+    resume = again if checkpoints or not again else f"{again} --from-start"
     ending = Ending(
         name=run_dir.name,
         totals=outcome.totals if outcome else {},
         checkpoint=str(checkpoints[-1]) if checkpoints else "",
-        resume=again if checkpoints and not is_done else "",
+        resume="" if is_done else resume,
         was_stopped=outcome is not None and outcome.was_stopped,
         failure=failure,
     )
     text = report(view, ending)
-    write_report(run_dir / "report.txt", text)
-    write_ending(run_dir, ending)
+    try:
+        write_report(run_dir / "report.txt", text)
+        write_ending(run_dir, ending)
+    except OSError as error:  # whoever reads the terminal is told all the same
+        say(f"its report is not written ({error})")
     if failure:
         say(f"what is known of the run is in {run_dir / 'report.txt'}")
         if ending.resume:
-            say(f"continue it with: {ending.resume}")
+            say(f"{'continue it' if checkpoints else 'begin again'} with: {ending.resume}")
     else:
         say("\n" + text.rstrip())
 
@@ -313,15 +345,14 @@ def _stops(stopping: asyncio.Event, sinks: Sinks, grace_s: float, companion: Run
         sinks.consume([])
 
     companion.heed(lambda: loop.call_soon_threadsafe(stop, signal.SIGINT) and None)
-    is_main = threading.current_thread() is threading.main_thread()
-    heard = [number for number in STOPS if number in ALWAYS or signal.getsignal(number) is not signal.SIG_IGN]  # nohup
-    numbers = heard if is_main else []
-    for number in numbers:
+    before = {number: signal.getsignal(number) for number in heard()}
+    for number in before:
         loop.add_signal_handler(number, stop, number)
     try:
         yield
     finally:
         if deadline is not None:
             deadline.cancel()
-        for number in numbers:
+        for number, handler in before.items():
             loop.remove_signal_handler(number)
+            signal.signal(number, handler)

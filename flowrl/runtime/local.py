@@ -14,7 +14,6 @@ Tests: tests/unit/runtime/test_laws.py
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -182,6 +181,10 @@ class LocalCrew:
         if self._host_lost is not None and not self._host_lost.done():
             self._host_lost.set_exception(HostLost("flow", "its host was killed"))
 
+    async def has_begun(self) -> bool:
+        """Return whether anybody was given a message."""
+        return self._gate.flow.has_begun
+
     async def totals(self) -> dict[str, int]:
         """Return the ledger's totals."""
         return self._ledger.totals()
@@ -207,8 +210,7 @@ class LocalCrew:
         """Hand events to the consumer as they gather."""
         while True:
             await asyncio.sleep(self._options.status_interval_s)
-            now_s = self._options.now() if self._options.is_virtual else time.time()
-            self._options.consume([*self._recorder.drain(), *self._gate.flow.report(now_s)])
+            self._options.consume([*self._recorder.drain(), *self._gate.flow.report(self._options.now())])
             for replica in self._gate.flow.lost():
                 await self.kill(replica)
 

@@ -37,6 +37,7 @@ from flowrl.runtime.readiness import moved
 from flowrl.runtime.rundir import Claim, holders
 from flowrl.runtime.supervisor import Death, HostLost, Options, Outcome, Start, Supervisor, report_interval_s
 from flowrl.runtime.wire import Address
+from flowrl.telemetry import clock
 from flowrl.telemetry.events import Notice, decode_events
 
 if TYPE_CHECKING:
@@ -123,7 +124,8 @@ class RayCrew:
         variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": module_path()}
         hub_type = ray.remote(num_cpus=0, runtime_env={"env_vars": variables})(HubActor)
         cut = msgspec.json.encode(start.cut)
-        arguments = (msgspec.json.encode(self._plan), str(self._run_dir), cut, now.number, self._options.start_number)
+        start_number, epoch = self._options.start_number, msgspec.json.encode(clock.epoch())
+        arguments = (msgspec.json.encode(self._plan), str(self._run_dir), cut, now.number, start_number, epoch)
         now.hub = hub_type.options(**fleet.at_home()).remote(*arguments)
         addresses = [f"{node}.{port}" for node, stage in self._graph.nodes.items() for port in stage.ports]
         now.wire = Address(*await self._ask_hub("open", self._options.stall_timeout_s, within_s=BORN_S))
@@ -241,6 +243,7 @@ class RayCrew:
             token=token,
             resume_from=str(start.checkpoint) if start.checkpoint else None,
             folder=os.getcwd(),
+            epoch=clock.epoch(),
             turn=turn_of(self._graph, place.node),
         )
         choice: dict[str, Any] = {
@@ -309,6 +312,10 @@ class RayCrew:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             await asyncio.sleep(BURY_LOOK_S)
+
+    async def has_begun(self) -> bool:
+        """Return whether anybody was given something to work on."""
+        return await self._ask_hub("has_begun")
 
     async def totals(self) -> dict[str, int]:
         """Return the ledger's totals."""

@@ -37,6 +37,7 @@ CLAIM_TIMEOUT_S = 60.0  # Ray needs some seconds to notice that a driver is gone
 LOOKED_AT_S = 0.2  # more than `is_held` holds a lock for, to see whether somebody does
 LOOK_S = 0.02  # between two looks whether a process is dead: no system call waits for it with a time limit
 PRIVATE = 0o600
+OURS = {"logs", "lock", "driver.lock"}  # what there is before the settings are written, and no run
 LEAST_FREE_BYTES = 2 << 30  # a checkpoint of a small model with its optimizer state, twice
 
 
@@ -55,10 +56,10 @@ def create_run_dir(directory: Path) -> Path:
     """Create a run's directory.
 
     Raises:
-        ConfigError: it exists and is not empty.
+        ConfigError: it holds a run, or anything else.
         ResourceError: it cannot be written, or the disk is nearly full.
     """
-    if directory.exists() and any(directory.iterdir()):
+    if directory.exists() and {path.name for path in directory.iterdir()} - OURS:
         raise ConfigError(str(directory), "holds a run already", "choose another --name, or continue it with --resume")
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -11,24 +11,27 @@ Tests: tests/unit/runtime/test_scaling.py
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+import contextlib
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
 from flowrl.errors import ConfigError
-from flowrl.graph.program import graph_of
+from flowrl.graph.program import graph_of, node_paths
 from flowrl.imports import suggest
 from flowrl.runtime.rundir import existing_run, is_held, read_plan
 from flowrl.telemetry.files import replace_file
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from flowrl.graph.graph import Graph
+    from flowrl.graph.program import Program
     from flowrl.runtime.supervisor import Scaling
 
 FILE = "scale.json"
+MOST_REPLICAS = 64  # that `auto` asks for on a cluster
 LOOK_S = 1.0  # between two looks at it: a shared disk tells nobody what is written on another machine
 
 
@@ -77,6 +80,19 @@ def check_most(graph: Graph, most: dict[str, int]) -> None:
         if (least := graph.nodes[node].config.replicas) > count:
             what = f"is {count}, but {node}.replicas={least} are started"
             raise ConfigError(f"cluster.most.{node}", what, "raise it, or lower the replicas")
+
+
+def most_of_auto(program: Program, given: Mapping[str, Any]) -> list[str]:
+    """Return as overrides what `NODE.replicas=auto` means on a cluster, for nodes of which there may be several."""
+    found: list[str] = []
+    for path, node in node_paths(program.settings, program.graph).items():
+        part = given.get(path)
+        is_auto = isinstance(part, dict) and cast("dict[str, Any]", part).get("replicas") == "auto"
+        if is_auto and node not in program.settings.cluster.most:
+            with contextlib.suppress(ConfigError):  # one that has state, or shares devices, stays alone
+                check_scales(program.graph, node, path)
+                found.append(f"cluster.most.{node}={MOST_REPLICAS}")
+    return found
 
 
 def _read(run_dir: Path) -> dict[str, int]:

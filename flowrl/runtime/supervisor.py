@@ -13,8 +13,6 @@ Tests: tests/unit/runtime/test_recovery.py
 from __future__ import annotations
 
 import asyncio
-import signal
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn, Protocol
@@ -27,6 +25,7 @@ from flowrl.graph.graph import ClusterConfig
 from flowrl.messages import decode
 from flowrl.runtime.flow import Released, node_name, replica_name
 from flowrl.runtime.ledger import Cut, whole_lines
+from flowrl.telemetry import clock
 from flowrl.telemetry.events import Event, Notice, Recovery
 from flowrl.telemetry.files import UNREADABLE
 from flowrl.telemetry.records import quarantine
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
     from flowrl.runtime.rundir import Claim
 
 
-# Ctrl-C; batch systems and clusters; a closed terminal; batch systems again, as their notice before the time is up.
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 STOP_LOOK_S = 2.0  # between two looks, once a stop is asked for, whether what it waits for can come
 REPORT_S = 0.5  # between a process's reports to the driver: its events, and the sign that it lives
 REPORTS_PER_S = 250.0  # that the driver is to take in from all processes; where there are more, each reports less often
@@ -109,7 +106,7 @@ class Options:
     placing: ClusterConfig = field(default_factory=ClusterConfig)  # on a cluster
     moved: dict[str, str] = field(default_factory=dict[str, str])  # files of user code -> where every node finds them
     max_restarts: int = 3  # of one node, or of the whole graph, without a learned step between
-    now: Callable[[], float] = time.time
+    now: Callable[[], float] = clock.now
 
 
 class Workers(Protocol):
@@ -141,6 +138,14 @@ class Workers(Protocol):
         """Return the replicas that have no process: they wait for a place."""
         ...
 
+    async def has_begun(self) -> bool:
+        """Return whether anybody was given something to work on in this attempt.
+
+        Raises:
+            HostLost: the flow is gone.
+        """
+        ...
+
     async def release(self, replica: str, successor: int, *, blames: bool = True) -> Released:
         """Fence a replica off that is gone and give back what it held, which is blamed unless it was asked to go."""
         ...
@@ -163,7 +168,7 @@ class Workers(Protocol):
 
 
 class _Stopped(Exception):
-    """A stop was asked for that cannot be waited for: what it would need has no process."""
+    """A stop was asked for that need not, or cannot, be waited for: nothing is under way, or it lacks a process."""
 
 
 class _Rollback(Exception):
@@ -212,7 +217,9 @@ class Supervisor:
                 lost = _Rollback("flow", error)
             finally:
                 await self._crew.close()
-            if lost is None:
+            if lost is None or self._options.stopping.is_set():
+                if lost is not None:
+                    self._tell("warning", lost.where, f"{lost.cause}; a stop is asked for, so nothing starts again")
                 newest = newest_start(self._options.run_dir, self._tell) if self._options.run_dir else start
                 return Outcome(_totals(newest.cut or Cut()), was_stopped=True, recoveries=self._recoveries)
             start = self._go_back(lost)  # only now: what is not dead yet might make a further checkpoint
@@ -231,10 +238,16 @@ class Supervisor:
                 each.cancel()
             await asyncio.gather(opening, stopping, return_exceptions=True)
 
-    def _heed_stop(self) -> None:
-        """End the attempt where a stop could only wait: a node none of whose replicas has a process."""
+    async def _heed_stop(self) -> None:
+        """End the attempt where a stop could only wait: nothing is under way, or a node has not one process."""
         if not self._options.stopping.is_set():
             return
+        try:
+            if not await self._crew.has_begun():
+                self._tell("info", "run", "nothing is under way yet, so the run stops at once")
+                raise _Stopped
+        except HostLost as lost:
+            raise _Rollback("flow", lost) from lost
         unplaced = self._crew.unplaced
         for node in self._graph.nodes:
             replicas = [replica_name(node, index) for index in range(self._size(node))]
@@ -260,7 +273,7 @@ class Supervisor:
                 limit_s = STOP_LOOK_S if self._options.stopping.is_set() else None
                 waited = [*running, watching, scaling, *([] if limit_s else [stopping])]
                 await asyncio.wait(waited, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-                self._heed_stop()
+                await self._heed_stop()
                 if scaling.done():
                     self._options.scaling.changed.clear()
                     scaling = asyncio.ensure_future(self._options.scaling.changed.wait())

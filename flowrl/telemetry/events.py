@@ -1,8 +1,8 @@
 """What replicas tell the driver, as messages of their own: telemetry never crosses a graph's edges.
 
 Replicas append events to a `Recorder`; the runtime carries them in batches to the driver, where sinks (metrics file,
-timeline, live view, wandb) consume them in order of arrival. Times are seconds of the replica's wall clock
-(`time.time()`), or of the virtual clock in simulation.
+timeline, live view, wandb) consume them in order of arrival. Times are seconds of the run's clock (clock.py),
+or of the virtual clock in simulation.
 
 A `CauseClock` charges every second of a replica to exactly one cause, so shares add up to 100 % by construction. Code
 marks what it does with `with clock.charge(Cause.WAIT_INPUT)`; where several marks overlap, the first in `PRIORITY`

@@ -57,18 +57,26 @@ def check_fence() -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Return whether an error says that a disk, or what one may use of it, is full."""
+    """Return whether an error says that a disk, or what one may use of it, is full, or that it is read-only."""
     return isinstance(error, OSError) and error.errno in FULL
+
+
+def why_closed(path: Path) -> str:
+    """Return why the disk that a path is on takes nothing, however many bytes of it are free; "": it would."""
+    try:
+        about = os.statvfs(path)
+    except OSError:
+        return "cannot be reached"
+    if about.f_flag & os.ST_RDONLY:
+        return "is read-only"
+    return "has room for no further file (inodes)" if about.f_files and not about.f_favail else ""
 
 
 def no_room(path: Path, needed: int | None = None) -> str:
     """Return a sentence that names the disk: `/data/run needs 4096 bytes, its disk /data has 12 free`."""
     mount = next((each for each in (path, *path.parents) if os.path.ismount(each)), path)
-    try:
-        free = f"{shutil.disk_usage(mount).free} free"
-    except OSError:
-        free = "no room"
-    return f"{path} needs {'more' if needed is None else needed} bytes, its disk {mount} has {free}"
+    has = why_closed(mount) or f"has {shutil.disk_usage(mount).free} free"
+    return f"{path} needs {'more' if needed is None else needed} bytes, its disk {mount} {has}"
 
 
 def read_file(path: Path, offset: int = 0) -> bytes | None:

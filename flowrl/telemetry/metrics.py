@@ -14,12 +14,12 @@ Tests: tests/unit/telemetry/test_state.py
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from flowrl.telemetry import clock
 from flowrl.telemetry.events import EdgeStatus, Evaluation, Notice, Status, Step
 from flowrl.telemetry.files import UNREADABLE, RecordFile, is_full, read_file, replace_file
 from flowrl.telemetry.intervals import mean_interval, prompt_means
@@ -174,27 +174,30 @@ INTERVAL_S = 1.0  # the rate at which replicas report, and the live view changes
 class State(msgspec.Struct, frozen=True, kw_only=True):
     """A run at one moment."""
 
-    started_s: float  # of this start of the run; a resumed run has a later one than its first metrics
+    started_s: float  # of this start of the run
     time_s: float
     is_ended: bool
     nodes: list[str]  # that will report, in the order to show them
     statuses: list[Status]  # one for each replica, the lives before its restarts included
     edges: list[EdgeStatus]
+    metrics_bytes: int = 0  # that metrics.jsonl had when this start began: of those before it
 
 
 class StateFile:
     """Writes the state of a view as it changes."""
 
-    def __init__(self, run_dir: Path, view: RunView, *, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, run_dir: Path, view: RunView, *, now: Callable[[], float] = clock.now) -> None:
         self._path = state_path(run_dir)
         self._view = view
         self._now = now
         self._started_s = now()
+        metrics = run_dir / "metrics.jsonl"
+        self._metrics_bytes = metrics.stat().st_size if metrics.exists() else 0
         self._write(is_ended=False)
 
     def consume(self, events: list[Event]) -> None:
         """Write the state, unless it was written a moment ago."""
-        if not 0.0 <= self._now() - self._written_s < INTERVAL_S:  # a clock may be set back
+        if self._now() - self._written_s >= INTERVAL_S:
             self._write(is_ended=False)
 
     def close(self) -> None:
@@ -210,6 +213,7 @@ class StateFile:
             nodes=list(self._view.expected),
             statuses=[replica.status for replica in self._view.replicas],
             edges=list(self._view.edges.values()),
+            metrics_bytes=self._metrics_bytes,
         )
         try:
             replace_file(self._path, msgspec.json.encode(state), is_synced=False)

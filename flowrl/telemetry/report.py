@@ -45,7 +45,7 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     totals: dict[str, int] = {}  # the ledger's: admitted, learned, filtered, failed, unfinished
     checkpoint: str = ""  # path of the newest complete one
-    resume: str = ""  # command that goes on from it
+    resume: str = ""  # command that goes on from it, or begins again where there is none
     was_stopped: bool = False  # the user asked for it
     failure: str = ""  # the error that ended the run
 
@@ -285,7 +285,7 @@ def _whereabouts(ending: Ending) -> list[str]:
     if ending.checkpoint:
         lines.append(f"checkpoint: {ending.checkpoint}")
     if ending.resume:
-        lines.append(f"continue:   {ending.resume}")
+        lines.append(f"{'continue:  ' if ending.checkpoint else 'begin again:'} {ending.resume}")
     return lines
 
 

@@ -10,13 +10,13 @@ Tests: tests/unit/telemetry/test_sinks.py
 from __future__ import annotations
 
 import sys
-import time
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from flowrl.config import load_class
 from flowrl.errors import say
+from flowrl.telemetry import clock
 from flowrl.telemetry.events import Notice
 from flowrl.telemetry.metrics import MetricsFile, StateFile, read_evaluations
 from flowrl.telemetry.symptoms import Symptoms
@@ -50,7 +50,7 @@ class Sinks:
     """All sinks of a run as one."""
 
     def __init__(
-        self, view: RunView, *, say: Callable[[str], None] = say, now: Callable[[], float] = time.time
+        self, view: RunView, *, say: Callable[[str], None] = say, now: Callable[[], float] = clock.now
     ) -> None:
         self.view = view
         self.say = say

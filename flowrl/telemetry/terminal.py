@@ -16,12 +16,12 @@ Tests: tests/unit/telemetry/test_live.py
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import Counter
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from flowrl.errors import one_line, printable
+from flowrl.telemetry import clock
 from flowrl.telemetry.events import HINT, Cause, Evaluation, Notice, Step
 from flowrl.telemetry.intervals import mean_interval, prompt_means
 from flowrl.telemetry.view import format_duration, shares, words
@@ -149,7 +149,7 @@ class LiveView:
     """Shows the view in the terminal until it is closed."""
 
     def __init__(
-        self, view: RunView, *, title: str, console: Console | None = None, now: Callable[[], float] = time.time,
+        self, view: RunView, *, title: str, console: Console | None = None, now: Callable[[], float] = clock.now,
         since_s: float | None = None,
     ) -> None:  # fmt: skip
         """Begin to show the view; the run is said to have begun at `since_s`, by default now."""
@@ -178,7 +178,7 @@ class LiveView:
     def say(self, line: str) -> None:
         """Print a line above the frame."""
         with contextlib.suppress(OSError):  # the terminal is gone
-            self.console.print(printable(line), markup=False, highlight=False)
+            self.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)  # it may be a command
 
     def close(self) -> None:
         """Leave the last frame on the screen."""

@@ -86,7 +86,7 @@ class Hints:
     """The sink: asks for a hint now and then, and tells it."""
 
     def __init__(
-        self, run_dir: Path, program: Program, *, tell: Callable[[str], None], now: Callable[[], float] = time.time
+        self, run_dir: Path, program: Program, *, tell: Callable[[str], None], now: Callable[[], float] = time.monotonic
     ) -> None:
         self._run_dir = run_dir
         self._program = program

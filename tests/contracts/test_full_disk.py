@@ -247,3 +247,37 @@ def test_a_run_waits_for_room_longer_than_its_stall_limit_and_goes_on(disk: Smal
     run.process.send_signal(signal.SIGTERM)
     assert run.ends() == 0
     check_stopped(disk.root)
+
+
+@contextlib.contextmanager
+def read_only(root: Path) -> Iterator[None]:
+    """Let nothing more be opened for writing under a directory."""
+    subprocess.run(["mount", "--bind", str(root), str(root)], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(root)], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(root)], check=True)
+
+
+@pytest.mark.long
+def test_a_run_waits_for_a_directory_that_is_read_only_and_goes_on_or_is_stopped(disk: SmallDisk) -> None:
+    run = Driven(disk.root, "stall_timeout_s=1")
+    run.until('"version":4,')
+    with read_only(disk.root):
+        run.until(f"its disk {disk.root} is read-only", "out")
+        with pytest.raises(AssertionError, match="no "):
+            run.until('"version":4000,', patience_s=3.0)
+        assert run.process.poll() is None, "it did not end as stalled"
+    last = max(read_steps(disk.root / "metrics.jsonl"))
+    run.until(f'"version":{last + 6},')
+    with read_only(disk.root):
+        run.process.send_signal(signal.SIGTERM)
+        assert run.ends() == 2, "its last checkpoint cannot be written, and it does not wait any more"
+    assert "its report is not written" in (disk.root / "out").read_text()
+    last = max(read_steps(disk.root / "metrics.jsonl"))
+    again = Driven(disk.root, "resume")
+    again.until(f'"version":{last + 6},')
+    again.process.send_signal(signal.SIGTERM)
+    assert again.ends() == 0
+    check_stopped(disk.root)

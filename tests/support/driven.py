@@ -28,8 +28,9 @@ from flowrl.graph.graph import RunSettings
 from flowrl.graph.program import Program
 from flowrl.runtime.launch import drive
 from flowrl.runtime.rundir import claim, write_plan
-from flowrl.runtime.supervisor import STOPS, newest_start
+from flowrl.runtime.supervisor import newest_start
 from flowrl.stages.learner import Learner
+from flowrl.stops import STOPS
 from tests.support.command import ROOT
 from tests.support.flows import ENDLESS, FlowSettings, flow
 
@@ -47,23 +48,25 @@ def heed_signals() -> None:
 
 
 class Driven:
-    """A run in a process of its own, behind the words of `under`; `more` goes to `subprocess.Popen`."""
+    """A run in a process of its own, behind the words of `under`, or another `command` that drives one.
+
+    `more` goes to `subprocess.Popen`.
+    """
 
     def __init__(
-        self, run_dir: Path, *told: str, stdout: int | None = None, runtime: str = "local",
+        self, run_dir: Path, *told: str, stdout: int | None = None, runtime: str = "local", command: Sequence[str] = (),
         environment: dict[str, str] | None = None, under: Sequence[str] = (), **more: Any,
     ) -> None:  # fmt: skip
-        run_dir.mkdir(exist_ok=True)
         self.run_dir = run_dir
-        command = [*under, sys.executable, "-m", "tests.support.driven", str(run_dir), runtime, *told]
+        if not command:
+            run_dir.mkdir(exist_ok=True)
+            command = [*under, sys.executable, "-m", "tests.support.driven", str(run_dir), runtime, *told]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(environment or {})}
-        with (run_dir / "out").open("ab") as out:
-            where = out.fileno() if stdout is None else stdout
+        with contextlib.nullcontext(stdout) if stdout is not None else (run_dir / "out").open("ab") as out:
             self.process = subprocess.Popen(
                 command,
-                **{"stdout": where, "stderr": subprocess.DEVNULL, "preexec_fn": heed_signals} | more,
+                **{"stdout": out, "stderr": subprocess.DEVNULL, "preexec_fn": heed_signals, "cwd": ROOT} | more,
                 env=env,
-                cwd=ROOT,
             )
 
     def until(self, sign: str, name: str = "metrics.jsonl", *, patience_s: float = PATIENCE_S) -> None:
@@ -86,13 +89,14 @@ class Driven:
 class Terminal(Driven):
     """A run in a terminal of its own."""
 
-    def __init__(self, run_dir: Path, *told: str, runtime: str) -> None:
+    def __init__(self, run_dir: Path, *told: str, runtime: str = "ray", **more: Any) -> None:
         self.text = ""
+        self.is_hung_up = False
         self._seen: set[str] = set()  # the numbers of all processes that it was seen to have
         self._master, slave = pty.openpty()
         super().__init__(
             run_dir, *told, runtime=runtime, environment={"TERM": "dumb"}, stdin=slave, stdout=slave, stderr=slave,
-            start_new_session=True, preexec_fn=lambda: (heed_signals(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
+            start_new_session=True, preexec_fn=lambda: (heed_signals(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)), **more,
         )  # fmt: skip
         os.close(slave)
         threading.Thread(target=self._read, daemon=True).start()
@@ -114,15 +118,16 @@ class Terminal(Driven):
 
     def look(self) -> None:
         """Take down which processes it has."""
-        started = psutil.Process(self.process.pid).children(recursive=True)
-        self._seen |= {str(self.process.pid), *(str(each.pid) for each in started)}
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started = psutil.Process(self.process.pid).children(recursive=True)
+            self._seen |= {str(self.process.pid), *(str(each.pid) for each in started)}
 
     def left_behind(self) -> list[str]:
-        """Return what its processes have put where others put theirs too: Ray's sessions, the weights' transport.
+        """Return what its processes have put where others put theirs too: Ray's sessions, weights, sockets.
 
         A name ends with the number of a process; what is not of this run's is another test's.
         """
-        found = [path for root in ("/tmp/ray", "/dev/shm") for path in Path(root).glob("*")]
+        found = [path for each in ("tmp/ray/*", "dev/shm/*", "tmp/flowrl-*") for path in Path("/").glob(each)]
         owners = {path: re.search(r"[-_](\d+)(?:-[0-9a-f]{12})?$", path.name) for path in found}
         return [str(path) for path, pid in owners.items() if pid and pid[1] in self._seen]
 
@@ -132,6 +137,7 @@ class Terminal(Driven):
 
     def hang_up(self) -> None:
         """Close the terminal: every process in it gets SIGHUP."""
+        self.is_hung_up = True
         os.close(self._master)
 
 

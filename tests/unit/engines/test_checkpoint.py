@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -143,3 +144,18 @@ def test_a_disk_that_is_nearly_full_is_not_even_tried(tmp_path: Path, monkeypatc
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=10))
     with pytest.raises(ResourceError, match="make room on that disk"):
         save(tmp_path, 2)
+
+
+@pytest.mark.parametrize(
+    ("flag", "files", "words"),
+    [(os.ST_RDONLY, 9, "is read-only"), (0, 0, "has room for no further file")],
+)
+def test_a_disk_that_takes_nothing_although_bytes_are_free_is_said_to_be_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: int, files: int, words: str
+) -> None:
+    about = SimpleNamespace(f_flag=flag, f_files=9, f_favail=files, f_bavail=1 << 30, f_frsize=1, f_blocks=1, f_bfree=1)
+    monkeypatch.setattr("flowrl.telemetry.files.os.statvfs", lambda path: about)
+    error = RuntimeError("torch cannot write")
+    found = CheckpointWriter(tmp_path, keep=2).failure(tmp_path / "aside", 1, error)
+    assert isinstance(found, ResourceError)
+    assert words in found.what

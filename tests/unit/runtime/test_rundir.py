@@ -10,7 +10,7 @@ import pytest
 
 from flowrl.errors import ConfigError, DataError, LastingError, ResourceError, RunError, files_named
 from flowrl.runtime.ledger import Ledger
-from flowrl.runtime.rundir import claim, hold
+from flowrl.runtime.rundir import claim, create_run_dir, hold
 from flowrl.telemetry.files import RecordFile, fence, replace_file, unfence
 
 if TYPE_CHECKING:
@@ -111,3 +111,11 @@ def test_a_process_of_an_older_attempt_writes_no_more(tmp_path: Path) -> None:
     finally:
         unfence()
         claimed.close()
+
+
+def test_a_directory_in_which_no_run_was_written_is_free_and_any_other_is_not(tmp_path: Path) -> None:
+    claim(create_run_dir(tmp_path / "run"), print).close()  # killed before its settings were written
+    assert create_run_dir(tmp_path / "run") == tmp_path / "run"
+    (tmp_path / "run" / "settings.yaml").touch()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        create_run_dir(tmp_path / "run")

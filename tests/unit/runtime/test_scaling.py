@@ -14,14 +14,16 @@ import pytest
 from flowrl.errors import ConfigError
 from flowrl.graph.program import plan_of
 from flowrl.runtime.fleet import room_for
+from flowrl.runtime.launch import load_for_cluster
 from flowrl.runtime.local import LocalOptions, run_local
 from flowrl.runtime.nodes import RayNode
 from flowrl.runtime.placement import places, places_of
 from flowrl.runtime.rundir import Claim
-from flowrl.runtime.scaling import FILE, check_most, scale
+from flowrl.runtime.scaling import FILE, MOST_REPLICAS, check_most, scale
 from flowrl.simulation.clock import run_virtual
 from flowrl.telemetry.events import Notice
 from tests.support.chaos import Chaos
+from tests.support.command import ROOT
 from tests.support.flows import FlowSettings, flow
 from tests.support.recovery import FULL, SHARES, check_share, run_faulty
 
@@ -177,3 +179,19 @@ def test_what_is_asked_of_a_run_that_goes_on_is_written_for_its_driver(tmp_path:
         scale(tmp_path, ["generator=4"])
         scale(tmp_path, ["scorer=2", "generator=3"])
     assert json.loads((tmp_path / FILE).read_text()) == {"generator": 3, "scorer": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "most"),
+    [
+        (["generator.replicas=auto"], {"generator": MOST_REPLICAS}),
+        (["generator.replicas=auto", "cluster.most.generator=3"], {"generator": 3}),
+        (["generator.replicas=2", "learner.ranks=auto"], {}),
+        (["learner.replicas=auto", "reward={replicas: auto}"], {"reward": MOST_REPLICAS}),
+    ],
+)
+def test_replicas_left_to_auto_are_as_many_as_a_cluster_has_room_for(given: list[str], most: dict[str, int]) -> None:
+    program = load_for_cluster(ROOT / "graphs" / "group_async.py", None, given)
+    assert program.settings.cluster.most == most
+    check_most(program.graph, most)

@@ -49,6 +49,56 @@ def test_a_stop_is_heard_while_devices_are_waited_for(tmp_path: Path) -> None:
     assert took_s < 6.0
 
 
+def test_a_stop_while_replicas_start_waits_for_none_of_them(tmp_path: Path) -> None:
+    class Slow(LocalCrew):
+        async def run(self, replica: str, incarnation: int, start: Start) -> None:
+            await asyncio.sleep(600.0 if replica == "generator.0" else 0.0)  # it loads a large model
+            await super().run(replica, incarnation, start)
+
+    async def body() -> tuple[Outcome, float]:
+        options = LocalOptions(run_dir=tmp_path, is_virtual=True, now=asyncio.get_running_loop().time)
+        graph: Graph = flow(SETTINGS)
+        stopping = asyncio.ensure_future(stop_after(options, 5.0))
+        outcome = await Supervisor(graph, Slow(graph, options), options).run()
+        await stopping
+        return outcome, asyncio.get_running_loop().time()
+
+    outcome, took_s = run_virtual(body())
+    assert outcome.was_stopped
+    assert outcome.totals["admitted"] == 0, "what was admitted and given to nobody is admitted again"
+    assert took_s < 20.0
+
+
+def test_after_a_stop_is_asked_for_nothing_starts_again(tmp_path: Path) -> None:
+    starts = 0
+
+    class Lost(LocalCrew):
+        async def open(self, start: Start) -> None:
+            nonlocal starts
+            starts += 1
+            await super().open(start)
+
+    async def body() -> Outcome:
+        options = LocalOptions(run_dir=tmp_path, is_virtual=True, now=asyncio.get_running_loop().time)
+        graph: Graph = flow(SETTINGS)
+        crew = Lost(graph, options)
+
+        async def lose() -> None:
+            await asyncio.sleep(5.0)
+            options.stopping.set()
+            crew.lose_host()
+
+        losing = asyncio.ensure_future(lose())
+        outcome = await Supervisor(graph, crew, options).run()
+        await losing
+        return outcome
+
+    outcome = run_virtual(body())
+    assert outcome.was_stopped
+    assert outcome.totals["learned"] > 0, "its newest checkpoint's"
+    assert starts == 1
+
+
 @pytest.mark.slow
 def test_a_stop_does_not_wait_for_a_generator_that_has_no_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
