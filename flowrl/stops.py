@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -38,6 +38,12 @@ def heard() -> list[signal.Signals]:
     return [number for number in STOPS if number in ALWAYS or signal.getsignal(number) is not signal.SIG_IGN]
 
 
+def put_back(handlers: dict[signal.Signals, Any]) -> None:
+    """Let signals have the handlers that they had; what native code had put there cannot be put back."""
+    for number, handler in handlers.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
 @contextlib.contextmanager
 def interrupted() -> Generator[None]:
     """Let each of them end this block with `Interrupted`."""
@@ -45,9 +51,10 @@ def interrupted() -> Generator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
 
-    before = {number: signal.signal(number, interrupt) for number in heard()}
+    before = {number: signal.getsignal(number) for number in heard()}
+    for number in before:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        put_back(before)

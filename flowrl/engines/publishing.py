@@ -63,10 +63,12 @@ class Publisher:
 
     def _no_room(self) -> str:
         """Return why two versions, as large as the model on the disk, do not fit into shared memory, or ""."""
+        if not SHARED_MEMORY.is_dir():
+            return f"weights are broadcast: there is no {SHARED_MEMORY}"
         if self._config.lora.publish == "adapter":
             return ""
         needed = 2 * sum(file.stat().st_size for file in Path(self._config.model).glob("*.safetensors"))
-        free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
+        free = shutil.disk_usage(SHARED_MEMORY).free
         if needed <= free:
             return ""
         sizes = f"{SHARED_MEMORY} has {free / 1e9:.2f} GB free, and two versions take {needed / 1e9:.2f} GB"

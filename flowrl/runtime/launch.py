@@ -39,7 +39,7 @@ from flowrl.runtime.resuming import check_same_data, check_same_run, record_atte
 from flowrl.runtime.rundir import claim, create_run_dir, existing_run, recorded_settings, write_plan
 from flowrl.runtime.scaling import check_most, follow_scale, most_of_auto
 from flowrl.runtime.supervisor import Options, Scaling, Start, newest_start
-from flowrl.stops import heard
+from flowrl.stops import heard, put_back
 from flowrl.telemetry.report import Ending, report, write_ending, write_report
 from flowrl.telemetry.sinks import Sinks, open_sinks
 from flowrl.telemetry.trackers import check_trackers
@@ -353,6 +353,6 @@ def _stops(stopping: asyncio.Event, sinks: Sinks, grace_s: float, companion: Run
     finally:
         if deadline is not None:
             deadline.cancel()
-        for number, handler in before.items():
+        for number in before:
             loop.remove_signal_handler(number)
-            signal.signal(number, handler)
+        put_back(before)

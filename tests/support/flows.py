@@ -228,7 +228,7 @@ def flow(s: FlowSettings, learner_class: type[Learner] = ObservedLearner) -> Gra
     module, kind = ("tests.support.turns", "Shared") if s.turn_limit_s else ("flowrl.simulation.fake", "Fake")
     shared = {"share": "learner", "turns": True, "turn_limit_s": s.turn_limit_s} if s.turn_limit_s else {}
     generator = Generator(
-        Generator.Config(replicas=s.generators, max_groups=2, on_update=s.on_update,
+        Generator.Config(replicas=s.generators, max_groups=2, group_size=2, on_update=s.on_update,
                          engine=f"{module}:{kind}Generation", engine_options={"costs": costs}, **shared),
         sampler,
     )  # fmt: skip
