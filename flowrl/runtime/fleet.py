@@ -75,7 +75,7 @@ class Fleet:
         """
         self._group, self._own, self._devices, self._grown = None, [], {}, {}
         await self.look(is_due=True)
-        self._home = await self._cluster.home(await self._cluster.nodes(), self._config.home)
+        self._home = await self._find_home(is_first=self._home is None)
         own = self._own = [p for p in places(self._graph) if p.host == p.node and (p.cpus or p.gpus)]
         if not own:
             return
@@ -86,6 +86,15 @@ class Fleet:
         )  # fmt: skip
         await self._granted(self._group, [(name_of(place), needs_of(place)) for place in own])
         await self._learn_devices(self._group)
+
+    async def _find_home(self, *, is_first: bool) -> RayNode:
+        """Return the home node; where the one that the user names is lost while the run goes on, another."""
+        nodes, named = await self._cluster.nodes(), self._config.home
+        if named and not is_first and named not in {node.address for node in nodes if node.is_alive}:
+            home = await self._cluster.home(nodes)
+            self._tell("warning", f"node {named}", f"is gone, and was the home node: that is {home.address} now")
+            return home
+        return await self._cluster.home(nodes, named)
 
     async def _learn_devices(self, group: Any) -> None:
         on_gpus = [place for place in self._own if place.gpus]

@@ -1,0 +1,48 @@
+"""The node for the flow and the learner: the one that is named, and another only where that was lost meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from flowrl.errors import ResourceError
+from flowrl.graph.graph import ClusterConfig
+from flowrl.runtime import cluster as module
+from flowrl.runtime.cluster import Cluster
+from flowrl.runtime.fleet import Fleet
+from flowrl.runtime.nodes import RayNode
+from tests.support.flows import ENDLESS, flow
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def node(number: int, *, is_alive: bool = True) -> RayNode:
+    return RayNode(id=f"n{number}", address=f"10.0.0.{number}", is_alive=is_alive, cpus=1, gpus=0)
+
+
+def test_a_home_node_that_is_lost_is_replaced_and_one_that_never_was_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alive, told = [node(1), node(2)], list[tuple[str, str, str]]()
+
+    async def own(function: Callable[[], Any], **limits: Any) -> str:
+        return "n1"
+
+    async def nodes() -> list[RayNode]:
+        return alive
+
+    monkeypatch.setattr(module, "in_thread", own)
+    cluster = Cluster(None, "10.0.0.1:6379")
+    monkeypatch.setattr(cluster, "nodes", nodes)
+    config = ClusterConfig(home="10.0.0.2")
+    fleet = Fleet(flow(ENDLESS), cluster, config, lambda *said: told.append(said))
+    for is_first in (True, False):
+        assert asyncio.run(fleet._find_home(is_first=is_first)) == node(2)
+    alive[1] = node(2, is_alive=False)
+    assert asyncio.run(fleet._find_home(is_first=False)) == node(1)
+    assert told == [("warning", "node 10.0.0.2", "is gone, and was the home node: that is 10.0.0.1 now")]
+    with pytest.raises(ResourceError, match=r"no node 10\.0\.0\.2 is there, but 10\.0\.0\.1"):
+        asyncio.run(fleet._find_home(is_first=True))
