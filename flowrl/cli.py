@@ -74,10 +74,10 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="say where a graph's processes go and what lies in memory there")
     _graph_options(plan)
-    plan.add_argument("--on", default="", metavar="MACHINES",
-                      help="8x80GB,host=1TB, 2x8xH100, cpu,cores=8 or a YAML file (default: here)")  # fmt: skip
-    plan.add_argument("--model-config", action="append", default=[], metavar="[MODEL=]FILE",
-                      help="config.json of a model that is not here; may be repeated")  # fmt: skip
+    machines = "8x80GB,host=1TB, 2x8xH100, cpu,cores=8 or a YAML file (default: here)"
+    plan.add_argument("--on", default="", metavar="MACHINES", help=machines)
+    configs = "config.json of a model that is not here; may be repeated"
+    plan.add_argument("--model-config", action="append", default=[], metavar="[MODEL=]FILE", help=configs)
     plan.set_defaults(command=_plan)
 
     show = commands.add_parser("show", help="print a graph's edges")
@@ -99,8 +99,8 @@ def _parser() -> argparse.ArgumentParser:
 
     compare = commands.add_parser("compare", help="write runs side by side as one HTML file, and print a table")
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the runs' directories, two or more")
-    compare.add_argument("--out", type=Path, default=Path("comparison.html"), metavar="FILE",
-                         help="where to write it (default: comparison.html)")  # fmt: skip
+    page = "where to write it (default: comparison.html)"
+    compare.add_argument("--out", type=Path, default=Path("comparison.html"), metavar="FILE", help=page)
     compare.add_argument("--debug", action="store_true", help="show tracebacks")
     compare.set_defaults(command=_compare)
 
@@ -127,8 +127,8 @@ def _parser() -> argparse.ArgumentParser:
 
     retrain = commands.add_parser("retrain", help="train again from what a run recorded, without generators")
     retrain.add_argument("run", type=Path, help="the run's directory")
-    retrain.add_argument("--steps", type=_steps, default=(0, None), metavar="FIRST:END",
-                        help="train these steps only, beginning from a checkpoint (default: all)")  # fmt: skip
+    steps = "train these steps only, beginning from a checkpoint (default: all)"
+    retrain.add_argument("--steps", type=_steps, default=(0, None), metavar="FIRST:END", help=steps)
     retrain.add_argument("--diff", action="store_true", help="name the first step and tensor that differ; exit 1 if so")
     retrain.add_argument("--name", help="of the new run; its directory lies beside the run's (default: run and time)")
     retrain.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -147,8 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluation = commands.add_parser("eval", help="answer benchmarks with a run, a model or a server")
     evaluation.add_argument("target", metavar="RUN|MODEL|URL", help="a run, a model, or https://host/v1")
     asked = evaluation.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--tasks", nargs="+", default=[], metavar="NAME",
-                       help="of lm-eval, a task's YAML file, or a directory of such files")  # fmt: skip
+    tasks = "of lm-eval, a task's YAML file, or a directory of such files"
+    asked.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help=tasks)
     asked.add_argument("--mt-bench", type=Path, metavar="DIR", help="with question.jsonl, as FastChat's data/mt_bench")
     asked.add_argument("--alpaca-eval", type=Path, metavar="FILE", help="the baseline's outputs, as alpaca_eval's JSON")
     evaluation.add_argument("--against", default="", metavar="RUN|MODEL|URL", help="compare with it, item by item")
@@ -162,8 +162,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--model", default="", metavar="NAME", help="of a URL: as the server names it")
     evaluation.add_argument("--tokenizer", default="", metavar="MODEL", help="of a URL: its model's directory or id")
     evaluation.add_argument("--unsafe-code", action="store_true", help="run tasks that execute what a model wrote")
-    _settings_option(evaluation, help="one setting of the engine or the judge, e.g. max_model_len=2048, "
-                     "judge.url=https://host/v1; may be repeated")  # fmt: skip
+    _settings_option(
+        evaluation,
+        help="one setting of the engine or the judge, e.g. max_model_len=2048, "
+        "judge.url=https://host/v1; may be repeated",
+    )
     evaluation.add_argument("--debug", action="store_true", help="show tracebacks")
     evaluation.set_defaults(command=_eval)
 
@@ -177,9 +180,10 @@ def _parser() -> argparse.ArgumentParser:
     tune = commands.add_parser("tune", help="simulate many settings of a graph and recommend one")
     _graph_options(tune)
     _profile_option(tune)
-    tune.add_argument("--budget", action="append", default=[], metavar="WHAT=NUMBER",
-                      help="settings=N to simulate at most (default: 200), cpus=N and gpus=N that may be reserved "
-                      "(default: the profile's cores, the graph's GPUs); may be repeated")  # fmt: skip
+    settings = "settings=N to simulate at most (default: 200)"
+    devices = "cpus=N and gpus=N that may be reserved (default: the profile's cores, the graph's GPUs)"
+    budget = f"{settings}, {devices}; may be repeated"
+    tune.add_argument("--budget", action="append", default=[], metavar="WHAT=NUMBER", help=budget)
     tune.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw throughput over staleness there")
     tune.add_argument("--verify", type=int, default=0, metavar="N", help="run the N best settings for real")
     tune.add_argument("--verify-steps", type=int, default=6, help="of each of these runs (default: 6)")
@@ -213,10 +217,11 @@ def _parser() -> argparse.ArgumentParser:
     feedback.add_argument("run", type=Path, help="the run's directory; it may be running still")
     feedback.add_argument("--host", default="127.0.0.1", help="to listen on (default: 127.0.0.1, this machine alone)")
     feedback.add_argument("--port", type=int, default=8791, help="to listen on; 0: any (default: 8791)")
-    feedback.add_argument("--way", choices=["pairs", "ratings"], default="pairs",
-                          help="how recorded rollouts are judged; a humans node says it itself")  # fmt: skip
-    feedback.add_argument("--export", choices=["jsonl", "trl", "labelstudio", "argilla"], metavar="FORMAT",
-                          help="write what was said instead: jsonl, trl, labelstudio or argilla")  # fmt: skip
+    way = "how recorded rollouts are judged; a humans node says it itself"
+    feedback.add_argument("--way", choices=["pairs", "ratings"], default="pairs", help=way)
+    formats = ["jsonl", "trl", "labelstudio", "argilla"]
+    export_to = "write what was said instead: jsonl, trl, labelstudio or argilla"
+    feedback.add_argument("--export", choices=formats, metavar="FORMAT", help=export_to)
     feedback.add_argument("--out", type=Path, metavar="FILE", help="where to write it")
     feedback.add_argument("--debug", action="store_true", help="show tracebacks")
     feedback.set_defaults(command=_feedback)
@@ -250,8 +255,8 @@ def _graph_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _profile_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--profile", type=Path, required=True, metavar="RUN",
-                        help="a run that has ended, or a profile file (JSON or YAML)")  # fmt: skip
+    help = "a run that has ended, or a profile file (JSON or YAML)"
+    parser.add_argument("--profile", type=Path, required=True, metavar="RUN", help=help)
 
 
 def _load(options: argparse.Namespace) -> Program:

@@ -5,7 +5,7 @@ YAML file and `--set path=value` overrides to a settings value and returns a new
 dots (`learner.lr`), the same names that metrics and errors use. Called by the CLI and by tests; never by stages.
 
 A field of type `Select` holds a class with its options: `--set algorithm=pkg.mod:Class` (or `my_file.py:Class`, or the
-name alone of one that is shipped) chooses the class, `--set algorithm.clip_low=0.1` sets an option of it.
+name alone of one that is shipped) chooses the class. `--set algorithm.clip_low=0.1` sets an option of it.
 
 Tests: tests/unit/test_config.py
 """

@@ -33,7 +33,7 @@ MOST_CHARACTERS = 4000  # of an error's line
 def printable(text: str) -> str:
     r"""Return text with control characters written out; `printable("a\x1b[2J")` is "a\\x1b[2J".
 
-    Whatever a model, a data set, user code or a server wrote goes through here or `one_line` before it is shown: it
+    Whatever a model, a data set, user code or a server wrote goes through here or `one_line` before it is shown. It
     must not move a cursor, set the clipboard or pass for a line of ours.
     """
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

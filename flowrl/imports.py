@@ -1,9 +1,9 @@
 """User code by its import path: where it is looked for and how it is loaded.
 
 A path is `module:name`, or `file.py:name`. `pin` turns what stands in a setting into the file it was found in, once,
-where the command is given: in the working directory first, then beside the graph file, then among what is installed.
-So every process (Ray actors, reward workers) loads that same file, whatever its own directory and PYTHONPATH. A class
-of the package that a setting's default comes from may be given by its name alone: `algorithm=grpo`.
+where the command is given. It looks in the working directory first, then beside the graph file, then among what is
+installed. So every process (Ray actors, reward workers) loads that same file, whatever its own directory and
+PYTHONPATH. A class of the package that a setting's default comes from may be given by its name alone: `algorithm=grpo`.
 Invariant: a file is one module in a process, however it is named. Called by `config.resolve` and by whoever loads.
 
 Tests: tests/unit/test_imports.py

@@ -41,8 +41,8 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Return advantages and returns, both [B, T].
 
-    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, returns = A + V, where t + 1 is the next
-    sampled token and V is 0 after the last one, or `after_B`. Source: Schulman 2015, 1506.02438, equations 11 to 16.
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, returns = A + V. There t + 1 is the next
+    sampled token, and V is 0 after the last one, or `after_B`. Source: Schulman 2015, 1506.02438, equations 11 to 16.
 
     >>> gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.25]]), torch.ones(1, 2), gamma=1.0, lam=0.5)[0].tolist()
     [[0.125, 0.75]]

@@ -2,7 +2,7 @@
 
     loss = mix KL + (1 - mix) NLL, mean over the step's masked tokens
 
-A loss is given the log-prob of the response token only, not the student's or the teacher's whole distribution, so the
+A loss is given the log-prob of the response token only, not the student's or the teacher's whole distribution. So the
 KL of each position is estimated from that one token: unbiased over tokens drawn from `drawn_by`, exact only in the
 mean. The column "reference" holds the teacher's log-prob of the token. With d = log student - log teacher:
 

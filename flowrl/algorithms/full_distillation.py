@@ -11,9 +11,9 @@ distillation from data; on the student's own samples (graphs/distill_online.py) 
 whose gradient likewise goes through the loss and not through the sampling); there mix=1, for the NLL of one's own
 samples teaches nothing.
 
-A teacher's log-probs of the whole vocabulary cannot travel (V numbers a token, 200 kB of SmolLM2), and its k greatest
-would cut off the tail, which the reverse KL is largest in. So the teacher is loaded beside the student in the training
-engine, reads the same packed batches, and the KL is formed a chunk of tokens at a time (engines/teacher.py): exact, at
+A teacher's log-probs of the whole vocabulary cannot travel (V numbers a token, 200 kB of SmolLM2). Its k greatest would
+cut off the tail, which the reverse KL is largest in. So the teacher is loaded beside the student in the training
+engine, and reads the same packed batches. The KL is formed a chunk of tokens at a time (engines/teacher.py): exact, at
 the price of the teacher's weights on every rank. Where those do not fit, distillation.py estimates the KL from the
 sampled token alone, with the teacher anywhere. The teacher shares the student's vocabulary.
 

@@ -6,7 +6,7 @@
     z = max(0, mean of lr over the step's mismatched pairs (x_i, y_j))
 
 z estimates the policy's KL from the reference. It is one number for a step and carries no gradient, so it cannot come
-from a micro-batch: whoever trains scores the mismatched pairs of the whole step first, asks `reference_point`, and
+from a micro-batch. Whoever trains scores the mismatched pairs of the whole step first, asks `reference_point`, and
 gives the answer as the column "reference_point" on every token. The column "label" is above 0 where a response is
 desirable. Each response counts alone; the mean is over responses.
 

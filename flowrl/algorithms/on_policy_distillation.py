@@ -11,13 +11,13 @@ This is gradient descent on the reverse KL of each position. For pi over a vocab
 
 so b takes off variance and nothing else: without it nearly every token is worth less than nothing, and mass flees to
 tokens that were not drawn. The gap must be that of the policy being learned. With log pi_old in its place the gradient
-has E_pi[(log pi - log pi_old) grad log pi] = grad KL(pi || pi_old) more, and descent runs away from the policy that
+has E_pi[(log pi - log pi_old) grad log pi] = grad KL(pi || pi_old) more. Descent runs away from the policy that
 sampled: harmless in the first update on fresh samples, where that is 0, and divergent with samples one version old.
 
-It is GKD (Agarwal 2023, 2306.13649, section 3.1) with lambda = 1 and the reverse KL, one sampled token for the whole
-vocabulary, and no account of how a token changes the positions after it (gamma = 0). The teacher is the graph's
-reference node with another model, which shares the policy's vocabulary. Samples of older policies are corrected for
-like those of any algorithm here. With `reward_coef` a sample's reward less its group's mean is added to each token.
+It is GKD (Agarwal 2023, 2306.13649, section 3.1) with lambda = 1 and the reverse KL. One sampled token stands for the
+whole vocabulary, and there is no account of how a token changes the positions after it (gamma = 0). The teacher is the
+graph's reference node with another model, which shares the policy's vocabulary. Samples of older policies are corrected
+for like those of any algorithm here. With `reward_coef` a sample's reward less its group's mean is added to each token.
 `advantages` sees the policy that sampled only; `loss` makes up the difference.
 
 Tests: tests/unit/algorithms/test_supervised.py

@@ -4,7 +4,7 @@
 
 with rho = exp(lp - lp_old), against the policy that sampled, and w = 1; or rho = exp(lp - lp_prox), against the policy
 at the start of the step, and w the correction for samples drawn by an older one (corrections.py). Where the batch has
-no column "proximal" the two are the same policy, as in a step of one update: then neither a clip against it nor the
+no column "proximal" the two are the same policy, as in a step of one update. Then neither a clip against it nor the
 figures of its movement say anything, and they are not given. Invariants: what stands under mask 0 changes neither loss,
 metrics nor gradient; the count depends on masks alone. Shapes: B sequences, T response tokens.
 
@@ -240,9 +240,9 @@ class PolicyGradient(Algorithm):
 
         Metrics: policy_loss, kl_ref and entropy; logprob, of the sampled tokens; clip_frac_low and clip_frac_high,
         where the ratio can differ from 1; approx_kl (k3, proximal to new) where there is such a column; behaviour_kl
-        (k3, behaviour to proximal), and mismatch_kl, the same over the fresh_frac of tokens that this very version
-        sampled, so that only the engines differ (column "age", 0 where it is not given); is_weight and is_weight_sq,
-        of exp(lp_prox - lp_old) before any cap, whose mean squared over mean square is the effective sample size;
+        (k3, behaviour to proximal); and mismatch_kl, the same over the fresh_frac of tokens that this very version
+        sampled, so that only the engines differ (column "age", 0 where it is not given); is_weight and is_weight_sq, of
+        exp(lp_prox - lp_old) before any cap, whose mean squared over mean square is the effective sample size;
         corrected_frac, capped or dropped tokens, where the correction does so.
         """
         mask_BT = batch.mask_BT
@@ -338,7 +338,7 @@ class PolicyGradient(Algorithm):
     def shaped_scores(self, batch: AdvantageBatch) -> tuple[Tensor, dict[str, float]]:
         """Return each sample's score as it is learned [B], 0 for one without sampled tokens, and the group's figures.
 
-        Where parts of a reward are placed on tokens, the whole is only divided by std: a mean taken off it or a clip
+        Where parts of a reward are placed on tokens, the whole is only divided by std. A mean taken off it or a clip
         would be charged to the last turn. Figures are means over the samples: "reward.shaped"; "reward.clipped", the
         share that the clip changed; "kl", the sum of log(pi_old / pi_ref) over tokens; and "groups.mixed", 1 where the
         learned scores differ.
@@ -372,7 +372,7 @@ class PolicyGradient(Algorithm):
     def shaped_rewards(self, batch: AdvantageBatch, scores_B: Tensor) -> Tensor:
         """Return rewards per token [B, T]: the scores and, with kl.placement=reward, the penalty.
 
-        What `placed_BT` gives to earlier tokens is divided by std as the score was, and taken off the last one's, so a
+        What `placed_BT` gives to earlier tokens is divided by std as the score was, and taken off the last one's. So a
         sample's sum is its score either way: fifteen turns of reward 1 stay fifteen ones.
         """
         kl_BT = None

@@ -2,7 +2,7 @@
 
     coef * -sum_t log pi(x_t | x_<t) / number of tokens, over the texts of a step
 
-Its gradient is added to that of the policy's loss, each divided by its own number of tokens: how many texts there are
+Its gradient is added to that of the policy's loss, each divided by its own number of tokens. How many texts there are
 beside how many samples does not change what `coef` means. The paper's 27.8 weighs sums over batches of other sizes.
 Whatever temperature samples are drawn at, a text's likelihood is the model's own.
 

@@ -5,8 +5,8 @@
 
 No critic. The variant takes the group's mean off the score first and has gamma = 1; its penalty stays in the reward
 unless kl.placement=loss (with k2, as later versions of the paper have it). Where rewards are placed on turns or steps,
-what comes off a token's return to go is the mean of the group's returns to go from the beginning of the same turn or
-step: the mean of whole returns would punish every late turn, from which less is left to earn.
+what comes off a token's return to go is the group's mean from the beginning of the same turn or step. The mean of whole
+returns would punish every late turn, from which less is left to earn.
 
 Tests: tests/unit/algorithms/test_group_advantages.py
 """

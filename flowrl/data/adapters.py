@@ -1,7 +1,7 @@
 """An adapter in peft's format as a plain model: its base model with the adapter merged in.
 
-Made once and kept in the cache, under the digest of the adapter's files and of what its base model's directory holds,
-so that every node of a run that names the adapter as its model has the same weights. Called by models.
+Made once and kept in the cache, under the digest of the adapter's files and of what its base model's directory holds.
+So every node of a run that names the adapter as its model has the same weights. Called by models.
 
 Tests: tests/graphs/test_export.py
 """
@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from typing import TYPE_CHECKING, Any
 
-from flowrl.data.aside import run_aside
+from flowrl.data.model_process import run_in_process
 from flowrl.errors import ModelError
 from flowrl.model_files import GENERATION, TEMPLATES, carry_along, has_tokenizer, quiet_transformers
 
@@ -61,7 +61,7 @@ def merged_model(adapter: Path, base: Path, *, cache: Path, say: Say) -> Path:
             say(f"merging the adapter in {adapter} into {base} once, to {target}")
             with tempfile.TemporaryDirectory(dir=cache, prefix=f".{target.name}.") as aside:
                 made = cache / aside / "model"
-                run_aside(merge, adapter, base, made, where=f"model {adapter}")
+                run_in_process(merge, adapter, base, made, where=f"model {adapter}")
                 made.rename(target)
     return target
 

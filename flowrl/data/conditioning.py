@@ -1,8 +1,8 @@
 """Scores written into prompts: a model learns what good answers look like and can then be asked for one (SteerLM).
 
 A score becomes a level from 0 to levels - 1 between the least and the greatest score of the data (Dong 2023,
-2310.05344), and the line "helpfulness: 7, verbosity: 2" goes into the system message, or before a plain string. Asking
-for the best later is a system prompt with the highest levels. Called by `load_examples`.
+2310.05344). The line "helpfulness: 7, verbosity: 2" goes into the system message, or before a plain string. Asking for
+the best later is a system prompt with the highest levels. Called by `load_examples`.
 
 Tests: tests/unit/data/test_examples.py
 """

@@ -28,9 +28,11 @@ SYSTEMS = ("system", "system_prompt")  # columns for what stands before a conver
 THOUGHTS = {"reasoning_content", "reasoning", "thinking"}  # what an assistant thought, where it is apart from content
 # Fields that neither a template nor training reads here.
 ALIEN = {
-    "function_call": "tool_calls", "functions": "the column tools", "train_detail": "weight, of the whole message",
+    "function_call": "tool_calls",
+    "functions": "the column tools",
+    "train_detail": "weight, of the whole message",
     "loss_scale": "weight, 0 or 1",
-}  # fmt: skip
+}
 
 ROLES = ("system", "developer", "user", "assistant", "tool")  # that every template may be given
 SPEAKERS = {  # other names of them, whatever their case

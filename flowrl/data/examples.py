@@ -193,8 +193,8 @@ class _Found(msgspec.Struct, frozen=True):
 def load_examples(data: ExampleData, tokenizer: PreTrainedTokenizerBase) -> ExampleSet:
     """Read, normalise, tokenize, check and split the examples.
 
-    The split goes by a digest of the prompt: it does not depend on the order of the source, a template or the seed, so
-    that what one run was scored on is nothing that another learns; rows appended later leave most of it as it was.
+    The split goes by a digest of the prompt: it does not depend on the order of the source, a template or the seed. So
+    what one run was scored on is nothing that another learns; rows appended later leave most of it as it was.
 
     Raises:
         DataError: a source or a row cannot be used, or too few examples remain.

@@ -12,11 +12,10 @@ The types and column names are those of TRL's documentation ("Dataset formats an
 
 Other names of columns are brought to these by naming.py.
 A row with the columns of several types is of the first that fits, in this order. Columns `tools` and
-`chat_template_kwargs` go to the chat template, `system` (or `system_prompt`) before a conversation without one,
+`chat_template_kwargs` go to the chat template, `system` (or `system_prompt`) before a conversation without one;
 `finish` (or `finish_reason`) says that a response was sampled and whether it was cut; others are left alone; a null is
-as good as a column that is not there.
-Invariant: what `normalise` returns has at least one response or step, and the types that `NormalRow` states. Called by
-`load_examples` and `flowrl data check`.
+as good as a column that is not there. Invariant: what `normalise` returns has at least one response or step, and the
+types that `NormalRow` states. Called by `load_examples` and `flowrl data check`.
 
 Tests: tests/unit/data/test_formats.py
 """
@@ -94,7 +93,7 @@ class NormalRow(msgspec.Struct, frozen=True, kw_only=True):
     def asked(self) -> Text:
         """Return what is asked: rows in which it is the same belong on the same side of a split.
 
-        A text without a prompt is asked for as a whole, a conversation up to the assistant's first message, and of two
+        A text without a prompt is asked for as a whole, and a conversation up to the assistant's first message. Of two
         texts with an implicit prompt the characters that both begin with.
         """
         if self.prompt or not self.responses:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from flowrl.data.adapters import base_of, is_adapter, merged_model
-from flowrl.data.aside import run_aside
+from flowrl.data.model_process import run_in_process
 from flowrl.errors import DataError, ModelError
 from flowrl.model_files import num_positions
 
@@ -280,7 +280,7 @@ def _bundled(where: str, cache: Path, say: Say) -> Path:
             say(f"converting {DEFAULT_MODEL} once (about 20 s, 270 MB) to {target}")
             with tempfile.TemporaryDirectory(dir=cache, prefix=f".{DEFAULT_MODEL}.") as aside:
                 made = Path(aside) / DEFAULT_MODEL
-                run_aside(convert_gguf, source, made, where=where)
+                run_in_process(convert_gguf, source, made, where=where)
                 check_model(made, where)
                 made.rename(target)
     return target

@@ -3,9 +3,9 @@
 `data.columns` says some; the others are those of common data sets. ShareGPT's `conversations` are messages (or, beside
 chosen and rejected, the prompt); labelling tools' exports are preferences (labelling.py); `kto_tag` is a label;
 messages written as JSON in a text, as tables hold them, are messages. What a response answers is looked for under the
-names that online prompts have where there is no `prompt` and the response does not hold it itself, and an `instruction`
-is followed by its `input` (or `context`). Invariant: no column that says what is asked is left out without a word.
-Called by `load_prompts` and `load_examples`.
+names that online prompts have where there is no `prompt` and the response does not hold it itself. An `instruction` is
+followed by its `input` (or `context`). Invariant: no column that says what is asked is left out without a word. Called
+by `load_prompts` and `load_examples`.
 
 Tests: tests/unit/data/test_naming.py
 """

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import msgspec
 
-from flowrl.config import Config, Meta
+from flowrl.config import Config, Meta, widen
 from flowrl.data.conversations import messages_of, noun, options_of, system_of, tools_of, with_system
 from flowrl.data.formats import NormalRow
 from flowrl.data.mixing import Mixture, split
@@ -93,8 +93,7 @@ class PromptData(Config):
 
     @property
     def _alone(self) -> PromptSource:
-        return PromptSource(source=self.source, split=self.split, subset=self.subset, columns=self.columns,
-                            prompt_column=self.prompt_column)  # fmt: skip
+        return widen(PromptSource, self)
 
     @property
     def sources(self) -> list[PromptSource]:
@@ -214,8 +213,8 @@ def load_prompts(data: PromptData, tokenizer: PreTrainedTokenizerBase) -> Prompt
     """Read, render, tokenize, check and split the prompts.
 
     The split goes by a digest of the prompt as the data have it: it does not depend on the order of the source, a
-    template or the seed, so that a prompt that one run was scored on is none that another, or its continuation, learns;
-    rows appended later leave most of it as it was.
+    template or the seed. So a prompt that one run was scored on is none that another, or its continuation, learns; rows
+    appended later leave most of it as it was.
 
     Raises:
         DataError: the source or a row cannot be used, or too few prompts remain.

@@ -2,17 +2,16 @@
 
 Invariants: a prompt has the same tokens wherever it stands; they depend on it, the settings and the template alone, not
 on the day nor on what follows. Prompt and response joined are the tokens of the whole text, with the prompt's a true
-prefix. Where a token would span the end of the prompt or of a turn, the parts are tokenized one by one, as in
-generation, each as it stands behind the one before it, and the encoding says so. A mask is 1 on exactly the tokens
-that the assistant writes, up to and with the one that ends its turn (flowrl/ending.py); a response ends with the last
-of them.
+prefix. Where a token would span the end of the prompt or of a turn, the parts are tokenized one by one, each as it
+stands behind the last. The encoding says so. A mask is 1 on exactly the tokens that the assistant writes, up to and
+with the one that ends its turn (flowrl/ending.py); a response ends with the last of them.
 
 Which characters are the assistant's is what the chat template marks with {% generation %}, and without such marks what
 each of its messages adds to the conversation before it; a template that renders a message otherwise once others follow
-is refused. Where the template cannot give back what was said (it drops the thinking, or has begun it in the policy's
-place) the last answer is its own words behind the prompt, and so is every sampled one (a row with `finish`); one that
-was cut is given no end. Strings are taken as they are, with the tokenizer's own first token before, unless they begin
-with it, and EOS behind. Called by `load_prompts`, `load_examples` and the turn format.
+is refused. Where the template cannot give back what was said (it drops the thinking, or has begun it for the policy)
+the last answer is its own words behind the prompt; so is every sampled one (a row with `finish`); one that was cut is
+given no end. Strings are taken as they are, with the tokenizer's own first token before, unless they begin with it, and
+EOS behind. Called by `load_prompts`, `load_examples` and the turn format.
 
 Tests: tests/unit/data/test_rendering.py
 """
@@ -119,8 +118,10 @@ class Renderer:
         said = {"role": "assistant", "content": SAID}
         try:
             opened, bare, whole = (
-                self._render(row, [asked], is_open=True), self._render(row, [asked]), self._render(row, [asked, said])
-            )  # fmt: skip
+                self._render(row, [asked], is_open=True),
+                self._render(row, [asked]),
+                self._render(row, [asked, said]),
+            )
         except DataError:  # it takes no such conversation
             return ""
         before = whole[len(opened) :].partition(SAID)[0]

@@ -1,8 +1,8 @@
 """Rows from files, directories and the Hugging Face hub, each with the place it came from.
 
-`read_rows` yields rows in the order of the source; a row is a mapping of columns that can be sent as JSON, and its
-place (in a file of lines the line, "a.jsonl:12", else the row counted from 0) goes into every later error. A row that
-cannot be read is handed to `bad`, which raises or counts. Called by `load_prompts` and `load_examples`.
+`read_rows` yields rows in the order of the source; a row is a mapping of columns that can be sent as JSON; its place
+(in a file of lines the line, "a.jsonl:12", else the row counted from 0) goes into every later error. A row that cannot
+be read is handed to `bad`, which raises or counts. Called by `load_prompts` and `load_examples`.
 
 Tests: tests/unit/data/test_sources.py
 """

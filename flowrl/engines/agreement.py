@@ -1,10 +1,11 @@
 """Hold what is read off a model against the model's own forward, once, when it is opened.
 
-A few made-up sequences are run by the model alone, in eval mode, and read as training will read them: alone and packed,
-beside a longer one, in whatever mode training is in, twice. What does not agree is done more plainly where that helps:
-the language head by the model's whole forward, the layout by rows run one by one. What differs then is refused with the
-numbers, whatever the family calls its scaling, its dropout or its positions. `check_fit` refuses tokens and positions
-that the model has none of. Called by trainer and teacher, on every rank; collective where parameters are sharded.
+A few made-up sequences are run by the model alone, in eval mode, and read as training will read them. That is alone and
+packed, beside a longer one, in whatever mode training is in, twice. What does not agree is done more plainly where that
+helps: the language head by the model's whole forward, the layout by rows run one by one. What differs then is refused
+with the numbers, whatever the family calls its scaling, its dropout or its positions. `check_fit` refuses tokens and
+positions that the model has none of. Called by trainer and teacher, on every rank; collective where parameters are
+sharded.
 
 Tests: tests/unit/engines/test_agreement.py
 """

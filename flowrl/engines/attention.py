@@ -1,9 +1,9 @@
 """Attention without a mask: which tokens see which is said in spans, in memory that grows with tokens.
 
 The layout "unmasked" of packing puts whole pieces one behind the other in one row. `spans` says of such a row what a
-mask would: *runs*, stretches of sequences of one length that each see their own past (a prompt, a response), and
-*crossings*, queries that see all of some keys (the responses of a piece, and its prompt). Spans stand in the place of
-the 4D mask, which models hand to their layers as it is, also when layers are computed again in backward.
+mask would. *Runs* are stretches of sequences of one length that each see their own past (a prompt, a response);
+*crossings* are queries that see all of some keys (the responses of a piece, and its prompt). Spans stand in the place
+of the 4D mask, which models hand to their layers as it is, also when layers are computed again in backward.
 
 `attend` is registered with transformers under `NAME`, so every family that looks its attention up there takes it:
 - spans, on CPUs: the flash kernel of torch for each run and each crossing, what both say of a query merged by
@@ -76,7 +76,7 @@ def _has_kernel() -> bool:
 def spans_of(pieces: Sequence[tuple[int, Sequence[int]]]) -> list[AttentionSpan]:
     """Return the spans of pieces that stand one behind the other, each a prompt's tokens and its responses'.
 
-    A piece with one response is one sequence: `spans_of([(3, [2, 2]), (4, [1])])` is runs 0-3 of 3, 3-7 of 2 and 7-12
+    A piece with one response is one sequence. `spans_of([(3, [2, 2]), (4, [1])])` is runs 0-3 of 3, 3-7 of 2 and 7-12
     of 5, and the crossing of 3-7 with keys 0-3.
     """
     found: list[AttentionSpan] = []

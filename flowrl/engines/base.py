@@ -36,6 +36,7 @@ __all__ = [
     "GenerationConfig",
     "GenerationEngine",
     "Lora",
+    "Publishing",
     "Ranks",
     "Sampling",
     "Schedule",
@@ -318,11 +319,6 @@ class Training(Computing):
     ema_decay: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # of an average of the weights, saved as ema_model; 0: none
     router_aux_loss: Annotated[float, Meta(ge=0)] = 0.0  # weight of the loss that uses experts evenly; 0: none
     seed: int = 0  # of a new adapter, and of the order in which a step's groups come into minibatches
-    # auto: shared memory within a machine, broadcast to others, for each generator
-    transport: Literal["auto", "shm", "broadcast"] = "auto"
-    transfer_timeout_s: Annotated[float, Meta(gt=0)] = 120.0  # for one weight transfer
-    # versions from one whose tensors have digests to the next; those between are proved by their canary alone
-    digest_every: Annotated[int, Meta(ge=1)] = 1
 
     def implied(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return an adapter's learning rate where one is trained."""
@@ -331,7 +327,17 @@ class Training(Computing):
         return {".lr": float(f"{ADAPTER_RATE * self.lr:g}")} if isinstance(rank, int) and rank > 0 else {}
 
 
-class TrainingConfig(Training):
+class Publishing(Training):
+    """Settings of a node whose weights go to generators, version by version."""
+
+    # auto: shared memory within a machine, broadcast to others, for each generator
+    transport: Literal["auto", "shm", "broadcast"] = "auto"
+    transfer_timeout_s: Annotated[float, Meta(gt=0)] = 120.0  # for one weight transfer
+    # versions from one whose tensors have digests to the next; those between are proved by their canary alone
+    digest_every: Annotated[int, Meta(ge=1)] = 1
+
+
+class TrainingConfig(Publishing):
     """What a training engine needs to open: the node's settings, the model and what to read off it."""
 
     model: str  # local directory in Hugging Face format

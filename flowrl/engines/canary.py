@@ -2,8 +2,8 @@
 
 The learner scores the sequence with the weights it publishes, the generator with those it loaded, both at temperature
 1; the mean absolute difference must stay below what the two implementations differ by under equal weights. That depends
-on the model, the dtype and the kernels: the first version that an engine proves is held against a bound for all models
-of the dtype, later ones against MARGIN times what the first gave. It catches what a digest cannot: bytes that arrived
+on the model, the dtype and the kernels. The first version that an engine proves is held against a bound for all models
+of the dtype; later ones against MARGIN times what the first gave. It catches what a digest cannot: bytes that arrived
 but are not the ones in use. Called by generation engines after every update.
 
 Tests: tests/unit/engines/test_canary.py

@@ -1,6 +1,6 @@
 """What every generation engine keeps, tried on one that is named: `await broken_laws("my_engine:MyEngine", model)`.
 
-The engine is opened on a model, beside a learner of plain torch that publishes versions of it, and each law of
+The engine is opened on a model, beside a learner of plain torch that publishes versions of it. Each law of
 `flowrl.engines.base.GenerationEngine` is tried as a run relies on it. Returned are the laws that it breaks, in words;
 none is a pass. A small model serves (seconds); float32, so that two implementations agree closely. Called by tests, the
 project's own and those of whoever writes an engine.

@@ -57,16 +57,16 @@ class StateNote(msgspec.Struct, frozen=True, kw_only=True):
     zero_stage: int
 
 
-def write_state(engine: Any, directory: Path, note: StateNote, *, line: RankLink, leave_out_frozen: bool) -> None:
+def write_state(engine: Any, directory: Path, note: StateNote, *, link: RankLink, leave_out_frozen: bool) -> None:
     """Write every rank's shard, and the note."""
     directory.mkdir(parents=True, exist_ok=True)
     engine.save_checkpoint(str(directory), tag=TAG, client_state={}, exclude_frozen_parameters=leave_out_frozen)
-    if line.rank == 0:
+    if link.rank == 0:
         (directory / "state.json").write_bytes(msgspec.json.encode(note))
 
 
 def read_state(
-    engine: Any, directory: Path, *, zero_stage: int, line: RankLink, where: str, leave_out_frozen: bool
+    engine: Any, directory: Path, *, zero_stage: int, link: RankLink, where: str, leave_out_frozen: bool
 ) -> StateNote:
     """Load a state into the engine; returns its note.
 
@@ -80,25 +80,25 @@ def read_state(
     if note.zero_stage != zero_stage:
         what = f"the state in {directory} was saved at zero_stage={note.zero_stage}, and zero_stage is {zero_stage} now"
         raise StageError(where, what, f"resume with zero_stage={note.zero_stage}")
-    is_resharded = note.num_ranks != line.world_size and zero_stage > 0  # at stage 0 every rank holds everything
-    source = _resharded(directory, line) if is_resharded else directory
+    is_resharded = note.num_ranks != link.world_size and zero_stage > 0  # at stage 0 every rank holds everything
+    source = _resharded(directory, link) if is_resharded else directory
     engine._config.load_universal_checkpoint = is_resharded
     loaded, _ = engine.load_checkpoint(str(source), tag=TAG, load_module_strict=not leave_out_frozen)
     engine._config.load_universal_checkpoint = False
     if loaded is None:
         what = f"DeepSpeed found no state of {note.num_ranks} ranks in {directory}"
         raise StageError(where, what, "resume from another checkpoint")
-    line.sum(0.0)  # every rank has read it
-    if is_resharded and line.rank == 0:
+    link.sum(0.0)  # every rank has read it
+    if is_resharded and link.rank == 0:
         shutil.rmtree(source)
     return note
 
 
-def _resharded(directory: Path, line: RankLink) -> Path:
+def _resharded(directory: Path, link: RankLink) -> Path:
     """Have rank 0 write a state in the form that any number of ranks can load; returns where."""
     checkpoint = directory.parent
     target = checkpoint.with_name(f".{checkpoint.name}.{directory.name}.universal")
-    if line.rank == 0:
+    if link.rank == 0:
         from deepspeed.checkpoint.ds_to_universal import main as convert
 
         shutil.rmtree(target, ignore_errors=True)
@@ -113,7 +113,7 @@ def _resharded(directory: Path, line: RankLink) -> Path:
         )
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             convert(options)
-    line.sum(0.0)
+    link.sum(0.0)
     return target
 
 
@@ -239,7 +239,7 @@ class DeepSpeedEngine(Trainer):
             self._engine.optimizer.register_step_pre_hook(self._clip)
 
     def _replace_collectives(self) -> None:
-        voted, is_alone = self._room.guarded, self.line.world_size == 1
+        voted, is_alone = self._room.guarded, self.link.world_size == 1
         self._release_collectives = replace_collectives(answered_alone if is_alone else lambda _, each: voted(each))
 
     def _clip(self, *_: Any) -> None:
@@ -275,7 +275,7 @@ class DeepSpeedEngine(Trainer):
             super()._take_back()
 
     def _backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss * self.line.world_size)  # DeepSpeed takes the mean over ranks, we want the sum
+        self._engine.backward(loss * self.link.world_size)  # DeepSpeed takes the mean over ranks, we want the sum
 
     def _leave_pass(self) -> None:
         if getattr(self, "_engine", None) is not None:
@@ -305,15 +305,15 @@ class DeepSpeedEngine(Trainer):
                 yield from ((name, parameter.detach()) for name, parameter in bucket)
 
     def _write_state(self, directory: Path) -> None:
-        note = StateNote(num_steps=self._num_steps, num_ranks=self.line.world_size, zero_stage=self.config.zero_stage)
-        write_state(self._engine, directory, note, line=self.line, leave_out_frozen=self._adapter is not None)
+        note = StateNote(num_steps=self._num_steps, num_ranks=self.link.world_size, zero_stage=self.config.zero_stage)
+        write_state(self._engine, directory, note, link=self.link, leave_out_frozen=self._adapter is not None)
 
     def _read_state(self, directory: Path) -> None:
         note = read_state(
             self._engine,
             directory,
             zero_stage=self.config.zero_stage,
-            line=self.line,
+            link=self.link,
             where=self.where,
             leave_out_frozen=self._adapter is not None,
         )

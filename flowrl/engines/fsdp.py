@@ -1,9 +1,9 @@
 """Training with torch's `fully_shard` (FSDP2) on CPUs (gloo) and GPUs (NCCL): weights, gradients and optimizer sharded.
 
 A layer is gathered when it is run and dropped after it; with zero_stage 2 it stays from forward to backward.
-Invariants: where the model is in bfloat16 the shards that are trained are float32 and a layer is gathered in bfloat16,
-gradients summed over ranks in float32, so a step is the step of the other engines; the sum over ranks is no mean, so a
-step on n ranks is the step of one. Every rank calls the model equally often, and between passes every parameter is
+Invariants: where the model is in bfloat16 the shards that are trained are float32 and a layer is gathered in bfloat16.
+Gradients are summed over ranks in float32, so a step is the step of the other engines; the sum over ranks is no mean,
+so a step on n ranks is the step of one. Every rank calls the model equally often, and between passes every parameter is
 sharded.
 
 Its state on disk is what torch.distributed.checkpoint writes as safetensors: one file for each rank, whose header says
@@ -93,7 +93,7 @@ class Fsdp2Engine(Trainer):
         for words in KNOWN:
             warnings.filterwarnings("ignore", category=UserWarning, message=words)
         policy: dict[str, Any] = {
-            "mesh": init_device_mesh(self.device.type, (self.line.world_size,)),
+            "mesh": init_device_mesh(self.device.type, (self.link.world_size,)),
             "mp_policy": MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False),
             "offload_policy": CPUOffloadPolicy() if self.config.offload_parameters else OffloadPolicy(),
         }
@@ -160,7 +160,7 @@ class Fsdp2Engine(Trainer):
 
     def _step(self, lr: float) -> float:
         gradients = [cast("DTensor", each.grad).to_local() for _, each in self._trained() if each.grad is not None]
-        norm = math.sqrt(self.line.sum(sum(float(each.double().square().sum()) for each in gradients)))
+        norm = math.sqrt(self.link.sum(sum(float(each.double().square().sum()) for each in gradients)))
         if math.isfinite(norm):
             if self.config.max_grad_norm:
                 torch._foreach_mul_(gradients, min(1.0, self.config.max_grad_norm / (norm + 1e-6)))
@@ -177,13 +177,13 @@ class Fsdp2Engine(Trainer):
     def _write_state(self, directory: Path) -> None:
         """Write the parameters in float32 and both moments as safetensors, the counters as JSON."""
         directory.mkdir(parents=True, exist_ok=True)
-        if self.line.rank == 0:
+        if self.link.rank == 0:
             for old in directory.glob(PIECES):
                 old.unlink()
-            note = {"num_steps": self._num_steps, "num_ranks": self.line.world_size}
+            note = {"num_steps": self._num_steps, "num_ranks": self.link.world_size}
             (directory / "state.json").write_bytes(msgspec.json.encode(note))
-        self.line.sum(0.0)  # nothing old is there any more
-        writer = _OwnFile(str(directory), self.line.rank)
+        self.link.sum(0.0)  # nothing old is there any more
+        writer = _OwnFile(str(directory), self.link.rank)
         dcp.save(self._state(), storage_writer=writer, planner=_OwnParts(), no_dist=True)
 
     def _read_state(self, directory: Path) -> None:
@@ -203,7 +203,7 @@ class Fsdp2Engine(Trainer):
             self._optimizer.state[each] = {"step": torch.tensor(float(self._num_steps)), **moments}
         with torch.no_grad():
             dcp.load(self._state(), storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=True)
-        self.line.sum(0.0)  # every rank has read it
+        self.link.sum(0.0)  # every rank has read it
 
     def _state(self) -> dict[str, DTensor]:
         """Return this rank's part of everything that is stored, to be written from or read into."""

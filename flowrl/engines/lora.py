@@ -1,6 +1,6 @@
 """Low-rank adapters on a loaded model (LoRA, Hu et al. 2021, arXiv:2106.09685, equation 3; the layers are peft's).
 
-A linear layer becomes y = W x + scale * B (A x): W stays as it is, A [rank, in] starts random, B [out, rank] at zero,
+A linear layer becomes y = W x + scale * B (A x). W stays as it is, A [rank, in] starts random, B [out, rank] at zero,
 scale = alpha / rank, or alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732). `Adapter` puts such layers
 into a model, says what the model's plain weights are with them merged in, and writes them in peft's format.
 

@@ -1,13 +1,13 @@
 """Out of memory: every rank leaves the same pass at the same place, and the step is taken again in smaller parts.
 
 A pass is the forward and, in training, the backward of one micro-batch. A rank that runs out of memory in it will not
-come to the collectives of the rest of that pass (ZeRO gathers parameters and sums gradients while it runs), and the
-others would wait there. So ranks vote: before every collective of a pass, and at its end, each says whether it still
-has room. A rank that ran out says so at once; the others hear it at their next vote, and all of them raise `NoRoom`
-between the same two collectives. What the pass has added to gradients is cleared by the engine, and the step is taken
-again with at most half the tokens in a micro-batch; by law 7 its gradient is the same. Votes cost a message between all
-ranks for each collective, so they are held only in passes larger than any that has fitted, which every rank can tell
-from the plan; a run's later steps have next to none.
+come to the collectives of the rest of that pass (ZeRO gathers parameters and sums gradients while it runs). The others
+would wait there. So ranks vote: before every collective of a pass, and at its end, each says whether it still has room.
+A rank that ran out says so at once; the others hear it at their next vote, and all of them raise `NoRoom` between the
+same two collectives. What the pass has added to gradients is cleared by the engine, and the step is taken again with at
+most half the tokens in a micro-batch; by law 7 its gradient is the same. Votes cost a message between all ranks for
+each collective. So they are held only in passes larger than any that has fitted, which every rank can tell from the
+plan; a run's later steps have next to none.
 
 Called by trainer. Nothing here knows of gradients, of DeepSpeed or of what is computed.
 
@@ -54,11 +54,11 @@ class NoRoom(Exception):
 class FitVote:
     """The vote of this rank on whether a pass fits; with one rank there is nobody to ask."""
 
-    def __init__(self, line: RankLink, *, where: str, ranks_meet: bool) -> None:
+    def __init__(self, link: RankLink, *, where: str, ranks_meet: bool) -> None:
         """`ranks_meet` says whether there are collectives within a pass."""
-        self._line = line
+        self._link = link
         self._where = where
-        self._ranks_meet = ranks_meet and line.world_size > 1
+        self._ranks_meet = ranks_meet and link.world_size > 1
         self._is_voting = False
 
     @contextmanager
@@ -94,7 +94,7 @@ class FitVote:
             self._ask(FITS)
 
     def _ask(self, own: int) -> None:
-        votes = self._line.share(own)
+        votes = self._link.share(own)
         if any(votes):
             raise NoRoom(votes)
 

@@ -4,7 +4,7 @@
 (sequence classification with one label, used as one linear head on every position; read before a token it is V(s_t),
 read after it a reward). `TokenReader` runs the body once on a packed batch and applies the head only where a response
 token is read, so logits of prompts are never computed. Invariants: safetensors only, no remote code unless asked, no
-dropout (log-probs of a sample must be those of the network that sampled it), logits and log-softmax in float32, the
+dropout (log-probs of a sample must be those of the network that sampled it). Logits and log-softmax are in float32, the
 product that gives the logits too where `head_dtype` says so, and never more than `max_logits` logits held at once. A
 language head is the model's own forward around a body that hands states back, so that whatever a family does to its
 logits is done here too; whether it all is what the model itself says is looked at when an engine opens (agreement.py).

@@ -1,19 +1,19 @@
 """Lay token groups out as micro-batches so that the prompt of a group is computed once for all its responses.
 
 A *piece* is one prompt and some of its responses: the prompt's tokens, then response 1, response 2, and so on. Every
-response continues the prompt's positions and sees, through a block mask, the prompt and its own earlier tokens only:
-exactly the mathematics of separate sequences, without the n - 1 further copies of the prompt. A row holds whole
-pieces; a micro-batch is as many rows, as long as its longest piece, as the token budget allows, filled first-fit
-from the longest piece down. A masked row costs the square of its length in attention, so rows are never longer than
-one piece needs, and a piece takes no more responses than sharing pays for (`max_shared_tokens`).
+response continues the prompt's positions and sees, through a block mask, the prompt and its own earlier tokens only.
+That is exactly the mathematics of separate sequences, without the n - 1 further copies of the prompt. A row holds whole
+pieces; a micro-batch is as many rows, as long as its longest piece, as the token budget allows, filled first-fit from
+the longest piece down. A masked row costs the square of its length in attention, so rows are never longer than one
+piece needs. A piece takes no more responses than sharing pays for (`max_shared_tokens`).
 
-The "unmasked" layout needs no mask (attention.py): what it costs grows with tokens, so a prompt is shared by as many
+The "unmasked" layout needs no mask (attention.py): what it costs grows with tokens. So a prompt is shared by as many
 responses as a micro-batch holds, and that is one row without padding.
 
-The "padded" layout, for models whose layers cannot be masked this way (Mamba, Jamba), has one response in each
-piece and one piece in each row: ordinary right-padded sequences with the same results. "alone" is the same with each
-row run by itself, for models in which even padding or a longer row changes the others. `PackedBatch` hides which of
-them it is.
+The "padded" layout, for models whose layers cannot be masked this way (Mamba, Jamba), has one response in each piece
+and one piece in each row. These are ordinary right-padded sequences with the same results. "alone" is the same with
+each row run by itself, for models in which even padding or a longer row changes the others. `PackedBatch` hides which
+of them it is.
 
 States are read at one position for each response token: "before" it (the state that predicts it; for its first token
 that is the prompt's last position) for log-probs and for V(s_t), or "after" it for reward models. What follows the

@@ -7,11 +7,11 @@ tokens sent to expert e and P_le the mean of p_lte, both over every token of the
 
 (Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6); it is k where experts are used evenly. A product of two means
 is not linear in the batch: with f over a micro-batch, as transformers and OpenRLHF have it, another packing is another
-loss, and small micro-batches press every few sequences to use all experts. But f takes no gradient. With f known for
-the whole step the rest is a sum over tokens, which is law 7, and it is the definition under which experts specialise
-best (Qiu et al. 2025, arXiv:2501.11873). It costs one more forward without gradient, in which tokens are counted.
-transformers forms the means over all layers together, so that one layer's favourites make up for another's; here each
-layer is balanced by itself, as in both papers.
+loss. Small micro-batches press every few sequences to use all experts. But f takes no gradient. With f known for the
+whole step the rest is a sum over tokens, which is law 7. It is the definition under which experts specialise best (Qiu
+et al. 2025, arXiv:2501.11873). It costs one more forward without gradient, in which tokens are counted. transformers
+forms the means over all layers together, so that one layer's favourites make up for another's; here each layer is
+balanced by itself, as in both papers.
 
 Tokens count as if every sequence were run alone: a prompt's once for each of its responses, padding never. Called by
 trainer and models. Shapes: A layers with experts, E experts, T positions (rows times their length), k = top_k.

@@ -1,10 +1,10 @@
 """Sequence parallelism: N ranks run one micro-batch together, each a part of every row (DeepSpeed-Ulysses, 2309.14509).
 
-Rank i of a group holds the i-th of N equal parts of each row, with the positions its tokens have in the whole, so all
+Rank i of a group holds the i-th of N equal parts of each row, with the positions its tokens have in the whole. So all
 that works token by token runs as it is. Attention exchanges: every rank gets all tokens of a part of the heads, runs
 attention over whole rows, masked or not, and hands its results back. The states after the last layer are gathered, and
 every rank reads and judges all response tokens. Invariants: the loss is divided by N times the count (each rank counts
-all), and the gradient of what was gathered is summed over the group, so that the sum over ranks is the gradient of one;
+all), and the gradient of what was gathered is summed over the group. So the sum over ranks is the gradient of one;
 ranks of a group have the same parts of a call, and a data-parallel rank is a group.
 
 Models whose attention is torch's own are taken, where they read right in layout "unmasked" or "shared"; N must divide
@@ -67,13 +67,13 @@ def check_split(settings: Computing, model: Path, where: str, *, num_ranks: int)
 class SequenceSplit:
     """This rank's part of every row, and the exchanges with the others of its group."""
 
-    def __init__(self, line: RankLink, room: FitVote, size: int) -> None:
+    def __init__(self, link: RankLink, room: FitVote, size: int) -> None:
         import torch.distributed as dist
 
-        line.form_groups(size)
+        link.form_groups(size)
         self.size = size
-        self.place = line.rank % size
-        self._exchange = room.guarded(lambda *args: dist.all_to_all_single(*args, group=line.group))
+        self.place = link.rank % size
+        self._exchange = room.guarded(lambda *args: dist.all_to_all_single(*args, group=link.group))
         _splits[:] = [self]
 
     def exchange(self, parts_N: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class TorchEngine(Trainer):
         return norm
 
     def _sum_over_ranks(self) -> None:
-        if self.line.world_size == 1:
+        if self.link.world_size == 1:
             return
         import torch.distributed as dist
 
@@ -102,7 +102,7 @@ class TorchEngine(Trainer):
         """Write the parameters in float32 and both moments as safetensors, the counters as JSON."""
         from safetensors.torch import save_file
 
-        if self.line.rank != 0:
+        if self.link.rank != 0:
             return
         tensors: dict[str, Tensor] = {}
         for name, master in zip(self._names, self._masters, strict=True):

@@ -7,9 +7,9 @@ carries it out with them; an error found by the check leaves the ranks usable.
 Invariant (law 7): the gradient is that of sum(total) / sum(count) over all groups, so neither micro-batches, packing
 nor ranks can change it. The global count is needed before the first backward, because ZeRO does not let gradients be
 scaled afterwards. So each micro-batch's count is first asked of the objective with log-probs of zero, which costs no
-forward, and an objective whose count then differs on the true log-probs is refused. A count may therefore depend on
-masks and columns only. A call whose micro-batches do not fit into memory is made again with smaller ones (memory.py);
-since that clears the gradient, the calls since the last step are kept, and all of them are made again.
+forward. An objective whose count then differs on the true log-probs is refused. A count may therefore depend on masks
+and columns only. A call whose micro-batches do not fit into memory is made again with smaller ones (memory.py); since
+that clears the gradient, the calls since the last step are kept, and all of them are made again.
 
 Called by the learner, critic, reference and reward-model stages. Shapes: N response tokens, B responses, T longest.
 
@@ -153,7 +153,7 @@ class Trainer:
         self._say = say or (lambda text: None)
         self._name = name
         self._num_receivers = num_receivers
-        self._line: RankLink | None = None
+        self._link: RankLink | None = None
         self._is_training = False  # whether the optimizer exists: engines that only score never make one
         self._scoring = Budget(config.micro_batch_tokens, where=where)
         self._learning = Budget(config.micro_batch_tokens, where=where)
@@ -254,10 +254,10 @@ class Trainer:
             host=ranks.address,
             device=self.device,
         )
-        self._line = RankLink(ranks, where=self.where, backend=backend, needs_group=self.backend_of_one)
+        self._link = RankLink(ranks, where=self.where, backend=backend, needs_group=self.backend_of_one)
         is_split = self.config.sequence_parallel > 1
-        self._room = FitVote(self._line, where=self.where, ranks_meet=self._ranks_meet_in_passes or is_split)
-        with self._line.guard("open"):
+        self._room = FitVote(self._link, where=self.where, ranks_meet=self._ranks_meet_in_passes or is_split)
+        with self._link.guard("open"):
             check_split(self.config, Path(self.config.model), self.where, num_ranks=ranks.world_size)
             self.model = self._load()
             if is_split:
@@ -280,7 +280,7 @@ class Trainer:
             if self.config.compile:
                 compile_layers(self.model, self.where)
             if is_split:
-                self.reader.split = SequenceSplit(self._line, self._room, self.config.sequence_parallel)
+                self.reader.split = SequenceSplit(self._link, self._room, self.config.sequence_parallel)
             if self.config.routing == "replay":
                 self.reader.replay = RouteReplay(self.model, self.where)
             self._module = self.reader
@@ -292,36 +292,36 @@ class Trainer:
                 what = f"rows of {type(self.model).__name__} take no block mask and cannot be split"
                 raise ConfigError(f"{self.where}.sequence_parallel", what, "leave it 1")
             for said in (self.reader.attention_in_words(), self._publisher.said if not self.config.frozen else ""):
-                if said and self._line.rank == 0:
+                if said and self._link.rank == 0:
                     self._say(said)
-            self._line.gather(b"")
+            self._link.gather(b"")
 
     @property
-    def line(self) -> RankLink:
+    def link(self) -> RankLink:
         """Return this rank's connection."""
-        if self._line is None:
+        if self._link is None:
             raise StageError(self.where, "the engine is not open", "call open first")
-        return self._line
+        return self._link
 
     def follow(self) -> None:
         """Serve as a rank other than 0 until rank 0 closes; returns then."""
         while True:
-            with self.line.guard("following"):
-                command = _unpack_command(self.line.receive())
-            with self.line.guard(_words(command)):
-                self.line.gather(self._carry_out(command))
+            with self.link.guard("following"):
+                command = _unpack_command(self.link.receive())
+            with self.link.guard(_words(command)):
+                self.link.gather(self._carry_out(command))
             if isinstance(command, _Close):
                 return
 
     def _lead(self, command: Command) -> list[bytes]:
         """Have every rank carry out a command; returns their answers, rank 0's first."""
-        if self.line.rank != 0:
-            raise StageError(self.where, f"{_words(command)} was called on rank {self.line.rank}", "call it on rank 0")
+        if self.link.rank != 0:
+            raise StageError(self.where, f"{_words(command)} was called on rank {self.link.rank}", "call it on rank 0")
         if isinstance(command, _Score | _Accumulate):
             check_fit(command.groups, self.reader, self.where)
-        self.line.send(_pack(command))
-        with self.line.guard(_words(command)):
-            return self.line.gather(self._carry_out(command))
+        self.link.send(_pack(command))
+        with self.link.guard(_words(command)):
+            return self.link.gather(self._carry_out(command))
 
     def _carry_out(self, command: Command) -> bytes:
         match command:
@@ -379,17 +379,17 @@ class Trainer:
 
     def close(self) -> None:
         """Release the ranks, the transport and the model."""
-        if self._line is None:
+        if self._link is None:
             return
-        line, self._line = self._line, None
+        link, self._link = self._link, None
         try:
             self._publisher.close()
-            if line.rank == 0 and not line.is_broken:
-                line.send(_pack(_Close()))
-                line.gather(b"")
+            if link.rank == 0 and not link.is_broken:
+                link.send(_pack(_Close()))
+                link.gather(b"")
         finally:
             self._unload()
-            line.close()
+            link.close()
 
     # Passes: forward over a call's groups, in parts that fit into memory.
 
@@ -401,7 +401,7 @@ class Trainer:
         if layout not in ("unmasked", "shared") and size > 1:
             what = f"{type(self.model).__name__} takes no block mask over these sequences, whose rows cannot be split"
             raise StageError(self.where, what, "leave sequence_parallel 1, or take shorter sequences")
-        if layout == "alone" and whole_groups and self._ranks_meet_in_passes and self.line.world_size > 1:
+        if layout == "alone" and whole_groups and self._ranks_meet_in_passes and self.link.world_size > 1:
             what = f"{type(self.model).__name__} runs these sequences one by one, and ranks would wait for each other"
             raise StageError(self.where, what, "take zero_stage 0 or 1, one rank, or shorter sequences")
         return deal(
@@ -409,8 +409,8 @@ class Trainer:
             layout=layout,
             reads=reads_of(self.config),
             budget=budget.num_tokens,
-            rank=self.line.rank // size,
-            world_size=self.line.world_size // size,
+            rank=self.link.rank // size,
+            world_size=self.link.world_size // size,
             whole_groups=whole_groups,
             head_calls=(lambda num_tokens: calls(2 * num_tokens)) if has_teacher else calls,  # logits of both are held
         )
@@ -427,7 +427,7 @@ class Trainer:
             votes = failure.votes
         self._leave_pass()  # here, where the frames of the failed pass are gone, and its activations with them
         found = budget.shrink(votes)
-        if self.line.rank == 0:
+        if self.link.rank == 0:
             self._say(found)
         return None
 
@@ -537,7 +537,7 @@ class Trainer:
         has_teacher = self._teacher_of(objective) is not None
         parts = self._parts(groups, self._learning, whole_groups=objective.needs_whole_groups, has_teacher=has_teacher)
         counts = [count_ahead(objective, groups, part.pack(self.device)) if part.rows else 0.0 for part in parts]
-        global_count = self.line.sum(sum(counts))
+        global_count = self.link.sum(sum(counts))
         if global_count <= 0:
             what = f"the objective counts nothing in {len(groups)} groups"
             raise StageError(self.where, what, "are all masks 0?")
@@ -563,7 +563,7 @@ class Trainer:
                     routed_AE, _ = self._module(batch, num_chunks=part.num_chunks, routing=Routing())
                 counts_AE = counts_AE + routed_AE.cpu().double() * bool(part.rows)
                 num_tokens += float(batch.copies_RL.sum()) * bool(part.rows)
-        *counts, num_tokens = self.line.sums([*counts_AE.flatten().tolist(), num_tokens])
+        *counts, num_tokens = self.link.sums([*counts_AE.flatten().tolist(), num_tokens])
         shares_AE = (torch.tensor(counts) / num_tokens).view(counts_AE.shape).float().to(self.device)
         return Routing(shares_AE, num_tokens)
 
@@ -649,7 +649,7 @@ class Trainer:
 
     def _on_rank_0(self, take: Callable[[Iterator[tuple[str, Tensor]]], T], tensors: Iterator[Any]) -> T | None:
         """Let rank 0 take tensors; the others take their part in gathering them."""
-        if self.line.rank == 0:
+        if self.link.rank == 0:
             return take(tensors)
         for _ in tensors:
             pass
@@ -669,7 +669,7 @@ class Trainer:
             tensors = self._adapter.stored(self._whole)
         else:
             tensors = chain(self._parameters(), carried_buffers(self.model))
-            if self.line.rank == 0:  # the others only take their part in the gathering
+            if self.link.rank == 0:  # the others only take their part in the gathering
                 tensors = as_saved(self.model, tensors)
         weights = self._on_rank_0(lambda each: self._publisher.publish(command.version, each, canary), tensors)
         return b"" if weights is None else encode(weights)
@@ -697,7 +697,7 @@ class Trainer:
             write_model(self.model, whole, directory, **extra)
         if self._adapter is not None:
             trained = {name: tensor.clone() for name, tensor in self._adapter.stored(self._whole)}
-            if self.line.rank == 0:
+            if self.link.rank == 0:
                 self._adapter.write(directory.with_name("adapter"), trained.items())
         if self._average is not None and self._average.tensors:
             averaged = {name: tensor.to(self.dtype) for name, tensor in self._average.tensors.items()}
@@ -726,11 +726,11 @@ class Trainer:
         if self._num_steps == 0:  # it starts with the first step
             return
         if is_saved(directory):
-            if self.line.rank == 0:
+            if self.link.rank == 0:
                 self._average.read(directory)
             return
         self._update_average()
-        if self.line.rank == 0:
+        if self.link.rank == 0:
             self._say(f"{directory} has no average of the weights: it starts at step {self._num_steps}")
 
 

@@ -244,7 +244,7 @@ class Graph:
 
     def _check_agreement(self) -> None:
         """Insist that what several nodes are told is the same, by its name, its kind or the node whose it is."""
-        given: dict[str | type, tuple[str, msgspec.Struct]] = {}
+        given: dict[str, tuple[str, msgspec.Struct]] = {}
         for node, stage in self.nodes.items():
             for name, value in stage.arguments.items():
                 if name == "config" or not isinstance(value, msgspec.Struct):
@@ -327,8 +327,9 @@ class Graph:
         name, admission = self.name(credits), credits.admission
         learner, per_version, limit = self.node_of(credits.source), admission.per_version, admission.max_staleness
         for told in self.nodes[learner].arguments.values():
-            if isinstance(told, Agreement) and told.admission not in (None, admission):
-                what = f"says {_in_words(admission)}, but was given {_in_words(told.admission)}"
+            found = told.admission if isinstance(told, Agreement) else None
+            if found is not None and found != admission:
+                what = f"says {_in_words(admission)}, but was given {_in_words(found)}"
                 raise GraphError(f"{learner}.admission", what, "let it be that of what the stage is given")
         if per_version < 1 or (admission.versions is not None and admission.versions < 1):
             raise GraphError(learner, f"learns {per_version} groups into each of {admission.versions} versions")
@@ -365,9 +366,9 @@ def _in_words(admission: Admission) -> str:
     return ", ".join(f"{name}={value}" for name, value in admission._asdict().items())
 
 
-def _agreed_as(name: str, value: msgspec.Struct) -> str | type:
+def _agreed_as(name: str, value: msgspec.Struct) -> str:
     """Return what a value is held against others by: its kind where it is an `Agreement`, else its name."""
-    kinds = (kind for kind in type(value).__mro__ if Agreement in kind.__bases__)
+    kinds = (kind.__qualname__ for kind in type(value).__mro__ if Agreement in kind.__bases__)
     return next(kinds, name)
 
 

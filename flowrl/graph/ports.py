@@ -4,12 +4,12 @@ A stage declares `rollouts: In[Rollouts]` and `scored: Out[Scored]`. Until a run
 addresses for edges; afterwards they carry messages. Invariant: an edge joins an `Out[A]` to an `In[B]` only where
 every A is a B, which the type checker sees (`Source` is covariant, `Sink` contravariant) and `Graph.check` repeats.
 
-Semantics by kind of edge. Queue: `put` waits for room, `get` waits for a message and holds it for this replica until
-a message of the same group is put downstream, or `done` or `reject` settles it; each message reaches exactly one
-replica, the oldest group's first. Latest: `put` returns when every live reader has called `done` on that value or on
-a newer one; `get` waits for a value newer than the last one this replica got. Credits: `get` waits for the right to
-admit one group, `put` gives the rights of the named groups back. Cancelling any of them loses no message. After an
-edge is closed, `put` raises ChannelClosed at once and `get` does when nothing is left.
+Semantics by kind of edge. Queue: `put` waits for room; `get` waits for a message and holds it for this replica until
+one of the same group is put downstream, or `done` or `reject` settles it; each message reaches exactly one replica, the
+oldest group's first. Latest: `put` returns when every live reader has called `done` on that value or on a newer one;
+`get` waits for a value newer than the last one this replica got. Credits: `get` waits for the right to admit one group,
+`put` gives the rights of the named groups back. Cancelling any of them loses no message. After an edge is closed, `put`
+raises ChannelClosed at once and `get` does when nothing is left.
 
 Tests: tests/unit/graph/test_ports.py
 """

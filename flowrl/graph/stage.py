@@ -326,16 +326,29 @@ def port_types(stage: type[Stage]) -> dict[str, tuple[type[In[Any]] | type[Out[A
             continue
         for name, annotation in inspect.get_annotations(kind).items():
             hint = _resolved(kind, name, annotation)
-            origin, arguments = get_origin(hint), get_args(hint)
-            where = f"{stage.__name__}.{name}"
+            origin, where = get_origin(hint), f"{stage.__name__}.{name}"
             if hint in (In, Out):
                 raise GraphError(where, "does not say which message it carries", f"write {hint.__name__}[Rollouts]")
             if origin not in (In, Out):
+                if any(get_origin(each) in (In, Out) for each in get_args(hint)):
+                    remedy = f"write the port alone, and list {name!r} in `optional` where it may stay unconnected"
+                    raise GraphError(where, f"{annotation} holds a port and is none", remedy)
                 continue
-            if not (isinstance(arguments[0], type) and issubclass(arguments[0], Message)):
-                raise GraphError(where, f"{arguments[0]!r} is not a message", "subclass flowrl.messages.Message")
-            found[name] = (origin, arguments[0])
+            message = _meant(stage, get_args(hint)[0])
+            if not (isinstance(message, type) and issubclass(message, Message)):
+                raise GraphError(where, f"{message!r} is not a message", "subclass flowrl.messages.Message")
+            found[name] = (origin, message)
     return found
+
+
+def _meant(stage: type, message: Any) -> Any:
+    """Return the message that a class of type parameters, `class Sift(Stage, Generic[M])`, has as `Sift[Scored]`."""
+    for kind in reversed(stage.__mro__):
+        for base in getattr(kind, "__orig_bases__", ()) if "__orig_bases__" in vars(kind) else ():
+            names = getattr(get_origin(base), "__parameters__", ())
+            if isinstance(message, TypeVar) and message in names:
+                message = get_args(base)[names.index(message)]
+    return message.__bound__ or message if isinstance(message, TypeVar) else message
 
 
 def _resolved(kind: type, name: str, annotation: Any) -> Any:

@@ -1,9 +1,9 @@
 """The arithmetic of staleness: how many credits keep which bound.
 
 With `initial` credits, `per_version` groups learned per version and a window of W groups, a group is admitted only
-while fewer than `initial` are out, so at most initial - 1 older groups and, through the window, W - 1 younger ones
-are learned between its admission and itself. Staleness is therefore at most (initial + W - 2) // per_version
-policy versions. `Graph.check` refuses what exceeds the bound; the virtual-clock tests try to break it.
+while fewer than `initial` are out. So at most initial - 1 older groups and, through the window, W - 1 younger ones are
+learned between its admission and itself. Staleness is therefore at most (initial + W - 2) // per_version policy
+versions. `Graph.check` refuses what exceeds the bound; the virtual-clock tests try to break it.
 
 Tests: tests/unit/graph/test_graph.py
 """

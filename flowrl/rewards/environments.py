@@ -6,7 +6,7 @@
         def step(self, action): return observation, reward, done
         def close(self): ...                                     # may be left out; the episode is over
 
-Any of the three may be `async`. `task` is a row of the data (its columns as a dict), `seed` the group's: an environment
+Any of the three may be `async`. `task` is a row of the data (its columns as a dict), `seed` the group's. An environment
 that draws anything draws it from there, so that all samples of a group begin alike. An observation is a text; that of
 `reset` may also be a list of messages. `action` is the text of the policy's turn. A reward is a finite number, None for
 none.

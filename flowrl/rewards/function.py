@@ -1,4 +1,4 @@
-"""Reward functions by import path, called as their parameters say (flowrl.rewards.adapters has the signatures).
+"""Reward functions by import path, called as their parameters say (flowrl.rewards.signatures has the signatures).
 
 A function takes the columns it names, or all with **kwargs; it may be `async`. None in the result means "does not
 apply" and counts as 0, because a group's rewards are the sum of all named scores. Invariant: a call returns one finite
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from flowrl.config import load_object
 from flowrl.errors import RewardError, one_line
 from flowrl.messages import Buffer, Rollouts, Sample, VersionSpan
-from flowrl.rewards.adapters import Adapter, columns_for, missing_column, rewards_of, rubric_reward, style_of
+from flowrl.rewards.signatures import Adapter, columns_for, missing_column, rewards_of, rubric_reward, style_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,8 +69,8 @@ class RewardFunction:
     async def __call__(self, group: Rollouts) -> list[float]:
         """Score every sample of the group, in order; waits for the function, at most `timeout_s`.
 
-        A plain function runs in a thread of its own, which goes on after a timeout (Python cannot end it) but holds
-        up neither the loop nor the end of the process.
+        A plain function runs in a thread of its own, which goes on after a timeout (Python cannot end it). It holds up
+        neither the loop nor the end of the process.
 
         Raises:
             RewardError: the function raised, took too long, or returned something else than one number per sample.
@@ -161,11 +161,8 @@ def text_columns(group: Rollouts) -> dict[str, list[Any]]:
 
 def made_group(columns: dict[str, Any]) -> Rollouts:
     """Return a row of the data with completions made up, to try user code on before a run."""
-    samples = [
-        Sample(token_ids=Buffer.ints([1]), logprobs=Buffer.floats([0.0]), versions=[VersionSpan(0, 0, 1)],
-               finish="stop", text=text)
-        for text in MADE
-    ]  # fmt: skip
+    ids, logprobs, drawn = Buffer.ints([1]), Buffer.floats([0.0]), [VersionSpan(0, 0, 1)]
+    samples = [Sample(token_ids=ids, logprobs=logprobs, versions=drawn, finish="stop", text=text) for text in MADE]
     return Rollouts(group_id=0, token_ids=Buffer.ints([1]), columns=columns, num_samples=len(MADE), seed=0,
                     samples=samples, generator="check")  # fmt: skip
 

@@ -6,8 +6,8 @@
 
 Every list has one entry for each sample, the groups one after the other; prompts, completions and columns are those of
 a reward function (flowrl.rewards.function), query, prompts and labels those of OpenRLHF's `reward_func`
-(flowrl.rewards.adapters). A score is a finite number, or null for "does not apply", which counts as 0. Status 200 is an
-answer; 408, 429, any 5xx and a broken connection are tried again, after `Retry-After` where the server sends it and
+(flowrl.rewards.signatures). A score is a finite number, or null for "does not apply", which counts as 0. Status 200 is
+an answer; 408, 429, any 5xx and a broken connection are tried again, after `Retry-After` where the server sends it and
 else after a time that doubles and varies; any other status is a refusal, and so is an answer of another form.
 Redirects are not followed, and what leaves this machine goes over TLS unless `allow_plain_http` says otherwise.
 
@@ -34,8 +34,8 @@ import msgspec
 
 from flowrl.config import Config, Meta
 from flowrl.errors import ConfigError, RewardError
-from flowrl.rewards.adapters import Style, columns_for
 from flowrl.rewards.function import SHOWN_CHARS, checked, text_columns
+from flowrl.rewards.signatures import Style, columns_for
 
 if TYPE_CHECKING:
     import ssl

@@ -1,10 +1,10 @@
 """A process of its own that runs one reward function or environment: `main`, started by flowrl.rewards.guard.
 
-It speaks frames (4 bytes of length, then MessagePack, never a pickle) over the socket that is its standard input: first
-an `Opening` or a `Playing`, answered with `Opened` or `Refused`; then groups in their wire form, each answered with
-`Scores` or `Refused`, or an environment's `Request`s, answered with `Observed` or `Refused`; an empty frame ends it.
-User code runs in the main thread, where signals work, and what it prints goes to the log. Invariants: it is the leader
-of its own process group; when the other end of the socket is gone the whole group is killed at once, and a call that
+It speaks frames (4 bytes of length, then MessagePack, never a pickle) over the socket that is its standard input. First
+comes an `Opening` or a `Playing`, answered with `Opened` or `Refused`; then groups in their wire form, each answered
+with `Scores` or `Refused`, or an environment's `Request`s, answered with `Observed` or `Refused`; an empty frame ends
+it. User code runs in the main thread, where signals work, and what it prints goes to the log. Invariants: it is the
+leader of its own process group; when the other end of the socket is gone the whole group is killed at once. A call that
 holds the interpreter's lock all the while ends by itself soon after its time limit. Its guard (guard.py) sees to it
 that no process which user code has started is left over.
 
@@ -31,9 +31,9 @@ import msgspec
 
 from flowrl.errors import ConfigError, FlowrlError
 from flowrl.messages import Rollouts, decode
-from flowrl.rewards.adapters import Adapter
 from flowrl.rewards.environments import Environments, Observed, Request, run_here
 from flowrl.rewards.function import RewardFunction, saying
+from flowrl.rewards.signatures import Adapter
 
 if TYPE_CHECKING:
     import io
@@ -208,7 +208,7 @@ def _signals_held_back() -> Iterator[None]:
     """Start threads in this block: they inherit that no signal is for them.
 
     One that takes user code's alarm in the main thread's place, as the timer's does before it has got to hold signals
-    back itself, leaves it unnoticed for as long as user code computes without a pause.
+    back itself. It leaves it unnoticed for as long as user code computes without a pause.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:

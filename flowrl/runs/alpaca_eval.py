@@ -98,8 +98,11 @@ def evaluate(request: EvalRequest, say: Say) -> Results:
         UserError: a file, a model, a server or a setting is not what it should be.
     """
     assert request.alpaca_eval is not None
-    recorded = {target: read_annotations(Path(target)) for target in (request.target, request.against)
-                if target.endswith(".json") and _is_annotated(Path(target))}  # fmt: skip
+    recorded = {
+        target: read_annotations(Path(target))
+        for target in (request.target, request.against)
+        if target.endswith(".json") and _is_annotated(Path(target))
+    }
     needs_judge = len(recorded) < 1 + bool(request.against)
     settings, contenders = settle(request, say, needs_judge=needs_judge)
     gamed = read_gamed(Path(settings.gamed)) if settings.gamed else None

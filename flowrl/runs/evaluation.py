@@ -5,7 +5,7 @@ Tasks are lm-eval's, by name, by a YAML file or a directory of such files; the s
 
 Invariants: every score has an interval and says by which method (runs/scores.py); two models are compared on the same
 items, pair by pair; results.json is whole or not there; answers are kept in the directory beside it as they come, under
-a digest of what gave them, so that an evaluation that was cut off goes on when it is asked again.
+a digest of what gave them. So an evaluation that was cut off goes on when it is asked again.
 
 Tests: tests/contracts/test_evaluation.py
 """

@@ -71,9 +71,11 @@ class EngineLM(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return a conversation as text."""
         return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
-        )  # fmt: skip
+        )
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return how likely each continuation is, and whether it is the likeliest; progress is said in lines."""
@@ -100,9 +102,11 @@ class EngineLM(TemplateLM):
 
         async def one(text: str) -> float:
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(text), prefix_token=self.prefix_token_id,
-                max_seq_len=self._max_length - 1, context_len=1,
-            )  # fmt: skip
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self._max_length - 1,
+                context_len=1,
+            )
             parts = [await self._scored(*make_disjoint_window(window)) for window in windows]
             total = sum(logprob for logprob, _ in parts)
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)

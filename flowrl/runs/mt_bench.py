@@ -294,9 +294,11 @@ def _answered(
 
 
 def _matches(
-    questions: list[BenchQuestion], answers: dict[str, dict[int | str, list[str]]], prompts: dict[str, JudgePrompt],
+    questions: list[BenchQuestion],
+    answers: dict[str, dict[int | str, list[str]]],
+    prompts: dict[str, JudgePrompt],
     references: dict[int | str, list[str]],
-) -> list[Match]:  # fmt: skip
+) -> list[Match]:
     """Return all that is to be judged."""
     names = sorted(answers)
     is_pair = prompts["default"].type == "pairwise"
@@ -478,7 +480,7 @@ def _by_question(rated: dict[At, float]) -> dict[int | str, list[float]]:
 
 def _trust(
     rows: list[dict[str, Any]], rated: dict[str, dict[At, float]], lengths: dict[tuple[Any, ...], int], names: list[str]
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Return what the verdicts can be trusted in: unread ones, ties, and how they go with order and length."""
     if "score" in rows[0]:
         unread = sum(row["score"] == UNREAD for row in rows)
@@ -490,8 +492,8 @@ def _trust(
         ties = sum(pair == ("tie", "tie") for pair in winners)
         turned = sum(set(pair) == {"model_1", "model_2"} for pair in winners)
         notes = [f"{len(rows)} pairs: {ties} ties, {turned} turned with the order, {unread} cannot be read"]
-        first = [float(won == ("model_1", "model_2")[k]) for pair in winners for k, won in enumerate(pair)
-                 if won.startswith("model_")]  # fmt: skip
+        decided = [(k, won) for pair in winners for k, won in enumerate(pair) if won.startswith("model_")]
+        first = [float(won == ("model_1", "model_2")[k]) for k, won in decided]
         notes.append(order_note(first))
         ours, theirs = names
         pairs = [(float(lengths[ours, *at] - lengths[theirs, *at]), won) for at, won in rated[ours].items()]

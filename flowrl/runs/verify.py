@@ -1,10 +1,11 @@
 """Verify a run from its own files: nothing lost, nothing learned twice, nothing staler than the bound.
 
-The ledger says what became of every group in the history that survived. It is held against every other witness, each
-written apart from it: the record of the run's starts (how stale a sample might be then), the recorded rollouts (which
-groups each step was trained on), every checkpoint (its files, and how far the ledger had come), the published versions,
-the figures, the ending. Invariant: a run is clean only where every witness is there and all agree; what cannot be read
-is an error with file and place. Called by `flowrl verify`, and by the tests after every simulated schedule.
+The ledger says what became of every group in the history that survived. It is held against every other record, each
+written apart from it. These are the record of the run's starts (how stale a sample might be then), the recorded
+rollouts (which groups each step was trained on); every checkpoint (its files, and how far the ledger had come), the
+published versions, the figures, the ending. Invariant: a run is clean only where every record is there and all agree;
+what cannot be read is an error with file and place. Called by `flowrl verify`, and by the tests after every simulated
+schedule.
 
 Tests: tests/unit/runs/test_verify.py
 """
@@ -50,9 +51,9 @@ class Verdict:
     over_stale: list[int] = field(default_factory=list[int])
     # Replayed when they were too old, twice in a step, or not in a step after the one that learned them.
     misreplayed: list[int] = field(default_factory=list[int])
-    disagreeing: list[str] = field(default_factory=list[str])  # where another witness says something else
-    missing: list[str] = field(default_factory=list[str])  # witnesses that ought to be there
-    strays: list[str] = field(default_factory=list[str])  # files that are no witness; they prove and break nothing
+    disagreeing: list[str] = field(default_factory=list[str])  # where another record says something else
+    missing: list[str] = field(default_factory=list[str])  # records that ought to be there
+    strays: list[str] = field(default_factory=list[str])  # files that are no record; they prove and break nothing
 
     @property
     def is_clean(self) -> bool:
@@ -72,7 +73,7 @@ def judge(
     """Return what a ledger's entries prove.
 
     `max_age` is the greatest staleness of a replayed group, `bounds` the greatest of a group by the start of the
-    command in which it was learned, where that is not `max_staleness`.
+    command in which it was learned, if not `max_staleness`.
     """
     bound_of = _bounds(entries, max_staleness, bounds or {})
     alive = surviving(entries)
@@ -150,7 +151,7 @@ def _misreplayed(alive: list[Entry], max_age: int | None) -> list[int]:
 
 
 def verify_run(run_dir: Path) -> Verdict:
-    """Judge a run's ledger and hold it against every other witness.
+    """Judge a run's ledger and hold it against every other record.
 
     Raises:
         UserError: the directory holds no run, or a file in it cannot be read.

@@ -130,9 +130,12 @@ class LengthControl:
             scoring = scoring.set_score_request(share=True, weight=True)
             options: dict[str, Any] = dict(scoring=scoring, l1_ratios=(1,), use_legacy_attributes=True)
             model: Any = LogisticRegressionCV(
-                cv=GroupKFold(n_splits=FOLDS), random_state=SEED, solver="liblinear",
-                fit_intercept=False, **options,
-            ).set_fit_request(sample_weight=True)  # fmt: skip
+                cv=GroupKFold(n_splits=FOLDS),
+                random_state=SEED,
+                solver="liblinear",
+                fit_intercept=False,
+                **options,
+            ).set_fit_request(sample_weight=True)
             groups = np.tile(np.arange(len(labels) // 2), 2)
             model.fit(features, labels, sample_weight=shares * weights, groups=groups, share=shares, weight=weights)
         self.penalty = float(model.C_[0])

@@ -9,7 +9,7 @@ Why a thread: Ray installs a handler for SIGTERM when it starts in the main thre
 long as a cluster does not answer. Its processes die with the thread that started them, so that lives until `stop`. Its
 native part puts a handler before Python's all the same, which ends the process 3 s after a SIGTERM: that is undone.
 
-Whatever a Ray of ours starts, and what that starts, has `MARK` in its environment: `stop` ends when none of it lives,
+Whatever a Ray of ours starts, and what that starts, has `MARK` in its environment. `stop` ends when none of it lives,
 and what outlives a driver that was killed (a stopped process hears of nothing) is killed by the next one.
 
 Tests: tests/ray/test_faults_of_ray.py
@@ -267,8 +267,9 @@ class Cluster:
         try:
             return await ask(task, *arguments, where=where, within_s=within_s)
         except Unanswered as error:
-            raise ResourceError(where, error.what, "see that it can start a process, or leave it out "
-                                "with cluster.nodes") from error  # fmt: skip
+            raise ResourceError(
+                where, error.what, "see that it can start a process, or leave it out with cluster.nodes"
+            ) from error
         except RayError as error:
             last = str(error).strip().splitlines()[-1]
             raise ResourceError(where, f"cannot run flowrl ({last})", "install the same flowrl there") from error
@@ -490,7 +491,7 @@ def _unheard(*said: Any, **more: Any) -> None:
 def _stay_on_loopback() -> None:
     """Let a Ray of this machine alone listen on the loopback interface only.
 
-    `_node_ip_address` is not enough: Ray replaces a loopback address by the machine's own unless it takes the platform
+    `_node_ip_address` is not enough. Ray replaces a loopback address by the machine's own unless it takes the platform
     for one without clusters, which it decides by this variable when it is imported.
     """
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # for the processes that it starts

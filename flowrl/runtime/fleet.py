@@ -3,8 +3,8 @@
 What reserves cores or GPUs gets a bundle of one placement group, so that a graph is placed as a whole or not at all;
 the learner's first rank goes to the home node, and what reserves nothing sits there too. Invariants: whoever waits for
 a place is named, with what he needs, within `TELL_S`, and no longer than `cluster.place_timeout_s`; no rank spans
-nodes, for a bundle is on one. One fleet serves the crew (ray.py), which has it reserve anew at each attempt, asks it
-where to start each process and tells it where each was born.
+nodes, for a bundle is on one. One fleet serves the workers (ray.py), which have it reserve anew at each attempt, ask it
+where to start each process and tell it where each was born.
 
 Tests: tests/ray/test_placement_on_ray.py
 """
@@ -81,9 +81,10 @@ class Fleet:
             return
         selectors = [self._selector(place) for place in own]
         self._group = placement_group(
-            [needs_of(place) for place in own], strategy=self._config.strategy.upper(),
+            [needs_of(place) for place in own],
+            strategy=self._config.strategy.upper(),
             bundle_label_selector=selectors if any(selectors) else cast("Any", None),
-        )  # fmt: skip
+        )
         await self._granted(self._group, [(name_of(place), needs_of(place)) for place in own])
         await self._learn_devices(self._group)
 

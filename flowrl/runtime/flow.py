@@ -385,8 +385,11 @@ class Flow:
     def waits(self) -> list[str]:
         """Say who waits for what, oldest first within each edge."""
         channels = [
-            *self._queues.values(), *self._registers.values(), *self._credits.values(), *self._leases.values(),
-        ]  # fmt: skip
+            *self._queues.values(),
+            *self._registers.values(),
+            *self._credits.values(),
+            *self._leases.values(),
+        ]
         lines = [line for channel in dict.fromkeys(channels) for line in channel.waits()]
         held = {k: c for queue in self._all_queues for k, c in queue.held.items()}
         lines += [f"{replica} waits: {text}" for replica, text in self._elsewhere.items()]

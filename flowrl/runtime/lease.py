@@ -6,8 +6,8 @@ takes the lease when something is to be computed and gives it back when others w
 - one side has the devices at a time: the other gets them when every holder has given them back or is proved dead;
 - a side keeps them until none of its replicas needs them; what it can do alone is bounded by the graph's credits;
 - who does not hold the lease has its engine asleep, and computes nothing;
-- a holder that others wait for and that ends no use of them for `limit_s` loses the lease: it is named by `take_lost`,
-  the runtime ends its process, and the devices go on when that is done;
+- a holder that others wait for and that ends no use of them for `limit_s` loses the lease; it is named by `take_lost`,
+the runtime ends its process, and the devices go on when that is done;
 - every turn has a number; whoever names another than the present one is told that it lost the lease (RunError).
 
 Called by the flow; the runtimes ask it who takes turns (`turn_of`).

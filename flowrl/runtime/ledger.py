@@ -216,7 +216,7 @@ def surviving(entries: list[Entry]) -> list[Entry]:
 def whole_lines(path: Path, cut: Cut) -> list[bytes]:
     """Return the lines of a log before the first damaged one; all before the cut must be as they were then.
 
-    What comes after the cut is void once the run goes on from there, so damage is no loss there: a machine that lost
+    What comes after the cut is void once the run goes on from there, so damage is no loss there. A machine that lost
     its power may leave anything behind what it had brought to the disk.
 
     Raises:

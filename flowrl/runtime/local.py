@@ -6,7 +6,7 @@ be in another process, and reaches the flow through the same gate. Invariant: wh
 task of the run is left. Nodes with several ranks need processes and so the Ray runtime.
 
 Tests reach in at two places: `link` stands between a replica's calls and the gate, `chaos` runs beside an attempt and
-may end replicas (`LocalCrew.kill`) or the flow's host (`lose_host`).
+may end replicas (`LocalWorkers.kill`) or the flow's host (`lose_host`).
 
 Tests: tests/unit/runtime/test_laws.py
 """
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     Carry = Callable[[Call], Awaitable[Any]]
 
-__all__ = ["LocalCrew", "LocalOptions", "Outcome", "num_readers", "run_local"]
+__all__ = ["LocalOptions", "LocalWorkers", "Outcome", "num_readers", "run_local"]
 
 
 @dataclass(kw_only=True)
@@ -52,7 +52,7 @@ class LocalOptions(Options):
     is_virtual: bool = False  # the event loop is a VirtualClockLoop and engines are fakes
     status_interval_s: float = 1.0
     link: Callable[[Carry], Carry] = lambda carry: carry
-    chaos: Callable[[LocalCrew], Coroutine[Any, Any, None]] | None = None
+    chaos: Callable[[LocalWorkers], Coroutine[Any, Any, None]] | None = None
 
 
 async def run_local(graph: Graph, options: LocalOptions) -> Outcome:
@@ -68,10 +68,10 @@ async def run_local(graph: Graph, options: LocalOptions) -> Outcome:
             raise GraphError(name, f"ranks={stage.config.ranks} needs processes", "use the ray runtime")
     if options.is_virtual:
         options.now = asyncio.get_running_loop().time
-    return await Supervisor(graph, LocalCrew(graph, options), options).run()
+    return await Supervisor(graph, LocalWorkers(graph, options), options).run()
 
 
-class LocalCrew:
+class LocalWorkers:
     """Replicas as tasks."""
 
     def __init__(self, graph: Graph, options: LocalOptions) -> None:

@@ -174,7 +174,7 @@ def user_files(plan: Any) -> dict[str, str]:
     """Return the files of the user's code, with their digests.
 
     They are those that this process has loaded, those that import paths in a plan (plain data) lead to, which may be
-    loaded in other processes only, and what stands beside these and is imported there.
+    loaded in other processes only. So is what stands beside these and is imported there.
     """
     own = str(Path(__file__).resolve().parents[1]) + os.sep
     others = tuple({sys.prefix, sys.base_prefix, sys.exec_prefix, own})
@@ -228,10 +228,11 @@ def paths_in(tree: Any) -> list[str]:
     """Return the strings of plain data that are paths of this machine: models, data sets, adapters."""
     return sorted(
         {
-            text for text in _strings(tree)
+            text
+            for text in _strings(tree)
             if os.sep in text and "\n" not in text and len(text) < 4096 and Path(text).expanduser().exists()
         }
-    )  # fmt: skip
+    )
 
 
 def check_node(address: str, found: NodeReport, here: NodeReport, *, gap_s: float, token: str) -> None:
@@ -256,8 +257,9 @@ def check_node(address: str, found: NodeReport, here: NodeReport, *, gap_s: floa
         raise ResourceError(where, what, "put it on a disk that every node sees, or copy it to the same path there")
     if found.seen != token:
         what = "does not see the run's directory: what it wrote there would be lost to the run"
-        raise ResourceError(where, what, "give a --runs-dir on a disk that every node sees, "
-                            "or leave the node out with cluster.nodes")  # fmt: skip
+        raise ResourceError(
+            where, what, "give a --runs-dir on a disk that every node sees, or leave the node out with cluster.nodes"
+        )
 
 
 def fit(
@@ -293,7 +295,6 @@ def amounts(needs: Mapping[str, float]) -> str:
 
 def capacities(nodes: Iterable[RayNode]) -> str:
     """Return what each living node has, in words."""
-    return "; ".join(
-        f"{node.address} {amounts({'CPU': node.cpus, **({'GPU': node.gpus} if node.gpus else {})})}"
-        for node in sorted(nodes, key=lambda each: each.address) if node.is_alive
-    ) or "no node"  # fmt: skip
+    alive = sorted((node for node in nodes if node.is_alive), key=lambda each: each.address)
+    has = [{"CPU": node.cpus, **({"GPU": node.gpus} if node.gpus else {})} for node in alive]
+    return "; ".join(f"{node.address} {amounts(each)}" for node, each in zip(alive, has, strict=True)) or "no node"

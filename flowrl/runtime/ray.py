@@ -1,8 +1,8 @@
 """The Ray runtime: the supervisor in the driver, everything else in actors, one machine or a cluster.
 
-The driver runs the supervisor on a `RayCrew`: it starts the hub and the replicas (runtime/actors.py) and asks each of
+The driver runs the supervisor on `RayWorkers`: it starts the hub and the replicas (runtime/actors.py) and asks each of
 them again and again what there is to tell; one that does not answer in time is lost. Invariants: every process of an
-attempt is proved dead before the next one starts and when `run_ray` returns, whatever ended it, or, where it cannot be
+attempt is proved dead before the next one starts and when `run_ray` returns, whatever ended it; or, where it cannot be
 reached, kept from every file (runtime/rundir.py); no wait is without an end (runtime/cluster.py).
 
 Tests: tests/ray/test_synchronous_runs.py
@@ -65,7 +65,7 @@ async def run_ray(graph: Graph, options: Options, cluster: Cluster) -> Outcome:
     assert options.run_dir is not None, "a run on Ray has a directory"
     claimed = options.claim or Claim(options.run_dir)
     try:
-        return await Supervisor(graph, RayCrew(graph, options, cluster, claimed), options).run()
+        return await Supervisor(graph, RayWorkers(graph, options, cluster, claimed), options).run()
     finally:
         if options.claim is None:
             claimed.close()
@@ -87,7 +87,7 @@ class Attempt:
     passing_on: asyncio.Task[None] | None = None
 
 
-class RayCrew:
+class RayWorkers:
     """Replicas as actors."""
 
     def __init__(self, graph: Graph, options: Options, cluster: Cluster, claimed: Claim) -> None:

@@ -123,8 +123,10 @@ def bring_code(found: Survey, run_dir: Path, say: Callable[[str], None]) -> dict
         shutil.copyfile(file, target)
         places[str(file)] = str(target)
     address, files = next(iter(lacking.items()))
-    say(f"user code: node {address} has no {Path(files[0]).name} as it is here; "
-        f"every process loads it from {run_dir / CODE}")  # fmt: skip
+    say(
+        f"user code: node {address} has no {Path(files[0]).name} as it is here; "
+        f"every process loads it from {run_dir / CODE}"
+    )
     return places
 
 

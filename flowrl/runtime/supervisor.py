@@ -3,9 +3,9 @@
 A replica of a stateless stage that ends by accident is replaced: what it held is issued again, and the next
 incarnation starts. A stateful one, or the flow's host, costs the attempt: everything is ended and started again from
 the newest sound checkpoint. Invariants: the supervisor alone decides, `Workers` carries out; a node is replaced at most
-`max_restarts` times without a learned step between, and not after an error that its code raised a second time; what the
-user has to mend (UserError) is never retried; every
-recovery is told, with the node, the replica and the reason. The local and the Ray runtime each are a crew.
+`max_restarts` times without a learned step between, and not after an error that its code raised a second time; what
+the user has to mend (UserError) is never retried; every recovery is told, with node, replica and reason. The local and
+the Ray runtime each have `Workers` of their own.
 
 Tests: tests/unit/runtime/test_recovery.py
 """
@@ -181,11 +181,11 @@ class _Rollback(Exception):
 
 
 class Supervisor:
-    """One run of a graph on one crew."""
+    """One run of a graph on the workers of one runtime."""
 
-    def __init__(self, graph: Graph, crew: Workers, options: Options) -> None:
+    def __init__(self, graph: Graph, workers: Workers, options: Options) -> None:
         self._graph = graph
-        self._crew = crew
+        self._workers = workers
         self._options = options
         self._incarnations: Counter[str] = Counter()
         self._spent: Counter[str] = Counter()  # recoveries by node since its last learned step
@@ -216,7 +216,7 @@ class Supervisor:
             except HostLost as error:
                 lost = _Rollback("flow", error)
             finally:
-                await self._crew.close()
+                await self._workers.close()
             if lost is None or self._options.stopping.is_set():
                 if lost is not None:
                     self._tell("warning", lost.where, f"{lost.cause}; a stop is asked for, so nothing starts again")
@@ -226,7 +226,7 @@ class Supervisor:
 
     async def _open(self, start: Start) -> None:
         """Bring the flow up, unless the user asks to stop meanwhile: for devices that may never be free."""
-        opening = asyncio.ensure_future(self._crew.open(start))
+        opening = asyncio.ensure_future(self._workers.open(start))
         stopping = asyncio.ensure_future(self._options.stopping.wait())
         try:
             await asyncio.wait([opening, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -243,17 +243,17 @@ class Supervisor:
         if not self._options.stopping.is_set():
             return
         try:
-            if not await self._crew.has_begun():
+            if not await self._workers.has_begun():
                 self._tell("info", "run", "nothing is under way yet, so the run stops at once")
                 raise _Stopped
         except HostLost as lost:
             raise _Rollback("flow", lost) from lost
-        unplaced = self._crew.unplaced
+        unplaced = self._workers.unplaced
         for node in self._graph.nodes:
             replicas = [replica_name(node, index) for index in range(self._size(node))]
             if unplaced.issuperset(replicas):
-                self._tell("warning", node, "has no process, so what is under way cannot be finished: "
-                           "the run stops here, and goes on from its newest checkpoint")  # fmt: skip
+                text = "has no process, so what is under way cannot be finished: the run stops here, and goes on from "
+                self._tell("warning", node, f"{text}its newest checkpoint")
                 raise _Stopped
 
     async def _attempt(self, start: Start) -> dict[str, int]:
@@ -261,10 +261,10 @@ class Supervisor:
         for node, stage in self._graph.nodes.items():
             for index in range(self._size(node), stage.config.replicas):  # let go before a rollback: not waited for
                 name = replica_name(node, index)
-                await self._crew.release(name, self._incarnations[name], blames=False)
+                await self._workers.release(name, self._incarnations[name], blames=False)
             for index in range(self._size(node)):
                 self._start(replica_name(node, index), running, start)
-        watching = asyncio.ensure_future(self._crew.watch())
+        watching = asyncio.ensure_future(self._workers.watch())
         stopping = asyncio.ensure_future(self._options.stopping.wait())
         scaling = asyncio.ensure_future(self._options.scaling.changed.wait())
         until = self._graph.until_node
@@ -292,7 +292,7 @@ class Supervisor:
         return self._options.scaling.wanted.get(node, self._graph.nodes[node].config.replicas)
 
     def _start(self, name: str, running: dict[asyncio.Future[None], str], start: Start) -> None:
-        running[asyncio.ensure_future(self._crew.run(name, self._incarnations[name], start))] = name
+        running[asyncio.ensure_future(self._workers.run(name, self._incarnations[name], start))] = name
 
     async def _scale(self, running: dict[asyncio.Future[None], str], start: Start) -> None:
         """Start the replicas that are asked for and let those go that are too many, the last ones first."""
@@ -309,11 +309,11 @@ class Supervisor:
     async def _let_go(self, name: str, future: asyncio.Future[None]) -> None:
         """End a replica; what it held is issued again, and is not to blame."""
         try:
-            await self._crew.kill(name)
+            await self._workers.kill(name)
             future.cancel()
             await asyncio.gather(future, return_exceptions=True)
             self._incarnations[name] += 1
-            released = await self._crew.release(name, self._incarnations[name], blames=False)
+            released = await self._workers.release(name, self._incarnations[name], blames=False)
         except HostLost as lost:
             raise _Rollback("flow", lost) from lost
         again = f"; issued again: {len(released.reissued)} groups" if released.reissued else ""
@@ -321,13 +321,13 @@ class Supervisor:
 
     async def _wind_down(self, running: dict[asyncio.Future[None], str]) -> dict[str, int]:
         """Close the edges and let the rest end; what fails now does not matter to what was learned."""
-        await self._crew.close_edges()
+        await self._workers.close_edges()
         if running:
             await asyncio.wait(running, timeout=self._options.grace_s)
         for future, name in running.items():
             if future.done() and not future.cancelled() and (error := future.exception()) is not None:
                 self._tell("warning", name, f"failed after the run had ended: {error}")
-        return await self._crew.totals()
+        return await self._workers.totals()
 
     def _heed(self, watching: asyncio.Future[None], running: dict[asyncio.Future[None], str]) -> NoReturn:
         """End the attempt for what the watch has seen."""
@@ -352,10 +352,10 @@ class Supervisor:
         if self._graph.nodes[node_name(name)].is_stateful:
             raise _Rollback(name, error)
         try:
-            await self._crew.kill(name)
-            self._charge(node_name(name), (await self._crew.totals())["learned"], error)
+            await self._workers.kill(name)
+            self._charge(node_name(name), (await self._workers.totals())["learned"], error)
             successor = self._incarnations[name] + 1
-            released = await self._crew.release(name, successor)
+            released = await self._workers.release(name, successor)
         except HostLost as lost:
             raise _Rollback("flow", lost) from lost
         self._incarnations[name] = successor

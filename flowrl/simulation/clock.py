@@ -1,12 +1,12 @@
 """An event loop on a virtual clock: when nothing is ready, time jumps to the next timer.
 
-Hours of waiting take milliseconds and the order of events depends only on the program and its seeds: what is ready runs
+Hours of waiting take milliseconds and the order of events depends only on the program and its seeds. What is ready runs
 first come, first served, and timers of one moment ring in the order in which they were set. When nothing is ready and
 no timer is set, no event can ever come: that is a deadlock, and it is raised instead of waited for. Simulation and the
 concurrency tests run on it; nothing on it may use threads, sockets or real time.
 
 It leaves out what an asyncio loop does for the outside world (a selector call in every round, handles that remember
-where they were made), since a search through settings spends most of its time here.
+where they were made). A search through settings spends most of its time here.
 
 Tests: tests/unit/simulation/test_timed.py
 """

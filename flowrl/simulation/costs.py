@@ -65,7 +65,7 @@ class NodeProfile(Config):
     """What one replica's work costs, by kind of call.
 
     Kinds: score (a group or a batch of them), train (one optimizer step), publish and checkpoint (a version of the
-    learner), transfer (until a version's bytes have left), update_transfer and update_pause (of a generator).
+    learner); transfer (until a version's bytes have left), update_transfer and update_pause (of a generator).
     """
 
     decode: DecodeCost | None = None
@@ -111,7 +111,7 @@ def pace(width: float, cores: float, slowdown: float) -> float:
     """Return the speed of each of `width` threads that compute at once on so many cores; one alone has 1.
 
     Beyond the cores they take turns. Within them each is slower the more of the others work, by `slowdown` where all do
-    (they share caches, memory and often their arithmetic): two on two cores with slowdown 0.2 have 0.8.
+    (they share caches, memory and often their arithmetic). Two on two cores with slowdown 0.2 have 0.8.
     """
     if width <= 0:
         return 1.0

@@ -1,10 +1,10 @@
 """The cost of decoding, fitted by replaying a generator's requests on the model that the simulator uses.
 
-A request's duration says nothing by itself: it waited for a place, read its prompt while others stood still, and ran
-beside a number of samples that changed all the time. So the recorded requests are put through continuous batching
-(simulation/devices.py in outline, without an event loop), and the three costs are those whose ends are nearest to the
-recorded ones, scaled so that the replicas are busy as long. Times are seconds of work, the contention for cores
-already taken out. Called by the profiler.
+A request's duration says nothing by itself: it waited for a place, read its prompt while others stood still, ran beside
+a number of samples that changed all the time. So the recorded requests are put through continuous batching
+(simulation/devices.py in outline, without an event loop). The three costs are those whose ends are nearest to the
+recorded ones, scaled so that the replicas are busy as long. Times are seconds of work, the contention for cores already
+taken out. Called by the profiler.
 
 Tests: tests/unit/simulation/test_profiler.py
 """

@@ -1,11 +1,12 @@
 """Engines that only take time: public fakes for tests, for trying out a graph, and for `flowrl simulate`.
 
-They keep every contract of `engines.base` that does not need a model: versions on every token, seeds that reproduce,
-updates that take effect between tokens, weights that a learner offers and a generator takes in. Time is the event
-loop's, so on the virtual clock hours pass in milliseconds. Alone, a fake takes the `costs` it is given and samples
-seeded nonsense. As a node of a simulation (`CURRENT`) it takes the profile's, on devices that it shares (devices.py),
-and holds zeros of the right shape. Invariant: what is drawn follows from the request's own seed, never from the order
-of arrival; in a simulation it is drawn once, since a search simulates thousands of settings on the same seeds.
+They keep every contract of `engines.base` that does not need a model. They have versions on every token, seeds that
+reproduce, updates that take effect between tokens, weights that a learner offers and a generator takes in. Time is the
+event loop's, so on the virtual clock hours pass in milliseconds. Alone, a fake takes the `costs` it is given and
+samples seeded nonsense. As a node of a simulation (`CURRENT`) it takes the profile's, on devices that it shares
+(devices.py), and holds zeros of the right shape. Invariant: what is drawn follows from the request's own seed, never
+from the order of arrival; in a simulation it is drawn once, since a search simulates thousands of settings on the same
+seeds.
 
 Tests: tests/unit/simulation/test_timed.py
 """
@@ -70,7 +71,7 @@ class SimulationState:
         return self.devices[name]
 
 
-CURRENT: ContextVar[SimulationState] = ContextVar("scene")
+CURRENT: ContextVar[SimulationState] = ContextVar("state")
 
 
 def costs_of(costs: dict[str, Any] | None, node: str) -> NodeProfile:
@@ -328,8 +329,9 @@ def _nonsense(seed: int, length: int, versions: list[VersionSpan]) -> Sample:
 
 
 def _blank(length: int, versions: list[VersionSpan], *, most: int) -> Sample:
-    return Sample(token_ids=_zeros("int32", length), logprobs=_zeros("float32", length), versions=versions,
-                  finish="length" if length == most else "stop", text="")  # fmt: skip
+    token_ids, logprobs = _zeros("int32", length), _zeros("float32", length)
+    finish = "length" if length == most else "stop"
+    return Sample(token_ids=token_ids, logprobs=logprobs, versions=versions, finish=finish, text="")
 
 
 @functools.lru_cache(maxsize=1 << 14)

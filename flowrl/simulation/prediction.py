@@ -1,6 +1,6 @@
 """Predictions: what a simulated run did between two of its steps, and how that reads as a table.
 
-`Watch` is what the simulated replicas record into: it takes every replica's seconds by cause at both ends of the
+`Watch` is what the simulated replicas record into. It takes every replica's seconds by cause at both ends of the
 measured window, the steps in between, and looks at the queues. Used by simulate.py.
 
 Tests: tests/unit/simulation/test_run.py
@@ -82,9 +82,9 @@ class _Mark(NamedTuple):
 class Watch(Recorder):
     """Takes the replicas' seconds at the ends of the measured window, and everything in between."""
 
-    def __init__(self, warmup: int, total: int, scene: SimulationState, *, precision: float = 0.0) -> None:
+    def __init__(self, warmup: int, total: int, state: SimulationState, *, precision: float = 0.0) -> None:
         super().__init__()
-        self.scene = scene
+        self.state = state
         self._precision = precision
         self.contexts: dict[tuple[str, int], Context] = {}
         self._warmup = warmup
@@ -113,13 +113,13 @@ class Watch(Recorder):
         self._steps.append(event)
         is_last = len(self._steps) == self._total or self._is_precise()
         if len(self._steps) == self._warmup or is_last:
-            for device in self.scene.devices.values():
+            for device in self.state.devices.values():
                 device.progress()
             mark = _Mark(
                 event.time_s,
                 {replica: context.clock.seconds() for replica, context in self.contexts.items()},
                 {key: context.slots.filled_s() for key, context in self.contexts.items() if context.slots},
-                {name: device.busy_s for name, device in self.scene.devices.items()},
+                {name: device.busy_s for name, device in self.state.devices.items()},
             )
             self._marks.append(mark)
         if is_last and not self.ended.done():

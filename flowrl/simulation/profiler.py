@@ -1,9 +1,9 @@
 """Measures a profile from a run's events: the sink that writes profile.json, and the fits behind it.
 
-Replicas that compute on the same cores slow each other down, so a span's duration is first turned into what it would
-have been alone (`costs.pace`, the law that the simulator puts back; devices.py). Costs are least squares
-with no negative part, scaled so that their sum over the run is what the run took. What came before the first
-step was learned is warm-up and left out. `Sinks` feeds it; simulation/costs.py says what a profile holds.
+Replicas that compute on the same cores slow each other down. So a span's duration is first turned into what it would
+have been alone (`costs.pace`, the law that the simulator puts back; devices.py). Costs are least squares with no
+negative part, scaled so that their sum over the run is what the run took. What came before the first step was learned
+is warm-up and left out. `Sinks` feeds it; simulation/costs.py says what a profile holds.
 
 Tests: tests/unit/simulation/test_profiler.py
 """

@@ -78,8 +78,8 @@ def simulate(
     Of a run without end, `steps` steps are measured after `warmup`, by default until the pipeline has filled; fewer
     where `precision` is given and the half-width of the mean step time's 95 % interval is down to that part of it.
     With `is_whole` the run has `steps` steps in all and is measured between the first and the last, as a run's report
-    does: then the start and the end, when nothing more is admitted, are in it. `detail` says what is looked at, and
-    less of it is quicker: the "speed" and the staleness alone, the "causes" of each node's time with them, or the
+    does. Then the start and the end, when nothing more is admitted, are in it. `detail` says what is looked at, and
+    less of it is quicker. It is the "speed" and the staleness alone, the "causes" of each node's time with them, or the
     "queues" and their bytes besides. For the speed alone messages are not weighed, so no queue is full by its bytes.
     `connect` makes what stands between a replica and the flow; by default nothing does. `on` is a graph whose devices
     are taken in place of its own: more replicas of a node than it has then share its cores or GPUs.
@@ -93,14 +93,14 @@ def simulate(
     total = steps if is_whole else steps + before
     plan = timed_plan(graph, profile, steps=total, is_whole=is_whole)
     devices = on or graph
-    scene = SimulationState(
+    state = SimulationState(
         profile,
         cores=max(profile.cores, _reserved(devices)),
         gpus={} if on is None else {node: stage.config.replicas for node, stage in on.nodes.items()},
     )
-    watch = Watch(before, total, scene, precision=precision)
+    watch = Watch(before, total, state, precision=precision)
     look_s = _look_s(graph, profile) if detail == "queues" else None
-    token = CURRENT.set(scene)
+    token = CURRENT.set(state)
     try:
         run_virtual(
             run_timed(graph_of(plan), plan, watch, message_s=profile.message_s, look_s=look_s, connect=connect,
@@ -112,7 +112,7 @@ def simulate(
         raise RunError("simulation", what, "ask for fewer steps or smaller groups") from None
     finally:
         CURRENT.reset(token)
-    return watch.prediction(notes=_notes(graph, profile, scene))
+    return watch.prediction(notes=_notes(graph, profile, state))
 
 
 def _filling(graph: Graph) -> int:
@@ -145,13 +145,13 @@ def _look_s(graph: Graph, profile: Profile) -> float:
     return longest_s / LOOKS_A_STEP
 
 
-def _notes(graph: Graph, profile: Profile, scene: SimulationState) -> list[str]:
+def _notes(graph: Graph, profile: Profile, state: SimulationState) -> list[str]:
     """Say where the prediction leaves what the profile has seen."""
     notes: list[str] = []
     if optional := optional_nodes(graph):
         notes.append(f"left out: {', '.join(optional)}")
-    if scene.cores > profile.cores:
-        notes.append(f"{scene.cores:g} cores are reserved, the profile's machine has {profile.cores:g}")
+    if state.cores > profile.cores:
+        notes.append(f"{state.cores:g} cores are reserved, the profile's machine has {profile.cores:g}")
     for name, stage in graph.nodes.items():
         config: Any = stage.config
         costs = profile.nodes.get(name, NodeProfile())

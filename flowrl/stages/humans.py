@@ -2,11 +2,12 @@
 
 The stage asks by a line in the run's questions.jsonl and reads what people said from judgments.jsonl; the page that
 they sit at is another process (`flowrl feedback RUN`), which may come and go. Invariants: a group leaves with one score
-per answer that was shown, or is rejected as filtered with the reason: nobody judged it within `deadline_s`, somebody
-flagged it, or there was nothing to compare. Where the graph has a use for it (`passes`), what nobody judged goes on
-with scores of 0, told apart by the metric `judged`. At most `in_flight` groups wait for people at a time; a judgment
-counts once it could be taken back for `undo_s`, and what is on the disk counts for a group that is issued again, so
-that nobody is asked twice. Waiting for people is charged as waiting for input, and to the runtime is no stall.
+per answer that was shown, or is rejected as filtered with the reason. The reason is that nobody judged it within
+`deadline_s`, somebody flagged it, or there was nothing to compare. Where the graph has a use for it (`passes`), what
+nobody judged goes on with scores of 0, told apart by the metric `judged`. At most `in_flight` groups wait for people at
+a time; a judgment counts once it could be taken back for `undo_s`; what is on the disk counts for a group that is
+issued again, so that nobody is asked twice. Waiting for people is charged as waiting for input, and to the runtime is
+no stall.
 
 Tests: tests/unit/stages/test_humans.py
 """
@@ -93,10 +94,9 @@ class Humans(Stage):
 
     async def _lane(self, context: Context, board: _Board) -> None:
         async for group in self.rollouts:
-            question = ask(
-                group.group_id, group.columns.get("prompt", ""), [sample.text for sample in group.samples],
-                way=self.config.way, version=group.oldest_version, places=range(len(group.samples)),
-            )  # fmt: skip
+            prompt, answers = group.columns.get("prompt", ""), [sample.text for sample in group.samples]
+            places, version = range(len(answers)), group.oldest_version
+            question = ask(group.group_id, prompt, answers, way=self.config.way, version=version, places=places)
             judgments, why, waited = list[Judgment](), self._why_not(question), dict[str, float]()
             if not why:
                 start_s = context.now()

@@ -31,7 +31,7 @@ from flowrl.messages import Rollouts, Scored, Weights
 from flowrl.rewards.chat import ChatServer, chatting, check_chat
 from flowrl.rewards.judging import Asked, Judgement, Rubric, correlated
 from flowrl.stages.reward import Failures, add_scores
-from flowrl.stages.serving import Generation, check_context, serving
+from flowrl.stages.serving import Served, check_context, serving
 from flowrl.telemetry.events import Cause
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class Judge(_Judging):
 class ModelJudge(_Judging):
     """Scores by a model of its own, which is served as it is."""
 
-    class Config(Generation):
+    class Config(Served):
         """Settings of a judge that runs here."""
 
         model: str = ""  # Hugging Face id, local directory or a run's

@@ -1,14 +1,13 @@
 """Learner: trains the policy on samples in prompt order, publishes versions, returns credits.
 
-Invariants: step v learns exactly `groups_per_step` groups while the policy is version v, none staler than
-`max_staleness`, and makes version v + 1 (groups that a replay buffer sent along with them are learned besides and count
-for none of this); a credit goes back only after every live generator has acknowledged the version that its group was
-learned into (law 2); version v + 1 is on its way to the generators while the next step's forward and backward run, and
-has left before the next optimizer step changes the weights; where an evaluator is joined, no version is published while
-an older one is being evaluated, unless an examiner keeps it meanwhile (examinations.py); a checkpoint holds the state
-of every stateful node and the flow's cut between the same two steps. Where texts are joined (a pre-training loss),
-those of step v are learned in it, each loss divided by its own count; they are asked for a step ahead. Its return ends
-the run.
+Invariants: step v learns exactly `groups_per_step` groups at version v, none staler than `max_staleness`, and makes
+version v + 1 (what a replay buffer sent along is learned besides); a credit goes back only after every live generator
+has acknowledged the version that its group was learned into (law 2); version v + 1 is on its way to the generators
+while the next step's forward and backward run, and has left before the next optimizer step changes the weights; where
+an evaluator is joined, no version is published while an older one is being evaluated, unless an examiner keeps it
+meanwhile (examinations.py); a checkpoint holds the state of every stateful node and the flow's cut between the same two
+steps. Where texts are joined (a pre-training loss), those of step v are learned in it, each loss divided by its own
+count; they are asked for a step ahead. Its return ends the run.
 
 Tests: tests/unit/stages/test_step.py
 """
@@ -22,7 +21,7 @@ import msgspec
 
 from flowrl.config import ImportPath, Meta, Select, widen
 from flowrl.data.models import prepare_model
-from flowrl.engines.base import RoutingKind, TokenGroup, Training, TrainingConfig, TrainingEngine, unserved
+from flowrl.engines.base import Publishing, RoutingKind, TokenGroup, TrainingConfig, TrainingEngine, unserved
 from flowrl.engines.checkpoint import CARD
 from flowrl.engines.weights.manifest import tensor_digests
 from flowrl.errors import ConfigError, RunError, TransferError
@@ -86,7 +85,7 @@ CANARY_TOKENS = 32  # long enough that one stale layer shows in the mean, short 
 class Learner(Stage):
     """Trains the policy with an algorithm's loss on a training engine."""
 
-    class Config(Training):
+    class Config(Publishing):
         """Settings of the learner node."""
 
         engine: ImportPath = "flowrl.engines.deepspeed:DeepSpeedEngine"

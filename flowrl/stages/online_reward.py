@@ -8,7 +8,7 @@ adds its state to a checkpoint of version v at its first step boundary c >= v; a
 up to c, and learns none of them again.
 
 What people said is no part of the reward. It is how the reward model is measured, on judgments that it has not learned
-yet (`agreement`: the share of pairs that it orders as people do, a tie half), and what it then learns.
+yet, and what it then learns. Its `agreement` is the share of pairs that it orders as people do, a tie half.
 
 Tests: tests/unit/stages/test_online_reward.py
 """

@@ -1,6 +1,6 @@
 """Replay buffer: sends groups that were learned before along with fresh ones, to be learned once more.
 
-A replayed group rides on a fresh group's message. It has no place in any queue, holds no credit and is in no order, so
+A replayed group rides on a fresh group's message. It has no place in any queue, holds no credit and is in no order. So
 every law goes on to hold for fresh groups alone, each of which is learned once as such; the ledger notes each replay
 apart. Invariants: step v replays round(ratio * groups_per_step) groups, or as many as there are, none twice and none
 that was not learned before step v; a group is replayed at most `max_age` versions after its oldest token was sampled;

@@ -30,9 +30,9 @@ from flowrl.graph.simulated import Itself, PassesOn
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Buffer, Prompt, Rollouts, Scored, encode, extend
 from flowrl.model_files import check_classifier
-from flowrl.rewards.adapters import Adapter
 from flowrl.rewards.function import RewardFunction, made_group
 from flowrl.rewards.isolated import IsolatedFunction, check_loads, untaken
+from flowrl.rewards.signatures import Adapter
 from flowrl.rewards.worker import Opening
 from flowrl.stages.model_scores import SequenceScores, StepScores, read_normalisation
 from flowrl.stages.sampler import Sampler
@@ -57,7 +57,7 @@ class Reward(Stage):
         """Settings of a reward-function node."""
 
         function: ImportPath = "flowrl.rewards.verify:reasoning_gym_score"  # module:function
-        # How it is called; auto: as its parameters say. flowrl.rewards.adapters has the signatures
+        # How it is called; auto: as its parameters say. flowrl.rewards.signatures has the signatures
         adapter: Adapter = "auto"
         label_column: str = "answer"  # for openrlhf's `labels` and verl's `ground_truth`; "": no labels
         name: str = ""  # of the score; "" takes the function's own name
@@ -141,8 +141,9 @@ def opening_of(config: Reward.Config, where: str) -> Opening:
 
 def loaded(config: Reward.Config, where: str) -> RewardFunction:
     """Load the function into this process."""
-    return RewardFunction(config.function, where, adapter=config.adapter, label_column=config.label_column,
-                          timeout_s=config.timeout_s)  # fmt: skip
+    return RewardFunction(
+        config.function, where, adapter=config.adapter, label_column=config.label_column, timeout_s=config.timeout_s
+    )
 
 
 async def call(function: Score, group: Rollouts, *, retries: int) -> list[float]:
@@ -167,8 +168,8 @@ def try_function(config: Reward.Config, data: PromptData | None, *, where: str) 
     """
     groups = [] if data is None else [made_group(columns) for columns in first_columns(data)]
     if config.isolation == "process":
-        check_loads(opening_of(config, where), [encode(group) for group in groups], tries=1 + config.retries,
-                    timeout_s=config.start_timeout_s)  # fmt: skip
+        first = [encode(group) for group in groups]
+        check_loads(opening_of(config, where), first, tries=1 + config.retries, timeout_s=config.start_timeout_s)
         return
     function = loaded(config, where)
     for group in groups:
@@ -182,7 +183,7 @@ class RewardModel(Stage):
     """Scores sequences, or their steps, with a reward model (Hugging Face sequence classification, one label).
 
     A model that was trained on this policy's tokenizer: it reads the sampled token ids as they are. With level=step it
-    is a process reward model (flowrl.algorithms.process trains one): each step earns the probability that it is right,
+    is a process reward model (flowrl.algorithms.process trains one). Each step earns the probability that it is right,
     at its last token, and a sample's score is what its steps earn.
     """
 
@@ -263,8 +264,9 @@ class RewardModel(Stage):
     async def _open(self, context: Context) -> tuple[Any, Path]:
         """Return the engine, opened on this rank, and the model's directory."""
         directory = await context.compute(prepare_model, self.model)
-        settings = widen(TrainingConfig, self.config, lora=self.config.lora, model=str(directory), head="value",
-                         frozen=True)  # fmt: skip
+        settings = widen(
+            TrainingConfig, self.config, lora=self.config.lora, model=str(directory), head="value", frozen=True
+        )
         engine = open_engine(self.config.engine, where=context.where, config=settings, **self.config.engine_options)
         await context.compute(engine.open, *([context.ranks] if context.ranks.world_size > 1 else []))
         return engine, directory

@@ -2,13 +2,14 @@
 
 Best of n is what rejection sampling learns from (RAFT, 2304.06767; Llama 2, 2307.09288, section 3.2.3), the pair what
 iterative DPO does. Invariant: a group leaves with the samples to learn from, the best one first, or is rejected as
-filtered with the reason: the best is not good enough, or the two do not differ. Its credit then returns and its place
-is skipped. What the policy's rewards are without the selection stands in the group's metrics; what is left of the group
-is told as a span, from which a profile knows the tokens of the nodes behind. Replicas compete for groups. `choose` is
-also how the writer of graphs/generate.py selects, and `PairExamples`, which gives the pair to an offline learner.
+filtered with the reason. The reason is that the best is not good enough, or the two do not differ. Its credit then
+returns and its place is skipped. What the policy's rewards are without the selection stands in the group's metrics;
+what is left of the group is told as a span, from which a profile knows the tokens of the nodes behind. Replicas compete
+for groups. `choose` is also how the writer of graphs/generate.py selects, and `PairExamples`, which gives the pair to
+an offline learner.
 
 `SelectionLearner` trains with an offline objective on what the policy has just sampled (SFT on the best, DPO on the
-pair) and sends its versions to the generators, which draw the next samples meanwhile. Everything else is the learner's:
+pair). It sends its versions to the generators, which draw the next samples meanwhile. Everything else is the learner's:
 order, staleness, credits, versions, checkpoints. As there, log-probs are those of the distribution that is sampled from
 (`temperature`). The tokens are the sampled ones: a response that was cut is not given an end.
 
@@ -79,7 +80,7 @@ class Selector(Stage):
             if reason:
                 await self.scored.reject(group, kind="filtered", reason=reason)
                 continue
-            narrow = narrowed(group, places)
+            narrow = chosen_samples(group, places)
             now_s = context.now()
             num_tokens = sum(len(sample.token_ids) for sample in narrow.samples)
             left = {"prompt_tokens": len(narrow.token_ids), "samples": len(places), "tokens": num_tokens}
@@ -133,7 +134,7 @@ def choose(group: Scored, take: Take, rules: Selection, candidates: Sequence[int
     return [best, worst], ""
 
 
-def narrowed(group: Scored, places: Sequence[int]) -> Scored:
+def chosen_samples(group: Scored, places: Sequence[int]) -> Scored:
     """Return the group with the samples at these places only, and the figures of all of them as metrics."""
     rewards = group.rewards
     metrics = {"reward.sampled": sum(rewards) / len(rewards), "reward.best": max(rewards)}

@@ -2,7 +2,7 @@
 
 Invariants: nothing is served before the first published version, and a version is acknowledged only after the engine
 has proved it; at most `max_groups` groups of a port are in flight, and the next is taken only when one of them has been
-handed on, so a full edge downstream stops it (backpressure). Called by Generator and Agent.
+handed on. So a full edge downstream stops it (backpressure). Called by Generator and Agent.
 
 Tests: tests/unit/stages/test_agent.py
 """
@@ -39,15 +39,20 @@ if TYPE_CHECKING:
     Serve = Callable[[Prompt], Awaitable[None]]
 
 
-class Generation(Serving):
+class Served(Serving):
+    """Settings of a node that has a generation engine, with the name of that engine."""
+
+    engine: ImportPath = "flowrl.engines.vllm:VllmEngine"  # module:Class of the generation engine
+
+
+class Generation(Served):
     """Settings of a node that samples groups."""
 
     group_size: Annotated[int, Meta(ge=1)] = 8  # samples of each prompt
     max_groups: Annotated[int, Meta(ge=1)] = 16  # prompt groups in flight in one replica
-    engine: ImportPath = "flowrl.engines.vllm:VllmEngine"  # module:Class of the generation engine
 
 
-def check_context(config: Generation, model: str, say: Say, *, where: str, routing: RoutingKind = "own") -> None:
+def check_context(config: Served, model: str, say: Say, *, where: str, routing: RoutingKind = "own") -> None:
     """Prepare the model; its context must hold `max_model_len` tokens, and the engine take its options and settings."""
     check_engine(config.engine, config.engine_options, where)
     directory = prepare_model(model, say=say)
@@ -65,7 +70,7 @@ def check_context(config: Generation, model: str, say: Say, *, where: str, routi
 
 @asynccontextmanager
 async def serving(
-    context: Context, config: Generation, weights: In[Weights], sampler: Sampler | None = None, *, model: str = ""
+    context: Context, config: Served, weights: In[Weights], sampler: Sampler | None = None, *, model: str = ""
 ) -> AsyncIterator[GenerationEngine]:
     """Open an engine and have it serve every version that arrives; entered once it serves the first.
 

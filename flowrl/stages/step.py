@@ -192,9 +192,9 @@ def derived(figures: dict[str, float]) -> dict[str, float]:
 def step_metrics(batch: Sequence[Scored], staleness: Sequence[int]) -> dict[str, float]:
     """Return a step's figures that do not need the engine.
 
-    reward.* are as the scorers gave them; reward.shaped and groups.mixed, where an algorithm gives them, are of the
-    scores that are learned. groups.idle is the share of groups in which every advantage is 0, before any whitening.
-    sampled_entropy estimates the entropy of the policies that sampled, from their own log-probs, nats a token.
+    reward.* are as the scorers gave them; `reward.shaped` and `groups.mixed`, where an algorithm gives them, are of the
+    scores that are learned. `groups.idle` is the share of groups in which every advantage is 0, before any whitening.
+    `sampled_entropy` estimates the entropy of the policies that sampled, from their own log-probs, nats a token.
     """
     import numpy as np
 

@@ -1,9 +1,9 @@
 """Means of held-out scores with 95 % confidence intervals, over prompts.
 
-Samples of one prompt are not independent, so the unit is the prompt: each prompt's mean score is one observation, and
-the interval is Student's t over them, mean +- t(0.975, n - 1) * s / sqrt(n). Before and after are the same prompts,
-so their difference is taken prompt by prompt, which takes the prompts' own difficulty out of the noise. The interval
-says how a policy would do on more prompts like these; it does not cover what another training seed would give.
+Samples of one prompt are not independent, so the unit is the prompt. Each prompt's mean score is one observation, and
+the interval is Student's t over them, mean +- t(0.975, n - 1) * s / sqrt(n). Before and after are the same prompts, so
+their difference is taken prompt by prompt, which takes the prompts' own difficulty out of the noise. The interval says
+how a policy would do on more prompts like these; it does not cover what another training seed would give.
 
 Tests: tests/unit/telemetry/test_intervals.py
 """

@@ -1,12 +1,12 @@
 """The run in figures: metrics.jsonl with all of them, and state.json with the newest state of every replica and queue.
 
-Each line of metrics.jsonl is a JSON object with a `kind`: "step" (version, metrics, how many groups were learned at
-which staleness), "evaluation" (mean and interval over prompts, every score, a few completions), "notice", and at the
-end "status", one for each replica. Every line is written whole as it comes, so a killed run loses none; on a full disk
-lines wait, `MOST_WAITING` bytes of them; a resumed run appends. NaN and infinity become null, which JSON has no other
-word for.
-state.json is for whoever looks from the outside: it is whole at any moment and at most `INTERVAL_S` behind. The last
-one says that the run has ended, so one that does not say so and does not change is of a run that was killed.
+Each line of metrics.jsonl is a JSON object with a `kind`. It is "step" (version, metrics, how many groups were learned
+at which staleness) or "evaluation" (mean and interval over prompts, every score, a few completions). Besides there are
+"notice" and, at the end, "status", one for each replica. Every line is written whole as it comes, so a killed run loses
+none; on a full disk lines wait, `MOST_WAITING` bytes of them; a resumed run appends. NaN and infinity become null,
+which JSON has no other word for. The file state.json is for whoever looks from the outside: it is whole at any moment
+and at most `INTERVAL_S` behind. The last one says that the run has ended, so one that does not say so and does not
+change is of a run that was killed.
 
 Tests: tests/unit/telemetry/test_metrics.py
 Tests: tests/unit/telemetry/test_state.py

@@ -42,13 +42,13 @@ RUN = b"flowrl.run"  # in a file's metadata: which run it is of
 def write_rollouts(path: Path, rows: Sequence[Scored], version: int, ours: Ours | None = None) -> None:
     """Write the groups that the policy at `version` learned from, replacing a file of an earlier attempt.
 
-    Columns: group_id, sample (its place in the group), prompt (text, or messages as JSON; null where the data has
-    none), response, prompt_token_ids, token_ids, logprobs (behaviour), learner_logprobs (the learner's, as it learned
-    them; null where it did not keep them: those of other ranks than the first), token_versions (one for each token; -1
-    on an environment's), score.<name> for every score, column.<name> for every column of a user's stage (a list for
-    each token, or a number), reward (the scores' sum), advantage_mean (of the policy's tokens), staleness,
-    learned_in_step, finish, generator, message (on a group's first row: all that the learner got of the group, in the
-    wire form of messages.py).
+    A row a sample. Columns that do not say it themselves:
+    - sample: its place in the group; prompt: text, or messages as JSON, null where the data has none;
+    - logprobs: the behaviour's; learner_logprobs: as they were learned, null from other ranks than the first;
+    - token_versions: one for each token, -1 on an environment's;
+    - score.<name>: every score; column.<name>: of a user's stage, a list for each token, or a number;
+    - reward: the scores' sum; advantage_mean: of the policy's tokens;
+    - message: on a group's first row all that the learner got of it, in the wire form of messages.py.
     """
     import pyarrow.parquet as pq
 

@@ -7,7 +7,7 @@ draws a view, a pure function. A frame is drawn on the event loop when events ar
 refreshing thread, so the view is never read while it changes.
 
 `PlainLines` has one line for each step, notice and evaluation. While replicas are starting it says so every
-`WAIT_LINE_S` seconds, and where nothing else was to say for `QUIET_LINE_S` what every node is at: a graph that trains
+`WAIT_LINE_S` seconds, and where nothing else was to say for `QUIET_LINE_S` what every node is at. A graph that trains
 nothing has no steps, and a large model's are long. Fed by `Sinks` after the view.
 
 Tests: tests/unit/telemetry/test_live.py

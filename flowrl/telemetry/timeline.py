@@ -322,8 +322,8 @@ def read_timeline(path: Path) -> Iterator[Span | Status | EdgeStatus]:
                     replicas[name].filled = record.args["filled"]
             case "C" if " -> " in record.name:
                 edge, _, depth = record.name.rpartition(" (of ")
-                yield EdgeStatus(edge=edge, time_s=record.ts / 1e6, items=record.args["items"],
-                                 depth=int(depth.rstrip(")")), size_bytes=0)  # fmt: skip
+                items, most, time_s = record.args["items"], int(depth.rstrip(")")), record.ts / 1e6
+                yield EdgeStatus(edge=edge, time_s=time_s, items=items, depth=most, size_bytes=0)
 
 
 class _Replica:

@@ -197,8 +197,8 @@ def forecast(program: Program, runs_dir: Path) -> list[str]:
 def fitting_profile(graph: Graph, runs_dir: Path) -> tuple[Path, Profile] | None:
     """Return the newest run in a directory whose profile fits a graph, and the profile.
 
-    It fits if it was measured on a machine of this name, from responses sampled alike, and every node that takes time
-    had the same model, engine and precision, the same parts of it trained, the same kind of device.
+    It fits if it was measured on a machine of this name, from responses sampled alike. Every node that takes time had
+    the same model, engine and precision, the same parts of it trained, the same kind of device.
     """
     optional = optional_nodes(graph)
     plan = msgspec.json.decode(msgspec.json.encode(plan_of(graph)), type=GraphPlan)  # as it reads back from a run

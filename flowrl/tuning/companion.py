@@ -63,7 +63,7 @@ class Advised(RunCompanion):
 
     def foretell(self, program: Program, runs_dir: Path) -> Iterable[str]:
         """Return the plan; then the prediction, where runs were made before (`advisor.forecast`), else an estimate."""
-        from flowrl.tuning.estimate import estimate
+        from flowrl.tuning.duration import rough_duration
 
         planned = self._planner.lines(whole=False) if self._planner is not None else []
         if any(runs_dir.glob("*/profile.json")):
@@ -71,7 +71,7 @@ class Advised(RunCompanion):
 
             if lines := forecast(program, runs_dir):
                 return [*planned, *lines]
-        return [*planned, estimate(program)]
+        return [*planned, rough_duration(program)]
 
     def add_sinks(self, program: Program, run_dir: Path, sinks: Sinks) -> None:
         """Add the profile, and hints where the settings want them."""

@@ -1,9 +1,9 @@
 """Knobs: what of a graph's settings may be changed to make it quicker, and the values that are worth a try.
 
-They are found in the graph, not listed by name: staleness and batch, replicas and ranks, threads and the cores that are
-reserved for them, requests in flight, batches of scoring, where a scorer sits, and the depth of every queue whose depth
-is free. Invariants: the first option of a knob is what stands in the settings now; options that need more devices than
-there are, with everything else at its smallest, are left out. Used by trials.py, tune.py and advisor.py.
+They are found in the graph, not listed by name. They are staleness and batch, replicas and ranks, threads and the cores
+that are reserved for them; requests in flight, batches of scoring, where a scorer sits, and the depth of every queue
+whose depth is free. Invariants: the first option of a knob is what stands in the settings now; options that need more
+devices than there are, with everything else at its smallest, are left out. Used by trials.py, tune.py and advisor.py.
 
 Tests: tests/unit/tuning/test_knobs.py
 """
@@ -18,6 +18,8 @@ import msgspec
 from flowrl.engines.base import Computing, Serving
 from flowrl.graph.edges import Queue
 from flowrl.graph.program import build_graph, get_setting, node_paths
+from flowrl.runtime.lease import turns_of
+from flowrl.runtime.scaling import check_most
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -87,6 +89,8 @@ def graph_with(program: Program, changes: Setting) -> Graph:
         settings = with_setting(settings, path, value)
     graph = build_graph(module, settings)
     graph.check()
+    turns_of(graph)  # who takes turns has somebody to take them with
+    check_most(graph, settings.cluster.most)
     return graph
 
 

@@ -137,8 +137,10 @@ def parse_bytes(text: str, where: str) -> int:
 
 
 def _site(given: dict[str, Any], where: str) -> Site:
-    numbers = {name: _count(given.get(name, least), f"{where} {name}", least) for name, least in
-               (("machines", 1), ("gpus", int("device" in given)), ("cores", 0))}  # fmt: skip
+    numbers = {
+        name: _count(given.get(name, least), f"{where} {name}", least)
+        for name, least in (("machines", 1), ("gpus", int("device" in given)), ("cores", 0))
+    }
     host_bytes = parse_bytes(str(given["host"]), f"{where} host") if "host" in given else 0
     machine = Machine(cores=numbers["cores"])
     if not numbers["gpus"]:
@@ -152,8 +154,8 @@ def _site(given: dict[str, Any], where: str) -> Site:
         Gpu(name=speed.name, index=index % numbers["gpus"], total_bytes=size, free_bytes=size)
         for index in range(numbers["machines"] * numbers["gpus"])
     )
-    return Site(machine=msgspec.structs.replace(machine, gpus=gpus), num_machines=numbers["machines"],
-                host_bytes=host_bytes, speed=speed, is_assumed=is_assumed)  # fmt: skip
+    machine, num = msgspec.structs.replace(machine, gpus=gpus), numbers["machines"]
+    return Site(machine=machine, num_machines=num, host_bytes=host_bytes, speed=speed, is_assumed=is_assumed)
 
 
 def _count(value: Any, where: str, least: int) -> int:

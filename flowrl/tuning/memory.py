@@ -1,10 +1,10 @@
 """What lies in memory at the peak of each process of a graph, part by part, from settings and a model's shape.
 
 Two places: the device the process computes on, and its host's memory. On a CPU they are one. Invariants: every part has
-a name that says what it is, and is what the engines of this version hold (flowrl/engines, DeepSpeed 0.19, vLLM 0.32 to
-0.33), not a rule of thumb; a peak is the largest of the moments at which memory is full (the end of a forward pass, the
-optimizer's step), not the sum of all that is ever held. Held against real processes by `python -m perf.memory`, within
-10 %. Called by the planner; nothing is loaded here.
+a name that says what it is, and it is what the engines of this version hold (DeepSpeed 0.19, vLLM 0.33), not a rule of
+thumb; a peak is the largest of the moments at which memory is full (the end of a forward pass, the optimizer's step);
+not the sum of all that is ever held. Held against real processes by `python -m perf.memory`, within 10 %. Called by the
+planner; nothing is loaded here.
 
 b are the bytes of a weight, P all parameters, T those that are trained, n the ranks of a node.
 
@@ -281,8 +281,11 @@ class _Rank:
         read = self._tokens() * self.work.read
         chunks = max(1, math.ceil(read * s.vocab / MAX_LOGITS))
         logits = FLOAT * read / chunks * s.vocab
-        is_wide = self.b < FLOAT and self.config.head_dtype != "model" and (
-            s.embedding <= MAX_LOGITS or self.config.head_dtype == "float32")  # fmt: skip
+        is_wide = (
+            self.b < FLOAT
+            and self.config.head_dtype != "model"
+            and (s.embedding <= MAX_LOGITS or self.config.head_dtype == "float32")
+        )
         copy = FLOAT * s.embedding if is_wide else 0.0
         if not with_gradient:
             return {"logits": (1 + self.on_gpu) * logits, "head in float32": copy}
@@ -306,10 +309,9 @@ def serving(shape: Shape, config: Serving, *, on_gpu: bool) -> Need:
         tokens = config.max_model_len + max(
             config.max_running, config.max_model_len
         )  # of a step, as engines/vllm sets it
-        return Need(host={
-            "process": SERVER, "weights": b * shape.num_parameters, "KV cache": float(config.kv_cache_bytes),
-            "activations": _decoding(shape, config, b, tokens),
-        })  # fmt: skip
+        activations, cache = _decoding(shape, config, b, tokens), float(config.kv_cache_bytes)
+        weights = b * shape.num_parameters
+        return Need(host={"process": SERVER, "weights": weights, "KV cache": cache, "activations": activations})
     device = {
         "weights": weights,
         "activations": _decoding(shape, config, b, 8192) / parts,

@@ -112,8 +112,9 @@ def place_processes(configs: Mapping[str, StageConfig], until: str, models: Mode
     moments = [_filled(processes, site, resting) for resting in RESTING]
     on_devices, on_hosts = ([max(sizes) for sizes in zip(*both, strict=True)] for both in zip(*moments, strict=True))
     lacks = [*seats.lacks, *_too_full(on_devices, on_hosts, processes, site), *dict.fromkeys(lacks)]
-    return Placed(configs=dict(configs), processes=processes, devices=on_devices, hosts=on_hosts, running=running,
-                  lacks=lacks)  # fmt: skip
+    return Placed(
+        configs=dict(configs), processes=processes, devices=on_devices, hosts=on_hosts, running=running, lacks=lacks
+    )
 
 
 def _sides(configs: Mapping[str, StageConfig], until: str) -> dict[str, str]:
@@ -242,10 +243,12 @@ def table(placed: Placed, site: Site) -> list[str]:
         rows.append(("", "together", *(_cell(sums[column]) for column in columns), _gb(total), free))
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     return [
-        "  ".join(cell.ljust(width) if place < 2 else cell.rjust(width)
-                  for place, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        "  ".join(
+            cell.ljust(width) if place < 2 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
-    ]  # fmt: skip
+    ]
 
 
 def _groups(placed: Placed, site: Site) -> list[tuple[str, list[tuple[str, dict[str, float]]], float]]:

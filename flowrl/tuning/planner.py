@@ -1,6 +1,6 @@
 """The planner: where each process of a graph computes and how it saves memory, found before anything starts.
 
-It is asked while a graph file is loaded (`load_program(..., placing=Planner(...))`) and answers with defaults: what the
+It is asked while a graph file is loaded (`load_program(..., placing=Planner(...))`) and answers with defaults. What the
 user sets is kept, whatever it costs. search.py finds a placement, placed.py says what then lies where, reasons.py why
 it is this one. Invariants: no model is loaded, fetched or started; the same request gives the same plan; where nothing
 fits, the plan of what comes nearest is given all the same, with the changes that would each make it fit. Called by
@@ -110,12 +110,14 @@ class Planner:
         search = Search(graph, paths, given, models, self._site, simulates=simulates)
         best, prediction, others = search.best()
         self.plan = Plan(
-            site=self._site, values=best.values, placed=best.placed,
+            site=self._site,
+            values=best.values,
+            placed=best.placed,
             reasons=reasons(search, best, prediction, others),
             remedies=[*remedies(search)] if best.placed.lacks else [],
             assumed=assumed(search, best),
             samples_per_s=prediction.samples_per_s if prediction else 0.0,
-        )  # fmt: skip
+        )
         return best.values
 
     def lines(self, *, whole: bool) -> list[str]:

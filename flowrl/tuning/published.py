@@ -76,8 +76,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 PUBLISHED["OpenRLHF/Llama-3-8b-rm-mixture"] = PUBLISHED["meta-llama/Meta-Llama-3-8B-Instruct"] | {
-    "architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"},
-}  # fmt: skip
+    "architectures": ["LlamaForSequenceClassification"],
+    "id2label": {"0": "LABEL_0"},
+}
 PARAMETERS = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": 134515008,
     "OpenRLHF/Llama-3-8b-rm-mixture": 7504928768,

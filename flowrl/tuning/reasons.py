@@ -1,7 +1,7 @@
 """Why a plan is as it is, what it took for granted, and where nothing fits the changes that would each let it.
 
-The changes are tried out, each by a search of its own: what the user sets let go of, a smaller critic, an adapter in
-place of full training, more GPUs. Called by the planner.
+The changes are tried out, each by a search of its own. They are what the user sets let go of, a smaller critic, an
+adapter in place of full training, more GPUs. Called by the planner.
 
 Tests: tests/unit/tuning/test_planner.py
 """
@@ -88,8 +88,11 @@ def _why_savings(search: Search, best: Tried) -> str:
     if not search.trainer:
         return ""
     config: Any = best.placed.configs[search.trainer]
-    does = [WORDS[name].format(getattr(config, name)) for name in WORDS
-            if name in ("zero_stage", "micro_batch_tokens") or getattr(config, name)]  # fmt: skip
+    does = [
+        WORDS[name].format(getattr(config, name))
+        for name in WORDS
+        if name in ("zero_stage", "micro_batch_tokens") or getattr(config, name)
+    ]
     text = f"; {search.trainer}: {', '.join(does)}"
     path = search.path_of[search.trainer]
     for saving in reversed(SAVINGS[: best.level // 10]):
@@ -170,8 +173,8 @@ def _again(
     lora: bool = False,
 ) -> Search:  # fmt: skip
     """Return a search in which something is otherwise."""
-    changed = Search(search.graph, search.paths, search.given if given is None else given, models or search.models,
-                     site or search.site)  # fmt: skip
+    told = search.given if given is None else given
+    changed = Search(search.graph, search.paths, told, models or search.models, site or search.site)
     if given is not None and not lora:
         blank = {node: type(config)() for node, config in search.configs.items()}
         changed.configs = {
@@ -184,9 +187,10 @@ def _again(
     if lora:
         changed.configs = {
             node: msgspec.structs.replace(config, lora=msgspec.structs.replace(config.lora, rank=16))
-            if isinstance(config, Training) else config
+            if isinstance(config, Training)
+            else config
             for node, config in search.configs.items()
-        }  # fmt: skip
+        }
     return changed
 
 

@@ -171,8 +171,11 @@ class Search:
                 seconds = samples * response / costs.decode.tokens_per_s(at_once) / config.replicas
                 seconds += samples * profile.prompt_tokens.at(0.5) * costs.decode.prompt_token_s / config.replicas
             else:
-                kinds = ["train", "score"] if isinstance(config, Training) and node != self.trainer else (
-                    ["train"] if isinstance(config, Training) else ["score"])  # fmt: skip
+                kinds = (
+                    ["train", "score"]
+                    if isinstance(config, Training) and node != self.trainer
+                    else (["train"] if isinstance(config, Training) else ["score"])
+                )
                 passes = max(1, getattr(config, "epochs", 1))
                 seconds = (
                     sum(
@@ -233,14 +236,16 @@ class Search:
 
     def simulate(self, tried: Tried) -> Prediction | None:
         """Return what a simulation says of a candidate; None where it cannot say it in time."""
-        profile = profile_of(tried.placed.configs, self.models.shapes, self.models.work, self.site,
-                             running=tried.placed.running)  # fmt: skip
+        profile = profile_of(
+            tried.placed.configs, self.models.shapes, self.models.work, self.site, running=tried.placed.running
+        )
         plan = plan_of(self.graph)
         nodes = {
-            name: msgspec.structs.replace(spec, arguments=spec.arguments | {"config": msgspec.to_builtins(
-                self._that_runs(tried.placed, name))})
+            name: msgspec.structs.replace(
+                spec, arguments=spec.arguments | {"config": msgspec.to_builtins(self._that_runs(tried.placed, name))}
+            )
             for name, spec in plan.nodes.items()
-        }  # fmt: skip
+        }
         try:
             graph = graph_of(msgspec.structs.replace(plan, nodes=nodes))
             return simulate(graph, profile, steps=2, warmup=1, detail="causes", within_s=SIMULATED_WITHIN_S)
@@ -255,9 +260,11 @@ class Search:
 
     def _kind(self, tried: Tried) -> Any:
         """Return what tells placements apart, whatever memory they save."""
-        return tuple((n, c.replicas, c.ranks, c.gpus, c.share, getattr(c, "tensor_parallel", 1),
-                      getattr(c, "turns", False))
-                     for n, c in tried.placed.configs.items() if n in (self.server, *self.trainers))  # fmt: skip
+        return tuple(
+            (n, c.replicas, c.ranks, c.gpus, c.share, getattr(c, "tensor_parallel", 1), getattr(c, "turns", False))
+            for n, c in tried.placed.configs.items()
+            if n in (self.server, *self.trainers)
+        )
 
     def _missing(self, tried: Tried) -> tuple[float, ...]:
         """Order candidates that do not fit: the least beyond what there is first."""
@@ -302,17 +309,14 @@ class Search:
         widths = self._widths()
         if not server or not trainer:
             if server:
-                for width in widths:
-                    yield {f"{server}.tensor_parallel": width, f"{server}.gpus": width, f"{server}.share": "",
-                           f"{server}.replicas": num // width}  # fmt: skip
+                yield from (_own_gpus(server, num, width) for width in widths)
             yield {}
             return
         critics = [self.path_of[node] for node in self.trainers if node != self.trainer]
         for width in widths:
             counts = sorted({max(width, round(share * num / width) * width) for share in SHARES} - {num})
             for count in [count for count in counts if count < num]:
-                split = {f"{server}.tensor_parallel": width, f"{server}.gpus": width,
-                         f"{server}.replicas": count // width, f"{server}.share": ""}  # fmt: skip
+                split = _own_gpus(server, count, width)
                 rest = num - count
                 yield split | {f"{trainer}.ranks": rest, f"{trainer}.gpus": 1}
                 if critics and rest >= 2:
@@ -397,3 +401,9 @@ def grown(tree: Mapping[str, Any], values: Choice) -> dict[str, Any]:
         inner = found.get(path)
         found[path] = {**(cast("dict[str, Any]", inner) if isinstance(inner, dict) else {}), name: value}
     return found
+
+
+def _own_gpus(server: str, count: int, width: int) -> Choice:
+    """Return a server's replicas on so many GPUs of its own, each split over `width`."""
+    on_each = {f"{server}.tensor_parallel": width, f"{server}.gpus": width}
+    return {**on_each, f"{server}.share": "", f"{server}.replicas": count // width}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from flowrl.data.aside import run_aside
+from flowrl.data.model_process import run_in_process
 from flowrl.data.models import DEFAULT_MODEL, HUB_NAME, newest_of_run, num_parameters, read_json
 from flowrl.errors import ConfigError, ModelError
 from flowrl.tuning.published import PARAMETERS, PUBLISHED
@@ -192,7 +192,7 @@ def _counted(config: Path, where: str) -> Shape:
     settings = read_json(config, where)
     with tempfile.TemporaryDirectory(prefix="flowrl-shape-") as aside:
         (Path(aside) / "config.json").write_text(json.dumps(settings))
-        run_aside(count_parameters, Path(aside), where=where)
+        run_in_process(count_parameters, Path(aside), where=where)
         return shape_of(settings, int((Path(aside) / "count").read_text()))
 
 

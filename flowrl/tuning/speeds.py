@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowrl.engines.base import Computing, Serving, Training
 from flowrl.simulation.costs import FORMAT, CallCost, DecodeCost, NodeProfile, Profile, Spread
-from flowrl.tuning.estimate import DECODED, MOST, SCORED, SIZE, TRAINED
+from flowrl.tuning.duration import DECODED, MOST, SCORED, SIZE, TRAINED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,10 +58,13 @@ def profile_of(
             nodes[name] = _computing(config, shapes[name], site)
     longest = float(work.response)
     return Profile(
-        format=FORMAT, cores=float(max(1, site.machine.cores)), slowdown=SLOWDOWN if site.speed is None else 0.0,
+        format=FORMAT,
+        cores=float(max(1, site.machine.cores)),
+        slowdown=SLOWDOWN if site.speed is None else 0.0,
         prompt_tokens=Spread(quantiles=(work.prompt / 2, float(work.prompt))),
-        response_tokens=Spread(quantiles=(longest * (2 * TYPICAL - 1), longest)), nodes=nodes,
-    )  # fmt: skip
+        response_tokens=Spread(quantiles=(longest * (2 * TYPICAL - 1), longest)),
+        nodes=nodes,
+    )
 
 
 def _decoding(config: Serving, shape: Shape, work: Work, site: Site, running: int) -> NodeProfile:

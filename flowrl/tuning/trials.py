@@ -1,6 +1,6 @@
 """Trials: settings of a graph, simulated, in this process or in one for each core.
 
-A trial is first a look (a couple of steps, enough to tell the good from the bad) and for the few that matter a
+A trial is first a look (a couple of steps, enough to tell the good from the bad). For the few that matter it is a
 measurement, which goes on until the step time is known well enough. Invariants: every setting passes the graph's own
 checks before it is simulated, and stays within the devices there are, or there is no trial of it; the same setting
 gives the same trial in whichever process. Used by tune.py and advisor.py.
@@ -195,7 +195,7 @@ class TrialPool:
 
 
 @contextmanager
-def crew(request: TuneRequest, searcher: Searcher) -> Generator[TrialPool]:
+def trial_pool(request: TuneRequest, searcher: Searcher) -> Generator[TrialPool]:
     """Open what does the trials: processes where the budget is worth starting them."""
     num = num_cores()
     if request.budget < WORTH_PROCESSES or num == 1:

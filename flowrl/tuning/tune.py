@@ -1,12 +1,12 @@
 """Tuning: simulate many settings of a graph and say which are worth having.
 
 There is no single best: throughput is traded against staleness, so the result is a Pareto front. Its settings were
-measured, the others only looked at (trials.py): first every knob alone, then all combinations of the greater knobs or
-as many as the budget allows, drawn evenly, then whatever differs in one knob from the best so far. The batch (groups in
-a step, samples in a group) is only turned alone and never recommended, because it changes what is learned, not only
-how fast. Invariants: nothing recommended would be refused or need more devices than there are; the recommended setting
-is the fastest, and of its equals the one on the fewest devices, with the fewest changes; what less staleness would cost
-is said beside it; the same request gives the same tuning.
+measured, the others only looked at (trials.py). First comes every knob alone, then all combinations of the greater
+knobs, or as many as the budget allows, drawn evenly. Last comes whatever differs in one knob from the best so far. The
+batch (groups in a step, samples in a group) is only turned alone and never recommended, because it changes what is
+learned, not only how fast. Invariants: nothing recommended would be refused or need more devices than there are; the
+recommended setting is the fastest, and of its equals the one on the fewest devices, with the fewest changes; what less
+staleness would cost is said beside it; the same request gives the same tuning.
 
 Tests: tests/unit/tuning/test_tune.py
 """
@@ -22,7 +22,7 @@ import msgspec
 
 from flowrl.errors import ConfigError
 from flowrl.tuning.knobs import BATCH
-from flowrl.tuning.trials import Searcher, Trial, TrialPool, TuneRequest, crew
+from flowrl.tuning.trials import Searcher, Trial, TrialPool, TuneRequest, trial_pool
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -86,7 +86,7 @@ def tune(request: TuneRequest) -> Tuning:
     searcher = Searcher(request)
     present = searcher.measure({})  # what is wrong with the profile is said here, not by a worker
     knobs = searcher.knobs()
-    with crew(request, searcher) as trials:
+    with trial_pool(request, searcher) as trials:
         alone = _alone(knobs, trials, request.budget)
         search = _Search(knobs, trials, request.budget - 1 - sum(map(len, alone.values())))
         search.found = [present, *(trial for each in alone.values() for trial in each.values())]

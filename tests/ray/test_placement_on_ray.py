@@ -14,7 +14,7 @@ import pytest
 from flowrl.errors import ResourceError
 from flowrl.graph.graph import ClusterConfig
 from flowrl.runtime.cluster import Cluster
-from flowrl.runtime.ray import RayCrew, run_ray
+from flowrl.runtime.ray import RayWorkers, run_ray
 from flowrl.runtime.rundir import Claim
 from flowrl.runtime.supervisor import Options, Start
 from tests.support.devices import machine
@@ -40,10 +40,10 @@ def test_gpus_are_reserved_whole_and_shared_whole_and_what_has_no_room_is_named(
     async def body(cluster: Cluster) -> None:
         with contextlib.closing(Claim(other)) as claimed:
             options = Options(run_dir=other, placing=ClusterConfig(place_timeout_s=3.0))
-            crew = RayCrew(many, options, cluster, claimed)
+            workers = RayWorkers(many, options, cluster, claimed)
             with pytest.raises(ResourceError, match=r"no room for .*\(1 GPU\).*; the nodes have 127\.0\.0\.1 .*3 GPU"):
-                await crew.open(Start())
-            await crew.close()
+                await workers.open(Start())
+            await workers.close()
         await run_ray(graph, Options(run_dir=run_dir), cluster)
 
     with Cluster(graph, None, machine=machine(80, 80, 80)) as cluster:

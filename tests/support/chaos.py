@@ -14,7 +14,7 @@ from flowrl.errors import ChannelClosed
 
 if TYPE_CHECKING:
     from flowrl.runtime.calls import Call
-    from flowrl.runtime.local import Carry, LocalCrew
+    from flowrl.runtime.local import Carry, LocalWorkers
 
 RETRY_S = 0.5  # after which a caller repeats what has not been answered
 
@@ -63,7 +63,7 @@ class Chaos:
 
         return through
 
-    async def strike(self, crew: LocalCrew) -> None:
+    async def strike(self, workers: LocalWorkers) -> None:
         """Kill somebody every now and then."""
         while self.deaths > 0:
             await asyncio.sleep(self._draw.expovariate(1 / self.mean_s))
@@ -71,12 +71,12 @@ class Chaos:
             if self._draw.random() < self.fatal:
                 victim = self._draw.choice(["learner.0", "host"])
             else:
-                victim = self._draw.choice([name for name in crew.replicas if name != "learner.0"] or ["host"])
+                victim = self._draw.choice([name for name in workers.replicas if name != "learner.0"] or ["host"])
             self.struck.append(victim)
             if victim == "host":
-                crew.lose_host()
+                workers.lose_host()
             else:
-                await crew.kill(victim)
+                await workers.kill(victim)
 
 
 def _is_closed(future: asyncio.Future[Any]) -> bool:

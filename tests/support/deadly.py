@@ -91,7 +91,7 @@ class DyingTrainer(DeepSpeedEngine):
         self._deaths = Deaths(deaths, points)
 
     def _point(self, moment: str, number: int) -> str:
-        return f"{moment}:{number}" + (f":{self.line.rank}" if self.line.rank else "")
+        return f"{moment}:{number}" + (f":{self.link.rank}" if self.link.rank else "")
 
     def _step(self, lr: float) -> float:
         while self._deaths.is_held(self._point("step", self._num_steps)):

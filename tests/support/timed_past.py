@@ -49,10 +49,10 @@ class Keeping(Watch):
 
 def events_of(graph: Graph, truth: Profile, *, steps: int) -> Sequence[Event]:
     """Run a graph on the virtual clock at the costs of `truth` and return all that its replicas tell."""
-    scene = SimulationState(truth, cores=truth.cores)
-    watch = Keeping(1, steps, scene)
+    state = SimulationState(truth, cores=truth.cores)
+    watch = Keeping(1, steps, state)
     plan = timed_plan(graph, truth, steps=steps, is_whole=True)
-    token = CURRENT.set(scene)
+    token = CURRENT.set(state)
     try:
         run_virtual(run_timed(graph_of(plan), plan, watch, status_s=0.5))
     finally:

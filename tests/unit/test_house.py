@@ -140,3 +140,31 @@ def test_files_of_the_house_that_the_book_names_are_there() -> None:
     for page in [*sorted((project / "docs").rglob("*.md")), *project.glob("*.md")]:
         for path in re.findall(r"`((?:flowrl|graphs|scripts|tests|perf)/[\w/.-]*\w/?)`", page.read_text()):
             assert (project / path).exists(), f"{page.relative_to(project)} names {path}, and there is no such file"
+
+
+def sentences(docstring: str) -> list[str]:
+    """Return a docstring's sentences, and the parts that a semicolon ends; what is in backticks is a word."""
+    lines = [line for line in docstring.splitlines() if not line.startswith(("Tests: ", "    "))]
+    text = re.sub(r"`[^`]*`", "word", "\n".join(lines))
+    parts = [each for part in re.split(r"\n(?=- )|\n\s*\n", text) for each in re.split(r"(?<=[.!?;])\s+", part)]
+    return [" ".join(each.split()) for each in parts if each.strip()]
+
+
+def test_sentences_are_told_apart() -> None:
+    found = sentences("One `a. b` here; two.\n\n- Three\n  more\n- Four.\n\nTests: x.py\n")
+    assert found == ["One word here;", "two.", "- Three more", "- Four."]
+
+
+@pytest.mark.slow
+def test_no_sentence_of_a_docstring_is_over_thirty_words() -> None:
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    documented = [
+        (name, node) for name, tree in modules().items() for node in ast.walk(tree) if isinstance(node, kinds)
+    ]
+    long = [
+        f"{name}: {sentence}"
+        for name, node in documented
+        for sentence in sentences(ast.get_docstring(node) or "")
+        if len(sentence.split()) > 30
+    ]
+    assert not long, "\n".join(long)

@@ -9,7 +9,7 @@ Tests: tests/contracts/test_weights.py
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flowrl.engines.weights.manifest import BUCKET_BYTES
 from flowrl.errors import ConfigError
@@ -42,24 +42,20 @@ def open_sender(
     Raises:
         ConfigError: there is no transport of that name.
     """
+    where: dict[str, Any] = {"device": device, "host": host}
+    packed: dict[str, Any] = {"bucket_bytes": bucket_bytes, "digest_every": digest_every}
     if kind == "shm":
         from flowrl.engines.weights.shm import ShmSender
 
-        return ShmSender(name, bucket_bytes=bucket_bytes, digest_every=digest_every)
+        return ShmSender(name, **packed)
     if kind == "broadcast":
         from flowrl.engines.weights.broadcast import BroadcastSender
 
-        return BroadcastSender(
-            name, num_receivers=num_receivers, timeout_s=timeout_s, device=device, host=host, bucket_bytes=bucket_bytes,
-            digest_every=digest_every,
-        )  # fmt: skip
+        return BroadcastSender(name, num_receivers=num_receivers, timeout_s=timeout_s, **where, **packed)
     if kind == "nearest":
         from flowrl.engines.weights.nearest import NearestSender
 
-        return NearestSender(
-            name, num_receivers=num_receivers, timeout_s=timeout_s, device=device, host=host, bucket_bytes=bucket_bytes,
-            digest_every=digest_every,
-        )  # fmt: skip
+        return NearestSender(name, num_receivers=num_receivers, timeout_s=timeout_s, **where, **packed)
     raise ConfigError(name, f"there is no weight transport {kind!r}", "choose shm or broadcast")
 
 

@@ -177,8 +177,9 @@ class BroadcastSender:
         """
         held: list[torch.Tensor] = []
         hashes = version % self._digest_every == 0
-        buckets = pack(tensors, bucket_bytes=self._bucket_bytes, reuse=False, hashes=hashes,
-                       keep=lambda _, raw: held.append(raw))  # fmt: skip
+        buckets = pack(
+            tensors, bucket_bytes=self._bucket_bytes, reuse=False, hashes=hashes, keep=lambda _, raw: held.append(raw)
+        )
         manifest = self.offer(version, buckets, held)
         return encode_manifest(manifest), manifest.size_bytes
 

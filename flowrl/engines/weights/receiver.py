@@ -1,9 +1,9 @@
 """vLLM's side of the weight transport: a WeightTransferEngine named "flowrl", and how a worker learns of it.
 
 Two phases. `prefetch` starts a thread that receives a version into host memory and verifies its digests while the
-worker goes on generating, and reports the outcome over a socket of the serving process. `update_weights` then only
-loads those buffers, between `start_weight_update` and `finish_weight_update`, while generation is paused. So a version
-that does not arrive, or arrives damaged, never touches the model. Imported by vLLM workers only.
+worker goes on generating. It reports the outcome over a socket of the serving process. `update_weights` then only loads
+those buffers, between `start_weight_update` and `finish_weight_update`, while generation is paused. So a version that
+does not arrive, or arrives damaged, never touches the model. Imported by vLLM workers only.
 
 Tests: tests/contracts/test_vllm_engine.py
 """
@@ -185,7 +185,7 @@ class WorkerExtension:
 class DirectCopies(TorchDispatchMode):
     """Catches what a model's loader copies into parameters by itself, past their weight loaders, and loads it.
 
-    A layerwise reload holds parameters without storage and goes by their weight loaders: what gpt-oss copies straight
+    A layerwise reload holds parameters without storage and goes by their weight loaders. What gpt-oss copies straight
     into its experts and sinks would vanish there, and the layers go on serving the old weights.
     """
 

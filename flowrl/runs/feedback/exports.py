@@ -98,8 +98,9 @@ def _preferences(judged: Judged) -> Iterator[dict[str, Any]]:
 def _pair(question: Question, chosen: str, rejected: str) -> dict[str, Any]:
     if isinstance(question.prompt, str):
         return {"chosen": chosen, "rejected": rejected}
-    return {name: [{"role": "assistant", "content": text}] for name, text in
-            (("chosen", chosen), ("rejected", rejected))}  # fmt: skip
+    return {
+        name: [{"role": "assistant", "content": text}] for name, text in (("chosen", chosen), ("rejected", rejected))
+    }
 
 
 def _text(prompt: Any) -> str:

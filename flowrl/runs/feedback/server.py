@@ -40,8 +40,11 @@ BACKLOG = 8  # accepted at once, before any of them is counted
 MOST_SHOWN = 20_000  # characters of a prompt or an answer
 TOKEN = "feedback.token"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-FILES = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),
-         "/page.js": ("page.js", "text/javascript")}  # fmt: skip
+FILES = {
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",

@@ -14,15 +14,15 @@ from flowrl.errors import StageError
 def test_a_state_of_another_zero_stage_is_refused_with_both_numbers(tmp_path):
     note = StateNote(num_steps=3, num_ranks=2, zero_stage=2)
     (tmp_path / "state.json").write_bytes(msgspec.json.encode(note))
-    line = RankLink(Ranks(), where="learner", backend="gloo")
+    link = RankLink(Ranks(), where="learner", backend="gloo")
     with pytest.raises(StageError, match=r"saved at zero_stage=2, and zero_stage is 3 now; resume with zero_stage=2"):
-        read_state(None, tmp_path, zero_stage=3, line=line, where="learner", leave_out_frozen=False)
+        read_state(None, tmp_path, zero_stage=3, link=link, where="learner", leave_out_frozen=False)
 
 
 @pytest.mark.parametrize("written", [None, b"{", b'{"num_steps": 3}'])
 def test_no_state_or_half_of_one_is_refused(tmp_path, written):
     if written is not None:
         (tmp_path / "state.json").write_bytes(written)
-    line = RankLink(Ranks(), where="learner", backend="gloo")
+    link = RankLink(Ranks(), where="learner", backend="gloo")
     with pytest.raises(StageError, match=r"no state of this engine in .*; check --resume"):
-        read_state(None, tmp_path, zero_stage=3, line=line, where="learner", leave_out_frozen=False)
+        read_state(None, tmp_path, zero_stage=3, link=link, where="learner", leave_out_frozen=False)

@@ -287,22 +287,25 @@ def test_what_nodes_agree_on_is_one_value_whatever_their_constructors_call_it(ot
         graph(other).check()
 
 
-class OfSink(Loop):
-    class Config(StageConfig):
-        pass
+class OfSink(Stage):
+    rollouts: In[Rollouts]
+    prompts: Out[Rollouts]
 
-    def __init__(self, config: Config, sink: SizedSink.Config) -> None:
+    def __init__(self, config: StageConfig, sink: SizedSink.Config) -> None:
         self.config = config
 
 
-class SizedSink(Loop):
+class SizedSink(Stage):
+    rollouts: In[Rollouts]
+    prompts: Out[Rollouts]
+
     class Config(StageConfig):
         size: int = 2
 
 
 def test_settings_of_another_node_are_that_node_s() -> None:
     def graph(told: SizedSink.Config) -> Graph:
-        one, two = OfSink(OfSink.Config(), told), SizedSink(SizedSink.Config(size=3))
+        one, two = OfSink(StageConfig(), told), SizedSink(SizedSink.Config(size=3))
         edges = [Queue(one.prompts, two.rollouts), Queue(two.prompts, one.rollouts, depth=1, most=1)]
         return Graph(nodes={"one": one, "two": two}, edges=edges, until=one)
 

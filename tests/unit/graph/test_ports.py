@@ -3,7 +3,7 @@
 Without the future import here on purpose: annotations are objects, as in a user's plain file.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import pytest
 
@@ -55,6 +55,37 @@ class Portless(Stage):
     pass
 
 
+class Wrapped(Stage):
+    scored: In[Scored] | None
+
+
+class Listed(Stage):
+    scored: "list[In[Scored]]"
+
+
+M = TypeVar("M", bound=Rollouts)
+N = TypeVar("N", bound=Rollouts)
+
+
+class Sift(Stage, Generic[M]):
+    """Takes and gives one kind of message, which its subclass names."""
+
+    taken: In[M]
+    given: Out[M]
+
+
+class SiftScored(Sift[Scored]):
+    pass
+
+
+class SiftAny(Sift[N], Generic[N]):
+    more: In[Prompt]
+
+
+class SiftJudged(SiftAny[Judged]):
+    more: In[Rollouts]  # pyright: ignore[reportIncompatibleVariableOverride]  # another message than the class above
+
+
 def messages_of(kind: type[Stage]) -> dict[str, type]:
     return {name: port.message for name, port in kind(StageConfig()).ports.items()}
 
@@ -64,12 +95,20 @@ def test_ports_are_read_from_objects_and_from_text_by_whatever_name() -> None:
     assert messages_of(Qualified) == {"rollouts": Rollouts, "scored": Scored}
 
 
+def test_ports_of_a_generic_class_carry_what_its_subclass_names() -> None:
+    assert messages_of(SiftScored) == {"taken": Scored, "given": Scored}
+    assert messages_of(SiftAny) == {"taken": Rollouts, "given": Rollouts, "more": Prompt}
+    assert messages_of(SiftJudged) == {"taken": Judged, "given": Judged, "more": Rollouts}
+
+
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
         (ForCheckersOnly, "ForCheckersOnly.weights: .* cannot be read .*'Weights' is not defined.*TYPE_CHECKING"),
         (NoMessage, "NoMessage.numbers: .*int.* is not a message; subclass flowrl.messages.Message"),
         (Bare, "Bare.numbers: does not say which message it carries"),
+        (Wrapped, "Wrapped.scored: .* holds a port and is none; write the port alone, and list 'scored' in `optional`"),
+        (Listed, "Listed.scored: .* holds a port and is none"),
     ],
 )
 def test_an_annotation_that_is_no_port_is_refused_in_words(kind: type[Stage], said: str) -> None:

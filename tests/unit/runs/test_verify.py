@@ -31,7 +31,7 @@ NEWEST = "checkpoints/step-000006"
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of six steps of four groups, with every witness."""
+    """A finished run of six steps of four groups, with every record."""
     run_dir = past_run(tmp_path_factory.mktemp("runs") / "run")
     for version in range(7):
         write_digests(run_dir, version, {"weight": f"{version:016x}"})
@@ -285,7 +285,7 @@ def test_stray_files_are_said_and_harm_nothing(run_dir: Path) -> None:
 
 @pytest.mark.slow
 def test_any_byte_of_the_proof_that_changes_is_found(run_dir: Path) -> None:
-    """A seeded fuzzer: one byte of one witness, changed or cut off."""
+    """A seeded fuzzer: one byte of one record, changed or cut off."""
     seed = 20261129
     draw = random.Random(seed)
     names = ["ledger.jsonl", "settings.yaml", "graph.json", "starts.jsonl", f"{NEWEST}/cut.json", f"{NEWEST}/weights"]

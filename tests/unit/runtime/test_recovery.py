@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from flowrl.runtime.calls import Call
-    from flowrl.runtime.local import Carry, LocalCrew
+    from flowrl.runtime.local import Carry, LocalWorkers
 
 LONG_FROM = 100 + FULL // SHARES  # those from here on are for `scripts/test.sh --all`
 
@@ -67,7 +67,7 @@ class OneDeath:
 
     def __init__(self, replica: str, number: int, *, is_before: bool) -> None:
         self.replica, self.number, self.is_before = replica, number, is_before
-        self.crew: LocalCrew | None = None
+        self.workers: LocalWorkers | None = None
         self.has_struck = False
 
     @property
@@ -77,18 +77,18 @@ class OneDeath:
     def link(self, carry: Carry) -> Carry:
         async def through(call: Call) -> Any:
             is_it = call.replica == self.replica and call.number == self.number and call.incarnation == 0
-            if is_it and not self.has_struck and self.crew is not None:
+            if is_it and not self.has_struck and self.workers is not None:
                 self.has_struck = True
                 if not self.is_before:
                     await carry(call)
-                self.crew._tasks[self.replica].cancel()
+                self.workers._tasks[self.replica].cancel()
                 await asyncio.sleep(1e9)  # the dead hear nothing any more
             return await carry(call)
 
         return through
 
-    async def strike(self, crew: LocalCrew) -> None:
-        self.crew = crew
+    async def strike(self, workers: LocalWorkers) -> None:
+        self.workers = workers
 
 
 @pytest.mark.slow
@@ -115,15 +115,15 @@ def test_a_group_that_kills_its_holder_each_time_is_quarantined_alone(tmp_path: 
     notices: list[Any] = []
 
     class Poison:
-        crew: LocalCrew
+        workers: LocalWorkers
 
-        async def attend(self, crew: LocalCrew) -> None:
-            self.crew = crew
+        async def attend(self, workers: LocalWorkers) -> None:
+            self.workers = workers
 
         def link(self, carry: Carry) -> Carry:
             async def through(call: Call) -> Any:
                 if call.method == "put" and call.replica.startswith("generator") and call.arguments[1] == poison:
-                    self.crew._tasks[call.replica].cancel()
+                    self.workers._tasks[call.replica].cancel()
                     await asyncio.sleep(1e9)
                 return await carry(call)
 
@@ -142,9 +142,9 @@ def test_a_group_that_kills_its_holder_each_time_is_quarantined_alone(tmp_path: 
 
 def test_a_spent_budget_ends_the_run_with_the_reason(tmp_path: Path) -> None:
     class Doom(Chaos):
-        async def strike(self, crew: LocalCrew) -> None:
+        async def strike(self, workers: LocalWorkers) -> None:
             while True:
-                await super().strike(crew)
+                await super().strike(workers)
 
     settings = replace(faulty_settings(2), train_s=100.0)  # nothing is learned before the deaths
     doom = Doom(0, deaths=50, mean_s=0.01, fatal=0.0, loss=0.0)

@@ -30,7 +30,7 @@ from tests.support.recovery import FULL, SHARES, check_share, run_faulty
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from flowrl.runtime.local import LocalCrew
+    from flowrl.runtime.local import LocalWorkers
     from flowrl.runtime.supervisor import Scaling
 
 SETTINGS = FlowSettings(
@@ -45,10 +45,10 @@ class Fleeting(Chaos):
 
     scalings: int = 6
 
-    async def strike(self, crew: LocalCrew) -> None:
+    async def strike(self, workers: LocalWorkers) -> None:
         async with asyncio.TaskGroup() as both:
-            both.create_task(super().strike(crew))
-            both.create_task(self._scale(crew._options.scaling))
+            both.create_task(super().strike(workers))
+            both.create_task(self._scale(workers._options.scaling))
 
     async def _scale(self, scaling: Scaling) -> None:
         while self.scalings > 0:
@@ -80,12 +80,12 @@ def test_a_fleet_of_two_becomes_four_one_and_three(tmp_path: Path) -> None:
     counts: list[tuple[int, int]] = []
     told: list[Any] = []
 
-    async def change(crew: LocalCrew) -> None:
+    async def change(workers: LocalWorkers) -> None:
         await asyncio.sleep(0.5)
         for count in (4, 1, 3):
-            crew._options.scaling.ask("generator", count)
+            workers._options.scaling.ask("generator", count)
             await asyncio.sleep(0.5)
-            counts.append((count, sum(name.startswith("generator.") for name in crew.replicas)))
+            counts.append((count, sum(name.startswith("generator.") for name in workers.replicas)))
 
     async def body() -> Any:
         options = LocalOptions(run_dir=tmp_path, is_virtual=True, chaos=change, consume=told.extend,
@@ -103,12 +103,12 @@ def test_a_fleet_of_two_becomes_four_one_and_three(tmp_path: Path) -> None:
 def test_who_was_let_go_is_not_waited_for_after_a_rollback(tmp_path: Path) -> None:
     """The graph still has it, and a flow that begins anew would wait for its acknowledgement for ever."""
 
-    async def shrink_and_fall(crew: LocalCrew) -> None:
-        if not crew._options.scaling.wanted:
+    async def shrink_and_fall(workers: LocalWorkers) -> None:
+        if not workers._options.scaling.wanted:
             await asyncio.sleep(0.5)
-            crew._options.scaling.ask("generator", 1)
+            workers._options.scaling.ask("generator", 1)
             await asyncio.sleep(0.5)
-            crew.lose_host()
+            workers.lose_host()
 
     async def body() -> Any:
         options = LocalOptions(run_dir=tmp_path, is_virtual=True, chaos=shrink_and_fall, stall_timeout_s=1000.0,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from flowrl.runtime.local import LocalCrew, LocalOptions, run_local
+from flowrl.runtime.local import LocalOptions, LocalWorkers, run_local
 from flowrl.runtime.supervisor import Outcome, Start, Supervisor
 from flowrl.simulation.clock import run_virtual
 from tests.support.flows import FlowSettings, flow
@@ -31,7 +31,7 @@ async def stop_after(options: LocalOptions, seconds: float) -> None:
 
 
 def test_a_stop_is_heard_while_devices_are_waited_for(tmp_path: Path) -> None:
-    class Full(LocalCrew):
+    class Full(LocalWorkers):
         async def open(self, start: Start) -> None:
             await asyncio.get_running_loop().create_future()  # no device is ever free
 
@@ -50,7 +50,7 @@ def test_a_stop_is_heard_while_devices_are_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_stop_while_replicas_start_waits_for_none_of_them(tmp_path: Path) -> None:
-    class Slow(LocalCrew):
+    class Slow(LocalWorkers):
         async def run(self, replica: str, incarnation: int, start: Start) -> None:
             await asyncio.sleep(600.0 if replica == "generator.0" else 0.0)  # it loads a large model
             await super().run(replica, incarnation, start)
@@ -72,7 +72,7 @@ def test_a_stop_while_replicas_start_waits_for_none_of_them(tmp_path: Path) -> N
 def test_after_a_stop_is_asked_for_nothing_starts_again(tmp_path: Path) -> None:
     starts = 0
 
-    class Lost(LocalCrew):
+    class Lost(LocalWorkers):
         async def open(self, start: Start) -> None:
             nonlocal starts
             starts += 1
@@ -81,15 +81,15 @@ def test_after_a_stop_is_asked_for_nothing_starts_again(tmp_path: Path) -> None:
     async def body() -> Outcome:
         options = LocalOptions(run_dir=tmp_path, is_virtual=True, now=asyncio.get_running_loop().time)
         graph: Graph = flow(SETTINGS)
-        crew = Lost(graph, options)
+        workers = Lost(graph, options)
 
         async def lose() -> None:
             await asyncio.sleep(5.0)
             options.stopping.set()
-            crew.lose_host()
+            workers.lose_host()
 
         losing = asyncio.ensure_future(lose())
-        outcome = await Supervisor(graph, crew, options).run()
+        outcome = await Supervisor(graph, workers, options).run()
         await losing
         return outcome
 
@@ -105,20 +105,20 @@ def test_a_stop_does_not_wait_for_a_generator_that_has_no_process(
 ) -> None:
     events: list[Event] = []
     waiting: set[str] = set()
-    monkeypatch.setattr(LocalCrew, "unplaced", property(lambda crew: waiting))
-    run = LocalCrew.run
+    monkeypatch.setattr(LocalWorkers, "unplaced", property(lambda workers: waiting))
+    run = LocalWorkers.run
 
-    async def run_but_once(crew: LocalCrew, replica: str, incarnation: int, start: Start) -> None:
+    async def run_but_once(workers: LocalWorkers, replica: str, incarnation: int, start: Start) -> None:
         if replica == "generator.0" and incarnation:
             waiting.add(replica)
             await asyncio.get_running_loop().create_future()  # its machine is gone, and there is no other
-        await run(crew, replica, incarnation, start)
+        await run(workers, replica, incarnation, start)
 
-    monkeypatch.setattr(LocalCrew, "run", run_but_once)
+    monkeypatch.setattr(LocalWorkers, "run", run_but_once)
 
-    async def strike(crew: LocalCrew) -> None:
+    async def strike(workers: LocalWorkers) -> None:
         await asyncio.sleep(0.5)
-        await crew.kill("generator.0")
+        await workers.kill("generator.0")
 
     async def body() -> tuple[Outcome, float]:
         options = LocalOptions(run_dir=tmp_path, is_virtual=True, consume=events.extend, chaos=strike,

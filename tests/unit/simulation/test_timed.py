@@ -192,8 +192,8 @@ def profile(**node: Any) -> Profile:
     return Profile(format=1, response_tokens=SPREAD, nodes={"generator": NodeProfile(**node)})
 
 
-def generation(scene: SimulationState, **config: Any) -> FakeGeneration:
-    token = CURRENT.set(scene)
+def generation(state: SimulationState, **config: Any) -> FakeGeneration:
+    token = CURRENT.set(state)
     try:
         return FakeGeneration(GenerationConfig(model="none", **config), where="generator.0", node="generator")
     finally:
@@ -231,8 +231,8 @@ def updated(on_update: str, keep_cache: bool) -> tuple[list[Sample], float, floa
     async def main() -> tuple[list[Sample], float, float]:
         calls = {"update_pause": CallCost(call_s=1.0), "update_transfer": CallCost(call_s=0.2)}
         nodes = {"generator": NodeProfile(decode=DecodeCost(step_s=0.1, prompt_token_s=0.01), calls=calls)}
-        scene = SimulationState(Profile(format=1, response_tokens=Spread(quantiles=(10.0,)), nodes=nodes))
-        engine = generation(scene, on_update=on_update, keep_cache=keep_cache)
+        state = SimulationState(Profile(format=1, response_tokens=Spread(quantiles=(10.0,)), nodes=nodes))
+        engine = generation(state, on_update=on_update, keep_cache=keep_cache)
         now = asyncio.get_running_loop().time
         weights = [Weights(version=v, transport="", manifest=b"", canary=None, size_bytes=0) for v in (0, 1)]
         await engine.update_weights(weights[0])
@@ -288,8 +288,8 @@ def test_scatter_has_mean_one_and_comes_from_its_seed() -> None:
 
 def test_a_training_call_costs_by_its_tokens_and_ranks() -> None:
     costs = {"train": CallCost(call_s=1.0, token_s=0.01), "score": CallCost(token_s=0.1)}
-    scene = SimulationState(Profile(format=1, nodes={"learner": NodeProfile(calls=costs)}))
-    token = CURRENT.set(scene)
+    state = SimulationState(Profile(format=1, nodes={"learner": NodeProfile(calls=costs)}))
+    token = CURRENT.set(state)
     engine = FakeTraining(TrainingConfig(model="none"), where="learner.0", node="learner", speed=2.0)
     CURRENT.reset(token)
     group = TokenGroup(prompt_ids=Buffer.ints([1] * 20), responses=[Buffer.ints([0] * 30), Buffer.ints([0] * 10)])

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from flowrl.engines.base import TokenGroup
     from flowrl.graph.stage import Context
     from flowrl.messages import FloatArray
-    from flowrl.runtime.local import LocalCrew
+    from flowrl.runtime.local import LocalWorkers
 
 STEPS, PER_STEP = 6, 4
 
@@ -102,15 +102,15 @@ def test_a_steps_groups_are_scored_by_the_model_as_it_stood_before_them(tmp_path
 def test_the_version_that_scored_is_said_truly_whatever_dies(victim: str, tmp_path: Path) -> None:
     attempts: list[str] = []
 
-    async def chaos(crew: LocalCrew) -> None:
+    async def chaos(workers: LocalWorkers) -> None:
         await asyncio.sleep(2.2)
         attempts.append(victim)
         if len(attempts) > 1:
             return
         if victim == "host":
-            crew.lose_host()
+            workers.lose_host()
         else:
-            await crew.kill(victim)
+            await workers.kill(victim)
 
     run(taught(save_every=1), tmp_path, chaos=chaos, max_restarts=UNLIMITED)
     assert any(entry.event == "rollback" and entry.step > 0 for entry in read_entries(tmp_path / "ledger.jsonl"))

@@ -30,7 +30,7 @@ from tests.support.flows import FlowSettings, flow, random_settings, run
 from tests.support.recovery import UNLIMITED, faulty_settings, run_faulty
 
 if TYPE_CHECKING:
-    from flowrl.runtime.local import LocalCrew
+    from flowrl.runtime.local import LocalWorkers
 
 GRAPHS = Path(__file__).resolve().parents[3] / "graphs"
 GRPO = Select(use="flowrl.algorithms.grpo:GRPO")
@@ -106,15 +106,15 @@ class Deaths(Chaos):
     def __init__(self) -> None:
         super().__init__(0, loss=0.0)
 
-    async def strike(self, crew: LocalCrew) -> None:
+    async def strike(self, workers: LocalWorkers) -> None:
         while self.deaths:
             await asyncio.sleep(2.2)  # long enough for a checkpoint in each attempt
             self.deaths -= 1
-            await (crew.kill("replay.0") if self.deaths else _lose(crew))
+            await (workers.kill("replay.0") if self.deaths else _lose(workers))
 
 
-async def _lose(crew: LocalCrew) -> None:
-    crew.lose_host()
+async def _lose(workers: LocalWorkers) -> None:
+    workers.lose_host()
 
 
 @pytest.mark.slow

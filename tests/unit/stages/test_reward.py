@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from flowrl.engines.base import TokenGroup
-    from flowrl.rewards.adapters import Adapter
+    from flowrl.rewards.signatures import Adapter
 
 HERE = __name__
 calls: list[int] = []

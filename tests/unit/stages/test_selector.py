@@ -20,7 +20,7 @@ from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.reference import Reference
 from flowrl.stages.sampler import Learning, Sampler
-from flowrl.stages.selector import Selection, SelectionLearner, Selector, choose, narrowed
+from flowrl.stages.selector import Selection, SelectionLearner, Selector, choose, chosen_samples
 from flowrl.telemetry.records import read_samples, step_path
 from tests.support.flows import NumberedPrompts, run
 
@@ -83,7 +83,7 @@ def test_the_same_answer_is_not_better_than_itself():
 def test_a_narrowed_group_keeps_what_belongs_to_its_samples():
     wide = extend(Referenced, scored([0.2, 1.0, 0.6]), ref_logprobs=[Buffer.floats([float(k)]) for k in range(3)],
                   placed=[Buffer.floats([k / 2]) for k in range(3)])  # fmt: skip
-    group = narrowed(wide, [1, 0])
+    group = chosen_samples(wide, [1, 0])
     assert isinstance(group, Referenced)
     assert [sample.token_ids.tolist() for sample in group.samples] == [[1], [0]]
     assert group.rewards == [1.0, 0.2]

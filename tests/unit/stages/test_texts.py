@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from flowrl.engines.base import TokenGroup
-    from flowrl.runtime.local import LocalCrew
+    from flowrl.runtime.local import LocalWorkers
 
 STEPS, GROUPS, PER_STEP = 6, 2, 3
 ROWS = Rows([example_row([3], [[4, 5 + k]]) for k in range(7)])
@@ -105,9 +105,9 @@ def test_every_minibatch_gets_its_share_of_the_texts(tmp_path: Path):
 def test_a_source_that_dies_is_asked_again(when_s: float, tmp_path: Path):
     Noting.seen.clear()
 
-    async def chaos(crew: LocalCrew) -> None:
+    async def chaos(workers: LocalWorkers) -> None:
         await asyncio.sleep(when_s)
-        await crew.kill("texts.0")
+        await workers.kill("texts.0")
 
     outcome = run(graph(), tmp_path, chaos=chaos).outcome
     assert outcome.recoveries["texts"] == 1

@@ -30,7 +30,7 @@ from tests.unit.telemetry.streams import edge, evaluation, span, status, step
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from flowrl.runtime.local import LocalCrew
+    from flowrl.runtime.local import LocalWorkers
     from flowrl.telemetry.events import Event
 
 DAY_S = 24 * 3600.0
@@ -110,11 +110,11 @@ def test_a_week_of_a_run_is_held_in_the_memory_of_its_second_day(tmp_path: Path)
     sizes: list[tuple[int, int]] = []
     kept: dict[str, Any] = {}
 
-    async def look(crew: LocalCrew) -> None:
+    async def look(workers: LocalWorkers) -> None:
         while True:
             await asyncio.sleep(DAY_S)
             gc.collect()
-            sizes.append(held(crew, *kept.values()))
+            sizes.append(held(workers, *kept.values()))
 
     def consume(events: list[Event]) -> None:
         for sink in kept.values():

@@ -123,3 +123,14 @@ def test_a_setting_is_replaced_at_its_path_alone() -> None:
 def test_a_changed_graph_is_checked() -> None:
     with pytest.raises(ConfigError, match="is not a port that a queue leads to"):
         graph_with(ppo(), {"depths.nothing.here": 3})
+
+
+def test_no_position_is_one_that_check_refuses_for_what_the_run_settings_say() -> None:
+    """As many generators at most as `cluster.most` says, and somebody left to take turns with."""
+    assert values(knobs("generator.replicas=2", "cluster.most.generator=3")["generator.replicas"])[:3] == [2, 1, 3]
+    with pytest.raises(ConfigError, match=r"cluster\.most\.generator: is 3, but generator\.replicas=4 are started"):
+        graph_with(ppo("cluster.most.generator=3"), {"generator.replicas": 4})
+    turns = ppo(*ON_GPUS, "generator.share=reference", "reference.share=", "reference.gpus=1", "generator.turns=true")
+    graph_with(turns, {"reference.gpus": 1})
+    with pytest.raises(ConfigError, match=r"generator\.turns: .* on the devices of generator"):
+        graph_with(turns, {"generator.share": ""})

@@ -9,7 +9,7 @@ import pytest
 
 from flowrl.errors import FlowrlError
 from flowrl.simulation.run import simulate
-from flowrl.tuning.trials import Searcher, TrialPool, TuneRequest, crew, effective, reserved
+from flowrl.tuning.trials import Searcher, TrialPool, TuneRequest, effective, reserved, trial_pool
 from tests.support.command import GRAPH
 from tests.support.timed_past import SMALL, ppo, ppo_costs
 
@@ -128,6 +128,6 @@ def test_the_same_setting_gives_the_same_trial_in_whichever_process(request_of: 
     request = request_of(budget=1000)
     searcher = Searcher(request)
     settings: list[Setting] = [{"max_staleness": stale, "generator.replicas": n} for stale in (0, 2) for n in (1, 2, 3)]
-    with crew(request, searcher) as many:
+    with trial_pool(request, searcher) as many:
         assert many.look(settings) == TrialPool(searcher, None).look(settings)
         assert many.measure(settings[:2]) == TrialPool(searcher, None).measure(settings[:2])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flowrl.data.aside import run_aside
+from flowrl.data.model_process import run_in_process
 from flowrl.errors import ModelError
 
 pytestmark = pytest.mark.slow
@@ -36,7 +36,7 @@ def dies(source: Path) -> None:
 
 def test_it_works_and_nothing_it_says_is_heard(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     (tmp_path / "a").write_text("content")
-    run_aside(talks, tmp_path / "a", tmp_path / "b", where="model a")
+    run_in_process(talks, tmp_path / "a", tmp_path / "b", where="model a")
     assert (tmp_path / "b").read_text() == "content"
     assert capfd.readouterr() == ("", "")
 
@@ -51,5 +51,5 @@ def test_it_works_and_nothing_it_says_is_heard(tmp_path: Path, capfd: pytest.Cap
 )
 def test_its_failure_is_an_error_here(function, said: str):
     with pytest.raises(ModelError) as caught:
-        run_aside(function, Path("/a"), where="model a")
+        run_in_process(function, Path("/a"), where="model a")
     assert str(caught.value) == said

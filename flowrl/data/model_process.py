@@ -3,7 +3,7 @@
 What they print (progress bars, warnings about accelerators) is kept from the run's first lines, and torch's memory goes
 with the process. Called where a model is converted or merged.
 
-Tests: tests/unit/data/test_aside.py
+Tests: tests/unit/data/test_model_process.py
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # Not `python -m`: that finds flowrl only where it is installed or in the working directory, and may find another one.
-BOOT = "import os, sys; sys.path[:] = sys.argv[1].split(os.pathsep); from flowrl.data.aside import main; main()"
+BOOT = "import os, sys; sys.path[:] = sys.argv[1].split(os.pathsep); from flowrl.data.model_process import main; main()"
 REFUSED = 3  # exit code: the last line of output is an error of ours
 
 
-def run_aside(function: Callable[..., None], *arguments: Path, where: str) -> None:
+def run_in_process(function: Callable[..., None], *arguments: Path, where: str) -> None:
     """Call a module's function with paths in a process of its own; blocks.
 
     Raises:
@@ -50,7 +50,7 @@ def main() -> None:
 
     path, *arguments = sys.argv[2:]
     try:
-        load_object(path, "aside")(*map(Path, arguments))
+        load_object(path, "model process")(*map(Path, arguments))
     except FlowrlError as error:
         print(f"\n{msgspec.json.encode((error.where, error.what, error.remedy)).decode()}", flush=True)
         sys.exit(REFUSED)

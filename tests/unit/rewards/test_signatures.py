@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from flowrl.errors import ConfigError, RewardError
-from flowrl.rewards.adapters import TO_COPY, Adapter, style_of
 from flowrl.rewards.function import RewardFunction
+from flowrl.rewards.signatures import TO_COPY, Adapter, style_of
 from tests.support.alone import rollouts
 
 HERE = __name__

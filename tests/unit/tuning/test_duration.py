@@ -8,8 +8,8 @@ import time
 import pytest
 
 from flowrl.graph.program import load_program
-from flowrl.tuning import estimate as module
-from flowrl.tuning.estimate import estimate
+from flowrl.tuning import duration as module
+from flowrl.tuning.duration import rough_duration
 from tests.support.command import ROOT
 
 # On two cores: the default run and the recipes as docs/learning.md has them, agent_async as a user saw it (over three
@@ -23,7 +23,7 @@ def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def minutes(graph: str, *overrides: str) -> float:
-    line = estimate(load_program(ROOT / "graphs" / f"{graph}.py", overrides=[*overrides]))
+    line = rough_duration(load_program(ROOT / "graphs" / f"{graph}.py", overrides=[*overrides]))
     found = re.match(r"about (?:(\d+) minutes?|(\d+)h(\d+)m), give or take", line)
     assert found, line
     return float(found[1] or 60 * int(found[2]) + int(found[3]))
@@ -45,7 +45,7 @@ def test_the_estimate_grows_with_what_is_to_be_done_and_costs_a_moment() -> None
     assert minutes("group_async", "learner.epochs=2") > 1.3 * one
     program = load_program(ROOT / "graphs" / "agent_async.py")
     start_s = time.perf_counter()
-    estimate(program)
+    rough_duration(program)
     assert time.perf_counter() - start_s < 1.0
 
 
@@ -59,7 +59,7 @@ def test_the_estimate_grows_with_what_is_to_be_done_and_costs_a_moment() -> None
     ],
 )
 def test_what_cannot_be_estimated_is_said_to_be_so(graph: str, override: str, why: str) -> None:
-    line = estimate(load_program(ROOT / "graphs" / f"{graph}.py", overrides=[override]))
+    line = rough_duration(load_program(ROOT / "graphs" / f"{graph}.py", overrides=[override]))
     assert line.startswith("how long it will take cannot be said before a first run")
     assert why in line
 

@@ -4,7 +4,7 @@ Invariants: within an order of magnitude of the truth on a CPU like the one of d
 in the same line; where that cannot be, the line says so and why; it costs a moment and never the run. Called by
 companion.py and `flowrl check`.
 
-Tests: tests/unit/tuning/test_estimate.py
+Tests: tests/unit/tuning/test_duration.py
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Load(NamedTuple):
     heldout: int  # samples that are drawn for the evaluations of the whole run
 
 
-def estimate(program: Program) -> str:
+def rough_duration(program: Program) -> str:
     """Return a line on how long the run may take, or why that cannot be said."""
     try:
         return _line(program.graph, num_cores())

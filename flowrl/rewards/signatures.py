@@ -24,7 +24,7 @@ function that raises is an error and not a score of 0, and a function of weight 
 GRPOTrainer "custom reward function"; verl/utils/reward_score; OpenRLHF examples/python/reward_func.py. Invariant: what
 comes back is not yet checked; `RewardFunction`, which calls `style_of`, does that.
 
-Tests: tests/unit/rewards/test_adapters.py
+Tests: tests/unit/rewards/test_signatures.py
 """
 
 from __future__ import annotations
