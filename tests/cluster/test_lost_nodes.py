@@ -9,8 +9,8 @@ import pytest
 
 from flowrl.runs.verify import verify_run
 from flowrl.telemetry.report import read_ending
-from tests.cluster.test_two_machines import FLEET, Running, steps_of, told, until_step
 from tests.support.cluster import machines
+from tests.support.clustered import FLEET, Running, steps_of, told, until_step
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from perf.faults import leaping_clock
-from tests.cluster.test_two_machines import FLEET, GROUP, command
 from tests.support.cluster import machines
+from tests.support.clustered import FLEET, GROUP, command
 from tests.support.command import tiny_settings
 from tests.support.tiny import tiny_model
 

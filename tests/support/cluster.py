@@ -89,6 +89,11 @@ class Machine:  # of the tests; what Ray knows of one is a RayNode
         self.stop()
 
     @property
+    def is_on(self) -> bool:
+        """Return whether it has not been switched off."""
+        return self._process.poll() is None
+
+    @property
     def ray(self) -> str:
         """Return the address of the Ray whose head this machine is."""
         return f"{self.address}:{PORT}"
@@ -114,8 +119,11 @@ class Machine:  # of the tests; what Ray knows of one is a RayNode
             raise AssertionError(f"{' '.join(command)}: not done after {within_s:.0f} s:\n{said}") from None
         return started.returncode, said
 
-    def start_ray(self, head: Machine | None = None, *, cpus: float = 1, environment: Mapping[str, str] = {}) -> None:
-        """Let the machine be the head of a cluster, or join that of `head`."""
+    def start_ray(
+        self, head: Machine | None = None, *, cpus: float = 1, environment: Mapping[str, str] = {},
+        is_waited_for: bool = True,
+    ) -> subprocess.Popen[str]:  # fmt: skip
+        """Let the machine be the head of a cluster, or join that of `head`; returns what ends with its Ray."""
         joins = ["--address", head.ray] if head else ["--head", f"--port={PORT}", "--include-dashboard=false"]
         command = [f"{Path(sys.executable).parent}/ray", "start", *joins, "--block", f"--num-cpus={cpus:g}",
                    f"--node-ip-address={self.address}", "--object-store-memory=100000000",
@@ -123,10 +131,11 @@ class Machine:  # of the tests; what Ray knows of one is a RayNode
         log = Path(f"/proc/{self._first}/root/tmp/ray.log")
         started = self.start(command, log=log, **environment)
         deadline_s = time.monotonic() + START_S
-        while "Ray runtime started" not in log.read_text():
+        while is_waited_for and "Ray runtime started" not in log.read_text():
             assert started.poll() is None, log.read_text()
             assert time.monotonic() < deadline_s, log.read_text()
             time.sleep(0.1)
+        return started
 
     def file(self, path: str) -> Path:
         """Return a path by which a file of the machine, in /tmp for one, is reached from here."""
