@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 NAME = "flowrl"
 FLEX_BLOCK = 128  # tokens a side; FlexAttention's own default
+# Keys up to which backward on CPUs takes products of whole sequences (at 64 the flash kernel takes 3 times as long, at
+# 128 1.4 times: bfloat16, one thread), and the most scores that it may hold.
+SHORT, MOST_SCORES = 128, 1 << 24
 NOT_TAKEN = ("softcap", "s_aux", "position_bias", "cache")
 _flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -101,7 +104,7 @@ def trial(num_heads: int, num_key_heads: int, width: int, *, dtype: torch.dtype,
 
     In parts of their size; heads are those of a model. Whatever the kernel raises is raised.
     """
-    pieces = [(5, [4, 3, 3]), (2, [6])]
+    pieces = [(5, [4, 3, 3]), (2, [6]), (SHORT + 1, [2, 2])]  # backward in either way
     spans, length = spans_of(pieces), sum(prompt + sum(fed) for prompt, fed in pieces)
     sees_LL = torch.zeros(length, length, dtype=torch.bool)
     for start, end, size, first, last in spans:
@@ -202,10 +205,43 @@ class _BySpan(torch.autograd.Function):
             of_out, of_gradient = (_cut(each, span.start, span.end, span.length) for each in (out, gradient))
             of_total = _cut(total[..., None], span.start, span.end, span.length)[..., 0]
             # With the whole's normaliser, a part's gradients are its own.
-            found = _flash_backward(of_gradient, *parts, of_out, of_total, 0.0, span.length > 0, scale=ctx.scale)
+            compute = _short_backward if _is_short(*parts[:2]) else _flash_backward
+            found = compute(of_gradient, *parts, of_out, of_total, 0.0, span.length > 0, scale=ctx.scale)
             for part, of_part in zip(_parts_of(span, *grads), found, strict=True):
                 part += of_part
         return *grads, None, None
+
+
+def _is_short(query: Tensor, key: Tensor) -> bool:
+    return key.shape[2] <= SHORT and query.shape[:3].numel() * key.shape[2] <= MOST_SCORES
+
+
+def _short_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, total_NHL: Tensor, _: float,
+    is_causal: bool, *, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return what the flash kernel's backward does, from its definition: products of whole, short sequences.
+
+    The heads that share keys stand one behind the other, as queries of one sequence.
+    """
+    num, num_heads, length, _ = query.shape
+    num_keys, width, wide = *key.shape[1:3], total_NHL.dtype
+
+    def of_keys(tensor: Tensor) -> Tensor:
+        return tensor.reshape(num * num_keys, -1, tensor.shape[-1])
+
+    def by_head(tensor: Tensor) -> Tensor:
+        return tensor.view(num, num_heads, length, width)
+
+    q, k, v, given = map(of_keys, (query, key, value, gradient))
+    probs = by_head(torch.bmm(q.to(wide) * scale, k.to(wide).transpose(1, 2))).sub_(total_NHL[..., None])
+    if is_causal:
+        probs.masked_fill_(torch.ones(length, width, dtype=torch.bool).triu_(1), -torch.inf)
+    probs.exp_()
+    of_value = torch.bmm(of_keys(probs.to(q.dtype)).transpose(1, 2), given)
+    slack = (gradient.to(wide) * out).sum(-1, keepdim=True)
+    moves = of_keys(probs.mul_(by_head(torch.bmm(given, v.transpose(1, 2))) - slack).mul_(scale).to(q.dtype))
+    return torch.bmm(moves, k).view_as(query), torch.bmm(moves.transpose(1, 2), q).view_as(key), of_value.view_as(value)
 
 
 def _cut(tensor: Tensor, start: int, end: int, length: int) -> Tensor:

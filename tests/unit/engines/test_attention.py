@@ -34,7 +34,9 @@ def test_spans_are_runs_of_equal_sequences_and_the_prompts_they_see():
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)]
 )
-def test_values_and_gradients_are_those_of_a_mask(dtype, tolerance):
+@pytest.mark.parametrize("short", [0, 128])
+def test_values_and_gradients_are_those_of_a_mask(dtype, tolerance, short, monkeypatch):
+    monkeypatch.setattr("flowrl.engines.attention.SHORT", short)
     torch.manual_seed(0)
     length = sum(prompt + sum(fed) for prompt, fed in PIECES)
     spans = torch.tensor(spans_of(PIECES))[None, None]
