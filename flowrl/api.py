@@ -190,7 +190,9 @@ def _written(value: Any, path: str) -> str:
     try:
         text = yaml.safe_dump(msgspec.to_builtins(value), default_flow_style=True, width=1 << 30)
     except TypeError as error:
-        raise ConfigError(path, f"a {type(value).__name__} is no setting ({error})", "give a plain value") from error
+        raise ConfigError(
+            path, f"a {type(value).__name__} cannot be a setting ({error})", "give a plain value"
+        ) from error
     return text.partition("\n...")[0].strip()
 
 

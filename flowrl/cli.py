@@ -440,7 +440,9 @@ def _eval(options: argparse.Namespace) -> int:
     from flowrl.runs.answering import EvalRequest
 
     if options.limit < 0:
-        raise ConfigError("--limit", f"{options.limit} items are none", "give 1 or more, or leave it out for all")
+        raise ConfigError(
+            "--limit", f"{options.limit} is not a number of items", "give 1 or more, or leave it out for all"
+        )
     request = EvalRequest(
         target=options.target,
         tasks=options.tasks,

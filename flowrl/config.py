@@ -430,7 +430,7 @@ def parse_yaml(content: bytes, where: str) -> Any:
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(place, f"is not valid YAML ({reason})", "mend the line") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(where, f"holds a value that is none ({error})", "mend it") from error
+        raise ConfigError(where, f"holds an invalid value ({error})", "mend it") from error
 
 
 def _parse_set(text: str, where: str) -> Any:

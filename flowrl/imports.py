@@ -49,7 +49,7 @@ def pin(path: str, where: str, places: Sequence[Path]) -> str:
         ConfigError: there is no such file or module; says where was looked.
     """
     if path.lstrip().startswith(("[", "{")):
-        raise ConfigError(where, f"{path} is not one name", "write one function or class that calls the others")
+        raise ConfigError(where, f"{path} is not a name", "write one function or class that calls the others")
     module_name, _, name = path.rpartition(":")
     if not module_name or not name:
         return path  # whoever loads it says what a path looks like

@@ -348,7 +348,7 @@ def kind_of(tag: str) -> Any:
     if both:
         return joined(kind_of(first), kind_of(second))
     if ":" not in tag:
-        raise msgspec.ValidationError(f"{tag!r} is no kind of message")
+        raise msgspec.ValidationError(f"{tag!r} is not a kind of message")
     return load_class(tag, f"message {tag}")
 
 

@@ -241,7 +241,7 @@ def _read_table(path: Path, file: BinaryIO, delimiter: str, bad: Bad) -> Iterato
                 what = f"has {len(cells)} cells, the first line names {len(names)} columns"
                 bad(DataError(place, what, "mend the line, or set data.on_bad=skip"))
     except csv.Error as error:
-        raise DataError(f"{path}:{table.line_num}", f"is no table ({error})", "mend the line") from error
+        raise DataError(f"{path}:{table.line_num}", f"is not a table ({error})", "mend the line") from error
     except UnicodeDecodeError as error:
         raise DataError(f"data {path}", f"is not UTF-8 ({error})", "save it as UTF-8") from error
 

@@ -124,7 +124,7 @@ class Chat:
             completion = msgspec.json.decode(body, type=_Completion)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             shown = body[:SHOWN_CHARS].decode(errors="replace")
-            what = f"answered {shown!r}, which is no chat completion ({error})"
+            what = f"answered {shown!r}, not a chat completion ({error})"
             raise RewardError(self._ask.where, what, f"give the url that {PATH} follows") from error
         if completion.usage is not None:
             self.prompt_tokens += completion.usage.prompt_tokens

@@ -265,7 +265,9 @@ class Worker:
 
 
 def _no_reply(where: str) -> RewardError:
-    return RewardError(where, "its process sent what is no reply", "do not write to file descriptors it did not open")
+    return RewardError(
+        where, "its process sent something that is not a reply", "do not write to file descriptors it did not open"
+    )
 
 
 def _spawn(log: int) -> tuple[subprocess.Popen[bytes], socket.socket]:

@@ -209,7 +209,7 @@ def read_annotator(settings: JudgedSettings) -> Annotator:
     template = given(file, "the prompt_template, as it lies in evaluators_configs").decode(errors="replace")
     messages = [{"role": role, "content": text.strip()} for role, text in CHATML.findall(template)]
     if not messages or not all(gap in template for gap in ("{instruction}", "{output_1}", "{output_2}")):
-        what = "is no ChatML with {instruction}, {output_1} and {output_2}"
+        what = "is not ChatML with {instruction}, {output_1} and {output_2}"
         raise ConfigError(str(file), what, "give one of alpaca_eval's")
     asked = dict(config.get("completions_kwargs") or {})
     model = str(asked.pop("model_name", ""))

@@ -153,7 +153,7 @@ def rows_in(body: bytes, path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(msgspec.json.decode(line, type=dict[str, Any]))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}", f"is no JSON object ({error})", "mend the line") from error
+            raise DataError(f"{path}, line {number}", f"is not a JSON object ({error})", "mend the line") from error
     return rows
 
 

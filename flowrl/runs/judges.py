@@ -120,7 +120,7 @@ async def _judged(settings: JudgeSettings, pairs: list[NormalRow], say: Callable
 def _outcome(agreed: list[float], parted: list[str], refused: list[str]) -> list[str]:
     lines = [f"{len(refused)} pairs could not be judged, the first because {refused[0]}"] if refused else []
     if not agreed:
-        raise RewardError("judge", "could judge none of the pairs", f"the first because {refused[0]}")
+        raise RewardError("judge", "could not judge any pair", f"the first because {refused[0]}")
     mean = mean_interval(agreed)
     ties = sum(each == 0.5 for each in agreed)
     low, high = max(0.0, mean.low), min(1.0, mean.high)

@@ -61,7 +61,7 @@ def parse(text: str, columns: Mapping[str, str]) -> Any:
     try:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ConfigError("--where", f"{text!r} is no expression ({error.args[0]})", f"write one {HELP}") from error
+        raise ConfigError("--where", f"{text!r} is not an expression ({error.args[0]})", f"write one {HELP}") from error
     _check_size(tree.body)
     return _Reader(columns).condition(tree.body)
 
@@ -77,7 +77,11 @@ def _check_size(whole: ast.expr) -> None:
             case ast.Constant(value=int(value)) if value > MOST_NUMBER:
                 raise ConfigError("--where", "has a number of more than 64 bits", "write it with an exponent, as 1e20")
             case ast.Constant(value=str(value)) if not _is_text(value):
-                raise ConfigError("--where", f"{value!r} is half a character and in no text", "write the whole of it")
+                raise ConfigError(
+                    "--where",
+                    f"{value!r} is half a character (a lone surrogate), which no text holds",
+                    "write the whole of it",
+                )
             case _:
                 rest += [(child, depth + 1) for child in ast.iter_child_nodes(node)]
 
@@ -182,7 +186,9 @@ class _Reader:
         try:
             pc.match_substring_regex(pa.array([""]), pattern)
         except pa.ArrowInvalid as error:
-            raise ConfigError("--where", f"{pattern!r} is no pattern ({error})", "write it as RE2 reads it") from error
+            raise ConfigError(
+                "--where", f"{pattern!r} is not a pattern ({error})", "write it as RE2 reads it"
+            ) from error
         return pc.match_substring_regex(text, pattern)
 
     def _value(self, node: ast.expr) -> tuple[Any, str]:

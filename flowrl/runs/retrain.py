@@ -110,7 +110,7 @@ def recorded_steps(run_dir: Path, request: RetrainRequest) -> tuple[int, int]:
         what = f"has no record of step {missing[0]} ({len(missing)} of {len(wanted)} steps are missing)"
         raise DataError(str(directory), what, "choose among those there are; learner.save_rollouts=true records them")
     if not wanted:
-        what = f"steps {request.first}:{last} are none; {len(recorded)} are recorded"
+        what = f"steps {request.first}:{last} are not recorded; {len(recorded)} are recorded"
         raise ConfigError("--steps", what, "give FIRST:END with FIRST below END")
     return request.first, last
 

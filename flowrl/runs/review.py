@@ -64,7 +64,7 @@ def inspect_rollouts(run: Path, where: str, *, columns: list[str], limit: int, a
         UserError: there is no such run, it recorded none, or `where` or `columns` cannot be used.
     """
     if limit < 1:
-        raise ConfigError("--limit", f"{limit} samples are none", "give 1 or more")
+        raise ConfigError("--limit", f"{limit} lists nothing", "give 1 or more")
     listing = RecordedRollouts(existing_run(run)).choose(where, limit=limit, columns=columns)
     return as_json(listing) if as_lines else as_table(listing)
 

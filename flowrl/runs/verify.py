@@ -223,7 +223,7 @@ def _compare_checkpoints(run_dir: Path, entries: list[Entry], verdict: Verdict) 
         try:
             cut = msgspec.json.decode(read_cut(checkpoint), type=Cut)
         except UNREADABLE as error:
-            verdict.disagreeing.append(f"checkpoints/{checkpoint.name}/cut.json: is no cut ({error})")
+            verdict.disagreeing.append(f"checkpoints/{checkpoint.name}/cut.json: is not a cut ({error})")
             continue
         newest = max(newest, checkpoint_version(checkpoint))
         where = f"checkpoints/{checkpoint.name}"

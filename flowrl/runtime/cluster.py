@@ -414,7 +414,7 @@ def _reach(address: str) -> None:
     if address in ("auto", "local"):
         return
     if not host or not port.isdigit():
-        raise ResourceError("--address", f"{address!r} is no address", "give HOST:PORT, ray://HOST:PORT or auto")
+        raise ResourceError("--address", f"{address!r} is not an address", "give HOST:PORT, ray://HOST:PORT or auto")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
     except OSError as error:

@@ -66,7 +66,7 @@ async def _examine(cluster: Cluster, present: Path, say: Tell) -> None:
             say("FIX", name, error.what, error.remedy)
         if not report.is_resolved:
             remedy = "flowrl goes by addresses; add it to /etc/hosts for other programs"
-            say("note", name, f"its own name {report.host_name} leads to no address", remedy)
+            say("note", name, f"its own name {report.host_name} cannot be looked up", remedy)
         say(*(await _reached(cluster, node)))
 
 

@@ -63,7 +63,7 @@ def turns_of(graph: Graph) -> dict[str, Turns]:
         there = {node: each for node, each in configs.items() if host in (node, each.share)}
         training = frozenset(node for node, each in there.items() if isinstance(each, Computing))
         if not training:
-            what = f"nobody that trains or scores is on the devices of {host}"
+            what = f"no node that trains or scores shares the devices of {host}"
             raise ConfigError(f"{name}.turns", what, f"set {name}.share=NODE to one that does, or leave turns false")
         sampling = frozenset(node for node, each in there.items() if isinstance(each, Serving))
         found[host] = Turns(training, sampling, config.turn_limit_s)

@@ -148,7 +148,7 @@ class RayWorkers:
             cause = error.__cause__
             if isinstance(cause, FlowrlError):
                 raise cause from None
-            raise HostLost("flow", "its host died", f"its last words are in {self._log('hub')}") from error
+            raise HostLost("flow", "its host died", f"its log, with why, is {self._log('hub')}") from error
 
     async def run(self, replica: str, incarnation: int, start: Start) -> None:
         """Start a replica's ranks and wait for their end; one that fails takes the others with it."""
@@ -260,7 +260,7 @@ class RayWorkers:
             remedy = "lower generator.kv_cache_bytes or micro_batch_tokens, or run fewer replicas"
             return Death(replica, "Ray ended its process because the machine's memory was full", remedy)
         if isinstance(error, RayActorError):
-            return Death(replica, "its process died", f"its last words are in {self._log(replica)}")
+            return Death(replica, "its process died", f"its log, with why, is {self._log(replica)}")
         return StageError(replica, str(error).strip().splitlines()[-1], f"see {self._log(replica)}")
 
     def _log(self, replica: str) -> Path:

@@ -106,7 +106,7 @@ def check_survey(found: Survey, say: Callable[[str], None]) -> None:
     for address, report in found.reports.items():
         check_node(address, report, found.here, gap_s=found.gaps_s[address], token=found.token)
         if not report.is_resolved:
-            say(f"node {address}: its own name {report.host_name} leads to no address; its processes go by {address}")
+            say(f"node {address}: its own name {report.host_name} cannot be looked up; its processes go by {address}")
 
 
 def bring_code(found: Survey, run_dir: Path, say: Callable[[str], None]) -> dict[str, str]:

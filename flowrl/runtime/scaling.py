@@ -50,7 +50,7 @@ def scale(run_dir: Path, asked: Sequence[str]) -> str:
         check_scales(graph, node, "scale")
         wanted[node] = int(number)
     if not is_held(run_dir):
-        raise ConfigError(str(run_dir), "does not go on: no process drives it", "resume it with --set NODE.replicas=N")
+        raise ConfigError(str(run_dir), "is not running: no process drives it", "resume it with --set NODE.replicas=N")
     replace_file(run_dir / FILE, msgspec.json.encode(_read(run_dir) | wanted))
     return ", ".join(f"{node} {count}" for node, count in wanted.items())
 

@@ -445,7 +445,7 @@ def newest_start(run_dir: Path, tell: Callable[[str, str, str], None]) -> Start:
     try:
         cut = msgspec.json.decode(read_cut(checkpoint), type=Cut)
     except UNREADABLE as error:
-        raise DataError(str(checkpoint / "cut.json"), f"is no cut ({error})", "resume with --from-start") from error
+        raise DataError(str(checkpoint / "cut.json"), f"is not a cut ({error})", "resume with --from-start") from error
     whole_lines(run_dir / "ledger.jsonl", cut)
     return Start(cut=cut, checkpoint=checkpoint)
 

@@ -79,7 +79,7 @@ class ReplayBuffer(Stage):
         """Insist on an algorithm that makes up for older policies, which drew what is replayed."""
         if self.num_replayed < 1:
             per_step = self.learning.groups_per_step
-            what = f"{self.config.ratio:g} of {per_step} groups_per_step is none"
+            what = f"{self.config.ratio:g} of {per_step} groups_per_step is no whole group"
             raise ConfigError("replay.ratio", what, f"give {1 / per_step:g} or more, or 0 for no replay")
         if not hasattr(self.learning.algorithm.load("algorithm"), "correction"):
             what = f"older policies' samples need a correction, and {self.learning.algorithm.use} has none"

@@ -329,7 +329,7 @@ def advice(run_dir: Path, plan: GraphPlan, graph_file: Path | None) -> list[str]
         rate = simulate(graph, profile, steps=LOOKED_STEPS, detail="causes").samples_per_s
         told = worth(graph, _one_more_each(plan, graph, profile), profile)
     except FlowrlError as error:
-        return [f"the simulator has nothing to say: {error}"]
+        return [f"no advice: {error}"]
     none = "one more replica is worth nothing, of any node; --graph FILE has staleness, threads and more searched"
     return [f"simulated from this run's profile: {rate:,.3g} samples/s as it is", *(told or [none])]
 

@@ -94,7 +94,7 @@ def parse_site(text: str) -> Site:
     first, *rest = [part.strip() for part in text.split(",")]
     counts = re.fullmatch(r"(?:(\d+)\s*x\s*)?(\d+)\s*x\s*([A-Za-z0-9][A-Za-z0-9.\- ]*)", first)
     if counts is None and first.lower() != "cpu":
-        raise ConfigError(WHERE, f"{first!r} is no number of GPUs", EXAMPLE)
+        raise ConfigError(WHERE, f"{first!r} is not a number of GPUs", EXAMPLE)
     given: dict[str, Any] = {}
     if counts is not None:
         given = {"machines": int(counts[1] or 1), "gpus": int(counts[2]), "device": counts[3]}
@@ -131,7 +131,7 @@ def parse_bytes(text: str, where: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
     size = round(float(found[1]) * UNITS.get(found[2].upper(), 0)) if found else 0
     if size < UNITS["GB"] // 2:
-        what = f"{text!r} is no size" if not size else f"{text!r} holds no run"
+        what = f"{text!r} is not a size" if not size else f"{text!r} holds no run"
         raise ConfigError(where, what, "write a number with GB, GiB, TB or TiB, such as 80GB")
     return size
 
@@ -148,7 +148,7 @@ def _site(given: dict[str, Any], where: str) -> Site:
             raise ConfigError(where, f"{numbers['machines']} machines without GPUs", "plan for one")
         return Site(machine=machine, host_bytes=host_bytes)
     if "device" not in given:
-        raise ConfigError(where, f"has {numbers['gpus']} GPUs of no kind", "add device: 80GB")
+        raise ConfigError(where, f"has {numbers['gpus']} GPUs, and does not say which", "add device: 80GB")
     speed, is_assumed, size = _named(str(given["device"]), f"{where} device")
     gpus = tuple(
         Gpu(name=speed.name, index=index % numbers["gpus"], total_bytes=size, free_bytes=size)
@@ -160,7 +160,7 @@ def _site(given: dict[str, Any], where: str) -> Site:
 
 def _count(value: Any, where: str, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
-        raise ConfigError(where, f"{value!r} is no number of them", f"give {max(1, least)} to {MOST}")
+        raise ConfigError(where, f"is {value!r}", f"give {max(1, least)} to {MOST}")
     return value
 
 
@@ -172,7 +172,7 @@ def _named(name: str, where: str) -> tuple[Speed, bool, int]:
             return speed, False, speed.memory_bytes
     if not name[:1].isdigit():
         known = ", ".join(speed.name for speed in SPEEDS)
-        raise ConfigError(where, f"{name!r} is no GPU that is known here", f"give its memory, or one of {known}")
+        raise ConfigError(where, f"{name!r} is not a GPU that flowrl knows", f"give its memory, or one of {known}")
     size = parse_bytes(name, where)
     return min(SPEEDS, key=lambda speed: abs(speed.memory_bytes - size)), True, size
 

@@ -319,8 +319,8 @@ def test_our_own_prompt_is_asked_in_both_orders_and_two_models_are_compared(tmp_
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (b"<html>Sign in</html>", "is no chat completion"),
-        (b"", "is no chat completion"),
+        (b"<html>Sign in</html>", "not a chat completion"),
+        (b"", "not a chat completion"),
         (b"x" * (10 << 20), "answered more than 2 MiB"),
         ("", "answered no text"),
     ],
@@ -342,7 +342,7 @@ def test_a_judge_that_judges_nothing_ends_it_in_one_line(
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("question.jsonl", '{"question_id": 1, "turns": ["a"]}\nnot json\n', "line 2: is no JSON object"),
+        ("question.jsonl", '{"question_id": 1, "turns": ["a"]}\nnot json\n', "line 2: is not a JSON object"),
         ("question.jsonl", '{"question_id": 1, "turns": "a"}\n', "question 1: Expected `array`, got `str`"),
         ("question.jsonl", '{"question_id": 1, "turns": ["a"]}\n' * 2, "question 2: has the id 1 of another"),
         ("question.jsonl", "", "is empty"),

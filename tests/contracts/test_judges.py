@@ -135,9 +135,9 @@ def test_a_second_judge_that_parts_from_the_first_is_told_and_changes_no_score(t
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (lambda: web.Response(text="<html>Sign in</html>", content_type="text/html"), "is no chat completion"),
-        (lambda: web.Response(body=b""), "is no chat completion"),
-        (lambda: web.json_response({"choices": []}), "is no chat completion"),
+        (lambda: web.Response(text="<html>Sign in</html>", content_type="text/html"), "not a chat completion"),
+        (lambda: web.Response(body=b""), "not a chat completion"),
+        (lambda: web.json_response({"choices": []}), "not a chat completion"),
         (lambda: saying(None), "answered no text"),
         (lambda: saying(""), "answered no text"),
         (lambda: saying("I would rather not."), "no verdict on answer 0 can be read"),

@@ -114,7 +114,7 @@ def test_no_thread_of_ours_takes_a_signal_in_the_main_thread_s_place(tmp_path: P
         ("leaves", "its process died (exit code 7)"),
         ("segfaults", "its process died (SIGSEGV)"),
         ("forks_and_leaves", "its process died (exit code 5)"),
-        ("writes_to_channel", "sent what is no reply"),
+        ("writes_to_channel", "sent something that is not a reply"),
     ],
 )
 def test_a_failure_names_the_group_and_what_happened(name: str, said: str, tmp_path: Path):

@@ -262,7 +262,7 @@ def test_a_long_wrong_value_is_cut():
         ("- steps", "must be a mapping of settings"),
         ("model: 7", "model: expected a text, got 7"),
         ("3: 4", "run.yaml: settings has no setting '3'"),
-        ("steps: 0x_", "run.yaml: holds a value that is none"),
+        ("steps: 0x_", "run.yaml: holds an invalid value"),
     ],
 )
 def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text, said):

@@ -311,7 +311,7 @@ def test_a_users_message_is_loaded_where_it_is_not_known(monkeypatch: pytest.Mon
 
 def test_what_is_no_kind_of_message_is_refused():
     wire = msgspec.msgpack.encode({"type": "Nothing", "group_id": 1})
-    with pytest.raises(msgspec.ValidationError, match="'Nothing' is no kind of message"):
+    with pytest.raises(msgspec.ValidationError, match="'Nothing' is not a kind of message"):
         decode(wire)
 
 

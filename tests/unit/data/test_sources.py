@@ -172,7 +172,7 @@ def test_a_split_or_subset_that_a_file_cannot_have_is_refused(jsonl):
         ("x.jsonl", '{"prompt": "a"}'.encode("utf-16"), "x.jsonl: is UTF-16"),
         ("x.csv", "prompt\na".encode("utf-16-le"), "x.csv: is UTF-16"),
         ("x.csv", "prompt\nä".encode("latin-1"), "x.csv: is not UTF-8"),
-        ("x.csv", b'prompt\na\n"open\n', "x.csv:3: is no table"),
+        ("x.csv", b'prompt\na\n"open\n', "x.csv:3: is not a table"),
         ("x.csv", b"a,a\n1,2\n", "x.csv:1: names the column 'a' twice"),
         ("x.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], "x.jsonl.gz: cannot be read"),
         ("x.json", b'{"prompt": "a"}', "holds one object, with prompt"),

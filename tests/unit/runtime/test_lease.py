@@ -193,7 +193,7 @@ def test_turns_need_somebody_to_take_them_with_and_engines_that_sleep() -> None:
         **{**{f: getattr(config, f) for f in config.__struct_fields__}, "share": ""}
     )
     with pytest.raises(
-        ConfigError, match=r"generator.turns: nobody that trains or scores is on the devices of generator"
+        ConfigError, match=r"generator.turns: no node that trains or scores shares the devices of generator"
     ):
         turns_of(alone)
     sleepless = flow(in_turns(random_settings(1)))

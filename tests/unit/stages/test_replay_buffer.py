@@ -167,7 +167,7 @@ def test_groups_are_drawn_by_priority_and_those_without_any_never() -> None:
 @pytest.mark.parametrize(
     ("replay", "algorithm", "said"),
     [
-        ({"ratio": 0.1}, GRPO, "0.1 of 4 groups_per_step is none; give 0.25 or more"),
+        ({"ratio": 0.1}, GRPO, "0.1 of 4 groups_per_step is no whole group; give 0.25 or more"),
         ({"ratio": 1.0}, Select(use="tests.support.flows:NullAlgorithm"), "NullAlgorithm has none"),
     ],
 )

@@ -34,13 +34,13 @@ def test_a_machine_without_gpus():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "'' is no number of GPUs"), ("80GB", "'80GB' is no number of GPUs"), ("8x", "no number"),
-        ("0x80GB", "gpus: 0 is no number"), ("99999x80GB", "99999"), ("8x80", "'80' is no size"),
-        ("8x80kg", "'80kg' is no size"), ("8x0GB", "no size"),
-        ("8x1MB", "holds no run"), ("8xRTX9999", "no GPU that is known"), ("8x80GB,host=", "no size"),
-        ("8x80GB,host=1TB,host=2TB", "twice"), ("8x80GB,cores=many", "'many' is no number"),
+        ("", "'' is not a number of GPUs"), ("80GB", "'80GB' is not a number of GPUs"), ("8x", "not a number"),
+        ("0x80GB", "gpus: is 0"), ("99999x80GB", "99999"), ("8x80", "'80' is not a size"),
+        ("8x80kg", "'80kg' is not a size"), ("8x0GB", "not a size"),
+        ("8x1MB", "holds no run"), ("8xRTX9999", "not a GPU that flowrl knows"), ("8x80GB,host=", "not a size"),
+        ("8x80GB,host=1TB,host=2TB", "twice"), ("8x80GB,cores=many", "is 'many'"),
         ("8x80GB,disk=1TB", "disk=1TB"),
-        ("8x80GB,cores", "'cores' is not understood"), ("-8x80GB", "no number"), ("none.yaml", "cannot be read"),
+        ("8x80GB,cores", "'cores' is not understood"), ("-8x80GB", "not a number"), ("none.yaml", "cannot be read"),
     ],
 )  # fmt: skip
 def test_what_is_no_machine_is_refused_in_one_line(text, words):
@@ -52,8 +52,8 @@ def test_what_is_no_machine_is_refused_in_one_line(text, words):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("[", "not valid YAML"), ("- 1", "no mapping"), ("{gpu: 8}", "has no 'gpu'"), ("{gpus: 8}", "of no kind"),
-     ("{gpus: eight, device: 80GB}", "'eight'"), ("{gpus: 8, device: 80GB, host: much}", "'much' is no size"),
+    [("[", "not valid YAML"), ("- 1", "no mapping"), ("{gpu: 8}", "has no 'gpu'"), ("{gpus: 8}", "does not say which"),
+     ("{gpus: eight, device: 80GB}", "'eight'"), ("{gpus: 8, device: 80GB, host: much}", "'much' is not a size"),
      ("{machines: 2, cores: 4}", "2 machines without GPUs")],
 )  # fmt: skip
 def test_a_file_that_says_no_machines_is_refused_in_one_line(tmp_path, text, words):
