@@ -1,5 +1,5 @@
-"""The command line: `flowrl run | check | plan | show | report | inspect | watch | scale | verify | export`,
-and `eval | compare | simulate | tune | bench | data | judge | feedback | graphs | init | doctor`.
+"""The command line: `flowrl run | check | plan | show | report | inspect | watch | scale | verify | retrain`,
+and `export | eval | compare | simulate | tune | bench | data | judge | feedback | graphs | init | doctor`.
 
 Bad input is one line on standard error (where, what, what to do) and exit code 2; a failed run is one line and exit
 code 1; a run the user stopped twice is 130, a command that a signal ended 128 and the signal's number. `--debug` adds

@@ -62,12 +62,17 @@ def _pages_of(menu: Any) -> list[str]:
     return [page for each in (menu.values() if isinstance(menu, dict) else menu) for page in _pages_of(each)]
 
 
+def _said(module: Any) -> str:
+    """Return a module's docstring, without the line that is for who changes it."""
+    return (inspect.getdoc(module) or "").partition("\n\nTests: ")[0]
+
+
 # Commands.
 
 
 def commands() -> str:
     """Return every command with its arguments."""
-    lines = ["# Commands", "", textwrap.dedent(cli.__doc__ or "").strip(), ""]
+    lines = ["# Commands", "", _said(cli), ""]
     lines += _command_lines(cli._parser(), "flowrl")
     return "\n".join(lines) + "\n"
 
@@ -265,7 +270,7 @@ def algorithms(missing: list[str]) -> str:
             if inspect.isabstract(kind) or kind.loss is Objective.loss or kind.__name__.startswith("_"):
                 continue
             lines += [f"## {kind.__name__}", "", f"`{loaded.__name__}:{kind.__name__}`", "",
-                      "```text", (inspect.getdoc(loaded) or "").partition("\n\nTests: ")[0], "```", ""]  # fmt: skip
+                      "```text", _said(loaded), "```", ""]  # fmt: skip
             if msgspec.structs.fields(kind):
                 lines += [*_table(kind, missing), ""]
     return "\n".join(lines)
@@ -273,7 +278,7 @@ def algorithms(missing: list[str]) -> str:
 
 def families() -> str:
     """Return the tree of errors with what each means and its exit code."""
-    lines = ["# Errors", "", "```text", inspect.getdoc(errors) or "", "```", "", "| error | exit code | means |",
+    lines = ["# Errors", "", "```text", _said(errors), "```", "", "| error | exit code | means |",
              "|---|---|---|"]  # fmt: skip
     for kind in vars(errors).values():
         if isinstance(kind, type) and issubclass(kind, errors.FlowrlError):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from flowrl import cli
+
 ROOT = Path(__file__).resolve().parents[2] / "flowrl"
 
 
@@ -168,3 +170,10 @@ def test_no_sentence_of_a_docstring_is_over_thirty_words() -> None:
         if len(sentence.split()) > 30
     ]
     assert not long, "\n".join(long)
+
+
+def test_the_command_line_names_all_its_commands_in_its_first_words() -> None:
+    first = (cli.__doc__ or "").partition("\n\n")[0]
+    commands = next(action.choices for action in cli._parser()._actions if isinstance(action.choices, dict))
+    assert len(commands) > 20
+    assert set(commands) - set(re.findall(r"\w+", first)) == set()
