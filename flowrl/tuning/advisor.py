@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -22,7 +22,7 @@ from flowrl.errors import FlowrlError
 from flowrl.graph.edges import Credits
 from flowrl.graph.program import GraphPlan, get_setting, graph_of, load_program, plan_of
 from flowrl.runtime.placement import num_cores, num_gpus
-from flowrl.runtime.rundir import read_plan
+from flowrl.runtime.rundir import read_plan, read_settings
 from flowrl.simulation.costs import load_profile
 from flowrl.simulation.prediction import bottleneck_line
 from flowrl.simulation.profiler import Profiler, machine_name, places
@@ -36,7 +36,7 @@ from flowrl.tuning.trials import TuneRequest, fits, reserved
 from flowrl.tuning.tune import describe, tune
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from flowrl.graph.graph import Graph
@@ -327,21 +327,30 @@ def advice(run_dir: Path, plan: GraphPlan, graph_file: Path | None) -> list[str]
     try:
         graph, profile = graph_of(plan), load_profile(run_dir)
         rate = simulate(graph, profile, steps=LOOKED_STEPS, detail="causes").samples_per_s
-        told = worth(graph, _one_more_each(plan, graph, profile), profile)
+        told = worth(graph, _one_more_each(plan, graph, profile, most=_most(run_dir)), profile)
     except FlowrlError as error:
         return [f"no advice: {error}"]
     none = "one more replica is worth nothing, of any node; --graph FILE has staleness, threads and more searched"
     return [f"simulated from this run's profile: {rate:,.3g} samples/s as it is", *(told or [none])]
 
 
-def _one_more_each(plan: GraphPlan, now: Graph, profile: Profile) -> Iterator[Change]:
-    """Yield one more replica of each node whose state and whose graph allow it, on the machine of the profile."""
+def _most(run_dir: Path) -> dict[str, int]:
+    """Return how many replicas a run's settings allow at most, by node."""
+    settings = run_dir / "settings.yaml"
+    cluster: dict[str, Any] = read_settings(settings).get("cluster", {}) if settings.is_file() else {}
+    return cluster.get("most", {})
+
+
+def _one_more_each(plan: GraphPlan, now: Graph, profile: Profile, *, most: Mapping[str, int]) -> Iterator[Change]:
+    """Yield one more replica of each node whose state, graph and settings allow it, on the machine of the profile."""
     optional = optional_nodes(now)
     for node, old in plan.nodes.items():
         config = old.arguments.get("config", {})
         if "replicas" not in config or node in optional or now.nodes[node].is_stateful:
             continue
         count: int = config["replicas"] + 1
+        if count > most.get(node, count):
+            continue
         new = msgspec.structs.replace(old, arguments={**old.arguments, "config": {**config, "replicas": count}})
         with suppress(FlowrlError):
             graph = graph_of(msgspec.structs.replace(plan, nodes={**plan.nodes, node: new}))

@@ -30,6 +30,11 @@ def test_a_second_generator_doubles_a_run_that_waits_for_the_first(tmp_path: Pat
     assert best == "a second generator is worth +100% (--set generator.replicas=2)"
 
 
+def test_no_replica_is_advised_beyond_what_the_settings_allow(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("cluster: {most: {generator: 1}}\n")
+    assert advised(tmp_path, profile(train_s=0.0))[1].startswith("one more replica is worth nothing, of any node")
+
+
 def test_a_run_that_waits_for_its_learner_needs_no_other_replica(tmp_path: Path) -> None:
     lines = advised(tmp_path, profile(train_s=10.0))
     assert len(lines) == 2
