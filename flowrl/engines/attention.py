@@ -205,7 +205,7 @@ class _BySpan(torch.autograd.Function):
             of_out, of_gradient = (_cut(each, span.start, span.end, span.length) for each in (out, gradient))
             of_total = _cut(total[..., None], span.start, span.end, span.length)[..., 0]
             # With the whole's normaliser, a part's gradients are its own.
-            compute = _short_backward if _is_short(*parts[:2]) else _flash_backward
+            compute: Any = _short_backward if _is_short(*parts[:2]) else _flash_backward
             found = compute(of_gradient, *parts, of_out, of_total, 0.0, span.length > 0, scale=ctx.scale)
             for part, of_part in zip(_parts_of(span, *grads), found, strict=True):
                 part += of_part

@@ -270,8 +270,11 @@ class Computing(StageConfig):
     # gradients are summed while backward goes on (DeepSpeed); auto: on GPUs
     overlap_comm: Annotated[bool, AUTO] = False
     # ranks that run each sequence together, every one a part of its tokens: activations of a rank are 1/N; must divide
-    # ranks and the model's attention heads
+    # ranks, and be at most the model's attention heads
     sequence_parallel: Annotated[int, Meta(ge=1)] = 1
+    # ranks that run the same tokens, every one with a part of each layer's matrices (Fsdp2Engine); must divide ranks,
+    # the model's heads of queries and keys, and its inner width
+    tensor_parallel: Annotated[int, Meta(ge=1)] = 1
     micro_batch_tokens: Annotated[int, Meta(ge=1)] = 2048  # tokens in one forward and backward
     # those not in use on the CPU (DeepSpeed, zero_stage 3; Fsdp2Engine, with the optimizer's state and its step)
     offload_parameters: bool = False

@@ -45,6 +45,7 @@ def check_compile(settings: Scoring | Training, where: str, *, has_gpu: bool) ->
         ("routing=replay", getattr(settings, "routing", "own") == "replay"),
         ("lora.bits", settings.lora.bits > 0),
         ("sequence_parallel", settings.sequence_parallel > 1),
+        ("tensor_parallel", settings.tensor_parallel > 1),
         ("zero_stage=3", settings.zero_stage == 3),
     )
     for name, is_set in changes:

@@ -4,7 +4,8 @@ A layer is gathered when it is run and dropped after it; with zero_stage 2 it st
 Invariants: where the model is in bfloat16 the shards that are trained are float32 and a layer is gathered in bfloat16.
 Gradients are summed over ranks in float32, so a step is the step of the other engines; the sum over ranks is no mean,
 so a step on n ranks is the step of one. Every rank calls the model equally often, and between passes every parameter is
-sharded.
+sharded. With tensor_parallel=N every N ranks hold parts of layers (tensor.py) and take the same samples. Shards are
+parts of these parts then, and what such ranks all have is written by the first of them.
 
 Its state on disk is what torch.distributed.checkpoint writes as safetensors: one file for each rank, whose header says
 where its parts lie in the whole, and JSON beside them. DCP's own format has a pickle in it, and what its ranks tell
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -31,11 +33,12 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from flowrl.engines.aside import tensors_of
 from flowrl.engines.models import load_model
 from flowrl.engines.savings import decay_groups, layers_of
+from flowrl.engines.tensor import LayerParts, has_ranks
 from flowrl.engines.trainer import Trainer
 from flowrl.errors import ConfigError, StageError
 
@@ -62,7 +65,9 @@ class Fsdp2Engine(Trainer):
 
     backend_of_one = True  # a mesh of devices is one of a process group
     shards = True
+    takes_parts = True
     can_offload: ClassVar = {"offload_parameters": 2}
+    _layer_parts: LayerParts | None = None
 
     @property
     def _ranks_meet_in_passes(self) -> bool:
@@ -78,6 +83,9 @@ class Fsdp2Engine(Trainer):
         if settings.lora.bits:
             what = f"{settings.lora.bits}-bit weights cannot be sharded by fully_shard"
             raise ConfigError(f"{where}.lora.bits", what, "take DeepSpeed at zero_stage 2, or bits=0")
+        if settings.tensor_parallel > 1 and settings.lora.rank:
+            what = f"is {settings.tensor_parallel}, and adapters beside parts of layers are not built"
+            raise ConfigError(f"{where}.tensor_parallel", what, "leave it 1, or train without lora")
 
     def _load(self) -> PreTrainedModel:
         on_host = torch.device("cpu")  # a layer comes to its device as it is sharded
@@ -92,8 +100,13 @@ class Fsdp2Engine(Trainer):
                 parameter.data = parameter.data.float()
         for words in KNOWN:
             warnings.filterwarnings("ignore", category=UserWarning, message=words)
+        size = self.config.tensor_parallel
+        shape = (self.link.world_size // size, size)
+        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("shard", "part"))
+        if size > 1:
+            self._layer_parts = LayerParts(self.model, mesh["part"], self._room, self.where)
         policy: dict[str, Any] = {
-            "mesh": init_device_mesh(self.device.type, (self.link.world_size,)),
+            "mesh": mesh["shard"],
             "mp_policy": MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False),
             "offload_policy": CPUOffloadPolicy() if self.config.offload_parameters else OffloadPolicy(),
         }
@@ -151,7 +164,7 @@ class Fsdp2Engine(Trainer):
 
     def _leave_pass(self) -> None:
         for parameter in self.reader.parameters():
-            if not isinstance(parameter, DTensor):  # gathered, with a gradient that no other rank has a part in
+            if not has_ranks(parameter, "shard"):  # gathered, with a gradient that no other rank has a part in
                 parameter.grad = None
         self._root.reset_iter_state()
 
@@ -159,8 +172,14 @@ class Fsdp2Engine(Trainer):
         self._optimizer.zero_grad(set_to_none=True)
 
     def _step(self, lr: float) -> float:
-        gradients = [cast("DTensor", each.grad).to_local() for _, each in self._trained() if each.grad is not None]
-        norm = math.sqrt(self.link.sum(sum(float(each.double().square().sum()) for each in gradients)))
+        if self._layer_parts is not None:
+            self._layer_parts.complete()
+        trained = [each for _, each in self._trained() if each.grad is not None]
+        gradients = [cast("DTensor", each.grad).to_local() for each in trained]
+        # Of what all ranks of a group have, each counts for its share.
+        shares = [1.0 if has_ranks(each, "part") else 1.0 / self.config.tensor_parallel for each in trained]
+        squares = (float(grad.double().square().sum()) for grad in gradients)
+        norm = math.sqrt(self.link.sum(sum(map(operator.mul, squares, shares))))
         if math.isfinite(norm):
             if self.config.max_grad_norm:
                 torch._foreach_mul_(gradients, min(1.0, self.config.max_grad_norm / (norm + 1e-6)))
@@ -172,7 +191,10 @@ class Fsdp2Engine(Trainer):
 
     def _whole(self, named: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in named:
-            yield name, cast("DTensor", parameter.detach().to(self.device)).full_tensor().to(self.dtype)
+            whole = cast("DTensor", parameter.detach().to(self.device))
+            if has_ranks(whole, "part"):  # one kind of ranks after the other: torch, left to find an order, warns
+                whole = whole.redistribute(placements=[Replicate(), whole.placements[1]])
+            yield name, whole.full_tensor().to(self.dtype)
 
     def _write_state(self, directory: Path) -> None:
         """Write the parameters in float32 and both moments as safetensors, the counters as JSON."""
@@ -183,8 +205,9 @@ class Fsdp2Engine(Trainer):
             note = {"num_steps": self._num_steps, "num_ranks": self.link.world_size}
             (directory / "state.json").write_bytes(msgspec.json.encode(note))
         self.link.sum(0.0)  # nothing old is there any more
-        writer = _OwnFile(str(directory), self.link.rank)
-        dcp.save(self._state(), storage_writer=writer, planner=_OwnParts(), no_dist=True)
+        writer, is_first = _OwnFile(str(directory), self.link.rank), self.link.rank % self.config.tensor_parallel == 0
+        state = {name: each for name, each in self._state().items() if is_first or has_ranks(each, "part")}
+        dcp.save(state, storage_writer=writer, planner=_OwnParts(), no_dist=True)
 
     def _read_state(self, directory: Path) -> None:
         try:

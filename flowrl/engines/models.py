@@ -3,11 +3,10 @@
 `load_model` returns the model, in eval mode, for a head: "policy" (causal language model), "value" or "reward"
 (sequence classification with one label, used as one linear head on every position; read before a token it is V(s_t),
 read after it a reward). `TokenReader` runs the body once on a packed batch and applies the head only where a response
-token is read, so logits of prompts are never computed. Invariants: safetensors only, no remote code unless asked, no
-dropout (log-probs of a sample must be those of the network that sampled it). Logits and log-softmax are in float32, the
-product that gives the logits too where `head_dtype` says so, and never more than `max_logits` logits held at once. A
-language head is the model's own forward around a body that hands states back, so that whatever a family does to its
-logits is done here too; whether it all is what the model itself says is looked at when an engine opens (agreement.py).
+token is read (head.py), so logits of prompts are never computed. Invariants: safetensors only, no remote code unless
+asked, no dropout (log-probs of a sample must be those of the network that sampled it). Logits and log-softmax are in
+float32, the product that gives the logits too where `head_dtype` says so, and never more than `max_logits` logits held
+at once. Whether it all is what the model itself says is looked at when an engine opens (agreement.py).
 
 Called by the training engines. Shapes: R rows, L row length, H hidden size, V vocabulary, N response tokens.
 
@@ -17,7 +16,6 @@ Tests: tests/unit/engines/test_models.py
 from __future__ import annotations
 
 import bisect
-import copy
 import inspect
 import math
 import sys
@@ -31,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flowrl.engines import attention, sequence
+from flowrl.engines.head import MAX_LOGITS, FloatLinear, LanguageHead, body_of
 from flowrl.engines.packing import LAYOUTS
 from flowrl.engines.quantization import check_quantization, forget_quantization, quantized_loading
 from flowrl.errors import ModelError
@@ -47,8 +46,6 @@ if TYPE_CHECKING:
     from flowrl.engines.sequence import SequenceSplit
 
 _loading = threading.Lock()  # transformers sets process-wide state (the meta device) while it loads
-
-MAX_LOGITS = 1 << 26  # float32 logits held at once: 256 MiB, and about three times that with their gradient
 
 
 def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
@@ -161,28 +158,6 @@ def _class_with_score(config: PreTrainedConfig, where: str) -> type[PreTrainedMo
     return Scored
 
 
-def body_of(model: nn.Module, where: str = "") -> tuple[str, nn.Module]:
-    """Return the part of a model that its head reads, with the name it has there."""
-    from transformers import PreTrainedModel
-
-    parts = dict(model.named_children())
-    if (name := str(getattr(model, "base_model_prefix", ""))) in parts:
-        return name, parts[name]
-    bodies = [(name, part) for name, part in parts.items() if isinstance(part, PreTrainedModel)]
-    if len(bodies) != 1:
-        what = f"{type(model).__name__} has no one body under a head ({', '.join(parts)})"
-        raise ModelError(where, what, "choose another architecture")
-    return bodies[0]
-
-
-class _FloatLinear(nn.Linear):
-    """A linear layer computed in float32 whatever its weights are stored in."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        return nn.functional.linear(input.float(), self.weight.float(), bias)
-
-
 def _prepare_score(model: PreTrainedModel, where: str, *, keep: bool) -> None:
     score = getattr(model, "score", None)
     if not isinstance(score, nn.Linear):
@@ -191,7 +166,7 @@ def _prepare_score(model: PreTrainedModel, where: str, *, keep: bool) -> None:
         with gathered([*score.parameters()]), torch.no_grad():
             for parameter in score.parameters():
                 parameter.zero_()
-    score.__class__ = _FloatLinear
+    score.__class__ = FloatLinear
 
 
 def _has_small_head(model: PreTrainedModel) -> bool:
@@ -204,7 +179,7 @@ def _widen_head(model: PreTrainedModel) -> None:
     """Have the language head multiply in float32 (MiniMax-M1, 2506.13585, section 3.2), where it is a plain layer."""
     layer: Any = model.get_output_embeddings()
     if type(layer) is nn.Linear:
-        layer.__class__ = _FloatLinear
+        layer.__class__ = FloatLinear
 
 
 def gathered(parameters: list[nn.Parameter]) -> Any:
@@ -244,69 +219,6 @@ def look_up_attention(model: PreTrainedModel) -> None:
     if model.config.get_text_config()._attn_implementation == "sdpa" and hasattr(code, "ALL_ATTENTION_FUNCTIONS"):
         attention.register()
         model.config._attn_implementation = attention.NAME
-
-
-class _States(nn.Module):
-    """Stands in the place of a body, or of a body within it, and hands back the states that a head is asked about."""
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self._body = (body,)  # not a part of this: the model has it
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(super().__getattribute__("_body")[0], name)
-        return self if hasattr(value, "base_model_prefix") else value
-
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Output:
-        return _Output([inputs_embeds])
-
-
-class _Output(tuple[Any, ...]):
-    """A body's output that has states and nothing else."""
-
-    @property
-    def last_hidden_state(self) -> Tensor:
-        return self[0]
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
-class _FloatOutput(nn.Module):
-    """A head's linear layer, its logits in float32 before anything else is done to them."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self._layer = (layer,)  # not a part of this: the model has it
-
-    def forward(self, states: Tensor) -> Tensor:
-        return self._layer[0](states).float()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(super().__getattribute__("_layer")[0], name)
-
-
-class LanguageHead:
-    """What a model makes of its body's states: its own forward, with nothing in the body's place."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = copy.copy(model)  # shares every layer but these two
-        layer = model.get_output_embeddings()
-        name = next((name for name, module in model.named_children() if module is layer), None)
-        body_name, body = body_of(model)
-        changed: dict[str, nn.Module] = {body_name: _States(body)}
-        if name is not None:
-            changed[name] = _FloatOutput(cast("nn.Module", layer))
-        self._model._modules = {**model._modules, **changed}
-        self._model.training = True  # some cut a forward into pieces without gradient when they are not
-        known = inspect.signature(model.forward).parameters
-        self._options = {name: False for name in ("use_cache", "output_router_logits") if name in known}
-
-    def __call__(self, states_NH: Tensor) -> Tensor:
-        """Return the float32 logits, [N, V]."""
-        output = type(self._model).forward(self._model, inputs_embeds=states_NH[None], **self._options)
-        return output.logits[0].float()
 
 
 def reach_of_positions(rotary: nn.Module, device: torch.device, dtype: torch.dtype, most: int) -> int:
@@ -375,12 +287,23 @@ class TokenReader(nn.Module):
             return ""
         return f"{type(self.model).__name__} takes no attention={self.attention}: what its tokens see is masked"
 
-    def num_chunks(self, num_tokens: int) -> int:
-        """Return into how many parts the head must be applied to keep within `max_logits`."""
-        return -(-num_tokens * int(self.model.config.get_text_config().vocab_size) // self.max_logits)
+    def num_chunks(self, num_tokens: int, *, lone: bool = False) -> int:
+        """Return into how many parts the head must be applied to keep within `max_logits`.
+
+        Of `lone` log-probs, with no entropy and no teacher's, less is kept where the head's layer makes them by itself.
+        """
+        at_once = self.max_logits * 8 // self.dtype.itemsize if lone and self._linear else self.max_logits
+        return -(-num_tokens * int(self.model.config.get_text_config().vocab_size) // at_once)
+
+    @property
+    def _linear(self) -> FloatLinear | None:
+        return getattr(self.language_head, "linear", None)
 
     def states(self, batch: PackedBatch) -> Tensor:
-        """Return the body's last states where the N response tokens are read, [N, H]; or logits, as `logits` takes."""
+        """Return the body's last states where the N response tokens are read, [N, H]; or logits, as `logits` takes.
+
+        Where rows are split, they are those of the tokens that this rank judges.
+        """
         is_whole = self.is_policy and self.language_head is None
         return self._run(self.model if is_whole else self._body, batch)[0]
 
@@ -397,7 +320,7 @@ class TokenReader(nn.Module):
             states = torch.cat([states for states, _ in found])
             routers = [torch.cat(layer) for layer in zip(*(each for _, each in found), strict=True)]
         else:
-            length, split = batch.input_ids_RL.shape[1], self.split
+            length, split = batch.input_ids_RL.shape[1], self._split_of(batch)
             batch = batch if split is None else split.padded(batch)
             mask = batch.attention(self.dtype, is_flex=self.attention == "flex")
             ids, positions = batch.input_ids_RL, batch.position_ids_RL
@@ -409,9 +332,14 @@ class TokenReader(nn.Module):
                 routes, copies = split.part(routes), split.part(copies)
             self._send(routes, copies)
             output = part(input_ids=ids, attention_mask=mask, use_cache=False, **extra, **options)
-            states = output[0] if split is None else split.gather(output[0], length)
-            states, routers = states.flatten(0, 1), output.router_logits if options else []
+            if split is not None:
+                return split.deal(output[0], batch.read_N, length), []
+            states, routers = output[0].flatten(0, 1), output.router_logits if options else []
         return states.index_select(0, batch.read_N), routers
+
+    def _split_of(self, batch: PackedBatch) -> SequenceSplit | None:
+        """Return what splits a batch's rows over ranks; None: every rank runs them whole."""
+        return None if batch.layout == "alone" else self.split
 
     def _send(self, routes: Tensor | None, copies: Tensor) -> None:
         """Have the tokens of the pass that comes go to these experts, [..., layers, experts of a token]."""
@@ -451,22 +379,32 @@ class TokenReader(nn.Module):
         states_NH, *routed = (self.states(batch),) if routing is None else self._routed(batch, routing)
         if routing is not None and routing.shares_AE is None:
             return routed[0], None
-        if as_states:
-            return states_NH, None
-        if not self.is_policy:
-            return cast("nn.Module", self.model.score)(states_NH).squeeze(-1), None, *routed
-        scale = self.temperature if temperature is None else temperature
-        parts = [
-            self._log_probs(states, targets, scale, part if part is not None else needs_entropy, is_one=num_chunks == 1)
-            for states, targets, part in zip(
-                states_NH.tensor_split(num_chunks),
-                batch.target_N.tensor_split(num_chunks),
-                reading.split(num_chunks) if reading is not None else [None] * num_chunks,
-                strict=True,
-            )
-        ]
-        further = [each for _, each in parts if each is not None]
-        return torch.cat([logprobs for logprobs, _ in parts]), torch.cat(further) if further else None, *routed
+        targets_N, split = batch.target_N, self._split_of(batch)
+        if split is not None:
+            targets_N = split.own(targets_N)
+            reading = None if reading is None else reading.split(split.size)[split.place]
+        found, further_N = states_NH, None
+        if not as_states and not self.is_policy:
+            found = cast("nn.Module", self.model.score)(states_NH).squeeze(-1)
+        elif not as_states:
+            scale = self.temperature if temperature is None else temperature
+            further = needs_entropy if reading is None else reading
+            found, further_N = self._judge(states_NH, targets_N, scale, further, num_chunks)
+        if split is not None:
+            num_read = len(batch.target_N)
+            found = split.tell(found, num_read)
+            further_N = None if further_N is None else split.tell(further_N, num_read)
+        return found, further_N, *routed
+
+    def _judge(
+        self, states_NH: Tensor, targets_N: Tensor, temperature: float, further: bool | Reading, num_chunks: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the head's log-probs of tokens, and what `_head` gives further, part by part."""
+        told = [further] * num_chunks if isinstance(further, bool) else further.split(num_chunks)
+        chunks = zip(states_NH.tensor_split(num_chunks), targets_N.tensor_split(num_chunks), told, strict=True)
+        parts = [self._log_probs(*chunk[:2], temperature, chunk[2], is_one=num_chunks == 1) for chunk in chunks]
+        more = [each for _, each in parts if each is not None]
+        return torch.cat([logprobs for logprobs, _ in parts]), torch.cat(more) if more else None
 
     def _log_probs(
         self, states_NH: Tensor, targets_N: Tensor, temperature: float, further: bool | Reading, *, is_one: bool
@@ -480,6 +418,8 @@ class TokenReader(nn.Module):
         self, states_NH: Tensor, targets_N: Tensor, temperature: float, further: bool | Reading
     ) -> tuple[Tensor, Tensor | None]:
         """Return log-probs and, with `further`, entropies (True) or KLs to a teacher (its reading)."""
+        if further is False and self._linear is not None:
+            return self._linear(states_NH, targets_N, temperature), None
         logits_NV = self.logits(states_NH)
         if temperature != 1.0:
             logits_NV = logits_NV / temperature

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from flowrl.engines.base import CheckpointKeeps, Scoring, Training, TrainingConfig
 
-DEEPSPEED = "flowrl.engines.deepspeed:DeepSpeedEngine"
+DEEPSPEED, FSDP = "flowrl.engines.deepspeed:DeepSpeedEngine", "flowrl.engines.fsdp:Fsdp2Engine"
 
 
 # Of torch's operators those that cost by the square of a model's width, experts' among them.

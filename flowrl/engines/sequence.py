@@ -2,21 +2,26 @@
 
 Rank i of a group holds the i-th of N equal parts of each row, with the positions its tokens have in the whole. So all
 that works token by token runs as it is. Attention exchanges: every rank gets all tokens of a part of the heads, runs
-attention over whole rows, masked or not, and hands its results back. The states after the last layer are gathered, and
-every rank reads and judges all response tokens. Invariants: the loss is divided by N times the count (each rank counts
-all), and the gradient of what was gathered is summed over the group. So the sum over ranks is the gradient of one;
-ranks of a group have the same parts of a call, and a data-parallel rank is a group.
+attention over whole rows, masked or not, and hands its results back. Of the states after the last layer those that are
+read are dealt out again, as many to each rank, whose head judges them, and what it finds is told to all. Invariants:
+the loss is divided by N times the count (each rank counts all), and the gradient of what was told is summed over the
+group. So the sum over ranks is the gradient of one; ranks of a group have the same parts of a call, and a data-parallel
+rank is a group.
 
-Models whose attention is torch's own are taken, where they read right in layout "unmasked" or "shared"; N must divide
-their query heads, and keys and values are repeated where it does not divide theirs. Called by trainer, once, and by
-models in each pass. Shapes: R rows, L row length, N ranks of a group, H heads, D their size.
+Models whose attention is torch's own are taken, where they read right in layout "unmasked" or "shared". Where N does
+not divide the heads of keys, each is repeated as often as that takes; where it does not divide those of queries, each
+of them has keys of its own and heads of zeros are added up to a multiple of N, so that the busiest rank has no more
+heads than it would have of an uneven deal. A ring would not pad, but want kernels that return their normaliser, one
+exchange a rank and layer, and an answer of its own for spans and masks. Called by trainer, once, and by models in each
+pass. Shapes: R rows, L row length, N ranks of a group, H heads, D their size.
 
-Tests: tests/contracts/test_sequence_parallel.py
+Tests: tests/unit/engines/test_sequence.py, tests/contracts/test_sequence_parallel.py
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +49,7 @@ _splits: list[SequenceSplit] = []  # of this process, which belongs to one group
 
 
 def check_split(settings: Computing, model: Path, where: str, *, num_ranks: int) -> None:
-    """Insist that a node's ranks make whole groups, and that each rank of a group gets as many heads.
+    """Insist that a node's ranks make whole groups, and that there is a head for each rank of a group.
 
     Raises:
         ConfigError: they do not.
@@ -53,13 +58,16 @@ def check_split(settings: Computing, model: Path, where: str, *, num_ranks: int)
     if size == 1:
         return
     where = f"{where}.sequence_parallel"
+    if settings.tensor_parallel > 1:
+        what = f"is {size} beside tensor_parallel={settings.tensor_parallel}, and ranks are shared out by one of them"
+        raise ConfigError(where, what, "leave one of them 1")
     if num_ranks % size:
         raise ConfigError(where, f"{size} does not divide {num_ranks} ranks", "give a divisor, or other ranks")
     read = json.loads((model / "config.json").read_bytes())
     heads = {**read, **(read.get("text_config") or {})}.get("num_attention_heads")
-    if isinstance(heads, int) and heads % size:
-        what = f"{size} does not divide the model's {heads} attention heads"
-        raise ConfigError(where, what, f"give a divisor of {heads}")
+    if isinstance(heads, int) and heads < size:
+        what = f"{size} ranks, but the model has {heads} attention heads to share out"
+        raise ConfigError(where, what, f"give at most {heads}")
     if getattr(settings, "router_aux_loss", 0.0):
         raise ConfigError(where, "router_aux_loss counts whole rows of tokens", "set it to 0, or router_aux_loss")
 
@@ -76,11 +84,15 @@ class SequenceSplit:
         self._exchange = room.guarded(lambda *args: dist.all_to_all_single(*args, group=link.group))
         _splits[:] = [self]
 
-    def exchange(self, parts_N: Tensor) -> Tensor:
-        """Send part i to rank i of the group; returns what each of them sent here."""
-        found_N = torch.empty_like(parts_N)
-        self._exchange(found_N, parts_N)
-        return found_N
+    def exchange(self, parts: Tensor, received: list[int] | None = None, sent: list[int] | None = None) -> Tensor:
+        """Send a part to every rank of the group, and return what each of them sent here.
+
+        Parts lie one behind the other along the first dimension, so long as `sent` and `received` say, else equal.
+        """
+        shape = parts.shape if received is None else (sum(received), *parts.shape[1:])
+        found = parts.new_empty(shape)
+        self._exchange(found, parts, received, sent)
+        return found
 
     def part(self, values_RL: Tensor) -> Tensor:
         """Return this rank's part of rows."""
@@ -100,21 +112,41 @@ class SequenceSplit:
             routes_RLAK=None if routes is None else functional.pad(routes, (0, 0, 0, 0, *more), value=-1),
         )
 
-    def gather(self, states: Tensor, length: int) -> Tensor:
-        """Return all parts of rows, [R, L, ...], from this rank's; its gradient is the sum over the group."""
-        parts = _Exchange.apply(states.expand(self.size, *states.shape), self)
-        return parts.movedim(0, 1).flatten(1, 2)[:, :length]
+    def own(self, values_N: Tensor) -> Tensor:
+        """Return what this rank judges of what is there for each token that is read."""
+        return values_N.tensor_split(self.size)[self.place]
+
+    def deal(self, states: Tensor, read_N: Tensor, length: int) -> Tensor:
+        """Return the states that this rank judges, of all ranks' parts of rows, [R, L / N, ...] here.
+
+        `read_N` are the places that are read, in flattened rows of `length`.
+        """
+        width = states.shape[1]
+        holder_N = read_N % length // width
+        place_N = torch.div(read_N, length, rounding_mode="floor") * width + read_N % length % width
+        own = holder_N == self.place
+        sent = [int(part.sum()) for part in own.tensor_split(self.size)]
+        holders = self.own(holder_N)
+        received = holders.bincount(minlength=self.size).tolist()
+        found = _Exchange.apply(states.flatten(0, 1).index_select(0, place_N[own]), self, received, sent)
+        return found.index_select(0, holders.argsort(stable=True).argsort())
+
+    def tell(self, values: Tensor, num_read: int) -> Tensor:
+        """Return what every rank found, in order, from this one's; its gradient is the sum over the group."""
+        sizes = [len(part) for part in torch.arange(num_read).tensor_split(self.size)]
+        same = values.expand(self.size, *values.shape).flatten(0, 1)
+        return _Exchange.apply(same, self, sizes, [len(values)] * self.size)
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float | None,
         dropout: float, **options: Any,
     ) -> Tensor:  # fmt: skip
         """Return attention over whole rows for this rank's part of them, [R, L / N, H, D]."""
-        repeats = query.shape[1] // key.shape[1] if key.shape[1] % self.size else 1
-        q, k, v = (
-            self._to_heads(each)
-            for each in (query, key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1))
-        )
+        num_heads, num_keys = query.shape[1], key.shape[1]
+        spare = -num_heads % self.size
+        repeats = num_heads // num_keys if spare else self.size // math.gcd(num_keys, self.size)
+        heads = (query, key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1))
+        q, k, v = (self._to_heads(functional.pad(each, (0, 0, 0, 0, 0, spare))) for each in heads)
         if has_mask(mask):
             is_grouped = q.shape[1] != k.shape[1]
             found = functional.scaled_dot_product_attention(
@@ -123,7 +155,8 @@ class SequenceSplit:
         else:
             found = attend(module, q, k, v, mask, scaling=scaling, dropout=dropout, **options)[0].transpose(1, 2)
         parts = found.unflatten(2, (self.size, -1)).movedim(2, 0)
-        return _Exchange.apply(parts, self).movedim(0, 1).flatten(1, 2).transpose(1, 2).contiguous()
+        whole = _Exchange.apply(parts, self).movedim(0, 1).flatten(1, 2)
+        return whole[:, :num_heads].transpose(1, 2).contiguous()
 
     def _to_heads(self, part: Tensor) -> Tensor:
         """Return [R, H / N, L, D] from [R, H, L / N, D]."""
@@ -135,13 +168,15 @@ class _Exchange(torch.autograd.Function):
     """An exchange of parts; what went there comes back as a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, parts_N: Tensor, split: SequenceSplit) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.split = split
-        return split.exchange(parts_N.contiguous())
+    def forward(
+        ctx: Any, parts: Tensor, split: SequenceSplit, received: list[int] | None = None, sent: list[int] | None = None
+    ) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.split, ctx.back = split, (sent, received)
+        return split.exchange(parts.contiguous(), received, sent)
 
     @staticmethod
-    def backward(ctx: Any, gradient_N: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.split.exchange(gradient_N.contiguous()), None
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.split.exchange(gradient.contiguous(), *ctx.back), None, None, None
 
 
 def attention(

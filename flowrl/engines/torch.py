@@ -23,7 +23,7 @@ import torch
 from flowrl.config import load_class
 from flowrl.engines.aside import tensors_of
 from flowrl.engines.base import open_engine
-from flowrl.engines.savings import DEEPSPEED, decay_groups
+from flowrl.engines.savings import DEEPSPEED, FSDP, decay_groups
 from flowrl.engines.trainer import Trainer
 from flowrl.errors import StageError
 from flowrl.graph.stage import Ranks
@@ -171,6 +171,8 @@ class SequenceScoringEngine:
     @staticmethod
     def _path(settings: Scoring | Training) -> str:
         """Return the engine that reads: sharded weights are DeepSpeed's, whole ones are read with less around them."""
+        if settings.tensor_parallel > 1:
+            return FSDP
         return DEEPSPEED if settings.zero_stage == 3 else f"{__name__}:TorchEngine"
 
     @classmethod

@@ -44,9 +44,10 @@ from flowrl.engines.publishing import Publisher, as_saved, carried_buffers, scor
 from flowrl.engines.ranks import RankLink
 from flowrl.engines.router import Routing, check_router
 from flowrl.engines.routes import RouteReplay
-from flowrl.engines.savings import DEEPSPEED, check_offload, freeze, recompute
+from flowrl.engines.savings import DEEPSPEED, FSDP, check_offload, freeze, recompute
 from flowrl.engines.sequence import SequenceSplit, check_split, take_attention
 from flowrl.engines.teacher import Teacher
+from flowrl.engines.tensor import check_parts
 from flowrl.errors import ConfigError, StageError
 from flowrl.messages import Buffer, Weights, decode, encode
 
@@ -132,6 +133,7 @@ class Trainer:
 
     backend_of_one = False  # whether even one rank alone needs a process group
     shards = False  # whether it looks at zero_stage
+    takes_parts = False  # whether it looks at tensor_parallel
     can_offload: ClassVar[dict[str, int]] = {}  # setting -> the least ZeRO stage it needs
     scales_loss: ClassVar[bool] = False  # without which float16's gradients vanish
 
@@ -179,6 +181,9 @@ class Trainer:
         if trains and settings.dtype == "float16" and not cls.scales_loss:
             what = f"is float16, whose gradients vanish without the loss scaling that {cls.__name__} lacks"
             raise ConfigError(f"{where}.dtype", what, f"take bfloat16, or engine={DEEPSPEED}")
+        if not cls.takes_parts and settings.tensor_parallel > 1:
+            what = f"is {settings.tensor_parallel}, and {cls.__name__} runs every layer whole"
+            raise ConfigError(f"{where}.tensor_parallel", what, f"leave it 1, or take engine={FSDP}")
         if not cls.shards and settings.zero_stage not in (0, default := Computing().zero_stage):
             what = f"is {settings.zero_stage}, and {cls.__name__} holds every weight whole on each rank"
             raise ConfigError(f"{where}.zero_stage", what, f"leave it {default}, or take engine={DEEPSPEED}")
@@ -258,7 +263,8 @@ class Trainer:
         is_split = self.config.sequence_parallel > 1
         self._room = FitVote(self._link, where=self.where, ranks_meet=self._ranks_meet_in_passes or is_split)
         with self._link.guard("open"):
-            check_split(self.config, Path(self.config.model), self.where, num_ranks=ranks.world_size)
+            for check in (check_split, check_parts):
+                check(self.config, Path(self.config.model), self.where, num_ranks=ranks.world_size)
             self.model = self._load()
             if is_split:
                 take_attention(self.model, self.where)
@@ -394,9 +400,13 @@ class Trainer:
     # Passes: forward over a call's groups, in parts that fit into memory.
 
     def _parts(
-        self, groups: Sequence[TokenGroup], budget: Budget, *, whole_groups: bool = False, has_teacher: bool = False
+        self, groups: Sequence[TokenGroup], budget: Budget, *, objective: Objective | None, learns: bool = False
     ) -> list[Part]:
+        has_teacher = objective is not None and self._teacher_of(objective) is not None
+        whole_groups = learns and objective is not None and objective.needs_whole_groups
+        lone = not has_teacher and not (learns and objective is not None and objective.needs_entropy)
         calls, size = self.reader.num_chunks, self.config.sequence_parallel
+        together = size * self.config.tensor_parallel  # ranks that have the same parts
         layout = self._layout(max(len(g.prompt_ids) + max(len(r) for r in g.responses) for g in groups))
         if layout not in ("unmasked", "shared") and size > 1:
             what = f"{type(self.model).__name__} takes no block mask over these sequences, whose rows cannot be split"
@@ -409,10 +419,11 @@ class Trainer:
             layout=layout,
             reads=reads_of(self.config),
             budget=budget.num_tokens,
-            rank=self.link.rank // size,
-            world_size=self.link.world_size // size,
+            rank=self.link.rank // together,
+            world_size=self.link.world_size // together,
             whole_groups=whole_groups,
-            head_calls=(lambda num_tokens: calls(2 * num_tokens)) if has_teacher else calls,  # logits of both are held
+            # Logits of both are held where there is a teacher.
+            head_calls=lambda num_tokens: calls(-(-num_tokens // size) * (1 + has_teacher), lone=lone),
         )
 
     def _layout(self, longest: int) -> Layout:
@@ -478,8 +489,7 @@ class Trainer:
     @torch.no_grad()
     def _score_parts(self, objective: Objective | None, groups: Sequence[TokenGroup]) -> Found:
         done: list[tuple[PackedBatch, Tensor]] = []
-        has_teacher = objective is not None and self._teacher_of(objective) is not None
-        for part in self._parts(groups, self._scoring, has_teacher=has_teacher):
+        for part in self._parts(groups, self._scoring, objective=objective):
             with self._room.one_pass(part.size, part.vote, self._scoring):
                 batch = part.pack(self.device)
                 reading = self._read(batch, objective)
@@ -534,10 +544,10 @@ class Trainer:
 
     def _learn(self, groups: Sequence[TokenGroup], chosen: Select) -> Sums:
         objective: Objective = chosen.load(f"{self.where}.objective")
-        has_teacher = self._teacher_of(objective) is not None
-        parts = self._parts(groups, self._learning, whole_groups=objective.needs_whole_groups, has_teacher=has_teacher)
+        parts = self._parts(groups, self._learning, objective=objective, learns=True)
         counts = [count_ahead(objective, groups, part.pack(self.device)) if part.rows else 0.0 for part in parts]
-        global_count = self.link.sum(sum(counts))
+        # Ranks with parts of layers have whole gradients of the same groups; those with parts of rows add theirs up.
+        global_count = self.link.sum(sum(counts)) / self.config.tensor_parallel
         if global_count <= 0:
             what = f"the objective counts nothing in {len(groups)} groups"
             raise StageError(self.where, what, "are all masks 0?")

@@ -46,10 +46,12 @@ def check_engine_of(settings: Scoring | Training, where: str, model: str) -> Non
     if lora.start and not (Path(lora.start) / "adapter_config.json").is_file():
         what = f"{lora.start} has no adapter_config.json"
         raise ConfigError(f"{where}.lora.start", what, "give the directory of an adapter in peft's format")
-    if settings.sequence_parallel > 1:
+    if settings.sequence_parallel > 1 or settings.tensor_parallel > 1:
         from flowrl.engines.sequence import check_split
+        from flowrl.engines.tensor import check_parts
 
-        check_split(settings, prepare_model(model), where, num_ranks=settings.ranks)
+        for check in (check_split, check_parts):
+            check(settings, prepare_model(model), where, num_ranks=settings.ranks)
     if lora.bits:
         from flowrl.engines.quantization import check_quantization
 

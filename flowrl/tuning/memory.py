@@ -130,7 +130,11 @@ class _Rank:
         self.is_fsdp = config.engine.endswith(":Fsdp2Engine")
         self.is_sharded = self.is_fsdp or config.engine.endswith(":DeepSpeedEngine")
         self.stage = 3 if self.is_fsdp else config.zero_stage if self.is_sharded else -1
-        self.n = config.ranks if self.is_sharded and self.stage else 1
+        self.parts = config.tensor_parallel  # ranks that a layer's matrices are shared out to
+        self.n: float = config.ranks if self.is_sharded and self.stage else 1
+        if self.parts > 1:  # the embedding and the head are sharded over the groups of ranks alone
+            outside = shape.num_parameters - shape.body
+            self.n *= shape.num_parameters / (shape.body + outside * self.parts)
         self.trains = isinstance(config, Training)
         lora: Any = getattr(config, "lora", Lora())
         self.lora = lora
@@ -174,11 +178,11 @@ class _Rank:
         """Return what is whole of sharded weights at a time: of fully_shard's, the head's and those of two layers."""
         if not self.is_fsdp:
             return self.b * min(self.total, DS_LIVE + self.shape.largest)
-        layers = 2 * self._layer() if self.config.zero_stage == 3 else self.shape.body
+        layers = 2 * self._layer() if self.config.zero_stage == 3 else self.shape.body / self.parts
         return self.b * min(self.total, self.total - self.shape.body + layers)
 
     def _layer(self) -> float:
-        return self.shape.body / self.shape.num_layers
+        return self.shape.body / self.shape.num_layers / self.parts
 
     def _put(self, parts: Parts, name: str, size: float, *, aside: bool) -> None:
         if aside and self.on_gpu:
@@ -219,7 +223,7 @@ class _Rank:
     def score_peak(self) -> Parts:
         """Return what a forward without gradients holds."""
         tokens = self._tokens() / self.config.sequence_parallel
-        layer = self.b * tokens * (4 * self.shape.hidden + 2 * self.shape.query + 3 * self.shape.inner)
+        layer = self.b * tokens * (4 * self.shape.hidden + (2 * self.shape.query + 3 * self.shape.inner) / self.parts)
         head = self._head(with_gradient=False)
         return head if sum(head.values()) > layer else {"activations": layer}
 
@@ -240,7 +244,7 @@ class _Rank:
         wide = 8 * s.hidden if b < FLOAT else 0  # the norms' float32 copies
         normed = (4 if b < FLOAT else 6) * s.hidden
         inner = (4 if s.is_gated else 2) * s.inner
-        return wide + b * (normed + 4 * s.query + inner) + 24
+        return wide + b * (normed + (4 * s.query + inner) / self.parts) + 24
 
     def _activations(self) -> Parts:
         fed, layers = self._tokens(), self.shape.num_layers
@@ -257,7 +261,7 @@ class _Rank:
             parts["inputs of layers"] = self.b * tokens * self.shape.hidden * again
             if getattr(self.config, "checkpoint_keeps", "inputs") == "products":
                 s = self.shape
-                products = s.query + 2 * s.key + 2 * s.hidden + (2 if s.is_gated else 1) * s.inner
+                products = 2 * s.hidden + (s.query + 2 * s.key + (2 if s.is_gated else 1) * s.inner) / self.parts
                 parts["products of layers"] = self.b * tokens * products * again
         parts["activations"] = tokens * each * kept
         if self._has_mask:
@@ -271,14 +275,15 @@ class _Rank:
 
     def _layer_back(self) -> float:
         s = self.shape
-        return self._tokens() / self.config.sequence_parallel * self.b * (3 * s.inner + 2 * s.hidden + 2 * s.query)
+        wide = 2 * s.hidden + (3 * s.inner + 2 * s.query) / self.parts
+        return self._tokens() / self.config.sequence_parallel * self.b * wide
 
     def _head(self, *, with_gradient: bool) -> Parts:
         """Return what the language head holds: its float32 copy and the logits of a part of the tokens."""
         if self.head != "policy":
             return {}
         s = self.shape
-        read = self._tokens() * self.work.read
+        read = self._tokens() * self.work.read / self.config.sequence_parallel
         chunks = max(1, math.ceil(read * s.vocab / MAX_LOGITS))
         logits = FLOAT * read / chunks * s.vocab
         is_wide = (

@@ -11,6 +11,7 @@ import os
 import pickle
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ GROUPS = random_groups(seed=33, count=7)
 MOST = 45  # tokens a scarce pass may have; every single sequence has fewer
 TORCH, DEEPSPEED = "flowrl.engines.torch:TorchEngine", "flowrl.engines.deepspeed:DeepSpeedEngine"
 FSDP = "flowrl.engines.fsdp:Fsdp2Engine"
+Task = Callable[[Any, Path], Any]
 
 
 class FailsOnRankOne(WeightedTokens):
@@ -183,7 +185,7 @@ def test_a_published_version_arrives_through_shared_memory(model):
     engine.close()
 
 
-def rank_main(ranks: Ranks, task: str, path: str, model: str, directory: str, settings: dict[str, Any]) -> None:
+def rank_main(ranks: Ranks, task: Task, path: str, model: str, directory: str, settings: dict[str, Any]) -> None:
     """Be one rank in a process of its own; `scarce` says when rank 1 runs out of memory in the second step."""
     scarce = settings.pop("scarce", None)
     engine = engine_of(path, Path(model), **settings)
@@ -192,11 +194,11 @@ def rank_main(ranks: Ranks, task: str, path: str, model: str, directory: str, se
         make_scarce(engine, most_tokens=MOST, during=scarce, after_steps=1)
     engine.reader.max_logits = 320 * 9  # nine tokens at once, so that ranks need the head a different number of times
     if ranks.rank == 0:
-        result = TASKS[task](engine, Path(directory))
+        result = task(engine, Path(directory))
         (Path(directory) / "result").write_bytes(pickle.dumps(result))
         engine.close()
         return
-    with contextlib.suppress(StageError) if task == "failure" else contextlib.nullcontext():
+    with contextlib.suppress(StageError) if task is failure else contextlib.nullcontext():
         engine.follow()
     engine.close()
 
@@ -254,17 +256,12 @@ def few_groups(engine, directory: Path) -> dict[str, float]:
     return engine.accumulate(GROUPS[:1], choose(WeightedTokens)) | engine.apply()
 
 
-TASKS = {
-    "steps": two_steps,
-    "failure": failure,
-    "resumption": resumption,
-    "gathered": gathered,
-    "few_groups": few_groups,
-}
+def on_two_ranks(task: Task, path: str, model: Path, directory: Path, **settings: Any) -> Any:
+    return on_ranks(2, task, path, model, directory, **settings)
 
 
-def on_two_ranks(task: str, path: str, model: Path, directory: Path, **settings: Any) -> Any:
-    start_ranks(rank_main, (task, path, str(model), str(directory), settings))
+def on_ranks(num_ranks: int, task: Task, path: str, model: Path, directory: Path, **settings: Any) -> Any:
+    start_ranks(rank_main, (task, path, str(model), str(directory), settings), num_ranks)
     return pickle.loads((directory / "result").read_bytes())
 
 
@@ -339,7 +336,7 @@ def two_halves(engine) -> dict[str, float]:
 def test_two_ranks_take_the_steps_of_one_also_when_one_of_them_runs_out_of_memory(
     model, head, measure, tmp_path, path, zero_stage, scarce
 ):
-    found = on_two_ranks("steps", path, model, tmp_path, head=head, zero_stage=zero_stage, scarce=scarce)
+    found = on_two_ranks(two_steps, path, model, tmp_path, head=head, zero_stage=zero_stage, scarce=scarce)
     assert take_splits(found) == [0, 1]
     assert_same(found, measure)
 
@@ -349,7 +346,7 @@ def test_a_rank_without_work_keeps_step(model, tmp_path, path, zero_stage):
     engine = engine_of(TORCH, model)
     engine.open(Ranks())
     expected = few_groups(engine, tmp_path)
-    found = on_two_ranks("few_groups", path, model, tmp_path, zero_stage=zero_stage, micro_batch_tokens=2048)
+    found = on_two_ranks(few_groups, path, model, tmp_path, zero_stage=zero_stage, micro_batch_tokens=2048)
     assert found == pytest.approx(expected, abs=1e-5, rel=1e-5)
 
 
@@ -373,7 +370,7 @@ def test_training_continues_from_state_bit_by_bit_and_on_any_number_of_ranks(mod
     assert again == straight
     assert continued(on_one / "state") == straight
     shutil.copytree(on_one / "state", on_two / "other")
-    of_two, two_again, of_one = on_two_ranks("resumption", path, model, on_two, **settings)
+    of_two, two_again, of_one = on_two_ranks(resumption, path, model, on_two, **settings)
     # ZeRO-3 learns the order of modules in its first pass and sums gradients in other buckets after it.
     assert two_again == [pytest.approx(figures, rel=1e-6) for figures in of_two]
     for found in (of_two, of_one, continued(on_two / "state")):
@@ -387,7 +384,7 @@ def test_sharded_parameters_are_published_whole_and_tied_ones_once(tmp_path, pat
     from safetensors.torch import load_file
 
     expected = load_file(source / "model.safetensors")
-    found = on_two_ranks("gathered", path, source, tmp_path, zero_stage=3)
+    found = on_two_ranks(gathered, path, source, tmp_path, zero_stage=3)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor)
@@ -395,7 +392,7 @@ def test_sharded_parameters_are_published_whole_and_tied_ones_once(tmp_path, pat
 
 @pytest.mark.parametrize("path", [TORCH, DEEPSPEED, FSDP])
 def test_a_followers_error_reaches_rank_0_with_its_reason(model, tmp_path, path):
-    text, spent_s = on_two_ranks("failure", path, model, tmp_path)
+    text, spent_s = on_two_ranks(failure, path, model, tmp_path)
     assert "accumulate: rank 1 failed: ZeroDivisionError: rank one's own trouble" in text
     assert spent_s < 30
 
@@ -558,7 +555,7 @@ def test_sharded_engines_balance_experts_as_plain_torch_does(experts, balanced, 
     ("path", "zero_stage"), [(DEEPSPEED, 2), (DEEPSPEED, 3), pytest.param(FSDP, 3, marks=pytest.mark.long)]
 )
 def test_two_ranks_balance_experts_over_the_whole_step(experts, balanced, tmp_path, path, zero_stage):
-    found = on_two_ranks("steps", path, experts, tmp_path, zero_stage=zero_stage, router_aux_loss=0.5)
+    found = on_two_ranks(two_steps, path, experts, tmp_path, zero_stage=zero_stage, router_aux_loss=0.5)
     assert_balanced_alike(found, balanced)
 
 

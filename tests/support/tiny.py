@@ -35,18 +35,21 @@ def tiny_tokenizer():
     return tokenizer
 
 
-def tiny_model(directory: Path, *, seed: int = 0, dtype: str = "float32", tied: bool = True) -> Path:
+def tiny_model(
+    directory: Path, *, seed: int = 0, dtype: str = "float32", tied: bool = True, heads: tuple[int, int] = (2, 2)
+) -> Path:
+    """Write it; `heads` are those of queries and of keys."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=320,
-        hidden_size=64,
+        hidden_size=64 if 64 % heads[0] == 0 else 32 * heads[0],
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
         head_dim=32,
         max_position_embeddings=512,
         tie_word_embeddings=tied,

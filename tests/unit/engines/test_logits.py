@@ -1,4 +1,7 @@
-"""The head's logits are made, in forward and in backward, a part at a time, and none of them are kept."""
+"""The head's logits are made, in forward and in backward, a part at a time, and none of them are kept.
+
+Of a lone log-prob a linear head keeps a number for each, of which twice as many are allowed in float32.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flowrl.engines.head import FloatLinear
 from flowrl.engines.packing import pack, plan
 from tests.unit.engines.test_trainer import GROUPS, WeightedTokens, choose, gradients, opened
 
@@ -49,8 +53,9 @@ def test_logits_of_more_tokens_than_the_bound_never_exist_and_gradients_are_thos
         found.append((loss, gradients(engine), widest.num_rows, max(kept, default=0)))
     whole, parts = found
     assert whole[2] == whole[3] == num_tokens
-    assert 0 < parts[2] <= MOST_TOKENS
-    assert parts[3] <= MOST_TOKENS  # a part's own, while its backward runs
+    most = MOST_TOKENS if entropy else 2 * MOST_TOKENS
+    assert 0 < parts[2] <= most
+    assert parts[3] <= most  # a part's own, while its backward runs
     assert parts[0] == pytest.approx(whole[0], abs=1e-6)
     for name, expected in whole[1].items():
         torch.testing.assert_close(parts[1][name], expected, atol=1e-6, rtol=1e-5)
@@ -68,6 +73,22 @@ def far_from_exact(directory, head_dtype: str) -> float:
     exact_N = exact_NV.gather(-1, batch.target_N[:, None]).squeeze(-1)
     engine.close()
     return float((found_N.double() - exact_N).abs().mean())
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.bfloat16, 2.0**-8)])
+def test_log_probs_are_exact_and_their_gradients_those_of_the_models_dtype(dtype, rounding):
+    torch.manual_seed(0)
+    layer = FloatLinear(64, VOCAB, bias=False).to(dtype)
+    states_NH, outer_N = 4.0 * torch.randn(40, 64), torch.randn(40)
+    targets_N = torch.randint(VOCAB, (40,))
+    leaves = [states_NH.to(dtype).requires_grad_(), layer.weight]
+    found_N = layer(leaves[0], targets_N, 0.7)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    exact_N = (exact[0] @ exact[1].T / 0.7).log_softmax(-1).gather(-1, targets_N[:, None])[:, 0]
+    torch.testing.assert_close(found_N.double(), exact_N, atol=5e-6, rtol=0)
+    theirs = torch.autograd.grad(exact_N @ outer_N.double(), exact)
+    for ours, expected in zip(torch.autograd.grad(found_N @ outer_N, leaves), theirs, strict=True):
+        assert float((ours.double() - expected).norm() / expected.norm()) < rounding
 
 
 def one_batch(reader):

@@ -42,6 +42,15 @@ def test_ranks_that_share_sequences_hold_a_part_of_their_activations():
     assert alone["inputs of layers"] == 2 * (1 << 17) * 4096 * 32
 
 
+def test_parts_of_layers_shrink_all_but_what_is_whole_in_a_group_of_ranks():
+    _, whole = held(engine=FSDP, ranks=4)
+    (parts,), need = held("float32 weights", engine=FSDP, ranks=4, tensor_parallel=4)
+    outside = P - LLAMA3.body
+    assert parts * P == pytest.approx(4 * (LLAMA3.body / 4 + outside))
+    assert need.device["weights gathered"] == pytest.approx(2 * (LLAMA3.body / 4 + outside))
+    assert whole.device["activations"] / 4 < need.device["activations"] < whole.device["activations"]
+
+
 def test_fully_shard_keeps_float32_shards_and_gathers_a_layer_at_a_time():
     assert held(*STATES, engine=FSDP, ranks=4)[0] == (0, 1, 2, 1)
     assert held(*STATES, engine=FSDP, dtype="float32", ranks=4)[0] == (1, 0, 2, 1)
