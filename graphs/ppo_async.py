@@ -7,7 +7,7 @@ sample is ever more than m policy versions old when it is learned (0 is synchron
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 from flowrl.config import Meta, Select
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
@@ -33,7 +33,7 @@ class Settings(ScoredSettings):
     critic: Critic.Config = Critic.Config(share="learner", lr=2e-5, minibatches=MINIBATCHES)
     texts: TextSource.Config = TextSource.Config()  # a pre-training loss beside the policy's; per_step=0: none
 
-    def implied(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    def implied(self, given: Mapping[str, object]) -> Mapping[str, object]:
         """Return the most minibatches of the critic, up to MINIBATCHES, that divide a step's groups."""
         groups = given.get("groups_per_step")
         if not isinstance(groups, int):

@@ -21,7 +21,7 @@ from flowrl.errors import ConfigError
 from flowrl.messages import Buffer
 from flowrl.stages.estimation import settled
 from tests.contracts.test_objectives import found_objectives
-from tests.support.defined import defined
+from tests.support.shipped_algorithms import defined
 from tests.unit.algorithms.cases import (
     advantage_batch,
     estimated_loss_batch,

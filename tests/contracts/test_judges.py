@@ -20,7 +20,7 @@ from flowrl.rewards.judging import Rubric
 from flowrl.runs.judges import judge_preferences
 from flowrl.stages.judge import Judge, ModelJudge
 from flowrl.telemetry.events import Notice
-from tests.support.alone import Alone, rollouts, run_alone, stage_alone
+from tests.support.one_stage import Alone, rollouts, run_alone, stage_alone
 from tests.support.tiny import tiny_model
 
 if TYPE_CHECKING:

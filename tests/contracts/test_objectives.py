@@ -14,8 +14,8 @@ import torch
 
 from flowrl.algorithms.base import Algorithm, Objective
 from flowrl.config import Select, to_tree
-from tests.support.defined import defined
 from tests.support.pair_batches import changed, pair_batch, rows_taken
+from tests.support.shipped_algorithms import defined
 from tests.unit.algorithms.cases import gradient_of, widened
 
 if TYPE_CHECKING:

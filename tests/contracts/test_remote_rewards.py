@@ -18,7 +18,7 @@ from aiohttp.test_utils import TestServer
 from flowrl.errors import ConfigError, RewardError
 from flowrl.rewards.http import Unreachable
 from flowrl.stages.remote_reward import RemoteReward
-from tests.support.alone import Alone, rollouts, stage_alone
+from tests.support.one_stage import Alone, rollouts, stage_alone
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

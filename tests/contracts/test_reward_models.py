@@ -11,7 +11,7 @@ import torch
 from flowrl.messages import Buffer
 from flowrl.stages.reward import RewardModel
 from flowrl.stages.sampler import Sampler
-from tests.support.alone import rollouts, run_alone
+from tests.support.one_stage import rollouts, run_alone
 from tests.support.tiny import tiny_tokenizer
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from flowrl.rewards.isolated import IsolatedFunction, check_loads
 from flowrl.rewards.worker import Opening
 from flowrl.stages.reward import Reward
 from flowrl.telemetry.events import Notice
-from tests.support.alone import rollouts, run_alone
+from tests.support.one_stage import rollouts, run_alone
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -252,7 +252,7 @@ def test_hostile_functions_are_told_of_in_one_harmless_line(word: str, said: str
 @pytest.mark.parametrize(("name", "timeout_s"), [("starts_sleeper", 600.0), ("regex", 1.0)])
 def test_nothing_is_left_when_the_engine_is_killed(name: str, timeout_s: float, tmp_path: Path):
     program = (
-        "from pathlib import Path\nfrom tests.support.alone import rollouts\n"
+        "from pathlib import Path\nfrom tests.support.one_stage import rollouts\n"
         "from tests.contracts.test_reward_workers import score\n"
         f"directory = Path({str(tmp_path)!r})\n"
         f"score({name!r}, directory, rollouts('loop', directory=str(directory)), timeout_s={timeout_s})"

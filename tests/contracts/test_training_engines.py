@@ -28,7 +28,7 @@ from flowrl.errors import ConfigError, StageError
 from flowrl.messages import Buffer
 from tests.support.families import write_family
 from tests.support.ranks import start_ranks
-from tests.support.scarcity import make_scarce
+from tests.support.scarce_memory import make_scarce
 from tests.support.tiny import tiny_model, tiny_tokenizer
 from tests.unit.engines.test_packing import random_groups
 from tests.unit.engines.test_trainer import WeightedTokens, choose

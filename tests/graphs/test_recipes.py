@@ -22,8 +22,8 @@ from flowrl.stages.evaluator import Evaluator
 from flowrl.stages.generator import Generator
 from flowrl.stages.reward import Reward
 from tests.support.command import ROOT
-from tests.support.defined import defined
 from tests.support.published import PUBLISHED, published_model
+from tests.support.shipped_algorithms import defined
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

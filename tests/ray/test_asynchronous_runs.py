@@ -40,13 +40,13 @@ def test_deaths_in_the_middle_of_things_cost_no_sample_and_ctrl_c_stops_in_order
         **{
             "generator.replicas": 2,
             "generator.cpus": 0.5,
-            "generator.engine": "tests.support.deadly:DyingGeneration",
+            "generator.engine": "tests.support.dying_engines:DyingGeneration",
             "generator.engine_options": dying(deaths, "generate:3", "update:2"),
             "reward.replicas": 2,
             "learner.ranks": 2,
             "learner.cpus": 0.5,
             "learner.zero_stage": 3,  # the other stages with two ranks: tests/contracts/test_training_engines.py
-            "learner.engine": "tests.support.deadly:DyingTrainer",
+            "learner.engine": "tests.support.dying_engines:DyingTrainer",
             "learner.engine_options": dying(deaths, "hold:step:4", "step:5:1"),
             "learner.save_every": 2,
         },
@@ -79,5 +79,5 @@ def test_deaths_in_the_middle_of_things_cost_no_sample_and_ctrl_c_stops_in_order
 
 
 def dying(deaths: Path, *points: str) -> str:
-    """Return options of an engine of tests/support/deadly.py."""
+    """Return options of an engine of tests/support/dying_engines.py."""
     return json.dumps({"deaths": str(deaths), "points": points})

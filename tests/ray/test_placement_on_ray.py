@@ -18,7 +18,7 @@ from flowrl.runtime.ray import RayWorkers, run_ray
 from flowrl.runtime.rundir import Claim
 from flowrl.runtime.supervisor import Options, Start
 from tests.support.devices import machine
-from tests.support.seats import seated
+from tests.support.seen_gpus import seated
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -45,7 +45,7 @@ class Pair:
         return tiny_settings(
             self._model, steps=STEPS, max_staleness=0, **plain_data(self.directory),
             **{"learner.lr": 1e-3, "critic.lr": 1e-3, "learner.save_every": 1, "critic.save_model": True,
-               "generator.engine": "tests.support.deadly:DyingGeneration", "generator.engine_options": held},
+               "generator.engine": "tests.support.dying_engines:DyingGeneration", "generator.engine_options": held},
         )  # fmt: skip
 
     def run(self) -> None:

@@ -233,7 +233,7 @@ def flow(s: FlowSettings, learner_class: type[Learner] = ObservedLearner) -> Gra
         sampler,
     )  # fmt: skip
     scorer = Scorer(Scorer.Config(replicas=s.scorers, mean_s=s.score_s, filter_every=s.filter_every, seed=s.seed))
-    engine = f"{module}:{kind}Training" if s.ranks == 1 else "tests.support.marching:MarchingTraining"
+    engine = f"{module}:{kind}Training" if s.ranks == 1 else "tests.support.marching_engine:MarchingTraining"
     learner = learner_class(
         Learner.Config(ranks=s.ranks, engine=engine, engine_options={"costs": costs}, save_rollouts=False,
                        save_every=s.save_every, evaluate_every=max(0, s.evaluate_every)),

@@ -177,3 +177,8 @@ def test_the_command_line_names_all_its_commands_in_its_first_words() -> None:
     commands = next(action.choices for action in cli._parser()._actions if isinstance(action.choices, dict))
     assert len(commands) > 20
     assert set(commands) - set(re.findall(r"\w+", first)) == set()
+
+
+def test_graph_files_say_no_any_and_are_laid_out_by_the_formatter() -> None:
+    for path in sorted((ROOT.parent / "graphs").glob("*.py")):
+        assert re.findall(r"\bAny\b|# fmt: |# noqa|# type: |# pyright: ", path.read_text()) == [], path.name

@@ -22,7 +22,7 @@ from flowrl.algorithms.shaping import Shaping
 from flowrl.algorithms.value import ValueLoss
 from flowrl.messages import Scored
 from flowrl.stages.step import derived, step_metrics
-from tests.support.alone import rollouts
+from tests.support.one_stage import rollouts
 from tests.unit.algorithms.cases import advantage_batch, loss_batch
 
 if TYPE_CHECKING:

@@ -51,9 +51,9 @@ def test_an_option_that_the_engine_takes_is_accepted() -> None:
 
 def test_an_engine_that_passes_options_on_may_take_some_itself() -> None:
     own, passed_on = {"deaths": "/tmp", "points": []}, {"quantization": "fp8"}
-    check_engine("tests.support.deadly:DyingGeneration", own | passed_on, "generator")
+    check_engine("tests.support.dying_engines:DyingGeneration", own | passed_on, "generator")
     with pytest.raises(ConfigError, match=r"generator.engine_options.deahts: vLLM takes no such engine argument"):
-        check_engine("tests.support.deadly:DyingGeneration", {"deahts": "/tmp"}, "generator")
+        check_engine("tests.support.dying_engines:DyingGeneration", {"deahts": "/tmp"}, "generator")
 
 
 @pytest.mark.parametrize(

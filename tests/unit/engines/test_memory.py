@@ -16,7 +16,7 @@ from flowrl.engines.packing import Part, Size, halved, plan
 from flowrl.engines.torch import TorchEngine
 from flowrl.errors import ResourceError, StageError
 from flowrl.messages import Buffer
-from tests.support.scarcity import make_scarce
+from tests.support.scarce_memory import make_scarce
 from tests.unit.engines.test_packing import random_groups
 from tests.unit.engines.test_trainer import WeightedTokens, choose, gradients
 

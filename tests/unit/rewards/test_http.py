@@ -20,7 +20,7 @@ from flowrl.rewards.http import (
     seconds_asked,
 )
 from flowrl.simulation.clock import run_virtual
-from tests.support.alone import rollouts
+from tests.support.one_stage import rollouts
 
 if TYPE_CHECKING:
     from pathlib import Path

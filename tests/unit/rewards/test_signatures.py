@@ -14,7 +14,7 @@ import pytest
 from flowrl.errors import ConfigError, RewardError
 from flowrl.rewards.function import RewardFunction
 from flowrl.rewards.signatures import TO_COPY, Adapter, style_of
-from tests.support.alone import rollouts
+from tests.support.one_stage import rollouts
 
 HERE = __name__
 CONVERSATION = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "count"}]

@@ -16,7 +16,7 @@ from flowrl.stages.model_scores import read_normalisation
 from flowrl.stages.reward import Reward, RewardModel
 from flowrl.stages.sampler import Sampler
 from flowrl.telemetry.events import Notice, Span
-from tests.support.alone import rollouts, run_alone
+from tests.support.one_stage import rollouts, run_alone
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:

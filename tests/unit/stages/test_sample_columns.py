@@ -22,8 +22,8 @@ from flowrl.stages.learner import Learner
 from flowrl.stages.prompts import Prompts
 from flowrl.stages.sampler import Learning, Sampler
 from flowrl.stages.tokens import group_batch, token_group
-from tests.support.alone import rollouts
 from tests.support.flows import NULL, NumberedPrompts, Scorer, run
+from tests.support.one_stage import rollouts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,7 +17,7 @@ from flowrl.simulation.stand_ins import stand_in_model
 from flowrl.stages.estimation import group_fields, load_algorithm
 from flowrl.stages.reward import RewardModel
 from flowrl.stages.sampler import Sampler
-from tests.support.alone import rollouts, run_alone
+from tests.support.one_stage import rollouts, run_alone
 from tests.support.tiny import tiny_tokenizer
 
 if TYPE_CHECKING:

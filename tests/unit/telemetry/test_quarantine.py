@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from flowrl.errors import RewardError
 from flowrl.telemetry.records import quarantine
-from tests.support.alone import rollouts
+from tests.support.one_stage import rollouts
 
 if TYPE_CHECKING:
     from pathlib import Path
