@@ -16,6 +16,7 @@ import functools
 import re
 from decimal import Decimal
 from fractions import Fraction
+from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 from flowrl.ending import CLOSERS
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
     Completion = str | list[dict[str, Any]]  # a message list where the prompt is a conversation
 
 _TYPED = {0x2212: "-", **{0xFF01 + place: 0x21 + place for place in range(94)}}  # the minus sign, and wide letters
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s*([^\s{}$\\]+)")
 _OPENED = re.compile(r"\s*(?:<[\w:]*think\w*>|\[THINK\]|<\|START_THINKING\|>)")  # what is not ended is not said
-_MARKED = (re.compile(r"<answer>(.*?)</answer>", re.DOTALL), re.compile(r"####(.*)"))
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped one is no brace
+_ANSWER, _ANSWERED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL), "</answer>"
+_HASHES = re.compile(r"####(.*)")
+_BOX = r"\\(?:boxed|fbox)\s*\{"
+_BRACE = re.compile(rf"(?P<box>{_BOX})|\\(?!{_BOX}).|[{{}}]", re.DOTALL)  # an escaped one is no brace
 _SPACE = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|~|\s")
 _WORDS = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\s*\{([^{}]*)\}")
 _CHOICE = re.compile(r"\(?([a-z])[).:]{0,2}", re.IGNORECASE)
@@ -40,6 +42,7 @@ _GAP = re.compile(r"(?<=\d)(?:\{,\}|\\[!,;: ]|[~\s])(?=\d{3}(?!\d))")  # between
 _FRACTION = re.compile(r"\\[cdt]?frac(?:\{([-+]?\d+)\}|(\d))(?:\{(\d+)\}|(\d))")
 _NO_GAP = re.compile(r" (?!\d)|(?<![\d,]) ")  # "1 2" and "1, 200" are two numbers
 _RATIO = re.compile(r"([-+]?)(?:(\d+) )?(\d+)/(\d+)")  # "1 1/2" is 3/2
+_MOST_DIGITS = 4000  # Python reads integers of up to 4300
 _UNIT = re.compile(r"(.*?[\d}.])\s*(?:\\?%|\^?\\circ|\^\{\\circ\}|°|[^\W\d_]+)")  # a number and one word, or a sign
 
 
@@ -79,7 +82,9 @@ def text_of(completion: Completion) -> str:
 
 def marked_answer(text: str) -> str | None:
     """Return what is marked as the answer, of several marks the last; "\\\\boxed{x^{2}} is it" has "x^{2}"."""
-    marked = [(found.start(), found[1]) for pattern in _MARKED for found in pattern.finditer(text)]
+    closed = text[: text.rfind(_ANSWERED) + len(_ANSWERED)] if _ANSWERED in text else ""
+    found = chain(_ANSWER.finditer(closed), _HASHES.finditer(text))
+    marked = [(each.start(), each[1]) for each in found]
     _, answer = max([*marked, *_boxes(text)], default=(0, None))
     return None if answer is None else answer.strip()
 
@@ -121,13 +126,12 @@ def choice(answer: str) -> str:
 def _boxes(text: str) -> Iterator[tuple[int, str]]:
     """Yield where each box begins and what stands in it, braces and all; one that is not closed is none."""
     yield from ((box.start(), box[1]) for box in _BARE_BOX.finditer(text))
-    for box in _BOX.finditer(text):
-        depth = 1
-        for brace in _BRACE.finditer(text, box.end()):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if not depth:
-                yield box.start(), text[box.end() : brace.start()]
-                break
+    opened: list[re.Match[str]] = []
+    for brace in _BRACE.finditer(text):
+        if brace[0].endswith("{") and brace[0] != "\\{":
+            opened.append(brace)
+        elif brace[0] == "}" and opened and (box := opened.pop())["box"]:
+            yield box.start(), text[box.end() : brace.start()]
 
 
 def is_right(completion: Completion, golds: Sequence[str | Fraction]) -> bool:
@@ -155,13 +159,15 @@ def plain(answer: str) -> str | Fraction:
 
 
 def _number(text: str) -> Fraction | None:
+    if len(text) > _MOST_DIGITS:
+        return None
     text = _FRACTION.sub(lambda found: f" {found[1] or found[2]}/{found[3] or found[4]}", _GAP.sub(",", text))
     text = _NO_GAP.sub("", " ".join(_SPACE.sub(" ", text).split()))
     if (found := _RATIO.fullmatch(text)) and int(found[4]) and not (found[2] and int(found[3]) >= int(found[4])):
         value = int(found[2] or 0) + Fraction(int(found[3]), int(found[4]))
     elif (found := _NUMBER.fullmatch(text)) and (found[2] or len(found[3] or "") > 1):
-        digits = (found[2] or "0").replace(",", "") + (found[3] or "")
-        value = Fraction(Decimal(digits).scaleb(int(found[4] or 0)))
+        digits = (found[2] or "0").replace(",", "") + (found[3] or "").removesuffix(".")
+        value = Fraction(f"{digits}e{found[4] or 0}")  # of any length; decimal's arithmetic rounds to 28 digits
     else:
         return None
     return -value if found[1] == "-" else value

@@ -36,6 +36,9 @@ def test_final_answer_is_the_marked_one_or_the_whole_text(completion, answer):
         (r"first \boxed{3}, then \boxed{4}", "3", 0.0),
         (r"\boxed{3} is wrong\n#### 4", "4", 1.0),
         (r"cut in \boxed{4", "4", 0.0),
+        (r"\boxed{3} and \boxed{\boxed{4} is cut", "4", 1.0),
+        (r"a } here, \{ there, \\boxed{4}", "4", 1.0),
+        ("<answer>3</answer> or <answer>4", "3", 1.0),
         ("#### 7", 7.0, 1.0),
         ("#### 7", "7.0", 1.0),
         ("#### 1,000", "1000", 1.0),
@@ -82,6 +85,19 @@ def test_final_answer_is_the_marked_one_or_the_whole_text(completion, answer):
 )
 def test_exact_answer_is_all_or_nothing(completion, answer, reward):
     assert exact_answer([completion], answer=[answer]) == [reward]
+
+
+@pytest.mark.parametrize("digits", [29, 3999, 4400])
+def test_a_number_of_any_length_is_exact(digits: int):
+    right = "1" * digits
+    assert exact_answer([right, right[:-1] + "2"], answer=[right] * 2) == [1.0, 0.0]
+    assert exact_answer([f"{right}/3", f"{right}.5"], answer=["1"] * 2) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("mark", ["\\boxed{", "<answer>", "####", "{", "\\boxed ", "<answer></answer>"])
+def test_a_mark_said_over_and_over_is_read_in_one_pass(mark: str):
+    completion = 5_000 * mark + "7"
+    assert exact_answer([completion, completion + r" \boxed{7}"], answer=["7"] * 2)[1] == 1.0
 
 
 @pytest.mark.parametrize("answer", [None, "", " ", float("nan"), {"text": "72"}, [], [1, 2], {"answer": None}])
