@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = [
-    "AUTO", "Config", "ImportPath", "Meta", "Select", "given", "load_class", "load_object", "resolve", "takes_auto",
-    "to_tree", "widen", "written",
+    "AUTO", "IMPORT_PATH", "Config", "ImportPath", "Meta", "Select", "given", "load_class", "load_object", "resolve",
+    "takes_auto", "to_tree", "widen", "written",
 ]  # fmt: skip
 
 C = TypeVar("C", bound="Config")
@@ -52,7 +52,9 @@ ADDRESS = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?:[^/\s?#@]*@)?(?P<host>[^/\s?#]*)(?P<path>[^\s?#]*)(?P<secret>[?#]\S*)?"
 )
 # A setting of this type names user code, module:name or file.py:name; `resolve` finds the file (see flowrl.imports).
-ImportPath = Annotated[str, Meta(extra={"is_import_path": True})]
+# What is shipped beside its default may be given by its name alone; without one, a path in the place of "" is that.
+IMPORT_PATH = "names_code_beside"
+ImportPath = Annotated[str, Meta(extra={IMPORT_PATH: ""})]
 # Annotates a setting that takes the word `auto` too, which leaves it to what is implied: by other settings, by devices.
 AUTO = Meta(extra={"takes_auto": True})
 
@@ -267,8 +269,10 @@ def _pinned(settings: C, default: Any, at: str, places: Sequence[Path]) -> C:
             pinned: Any = Select(use=pin(use, here, places), options=value.options)
         elif isinstance(value, Config):
             pinned = _pinned(value, getattr(default, name, value), here, places)
-        elif isinstance(value, str) and _names_code(type(settings), name):
-            pinned = pin(value, here, places)
+        elif isinstance(value, str) and (beside := _names_code(type(settings), name)) is not None:
+            example = beside or getattr(default, name, "") or ""
+            is_name = bool(value and example) and ":" not in value and value.lstrip()[:1] not in ("[", "{")
+            pinned = pin(named_beside(value, example, here) if is_name else value, here, places)
         else:
             continue
         if pinned != value:
@@ -277,18 +281,22 @@ def _pinned(settings: C, default: Any, at: str, places: Sequence[Path]) -> C:
 
 
 @functools.cache
-def _names_code(kind: type[Config], field: str) -> bool:
-    """Say whether a field names code; it goes on to where a subclass gives it another default as plain text."""
-    bases = (base for base in kind.__mro__ if issubclass(base, Config))
-    return any(_is_import_path(get_type_hints(base, include_extras=True).get(field)) for base in bases)
+def _names_code(kind: type[Config], field: str) -> str | None:
+    """Return what a field that names code has its names beside, "" where its default says that; None of another field.
+
+    It goes on to where a subclass gives the field another default as plain text.
+    """
+    hints = (get_type_hints(base, include_extras=True) for base in kind.__mro__ if issubclass(base, Config))
+    return next((found for each in hints if (found := _import_path(each.get(field))) is not None), None)
 
 
-def _is_import_path(annotation: Any) -> bool:
-    """Say whether an annotation is `ImportPath`, alone or in a union."""
-    parts = (annotation, *get_args(annotation))
-    return any((getattr(each, "extra", None) or {}).get("is_import_path") for each in parts) or any(
-        _is_import_path(each) for each in get_args(annotation) if get_origin(each) is not None
-    )
+def _import_path(annotation: Any) -> str | None:
+    """Return what an `ImportPath`, alone or in a union, is beside; None where an annotation is none."""
+    for each in (annotation, *get_args(annotation)):
+        if (found := (getattr(each, "extra", None) or {}).get(IMPORT_PATH)) is not None:
+            return cast("str", found)
+    inner = (_import_path(each) for each in get_args(annotation) if get_origin(each) is not None)
+    return next((found for found in inner if found is not None), None)
 
 
 def _depth(path: str) -> int:
@@ -310,6 +318,7 @@ def _nested_defaults(kind: type) -> dict[str, Any]:
 
 
 LARGEST = 2**63 - 1  # that a message carries
+MOST_MEANT = 3  # addresses that an unknown setting is answered with
 MOST_YAML_BYTES = 4 << 20  # reading takes a second for some hundred kilobytes
 MOST_VALUES = 1_000_000
 TRUTH = {"yes": True, "on": True, "no": False, "off": False}  # booleans in YAML 1.1, and words all the same
@@ -514,7 +523,10 @@ def _assign(
         return
     fields = _fields(kind)
     if part not in fields:
-        raise ConfigError(where, f"{at or 'settings'} has no setting {part!r}{suggest(part, fields)}")
+        inside = [] if at else sorted(_addresses(kind, part), key=_depth)[:MOST_MEANT]
+        meant = " or ".join(f"{each}.{rest}" if rest else each for each in inside)
+        hint = f", did you mean {meant}?" if meant else suggest(part, fields)
+        raise ConfigError(where, f"{at or 'settings'} has no setting {part!r}{hint}")
     here = f"{at}.{part}" if at else part
     annotation, inner = fields[part], _struct_type(fields[part])
     if rest and inner is not None:
@@ -560,6 +572,16 @@ def _takes_text(annotation: Any, value: Any, text: str) -> bool:
     if isinstance(value, str) and text.lstrip()[:1] in ("'", '"'):
         return False
     return annotation is str or (value is not None and set(get_args(annotation)) == {str, type(None)})
+
+
+def _addresses(kind: type[Config], name: str) -> Iterator[str]:
+    """Yield the addresses of the settings of this name, however deep."""
+    for field, annotation in _fields(kind).items():
+        inner = _struct_type(annotation)
+        if field == name:
+            yield field
+        elif inner is not None and not issubclass(inner, Select):
+            yield from (f"{field}.{each}" for each in _addresses(inner, name))
 
 
 def _struct_type(annotation: Any) -> type[Config] | None:

@@ -3,7 +3,8 @@
 A path is `module:name`, or `file.py:name`. `pin` turns what stands in a setting into the file it was found in, once,
 where the command is given. It looks in the working directory first, then beside the graph file, then among what is
 installed. So every process (Ray actors, reward workers) loads that same file, whatever its own directory and
-PYTHONPATH. A class of the package that a setting's default comes from may be given by its name alone: `algorithm=grpo`.
+PYTHONPATH. A class or function of the package that a setting's default comes from may be given by its name alone:
+`algorithm=grpo`, `reward.function=exact_answer`.
 Invariant: a file is one module in a process, however it is named. Called by `config.resolve` and by whoever loads.
 
 Tests: tests/unit/test_imports.py
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib
 import importlib.util
 import os
@@ -28,6 +30,7 @@ from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from importlib.machinery import ModuleSpec
     from types import ModuleType
 
 _added: set[str] = set()  # directories in which only a process that was told of them finds modules
@@ -54,18 +57,34 @@ def pin(path: str, where: str, places: Sequence[Path]) -> str:
     if not module_name or not name:
         return path  # whoever loads it says what a path looks like
     is_file = _is_file(module_name)
-    file_name = module_name if is_file else f"{module_name}.py"
+    file_names = [module_name] if is_file else [f"{module_name}.py", *_in_package(module_name)]
     for folder in places:
-        if (file := folder / Path(file_name).expanduser()).is_file():
-            return f"{file.resolve()}:{name}"
+        for file_name in file_names:
+            if (file := folder / Path(file_name).expanduser()).is_file():
+                return f"{file.resolve()}:{name}"
     looked = " or ".join(dict.fromkeys(str(folder) for folder in places))
     if is_file:
         raise ConfigError(where, f"no file {module_name} in {looked}", "check the path")
     package = module_name.partition(".")[0]
-    if importlib.util.find_spec(package) is None:
+    if _spec_of(package) is None:
         what = f"no module {package!r} is installed, and there is no {package}.py in {looked}"
         raise ConfigError(where, what, f"check the name, or give the file's path, such as ./{package}.py:{name}")
     return path
+
+
+def _in_package(module_name: str) -> list[str]:
+    """Return where in a directory a module or package may lie; one that is installed is taken from there."""
+    package, _, inner = module_name.partition(".")
+    inside = inner.replace(".", os.sep) or "__init__"
+    files = [f"{inside}.py", *([os.path.join(inside, "__init__.py")] if inner else [])]
+    spec = _spec_of(package)
+    homes = [Path(home) for home in (spec.submodule_search_locations or [] if spec else [])]
+    is_installed = any((home / file).is_file() for home in homes if str(home.parent) not in _added for file in files)
+    return [] if is_installed else [os.path.join(package, file) for file in files]
+
+
+def _spec_of(package: str) -> ModuleSpec | None:
+    return importlib.util.find_spec(package) if package else None
 
 
 def load_object(path: str, where: str) -> Any:
@@ -116,6 +135,8 @@ def place_of(module_name: str, name: str) -> str:
 def _home(file: Path) -> tuple[str, Path]:
     """Return a file's module name, and the directory in which that is found: the one that holds its package."""
     name, folder = file.stem, file.parent
+    if name == "__init__":
+        name, folder = folder.name, folder.parent
     while (folder / "__init__.py").is_file():
         name, folder = f"{folder.name}.{name}", folder.parent
     return name, folder
@@ -136,7 +157,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def named_beside(name: str, example: str, where: str) -> str:
-    """Return the import path of the class `name` in the package of `example`, an import path too.
+    """Return the import path of the class or function `name` in the package of `example`, an import path too.
 
     Letter case and marks do not count: with "flowrl.algorithms.grpo:GRPO" as the example "rloo" is
     "flowrl.algorithms.rloo:RLOO", and "Reinforce++" is ReinforcePP. The package is read, not imported.
@@ -144,14 +165,14 @@ def named_beside(name: str, example: str, where: str) -> str:
     Raises:
         ConfigError: there is none; lists those there are.
     """
-    known = classes_like(example)
+    known = classes_like(example) or functions_like(example)
     found = {_plain(each): path for each, path in known.items()}
     wanted = _plain(name.rpartition(".")[2])
     if wanted in found:
         return found[wanted]
     close = difflib.get_close_matches(wanted, found, n=1)
     hint = f"did you mean {found[close[0]].rpartition(':')[2]}? " if close else ""
-    remedy = f"{hint}{'there are ' + ', '.join(sorted(known)) + '; ' if known else ''}your own: my_file.py:Class"
+    remedy = f"{hint}{'there are ' + ', '.join(sorted(known)) + '; ' if known else ''}your own: my_file.py:name"
     raise ConfigError(where, f"there is none of the name {name!r}", remedy)
 
 
@@ -161,32 +182,56 @@ def classes_like(example: str) -> dict[str, str]:
     Of its kind are those that inherit from the same classes of the module in which the kind begins; one that classes of
     other modules inherit from is a base and no choice.
     """
-    module_name, _, chosen = example.rpartition(":")
-    package = module_name.rpartition(".")[0]
-    spec = importlib.util.find_spec(package) if package else None
-    folders = (spec.submodule_search_locations if spec else None) or []
+    chosen = example.rpartition(":")[2]
     homes: dict[str, str] = {}
     bases: dict[str, list[str]] = {}
-    for file in sorted(file for folder in folders for file in Path(folder).glob("*.py")):
-        for node in ast.parse(file.read_bytes()).body:
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                homes[node.name] = file.stem
-                bases[node.name] = [ast.unparse(base) for base in node.bases]
+    for home, node in _defined_in(_package_of(example)):
+        if isinstance(node, ast.ClassDef):
+            homes[node.name] = home
+            bases[node.name] = [ast.unparse(base) for base in node.bases]
 
     def above(name: str) -> list[str]:
         found = [base for base in bases.get(name, []) if base in homes]
         return [*found, *(upper for base in found for upper in above(base))]
 
     if not (ancestors := above(chosen)):
-        return {}
+        return {chosen: example} if chosen in homes else {}
     first = homes[ancestors[-1]]
     kind = {name for name in ancestors if homes[name] == first}
     inherited = {base for name, given in bases.items() for base in given if homes.get(base, homes[name]) != homes[name]}
     return {
-        name: f"{package}.{home}:{name}"
+        name: f"{home}:{name}"
         for name, home in homes.items()
         if name not in inherited and {base for base in above(name) if homes[base] == first} == kind
     }
+
+
+def functions_like(example: str) -> dict[str, str]:
+    """Return name -> import path of the functions in a package beside `example` that take first what it does."""
+    firsts = {
+        f"{home}:{node.name}": node.args.args[0].arg
+        for home, node in _defined_in(_package_of(example))
+        if isinstance(node, ast.FunctionDef) and node.args.args
+    }
+    wanted = firsts.get(example)
+    return {path.rpartition(":")[2]: path for path, first in firsts.items() if first == wanted}
+
+
+def _package_of(path: str) -> str:
+    return path.rpartition(":")[0].rpartition(".")[0]
+
+
+@functools.cache
+def _defined_in(package: str) -> list[tuple[str, ast.ClassDef | ast.FunctionDef]]:
+    """Return the public classes and functions in a package's modules, each with the module it stands in."""
+    spec = _spec_of(package)
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return [
+        (f"{package}.{file.stem}", node)
+        for file in sorted(file for folder in folders for file in Path(folder).glob("*.py"))
+        for node in ast.parse(file.read_bytes()).body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_")
+    ]
 
 
 def _plain(name: str) -> str:
@@ -252,4 +297,5 @@ def _failed(module_name: str, where: str, error: BaseException) -> ConfigError:
     if isinstance(error, SyntaxError) and error.filename:
         place = f" at {error.filename}:{error.lineno}"
     what = f"cannot import {module_name!r}: it raised {type(error).__name__}{place}: {error}"
-    return ConfigError(where, what, "mend the module")
+    is_relative = isinstance(error, ImportError) and "relative import" in str(error)
+    return ConfigError(where, what, "put an __init__.py beside it" if is_relative else "mend the module")

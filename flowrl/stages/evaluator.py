@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
-from flowrl.config import ImportPath, Meta
+from flowrl.config import IMPORT_PATH, Meta
 from flowrl.data.models import prepare_model
 from flowrl.data.prompts import PromptRow, PromptSet, load_prompts, load_tokenizer
 from flowrl.errors import ConfigError, DataError
@@ -49,7 +49,7 @@ class Evaluator(Stage):
         sets: dict[str, str] = {}
         in_flight: Annotated[int, Meta(ge=1)] = 64  # held-out prompts sent and not yet scored
         # As reward.function; null: the reward's own; "": the scores that the rollouts bring from their environment
-        function: ImportPath | None = None
+        function: Annotated[str, Meta(extra={IMPORT_PATH: "flowrl.rewards.verify:exact_answer"})] | None = None
 
     is_single = True
     requests: In[EvaluationRequest]

@@ -215,6 +215,8 @@ def test_what_to_tree_writes_resolves_to_the_same_settings(tmp_path: Path):
     ("override", "said"),
     [
         ("stps=1", "settings has no setting 'stps', did you mean 'steps'?"),
+        ("lr=1", "settings has no setting 'lr', did you mean learner.optimizer.lr or critic.optimizer.lr?"),
+        ("optimizer.lr=1", "has no setting 'optimizer', did you mean learner.optimizer.lr or critic.optimizer.lr?"),
         ("learner.replica=1", "learner has no setting 'replica', did you mean 'replicas'?"),
         ("learner.optimizer.lrr=1", "learner.optimizer has no setting 'lrr', did you mean 'lr'?"),
         ("learner.optimizer={lrr: 1}", "learner.optimizer has no setting 'lrr', did you mean 'lr'?"),

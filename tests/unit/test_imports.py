@@ -5,21 +5,20 @@ from __future__ import annotations
 import subprocess
 import sys
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from flowrl.config import Config, ImportPath, Select, resolve
 from flowrl.errors import ConfigError
 from flowrl.imports import classes_like, load_class, load_object, named_beside, path_of, pin
+from flowrl.stages.agent import Agent
 from flowrl.stages.critic import Critic
+from flowrl.stages.evaluator import Evaluator
 from flowrl.stages.learner import Learner
 from flowrl.stages.offline_learner import OfflineLearner
 from flowrl.stages.reference import Reference
 from flowrl.stages.reward import RewardModel
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 GRPO = "flowrl.algorithms.grpo:GRPO"
 
@@ -46,6 +45,8 @@ class All(Settings):
     learner: Learner.Config = Learner.Config()
     offline: OfflineLearner.Config = OfflineLearner.Config()
     reference: Reference.Config = Reference.Config()
+    evaluation: Evaluator.Config = Evaluator.Config()
+    agent: Agent.Config = Agent.Config()
 
 
 @pytest.fixture
@@ -121,6 +122,7 @@ def test_two_files_of_one_name_are_two_modules_and_lead_back_to_their_files(here
         ),
         ("x = 1\n1 / 0", r"raised ZeroDivisionError at .*broken\.py:2: division by zero"),
         ("def f(:", r"raised SyntaxError at .*broken\.py:1"),
+        ("from .mine import x", r"relative import with no known parent package; put an __init__\.py beside it"),
         ("raise SystemExit(3)", r"raised SystemExit at .*broken\.py:1"),
         ("def other(): ...", r"broken\.py has no 'f' \(known: other\)"),
     ],
@@ -171,6 +173,57 @@ def test_a_misspelt_name_is_answered_with_those_there_are():
     assert said.startswith("algorithm: there is none of the name 'rlo'; did you mean RLOO? there are CISPO, DAPO, ")
     for absent in ("PolicyGradient", "KTO", "SFT", "Correction"):
         assert absent not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("exact_answer", "flowrl.rewards.verify:exact_answer"),
+        ("Math-Answer", "flowrl.rewards.math:math_answer"),
+        ("flowrl.rewards.verify.reasoning_gym_score", "flowrl.rewards.verify:reasoning_gym_score"),
+    ],
+)
+def test_a_shipped_function_may_be_given_by_its_name(name: str, path: str, here: Path):
+    names = ("reward.function", "evaluation.function")
+    found = resolve(All, overrides=[f"{setting}={name}" for setting in names], places=places(here))
+    assert (found.reward.function, found.evaluation.function) == (path, path)
+    assert resolve(All, overrides=["reward.function="], places=places(here)).reward.function == ""
+
+
+@pytest.mark.slow
+def test_a_shipped_environment_and_engine_may_be_given_by_their_names(here: Path):
+    overrides = ["agent.environment=hinted_number", "learner.engine=TorchEngine"]
+    found = resolve(All, overrides=overrides, places=places(here))
+    assert found.agent.environment == "flowrl.rewards.hints:HintedNumber"
+    assert found.learner.engine == "flowrl.engines.torch:TorchEngine"
+
+
+def test_a_function_s_misspelt_name_is_answered_with_those_there_are(here: Path):
+    said = r"did you mean exact_answer\? there are exact_answer, math_answer, reasoning_gym_score; your own: "
+    with pytest.raises(ConfigError, match=rf"reward\.function: there is none of the name 'exact'; {said}"):
+        resolve(All, overrides=["reward.function=exact"], places=places(here))
+
+
+def test_a_list_of_functions_is_none(here: Path):
+    with pytest.raises(ConfigError, match=r"is not a name; write one function or class that calls the others"):
+        resolve(All, overrides=["reward.function='[exact_answer, math_answer]'"], places=places(here))
+
+
+def test_a_package_is_found_where_its_user_stands(here: Path):
+    package = here / "here" / "of_rewards"
+    (package / "inner").mkdir(parents=True)
+    for file in ("__init__.py", "inner/__init__.py", "words.py"):
+        (package / file).write_text("WORD = 'word'\ndef score(): return WORD\n")
+    (package / "inner" / "rules.py").write_text("from ..words import WORD\ndef score(): return WORD + '!'\n")
+    for path, file, result in (
+        ("of_rewards:score", "__init__.py", "word"), ("of_rewards.words:score", "words.py", "word"),
+        ("of_rewards.inner:score", "inner/__init__.py", "word"),
+        ("of_rewards.inner.rules:score", "inner/rules.py", "word!"),
+    ):  # fmt: skip
+        pinned = pin(path, "f", places(here))
+        assert pinned == f"{package}/{file}:score"
+        assert load_object(pinned, "f")() == result
+    assert pin("flowrl.rewards.math:math_answer", "f", [Path(__file__).parents[2]]) == "flowrl.rewards.math:math_answer"
 
 
 @pytest.mark.slow
