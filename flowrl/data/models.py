@@ -25,7 +25,7 @@ import msgspec
 from flowrl.data.adapters import base_of, is_adapter, merged_model
 from flowrl.data.model_process import run_in_process
 from flowrl.errors import DataError, ModelError
-from flowrl.model_files import num_positions
+from flowrl.model_files import TOKENIZERS, has_tokenizer, num_positions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 HUB_NAME = f"HuggingFaceTB/{DEFAULT_MODEL}"
-PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.py", *TOKENIZERS]  # of a repository, what is fetched
+COPIES = ["consolidated*", "*/*.safetensors"]  # the weights once more, as others read them
 MIN_FREE_BYTES = 1 << 30  # the bundled model takes 270 MB, and once more while it is written aside
 
 
@@ -107,7 +108,7 @@ def check_model(directory: Path, where: str) -> None:
         raise ModelError(where, f"no *.safetensors in {directory}{found}", "convert it: load and save_pretrained")
     for shard in _shards(directory, where):
         _read_header(shard, where)
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not has_tokenizer(directory):
         raise ModelError(where, f"no tokenizer in {directory}", "save the tokenizer there with save_pretrained")
 
 
@@ -174,8 +175,11 @@ def _user_cache() -> Path:
 
 
 def _shards(directory: Path, where: str) -> Iterator[Path]:
-    """Yield the weight files, as the index names them where there is one."""
+    """Yield the weight files that transformers reads: one, or those that the index names."""
     index = directory / "model.safetensors.index.json"
+    if (whole := directory / "model.safetensors").is_file() and not index.is_file():
+        yield whole
+        return
     if not index.is_file():
         yield from sorted(directory.glob("*.safetensors"))
         return
@@ -232,7 +236,7 @@ def _download(name: str, where: str, say: Say) -> Path:
 
     say(f"looking up {name} on the Hugging Face hub")
     try:
-        return Path(snapshot_download(name, allow_patterns=PATTERNS))
+        return Path(snapshot_download(name, allow_patterns=PATTERNS, ignore_patterns=COPIES))
     except HFValidationError as error:
         raise ModelError(where, "is neither a directory nor a Hugging Face id", "write owner/name") from error
     except HfHubHTTPError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flowrl.data.models import inspect_model, prepare_model
+from flowrl.data.models import COPIES, PATTERNS, inspect_model, prepare_model
 from flowrl.errors import ModelError
 
 
@@ -61,6 +61,29 @@ def test_shard_that_the_index_names_must_be_there(model):
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match=r"lacks model-00002\.safetensors"):
         prepare_model(str(model))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model", "vocab.txt", "qwen.tiktoken"])
+def test_a_tokenizer_of_any_kind_is_one(model: Path, name: str):
+    (model / "tokenizer.json").rename(model / name)
+    assert prepare_model(str(model)) == model
+
+
+def test_weights_that_lie_there_twice_are_counted_once(model: Path):
+    before = inspect_model(model).num_parameters
+    shutil.copy(model / "model.safetensors", model / "consolidated.safetensors")
+    assert inspect_model(model).num_parameters == before
+
+
+@pytest.mark.slow  # imports huggingface_hub
+def test_of_a_repository_all_that_is_read_is_fetched_and_no_weights_twice():
+    from huggingface_hub.utils import filter_repo_objects
+
+    read = ["config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json", "spiece.model",
+            "merges.txt", "vocab.txt", "qwen.tiktoken", "chat_template.jinja", "additional_chat_templates/rag.jinja",
+            "modeling_own.py"]  # fmt: skip
+    others = ["consolidated.safetensors", "original/model.safetensors", "pytorch_model.bin", "original/a.pth"]
+    assert list(filter_repo_objects([*read, *others], allow_patterns=PATTERNS, ignore_patterns=COPIES)) == read
 
 
 @pytest.mark.parametrize("name", ["/no/such/model", "./model", "a/b/c"])
