@@ -14,6 +14,7 @@ import ast
 import functools
 import importlib.util
 import json
+import logging
 import os
 import warnings
 from importlib.metadata import PackageNotFoundError, distribution
@@ -173,6 +174,8 @@ def set_environment(config: GenerationConfig) -> None:
             torch.set_num_threads(config.threads)
     else:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    for name in ("vllm", "torch._library.triton"):  # that a seed is set, that CPUs have no Triton
+        logging.getLogger(name).setLevel(logging.ERROR)
     # Raised by vLLM's own import on torch 2.13; nobody who reads it could do anything about it.
     warnings.filterwarnings("ignore", message="`torch.distributed.reduce_op` is deprecated", category=FutureWarning)
 

@@ -161,6 +161,8 @@ def _checked(result: Any, where: str) -> Observed:
     observation, reward, done = cast("tuple[Any, Any, Any]", result)
     if not isinstance(observation, str):
         raise RewardError(where, f"step returned {_named(observation)} as the observation", f"{TRIPLE}, the first text")
+    if isinstance(done, str):
+        raise RewardError(where, f"step returned {done!r} for done", f"{TRIPLE}, the last True or False")
     return Observed(observation=observation, reward=finite(reward, "the reward", where, TRIPLE), done=bool(done))
 
 

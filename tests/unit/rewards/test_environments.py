@@ -74,6 +74,7 @@ def test_none_is_no_reward_and_numbers_of_libraries_are_taken():
         ({"result": [7, 0.0, False]}, "step returned a int as the observation"),
         ({"result": ["", math.nan, False]}, "the reward is nan"),
         ({"result": ["", "much", False]}, "the reward is 'much', a str"),
+        ({"result": ["", 0.0, "False"]}, "step returned 'False' for done"),
     ],
 )
 def test_what_is_no_answer_is_refused_with_the_episode(options: dict[str, Any], said: str):
