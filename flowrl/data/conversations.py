@@ -12,6 +12,7 @@ Tests: tests/unit/data/test_turns.py
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from flowrl.data.sources import RawRow
 
 Conversation = list[dict[str, Any]]
-WEIGHTS = ("weight", "train", "loss", "loss_mask")  # what OpenAI and Mistral, axolotl and ms-swift call it
+WEIGHTS = ("weight", "train", "training", "loss", "loss_mask")  # what OpenAI and Mistral, axolotl and ms-swift call it
+LIKE_WEIGHTS = re.compile(r"train|learn|mask|loss|weight", re.IGNORECASE)  # what else could say whether it is learned
 SYSTEM_ROLES = ("system", "developer")
 SYSTEMS = ("system", "system_prompt")  # columns for what stands before a conversation
 THOUGHTS = {"reasoning_content", "reasoning", "thinking"}  # what an assistant thought, where it is apart from content
@@ -31,7 +33,6 @@ ALIEN = {
     "function_call": "tool_calls",
     "functions": "the column tools",
     "train_detail": "weight, of the whole message",
-    "loss_scale": "weight, 0 or 1",
 }
 
 ROLES = ("system", "developer", "user", "assistant", "tool")  # that every template may be given
@@ -44,7 +45,7 @@ SPEAKERS = {  # other names of them, whatever their case
 def renamed(value: Any, place: str) -> Any:
     """Return messages with role and content and with the roles' usual names; anything else as it is.
 
-    ShareGPT writes them with from and value, and may write a single one without a list.
+    ShareGPT writes them with from and value; a single one may stand without a list.
 
     Raises:
         DataError: one of ShareGPT's is from somebody unknown.
@@ -52,7 +53,8 @@ def renamed(value: Any, place: str) -> Any:
     given = cast("list[Any]", value if isinstance(value, list) else [value])
     if given and all(isinstance(each, dict) and {"from", "value"} <= each.keys() for each in given):
         return [_spoken(message, f"message {k}", place) for k, message in enumerate(given)]
-    return [_named(each) for each in given] if isinstance(value, list) else value
+    is_one = isinstance(value, dict) and {"role", "content"} <= cast("dict[str, Any]", value).keys()
+    return [_named(each) for each in given] if isinstance(value, list) or is_one else value
 
 
 def _named(message: Any) -> Any:
@@ -151,9 +153,11 @@ def _message(row: RawRow, where: str, message: Any) -> dict[str, Any]:
     if not isinstance(found.get("role"), str) or not ("content" in message or calls) or is_silent:
         what = f"{where} holds {', '.join(found) or 'nothing'}"
         raise DataError(row.place, what, "an object with role and content (or tool_calls) was expected")
-    for alien, ours in ALIEN.items():
-        if alien in found:
-            raise DataError(row.place, f"{where} has {alien}, which nothing here reads", f"write {ours}")
+    for name in found:
+        alien = name in ALIEN or (name not in WEIGHTS and LIKE_WEIGHTS.search(name))
+        if alien:
+            remedy = f"write {ALIEN.get(name, 'weight, 0 (not learned) or 1')}"
+            raise DataError(row.place, f"{where} has {name}, which nothing here reads", remedy)
     found = {"role": found["role"], "content": _content(row, where, content), **_others(found)}
     if isinstance(calls, list) and calls:
         found["tool_calls"] = [_call(row, where, call) for call in cast("list[Any]", calls)]

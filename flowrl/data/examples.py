@@ -89,7 +89,7 @@ class ExampleData(Config):
     step_separator: str = "\n"  # put after each step of stepwise supervision
     columns: dict[str, str] = {}  # the names of the columns in the source, as completion: answer
     split: str = "train"  # of a hub data set; of a directory, the files whose names begin so
-    subset: str = ""  # of a hub data set, where it has several
+    subset: str = ""  # of a hub data set, where it has several; of a directory, the folder of this name
     mix: list[ExampleSource] = []  # several sources in place of the one above
 
     def __post_init__(self) -> None:

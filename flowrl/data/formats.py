@@ -24,11 +24,21 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import msgspec
 
-from flowrl.data.conversations import Conversation, messages_of, noun, options_of, system_of, tools_of, with_system
+from flowrl.data.conversations import (
+    SPEAKERS,
+    Conversation,
+    messages_of,
+    noun,
+    options_of,
+    system_of,
+    tools_of,
+    with_system,
+)
 from flowrl.data.naming import ASKING, SHOWN_COLUMNS
 from flowrl.errors import DataError
 
@@ -55,6 +65,8 @@ SHAPES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     ("language-modeling", ("text",)),
     ("prompt-only", ("prompt",)),
 )
+SPEAKS = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ ]?")  # before what each says (HH)
+ANSWERED = ("answer", "solution", "response", "output", "target")  # columns that may hold what is to be learned
 WORDS = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
 
 
@@ -126,7 +138,9 @@ def detect(row: RawRow, kind: Kind | None = None) -> Format:
     names = ", ".join(list(columns)[:SHOWN_COLUMNS]) or "none"
     what = f"has the columns {names}, which are " + (f"not those of {kind}" if kind else "those of no known format")
     asked = next((name for name in ASKING if name in columns), "question")
-    remedy = f"give {' or '.join(shapes)}, or name yours, such as data.columns.prompt={asked}"
+    answered = next((name for name in ANSWERED if name in columns), "answer")
+    yours = f"data.columns.prompt={asked} data.columns.completion={answered}"
+    remedy = f"give {' or '.join(shapes)}, or name yours, such as {yours}"
     raise DataError(row.place, what, remedy)
 
 
@@ -201,15 +215,31 @@ def num_shared(first: Sequence[Any], second: Sequence[Any]) -> int:
 def as_chat(row: NormalRow) -> NormalRow:
     """Return a row of strings as a conversation: the prompt is the user's, a response the assistant's.
 
+    A text without a prompt is one where it says who speaks, as HH's do: "\\n\\nHuman: hi\\n\\nAssistant: hello".
+
     Raises:
-        DataError: it has no prompt of its own.
+        DataError: it has no prompt of its own, nor says who speaks.
     """
     if not row.prompt:
-        what = "has no prompt of its own, but data.strings_as_chat is true"
-        raise DataError(row.place, what, "write it as messages, or set data.strings_as_chat=false")
+        dialogues = [_dialogue(cast("str", each)) for each in row.responses]
+        if not all(dialogues):
+            what = "has no prompt of its own nor says who speaks (Human:, Assistant:), but data.strings_as_chat is true"
+            raise DataError(row.place, what, "write it as messages, or set data.strings_as_chat=false")
+        dialogues = [with_system(each, row.system or None) for each in dialogues]
+        if len(dialogues) < 2:
+            return msgspec.structs.replace(row, prompt=[], responses=dialogues, system="")
+        asked, answers = _shared_apart(row.place, dialogues[0], dialogues[1])
+        return msgspec.structs.replace(row, prompt=asked, responses=answers, system="")
     responses: list[Text] = [[{"role": "assistant", "content": each}] for each in row.responses]
     prompt = with_system([{"role": "user", "content": row.prompt}], row.system or None)
     return msgspec.structs.replace(row, prompt=prompt, responses=responses, system="")
+
+
+def _dialogue(text: str) -> Conversation:
+    """Return the messages of a text that says who speaks; none of another text."""
+    before, *turns = SPEAKS.split(text)
+    said = zip(turns[::2], turns[1::2], strict=True)
+    return [] if before.strip() else [{"role": SPEAKERS[who.casefold()], "content": what.strip()} for who, what in said]
 
 
 def good_response(row: NormalRow, format: Format) -> NormalRow:
@@ -221,7 +251,7 @@ def good_response(row: NormalRow, format: Format) -> NormalRow:
     if row.steps:
         remedy = "set data.only_good=false, and take Process for labelled steps"
         raise DataError(row.place, f"is {format.kind} data, of which data.only_good takes none", remedy)
-    if format.is_implicit and not format.is_conversational:
+    if format.is_implicit and isinstance(row.responses[0], str):
         what = "has no prompt of its own, so what of the chosen text is the response cannot be told"
         raise DataError(row.place, what, "give a prompt column, or messages")
     return msgspec.structs.replace(row, responses=row.responses[:1], labels=[])
@@ -262,9 +292,12 @@ def _explicit(row: RawRow, names: Sequence[str]) -> tuple[Text, list[Text]]:
             what = f"prompt is {noun(row.columns['prompt'])}, {name} is {noun(row.columns[name])}"
             raise DataError(row.place, what, "write all of them as strings, or all as lists of messages")
     if isinstance(prompt, list):
+        if prompt[-1]["role"] == "assistant":
+            what = f"column 'prompt': message {len(prompt) - 1}, the last, is the assistant's"
+            raise DataError(row.place, what, "end it with the user's; what the assistant says is the response")
         for place, name in enumerate(names):
             answer = _without_head(cast("Conversation", responses[place]), prompt)
-            _check_answers(row, name, answer, 0)
+            _check_answers(row.place, name, answer, 0)
             responses[place] = answer
     return prompt, responses
 
@@ -281,13 +314,17 @@ def _split_pair(row: RawRow) -> tuple[Text, list[Text]]:
     if isinstance(chosen, str) or isinstance(rejected, str):
         what = f"chosen is {noun(chosen)}, rejected is {noun(rejected)}"
         raise DataError(row.place, what, "write both as strings, or both as lists of messages")
+    return _shared_apart(row.place, chosen, rejected)
+
+
+def _shared_apart(place: str, chosen: Conversation, rejected: Conversation) -> tuple[Text, list[Text]]:
     num_before = num_shared(chosen, rejected)
     if chosen != rejected:
         if not num_before:
             what = "chosen and rejected share no message, so there is no prompt"
-            raise DataError(row.place, what, "begin both with the same messages, or give a prompt column")
-        _check_answers(row, "chosen", chosen[num_before:], num_before)
-        _check_answers(row, "rejected", rejected[num_before:], num_before)
+            raise DataError(place, what, "begin both with the same messages, or give a prompt column")
+        _check_answers(place, "chosen", chosen[num_before:], num_before)
+        _check_answers(place, "rejected", rejected[num_before:], num_before)
     return chosen[:num_before], [chosen[num_before:], rejected[num_before:]]
 
 
@@ -307,11 +344,11 @@ def _check_said(row: RawRow, response: Text, name: str) -> None:
         raise DataError(row.place, what, "there is nothing to learn in it: drop the row, or set data.on_bad=skip")
 
 
-def _check_answers(row: RawRow, name: str, messages: Conversation, num_before: int) -> None:
+def _check_answers(place: str, name: str, messages: Conversation, num_before: int) -> None:
     if not messages or messages[0]["role"] != "assistant":
         found = f"the {messages[0]['role']}'s" if messages else "missing"
         what = f"column {name!r}: message {num_before}, the first after the prompt, is {found}"
-        raise DataError(row.place, what, "the assistant's message was expected there")
+        raise DataError(place, what, "the assistant's message was expected there")
 
 
 def _text_or_messages(row: RawRow, name: str) -> Text:

@@ -3,9 +3,10 @@
 `data.columns` says some; the others are those of common data sets. ShareGPT's `conversations` are messages (or, beside
 chosen and rejected, the prompt); labelling tools' exports are preferences (labelling.py); `kto_tag` is a label;
 messages written as JSON in a text, as tables hold them, are messages. What a response answers is looked for under the
-names that online prompts have where there is no `prompt` and the response does not hold it itself. An `instruction` is
-followed by its `input` (or `context`). Invariant: no column that says what is asked is left out without a word. Called
-by `load_prompts` and `load_examples`.
+names that online prompts have where there is no `prompt` and the response does not hold it itself. An instruction or a
+question is followed by its `input` (or `context`, or `passage`). Invariant: no column that says what is asked is left
+out without a word: pictures and the like, and choices that the question does not name, are refused. Called by
+`load_prompts` and `load_examples`.
 
 Tests: tests/unit/data/test_naming.py
 """
@@ -23,33 +24,41 @@ from flowrl.data.labelling import preference_of
 from flowrl.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from flowrl.data.sources import RawRow
 
 ASKING = ("question", "problem", "instruction", "query", "input")
 # Where prompts for online training are looked for, in this order.
 PROMPT_COLUMNS = ("prompt", "messages", "context_messages", *ASKING)
-ABOUT = ("input", "context")  # what an instruction is to be done with (Alpaca, Dolly)
+ABOUT = ("input", "context", "passage")  # what an instruction or a question is about (Alpaca, Dolly, SQuAD, BoolQ)
+CHOICES = ("choices", "options")  # what a question may be answered with (ARC, MMLU)
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 ANSWERING = ("output", "response")  # the same two on what is to be answered
 SHAREGPT = "conversations"
 SPOKEN = (SHAREGPT, "messages", "context_messages", "prompt", "completion", "chosen", "rejected")  # may hold messages
 WRITTEN = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content|from|value)["']\s*:""")  # messages in a text
+MISSING = object()
 SHOWN_COLUMNS = 12  # of a row, in an error
 
 
 def with_names(row: RawRow, names: Mapping[str, str]) -> RawRow:
     """Return a row with columns under other names as well, `names` saying which is whose: {"answer": "solution"}.
 
+    A field of an object is named behind it: {"answer": "reward_model.ground_truth"}.
+
     Raises:
         DataError: it lacks one of them, a message is from somebody unknown, or a labelled row prefers nothing.
     """
     columns = {**row.columns, **preference_of(row.columns, row.place)}
-    missing = [theirs for theirs in names.values() if theirs not in columns]
+    missing = [theirs for theirs in names.values() if _held(columns, theirs) is MISSING]
     if missing:
         what = f"no column {missing[0]!r} (columns: {', '.join(columns) or 'none'})"
         raise DataError(row.place, what, "mend data.columns")
-    columns |= {ours: _asked(row, columns, names[ours]) for ours in names}
+    if media := [name for name in MEDIA if columns.get(name) and isinstance(columns[name], str | bytes | list | dict)]:
+        what = f"has more than text: the column {media[0]!r} is not empty"
+        raise DataError(row.place, what, "only text can be trained on: drop the row, or a column that is not needed")
+    columns |= {ours: (_asked if ours == "prompt" else _spoken)(row, columns, names[ours]) for ours in names}
     columns |= {name: _spoken(row, columns, name) for name in SPOKEN if columns.get(name)}
     ours = "prompt" if columns.get("chosen") else "messages"
     if columns.get(SHAREGPT) and columns.get(ours) is None:
@@ -62,14 +71,14 @@ def with_names(row: RawRow, names: Mapping[str, str]) -> RawRow:
 
 
 def with_answer(row: RawRow) -> RawRow:
-    """Return a row of an instruction and its output with prompt and completion, which offline training learns."""
+    """Return a row of a question and its response with prompt and completion, which offline training learns."""
     columns = row.columns
     answer = next((name for name in ANSWERING if isinstance(columns.get(name), str)), "")
-    taken = any(columns.get(name) is not None for name in (*SPOKEN, "text", "completions"))
-    if taken or not answer or columns.get("instruction") is None:
+    asked = next((name for name in ("prompt", *ASKING) if columns.get(name)), "")
+    taken = any(columns.get(name) is not None for name in ("completions", *SPOKEN) if name != "prompt")
+    if taken or not answer or not asked or not isinstance(prompt := _asked(row, columns, asked), str):
         return row
-    found = {"prompt": _asked(row, columns, "instruction"), "completion": columns[answer]}
-    return msgspec.structs.replace(row, columns={**columns, **found})
+    return msgspec.structs.replace(row, columns={**columns, "prompt": prompt, "completion": columns[answer]})
 
 
 def prompt_column(row: RawRow) -> str:
@@ -81,7 +90,8 @@ def prompt_column(row: RawRow) -> str:
     there = [name for name in PROMPT_COLUMNS if row.columns.get(name)]
     if there:
         return next((name for name in there if not ends_answered(row.columns[name])), there[0])
-    close = difflib.get_close_matches("prompt", row.columns, n=1)
+    alike = [name for name in row.columns if name.strip().casefold() in PROMPT_COLUMNS]
+    close = alike or difflib.get_close_matches("prompt", row.columns, n=1)
     names = ", ".join(list(row.columns)[:SHOWN_COLUMNS]) or "none"
     what = f"no column is known to hold the prompt (columns: {names})"
     hint = f"did you mean data.prompt_column={close[0]}?" if close else "name it with data.prompt_column"
@@ -100,7 +110,7 @@ def with_prompt(row: RawRow, column: str) -> RawRow:
     Raises:
         DataError: there is no such column.
     """
-    if column not in row.columns:
+    if _held(row.columns, column) is MISSING:
         close = difflib.get_close_matches(column, row.columns, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "set data.prompt_column"
         raise DataError(row.place, f"no column {column!r} (columns: {', '.join(row.columns) or 'none'})", hint)
@@ -122,24 +132,51 @@ def _answered(columns: Mapping[str, Any]) -> str:
     return "" if end and isinstance(rejected, str) and rejected.startswith(first[:end]) else column
 
 
+def _held(columns: Mapping[str, Any], name: str) -> Any:
+    """Return what a column holds, or a field of an object in one; MISSING where there is none."""
+    if name in columns:
+        return columns[name]
+    outer, _, inner = name.partition(".")
+    found = columns.get(outer)
+    return _held(cast("Mapping[str, Any]", found), inner) if inner and isinstance(found, dict) else MISSING
+
+
 def _asked(row: RawRow, columns: Mapping[str, Any], column: str) -> Any:
-    """Return what a column holds, an instruction with what it is about."""
+    """Return what a column holds, a question or an instruction with what it is about."""
     value = _spoken(row, columns, column)
-    if column != "instruction" or not isinstance(value, str):
+    if column not in ASKING or not isinstance(value, str):
         return value
-    if columns.get("history"):
+    if column == "instruction" and columns.get("history"):
         what = "has former turns in the column 'history' beside its instruction"
         raise DataError(row.place, what, "write the conversation as messages")
-    about = {name: columns[name] for name in ABOUT if columns.get(name)}
+    about = {name: columns[name] for name in ABOUT if name != column and columns.get(name)}
     for name, text in about.items():
         if not isinstance(text, str):
-            raise DataError(row.place, f"column {name!r} holds {noun(text)}", "a string was expected")
-    return "\n\n".join([value, *(text for text in about.values() if text.strip())])
+            what = f"column {name!r}, which belongs to {column!r}, holds {noun(text)}"
+            raise DataError(row.place, what, "a string was expected; write both into one column 'prompt'")
+    asked = "\n\n".join([value, *(text for text in about.values() if text.strip() and text not in value)])
+    for name in CHOICES:
+        if unnamed := [text for text in _texts(columns.get(name)) if _folded(text) not in _folded(asked)]:
+            what = f"column {name!r} holds {unnamed[0]!r}, which is not in {column!r}, so the model would not read it"
+            raise DataError(row.place, what, "write both into one column 'prompt', or drop the column")
+    return asked
+
+
+def _texts(value: Any) -> list[str]:
+    """Return the texts in a nested value."""
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [text for each in cast("Iterable[Any]", inner) for text in _texts(each)]
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def _spoken(row: RawRow, columns: Mapping[str, Any], name: str) -> Any:
     """Return what a column holds, messages as such, also those in a text."""
-    value = columns[name]
+    value = _held(columns, name)
     if isinstance(value, str) and WRITTEN.match(value):
         try:
             value = msgspec.json.decode(value)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import msgspec
 
 from flowrl.config import Config, Meta, widen
-from flowrl.data.conversations import messages_of, noun, options_of, system_of, tools_of, with_system
+from flowrl.data.conversations import SYSTEM_ROLES, messages_of, noun, options_of, system_of, tools_of, with_system
 from flowrl.data.formats import NormalRow
 from flowrl.data.mixing import Mixture, split
 from flowrl.data.naming import prompt_column, with_names, with_prompt
@@ -75,7 +75,7 @@ class PromptData(Config):
     prompt_column: str = ""  # holds a string, or a list of messages; "": found out (see flowrl.data.naming)
     columns: dict[str, str] = {}  # other names of columns, for reward functions: `answer: solution`
     split: str = "train"  # of a hub data set; of a directory, the files and folders whose names begin so
-    subset: str = ""  # of a hub data set, where it has several
+    subset: str = ""  # of a hub data set, where it has several; of a directory, the folder of this name
     mix: list[PromptSource] = []  # several sources in place of the one above
     tasks: list[Task] = msgspec.field(default_factory=lambda: list(DEFAULT_TASKS))  # reasoning-gym only
     on_bad: Literal["stop", "skip"] = "stop"  # a row that cannot be used
@@ -332,6 +332,10 @@ def prompt_of(data: PromptData, row: RawRow) -> NormalRow:
         remedy = "set data.chat_template=true, or write the prompt as one string"
         raise DataError(row.place, "is a conversation but data.chat_template is false", remedy)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else messages_of(row, "prompt")
+    asked = [each for each in messages if each["role"] not in SYSTEM_ROLES]
+    if not asked or (asked[-1]["role"] == "user" and not asked[-1]["content"].strip()):
+        what = "the last message of the prompt is blank" if asked else "the prompt holds nothing but a system message"
+        raise DataError(row.place, what, "drop the row, or set data.on_bad=skip")
     messages = with_system(messages, system or data.system_prompt)
     return NormalRow(place=row.place, prompt=messages, tools=tools_of(row), template_options=options_of(row))
 

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from flowrl.data.conversations import Conversation
 
 NAN = float("nan")
+PLAIN = {"role", "content", "weight"}  # what a message has that says its content and nothing besides
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PREFIX_REMEDY = "set data.learn=last, or give data.chat_template a template with {% generation %} marks"
 # How a policy begins to think: <think>, [THINK], <|START_THINKING|>; what ends it is named alike.
@@ -107,7 +108,7 @@ class Renderer:
         """
         messages = self._said(row, cast("Conversation", row.prompt))
         if messages[-1]["role"] == "assistant":
-            remedy = "end it with the user's message; the policy writes the answer"
+            remedy = "end it with the user's message; what begins the policy's answer goes into a column answer_prefix"
             raise DataError(row.place, f"message {len(messages) - 1}, the last, is the assistant's", remedy)
         return self._render(row, messages, is_open=True) + prefix
 
@@ -255,7 +256,10 @@ class Renderer:
             roles = ", ".join(message["role"] for message in messages)
             some = "message to learn" if not turns else "message whose weight is not 0"
             raise DataError(row.place, f"has no assistant's {some} (roles: {roles})", "drop it")
-        if row.finish and learned == [len(messages) - 1] and set(messages[-1]) <= {"role", "content", "weight"}:
+        if blank := [k for k in learned if not messages[k]["content"].strip() and set(messages[k]) <= PLAIN]:
+            what = f"message {blank[0]}, the assistant's, is blank: an empty answer would be learned"
+            raise DataError(row.place, what, "drop the row, or give the message weight 0")
+        if row.finish and learned == [len(messages) - 1] and set(messages[-1]) <= PLAIN:
             opened = self._render(row, messages[:-1], is_open=True) if learned[0] else ""
             content = self._continued(opened, messages[-1]["content"])
             # What was cut within a character was not sampled as the sign that stands for half of it.
@@ -359,7 +363,7 @@ class Renderer:
         Where it is not the conversation's last and only the next message ends it, that is left out.
         """
         message = messages[-1]
-        content, is_plain = str(message["content"]), set(message) <= {"role", "content", "weight"}
+        content, is_plain = str(message["content"]), set(message) <= PLAIN
         own_end = self._own_end(message) if is_last else ""
         mouth = OPENER.search(opened)
         if is_last and is_plain and mouth and _closes(content, mouth):

@@ -13,6 +13,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
 import zlib
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import msgspec
 
-from flowrl.errors import DataError
+from flowrl.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
 
 TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # each also with .gz behind
 FORMATS = (*TEXT_FORMATS, ".parquet", ".arrow")
+SAVED = ("dataset_info.json", "state.json")  # what save_to_disk puts beside a data set's files
 NO_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})  # about data
 MAX_DEPTH = 64  # of lists and objects in one another: templates and encoders walk them by recursion
+UNHELD = (LookupError, OverflowError, ValueError)  # of what Arrow holds and Python does not: a key twice, the year 0
 MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8, as Windows writes it
 
 
@@ -60,10 +63,10 @@ def read_rows(source: str, *, split: str, subset: str, bad: Bad) -> Iterator[Raw
     path = Path(source).expanduser()
     if (path / "settings.yaml").is_file():  # a run: what its writer has written
         path = path / "data"
-    if path.exists() and subset:
+    if path.is_file() and subset:
         raise DataError(f"data {source}", f"lies here and has no subset {subset!r}", "leave data.subset out")
     if path.is_dir():
-        yield from _read_directory(path, split, bad)
+        yield from _read_directory(path, split, subset, bad)
     elif path.is_file():
         if split not in ("train", "") and _format(path) != ".json":  # which may hold several
             what = f"is one file, without a split {split!r}"
@@ -127,8 +130,11 @@ def _read_file(path: Path, split: str, bad: Bad) -> Iterator[RawRow]:
             raise DataError(f"data {path}", f"cannot be read ({error})", "write the file again") from error
 
 
-def _read_directory(path: Path, split: str, bad: Bad) -> Iterator[RawRow]:
-    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+def _read_directory(path: Path, split: str, subset: str, bad: Bad) -> Iterator[RawRow]:
+    if (path / "dataset_dict.json").is_file() or all((path / name).is_file() for name in SAVED):
+        if subset:
+            what = f"was written by save_to_disk and has no subset {subset!r}"
+            raise DataError(f"data {path}", what, "leave data.subset out")
         yield from _read_saved(path, split, bad)
         return
     names = sorted(each.relative_to(path) for each in path.rglob("*") if each.is_file() and _format(each) in FORMATS)
@@ -136,6 +142,7 @@ def _read_directory(path: Path, split: str, bad: Bad) -> Iterator[RawRow]:
     names = [name for name in names if name.name not in NO_DATA]
     if not names:
         raise DataError(f"data {path}", f"holds no file of {', '.join(FORMATS)}", "give a directory that does")
+    names = _of_subset(path, names, subset)
     chosen = [name for name in names if any(is_of_split(part, split) for part in name.parts)]
     if not chosen:
         found = ", ".join(map(str, names[:5]))
@@ -143,6 +150,22 @@ def _read_directory(path: Path, split: str, bad: Bad) -> Iterator[RawRow]:
         raise DataError(f"data {path}", f"no file or folder is named {split!r} or {split}-... (found {found})", remedy)
     for name in chosen:
         yield from _read_file(path / name, split, bad)
+
+
+def _of_subset(path: Path, names: list[Path], subset: str) -> list[Path]:
+    """Return the files of a subset: those in the folder of its name, as a copy of a data set from the hub has them."""
+    folders = list(dict.fromkeys(part for name in names for part in name.parts[:-1]))
+    if subset:
+        if subset not in folders:
+            what = f"has no folder {subset!r} (found {', '.join(folders) or 'none'})"
+            raise DataError(f"data {path}", what, "check data.subset, or leave it out")
+        return [name for name in names if subset in name.parts[:-1]]
+    card = (path / "README.md").read_text(errors="replace") if (path / "README.md").is_file() else ""
+    named = re.findall(r"^\s*-\s*config_name:\s*(\S+)\s*$", card, re.MULTILINE)
+    if len(several := [folder for folder in folders if folder in named]) > 1:
+        what = f"holds several subsets: {', '.join(several)}"
+        raise DataError(f"data {path}", what, "set data.subset to one of them")
+    return names
 
 
 # Text
@@ -232,6 +255,9 @@ def _read_table(path: Path, file: BinaryIO, delimiter: str, bad: Bad) -> Iterato
         names = [name.strip() for name in next(table, [])]
         if doubled := [name for name in names if names.count(name) > 1]:
             raise DataError(f"{path}:1", f"names the column {doubled[0]!r} twice", "rename one of them")
+        if len(names) == 1 and (marks := [mark for mark in ";|\t" if mark in names[0]]):
+            what = f"names one column, {names[0]!r}: is it {marks[0]!r} that separates them?"
+            raise DataError(f"{path}:1", what, "separate them by commas, or in a .tsv by tabs")
         before = table.line_num
         for cells in table:
             place, before = f"{path}:{before + 1}", table.line_num
@@ -276,15 +302,30 @@ def _read_arrow(path: Path, bad: Bad) -> Iterator[RawRow]:
 
 
 def _read_batches(path: Path, batches: Any, bad: Bad) -> Iterator[RawRow]:
-    rows = chain.from_iterable(batch.to_pylist(maps_as_pydicts="strict") for batch in batches)
-    yield from _number(str(path), rows, bad)
+    yield from _number(str(path), chain.from_iterable(_rows_of(path, batch) for batch in batches), bad)
+
+
+def _rows_of(path: Path, batch: Any) -> list[dict[str, Any] | Exception]:
+    """Return the rows of a batch, in the place of one that Python cannot hold the reason."""
+    if doubled := [name for name in batch.schema.names if batch.schema.names.count(name) > 1]:
+        raise DataError(f"data {path}", f"names the column {doubled[0]!r} twice", "rename one of them")
+    try:
+        return batch.to_pylist(maps_as_pydicts="strict")
+    except UNHELD as error:
+        if len(batch) == 1:
+            return [error]
+        return [row for place in range(len(batch)) for row in _rows_of(path, batch.slice(place, 1))]
 
 
 def _read_saved(path: Path, split: str, bad: Bad) -> Iterator[RawRow]:
     """Read what `datasets` wrote with save_to_disk."""
-    from datasets import Dataset, load_from_disk
+    from datasets import Dataset, disable_progress_bars, load_from_disk
 
-    found = load_from_disk(str(path))
+    disable_progress_bars()
+    try:
+        found = load_from_disk(str(path))
+    except (OSError, LookupError, ValueError) as error:
+        raise DataError(f"data {path}", f"cannot be read ({error})", "write it again by save_to_disk") from error
     if not isinstance(found, Dataset):
         if split not in found:
             raise DataError(
@@ -293,14 +334,16 @@ def _read_saved(path: Path, split: str, bad: Bad) -> Iterator[RawRow]:
         found = found[split]
     elif split not in ("train", "", str(found.split)):
         raise DataError(f"data {path}", f"is one data set, without a split {split!r}", "leave data.split out")
-    yield from _number(str(path), found, bad)
+    yield from _number(str(path), _as_stored(found), bad)
 
 
 def _read_hub(source: str, split: str, subset: str, bad: Bad) -> Iterator[RawRow]:
-    from datasets import load_dataset
+    from datasets import disable_progress_bars, load_dataset
+    from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HFValidationError, HTTPError
 
     where = f"data {source}"
+    disable_progress_bars()
     try:
         found = load_dataset(source, subset or None, split=split or "train")
     except (OSError, HTTPError) as error:
@@ -312,15 +355,23 @@ def _read_hub(source: str, split: str, subset: str, bad: Bad) -> Iterator[RawRow
         raise DataError(
             where, what, "check data.source; a split or subset goes to data.split or data.subset"
         ) from error
-    except ValueError as error:  # an unknown split, or a data set with several subsets
+    except (ValueError, RuntimeError, DatasetsError) as error:  # a split or subset, a script, a file that is damaged
         reason = str(error).splitlines()[0]
         raise DataError(where, f"cannot be loaded ({reason})", "set data.split or data.subset") from error
-    yield from _number(source, found, bad)
+    yield from _number(source, _as_stored(found), bad)
+
+
+def _as_stored(found: Any) -> Any:
+    """Return a data set's rows with all columns, none of them as tensors, and no picture or sound decoded."""
+    return found.with_format(None).to_iterable_dataset().decode(False)
 
 
 def _number(source: str, rows: Any, bad: Bad) -> Iterator[RawRow]:
     for number, row in enumerate(rows):
         place = f"{source} row {number}"
+        if isinstance(row, Exception):
+            bad(DataError(place, f"cannot be read ({one_line(str(row))})", "mend the row, or set data.on_bad=skip"))
+            continue
         columns = _jsonable(row, place)
         if flaw := _flaw(columns, place):
             bad(flaw)
@@ -334,9 +385,17 @@ def _number(source: str, rows: Any, bad: Bad) -> Iterator[RawRow]:
 def _jsonable(row: dict[str, Any], place: str) -> dict[str, Any]:
     """Return the row with dates, decimals and the like as JSON has them, bytes as they are: they are no text."""
     try:
-        return cast("dict[str, Any]", msgspec.to_builtins(row, str_keys=True, builtin_types=(bytes,)))
+        found = msgspec.to_builtins(row, str_keys=True, builtin_types=(bytes,), enc_hook=_written_time)
+        return cast("dict[str, Any]", found)
     except TypeError as error:
         raise DataError(place, f"a column cannot be sent to reward functions ({error})", "drop the column") from error
+
+
+def _written_time(value: Any) -> str:
+    """Return a time of pandas', which Arrow gives for those to the nanosecond, as JSON has times."""
+    if not hasattr(value, "isoformat"):
+        raise TypeError(f"a {type(value).__name__} is nothing that JSON has")
+    return str(value.isoformat())
 
 
 def _flaw(columns: dict[str, Any], place: str, *, num_brackets: int = 0) -> DataError | None:

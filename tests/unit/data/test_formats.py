@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flowrl.data.formats import detect, good_response, normalise
+from flowrl.data.formats import as_chat, detect, good_response, normalise
 from flowrl.data.naming import with_names
 from flowrl.data.sources import RawRow
 from flowrl.errors import DataError
@@ -19,6 +19,10 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": 
 
 def raw(**columns: Any) -> RawRow:
     return RawRow("a.jsonl:7", columns)
+
+
+def said(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": text}
 
 
 def normal(kind: Any = None, **columns: Any):
@@ -252,6 +256,32 @@ def test_rows_of_a_data_set_are_all_written_alike():
     with pytest.raises(DataError, match=r"are not those of prompt-completion"):
         normalise(raw(text="a"), format, "prompt-completion")
     assert normalise(raw(prompt="a", completion="b", label=False), format, "prompt-completion").labels == []
+
+
+@pytest.mark.parametrize("field", ["masked", "train_on", "is_learned", "loss_scale", "train_detail"])
+def test_a_field_that_may_say_what_is_learned_is_read_or_refused(field: str):
+    with pytest.raises(DataError, match=f"message 1 has {field}, which nothing here reads; write weight"):
+        normal(messages=[said("user", "a"), {**said("assistant", "b"), field: False}])
+    (found,) = normal(messages=[said("user", "a"), {**said("assistant", "b"), "training": False}]).responses
+    assert found[1] == {**said("assistant", "b"), "weight": 0}
+
+
+def test_a_prompt_ends_with_the_one_who_asks():
+    with pytest.raises(DataError, match="column 'prompt': message 1, the last, is the assistant's"):
+        normal(prompt=[said("user", "a"), said("assistant", "b")], completion=[said("assistant", "c")])
+
+
+def test_strings_that_say_who_speaks_become_chat():
+    shared = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: 2+2?\n\nAssistant:"
+    pair = as_chat(normal(chosen=f"{shared} 4", rejected=f"{shared} 5\n\n6"))
+    assert pair.prompt == [said("user", "hi"), said("assistant", "hello"), said("user", "2+2?")]
+    assert pair.responses == [[said("assistant", "4")], [said("assistant", "5\n\n6")]]
+    as_strings = detect(raw(chosen=f"{shared} 4", rejected=f"{shared} 5"))
+    assert good_response(pair, as_strings).responses == pair.responses[:1]
+    (whole,) = as_chat(normal(text="\n\nHuman: hi\n\nAssistant: yo")).responses
+    assert whole == [said("user", "hi"), said("assistant", "yo")]
+    with pytest.raises(DataError, match="nor says who speaks"):
+        as_chat(normal(chosen="a b", rejected="a c"))
 
 
 def test_a_label_beside_messages_judges_the_last_of_them():

@@ -169,6 +169,9 @@ BAD_ROWS: list[tuple[list[Any], dict[str, Any], list[str]]] = [
     ([{"prompt": "x" * 50}], {"chat_template": False, "max_prompt_tokens": 49}, [":1", "has 50 tokens", "is 49"]),
     ([{"prompt": [{"role": "user", "content": "a"}]}], {"chat_template": False}, [":1", "is a conversation"]),
     ([{"prompt": [{"role": "user"}]}], {}, [":1", "message 0", "role and content"]),
+    ([{"prompt": [{"role": "user", "content": " "}]}], {}, [":1", "the last message of the prompt is blank"]),
+    ([{"prompt": [{"role": "system", "content": "a"}]}], {}, [":1", "holds nothing but a system message"]),
+    ([{"Question": "a"}], {}, [":1", "did you mean data.prompt_column=Question?"]),
     (
         [{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}],
         {},

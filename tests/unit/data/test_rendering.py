@@ -103,7 +103,7 @@ def by_hand(tokenizer: Any, messages: list[dict[str, Any]], *, learns_all: bool 
 def test_mask_is_that_of_a_conversation_put_together_by_hand(tokenizer, template, learns_all, seed):
     draw = random.Random(seed)
     roles = draw.choices(["system", "user", "assistant", "tool"], k=draw.randint(1, 7))
-    words = ["a", "two words", "\nline\n", "émile", "\N{GRINNING FACE}", " "]
+    words = ["a", "two words", "\nline\n", "émile", "\N{GRINNING FACE}", " a "]
     messages = [said(role, draw.choice(words)) for role in ["user", *roles, "assistant", *roles[:1]]]
     found = renderer(tokenizer, template=template, learns_all=learns_all).encode(row(messages=messages))
     assert found == by_hand(tokenizer, messages, learns_all=learns_all)
@@ -344,6 +344,17 @@ def test_step_label_stands_on_the_last_token_of_its_step(tokenizer):
     assert plain.step_labels == chat.step_labels
     assert plain.step_labels == [pytest.approx(expected, nan_ok=True)]
     assert tokenizer.decode(chat.prompt_ids).endswith("<|im_start|>assistant\n")
+
+
+def test_a_blank_answer_is_not_learned(tokenizer):
+    blank = [said("user", "a"), said("assistant", " \n"), said("user", "b"), said("assistant", "c")]
+    with pytest.raises(DataError, match="message 1, the assistant's, is blank: an empty answer would be learned"):
+        renderer(tokenizer).encode(row(messages=blank))
+    unweighted = [blank[0], {**blank[1], "weight": 0}, *blank[2:]]
+    for messages, learns_all in ((unweighted, True), (blank, False)):
+        found = renderer(tokenizer, learns_all=learns_all).encode(row(messages=messages))
+        (mask,) = found.masks or [[1] * len(found.responses[0])]
+        assert tokenizer.decode([k for k, m in zip(found.responses[0], mask, strict=True) if m]) == "c<|im_end|>"
 
 
 def test_string_needs_an_eos_token():

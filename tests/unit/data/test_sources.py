@@ -48,6 +48,27 @@ def test_bytes_are_no_text_and_a_map_is_an_object(tmp_path):
     assert row.columns == {"image": b"abc", "options": {"enable_thinking": False}}
 
 
+@pytest.mark.slow  # imports pyarrow, and pandas for nanoseconds
+def test_what_python_cannot_hold_as_it_is_stands_for_itself_or_is_a_bad_row(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    times = pa.array([1577934245123456789, 0, None], pa.timestamp("ns"))
+    maps = pa.array([[("a", 1)], [("a", 1), ("a", 2)], []], pa.map_(pa.string(), pa.int64()))
+    pq.write_table(pa.table({"time": times, "map": maps}), tmp_path / "x.parquet")
+    said: list[str] = []
+    rows = list(read_rows(f"{tmp_path}/x.parquet", split="", subset="", bad=lambda error: said.append(str(error))))
+    assert [row.columns for row in rows] == [
+        {"time": "2020-01-02T03:04:05.123456789", "map": {"a": 1}}, {"time": None, "map": {}}
+    ]  # fmt: skip
+    assert len(said) == 1
+    assert "x.parquet row 1: cannot be read (" in said[0]
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"])
+    pq.write_table(twice, tmp_path / "y.parquet")
+    with pytest.raises(DataError, match="names the column 'prompt' twice"):
+        read(tmp_path / "y.parquet")
+
+
 @pytest.mark.slow
 def test_damaged_parquet_file_is_named(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1 but not really")
@@ -158,6 +179,39 @@ def test_the_files_of_a_split_are_told_by_whole_words(tmp_path):
     assert sorted(row.columns["prompt"] for row in read(tmp_path)) == sorted(names)
 
 
+def test_a_directory_s_subset_is_its_folder_and_is_asked_for_where_its_card_names_several(tmp_path):
+    for name in ("main/train-0.jsonl", "main/test-0.jsonl", "other/train-0.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"prompt": name}) + "\n")
+    assert [row.columns["prompt"] for row in read(tmp_path / "main")] == ["main/train-0.jsonl"]
+    assert len(read(tmp_path)) == 2
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: main\n  x: y\n- config_name: other\n---\n")
+    with pytest.raises(DataError, match=r"holds several subsets: main, other; set data\.subset to one of them"):
+        read(tmp_path)
+    found = read_rows(str(tmp_path), split="train", subset="main", bad=lambda _: None)
+    assert [row.columns["prompt"] for row in found] == ["main/train-0.jsonl"]
+    with pytest.raises(DataError, match=r"has no folder 'mane' \(found main, other\)"):
+        list(read_rows(str(tmp_path), split="train", subset="mane", bad=lambda _: None))
+
+
+@pytest.mark.slow
+def test_a_saved_data_set_is_read_as_it_is_stored(tmp_path):
+    from datasets import Dataset, Features, Image, Value
+
+    columns = {"prompt": ["a", "b"], "picture": [{"bytes": b"no image", "path": None}] * 2, "n": [1, 2]}
+    features = Features({"prompt": Value("string"), "picture": Image(), "n": Value("int64")})
+    found = Dataset.from_dict(columns, features=features).select([1, 0])
+    found.set_format("numpy", columns=["n"])
+    found.save_to_disk(str(tmp_path / "saved"))
+    picture = {"bytes": b"no image", "path": None}
+    assert [row.columns for row in read(tmp_path / "saved")] == [
+        {"prompt": "b", "picture": picture, "n": 2}, {"prompt": "a", "picture": picture, "n": 1}
+    ]  # fmt: skip
+    next((tmp_path / "saved").glob("*.arrow")).write_bytes(b"junk")
+    with pytest.raises(DataError, match=r"saved: cannot be read \(.*; write it again by save_to_disk"):
+        read(tmp_path / "saved")
+
+
 def test_a_split_or_subset_that_a_file_cannot_have_is_refused(jsonl):
     source = jsonl([{"prompt": "a"}])
     with pytest.raises(DataError, match=r"is one file, without a split 'test'; leave data\.split out"):
@@ -173,6 +227,7 @@ def test_a_split_or_subset_that_a_file_cannot_have_is_refused(jsonl):
         ("x.csv", "prompt\na".encode("utf-16-le"), "x.csv: is UTF-16"),
         ("x.csv", "prompt\nä".encode("latin-1"), "x.csv: is not UTF-8"),
         ("x.csv", b'prompt\na\n"open\n', "x.csv:3: is not a table"),
+        ("x.csv", b"prompt;answer\na;b\n", "x.csv:1: names one column, 'prompt;answer': is it ';' that"),
         ("x.csv", b"a,a\n1,2\n", "x.csv:1: names the column 'a' twice"),
         ("x.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], "x.jsonl.gz: cannot be read"),
         ("x.json", b'{"prompt": "a"}', "holds one object, with prompt"),
