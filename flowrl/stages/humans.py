@@ -6,8 +6,8 @@ per answer that was shown, or is rejected as filtered with the reason. The reaso
 `deadline_s`, somebody flagged it, or there was nothing to compare. Where the graph has a use for it (`passes`), what
 nobody judged goes on with scores of 0, told apart by the metric `judged`. At most `in_flight` groups wait for people at
 a time; a judgment counts once it could be taken back for `undo_s`; what is on the disk counts for a group that is
-issued again, so that nobody is asked twice. Waiting for people is charged as waiting for input, and to the runtime is
-no stall.
+issued again, so that nobody is asked twice. A judgment that comes too late for its group is kept for export, and how
+many did is said. Waiting for people is charged as waiting for input, and to the runtime is no stall.
 
 Tests: tests/unit/stages/test_humans.py
 """
@@ -15,13 +15,26 @@ Tests: tests/unit/stages/test_humans.py
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
 from flowrl.config import Meta
-from flowrl.data.judgments import JUDGMENTS, PRIVATE, QUESTIONS, Closed, Judgment, Said, Tail, Way, ask, worths
+from flowrl.data.judgments import (
+    JUDGMENTS,
+    PRIVATE,
+    QUESTIONS,
+    Closed,
+    Judgment,
+    Question,
+    Said,
+    Tail,
+    Way,
+    ask,
+    worths,
+)
 from flowrl.errors import ConfigError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import PassesOn
@@ -32,7 +45,9 @@ from flowrl.telemetry.events import Cause
 from flowrl.telemetry.files import RecordFile
 
 if TYPE_CHECKING:
-    from flowrl.data.judgments import Ended, Question
+    from collections.abc import Iterable
+
+    from flowrl.data.judgments import Ended
     from flowrl.graph.simulated import Costs
     from flowrl.graph.stage import Context, Say
 
@@ -148,6 +163,11 @@ class _Board:
         self._seen_s: dict[str, float] = {}  # when the last judgment of a question was first seen
         self._waiting: dict[str, asyncio.Future[tuple[list[Judgment], Ended]]] = {}
         self._num_unjudged = 0
+        asked = Tail(context.run_dir / QUESTIONS, Question | Closed).read()
+        self._ended = {each.id: each.how for each in asked if isinstance(each, Closed)}
+        self._late: set[str] = set()  # judged too late, or by too few
+        self._note_late(self._said.by_question)
+        self._num_told = 0
 
     async def judged(self, question: Question) -> tuple[list[Judgment], Ended]:
         """Ask, and return what was said until it was enough, or until the deadline."""
@@ -158,16 +178,28 @@ class _Board:
             await self._tell()
             try:
                 with context.clock.charge(Cause.WAIT_INPUT):
-                    async with asyncio.timeout(self._config.deadline_s):
-                        found = await self._waiting[question.id]
-            except TimeoutError:
-                found = [], "unjudged"
-                self._count_unjudged()
+                    found = await self._within(self._config.deadline_s, question.id)
+                    if found is None and len(self._said.of(question.id)) >= self._config.raters:
+                        # It was said in time, but may still be taken back.
+                        found = await self._within(self._config.undo_s + 2 * LOOK_S, question.id)
             finally:
                 del self._waiting[question.id]
+            if found is None:
+                found = [], "unjudged"
+                self._count_unjudged()
             await self._tell()
         self._write(Closed(id=question.id, how=found[1], time_s=context.now()))
+        self._ended[question.id] = found[1]
+        self._late.discard(question.id)
+        self._note_late([question.id])
         return found
+
+    async def _within(self, limit_s: float, question: str) -> tuple[list[Judgment], Ended] | None:
+        """Return what was said within so many seconds; None where it was not enough."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                return await asyncio.shield(self._waiting[question])
+        return None
 
     async def look_on(self) -> None:
         """Look at what people said, and let those go whose questions are judged."""
@@ -177,6 +209,9 @@ class _Board:
             for judgment in new:
                 self._said.add(judgment)
                 self._seen_s[judgment.question] = self._context.now()
+            self._note_late([judgment.question for judgment in new])
+            if new and len(self._late) > 2 * self._num_told:  # 1, 3, 7, 15, ...
+                self._tell_late()
             for question, future in self._waiting.items():
                 found = self._enough(question)
                 if found is not None and not future.done():
@@ -200,6 +235,16 @@ class _Board:
             )
             self._context.notice(f"{what}; open flowrl feedback {self._context.run_dir}, or raise humans.deadline_s")
 
+    def _note_late(self, judged: Iterable[str]) -> None:
+        """Take note of those questions that training went on without, for all that was said about them."""
+        self._late |= {each for each in judged if self._ended.get(each) == "unjudged" and self._said.of(each)}
+
+    def _tell_late(self) -> None:
+        self._num_told = len(self._late)
+        what = f"{self._num_told} groups were judged too late or by too few, and what was said is kept"
+        remedy = f"flowrl feedback {self._context.run_dir} --export trl writes it as data for training"
+        self._context.notice(f"{what}: {remedy}")
+
     async def _tell(self) -> None:
         count = len(self._waiting)
         text = f"people, for {count} answers to judge (flowrl feedback {self._context.run_dir})" if count else ""
@@ -210,4 +255,6 @@ class _Board:
 
     def close(self) -> None:
         """Let the files go."""
+        if len(self._late) > self._num_told:
+            self._tell_late()
         self._questions.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -32,30 +33,37 @@ def asking(**config: object) -> Graph:
     return graph(steps=4, per_step=3, max_staleness=1, judge=Humans(msgspec.convert(config, Humans.Config)))
 
 
-async def _rater(run_dir: Path, ignored: int) -> None:
-    """Prefer the longer answer, or of equals the greater; leave every group alone that `ignored` divides."""
+async def _rater(run_dir: Path, ignored: int, late_s: float) -> None:
+    """Prefer the longer answer, or of equals the greater; of groups that `ignored` divides only after `late_s`."""
+    left_for: list[tuple[float, Question]] = []
     tail, file = Tail(run_dir / QUESTIONS, Question | Closed), JudgmentFile(run_dir / JUDGMENTS, now=lambda: 0.0)
     try:
         while True:
             await asyncio.sleep(THINKS_S)
-            for question in tail.read():
-                if isinstance(question, Question) and (not ignored or question.group % ignored):
-                    left, right = question.answers
-                    verdict = "left" if (len(left), left) > (len(right), right) else "right"
-                    key = f"{question.group}"
-                    file.add(Judgment(key=key, question=question.id, rater="ann", verdict=verdict))
-                    file.add(Judgment(key=key, question=question.id, rater="ann", verdict=verdict))
+            now_s = asyncio.get_running_loop().time()
+            asked = [question for question in tail.read() if isinstance(question, Question)]
+            left_for += [(now_s + late_s, question) for question in asked if ignored and not question.group % ignored]
+            due = [question for at_s, question in left_for if at_s <= now_s]
+            left_for = [each for each in left_for if each[0] > now_s]
+            for question in [*due, *(each for each in asked if not ignored or each.group % ignored)]:
+                left, right = question.answers
+                verdict = "left" if (len(left), left) > (len(right), right) else "right"
+                key = f"{question.group}"
+                file.add(Judgment(key=key, question=question.id, rater="ann", verdict=verdict))
+                file.add(Judgment(key=key, question=question.id, rater="ann", verdict=verdict))
     finally:
         file.close()
 
 
-def judged(run_dir: Path, made: Graph, *, ignored: int = 0, is_there: bool = True) -> list[Event]:
+def judged(
+    run_dir: Path, made: Graph, *, ignored: int = 0, late_s: float = math.inf, is_there: bool = True
+) -> list[Event]:
     """Run a flow whose rater is there, or has been."""
     events: list[Event] = []
     options = LocalOptions(run_dir=run_dir, is_virtual=True, consume=events.extend, stall_timeout_s=100.0)
 
     async def both() -> None:
-        rating = asyncio.ensure_future(_rater(run_dir, ignored)) if is_there else None
+        rating = asyncio.ensure_future(_rater(run_dir, ignored, late_s)) if is_there else None
         try:
             await run_local(made, options)
         finally:
@@ -98,3 +106,15 @@ def test_what_was_said_before_a_crash_counts_after_it_and_nobody_is_asked_again(
     said = {each.question for each in Tail(tmp_path / JUDGMENTS, Judgment).read()}
     assert not {question.id for question in asked} & said
     assert sum(entry.event == "learned" for entry in read_entries(tmp_path / "ledger.jsonl")) == 12
+
+
+@pytest.mark.slow
+def test_what_is_said_too_late_is_kept_and_told_and_what_is_said_in_time_counts(tmp_path: Path) -> None:
+    made = asking(deadline_s=4.0, undo_s=2.5)  # said after 3 s, it may be taken back until 5.5 s
+    events = judged(tmp_path, made, ignored=4, late_s=6.0)
+    ended = Counter((entry.event, entry.reason) for entry in read_entries(tmp_path / "ledger.jsonl"))
+    assert ended["learned", ""] == 12
+    late = [event.text for event in events if isinstance(event, Notice) and "too late" in event.text]
+    assert late[-1].startswith(f"{ended['filtered', 'not judged within 4 s']} groups were judged too late")
+    assert "--export trl" in late[-1]
+    assert len(Tail(tmp_path / JUDGMENTS, Judgment).read()) == sum(ended[key] for key in ended if key[0] != "admitted")
