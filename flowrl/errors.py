@@ -178,7 +178,15 @@ def _let_go(stream: TextIO) -> None:
         os.close(null)
 
 
+BRIEF_CHARS = 300
+
+
 def shortened(text: str, most: int) -> str:
     """Return text on one line and of `most` characters at most; a text that was cut ends in "..."."""
     flat = " ".join(printable(text).split())
     return flat if len(flat) <= most else flat[: most - 3] + "..."
+
+
+def said_briefly(error: BaseException) -> str:
+    """Return an error's kind and text as one short line."""
+    return shortened(f"{type(error).__name__}: {error}", BRIEF_CHARS)

@@ -34,9 +34,9 @@ from flowrl.rewards.judging import VERDICT, WHO
 from flowrl.runs.answering import digest_of, for_each
 from flowrl.runs.judged import Lines, answer_all, given, judging, length_note, order_note, settle
 from flowrl.runs.results import Answers, Results, Score, conclude, directory
-from flowrl.runs.scores import bootstrap, difference_of, score_of
 from flowrl.runs.win_rates import LengthControl, raw, read_gamed
 from flowrl.telemetry.files import replace_file
+from flowrl.telemetry.scores import bootstrap, difference_of, score_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

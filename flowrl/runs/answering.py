@@ -27,7 +27,7 @@ from flowrl.data.models import inspect_model, prepare_model
 from flowrl.data.prompts import load_tokenizer
 from flowrl.data.rendering import Renderer
 from flowrl.engines.base import GenerationConfig, Serving
-from flowrl.errors import ConfigError, DataError, shortened
+from flowrl.errors import ConfigError, DataError, said_briefly
 from flowrl.rewards.chat import ChatServer, chatting
 from flowrl.rewards.http import check_server
 from flowrl.runtime.devices import num_cores
@@ -45,7 +45,6 @@ Answer = Callable[..., Awaitable[str]]  # (messages, temperature=, max_tokens=, 
 MOST_CONTEXT = 4096  # tokens, where nothing else is set
 CONNECT_S = 5.0
 SAY_EVERY_S = 10.0
-SHOWN_CHARS = 300
 
 
 class EvalRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -226,8 +225,3 @@ def short_name(target: str) -> str:
     if is_url(target):
         return urlsplit(target).netloc.replace(":", "-")
     return Path(target).resolve().name
-
-
-def said_briefly(error: BaseException) -> str:
-    """Return an error's kind and text as one short line."""
-    return shortened(f"{type(error).__name__}: {error}", SHOWN_CHARS)

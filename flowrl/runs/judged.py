@@ -23,8 +23,8 @@ from flowrl.rewards.chat import ChatServer, chatting, check_chat
 from flowrl.rewards.http import Unreachable
 from flowrl.rewards.judging import correlated
 from flowrl.runs.answering import Prepared, Progress, answering, check_reachable, for_each, is_url, prepare, short_name
-from flowrl.runs.scores import wilson
 from flowrl.telemetry.files import RecordFile, read_file, replace_file
+from flowrl.telemetry.scores import wilson
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence

@@ -33,7 +33,7 @@ from flowrl.rewards.judging import WHO
 from flowrl.runs.answering import digest_of, for_each
 from flowrl.runs.judged import Lines, answer_all, given, judging, length_note, order_note, rows_in, settle
 from flowrl.runs.results import Answers, Results, Score, conclude, directory
-from flowrl.runs.scores import mean_difference, mean_over
+from flowrl.telemetry.scores import mean_difference, mean_over
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

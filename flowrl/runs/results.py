@@ -3,7 +3,7 @@
 Invariants: two models are compared on the same items, pair by pair, and "better" is said only where the interval leaves
 out 0; results.json is whole or not there. Called by runs/evaluation.py, mt_bench.py and alpaca_eval.py.
 
-Tests: tests/unit/runs/test_scores.py
+Tests: tests/unit/telemetry/test_scores.py
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowrl.errors import DataError, ResourceError, one_line
-from flowrl.runs.scores import Aggregate, Bounds, difference_of
 from flowrl.telemetry.files import new_file
+from flowrl.telemetry.scores import Aggregate, Bounds, difference_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -11,7 +11,8 @@ import pytest
 
 from flowrl.cli import main
 from flowrl.runs.answering import EvalRequest
-from flowrl.runs.evaluation import evaluate, load_tasks, run_tasks
+from flowrl.runs.evaluation import evaluate
+from flowrl.stages.benchmarks import load_tasks, run_tasks
 from tests.support.tiny import tiny_model
 
 if TYPE_CHECKING:
@@ -73,7 +74,9 @@ def test_scores_are_those_of_lm_eval_alone(tmp_path: Path, monkeypatch: pytest.M
     import flowrl.runs.evaluation as evaluation
 
     seen: list[Any] = []
-    monkeypatch.setattr(evaluation, "run_tasks", lambda *given: seen.append(run_tasks(*given)) or seen[-1])
+    monkeypatch.setattr(
+        evaluation, "run_tasks", lambda *given, **told: seen.append(run_tasks(*given, **told)) or seen[-1]
+    )
     model, tasks = tiny_model(tmp_path / "model"), task_files(tmp_path / "tasks")
     request = EvalRequest(
         target=str(model),
@@ -85,8 +88,8 @@ def test_scores_are_those_of_lm_eval_alone(tmp_path: Path, monkeypatch: pytest.M
     found = evaluate(request, said.append)
     gc.collect()
     alone = run_tasks(
-        get_model("hf").create_from_arg_obj({**HF, "pretrained": str(model)}), load_tasks([str(tasks)]), request,
-        tmp_path / "alone.db",
+        get_model("hf").create_from_arg_obj({**HF, "pretrained": str(model)}), load_tasks([str(tasks)]), limit=0,
+        seed=request.seed,
     )  # fmt: skip
     assert recorded(seen[0]) == recorded(alone)
     assert len({text for name, _, text, _ in recorded(alone) if name == "own_write"}) > 1
@@ -108,7 +111,7 @@ def test_scores_are_those_of_lm_eval_alone(tmp_path: Path, monkeypatch: pytest.M
         (["MODEL", "--tasks", "no_such_task_at_all"], "lm-eval has no task 'no_such_task_at_all'"),
         (["MODEL", "--tasks", "missing.yaml"], "missing.yaml is not there"),
         (["MODEL", "--tasks", "EMPTY"], "holds no YAML file"),
-        (["MODEL", "--tasks", "TASKS", "--limit", "-1"], "--limit: -1 items"),
+        (["MODEL", "--tasks", "TASKS", "--limit", "-1"], "--limit: -1 is not a number of items"),
         (["MODEL", "--tasks", "TASKS", "--set", "max_model_len=4096"], "has a context of 512"),
         (["URL", "--tasks", "TASKS", "--model", "m", "--chat"], "does not answer"),
         (["URL", "--tasks", "TASKS", "--chat"], "--model: is not given"),

@@ -2,7 +2,8 @@
 
 Invariants: texts become tokens, prompts are cut and answers end as in lm-eval's `hf` model, so that scores agree with
 it; every answer is kept as soon as it is there (lm-eval's cache), so that an evaluation that was cut off goes on.
-Called by runs/evaluation.py; imports lm-eval, which is an extra.
+Called by runs/evaluation.py, and by the Evaluator, whose answers come over the graph's edges; imports lm-eval, which is
+an extra.
 
 Tests: tests/contracts/test_evaluation.py
 """
@@ -10,37 +11,48 @@ Tests: tests/contracts/test_evaluation.py
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from flowrl.errors import ConfigError
-from flowrl.runs.answering import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
-    from flowrl.engines.vllm_answers import AnsweringVllm
-
 DEFAULT_TOKENS = 256  # of an answer, where a task leaves it open; as lm-eval's own models
+
+
+class Answerer(Protocol):
+    """Whoever scores tokens and writes answers (engines/vllm_answers.py says how)."""
+
+    async def score(self, token_ids: Sequence[int]) -> tuple[list[float], list[bool]]: ...
+
+    async def complete(self, prompt_ids: Sequence[int], *, until: list[str], **sampling: Any) -> list[int]: ...
+
+
+def _unseen(what: str, total: int) -> Callable[[], None]:
+    return lambda: None
 
 
 class EngineLM(TemplateLM):
     """A language model as lm-eval asks it."""
 
     def __init__(
-        self, engine: AnsweringVllm, tokenizer: Any, run: Callable[[Coroutine[Any, Any, Any]], Any],
-        say: Callable[[str], None], *, seed: int,
+        self, engine: Answerer, tokenizer: Any, run: Callable[[Coroutine[Any, Any, Any]], Any], *, seed: int,
+        max_length: int, at_once: int, progress: Callable[[str, int], Callable[[], None]] = _unseen,
     ) -> None:  # fmt: skip
+        """`progress` is told what is asked and how much of it, and gives what is called for each that is done."""
         super().__init__()
         self.tokenizer = tokenizer
         self._engine = engine
         self._run = run  # on the engine's event loop
-        self._say = say
+        self._progress = progress
         self._seed = seed
-        self._max_length = engine.config.max_model_len
+        self._max_length = max_length  # tokens of a question and its answer
+        self._at_once = at_once
 
     @property
     def eot_token_id(self) -> int:
@@ -144,16 +156,16 @@ class EngineLM(TemplateLM):
         return text
 
     def _all(self, what: str, asking: list[Coroutine[Any, Any, Any]]) -> list[Any]:
-        """Return what each gives, in order; at most a few times what is decoded together is under way."""
+        """Return what each gives, in order; at most `at_once` are under way."""
 
         async def together() -> list[Any]:
-            room = asyncio.Semaphore(2 * self._engine.config.max_running)
-            progress = Progress(what, len(asking), self._say)
+            room = asyncio.Semaphore(self._at_once)
+            step = self._progress(what, len(asking))
 
             async def one(coroutine: Awaitable[Any]) -> Any:
                 async with room:
                     result = await coroutine
-                progress.step()
+                step()
                 return result
 
             try:

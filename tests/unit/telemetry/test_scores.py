@@ -10,7 +10,7 @@ import pytest
 
 from flowrl.errors import DataError
 from flowrl.runs.results import Answers, Results, Score, differences, table
-from flowrl.runs.scores import difference_of, mean_difference, mean_over, score_of, wilson
+from flowrl.telemetry.scores import difference_of, mean_difference, mean_over, score_of, wilson
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -6,7 +6,7 @@
 
 Invariant: the same values and seed give the same interval. Called by runs/results.py and whoever evaluates.
 
-Tests: tests/unit/runs/test_scores.py
+Tests: tests/unit/telemetry/test_scores.py
 """
 
 from __future__ import annotations
