@@ -216,6 +216,8 @@ def _parser() -> argparse.ArgumentParser:
     feedback = commands.add_parser("feedback", help="serve a page at which people judge a run's answers")
     feedback.add_argument("run", type=Path, help="the run's directory; it may be running still")
     feedback.add_argument("--host", default="127.0.0.1", help="to listen on (default: 127.0.0.1, this machine alone)")
+    feedback.add_argument("--name", action="append", default=[], metavar="HOST",
+                          help="another name that browsers ask for, such as a proxy's; may be repeated")  # fmt: skip
     feedback.add_argument("--port", type=int, default=8791, help="to listen on; 0: any (default: 8791)")
     way = "how recorded rollouts are judged; a humans node says it itself"
     feedback.add_argument("--way", choices=["pairs", "ratings"], default="pairs", help=way)
@@ -399,7 +401,7 @@ def _feedback(options: argparse.Namespace) -> int:
         return 0
     from flowrl.runs.feedback.server import serve
 
-    serve(options.run, host=options.host, port=options.port, way=options.way, say=_say)
+    serve(options.run, host=options.host, port=options.port, way=options.way, say=_say, names=options.name)
     return 0
 
 

@@ -55,11 +55,13 @@ def _picked(data: Columns, annotations: list[Any]) -> Iterator[str | int]:
     for annotation in annotations:
         if not isinstance(annotation, dict) or annotation.get("was_cancelled"):
             continue
-        for result in cast("list[Any]", annotation.get("result") or []):
+        results = annotation.get("result")
+        for result in cast("list[Any]", results) if isinstance(results, list) else []:
             if isinstance(result, dict) and result.get("type") == "pairwise":
                 names = str(result.get("to_name", "")).split(",")
                 are_data = len(names) == 2 and all(name in data for name in names)
-                selected = cast("Columns", result.get("value") or {}).get("selected")
+                value = result.get("value")
+                selected = cast("Columns", value).get("selected") if isinstance(value, dict) else None
                 if selected in SIDES:
                     yield names[SIDES.index(selected)] if are_data else SIDES.index(selected)
 
@@ -75,7 +77,7 @@ def _ranked(responses: Columns) -> Iterator[str]:
             elif isinstance(value, list) and value and all(isinstance(each, str) for each in cast("list[Any]", value)):
                 yield value[0]
             elif isinstance(value, list):
-                ranks = {each.get("value"): each.get("rank") for each in value if isinstance(each, dict)}
-                first = [name for name, rank in ranks.items() if rank == 1]
-                if len(first) == 1 and isinstance(first[0], str):
-                    yield first[0]
+                ranked = [each for each in value if isinstance(each, dict) and isinstance(each.get("value"), str)]
+                first = {each["value"] for each in ranked if each.get("rank") == 1}
+                if len(first) == 1:
+                    yield first.pop()

@@ -157,8 +157,9 @@ def test_who_sends_half_a_request_holds_no_connection(tmp_path: Path, monkeypatc
     monkeypatch.setattr(server, "BODY_S", 0.1)
     asking_run(tmp_path / "run", [("a", "b")])
     judgments = JudgmentFile(tmp_path / "run" / JUDGMENTS, now=lambda: 0.0)
-    page = server.Page(tmp_path / "run", Questions(tmp_path / "run"), judgments, "token")
-    head = "POST /api/next HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer token\r\nContent-Length: 9\r\n\r\nhalf"
+    names = server.Names("127.0.0.1")
+    page = server.Page(tmp_path / "run", Questions(tmp_path / "run"), judgments, "token", names)
+    head = "POST /api/next HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer token\r\nContent-Length: 9\r\n\r\nhalf"
 
     async def tried() -> bytes:
         async with TestServer(page.application()) as running:

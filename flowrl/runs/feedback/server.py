@@ -1,10 +1,12 @@
 """The server behind `flowrl feedback`: three files and three calls, on a port of this machine.
 
 Invariants: a call without the run's token is refused, compared in constant time; the token stands in the URL behind
-`#`, which no browser sends; a body has at most `MOST_BYTES` and arrives within `BODY_S`, and at most `MOST_CONNECTIONS`
-and a few are open; what answers hold becomes text and the few tags of Markdown, without links or pictures, under a
-policy that lets no other script run and nothing be fetched from elsewhere; a judgment is acknowledged after it is on
-the disk, and the token outlives the process, so that a page whose server was killed goes on with the next one.
+`#`, which no browser sends; whoever comes by another name than the page was opened for is refused, so that no site
+which has its own name lead here reaches it (DNS rebinding); a body has at most `MOST_BYTES` and arrives within
+`BODY_S`, and at most `MOST_CONNECTIONS` and a few are open; what answers hold becomes text and the few tags of
+Markdown, without links or pictures, under a policy that lets no other script run and nothing be fetched from elsewhere;
+a judgment is acknowledged after it is on the disk, and the token outlives the process, so that a page whose server was
+killed goes on with the next one.
 
 Tests: tests/contracts/test_feedback_page.py
 """
@@ -12,11 +14,15 @@ Tests: tests/contracts/test_feedback_page.py
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
+import ipaddress
 import secrets
+import socket
 import time
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -26,7 +32,7 @@ from flowrl.runs.feedback.questions import Questions
 from flowrl.telemetry.files import read_file, replace_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from aiohttp import web
@@ -40,6 +46,8 @@ BACKLOG = 8  # accepted at once, before any of them is counted
 MOST_SHOWN = 20_000  # characters of a prompt or an answer
 TOKEN = "feedback.token"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+EVERYWHERE = ("0.0.0.0", "::", "")  # what is listened on is the user's to say
+MOST_NAME = 100  # characters of a name that are repeated
 FILES = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -56,6 +64,29 @@ HEADERS = {
 }
 
 
+class Names(msgspec.Struct, frozen=True):
+    """The names by which a page may be asked for."""
+
+    host: str  # that it listens on
+    others: list[str] = []  # of a proxy before it, say
+
+    def hold(self, header: str) -> bool:
+        """Return whether a request's Host header, whatever its port, is one of them.
+
+        An address is this machine's own or that of a tunnel's end: no other site's name leads to it.
+        """
+        try:
+            name = (urlsplit(f"//{header.strip()}").hostname or "").rstrip(".")
+        except ValueError:
+            return False
+        known = [*LOOPBACK, self.host, *self.others]
+        if self.host in EVERYWHERE:
+            known.append(socket.gethostname())
+            with contextlib.suppress(ValueError):
+                return bool(ipaddress.ip_address(name))
+        return bool(name) and name in [each.lower().rstrip(".") for each in known]
+
+
 class Rater(msgspec.Struct, frozen=True):
     """Who asks; and which question is to be shown again."""
 
@@ -66,13 +97,14 @@ class Rater(msgspec.Struct, frozen=True):
 class Page:
     """Answers the page's calls."""
 
-    def __init__(self, run_dir: Path, asked: Questions, judgments: JudgmentFile, token: str) -> None:
+    def __init__(self, run_dir: Path, asked: Questions, judgments: JudgmentFile, token: str, names: Names) -> None:
         from markdown_it import MarkdownIt
 
         self._run_dir = run_dir
         self._asked = asked
         self._judgments = judgments
         self._token = token.encode()
+        self._names = names
         hidden = ["image", "link", "autolink", "reference"]
         self._markdown = MarkdownIt("js-default", {"html": False, "linkify": False}).disable(hidden)
 
@@ -83,6 +115,9 @@ class Page:
         @web.middleware
         async def guard(request: web.Request, handler: Callable[[web.Request], Any]) -> web.StreamResponse:
             try:
+                if not self._names.hold(request.headers.get("Host", "")):
+                    text = f"this page is not opened for {request.headers.get('Host', '')[:MOST_NAME]!r}; give --name"
+                    raise web.HTTPMisdirectedRequest(text=text)
                 if request.path.startswith("/api/"):
                     given = request.headers.get("Authorization", "").removeprefix("Bearer ")
                     if not hmac.compare_digest(given.encode(errors="replace"), self._token):
@@ -181,8 +216,10 @@ async def _read(request: web.Request, kind: Any) -> Any:
         raise web.HTTPBadRequest(text=f"cannot be read: {error}") from error
 
 
-def serve(run_dir: Path, *, host: str, port: int, way: Way, say: Callable[[str], None]) -> None:
-    """Serve the page until it is interrupted.
+def serve(
+    run_dir: Path, *, host: str, port: int, way: Way, say: Callable[[str], None], names: Sequence[str] = ()
+) -> None:
+    """Serve the page until it is interrupted, to whoever asks for `host`, this machine or one of `names`.
 
     Raises:
         ConfigError: there is no run, nothing to judge, or another process serves it.
@@ -194,7 +231,8 @@ def serve(run_dir: Path, *, host: str, port: int, way: Way, say: Callable[[str],
     judgments = JudgmentFile(run_dir / JUDGMENTS, now=time.time)
     try:
         token = token_of(run_dir)
-        asyncio.run(_serve(Page(run_dir, asked, judgments, token), host, port, token, say))
+        page = Page(run_dir, asked, judgments, token, Names(host, [*names]))
+        asyncio.run(_serve(page, host, port, token, say))
     except KeyboardInterrupt:
         say("stopped: what was said is in " + str(run_dir / JUDGMENTS))
     finally:

@@ -15,8 +15,9 @@ from flowrl.data.formats import detect, normalise
 from flowrl.data.judgments import JUDGMENTS, Closed, Judgment, JudgmentFile, Said, ask
 from flowrl.data.naming import with_names
 from flowrl.data.sources import read_rows
+from flowrl.errors import DataError
 from flowrl.runs.feedback.questions import Questions
-from flowrl.runs.feedback.server import token_of
+from flowrl.runs.feedback.server import Names, token_of
 from flowrl.telemetry.records import step_path, write_rollouts
 from tests.support.feedback import asking_run, tell
 from tests.support.past_run import past_run, sampled
@@ -179,6 +180,41 @@ def test_label_studio_and_argilla_are_read_whatever_their_fields_are_called() ->
         assert {name: row.columns[name] for name in ("prompt", "chosen", "rejected")} == {
             "prompt": "q", "chosen": "y", "rejected": "x",
         }  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [None, 7, "x", True, [], {}, [7], [[]], [{"value": []}], {"selected": ["left"]}])
+def test_an_export_in_another_shape_prefers_nothing(wrong: Any) -> None:
+    from flowrl.data.sources import RawRow
+
+    data, fields = {"prompt": "q", "one": "x", "two": "y"}, {"prompt": "q", "response-1": "x", "response-2": "y"}
+    for columns in (
+        {"data": data, "annotations": [wrong]},
+        {"data": data, "annotations": [{"result": wrong}]},
+        {"data": data, "annotations": [{"result": [{"type": "pairwise", "value": wrong}]}]},
+        {"fields": fields, "responses": {"ranking": wrong}},
+        {"fields": fields, "responses": {"ranking": [{"value": wrong}]}},
+        {"fields": fields, "responses": {"ranking": [{"value": [{"value": wrong, "rank": 1}]}]}},
+    ):
+        with pytest.raises(DataError, match="a:1: prefers none of"):
+            with_names(RawRow("a:1", columns), {})
+
+
+@pytest.mark.parametrize(
+    ("opened", "header", "holds"),
+    [
+        ("127.0.0.1", "127.0.0.1:8791", True), ("127.0.0.1", "localhost:9", True), ("127.0.0.1", "[::1]:8791", True),
+        ("127.0.0.1", "LOCALHOST.:8791", True), ("127.0.0.1", "site.example:8791", False), ("127.0.0.1", "", False),
+        ("127.0.0.1", "localhost.site.example", False), ("127.0.0.1", "127.0.0.1.site.example", False),
+        ("127.0.0.1", "10.0.0.7:8791", False), ("127.0.0.1", "a@localhost", True), ("127.0.0.1", "[::1", False),
+        ("0.0.0.0", "10.0.0.7:8791", True), ("0.0.0.0", "site.example", False), ("0.0.0.0", "box:8791", True),
+        ("127.0.0.1", "judge.example.org", True),
+    ],
+)  # fmt: skip
+def test_a_page_answers_to_the_names_that_it_was_opened_for_alone(
+    opened: str, header: str, holds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "box")
+    assert Names(opened, ["judge.example.org"]).hold(header) == holds
 
 
 def test_a_token_outlives_its_server_and_is_for_its_owner(tmp_path: Path) -> None:
