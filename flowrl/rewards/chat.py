@@ -59,7 +59,7 @@ class _Likely(msgspec.Struct):
 
 
 class _Token(msgspec.Struct):
-    top_logprobs: list[_Likely] = []
+    top_logprobs: list[_Likely] | None = None
 
 
 class _Logprobs(msgspec.Struct):
@@ -69,17 +69,12 @@ class _Logprobs(msgspec.Struct):
 class _Choice(msgspec.Struct):
     message: _Message
     finish_reason: str | None = None
-    logprobs: _Logprobs | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    logprobs: Any = None  # of whatever form: an answer counts without them
 
 
 class _Completion(msgspec.Struct):
     choices: Annotated[list[_Choice], Meta(min_length=1)]
-    usage: _Usage | None = None
+    usage: Any = None
 
 
 class Spoken(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,17 +121,14 @@ class Chat:
             shown = body[:SHOWN_CHARS].decode(errors="replace")
             what = f"answered {shown!r}, not a chat completion ({error})"
             raise RewardError(self._ask.where, what, f"give the url that {PATH} follows") from error
-        if completion.usage is not None:
-            self.prompt_tokens += completion.usage.prompt_tokens
-            self.completion_tokens += completion.usage.completion_tokens
+        self.prompt_tokens += _count(completion.usage, "prompt_tokens")
+        self.completion_tokens += _count(completion.usage, "completion_tokens")
         choice = completion.choices[0]
         text = choice.message.content or choice.message.refusal
         if not text:
             raise RewardError(self._ask.where, "answered no text", "see the server's log, or raise max_tokens")
-        tokens = (choice.logprobs.content if choice.logprobs is not None else None) or []
-        likeliest = [{each.token: each.logprob for each in token.top_logprobs} for token in tokens]
         is_refusal = not choice.message.content or choice.finish_reason == "content_filter"
-        return Spoken(text=text, is_refusal=is_refusal, likeliest=likeliest)
+        return Spoken(text=text, is_refusal=is_refusal, likeliest=_likeliest(choice.logprobs))
 
     async def _turn(self) -> None:
         if not self._server.per_minute:
@@ -146,6 +138,22 @@ class Chat:
         self._next_s = begins_s + MINUTE_S / self._server.per_minute
         if begins_s > now_s:
             await asyncio.sleep(begins_s - now_s)
+
+
+def _count(usage: Any, name: str) -> int:
+    """Return how many tokens a server says that it counted; 0 where it says it in another form."""
+    found = usage.get(name) if isinstance(usage, dict) else None
+    return found if isinstance(found, int) and found > 0 else 0
+
+
+def _likeliest(logprobs: Any) -> list[dict[str, float]]:
+    """Return the log-probs of the likeliest tokens at each place; none where they have another form."""
+    try:
+        tokens = msgspec.convert(logprobs, _Logprobs | None)
+    except msgspec.ValidationError:
+        return []
+    found = (tokens.content if tokens is not None else None) or []
+    return [{each.token: each.logprob for each in token.top_logprobs or []} for token in found]
 
 
 def check_chat(server: ChatServer, where: str) -> None:

@@ -24,13 +24,13 @@ import random
 import re
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import msgspec
 
 from flowrl.config import read_yaml
-from flowrl.errors import ConfigError, DataError
-from flowrl.rewards.judging import VERDICT, WHO
+from flowrl.errors import ConfigError, DataError, said_briefly
+from flowrl.rewards.judging import WHO, verdict_in
 from flowrl.runs.answering import digest_of, for_each
 from flowrl.runs.judged import Lines, answer_all, given, judging, length_note, order_note, settle
 from flowrl.runs.results import Answers, Results, Score, conclude, directory
@@ -211,12 +211,37 @@ def read_annotator(settings: JudgedSettings) -> Annotator:
     if not messages or not all(gap in template for gap in ("{instruction}", "{output_1}", "{output_2}")):
         what = "is not ChatML with {instruction}, {output_1} and {output_2}"
         raise ConfigError(str(file), what, "give one of alpaca_eval's")
-    asked = dict(config.get("completions_kwargs") or {})
+    where = f"{path}, {name}"
+    asked = dict(_mapping(config.get("completions_kwargs"), f"{where}.completions_kwargs"))
     model = str(asked.pop("model_name", ""))
-    options = dict(config.get("completion_parser_kwargs") or {})
+    options = dict(_mapping(config.get("completion_parser_kwargs"), f"{where}.completion_parser_kwargs"))
+    _check_parser(options, where)
     if model != settings.judge.model:
         name = f"{name}_{settings.judge.model}".replace("/", "_")
     return Annotator(name=name, template=messages, model=model, asked=asked, parser=parser, options=options)
+
+
+def _mapping(found: Any, where: str) -> dict[str, Any]:
+    if found is not None and not isinstance(found, dict):
+        raise ConfigError(where, f"is a {type(found).__name__}", "write names and values")
+    return cast("dict[str, Any]", found or {})
+
+
+def _check_parser(options: dict[str, Any], where: str) -> None:
+    """Insist that verdicts can be read by what an annotator says of them.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    tokens = options.get("denominator_tokens")
+    if tokens is not None and not isinstance(tokens, list):
+        raise ConfigError(f"{where}.denominator_tokens", f"is a {type(tokens).__name__}", "write a list of tokens")
+    try:
+        for value, pattern in _mapping(options.get("outputs_to_match"), f"{where}.outputs_to_match").items():
+            float(value)
+            re.compile(str(pattern))
+    except (ValueError, TypeError, re.error) as error:
+        raise ConfigError(f"{where}.outputs_to_match", said_briefly(error), "write preference: pattern") from error
 
 
 def _outputs(
@@ -352,8 +377,7 @@ def read_preference(text: str, likeliest: Sequence[dict[str, float]], annotator:
             first = min(places, key=lambda key: places[key]) if places else None
             return float(first) if first is not None and 1 <= float(first) <= 2 else None
         case _:
-            found = VERDICT.findall(text)
-            return {"a": 1.0, "b": 2.0, "c": TIE}.get(found[-1].strip().lower()) if found else None
+            return {"a": 1.0, "b": 2.0, "c": TIE}.get(verdict_in(text) or "")
 
 
 def _by_logprobs(likeliest: dict[str, float], options: dict[str, Any]) -> float | None:

@@ -21,15 +21,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-import string
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
-from flowrl.errors import ConfigError, DataError
-from flowrl.rewards.judging import WHO
+from flowrl.errors import ConfigError, DataError, said_briefly
+from flowrl.rewards.judging import MOST_POINTS, WHO, points_in, verdict_in
 from flowrl.runs.answering import digest_of, for_each
 from flowrl.runs.judged import Lines, answer_all, given, judging, length_note, order_note, rows_in, settle
 from flowrl.runs.results import Answers, Results, Score, conclude, directory
@@ -59,7 +58,7 @@ class BenchQuestion(msgspec.Struct, frozen=True):
     turns: list[str]
     category: str = ""
     reference: list[str] = []
-    required_temperature: float | None = None
+    required_temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
 
     @property
     def temperature(self) -> float:
@@ -67,6 +66,45 @@ class BenchQuestion(msgspec.Struct, frozen=True):
         if self.required_temperature is not None:
             return self.required_temperature
         return TEMPERATURES.get(self.category, OTHER_TEMPERATURE)
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """One of the answers that a model gave to a question's turns."""
+
+    turns: list[str]
+
+
+class AnsweredQuestion(msgspec.Struct, frozen=True):
+    """A line of a model_answer file."""
+
+    question_id: int | str
+    choices: Annotated[list[Choice], msgspec.Meta(min_length=1)]
+
+
+class JudgedLine(msgspec.Struct, frozen=True):
+    """A line of a model_judgment file, whoever wrote it; it is of one model, or of two."""
+
+    question_id: int | str
+    judge: list[Any]
+    turn: int = 1
+    model: str | None = None
+    score: float | None = None
+    model_1: str = ""
+    model_2: str = ""
+    g1_winner: str = ""
+    g2_winner: str = ""
+    user_prompt: str | None = None
+    g1_user_prompt: str | None = None
+    g2_user_prompt: str | None = None
+
+    @property
+    def fault(self) -> str:
+        """Return why it says nothing; "" where it does."""
+        winners = ("model_1", "model_2", "tie", ERROR)
+        if self.model is not None:
+            return "" if self.score is not None else "has no score"
+        bad = [each for each in (self.g1_winner, self.g2_winner) if each not in winners]
+        return f"has the winner {bad[0]!r}, not one of {', '.join(winners)}" if bad else ""
 
 
 class JudgePrompt(msgspec.Struct, frozen=True):
@@ -167,23 +205,34 @@ def read_prompts(settings: JudgedSettings) -> dict[str, JudgePrompt]:
     for number, row in enumerate(rows_in(given(path, "FastChat's judge_prompts.jsonl"), path), 1):
         try:
             prompt = msgspec.convert(row, JudgePrompt)
-            gaps = {name for _, name, _, _ in string.Formatter().parse(prompt.prompt_template) if name is not None}
-        except ValueError as error:
+        except msgspec.ValidationError as error:
             raise ConfigError(f"{path}, prompt {number}", str(error), "give FastChat's judge_prompts.jsonl") from error
-        if unknown := sorted(gaps - _GAPS):
-            raise ConfigError(f"{path}, prompt {number}", f"has a gap {unknown[0]!r} that nothing fills", "mend it")
         found[prompt.name] = prompt
     names = {"default": f"{kind}-v1" if kind == "single" else "pair-v2", "math": f"{kind}-math-v1"}
     names |= {f"{use}-mt": f"{name}-multi-turn" for use, name in names.items()}
     for name in names.values():
         if name not in found:
             raise ConfigError(f"{path}", f"has no prompt {name}", "give FastChat's judge_prompts.jsonl")
+        _check_gaps(found[name], path)
     return {use: found[name] for use, name in names.items()}
 
 
-_GAPS = {"question", "answer", "answer_a", "answer_b", "mark"} | {
-    f"{name}_{turn}" for name in ("question", "answer", "answer_a", "answer_b", "ref_answer") for turn in (1, 2)
-}
+def _check_gaps(prompt: JudgePrompt, path: Path) -> None:
+    """Insist that every gap of a prompt is filled.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    answers = ["answer"] if prompt.type == "single" else ["answer_a", "answer_b"]
+    turns = (1, 2) if prompt.name.endswith("-multi-turn") else (1,)
+    known = ["question", "mark", *answers]
+    known += [f"{name}_{turn}" for name in ("question", "ref_answer", *answers) for turn in turns]
+    try:
+        for text in ("", "x"):
+            prompt.prompt_template.format(**dict.fromkeys(known, text))
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        what = f"has a gap that nothing fills ({said_briefly(error)})"
+        raise ConfigError(f"{path}, prompt {prompt.name}", what, "mend its prompt_template") from error
 
 
 def _our_prompt(kind: str, use: str) -> JudgePrompt:
@@ -221,9 +270,7 @@ def _references(home: Path, settings: JudgedSettings, questions: list[BenchQuest
     others = sorted(folder.glob("*.jsonl"))
     if not path.is_file() and len(others) == 1:
         path = others[0]
-    found = (
-        {row.get("question_id"): _turns(row, path) for row in rows_in(given(path, ""), path)} if path.is_file() else {}
-    )
+    found = turns_in(rows_in(given(path, "right answers"), path), path) if path.is_file() else {}
     references: dict[int | str, list[str]] = {}
     for question in questions:
         if question.category in WITH_REFERENCE:
@@ -235,13 +282,20 @@ def _references(home: Path, settings: JudgedSettings, questions: list[BenchQuest
     return references
 
 
-def _turns(row: dict[str, Any], path: Path) -> list[str]:
-    try:
-        turns = row["choices"][0]["turns"]
-        return msgspec.convert(turns, list[str])
-    except (KeyError, IndexError, TypeError, msgspec.ValidationError) as error:
-        what = f"question {row.get('question_id')!r} has no choices[0].turns ({error})"
-        raise DataError(str(path), what, "write FastChat's model_answer format") from error
+def turns_in(rows: list[dict[str, Any]], path: Path) -> dict[int | str, list[str]]:
+    """Return each question's answers, turn by turn.
+
+    Raises:
+        DataError: a row has none.
+    """
+    found: dict[int | str, list[str]] = {}
+    for number, row in enumerate(rows, 1):
+        try:
+            answered = msgspec.convert(row, AnsweredQuestion)
+        except msgspec.ValidationError as error:
+            raise DataError(f"{path}, answer {number}", str(error), "write FastChat's model_answer format") from error
+        found[answered.question_id] = answered.choices[0].turns
+    return found
 
 
 def _answered(
@@ -282,7 +336,7 @@ def _answered(
         finally:
             lines.sort(lambda row: str(row["question_id"]).zfill(12))
         path, rows = lines.path, lines.rows
-    found = {row.get("question_id"): _turns(row, path) for row in rows}
+    found = turns_in(rows, path)
     answers: dict[int | str, list[str]] = {}
     for question in questions:
         turns = found.get(question.question_id, [])
@@ -335,6 +389,7 @@ async def _judged(
     judge = settings.judge.model
     kind = "single" if settings.way == "single" else "pair"
     lines = Lines(home / "model_judgment" / f"{judge.replace('/', '_')}_{kind}.jsonl")
+    check_lines(lines)
     texts = {match.key: set(match.texts) for match in matches}
 
     def is_current(row: dict[str, Any]) -> bool:
@@ -355,6 +410,21 @@ async def _judged(
         refused = f"{bench.counts['refused']} refused" if bench.counts["refused"] else ""
         notes = [text for text in (refused, bench.cost(settings)) if text]
     return [row for row in lines.rows if _subject(row, judge)[0] in texts], notes
+
+
+def check_lines(lines: Lines) -> None:
+    """Insist that what was judged before can be read.
+
+    Raises:
+        DataError: a line cannot.
+    """
+    for number, row in enumerate(lines.rows, 1):
+        try:
+            fault = msgspec.convert(row, JudgedLine).fault
+        except msgspec.ValidationError as error:
+            fault = str(error)
+        if fault:
+            raise DataError(f"{lines.path}, judgment {number}", fault, "mend the line, or remove it")
 
 
 def _subject(row: dict[str, Any], judge: str) -> tuple[tuple[Any, ...], set[Any]]:
@@ -392,24 +462,23 @@ async def _put(match: Match, bench: Bench, lines: Lines, judge: str) -> None:
 
 
 def rating_in(text: str, prompt: JudgePrompt) -> float:
-    """Return a judge's rating: FastChat takes the first there is, our own prompts ask for the last.
+    """Return a judge's rating: FastChat takes the first there is, our own prompts ask for one on the last line.
 
     Beyond 1 to 10 it is none.
     """
+    if prompt.name.startswith("flowrl-"):
+        return points_in(verdict_in(text) or "") or UNREAD
     found = RATING.findall(text) or LOOSE_RATING.findall(text)
-    if not found:
-        return UNREAD
-    value = float(found[-1 if prompt.name.startswith("flowrl-") else 0])
-    return value if 1 <= value <= 10 else UNREAD
+    value = float(found[0]) if found else UNREAD
+    return value if 1 <= value <= MOST_POINTS else UNREAD
 
 
 def winner_in(text: str, prompt: JudgePrompt, models: tuple[str, str]) -> str:
     """Return who won: one of the two, in the order shown, "tie" or "error"."""
-    worth = {"[[A]]": models[0], "[[B]]": models[1], "[[C]]": "tie"}
-    if not prompt.name.startswith("flowrl-"):  # FastChat looks for them in this order
-        return next((winner for mark, winner in worth.items() if mark in text), ERROR)
-    last = max(worth, key=text.rfind)
-    return worth[last] if last in text else ERROR
+    worth = {"A": models[0], "B": models[1], "C": "tie"}
+    if prompt.name.startswith("flowrl-"):
+        return worth.get((verdict_in(text) or "").upper(), ERROR)
+    return next((winner for mark, winner in worth.items() if f"[[{mark}]]" in text), ERROR)  # FastChat's order
 
 
 At = tuple[int | str, int]  # a question's id and the turn

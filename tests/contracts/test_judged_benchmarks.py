@@ -193,7 +193,7 @@ def test_refusals_ties_and_verdicts_that_cannot_be_read_are_counted_and_are_no_n
             return {"message": {"role": "assistant", "content": None, "refusal": "I cannot judge this."}}
         if "Question 1" in text:
             return "Hard to say: 11 of 10, [[11]]"
-        return {"message": {"content": "[[5]] and then [[8]]"}, "finish_reason": "stop"}
+        return {"message": {"content": "At first [[5]], but then\n[[8]]"}, "finish_reason": "stop"}
 
     home = questions(tmp_path / "mt_bench")
     given = tmp_path / "mine.jsonl"

@@ -84,8 +84,25 @@ def test_a_checklist_is_the_share_of_yes(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "said", ["I cannot judge this.", "[[11]]", "[[0]]", "[[nan]]", "[[seven]]", "", "[[ ]]", "[[1e1]]"]
-)
+    ("said", "points"),
+    [
+        ("[[8.5]]", 8.5), ("[[**9**]]", 9.0), ("[[ 7/10 ]]", 7.0), ("[[Rating: 6]]", 6.0),
+        ("\uff3b\uff3b\uff17\uff3d\uff3d", 7.0),
+        ("```\n[[4]]\n```", 4.0), ("[[3]]\n[[5]]\nSo be it.", 5.0), ("[[2]], yes: [[2]]", 2.0),
+        ("<think>[[3]]? No.</think>\n[[8]]", 8.0), ("[[3]]? No.</think>[[8]]", 8.0),
+    ],
+)  # fmt: skip
+def test_a_verdict_is_read_whatever_stands_around_it(said: str, points: float):
+    assert judged(["x"], lambda _: said, Rubric())[0] == [points]
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["I cannot judge this.", "[[11]]", "[[0]]", "[[nan]]", "[[seven]]", "", "[[ ]]", "[[1e1]]", "[[-7]]", "[[7/5]]",
+     "Rating: 7/10", "8.5", "**9**", '```json\n{"rating": 9}\n```', "either [[3]] or [[4]]",
+     "<think>[[3]]" + "hm" * 999,
+     "[[7]]</think>", "[7]", "[[7]"],
+)  # fmt: skip
 def test_a_verdict_that_cannot_be_read_fails_its_group_and_is_no_number(said: str):
     with pytest.raises(RewardError, match="no verdict on answer 0 can be read"):
         judged(["x"], lambda _: said, Rubric())
@@ -93,7 +110,7 @@ def test_a_verdict_that_cannot_be_read_fails_its_group_and_is_no_number(said: st
 
 def test_verdicts_that_can_be_read_count_alone(tmp_path: Path):
     (tmp_path / "c.yaml").write_text("- Be short.\n- Be kind.\n")
-    says = iter(["no idea", "first [[3]], no: [[4]]"])
+    says = iter(["no idea", "at first [[3]]\nno, [[4]]"])
     scores, judgement = judged(["x"], lambda _: next(says), Rubric(constitution=str(tmp_path / "c.yaml")))
     assert scores == [4.0]
     assert judgement.tally.unreadable == 1
