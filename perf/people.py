@@ -2,6 +2,7 @@
 
     python -m perf.people [--rater browser] [--steps 10] [--set learner.lr=2e-4]
     python -m perf.people --rater judge        the same pairs decided by a server that speaks OpenAI's chat completions
+    python -m perf.people --asked 0.5          half of the pairs from a data set of the same rule
 
 A rater that knows nothing but two answers prefers the shorter one, in words, that says anything. `browser` sits at the
 page of `flowrl feedback` in headless Chromium and presses keys (graphs/humans_dpo.py); `judge` is asked by
@@ -41,6 +42,8 @@ THINGS = ("a river", "a kettle", "the moon", "a bicycle", "bread", "a lighthouse
           "a bridge", "an owl", "a clock", "a garden", "silk", "a candle", "a harbour", "chess", "an apple", "a train",
           "a mirror", "honey", "a desert", "a ladder", "rain", "a library", "a spoon", "a volcano", "wool", "a whale",
           "a window", "tea")  # fmt: skip
+GIVEN_THINGS = ("a drum", "a hill", "ink", "a tent", "corn", "a bell", "fog", "a rope", "a fox", "glass", "a well",
+                "a coat", "sand", "a crow", "soap", "a wheel")  # fmt: skip
 SETTINGS = [
     "groups_per_step=16", "sampling.max_tokens=48", "generator.group_size=2", "data.num_heldout=48",
     "evaluation.samples=2", "evaluation.function=perf.people:brevity", "learner.lora.rank=16", "learner.save_every=2",
@@ -62,6 +65,18 @@ def write_prompts(path: Path) -> None:
     """Write what is asked."""
     asked = [ask.format(thing) for ask, thing in product(ASKS, THINGS)]
     path.write_text("".join(json.dumps({"prompt": f"{each} Answer in one sentence."}) + "\n" for each in asked))
+
+
+def write_given(path: Path) -> None:
+    """Write preferences by the hidden rule, about other things than are asked: one short sentence before five."""
+    rows: list[dict[str, str]] = []
+    for ask, thing in product(ASKS, GIVEN_THINGS):
+        name = thing.capitalize()
+        more = f"{name} can be found in many places, and there is a great deal that could be said about it."
+        rejected = " ".join([f"That is a good question, and I am happy to help you with it. {more}", *[more] * 3])
+        chosen = f"{name} is quite common."
+        rows.append({"prompt": f"{ask.format(thing)} Answer in one sentence.", "chosen": chosen, "rejected": rejected})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 class Training:
@@ -104,7 +119,7 @@ class Kills:
     """What is killed when so many pairs are decided."""
 
     def __init__(self, counts: Sequence[int], **kills: Callable[[], object]) -> None:
-        self._due = [*zip(counts, kills.items(), strict=False)]
+        self._due = [each for each in zip(counts, kills.items(), strict=False) if each[0] >= 0]
 
     def look(self, num_decided: int) -> None:
         """Kill what is due."""
@@ -197,7 +212,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--graph", type=Path, help="default: humans_dpo.py, with a judge iterative_dpo.py")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--kills", type=int, nargs=3, default=[24, 56, 88], metavar="PAIRS",
-                        help="decided pairs after which page, queue host and driver are killed")  # fmt: skip
+                        help="decided pairs after which page, queue host and driver are killed; -1: never")  # fmt: skip
+    parser.add_argument("--asked", type=float, default=1.0, metavar="SHARE",
+                        help="of groups that people decide; the others are given pairs")  # fmt: skip
     parser.add_argument("--pause", type=float, default=0.0, help="seconds that the browser's rater needs for a pair")
     parser.add_argument("--port", type=int, default=8797, help="of the judge")
     parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs")
@@ -219,6 +236,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         settings += ["reward.function=", f"judge.server.url=http://127.0.0.1:{options.port}/v1",
                      "judge.server.model=rule", "judge.rubric.way=pairs"]  # fmt: skip
+    if options.asked < 1:
+        given = runs_dir / f"{run_dir.name}-given.jsonl"
+        write_given(given)
+        settings += [f"humans.asked={options.asked}", f"offline.data.source={given}"]
     graph = options.graph or ROOT / "graphs" / ("humans_dpo.py" if is_browser else "iterative_dpo.py")
     began_s = time.monotonic()
     training = Training(graph.resolve(), run_dir, [*settings, *options.settings])
