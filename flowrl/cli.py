@@ -138,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run, a checkpoint, or a peft adapter")
     export.add_argument("out", type=Path, metavar="OUT", help="directory to write; must be empty or not there")
     export.add_argument("--version", type=int, help="of the run's checkpoint (default: the newest sound one)")
+    export.add_argument("--best", action="store_true", help="the version that scored best")
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="", help="of the weights")
     export.add_argument("--adapter", action="store_true", help="only the adapter of a LoRA run, in peft's format")
     export.add_argument("--node", default="", help="whose model, such as critic (default: the learner's)")
@@ -428,6 +429,7 @@ def _export(options: argparse.Namespace) -> int:
         source=options.source,
         out=options.out,
         version=options.version,
+        best=options.best,
         dtype=options.dtype,
         adapter=options.adapter,
         node=options.node,

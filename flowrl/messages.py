@@ -170,6 +170,14 @@ class Prompt(Message):
     seed: int  # sample i of the group is drawn with seed + i
 
 
+class Inquiry(Prompt):
+    """Something that a benchmark asks about a version: how likely its tokens are, or what follows them."""
+
+    is_scored: bool = False  # the tokens' log-probs are asked for, and nothing is sampled
+    until: list[str] = []  # strings that end an answer
+    sampling: dict[str, Any] = {}  # max_tokens, temperature, seed, ... of an answer
+
+
 class Rollouts(Prompt):
     """A prompt with its sampled responses."""
 
@@ -281,6 +289,14 @@ class EvaluationRequest(Message):
 
     version: int
     is_final: bool
+
+
+class VersionScore(Message):
+    """What an evaluation gave a policy version, by which the best is chosen."""
+
+    version: int
+    by: str  # what was evaluated
+    score: float | None  # more is better; None: it could not be evaluated
 
 
 class End(Message):

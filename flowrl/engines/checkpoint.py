@@ -4,7 +4,12 @@
 state for each stateful node. Beside them are `cut.json` (where the flow stood) and `manifest.json`: the size and blake3
 digest of every other file. Invariants: a directory is written aside, brought to the disk, and renamed last, so a kill
 leaves either all of it or nothing under its name; a checkpoint is used only when every file agrees with the manifest.
-What is kept: the newest few and the best. Written by the learner, read by the runtimes and by `flowrl verify`.
+What is kept: the newest few, the best, and those whose score is still to come. Written by the learner, read by the
+runtimes and by `flowrl verify`.
+
+The best is the one whose version scored best, of equal ones the earliest. Where evaluations score versions, after they
+were saved as a rule, `scores.json` beside the checkpoints holds what each was given. Version 0 is the model that the
+run began with; there is no checkpoint of it. Else the manifests hold the scores.
 
 Tests: tests/unit/engines/test_checkpoint.py
 """
@@ -16,15 +21,24 @@ import math
 import os
 import re
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from flowrl.errors import ConfigError, ResourceError
-from flowrl.telemetry.files import check_fence, is_full, no_room, sync, why_closed
+from flowrl.telemetry.files import (
+    UNREADABLE,
+    check_fence,
+    is_full,
+    no_room,
+    read_file,
+    replace_file,
+    sync,
+    why_closed,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
 CARD = """---
@@ -37,6 +51,7 @@ Policy version {version}, trained with flowrl. Load it with `AutoModelForCausalL
 vLLM. The run's settings are in `settings.yaml` and its figures in `metrics.jsonl` of the run directory.
 """
 NAME = re.compile(r"step-\d{6,}")
+RATED = "scores.json"
 SPARE = 1.1  # room asked for over the size of the last checkpoint
 
 
@@ -51,7 +66,8 @@ class CheckpointManifest(msgspec.Struct, frozen=True, kw_only=True):
     """What a checkpoint consists of."""
 
     version: int  # policy versions published
-    score: float  # what `best` goes by: the mean reward of the steps since the checkpoint before
+    # What the best goes by: the mean reward of the steps since the checkpoint before; None: evaluations score versions
+    score: float | None
     files: dict[str, FileDigest]  # by path within the checkpoint
 
 
@@ -62,12 +78,29 @@ class Sealed(msgspec.Struct, frozen=True, kw_only=True):
     blake3: str
 
 
-class CheckpointWriter:
-    """Writes checkpoints into one directory, keeps the newest `keep` and the best."""
+class Rated(msgspec.Struct, frozen=True, kw_only=True):
+    """What evaluations gave a run's versions."""
 
-    def __init__(self, directory: Path, *, keep: int) -> None:
+    by: str  # what was evaluated
+    scores: dict[int, float] = {}  # by version; more is better
+
+
+class Best(NamedTuple):
+    """The version of a run that scored best."""
+
+    version: int
+    score: float
+    by: str  # what gave the score
+    checkpoint: Path | None  # None: it is not saved; of version 0 there is none
+
+
+class CheckpointWriter:
+    """Writes checkpoints into one directory; keeps the newest `keep`, the best, and the versions in `awaited`."""
+
+    def __init__(self, directory: Path, *, keep: int, awaited: frozenset[int] = frozenset()) -> None:
         self._directory = directory
         self._keep = keep
+        self._awaited = awaited
 
     def begin(self, version: int) -> Path:
         """Make the directory to write into and return it.
@@ -89,7 +122,7 @@ class CheckpointWriter:
             raise self.failure(aside, version, error) from error
         return aside
 
-    def commit(self, aside: Path, *, version: int, cut: bytes, score: float) -> Path:
+    def commit(self, aside: Path, *, version: int, cut: bytes, score: float | None) -> Path:
         """Seal what was written and give it its name; returns that directory.
 
         Raises:
@@ -126,11 +159,22 @@ class CheckpointWriter:
         was_full = is_full(error) or free <= written
         return _no_room(self._directory, version, 2 * written, free) if was_full else error
 
+    def rate(self, version: int, score: float | None, *, by: str) -> bool:
+        """Note what an evaluation gave a version, None where it gave nothing; returns whether no other has as much."""
+        rated = read_rated(self._directory)
+        before = rated.scores if rated else {}
+        scores = before if score is None else {**before, version: score}
+        if score is not None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            replace_file(self._directory / RATED, msgspec.json.encode(Rated(by=by, scores=scores)))
+        self._prune()
+        return score is not None and best_of(scores) == version
+
     def _prune(self) -> None:
         known = complete_checkpoints(self._directory)
-        best = max(known, key=lambda path: (_score(path), path.name))
+        best = best_of(_scores(known, read_rated(self._directory)))
         for old in known[: -self._keep]:
-            if old != best:
+            if version_of(old) not in {best, *self._awaited}:
                 os.replace(old, _unused(old))  # at once: a kill while it is removed leaves no half of it
         for old in self._directory.glob("*.replaced-*"):
             shutil.rmtree(old, ignore_errors=True)  # what somebody has open on a file server goes the next time
@@ -143,13 +187,74 @@ def complete_checkpoints(directory: Path) -> list[Path]:
     )
 
 
+def best_of(scores: Mapping[int, float]) -> int | None:
+    """Return the version that scored best, of equal ones the earliest; None where there is none.
+
+    >>> best_of({2: 0.5, 4: 0.75, 6: 0.75})
+    4
+    """
+    return max(scores, key=lambda version: (scores[version], -version), default=None)
+
+
+def best_version(directory: Path) -> Best | None:
+    """Return the version that scored best among a run's, or None where none has a score.
+
+    Raises:
+        ConfigError: what evaluations gave cannot be read.
+    """
+    rated, known = read_rated(directory), {version_of(path): path for path in complete_checkpoints(directory)}
+    scores = rated.scores if rated else _scores([*known.values()], None)
+    if (version := best_of(scores)) is None:
+        return None
+    by = rated.by if rated else "the mean of its steps"
+    return Best(version=version, score=scores[version], by=by, checkpoint=known.get(version))
+
+
+def read_rated(directory: Path) -> Rated | None:
+    """Return what evaluations gave the versions of a run; None where they give nothing.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    path = directory / RATED
+    if (body := read_file(path)) is None:
+        return None
+    try:
+        return msgspec.json.decode(body, type=Rated)
+    except UNREADABLE as error:
+        what = f"is damaged ({error})"
+        raise ConfigError(
+            str(path), what, "restore it, or remove it: the versions before then have no score"
+        ) from error
+
+
+def forget_ratings(directory: Path, after: int) -> None:
+    """Forget what versions after this one were given: the run goes on from it, and makes them again."""
+    rated = read_rated(directory)
+    if rated and max(rated.scores, default=0) > after:
+        kept = {version: score for version, score in rated.scores.items() if version <= after}
+        replace_file(directory / RATED, msgspec.json.encode(Rated(by=rated.by, scores=kept)))
+
+
+def _scores(checkpoints: Iterable[Path], rated: Rated | None) -> dict[int, float]:
+    """Return the scores of those checkpoints that have one."""
+    found = {version_of(path): rated.scores.get(version_of(path)) if rated else _score(path) for path in checkpoints}
+    return {version: score for version, score in found.items() if score is not None}
+
+
+def version_of(checkpoint: Path) -> int:
+    """Return the version that a checkpoint is named by."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def checkpoints_in(directory: Path) -> list[Path]:
     """Return whatever has the name of a checkpoint, oldest first, damaged ones too."""
     return sorted(path for path in directory.glob("step-*") if NAME.fullmatch(path.name))
 
 
 def set_checkpoints_aside(directory: Path) -> None:
-    """Rename every checkpoint: none is gone on from any more, and each goes once there is a new one."""
+    """Rename every checkpoint: none is gone on from any more, and each goes once there is a new one; forget scores."""
+    (directory / RATED).unlink(missing_ok=True)
     for path in checkpoints_in(directory):
         os.replace(path, _unused(path))
 
@@ -238,11 +343,12 @@ def _digest_of(manifest: CheckpointManifest) -> str:
     return blake3(msgspec.json.encode(manifest)).hexdigest()
 
 
-def _score(checkpoint: Path) -> float:
+def _score(checkpoint: Path) -> float | None:
     try:
-        return _manifest(checkpoint).score
+        score = _manifest(checkpoint).score
     except (OSError, ValueError):
-        return -math.inf  # damaged: never the best
+        return None  # damaged: never the best
+    return None if score is None or math.isnan(score) else score
 
 
 def _files(directory: Path) -> Iterator[Path]:

@@ -2,7 +2,8 @@
 how likely given tokens are.
 
 Invariants: a token's log-prob and rank are the model's own, at temperature 1 and without a cut; the likeliest answer is
-the likeliest at each token. Nothing arrives here: `serve_loaded` is the only version. Called by runs/harness.py.
+the likeliest at each token. Where versions arrive, nothing that was cached of another is used. Asked by
+stages/harness.py, and by the Examiner for it.
 
 Tests: tests/contracts/test_evaluation.py
 """
@@ -52,11 +53,13 @@ class AnsweringVllm(VllmEngine):
         return list((await self._answered(prompt_ids, parameters)).outputs[0].token_ids)
 
     async def _answered(self, token_ids: Sequence[int], parameters: SamplingParams) -> Any:
+        await self._admitting.wait()
         self._check_serving()
         name = f"answer-{next(self._ids)}"
+        prompt: Any = {"prompt_token_ids": list(token_ids), "cache_salt": self._salt}
         last: Any = None
         try:
-            async for output in self._engine.generate({"prompt_token_ids": list(token_ids)}, parameters, name):
+            async for output in self._engine.generate(prompt, parameters, name, lora_request=self._applied()):
                 last = output
         except Exception as error:
             raise StageError(self.where, f"request {name} failed ({self._cause(error)})") from error

@@ -40,6 +40,7 @@ class Itself:
     """It runs as it is, with these of its constructor's arguments exchanged: for code that calls none of the user's."""
 
     arguments: dict[str, Any]
+    without: tuple[str, ...] = ()  # ports that stay unconnected, for what they carry costs nothing
 
 
 Simulated = Admits | PassesOn | Itself
@@ -47,6 +48,10 @@ Simulated = Admits | PassesOn | Itself
 
 class Costs(Protocol):
     """What is known of a node's costs, and what stands in for whatever takes time or belongs to the user."""
+
+    def heldout(self, num: int) -> list[int]:
+        """Return the tokens of each prompt of an evaluation: as many as in the profile's run, else `num`."""
+        ...
 
     def sampler(self, sampler: C) -> C:
         """Return what the nodes agree on, with a directory that passes for the model's."""

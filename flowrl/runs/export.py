@@ -1,9 +1,10 @@
 """Export: one checkpoint of a run as a directory that needs nothing of flowrl.
 
-From a run, the newest sound checkpoint or the one of a version; from a checkpoint, itself; from an adapter in peft's
-format, its base model with the adapter merged in. A checkpoint's `model/` is plain weights whatever was trained (full
-weights, adapters, a value or reward head), so exporting copies it. Invariants: every file of a checkpoint is held
-against its digest before any of it is used; OUT is a whole model or not there. Called by `flowrl export`.
+From a run, the newest sound checkpoint, the one of a version or the one that scored best; from a checkpoint, itself;
+from an adapter in peft's format, its base model with the adapter merged in. A checkpoint's `model/` is plain weights
+whatever was trained (full weights, adapters, a value or reward head), so exporting copies it. Invariants: every file of
+a checkpoint is held against its digest before any of it is used; OUT is a whole model or not there. Called by `flowrl
+export`.
 
 Tests: tests/graphs/test_export.py
 """
@@ -19,7 +20,7 @@ import msgspec
 
 from flowrl.data.adapters import is_adapter
 from flowrl.data.models import inspect_model, prepare_model
-from flowrl.engines.checkpoint import checkpoint_version, complete_checkpoints, damage, newest_sound
+from flowrl.engines.checkpoint import best_version, checkpoint_version, complete_checkpoints, damage, newest_sound
 from flowrl.errors import ConfigError, ResourceError
 from flowrl.runs.model_card import adapter_card, loading_of, merged_card, model_card
 
@@ -35,6 +36,7 @@ class ExportRequest(msgspec.Struct, frozen=True, kw_only=True):
     source: Path  # a run, one of its checkpoints, or an adapter
     out: Path
     version: int | None = None  # of the checkpoint; None: the newest
+    best: bool = False  # of the run's checkpoints the one that scored best
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""  # "": as it was saved
     adapter: bool = False  # only the adapter, in peft's format
     node: str = ""  # whose model: that of another trained node, such as "critic"; "": the learner's
@@ -69,6 +71,26 @@ def export(request: ExportRequest, *, say: Say) -> None:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     _describe(request.out, say)
+
+
+def best_of_run(request: ExportRequest, say: Say) -> int:
+    """Return the version of a run that scored best.
+
+    Raises:
+        ConfigError: there is none, or it is the model that the run began with.
+    """
+    if request.version is not None:
+        raise ConfigError("--best", "and --version name two versions", "leave one of them out")
+    if (request.source / "manifest.json").is_file():
+        raise ConfigError("--best", f"{request.source} is one checkpoint", "name the run's directory")
+    best = best_version(request.source / "checkpoints")
+    if best is None:
+        raise ConfigError("--best", f"no version of {request.source} has a score{_inventory(request.source)}")
+    if best.version == 0:
+        what = f"is version 0, the model that the run began with ({best.by} {best.score:.4g}): no other has more"
+        raise ConfigError("--best", what, f"take that model, or one of these by --version{_inventory(request.source)}")
+    say(f"version {best.version} scored best: {best.by} {best.score:.4g}")
+    return best.version
 
 
 def choose_checkpoint(source: Path, version: int | None, say: Say) -> Path:
@@ -112,7 +134,8 @@ def _inventory(run: Path) -> str:
 
 def _from_checkpoint(request: ExportRequest, say: Say) -> tuple[Path, str]:
     """Return the directory to copy and the card to put in it."""
-    checkpoint = choose_checkpoint(request.source, request.version, say)
+    version = best_of_run(request, say) if request.best else request.version
+    checkpoint = choose_checkpoint(request.source, version, say)
     say(f"{checkpoint}: every file is as it was written")
     directory = checkpoint / request.node
     if not (directory / "model").is_dir():
@@ -126,7 +149,8 @@ def _from_checkpoint(request: ExportRequest, say: Say) -> tuple[Path, str]:
 
 
 def _from_adapter(request: ExportRequest, say: Say) -> tuple[Path, str]:
-    given = {"--adapter": request.adapter, "--version": request.version is not None, "--node": request.node}
+    given = {"--adapter": request.adapter, "--version": request.version is not None, "--node": request.node,
+             "--best": request.best}  # fmt: skip
     for option in (name for name, is_given in given.items() if is_given):
         raise ConfigError(option, f"{request.source} is an adapter itself and not a run", "leave it out")
     return prepare_model(str(request.source), say=say), merged_card(request.source)

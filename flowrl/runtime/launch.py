@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from flowrl.config import written
-from flowrl.engines.checkpoint import complete_checkpoints, set_checkpoints_aside
+from flowrl.engines.checkpoint import best_version, complete_checkpoints, read_rated, set_checkpoints_aside
 from flowrl.errors import ConfigError, FlowrlError, files_named
 from flowrl.graph.program import Program, load_program
 from flowrl.graph.show import edge_table, node_table, staleness_line
@@ -240,6 +240,7 @@ def _report(again: str, run_dir: Path, outcome: Outcome | None, view: RunView, *
         name=run_dir.name,
         totals=outcome.totals if outcome else {},
         checkpoint=str(checkpoints[-1]) if checkpoints else "",
+        best=_best(run_dir / "checkpoints"),
         resume="" if is_done else resume,
         was_stopped=outcome is not None and outcome.was_stopped,
         failure=failure,
@@ -256,6 +257,14 @@ def _report(again: str, run_dir: Path, outcome: Outcome | None, view: RunView, *
             say(f"{'continue it' if checkpoints else 'begin again'} with: {ending.resume}")
     else:
         say("\n" + text.rstrip())
+
+
+def _best(directory: Path) -> str:
+    """Return which version scored best, where evaluations say that; "" where they do not."""
+    if read_rated(directory) is None or (best := best_version(directory)) is None:
+        return ""
+    where = str(best.checkpoint) if best.checkpoint else "the model that the run began with"
+    return f"version {best.version}, {best.by} {best.score:.4g}: {where}"
 
 
 def _run_on_loop(

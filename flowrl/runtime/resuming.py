@@ -32,7 +32,8 @@ FIXED = (
     "seed", "model", "*_model", "*_models", "reward_weights", "epochs", "max_staleness", "*_per_step", "*.per_step",
     "data.*", "*.data.*", "*sampling.*", "*.group_size", "algorithm.use", "objective.use", "objective.options.teacher",
     "*.function", "*.adapter", "*.label_column", "*.weight", "reward*.name", "reward*.level", "reward*.clip",
-    "reward*.normalise", "reward*.step_*", "evaluation.samples", "evaluation.sets*", "texts.*", "select.*", "writer.*",
+    "reward*.normalise", "reward*.step_*", "evaluation.samples", "evaluation.sets*", "evaluation.task*",
+    "evaluation.best_by", "texts.*", "select.*", "writer.*",
     "replay.*", "agent.environment*", "agent.max_turns", "humans.way", "agent.max_tokens", "agent.role",
     "agent.turn_prefix",
 )  # fmt: skip

@@ -99,6 +99,7 @@ class Profile(Config):
     prompt_tokens: Spread = Spread()
     response_tokens: Spread = Spread()
     learned: Annotated[float, Meta(gt=0, le=1)] = 1.0  # part of the groups that is; the rest is filtered on the way
+    heldout: Annotated[int, Meta(ge=0)] = 0  # prompts of an evaluation, further sets' too; 0: none was seen
     nodes: dict[str, NodeProfile]
 
 

@@ -24,7 +24,7 @@ import msgspec
 from flowrl.messages import FIRST_HELDOUT
 from flowrl.simulation.costs import FORMAT, CallCost, DecodeCost, NodeProfile, Profile, Spread, pace
 from flowrl.simulation.decoding import Arrival, fit_decoding
-from flowrl.telemetry.events import Cause, Span, Status, Step
+from flowrl.telemetry.events import Cause, Evaluation, Span, Status, Step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MOVES = ("sleep", "wake")  # of an engine that has its devices in turns
+ASIDE = ("examined v", "tasks v")  # begin names of what waits for others, and computes nothing itself
 MAX_SPANS = 20_000  # newest ones kept of each node
 MAX_STATUSES = 20_000  # newest ones kept of each node: hours at one a second
 MAX_STEPS = 20_000  # newest ones kept
@@ -99,6 +100,7 @@ class Profiler:
         self._tokens: dict[int, int] = {}  # of a group's prompts and responses
         self._selected: dict[int, tuple[float, int]] = {}  # when samples of a group were selected, and their tokens
         self._steps_s: deque[float] = deque(maxlen=MAX_STEPS)
+        self._num_heldout = 0  # prompts of the last evaluation
         self._charged: defaultdict[str, deque[tuple[float, float, float]]] = defaultdict(
             lambda: deque(maxlen=MAX_STATUSES)
         )  # time, compute, update
@@ -120,6 +122,8 @@ class Profiler:
                     _keep(self._tokens, event.groups[0], _num_tokens(event))
             elif isinstance(event, Step):
                 self._steps_s.append(event.time_s)
+            elif isinstance(event, Evaluation):
+                self._num_heldout = len(event.scores) + sum(map(len, event.sets.values()))
             elif isinstance(event, Status) and event.replica == 0:
                 spent = event.seconds
                 row = (event.time_s, spent.get(Cause.COMPUTE, 0.0), spent.get(Cause.UPDATE, 0.0))
@@ -147,6 +151,7 @@ class Profiler:
             prompt_tokens=_spread([[s.args.get("prompt_tokens", 1)] for s in generated]),
             response_tokens=_spread([_lengths(s) for s in generated]),
             learned=self._learned(),
+            heldout=self._num_heldout,
             nodes=nodes,
         )
 
@@ -383,6 +388,8 @@ def _kind(name: str) -> str:
         return "generate"
     if name in MOVES:
         return name
+    if name.startswith(ASIDE):
+        return "aside"
     for start, kind in (("weight update", "update"), ("publish", "publish"), ("checkpoint", "checkpoint")):
         if name.startswith(start):
             return kind
@@ -390,7 +397,7 @@ def _kind(name: str) -> str:
 
 
 def _computes(span: Span) -> bool:
-    return _kind(span.name) not in ("update", "publish", *MOVES)
+    return _kind(span.name) not in ("update", "publish", "aside", *MOVES)
 
 
 def _union(spans: list[Span]) -> list[tuple[float, float]]:

@@ -35,7 +35,7 @@ from flowrl.simulation.clock import run_virtual
 from flowrl.simulation.costs import PARALLEL, CallCost, NodeProfile, Profile
 from flowrl.simulation.fake import CURRENT, FakeTraining, SimulationState
 from flowrl.simulation.prediction import Prediction, Watch
-from flowrl.simulation.stand_ins import optional_nodes, timed_plan
+from flowrl.simulation.stand_ins import left_out, timed_plan, with_costs_of
 from flowrl.telemetry.events import Cause, CauseClock
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ def simulate(
     """
     before = 1 if is_whole else warmup if warmup is not None else _filling(graph)
     total = steps if is_whole else steps + before
+    for node in graph.nodes:
+        profile = with_costs_of(graph, node, profile)
     plan = timed_plan(graph, profile, steps=total, is_whole=is_whole)
     devices = on or graph
     state = SimulationState(
@@ -112,7 +114,7 @@ def simulate(
         raise RunError("simulation", what, "ask for fewer steps or smaller groups") from None
     finally:
         CURRENT.reset(token)
-    return watch.prediction(notes=_notes(graph, profile, state))
+    return watch.prediction(notes=_notes(graph, profile, state, is_whole=is_whole))
 
 
 def _filling(graph: Graph) -> int:
@@ -145,11 +147,13 @@ def _look_s(graph: Graph, profile: Profile) -> float:
     return longest_s / LOOKS_A_STEP
 
 
-def _notes(graph: Graph, profile: Profile, state: SimulationState) -> list[str]:
+def _notes(graph: Graph, profile: Profile, state: SimulationState, *, is_whole: bool) -> list[str]:
     """Say where the prediction leaves what the profile has seen."""
     notes: list[str] = []
-    if optional := optional_nodes(graph):
-        notes.append(f"left out: {', '.join(optional)}")
+    if absent := left_out(graph, profile, is_whole=is_whole):
+        notes.append(f"left out: {', '.join(absent)}")
+    elif any(getattr(stage.config, "tasks", []) for stage in graph.nodes.values()):
+        notes.append("left out: what evaluation.tasks ask")
     if state.cores > profile.cores:
         notes.append(f"{state.cores:g} cores are reserved, the profile's machine has {profile.cores:g}")
     for name, stage in graph.nodes.items():

@@ -1,8 +1,9 @@
 """A graph whose nodes only take time, as its stages say (`Stage.simulated`, words in flowrl/graph/simulated.py).
 
 Invariants: nothing of the user's is called; an engine, algorithm or objective is exchanged for one that only takes
-time; a stage runs only if its own class says that it may; nothing is read or written; optional nodes, such as the
-evaluation, are left out; a checkpoint's cost is spread over its versions. Used by run.py, which runs the plan.
+time; a stage runs only if its own class says that it may; nothing is read or written; optional nodes are left out, but
+for an evaluation where versions are evaluated in the time that is predicted; a checkpoint's cost is spread over its
+versions. Used by run.py, which runs the plan.
 
 Tests: tests/unit/simulation/test_run.py
 """
@@ -58,17 +59,39 @@ def _says(stage: Stage) -> bool:
 
 
 def optional_nodes(graph: Graph) -> list[str]:
-    """Return the nodes that no other needs: every edge of theirs ends in a port that may stay unconnected."""
+    """Return the nodes that the last one, and whoever it needs, can do without: they may stay unconnected."""
     needed = {graph.until_node}
-    for edge in graph.edges:
-        source, target = graph.node_of(edge.source), graph.node_of(edge.target)
-        needed |= {source} if not edge.target.is_optional else set()
-        needed |= {target} if not edge.source.is_optional else set()
+    for _ in graph.nodes:  # one more may follow from the last each time
+        for edge in graph.edges:
+            source, target = graph.node_of(edge.source), graph.node_of(edge.target)
+            needed |= {source} if target in needed and not edge.target.is_optional else set()
+            needed |= {target} if source in needed and not edge.source.is_optional else set()
     return [name for name in graph.nodes if name not in needed]
 
 
+def left_out(graph: Graph, profile: Profile, *, is_whole: bool) -> list[str]:
+    """Return the optional nodes that are not simulated.
+
+    All of them where nothing is evaluated on the way, else those that do not run as they are, and whoever needs them.
+    """
+    optional = optional_nodes(graph)
+    if not is_whole and not getattr(graph.until.config, "evaluate_every", 0):
+        return optional
+    absent = {name for name in optional if not _says(graph.nodes[name])}
+    runs = {
+        name: name not in absent and isinstance(stage.simulated(NodeCosts(graph, name, profile, 1)), Itself)
+        for name, stage in graph.nodes.items()
+    }
+    for _ in optional:  # one more may follow from the last each time
+        for edge in graph.edges:
+            ends = {graph.node_of(edge.source), graph.node_of(edge.target)}
+            if any(node in absent or not runs[node] for node in ends):
+                absent |= ends & {*optional}
+    return [name for name in optional if name in absent]
+
+
 def timed_plan(graph: Graph, profile: Profile, *, steps: int, is_whole: bool) -> GraphPlan:
-    """Return the plan of a graph whose nodes only take time; optional nodes are left out.
+    """Return the plan of a graph whose nodes only take time; for what is not in it see `left_out`.
 
     Raises:
         ConfigError: the graph cannot be simulated, or the profile lacks a node that computes.
@@ -78,11 +101,11 @@ def timed_plan(graph: Graph, profile: Profile, *, steps: int, is_whole: bool) ->
         if "do not say" in what:
             remedy = "give the class a method `simulated`, see flowrl/graph/simulated.py"
         raise ConfigError("graph", f"{what}, so there is no prediction", remedy)
-    plan, optional = plan_of(graph), optional_nodes(graph)
+    plan, absent = plan_of(graph), left_out(graph, profile, is_whole=is_whole)
     nodes: dict[str, Specification] = {}
     left: set[str] = set()  # addresses of ports
     for name in graph.nodes:
-        if name not in optional:
+        if name not in absent:
             costs = NodeCosts(graph, name, profile, steps)
             nodes[name], ports = _stand_in(costs, plan.nodes[name], graph.nodes[name])
             left |= {f"{name}.{port}" for port in ports}
@@ -98,10 +121,10 @@ def timed_plan(graph: Graph, profile: Profile, *, steps: int, is_whole: bool) ->
 def _stand_in(costs: NodeCosts, spec: Specification, stage: Stage) -> tuple[Specification, list[str]]:
     """Return what stands in for a node, and which of its ports are left."""
     match stage.simulated(costs):
-        case Itself(arguments):
+        case Itself(arguments, without):
             exchanged = {name: msgspec.to_builtins(value) for name, value in arguments.items()}
             arguments = {**spec.arguments, "config": _quiet(stage.config), **exchanged}
-            return msgspec.structs.replace(spec, arguments=arguments), list(stage.ports)
+            return msgspec.structs.replace(spec, arguments=arguments), [p for p in stage.ports if p not in without]
         case Admits(num_samples):
             place = _place(costs.node, stage, Credit, Prompt)
             return _specification(TimedPrompts, place, num_samples=num_samples), [place.takes, place.puts]
@@ -144,6 +167,18 @@ def _specification(kind: type[Stage], place: Ends, **arguments: Any) -> Specific
     return Specification(stage=f"{__name__}:{kind.__name__}", arguments=arguments)
 
 
+def with_costs_of(graph: Graph, node: str, profile: Profile) -> Profile:
+    """Return a profile in which a generator that its run did not have costs what another of the graph does."""
+    alike = [
+        name
+        for name, stage in graph.nodes.items()
+        if isinstance(stage.config, Serving) and name in profile.nodes and profile.nodes[name].decode is not None
+    ]
+    if node in profile.nodes or not alike or not isinstance(graph.nodes[node].config, Serving):
+        return profile
+    return msgspec.structs.replace(profile, nodes={**profile.nodes, node: profile.nodes[alike[0]]})
+
+
 class NodeCosts:
     """The costs of one node, and what stands in for its engine, its algorithm and its model."""
 
@@ -153,6 +188,11 @@ class NodeCosts:
         self._profile = profile
         host = graph.nodes[node].config.share or node
         self._device = host if graph.nodes[host].config.gpus > 0 else "cores"
+
+    def heldout(self, num: int) -> list[int]:
+        """Return the tokens of each prompt of an evaluation: as many as in the profile's run, else `num`."""
+        count = self._profile.heldout or num
+        return [max(1, round(self._profile.prompt_tokens.at((k + 0.5) / count))) for k in range(count)]
 
     def known(self, call: str = "") -> NodeProfile:
         """Return the node's costs, which have those of a call.

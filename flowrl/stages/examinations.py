@@ -37,8 +37,9 @@ class Examinations:
         """Return the versions whose bytes are still to be held."""
         return frozenset(self._sent) | ({self._next[0].version} if self._next is not None else frozenset())
 
-    def ask(self, context: Context, weights: Weights, *, is_final: bool, tasks: asyncio.TaskGroup) -> None:
-        """Have a version examined when its turn comes; returns at once."""
+    def ask(self, context: Context, weights: Weights, *, is_final: bool, tasks: asyncio.TaskGroup) -> int | None:
+        """Have a version examined when its turn comes; returns at once, with the version that is left out for it."""
+        left_out = None
         if self._next is not None:
             left_out = self._next[0].version
             text = (
@@ -48,6 +49,7 @@ class Examinations:
         self._next = extend(PinnedWeights, weights), is_final
         if self._going_on is None or self._going_on.done():
             self._going_on = tasks.create_task(self._go_on(context))
+        return left_out
 
     async def _go_on(self, context: Context) -> None:
         while self._next is not None:

@@ -9,7 +9,7 @@ Tests: tests/contracts/test_synchronous.py
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
@@ -19,7 +19,8 @@ from flowrl.errors import ConfigError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import Itself
 from flowrl.graph.stage import Stage
-from flowrl.messages import Prompt, Rollouts, Weights, extend
+from flowrl.messages import Buffer, Inquiry, Prompt, Rollouts, Sample, VersionSpan, Weights, extend
+from flowrl.stages.asking import LIKELIEST
 from flowrl.stages.sampler import Sampler
 from flowrl.stages.serving import Generation, check_context, record_generation, serve_each, serving
 from flowrl.telemetry.events import Cause
@@ -27,6 +28,9 @@ from flowrl.telemetry.events import Cause
 if TYPE_CHECKING:
     from flowrl.graph.simulated import Costs
     from flowrl.graph.stage import Context, Say
+
+VLLM = "flowrl.engines.vllm:VllmEngine"
+ANSWERING_VLLM = "flowrl.engines.vllm_answers:AnsweringVllm"
 
 
 class Generator(Stage):
@@ -51,6 +55,11 @@ class Generator(Stage):
         self.config: Generator.Config = config
         self.sampler = sampler
 
+    @property
+    def served(self) -> Generation:
+        """Return the settings with the engine that is opened."""
+        return self.config
+
     def check(self, say: Say) -> None:
         """Prepare the model; its context must hold `max_model_len` tokens."""
         self.sampler.check_node(self.config, "generator")
@@ -58,7 +67,7 @@ class Generator(Stage):
             self._check_spare()
             drawn = f"the {num_spare} slowest of {self.config.group_size + num_spare} answers"
             say(f"generator.spare_samples: {drawn} to a prompt are given up, which favours short ones")
-        check_context(self.config, self.sampler.model, say, where="generator", routing=self.sampler.routing)
+        check_context(self.served, self.sampler.model, say, where="generator", routing=self.sampler.routing)
 
     def _check_spare(self) -> None:
         """Insist that the engine takes spare samples."""
@@ -83,11 +92,14 @@ class Generator(Stage):
             context.done += 1
 
         async def evaluate(prompt: Prompt) -> None:
-            await self.heldout_rollouts.put(await self._sample(context, engine, prompt, "evaluate"))
+            await self.heldout_rollouts.put(await self._examine(context, engine, prompt))
 
-        async with serving(context, self.config, self.weights, self.sampler) as engine:
+        async with serving(context, self.served, self.weights, self.sampler) as engine:
             lanes = (self.prompts, train), (self.heldout, evaluate)
             await serve_each(*lanes, max_groups=self.config.max_groups)
+
+    async def _examine(self, context: Context, engine: GenerationEngine, prompt: Prompt) -> Rollouts:
+        return await self._sample(context, engine, prompt, "evaluate")
 
     async def _with_greedy(self, context: Context, engine: GenerationEngine, rollouts: Rollouts) -> Rollouts:
         """Return the group with the likeliest response behind its samples."""
@@ -124,7 +136,47 @@ class Generator(Stage):
 
 
 class Examiner(Generator):
-    """A generator that samples held-out prompts alone, under the version that it was sent last."""
+    """A generator that samples held-out prompts alone, under the version that it was sent last.
+
+    Where benchmarks are asked (`answers`), its engine scores tokens and completes texts besides (vllm_answers.py).
+    """
 
     optional = frozenset({"prompts", "rollouts", "weights"})
     simulated = Generator.simulated
+
+    def __init__(self, config: Generator.Config, sampler: Sampler, *, answers: bool = False) -> None:
+        super().__init__(config, sampler)
+        self.answers = answers
+
+    @property
+    def served(self) -> Generation:
+        """Return the settings with an engine that answers, where it has to and may be exchanged."""
+        is_exchanged = self.answers and self.config.engine == VLLM
+        return msgspec.structs.replace(self.config, engine=ANSWERING_VLLM) if is_exchanged else self.config
+
+    def check(self, say: Say) -> None:
+        """Prepare the model, and insist on an engine that answers what is asked."""
+        super().check(say)
+        engine = load_class(self.served.engine, "generator.engine")
+        if self.answers and not (hasattr(engine, "score") and hasattr(engine, "complete")):
+            what = f"needs an engine that scores tokens, and {self.config.engine} does not"
+            raise ConfigError("evaluation.tasks", what, f"leave generator.engine to {VLLM}")
+
+    async def _examine(self, context: Context, engine: GenerationEngine, prompt: Prompt) -> Rollouts:
+        if not isinstance(prompt, Inquiry):
+            return await super()._examine(context, engine, prompt)
+        answering: Any = engine
+        before, token_ids = context.version, prompt.token_ids.tolist()
+        found: dict[str, Any]
+        with context.clock.charge(Cause.COMPUTE):
+            if prompt.is_scored:
+                logprobs, likeliest = await answering.score(token_ids)
+                columns = {LIKELIEST: Buffer.floats([float(each) for each in likeliest])}
+                found = {"token_ids": prompt.token_ids, "logprobs": Buffer.floats(logprobs), "columns": columns}
+            else:
+                said = await answering.complete(token_ids, until=prompt.until, **prompt.sampling)
+                found = {"token_ids": Buffer.ints(said), "logprobs": Buffer.floats([])}
+        spans = [VersionSpan(version, 0, 0) for version in sorted({before, context.version})]
+        sample = Sample(versions=spans, finish="stop", text="", **found)
+        known = {name: getattr(prompt, name) for name in Prompt.__struct_fields__}
+        return Rollouts(**known, samples=[sample], generator=context.where)

@@ -6,8 +6,9 @@ has acknowledged the version that its group was learned into (law 2); version v 
 while the next step's forward and backward run, and has left before the next optimizer step changes the weights; where
 an evaluator is joined, no version is published while an older one is being evaluated, unless an examiner keeps it
 meanwhile (examinations.py); a checkpoint holds the state of every stateful node and the flow's cut between the same two
-steps. Where texts are joined (a pre-training loss), those of step v are learned in it, each loss divided by its own
-count; they are asked for a step ahead. Its return ends the run.
+steps. Where evaluations say which version is the best (`results`), each that is evaluated is saved, and stays at least
+until its score is known. Where texts are joined (a pre-training loss), those of step v are learned in it, each loss
+divided by its own count; they are asked for a step ahead. Its return ends the run.
 
 Tests: tests/unit/stages/test_step.py
 """
@@ -15,6 +16,8 @@ Tests: tests/unit/stages/test_step.py
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -22,7 +25,7 @@ import msgspec
 from flowrl.config import ImportPath, Meta, Select, widen
 from flowrl.data.models import prepare_model
 from flowrl.engines.base import Publishing, RoutingKind, TokenGroup, TrainingConfig, TrainingEngine, unserved
-from flowrl.engines.checkpoint import CARD
+from flowrl.engines.checkpoint import CARD, CheckpointWriter, forget_ratings, read_rated
 from flowrl.engines.weights.manifest import tensor_digests
 from flowrl.errors import ConfigError, RunError, TransferError
 from flowrl.graph.ports import In, Out
@@ -36,6 +39,7 @@ from flowrl.messages import (
     PinnedWeights,
     Samples,
     Texts,
+    VersionScore,
     Weights,
     replays_of,
 )
@@ -70,6 +74,7 @@ from flowrl.telemetry.events import Cause, Notice, Step
 from flowrl.telemetry.records import forget_steps, step_path, write_digests, write_rollouts
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from flowrl.algorithms.base import Objective
@@ -100,7 +105,7 @@ class Learner(Stage):
         save_rollouts: bool = True  # write every learned group to Parquet
         min_ess: Annotated[float, Meta(ge=0, le=1)] = 0.3  # warn when the effective sample size falls below
 
-    optional = frozenset({"evaluations", "examined", "wanted", "texts"})
+    optional = frozenset({"evaluations", "examined", "results", "wanted", "texts"})
     together = (frozenset({"wanted", "texts"}),)
     ordered = frozenset({"samples"})
     is_stateful = True
@@ -111,6 +116,7 @@ class Learner(Stage):
     released: Out[Credit]
     evaluations: Out[EvaluationRequest]
     examined: Out[PinnedWeights]  # to generators that keep a version while it is evaluated
+    results: In[VersionScore]  # by which the best checkpoint is chosen; unconnected: by the mean reward of its steps
 
     def __init__(
         self, config: Config, sampler: Sampler, learning: Learning, beside: TextSource.Config = NO_TEXTS
@@ -123,6 +129,7 @@ class Learner(Stage):
         self.algorithm = learning.algorithm
         self.pretraining = Select(use="flowrl.algorithms.pretraining:Pretraining", options={"coef": beside.coef})
         self._num_samples, self._sum_rewards = 0, 0.0  # learned since the last checkpoint
+        self._awaited: set[int] = set()  # versions that are evaluated, whose scores are still to come
         self._ours: dict[tuple[int, int], FloatArray] = {}  # log-probs of the step's samples as they were first learned
 
     @property
@@ -211,7 +218,7 @@ class Learner(Stage):
     def simulated(self, costs: Costs) -> Itself:
         """Train nothing."""
         shared = {"sampler": costs.sampler(self.sampler), "learning": costs.learning(self.learning)}
-        return Itself({"config": costs.training(self.config, "train"), **shared})
+        return Itself({"config": costs.training(self.config, "train"), **shared}, without=("results",))
 
     async def run(self, context: Context) -> None:
         """Train until the last version is published, acknowledged and saved, or the user asks to stop."""
@@ -223,16 +230,18 @@ class Learner(Stage):
             saved = context.version if context.resume_from else -1
             if self.config.save_rollouts:
                 await context.compute(forget_steps, context.run_dir / "rollouts", context.version)
+            if self.results.is_connected:
+                await self._go_on_rating(context)
             await self._ask_for_texts(context.version)
             self._examinations = Examinations(self.examined, self.evaluations)
-            async with asyncio.TaskGroup() as tasks:
+            async with self._rating(context), asyncio.TaskGroup() as tasks:
                 push = await self._publish(context, engine, [], tasks)
                 while context.version < self.learning.steps:
                     batch = await take_step(self.samples, context, self.learning.groups_per_step)
                     if batch is None:
                         break
                     push = await self._step(context, engine, objective, batch, push, tasks)
-                    if self.config.save_every and context.version % self.config.save_every == 0:
+                    if self._is_saved(context.version):
                         await self._save(context, engine)
                         saved = context.version
                 await push
@@ -336,8 +345,11 @@ class Learner(Stage):
         context.span(f"publish v{weights.version}", start_s, args={"bytes": weights.size_bytes})
         if self.evaluations.is_connected and self._is_evaluated(weights.version):
             is_final = weights.version == self.learning.steps
+            if self.results.is_connected:
+                self._awaited.add(weights.version)
             if self.examined.is_connected:
-                self._examinations.ask(context, weights, is_final=is_final, tasks=tasks)
+                left_out = self._examinations.ask(context, weights, is_final=is_final, tasks=tasks)
+                self._awaited -= {left_out}
             else:
                 await self.evaluations.put(EvaluationRequest(version=weights.version, is_final=is_final))
         await context.background(engine.retire, weights.version, self._examinations.kept)
@@ -354,12 +366,51 @@ class Learner(Stage):
         every = self.config.evaluate_every
         return version in (0, self.learning.steps) or bool(every and version % every == 0)
 
+    def _is_saved(self, version: int) -> bool:
+        every = self.config.save_every
+        return bool(every and version % every == 0) or (self.results.is_connected and self._is_evaluated(version))
+
     async def _save(self, context: Context, engine: TrainingEngine) -> None:
-        """Write a checkpoint; the best is the one whose steps since the checkpoint before had the best mean reward."""
-        score = self._sum_rewards / max(1, self._num_samples)
-        keep = self.config.keep_checkpoints
-        await save_checkpoint(context, engine, card=CARD, keep=keep, score=score, saving=self.saving)
+        """Write a checkpoint; its score is the mean reward of the steps since the one before, or comes later."""
+        score = None if self.results.is_connected else self._sum_rewards / max(1, self._num_samples)
+        async with self._keeping:
+            await save_checkpoint(
+                context, engine, card=CARD, keep=self.config.keep_checkpoints, score=score, saving=self.saving,
+                awaited=frozenset(self._awaited),
+            )  # fmt: skip
         self._num_samples, self._sum_rewards = 0, 0.0
+
+    async def _go_on_rating(self, context: Context) -> None:
+        """Forget what later versions were given before, and say which before this one will have no score."""
+        directory = context.run_dir / "checkpoints"
+        await context.compute(forget_ratings, directory, context.version)
+        rated = read_rated(directory)
+        known = rated.scores if rated else {}
+        cut = [version for version in range(context.version) if self._is_evaluated(version) and version not in known]
+        if cut:
+            text = f"versions {', '.join(map(str, cut))} have no score: their evaluation was cut off or left out"
+            context.notice(text, level="info")
+
+    @asynccontextmanager
+    async def _rating(self, context: Context) -> AsyncIterator[None]:
+        """Take in what evaluations gave versions, where they do, until the block ends."""
+        self._keeping = asyncio.Lock()  # of the directory of checkpoints
+        async with asyncio.TaskGroup() as tasks:
+            rating = tasks.create_task(self._rate(context)) if self.results.is_connected else None
+            yield
+            if rating is not None:
+                rating.cancel()
+
+    async def _rate(self, context: Context) -> None:
+        async for told in self.results:
+            async with self._keeping:
+                self._awaited.discard(told.version)
+                directory, keep = context.run_dir / "checkpoints", self.config.keep_checkpoints
+                writer = CheckpointWriter(directory, keep=keep, awaited=frozenset(self._awaited))
+                if await context.write(partial(writer.rate, told.version, told.score, by=told.by)):
+                    text = f"version {told.version} is the best so far: {told.by} {told.score:.4g}"
+                    context.notice(text, level="info")
+            await self.results.done(told)
 
     def _record(
         self, context: Context, batch: list[Samples], staleness: list[int], metrics: dict[str, float], step_s: float

@@ -77,7 +77,8 @@ class OfflineLearner(Stage):
         self.course = course
         self.objective = course.objective
         self._scale: dict[str, float] = {}  # of a reward model: mean and std of its scores of the held-out responses
-        self._score = 0.0  # the mean held-out score of late, or minus the training loss where nothing is held out
+        self._score = 0.0  # the mean held-out score, or minus the training loss where nothing is held out
+        self._scored: int | None = None  # the version that has this held-out score; None: nothing is held out
 
     @property
     def admission(self) -> Admission:
@@ -180,7 +181,7 @@ class OfflineLearner(Stage):
         metrics, scores = await context.compute(measure, objective, groups, rows, divergences)
         if objective.gives_score:
             self._scale = scale_of(rows)
-        self._score = sum(scores) / len(scores)
+        self._score, self._scored = sum(scores) / len(scores), context.version
         context.recorder.record(
             Evaluation(version=context.version, time_s=context.now(), scores=[[s] for s in scores], completions=[])
         )
@@ -193,9 +194,8 @@ class OfflineLearner(Stage):
     async def _save(self, context: Context, engine: TrainingEngine, objective: Objective) -> None:
         card = CARD if objective.head == "policy" else VALUES_CARD
         keep = self.config.keep_checkpoints
-        await save_checkpoint(
-            context, engine, card=card, keep=keep, score=self._score, saving=self.saving, notes=self._scale
-        )
+        score = self._score if self._scored in (context.version, None) else None
+        await save_checkpoint(context, engine, card=card, keep=keep, score=score, saving=self.saving, notes=self._scale)
 
 
 def step_groups(engine: TrainingEngine, objective: Objective, examples: Sequence[Example]) -> list[TokenGroup]:

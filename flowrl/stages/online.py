@@ -91,12 +91,17 @@ def evaluated(
     evaluation = Evaluator(config, generator.sampler, reward=reward)
     nodes: dict[str, Stage] = {"evaluation": evaluation}
     edges: list[Edge] = [Latest(learner.evaluations, evaluation.requests)]
+    if config.best_by:
+        edges.append(Latest(evaluation.results, learner.results))
+    if config.tasks and not config.beside:
+        what = "are asked of a generator that keeps a version, and there is none beside training"
+        raise ConfigError("evaluation.tasks", what, "set evaluation.beside=1")
     if config.beside:
         if not isinstance(generator, Generator):
             what = f"is {config.beside}, but an agent's episodes are evaluated by the training's own agents"
             raise ConfigError("evaluation.beside", what, "leave it 0")
         settings = msgspec.structs.replace(generator.config, replicas=config.beside, spare_samples=0)
-        nodes["examiner"] = generator = Examiner(settings, generator.sampler)
+        nodes["examiner"] = generator = Examiner(settings, generator.sampler, answers=bool(config.tasks))
         edges.append(Latest(learner.examined, generator.weights))
     edges += [
         Queue(evaluation.prompts, generator.heldout, depth=16),

@@ -35,9 +35,10 @@ async def save_checkpoint(
     *,
     card: str,
     keep: int,
-    score: float,
+    score: float | None,
     saving: Out[Save],
     notes: dict[str, float] | None = None,
+    awaited: frozenset[int] = frozenset(),
 ) -> None:
     """Write the checkpoint of `context.version`, with the part of every node that `saving` leads to.
 
@@ -46,20 +47,22 @@ async def save_checkpoint(
     """
     filled = card.format(name=context.run_dir.name, version=context.version)
     write_own = partial(_write_own, engine, context.node, context.version, filled, notes or {})
-    await save_parts(context, write_own, keep=keep, score=score, saving=saving)
+    await save_parts(context, write_own, keep=keep, score=score, saving=saving, awaited=awaited)
 
 
 async def save_parts(
-    context: Context, write_own: Callable[[Path], None], *, keep: int, score: float, saving: Out[Save]
-) -> None:
+    context: Context, write_own: Callable[[Path], None], *, keep: int, score: float | None, saving: Out[Save],
+    awaited: frozenset[int] = frozenset(),
+) -> None:  # fmt: skip
     """Write the checkpoint of `context.version`: what `write_own` puts into it, and every other node's part.
 
-    `score` is what the best checkpoint goes by. Waits for the nodes that `saving` leads to, and for a full disk's room.
+    `score` is what the best checkpoint goes by, None where evaluations say that later; those of the versions in
+    `awaited` stay until then. Waits for the nodes that `saving` leads to, and for a full disk's room.
 
     Raises:
         ResourceError: the disk is full and the user asked to stop.
     """
-    writer = CheckpointWriter(context.run_dir / "checkpoints", keep=keep)
+    writer = CheckpointWriter(context.run_dir / "checkpoints", keep=keep, awaited=awaited)
     while True:
         try:
             path = await _write(context, write_own, writer, score=score, saving=saving)
@@ -74,8 +77,9 @@ async def save_parts(
 
 
 async def _write(
-    context: Context, write_own: Callable[[Path], None], writer: CheckpointWriter, *, score: float, saving: Out[Save]
-) -> Path:
+    context: Context, write_own: Callable[[Path], None], writer: CheckpointWriter, *, score: float | None,
+    saving: Out[Save],
+) -> Path:  # fmt: skip
     start_s, version = context.now(), context.version
     aside = await context.compute(writer.begin, version)
     try:

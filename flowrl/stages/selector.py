@@ -164,7 +164,7 @@ class SelectionLearner(Learner):
     def simulated(self, costs: Costs) -> Itself:
         """Train nothing."""
         shared = {"sampler": costs.sampler(self.sampler), "learning": costs.learning(self.learning, is_objective=True)}
-        return Itself({"config": costs.training(self.config, "train"), **shared})
+        return Itself({"config": costs.training(self.config, "train"), **shared}, without=("results",))
 
     async def run(self, context: Context) -> None:
         """Train until the last version is published, acknowledged and saved, or the user asks to stop."""

@@ -127,6 +127,16 @@ class TakingTurns:
         async with self._devices.use():
             return await self._engine.generate(**request)
 
+    async def score(self, *asked: Any) -> Any:
+        """Score tokens once the devices are there."""
+        async with self._devices.use():
+            return await self._engine.score(*asked)  # pyright: ignore[reportAttributeAccessIssue]
+
+    async def complete(self, *asked: Any, **sampling: Any) -> Any:
+        """Complete a text once the devices are there."""
+        async with self._devices.use():
+            return await self._engine.complete(*asked, **sampling)  # pyright: ignore[reportAttributeAccessIssue]
+
     async def serve_loaded(self) -> None:
         """Serve what `open` loaded."""
         async with self._devices.use():

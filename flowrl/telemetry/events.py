@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from flowrl.telemetry.scores import Bounds
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -186,6 +188,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     scores: list[list[float]]  # [prompt][sample], same prompts in the same order each time
     completions: list[dict[str, str]]  # a few rows with keys prompt, completion, reward
     sets: dict[str, list[list[float]]] = {}  # scores of further held-out sets, by name
+    tasks: dict[str, Bounds] = {}  # of benchmarks, by TASK/METRIC
 
 
 class Notice(msgspec.Struct, frozen=True, kw_only=True, tag=True):

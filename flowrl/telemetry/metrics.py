@@ -23,6 +23,7 @@ from flowrl.telemetry import clock
 from flowrl.telemetry.events import EdgeStatus, Evaluation, Notice, Status, Step
 from flowrl.telemetry.files import UNREADABLE, RecordFile, is_full, read_file, replace_file
 from flowrl.telemetry.intervals import mean_interval, prompt_means
+from flowrl.telemetry.scores import Bounds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -90,6 +91,7 @@ def row_of(event: Event) -> dict[str, Any] | None:
                 "scores": event.scores,
                 "completions": event.completions,
                 **({"sets": event.sets} if event.sets else {}),
+                **({"tasks": msgspec.to_builtins(event.tasks)} if event.tasks else {}),
             }
         case Notice():
             return {
@@ -117,6 +119,7 @@ class _EvaluationLine(msgspec.Struct, tag_field="kind", tag="evaluation"):
     scores: list[list[float]]
     completions: list[dict[str, str]]
     sets: dict[str, list[list[float]]] = {}
+    tasks: dict[str, Bounds] = {}
 
 
 class _NoticeLine(msgspec.Struct, tag_field="kind", tag="notice"):

@@ -45,6 +45,7 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     totals: dict[str, int] = {}  # the ledger's: admitted, learned, filtered, failed, unfinished
     checkpoint: str = ""  # path of the newest complete one
+    best: str = ""  # which version scored best, where evaluations say that, and where it is
     resume: str = ""  # command that goes on from it, or begins again where there is none
     was_stopped: bool = False  # the user asked for it
     failure: str = ""  # the error that ended the run
@@ -55,6 +56,7 @@ def report(view: RunView, ending: Ending) -> str:
     sections = [
         [_headline(view, ending)],
         _heldout(view),
+        _benchmarks(view),
         _completions(view),
         _throughput(view),
         _time_by_cause(view),
@@ -127,6 +129,20 @@ def _heldout(view: RunView) -> list[str]:
     elif last is not first:
         lines.append("  the two were not scored on the same prompts: no paired change")
     return lines
+
+
+def _benchmarks(view: RunView) -> list[str]:
+    asked = [view.evaluations[version] for version in sorted(view.evaluations) if view.evaluations[version].tasks]
+    if not asked:
+        return []
+    rows = [
+        (f"{one_line(name)}, version {version}", bounds.said(), f"{bounds.num} items")
+        for name in asked[-1].tasks
+        for version in dict.fromkeys((asked[0].version, asked[-1].version))
+        for bounds in [view.evaluations[version].tasks.get(name)]
+        if bounds is not None
+    ]
+    return ["benchmarks (95 % intervals over items)", *_aligned(rows, left=1)]
 
 
 def _interval_cells(interval: Interval, form: str) -> tuple[str, ...]:
@@ -284,6 +300,8 @@ def _whereabouts(ending: Ending) -> list[str]:
         )
     if ending.checkpoint:
         lines.append(f"checkpoint: {ending.checkpoint}")
+    if ending.best:
+        lines.append(f"best:       {ending.best}")
     if ending.resume:
         lines.append(f"{'continue:  ' if ending.checkpoint else 'begin again:'} {ending.resume}")
     return lines

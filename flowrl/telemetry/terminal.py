@@ -110,12 +110,13 @@ def step_line(step: Step, view: RunView) -> str:
 
 
 def evaluation_line(evaluation: Evaluation) -> str:
-    """Return `held-out score 0.312 +- 0.041 (64 prompts) at version 0`, and further sets by name."""
+    """Return `held-out score 0.312 +- 0.041 (64 prompts) at version 0`, and further sets and benchmarks by name."""
     means = prompt_means(evaluation.scores)
-    if not means and not evaluation.sets:
+    if not means and not evaluation.sets and not evaluation.tasks:
         return f"held-out score: no prompts at version {evaluation.version}"
     told = {"held-out score": means, **{name: prompt_means(scores) for name, scores in evaluation.sets.items()}}
     parts = [f"{one_line(name)} {_mean_of(each)}" for name, each in told.items() if each]
+    parts += [f"{one_line(name)} {bounds.said()} ({bounds.num} items)" for name, bounds in evaluation.tasks.items()]
     return f"{', '.join(parts)} at version {evaluation.version}"
 
 

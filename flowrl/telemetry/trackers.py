@@ -271,10 +271,11 @@ def figures_of(event: Event) -> dict[str, float]:
     match event:
         case Step():
             return {**event.metrics, "version": event.version}
-        case Evaluation() if event.scores:
-            sets = {f"heldout.{name}.mean": mean_interval(prompt_means(each)).mean for name, each in event.sets.items()}
-            mean = mean_interval(prompt_means(event.scores)).mean
-            return {"heldout.mean": mean, **sets, "version": event.version}
+        case Evaluation() if event.scores or event.sets or event.tasks:
+            told = {"heldout.mean": event.scores, **{f"heldout.{name}.mean": each for name, each in event.sets.items()}}
+            means = {name: mean_interval(found).mean for name, each in told.items() if (found := prompt_means(each))}
+            tasks = {f"tasks.{name}": bounds.value for name, bounds in event.tasks.items()}
+            return {**means, **tasks, "version": event.version}
         case _:
             return {}
 

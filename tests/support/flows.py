@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
@@ -105,10 +104,11 @@ class Scorer(Stage):
 
 
 class Judge(Stage):
-    """Gives every held-out sample the score 1, after a time."""
+    """Gives every held-out sample a score after a time: 1, or less the further its version is from `peak`."""
 
     class Config(StageConfig):
         mean_s: float = 0.0
+        peak: int = -1  # -1: all versions are alike
 
     rollouts: In[Rollouts]
     scored: Out[Scored]
@@ -119,14 +119,15 @@ class Judge(Stage):
     async def run(self, context: Context) -> None:
         async for group in self.rollouts:
             await asyncio.sleep(self.config.mean_s)
-            await self.scored.put(extend(Scored, group, scores={"one": [1.0] * len(group.samples)}))
+            away = 0 if self.config.peak < 0 else abs(group.oldest_version - self.config.peak)
+            await self.scored.put(extend(Scored, group, scores={"one": [1 / (1 + away)] * len(group.samples)}))
 
 
 class NumberedEvaluator(Evaluator):
     """The real evaluator over `config.in_flight` numbered prompts, without a tokenizer."""
 
     def _load(self) -> Any:
-        return SimpleNamespace(heldout=[NumberedRow([3, 4, 5], {}) for _ in range(self.config.in_flight)])
+        return [NumberedRow([3, 4, 5], {}) for _ in range(self.config.in_flight)]
 
     def _load_sets(self) -> Any:
         return {name: [NumberedRow([3, 4, 5], {})] * int(count) for name, count in self.config.sets.items()}
@@ -172,6 +173,7 @@ class FlowSettings:
     sets: dict[str, str] = field(default_factory=dict[str, str])  # further held-out prompts, by name: how many
     judge_s: float = 0.0  # for each held-out prompt
     beside: int = 0  # generators that keep a version while it is evaluated
+    peak: int = -1  # version that scores best, by which the best checkpoint is chosen; -1: none is
     on_update: Literal["keep", "wait", "resume"] = "keep"
     turn_limit_s: float = 0.0  # generator and learner take turns on the same devices; 0: each has its own
 
@@ -246,14 +248,16 @@ def flow(s: FlowSettings, learner_class: type[Learner] = ObservedLearner) -> Gra
         edges.append(Queue(scorer.samples, replay.fresh))
         samples = replay.samples
     if s.evaluate_every >= 0:
-        nodes["judge"] = judge = Judge(Judge.Config(mean_s=s.judge_s))
-        config = Evaluator.Config(samples=1, in_flight=4, sets=s.sets)
+        nodes["judge"] = judge = Judge(Judge.Config(mean_s=s.judge_s, peak=s.peak))
+        config = Evaluator.Config(samples=1, in_flight=4, sets=s.sets, best_by="heldout" if s.peak >= 0 else "")
         nodes["evaluation"] = evaluation = NumberedEvaluator(config, sampler)
         examiner = generator
         if s.beside:
             settings = msgspec.structs.replace(generator.config, replicas=s.beside)
             nodes["examiner"] = examiner = Examiner(settings, sampler)
             edges.append(Latest(learner.examined, examiner.weights))
+        if s.peak >= 0:
+            edges.append(Latest(evaluation.results, learner.results))
         edges += [
             Latest(learner.evaluations, evaluation.requests),
             Queue(evaluation.prompts, examiner.heldout, depth=4, most=4),

@@ -19,6 +19,7 @@ from flowrl.messages import (
     End,
     EvaluationRequest,
     Example,
+    Inquiry,
     Message,
     PinnedWeights,
     Prompt,
@@ -30,6 +31,7 @@ from flowrl.messages import (
     Save,
     Scored,
     Texts,
+    VersionScore,
     VersionSpan,
     Weights,
     decode,
@@ -91,10 +93,15 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "size_bytes": counts,
     "is_final": st.booleans(),
     "directory": letters,
+    "by": letters,
+    "score": st.none() | st.floats(allow_nan=False),
+    "is_scored": st.booleans(),
+    "until": st.lists(letters, max_size=2),
+    "sampling": st.dictionaries(letters, st.integers(0, 9), max_size=2),
 }
 KINDS: list[type[Message]] = [
     Prompt, Rollouts, Scored, Referenced, Samples, Example, Texts, Credit, Weights, PinnedWeights,
-    EvaluationRequest, Save, End,
+    EvaluationRequest, VersionScore, Inquiry, Save, End,
 ]  # fmt: skip
 CHAIN: list[type[Prompt]] = [Prompt, Rollouts, Scored, Referenced, Samples]
 

@@ -15,8 +15,20 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flowrl.engines import checkpoint as module
-from flowrl.engines.checkpoint import CheckpointWriter, complete_checkpoints, damage, newest_sound, read_cut, strays
-from flowrl.errors import ResourceError
+from flowrl.engines.checkpoint import (
+    Best,
+    CheckpointWriter,
+    best_version,
+    complete_checkpoints,
+    damage,
+    forget_ratings,
+    newest_sound,
+    read_cut,
+    set_checkpoints_aside,
+    strays,
+    version_of,
+)
+from flowrl.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,9 +37,11 @@ KILLED = 9
 NUM_FILES = 12
 
 
-def save(directory: Path, version: int, *, score: float = 0.0, keep: int = 2) -> Path:
+def save(
+    directory: Path, version: int, *, score: float | None = 0.0, keep: int = 2, awaited: frozenset[int] = frozenset()
+) -> Path:
     """Write a checkpoint of a dozen small files as the learner does."""
-    saver = CheckpointWriter(directory, keep=keep)
+    saver = CheckpointWriter(directory, keep=keep, awaited=awaited)
     aside = saver.begin(version)
     for place in range(NUM_FILES):
         path = aside / f"part{place % 3}" / f"file{place}.bin"
@@ -123,6 +137,36 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     for version, score in ((1, 0.1), (2, 0.9), (3, 0.2), (4, 0.3), (5, 0.4)):
         save(tmp_path, version, score=score)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-000002", "step-000004", "step-000005"]
+
+
+def names(directory: Path) -> list[int]:
+    return [version_of(path) for path in complete_checkpoints(directory)]
+
+
+def test_what_evaluations_say_later_decides_and_equal_scores_are_the_earliest_s(tmp_path: Path) -> None:
+    for version in range(1, 5):
+        save(tmp_path, version, score=None, keep=1, awaited=frozenset({1, 2, 3}))
+    assert names(tmp_path) == [1, 2, 3, 4]
+    assert best_version(tmp_path) is None
+    for version, score, is_best, awaited, left in (
+        (0, 0.5, True, {1, 2, 3}, [1, 2, 3, 4]),
+        (2, 0.25, False, {1, 3}, [1, 2, 3, 4]),
+        (1, None, False, {3}, [2, 3, 4]),
+        (3, 0.75, True, set[int](), [3, 4]),
+        (4, 0.75, False, set[int](), [3, 4]),
+    ):
+        writer = CheckpointWriter(tmp_path, keep=1, awaited=frozenset(awaited))
+        assert writer.rate(version, score, by="heldout") == is_best
+        assert names(tmp_path) == left, version
+    best = best_version(tmp_path)
+    assert best == Best(3, 0.75, "heldout", tmp_path / "step-000003")
+    forget_ratings(tmp_path, 2)
+    assert best_version(tmp_path) == Best(0, 0.5, "heldout", None)
+    (tmp_path / "scores.json").write_bytes(b"{}")
+    with pytest.raises(ConfigError, match=r"scores\.json: is damaged"):
+        best_version(tmp_path)
+    set_checkpoints_aside(tmp_path)
+    assert best_version(tmp_path) is None
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from flowrl.simulation.costs import CallCost, DecodeCost, NodeProfile, Profile, 
 from flowrl.simulation.decoding import Arrival, replay
 from flowrl.simulation.devices import Decoder, Device
 from flowrl.simulation.profiler import Contention, ProfileFile, Profiler, ReplicaDevice, nonnegative, places
-from flowrl.telemetry.events import Span
+from flowrl.telemetry.events import Evaluation, Span
 from tests.support.command import ROOT
 from tests.support.flows import flow, random_settings
 from tests.support.timed_past import events_of
@@ -258,6 +258,19 @@ def test_what_is_selected_costs_the_tokens_that_are_left_from_then_on() -> None:
     assert found["judge"].calls["score"].token_s == pytest.approx(0.01)
     assert found["learner"].calls["train"].token_s == pytest.approx(0.02)
     assert "select" not in found
+
+
+def test_an_examination_beside_training_is_no_work_of_the_learner_s() -> None:
+    profiler = Profiler()
+    steps = [span("learner", f"step {v}", 10.0 * v, 10.0 * v + 5.0, v) for v in range(8)]
+    made = [span("generator", "generate", 10.0 * v - 1.0, 10.0 * v, v) for v in range(8)]
+    scores = Evaluation(version=4, time_s=40.0, scores=[[1.0]] * 3, completions=[], sets={"hard": [[0.0]] * 2})
+    profiler.consume([*made, *steps, span("learner", "examined v4", 40.0, 79.0), scores])
+    where = {name: ReplicaDevice("cores", 1.0, {"engine": "a:A"}) for name in ("generator", "learner")}
+    found = profiler.profile(where, cores=1, slowdown=0.0)
+    assert "score" not in found.nodes["learner"].calls
+    assert found.nodes["learner"].calls["train"].call_s == pytest.approx(5.0)
+    assert found.heldout == 5
 
 
 def test_the_sink_writes_a_profile_that_can_be_read(tmp_path: Path) -> None:

@@ -174,9 +174,15 @@ def test_a_graph_that_trains_nothing_is_refused() -> None:
         simulate(generating, profile())
 
 
-def selecting(name: str, learned: float, *, within_s: float = 100.0) -> Prediction:
+def selecting(name: str, learned: float, *more: str, within_s: float = 100.0) -> Prediction:
     """Eight groups of four a step, decoded four samples at a time, which takes as long as all the rest together."""
-    settings = ["groups_per_step=8", "generator.group_size=4", "generator.max_running=4", "sampling.max_tokens=8"]
+    settings = [
+        "groups_per_step=8",
+        "generator.group_size=4",
+        "generator.max_running=4",
+        "sampling.max_tokens=8",
+        *more,
+    ]
     nodes = {
         "generator": NodeProfile(decode=DecodeCost(step_s=0.1)),
         **{node: NodeProfile(calls={"score": CallCost(call_s=1e-3)}) for node in ("reward", "reference")},
@@ -193,6 +199,17 @@ def test_as_many_groups_are_filtered_as_in_the_profile(name: str, num_samples: i
         assert found.samples_per_s / found.steps_per_s == pytest.approx(8 * num_samples)
     assert whole.steps_per_s == pytest.approx(1 / 6.4, rel=0.01)  # eight groups of 8 tokens, 0.1 s each
     assert half.steps_per_s == pytest.approx(0.5 / 6.4, rel=0.15)
+
+
+@pytest.mark.parametrize(("beside", "step_s"), [(0, 6.4 + 1.6), (1, 6.4)])
+def test_an_evaluation_takes_its_time_from_the_generators_or_has_one_of_its_own(beside: int, step_s: float) -> None:
+    asked = ["learner.evaluate_every=2", "data.num_heldout=4", "evaluation.samples=4", f"evaluation.beside={beside}"]
+    found = selecting("group_async", 1.0, *asked)
+    assert found.steps_per_s == pytest.approx(1 / step_s, rel=0.05)
+    assert not any("left out" in note for note in found.notes)
+    assert ("examiner" in found.shares) == (beside == 1)
+    before_and_after = selecting("group_async", 1.0, "learner.evaluate_every=0", *asked[1:])
+    assert before_and_after.notes[0].startswith("left out: evaluation")
 
 
 @pytest.mark.slow

@@ -74,13 +74,10 @@ class HeldoutEvaluator(Evaluator):
     """The real evaluator over three numbered prompts."""
 
     def _load(self) -> Any:
-        class Rows:
-            heldout = [
-                PromptRow(index=k, place=f"rows:{k}", token_ids=[3, 4], text="?", columns={"position": 1000 + k})
-                for k in range(3)
-            ]
-
-        return Rows()
+        return [
+            PromptRow(index=k, place=f"rows:{k}", token_ids=[3, 4], text="?", columns={"position": 1000 + k})
+            for k in range(3)
+        ]
 
 
 def flow(model: str, environment: str, *, steps: int = 2, per_version: int = 2, initial: int = 4, replicas: int = 1,

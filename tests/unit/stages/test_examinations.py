@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
+from flowrl.engines.checkpoint import best_of, best_version, complete_checkpoints, damage, read_rated, version_of
 from flowrl.telemetry.metrics import events_in, row_of
 from flowrl.telemetry.terminal import evaluation_line
+from tests.support.chaos import Chaos
 from tests.support.flows import FlowSettings, Ran, flow, random_settings, run
+from tests.support.recovery import UNLIMITED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,6 +59,60 @@ def test_whatever_the_speeds_every_evaluation_is_of_the_version_that_was_asked_f
     assert (found[0], found[-1]) == (0, drawn.steps)
     assert not [notice for notice in ran.notices if "was not evaluated" in notice.text]  # by another version's weights
     assert len(ran.steps) == drawn.steps
+
+
+@pytest.mark.parametrize("beside", [0, 1])
+def test_the_version_that_scored_best_is_kept_also_where_its_score_comes_after_later_ones(
+    beside: int, tmp_path: Path
+) -> None:
+    ran = run(flow(replace(SLOW, save_every=1, judge_s=0.7, beside=beside, peak=4)), tmp_path)
+    best = best_version(tmp_path / "checkpoints")
+    assert best is not None
+    assert (best.version, best.by, best.score) == (4, "heldout", 1.0)
+    kept = [path.name for path in complete_checkpoints(tmp_path / "checkpoints")]
+    assert kept == ["step-000004", "step-000011", "step-000012"]
+    saved = {notice.text.split()[1]: notice.time_s for notice in ran.notices if " saved in " in notice.text}
+    scored = {each.version: each.time_s for each in ran.evaluations}
+    assert (scored[4] > saved["6"]) == (beside == 1)  # its score came when newer ones were there
+    assert any("version 4 is the best so far: heldout 1" in notice.text for notice in ran.notices)
+
+
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(k, marks=pytest.mark.long) for k in range(2, 12))])
+def test_whatever_the_speeds_the_best_is_kept_and_no_more_than_are_asked_for(seed: int, tmp_path: Path) -> None:
+    drawn = replace(random_settings(seed), evaluate_every=1, judge_s=0.2 * (seed % 4), beside=seed % 2, peak=seed % 3)
+    ran = run(flow(drawn), tmp_path)
+    best = best_version(tmp_path / "checkpoints")
+    assert best is not None
+    scores = {each.version: each.scores[0][0] for each in ran.evaluations}
+    assert best.version == min(version for version in scores if scores[version] == max(scores.values()))
+    kept = [version_of(path) for path in complete_checkpoints(tmp_path / "checkpoints")]
+    saved = {version: score for version, score in scores.items() if version}
+    assert {*kept} == {drawn.steps - 1, drawn.steps, best_of(saved)} - {0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(k, marks=pytest.mark.long) for k in range(2, 24))])
+def test_whoever_dies_the_best_is_kept_and_versions_that_are_made_again_are_scored_again(
+    seed: int, tmp_path: Path
+) -> None:
+    settings = replace(SLOW, save_every=1 + seed % 3, evaluate_every=1 + seed % 2, judge_s=0.3, beside=seed % 2, peak=4)
+    chaos = Chaos(seed, deaths=6, mean_s=2.0, loss=0.02, fatal=0.4)
+    ran = run(flow(settings), tmp_path, link=chaos.link, chaos=chaos.strike, max_restarts=UNLIMITED)
+    assert chaos.struck
+    rated, best = read_rated(tmp_path / "checkpoints"), best_version(tmp_path / "checkpoints")
+    assert rated is not None
+    assert best is not None
+    assert rated.scores == {version: 1 / (1 + abs(version - 4)) for version in rated.scores}
+    asked = {version for version in range(13) if version % settings.evaluate_every == 0}
+    assert {12} <= {*rated.scores} <= asked
+    if missing := asked - {*rated.scores}:  # whose evaluation a death cut off
+        said = [notice.text for notice in ran.notices if "no score" in notice.text or "not evaluated" in notice.text]
+        assert all(any(f"{version}" in text for text in said) for version in missing)
+    assert best.version == best_of(rated.scores)
+    saved = {version_of(path) for path in complete_checkpoints(tmp_path / "checkpoints")}
+    assert saved == {12, max(saved - {12}), best_of({v: s for v, s in rated.scores.items() if v in saved})}
+    assert not best.checkpoint or not damage(best.checkpoint)
+    assert len({step.version for step in ran.steps}) == 12
 
 
 def test_further_sets_are_scored_beside_the_held_out_prompts_and_told_by_name(tmp_path: Path) -> None:
