@@ -105,6 +105,10 @@ def check_program(program: Program, *, say: Say, address: str | None) -> None:
     check_most(program.graph, program.settings.cluster.most)
     if address is None and program.settings.runtime == "ray":
         check_resources(program.graph)
+    if program.settings.runtime == "local":
+        from flowrl.runtime.local import check_local
+
+        check_local(program.graph)
     check_turns(program.graph)
     for name, stage in program.graph.nodes.items():
         if "." in name or not name.isidentifier():

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from flowrl.errors import GraphError
+from flowrl.engines.base import Serving
+from flowrl.errors import ConfigError, GraphError
 from flowrl.graph.edges import Latest
 from flowrl.graph.program import plan_of
 from flowrl.graph.stage import Context, Ranks, from_specification
@@ -53,6 +54,25 @@ class LocalOptions(Options):
     status_interval_s: float = 1.0
     link: Callable[[Carry], Carry] = lambda carry: carry
     chaos: Callable[[LocalWorkers], Coroutine[Any, Any, None]] | None = None
+
+
+def check_local(graph: Graph) -> None:
+    """Insist that one process can hold the graph's engines: vLLM keeps what its forward pass runs on once a process.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    inside = {
+        name: stage.config.replicas
+        for name, stage in graph.nodes.items()
+        if isinstance(stage.config, Serving)
+        and stage.config.layout == "thread"
+        and "vllm" in getattr(stage.config, "engine", "")
+    }
+    if sum(inside.values()) > 1:
+        named = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in inside.items())
+        what = f"is local, and one process holds one vLLM of layout=thread, not those of {named}"
+        raise ConfigError("runtime", what, "set layout=processes for all but one, or runtime=ray")
 
 
 async def run_local(graph: Graph, options: LocalOptions) -> Outcome:

@@ -11,6 +11,7 @@ import pytest
 from flowrl.errors import ConfigError, FlowrlError, ResourceError
 from flowrl.graph.program import load_program
 from flowrl.runtime import placement
+from flowrl.runtime.local import check_local
 from flowrl.runtime.placement import check_resources, places
 from tests.support.devices import machine
 
@@ -127,3 +128,16 @@ def test_more_than_is_there_is_refused_in_a_line(num_gpus: int, overrides: list[
 
 def test_a_run_in_one_process_is_left_as_it_is() -> None:
     assert placed("group_async", 8, "runtime=local").settings.learner.gpus == 0
+
+
+@pytest.mark.parametrize("more", ["generator.replicas=2", "evaluation.beside=1"])
+def test_two_vllms_in_one_process_are_refused(more: str) -> None:
+    graphs = Path(__file__).resolve().parents[3] / "graphs"
+
+    def local(*overrides: str) -> None:
+        check_local(load_program(graphs / "group_async.py", overrides=["runtime=local", *overrides]).graph)
+
+    local()
+    local(more, "generator.layout=processes")
+    with pytest.raises(ConfigError, match="one process holds one vLLM of layout=thread"):
+        local(more)
