@@ -108,6 +108,9 @@ def heldout(evaluations: Mapping[int, Evaluation]) -> Heldout | None:
         moved = paired_interval(first.sets.get(name, []), scores) if last is not first else None
         if moved is not None:
             rows.append((f"{name}, change", f"{moved.mean:+.4g}", ends(moved, "+")))
+    for name, bounds in last.tasks.items():
+        between = "" if bounds.low is None or bounds.high is None else f"{bounds.low:.4g} to {bounds.high:.4g}"
+        rows.append((f"{name}, version {last.version}", number(bounds.value), between))
     says = verdict(change) if change is not None else ""
     if last is not first and change is None:
         says = "the two were not scored on the same prompts: no paired change"

@@ -9,8 +9,14 @@ import msgspec
 import pytest
 
 from flowrl.engines.checkpoint import best_of, best_version, complete_checkpoints, damage, read_rated, version_of
+from flowrl.runs.page.figures import heldout
+from flowrl.telemetry.events import Evaluation
 from flowrl.telemetry.metrics import events_in, row_of
+from flowrl.telemetry.report import Ending, report
+from flowrl.telemetry.scores import Bounds
 from flowrl.telemetry.terminal import evaluation_line
+from flowrl.telemetry.trackers import figures_of
+from flowrl.telemetry.view import RunView
 from tests.support.chaos import Chaos
 from tests.support.flows import FlowSettings, Ran, flow, random_settings, run
 from tests.support.recovery import UNLIMITED
@@ -124,3 +130,17 @@ def test_further_sets_are_scored_beside_the_held_out_prompts_and_told_by_name(tm
     assert line.startswith("held-out score 1.000 +- 0.000 (4 prompts), hard 1.000 +- 0.000 (3 prompts), easy 1.000")
     written = msgspec.json.encode(row_of(ran.evaluations[0]))
     assert [*events_in([written])] == [ran.evaluations[0]]
+
+
+def test_a_benchmark_s_score_is_told_with_its_interval() -> None:
+    bounds = Bounds(value=0.4, low=0.125, high=0.75, num=5, method="wilson")
+    told = Evaluation(version=3, time_s=1.0, scores=[], completions=[], tasks={"mine/acc": bounds})
+    assert evaluation_line(told) == "mine/acc 0.4000 [0.1250, 0.7500] (5 items) at version 3"
+    assert [*events_in([msgspec.json.encode(row_of(told))])] == [told]
+    assert figures_of(told) == {"tasks.mine/acc": 0.4, "version": 3}
+    shown = heldout({3: msgspec.structs.replace(told, scores=[[1.0]])})
+    assert shown is not None
+    assert ("mine/acc, version 3", "0.4", "0.125 to 0.75") in shown.rows
+    view = RunView()
+    view.fold([told])
+    assert "  mine/acc, version 3  0.4000 [0.1250, 0.7500]  5 items" in report(view, Ending(name="run"))
