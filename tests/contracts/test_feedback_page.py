@@ -122,6 +122,8 @@ def test_the_server_takes_only_what_it_should(tmp_path: Path) -> None:
 
                 for headers in ({}, {"Authorization": f"Bearer {token[:-1]}"}, {"Authorization": "Bearer ü"}):
                     assert (await post("judge", judgment, headers))[0] == 401
+                for name in ("site.example", f"127.0.0.1.site.example:{served.port}"):
+                    assert (await post("judge", judgment, {**authority, "Host": name}))[0] == 421
                 assert written(run_dir) == []
                 refused = [
                     b"<html>", b"[" * 5000, {**judgment, "verdict": "best"}, {**judgment, "more": 1},
