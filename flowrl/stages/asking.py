@@ -4,7 +4,7 @@ Invariants: at most `in_flight` questions are out; an answer says which version 
 (of an evaluator that was started again) is settled and forgotten. A benchmark runs in a thread, which this module lets
 ask on the stage's event loop until it is closed. Called by the Evaluator.
 
-Tests: tests/unit/stages/test_examinations.py
+Tests: tests/unit/stages/test_asking.py
 """
 
 from __future__ import annotations
