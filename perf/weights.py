@@ -1,6 +1,10 @@
 """Time weight updates of a running vLLM engine: publish, pause and transfer, median and spread.
 
-`python -m perf.weights [--model DIR] [--transport shm|broadcast] [--updates 9] [--running 16] [--layout thread]`.
+`python -m perf.weights [--model DIR] [--transport shm|broadcast] [--updates 9] [--running 16] [--layout thread]`, and
+`python -m perf.weights --path` for what each transport holds, copies and computes on its way to a receiver in another
+process that loads nothing: bytes of the version's own size and processor seconds a GB, the least of the updates. Copied
+is what torch copies and what is written to or read from the kernel (what gloo receives is not counted); held is memory
+of a process's own, and files in shared memory.
 Without --model it makes a randomly initialised Llama of SmolLM2-135M's shape (269 MB in bfloat16, tied). Requests are
 being decoded during every update (on_update=keep); the first update, before anything is served, is not counted. The
 learner and the engine share this process, so "publish" and "transfer" compete with decoding for its cores; "computing"
@@ -12,23 +16,30 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import shutil
 import statistics
 import sys
 import tempfile
 import time
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flowrl.engines.base import GenerationConfig, Sampling
 from flowrl.engines.vllm import VllmEngine
-from flowrl.engines.weights import open_sender
+from flowrl.engines.weights import Receiver, open_sender
 from flowrl.messages import Weights
+from flowrl.scratch import SHARED_MEMORY
 from perf.machine import machine
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from multiprocessing.connection import Connection
 
     from flowrl.engines.base import UpdateReport
 
@@ -126,6 +137,83 @@ async def measure(
     return publishes[1:], reports[1:], size_bytes
 
 
+class Copied(TorchDispatchMode):
+    """Adds up the bytes that torch copies from one tensor to another in this thread."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("copy_", "clone", "_to_copy"):
+            self.num_bytes += found.nbytes
+        return found
+
+
+def spent(work: Callable[[], Any], passed: str) -> tuple[Any, dict[str, float]]:
+    """Return what a call gives, and what it took of this process; `passed` is rchar or wchar, to or from the kernel."""
+
+    def figures() -> dict[str, float]:
+        told = (line.split(":") for line in Path("/proc/self/io").read_text().splitlines())
+        rows = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
+        memory = next(1024.0 * int(row[1]) for row in rows if row[0] == "Anonymous:")
+        through = next(float(number) for name, number in told if name == passed)
+        return {"copied": through, "held": memory, "seconds": time.process_time()}
+
+    before = figures()
+    with Copied() as copied:
+        found = work()
+    taken = {name: after - before[name] for name, after in figures().items()}
+    return found, taken | {"copied": taken["copied"] + copied.num_bytes}
+
+
+def receive(pipe: Connection) -> None:
+    """Be a receiver in a process of its own: take in versions and tell what each took."""
+    receiver = Receiver("perf")
+    held: list[Any] = []
+    pipe.send("here")
+    while (weights := pipe.recv()) is not None:
+        held.clear()
+        found, taken = spent(partial(list, receiver.receive(weights)), "rchar")
+        held += found
+        pipe.send(taken)
+    receiver.close()
+
+
+def account(transport: str, updates: int) -> list[str]:
+    """Return what a transport takes of a learner and of a receiver, for each byte of a version."""
+    import torch
+
+    tensors = [(f"layer.{place}", torch.randn(1 << 22).bfloat16()) for place in range(32)]
+    size = sum(tensor.nbytes for _, tensor in tensors)
+    sender = open_sender(transport, name="perf", num_receivers=1, timeout_s=60.0, device="cpu")
+    own, far = get_context("spawn").Pipe()
+    process = get_context("spawn").Process(target=receive, args=(far,), daemon=True)
+    process.start()
+    own.recv()  # it is there
+    rows: list[tuple[dict[str, float], dict[str, float], float]] = []
+    for version in range(updates):
+
+        def send(version: int = version) -> Any:
+            wire, size_bytes = sender.publish(version, tensors)
+            own.send(Weights(version=version, transport=transport, manifest=wire, canary=None, size_bytes=size_bytes))
+            sender.transfer(version)
+
+        shared = shutil.disk_usage(SHARED_MEMORY).used
+        _, sent = spent(send, "wchar")
+        received = own.recv()
+        rows.append((sent, received, shutil.disk_usage(SHARED_MEMORY).used - shared))
+        sender.retire(version + 1)
+    own.send(None)
+    process.join()
+    sender.close()
+    first = rows[0]
+    sides = [[row[0] for row in rows], [row[1] for row in rows]]
+    told = [max(0.0, each) / size for each in (first[0]["held"], first[1]["held"], first[2])]
+    told += [min(each["copied"] for each in side) / size for side in sides]
+    told += [min(each["seconds"] for each in side) / size * 1e9 for side in sides]
+    return [transport, *(f"{each:.2f}" for each in told)]
+
+
 def row(name: str, seconds: Sequence[float]) -> str:
     """Return one line of the table."""
     return f"{name:10} {statistics.median(seconds):8.3f} {min(seconds):8.3f} {max(seconds):8.3f}"
@@ -139,7 +227,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--layout", choices=["thread", "processes"], default="thread")
     parser.add_argument("--updates", type=int, default=9, help="counted updates, at least 7")
     parser.add_argument("--running", type=int, default=16, help="samples being decoded meanwhile")
+    parser.add_argument("--path", action="store_true", help="bytes and seconds of each transport, without an engine")
     options = parser.parse_args(argv)
+    if options.path:
+        heads = ("transport", "held: learner", "receiver", "shared", "copied: learner", "receiver",
+                 "s a GB: learner", "receiver")  # fmt: skip
+        print(f"{machine()}\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+        for transport in ("shm", "broadcast"):
+            print(f"| {' | '.join(account(transport, options.updates))} |", flush=True)
+        return
     if options.updates < 7:
         parser.error(f"--updates {options.updates} is too few for a spread; give at least 7")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
