@@ -159,16 +159,13 @@ def test_sentences_are_told_apart() -> None:
 
 @pytest.mark.slow
 def test_no_sentence_of_a_docstring_is_over_thirty_words() -> None:
-    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    documented = [
-        (name, node) for name, tree in modules().items() for node in ast.walk(tree) if isinstance(node, kinds)
+    said = [
+        (name, ast.get_docstring(node) or "")
+        for name, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
     ]
-    long = [
-        f"{name}: {sentence}"
-        for name, node in documented
-        for sentence in sentences(ast.get_docstring(node) or "")
-        if len(sentence.split()) > 30
-    ]
+    long = [f"{name}: {each}" for name, text in said for each in sentences(text) if len(each.split()) > 30]
     assert not long, "\n".join(long)
 
 
