@@ -37,9 +37,10 @@ ALIEN = {
 
 ROLES = ("system", "developer", "user", "assistant", "tool")  # that every template may be given
 SPEAKERS = {  # other names of them, whatever their case
-    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "chatbot": "assistant",
-    "model": "assistant", "ai": "assistant", **{role: role for role in ROLES},
-}  # fmt: skip
+    "human": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "chatbot", "model", "ai"), "assistant"),
+    **{role: role for role in ROLES},
+}
 
 
 def renamed(value: Any, place: str) -> Any:
@@ -245,6 +246,6 @@ def noun(value: Any) -> str:
     if isinstance(value, list):
         kinds = {type(each) for each in cast("list[Any]", value)}
         return "a list of strings" if kinds == {str} else "a list of objects" if kinds == {dict} else "a list"
-    nouns = {str: "a string", dict: "an object", bool: "true or false", int: "a number", float: "a number",
-             bytes: "bytes, not text"}  # fmt: skip
+    numbers = dict.fromkeys((int, float), "a number")
+    nouns = {str: "a string", dict: "an object", bool: "true or false", bytes: "bytes, not text", **numbers}
     return nouns.get(cast("Any", type(value)), "nothing")

@@ -106,10 +106,8 @@ def ask(group: int, prompt: Any, answers: Sequence[str], *, way: Way, version: i
     digest = hashlib.blake2b(body, digest_size=12).hexdigest()
     if int(digest[-1], 16) % 2:
         shown.reverse()
-    return Question(
-        id=digest, group=group, way=way, prompt=prompt, answers=[answers[place] for place in shown],
-        places=[places[place] for place in shown], version=version,
-    )  # fmt: skip
+    texts, of = [answers[place] for place in shown], [places[place] for place in shown]
+    return Question(id=digest, group=group, way=way, prompt=prompt, answers=texts, places=of, version=version)
 
 
 class JudgmentFile:

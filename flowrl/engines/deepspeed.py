@@ -120,9 +120,13 @@ def _resharded(directory: Path, link: RankLink) -> Path:
 GATHER_ELEMENTS = 1 << 24  # ZeRO-3 parameters made whole at once: as fast as all together, and bounded
 # What DeepSpeed's optimizers hold beside torch's: gradients, and the flat tensors that parameters are parts of.
 BUFFERS = (
-    "averaged_gradients", "grad_partitions_flat_buffer", "bit16_groups_flat", "single_partition_of_fp32_groups",
-    "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat",
-)  # fmt: skip
+    "averaged_gradients",
+    "grad_partitions_flat_buffer",
+    "bit16_groups_flat",
+    "single_partition_of_fp32_groups",
+    "fp16_partitioned_groups_flat",
+    "fp32_partitioned_groups_flat",
+)
 NEVER = 1 << 62  # steps between DeepSpeed's own progress lines
 
 

@@ -110,8 +110,8 @@ class Chat:
             RewardError: the server refused the request, or answered no text.
         """
         server = self._server
-        request: dict[str, Any] = {"model": server.model, "messages": messages, "max_tokens": server.max_tokens,
-                                   "temperature": server.temperature, "seed": self._seed, **asked}  # fmt: skip
+        told = {"model": server.model, "max_tokens": server.max_tokens, "temperature": server.temperature}
+        request: dict[str, Any] = {**told, "messages": messages, "seed": self._seed, **asked}
         async with self._room:
             await self._turn()
             body = await self._ask(msgspec.json.encode(request))

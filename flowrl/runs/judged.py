@@ -170,9 +170,13 @@ def given(path: Path, what: str) -> bytes:
 
 
 async def answer_all(
-    contender: Contender, settings: JudgedSettings, request: EvalRequest, say: Say, questions: Sequence[Q],
+    contender: Contender,
+    settings: JudgedSettings,
+    request: EvalRequest,
+    say: Say,
+    questions: Sequence[Q],
     ask: Callable[[Q, Answer], Awaitable[None]],
-) -> None:  # fmt: skip
+) -> None:
     """Have one model answer questions, several at a time."""
     assert contender.prepared is not None
     server = msgspec.structs.replace(settings.server, url=contender.target, model=request.model)

@@ -299,9 +299,13 @@ def turns_in(rows: list[dict[str, Any]], path: Path) -> dict[int | str, list[str
 
 
 def _answered(
-    contender: Contender, home: Path, questions: list[BenchQuestion], settings: JudgedSettings, request: EvalRequest,
+    contender: Contender,
+    home: Path,
+    questions: list[BenchQuestion],
+    settings: JudgedSettings,
+    request: EvalRequest,
     say: Say,
-) -> dict[int | str, list[str]]:  # fmt: skip
+) -> dict[int | str, list[str]]:
     """Return a model's answers, having it write those that are not there yet."""
     prepared = contender.prepared
     if prepared is None:

@@ -113,12 +113,15 @@ class Flow:
         self._is_told = False  # that the ledger's disk is full
         self._failure: Exception | None = None
         begin = cut or Cut()
+        first, ahead = begin.next_group, begin.ended_ahead
         for edge in graph.edges:
             name, source, target = graph.name(edge), graph.address(edge.source), graph.address(edge.target)
             into = graph.node_of(edge.target)
             if isinstance(edge, Queue):
-                queue = QueueChannel(name, depth=edge.depth, max_bytes=edge.max_bytes, window=edge.window,
-                                     first_key=begin.next_group, settled=begin.ended_ahead)  # fmt: skip
+                depth, most = edge.depth, edge.max_bytes
+                queue = QueueChannel(
+                    name, depth=depth, max_bytes=most, window=edge.window, first_key=first, settled=ahead
+                )
                 self._queues[source] = self._queues[target] = queue
                 self._all_queues.append(queue)
                 self._queues_into.setdefault(into, []).append(queue)
@@ -128,8 +131,10 @@ class Flow:
                 register.expect(readers)
                 self._registers[target] = register
             elif isinstance(edge, Credits):
-                credits = CreditsChannel(name, initial=edge.initial, total=edge.total, num_learned=begin.learned,
-                                         first_group=begin.next_group, ended=begin.ended_ahead)  # fmt: skip
+                initial, learned = edge.initial, begin.learned
+                credits = CreditsChannel(
+                    name, initial=initial, total=edge.total, num_learned=learned, first_group=first, ended=ahead
+                )
                 self._credits[source] = self._credits[target] = credits
                 self._admitting[into] = credits
                 learner = graph.node_of(edge.source)

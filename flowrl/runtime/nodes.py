@@ -52,9 +52,13 @@ def node_of(told: Mapping[str, Any]) -> RayNode:
     """Return a node from Ray's own description of it."""
     resources: dict[str, float] = told.get("Resources") or {}
     return RayNode(
-        id=told["NodeID"], address=told["NodeManagerAddress"], is_alive=told["Alive"],
-        cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0), is_head="node:__internal_head__" in resources,
-    )  # fmt: skip
+        id=told["NodeID"],
+        address=told["NodeManagerAddress"],
+        is_alive=told["Alive"],
+        cpus=resources.get("CPU", 0.0),
+        gpus=resources.get("GPU", 0.0),
+        is_head="node:__internal_head__" in resources,
+    )
 
 
 class NodeQuestion(msgspec.Struct, frozen=True, kw_only=True):

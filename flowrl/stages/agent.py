@@ -251,8 +251,8 @@ class Agent(Stage):
     def _turns(self) -> TurnFormat:
         data = self.sampler.data
         tokenizer = load_tokenizer(prepare_model(self.sampler.model))
-        return TurnFormat(tokenizer, role=self.config.role, prefix=self.config.turn_prefix,
-                          system_prompt=data.system_prompt, day=data.date)  # fmt: skip
+        role, prefix = self.config.role, self.config.turn_prefix
+        return TurnFormat(tokenizer, role=role, prefix=prefix, system_prompt=data.system_prompt, day=data.date)
 
     def _environments(self, context: Context) -> IsolatedEnvironments | LocalEnvironments:
         playing = self._playing(context.where)
@@ -267,8 +267,9 @@ class Agent(Stage):
 
     def _playing(self, where: str) -> Playing:
         config = self.config
-        return Playing(environment=config.environment, where=where, options=config.environment_options,
-                       timeout_s=config.timeout_s, memory_bytes=config.memory_bytes)  # fmt: skip
+        limits: dict[str, Any] = {"timeout_s": config.timeout_s, "memory_bytes": config.memory_bytes}
+        options = config.environment_options
+        return Playing(environment=config.environment, where=where, options=options, **limits)
 
 
 class _Table:

@@ -129,10 +129,10 @@ class Critic(Stage):
 
     def check(self, say: Say) -> None:
         """Prepare the model, which must read the policy's tokens, and load the algorithm."""
+        steps, saves = self.num_optimizer_steps, self.config.save_model
         directory = check_training(
-            self.config, self.model, "critic", num_steps=self.num_optimizer_steps, say=say, head="value",
-            saves=self.config.save_model,
-        )  # fmt: skip
+            self.config, self.model, "critic", num_steps=steps, say=say, head="value", saves=saves
+        )
         if self.model != self.sampler.model:
             check_same_vocabulary(
                 prepare_model(self.sampler.model, say=say), directory, "critic_model", longest=self.sampler.longest

@@ -416,10 +416,10 @@ class Learner(Stage):
         self, context: Context, batch: list[Samples], staleness: list[int], metrics: dict[str, float], step_s: float
     ) -> None:
         figures = derived({**step_metrics(batch, staleness), **metrics, "step_s": step_s})
+        version, steps, now_s = context.version, self.learning.steps, context.now()
         context.recorder.record(
-            Step(version=context.version, num_steps=self.learning.steps, time_s=context.now(), metrics=figures,
-                 staleness=staleness)
-        )  # fmt: skip
+            Step(version=version, num_steps=steps, time_s=now_s, metrics=figures, staleness=staleness)
+        )
         if figures.get("ess", 1.0) < self.config.min_ess:
             found = f"effective sample size {figures['ess']:.2f} in step {context.version - 1}"
             text = f"{found}, below {self.config.min_ess}: generator and learner disagree; lower max_staleness or lr"

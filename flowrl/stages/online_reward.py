@@ -82,10 +82,10 @@ class OnlineRewardModel(Stage):
         if not objective.gives_score or objective.learns_from != "pairs":
             what = f"{self.config.objective.use} makes no reward model of pairs"
             raise ConfigError("reward_model.objective", what, "take flowrl.algorithms.pairwise:Pairwise")
+        steps, saves = self.num_optimizer_steps, self.config.save_model
         directory = check_training(
-            self.config, self.model, "reward_model", num_steps=self.num_optimizer_steps, say=say, head=objective.head,
-            saves=self.config.save_model,
-        )  # fmt: skip
+            self.config, self.model, "reward_model", num_steps=steps, say=say, head=objective.head, saves=saves
+        )
         if self.model != self.sampler.model:
             policy = prepare_model(self.sampler.model, say=say)
             check_same_vocabulary(policy, directory, "reward_model", longest=self.sampler.longest)

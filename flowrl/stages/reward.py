@@ -135,8 +135,9 @@ class Reward(Stage):
 
 def opening_of(config: Reward.Config, where: str) -> Opening:
     """Return what a worker process runs."""
-    return Opening(function=config.function, adapter=config.adapter, label_column=config.label_column, where=where,
-                   timeout_s=config.timeout_s, memory_bytes=config.memory_bytes)  # fmt: skip
+    called: dict[str, Any] = {"adapter": config.adapter, "label_column": config.label_column}
+    limits: dict[str, Any] = {"timeout_s": config.timeout_s, "memory_bytes": config.memory_bytes}
+    return Opening(function=config.function, where=where, **called, **limits)
 
 
 def loaded(config: Reward.Config, where: str) -> RewardFunction:

@@ -105,9 +105,13 @@ def line_chart(
 
 
 def _line(
-    name: str, points: Points, xs: Sequence[float], x_at: Callable[[float], float], y_at: Callable[[float], float],
+    name: str,
+    points: Points,
+    xs: Sequence[float],
+    x_at: Callable[[float], float],
+    y_at: Callable[[float], float],
     widths: Mapping[float, float],
-) -> ChartLine:  # fmt: skip
+) -> ChartLine:
     steps = [f"{x_at(x):.2f} {100 - y_at(y):.2f}" for x, y in points]
     path = "M" + "L".join(steps) + ("h0" if len(steps) == 1 else "")  # a line of no length is drawn as a dot
     known = dict(points)

@@ -309,9 +309,17 @@ def read_timeline(path: Path) -> Iterator[Span | Status | EdgeStatus]:
                 threads[node, record.tid] = int(replica)
             case "X":
                 groups = record.args.pop("groups", [])
-                yield Span(node=record.cat, replica=threads.get((record.cat, record.tid), 0), name=record.name,
-                           start_s=record.ts / 1e6, end_s=(record.ts + record.dur) / 1e6, groups=groups,
-                           args=record.args)  # fmt: skip
+                node, replica = record.cat, threads.get((record.cat, record.tid), 0)
+                start_s, end_s = record.ts / 1e6, (record.ts + record.dur) / 1e6
+                yield Span(
+                    node=node,
+                    replica=replica,
+                    name=record.name,
+                    start_s=start_s,
+                    end_s=end_s,
+                    groups=groups,
+                    args=record.args,
+                )
             case "C" if record.name.endswith((" %", " slots")):
                 name, _, of = record.name.rpartition(" ")
                 if name not in replicas:
@@ -346,10 +354,9 @@ class _Replica:
             self._seconds[cause] += spent_s * part / total if total else 0.0
         self._filled_s += spent_s * (self.filled or 0.0) / 100
         now = max(known, key=lambda cause: known[cause], default=Cause.COMPUTE)
-        return Status(
-            node=self._node, replica=self._replica, time_s=time_s, cause=now, seconds=dict(self._seconds), done=0,
-            filled_s=None if self.filled is None else self._filled_s,
-        )  # fmt: skip
+        node, replica, seconds = self._node, self._replica, dict(self._seconds)
+        filled_s = None if self.filled is None else self._filled_s
+        return Status(node=node, replica=replica, time_s=time_s, cause=now, seconds=seconds, done=0, filled_s=filled_s)
 
 
 def _records(path: Path) -> Iterator[_Record]:

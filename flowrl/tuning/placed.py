@@ -105,10 +105,10 @@ def place_processes(configs: Mapping[str, StageConfig], until: str, models: Mode
                 lacks.append(_no_cache(each.node, config, need, site, running[each.node], least))
         rank = f" rank {each.rank}" if config.ranks > 1 else f".{each.replica}" if config.replicas > 1 else ""
         machine = devices[0] // site.per_machine if devices else 0
+        node, side = each.node, sides.get(each.node, "")
         processes.append(
-            PlacedProcess(node=each.node, name=f"{each.node}{rank}", devices=devices, machine=machine, need=need,
-                          side=sides.get(each.node, ""))
-        )  # fmt: skip
+            PlacedProcess(node=node, name=f"{node}{rank}", devices=devices, machine=machine, need=need, side=side)
+        )
     moments = [_filled(processes, site, resting) for resting in RESTING]
     on_devices, on_hosts = ([max(sizes) for sizes in zip(*both, strict=True)] for both in zip(*moments, strict=True))
     lacks = [*seats.lacks, *_too_full(on_devices, on_hosts, processes, site), *dict.fromkeys(lacks)]

@@ -65,10 +65,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         if not whole:
             return found
         values = " ".join(f"--set {path}={_plain(value)}" for path, value in self.values.items())
-        return [
-            f"on {self.site}", "", *table(self.placed, self.site), "", *found,
-            *([f"  as settings: {values}"] if values else []), *(f"assumed: {each}" for each in self.assumed),
-        ]  # fmt: skip
+        told = [f"  as settings: {values}"] if values else []
+        told += [f"assumed: {each}" for each in self.assumed]
+        return [f"on {self.site}", "", *table(self.placed, self.site), "", *found, *told]
 
 
 def _plain(value: Any) -> str:

@@ -169,21 +169,29 @@ def remedies(search: Search) -> Iterator[str]:
 
 
 def _again(
-    search: Search, *, given: Mapping[str, Any] | None = None, models: Models | None = None, site: Site | None = None,
+    search: Search,
+    *,
+    given: Mapping[str, Any] | None = None,
+    models: Models | None = None,
+    site: Site | None = None,
     lora: bool = False,
-) -> Search:  # fmt: skip
+) -> Search:
     """Return a search in which something is otherwise."""
     told = search.given if given is None else given
     changed = Search(search.graph, search.paths, told, models or search.models, site or search.site)
     if given is not None and not lora:
         blank = {node: type(config)() for node, config in search.configs.items()}
         changed.configs = {
-            node: msgspec.structs.replace(config, **{
-                name: getattr(blank[node], name) for name in FREED
-                if hasattr(config, name) and not is_given(given, f"{search.path_of.get(node, node)}.{name}")
-            })
+            node: msgspec.structs.replace(
+                config,
+                **{
+                    name: getattr(blank[node], name)
+                    for name in FREED
+                    if hasattr(config, name) and not is_given(given, f"{search.path_of.get(node, node)}.{name}")
+                },
+            )
             for node, config in search.configs.items()
-        }  # fmt: skip
+        }
     if lora:
         changed.configs = {
             node: msgspec.structs.replace(config, lora=msgspec.structs.replace(config.lora, rank=16))

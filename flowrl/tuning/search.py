@@ -324,9 +324,9 @@ class Search:
                     apart = {f"{critics[0]}.ranks": half, f"{critics[0]}.gpus": 1, f"{critics[0]}.share": ""}
                     yield split | apart | {f"{trainer}.ranks": rest - half, f"{trainer}.gpus": 1}
             for turns in (False, True):
-                yield {f"{trainer}.ranks": num, f"{trainer}.gpus": 1, f"{server}.share": trainer, f"{server}.gpus": 0,
-                       f"{server}.tensor_parallel": width, f"{server}.replicas": num // width,
-                       f"{server}.turns": turns}  # fmt: skip
+                shared = {f"{server}.share": trainer, f"{server}.gpus": 0, f"{server}.turns": turns}
+                split = {f"{server}.tensor_parallel": width, f"{server}.replicas": num // width}
+                yield {f"{trainer}.ranks": num, f"{trainer}.gpus": 1, **shared, **split}
 
     def _widths(self) -> list[int]:
         """Return over how many GPUs a generator's model may be split: the fewest that hold it, and twice as many."""

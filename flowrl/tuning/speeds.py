@@ -81,15 +81,19 @@ def _decoding(config: Serving, shape: Shape, work: Work, site: Site, running: in
     weights = 2.0 * shape.num_parameters
     return NodeProfile(
         decode=DecodeCost(
-            step_s=LAUNCH_S + 2 * experts / carried, sample_s=sample_s, prompt_token_s=2 * shape.active / flops,
-            log_sigma=0.1, running=(1.0, float(running)),
+            step_s=LAUNCH_S + 2 * experts / carried,
+            sample_s=sample_s,
+            prompt_token_s=2 * shape.active / flops,
+            log_sigma=0.1,
+            running=(1.0, float(running)),
         ),
         calls={
-            "update_transfer": CallCost(call_s=weights / LINK), "update_pause": CallCost(call_s=0.2),
+            "update_transfer": CallCost(call_s=weights / LINK),
+            "update_pause": CallCost(call_s=0.2),
             "sleep": CallCost(call_s=MOVE_S + weights / parts / LINK),
             "wake": CallCost(call_s=MOVE_S + weights / parts / LINK),
         },
-    )  # fmt: skip
+    )
 
 
 def _computing(config: Computing, shape: Shape, site: Site) -> NodeProfile:
@@ -121,9 +125,10 @@ def _on_cores(config: StageConfig, shape: Shape) -> NodeProfile:
     if isinstance(config, Serving):
         # 16 samples together are decoded at three quarters of the rate of many
         sample_s = 1 / (DECODED * faster)
-        return NodeProfile(decode=DecodeCost(step_s=8 * sample_s, sample_s=sample_s, prompt_token_s=sample_s / 3,
-                                             running=(1.0, float(config.max_running))),
-                           calls={"sleep": CallCost(call_s=MOVE_S), "wake": CallCost(call_s=RESTART_S)})  # fmt: skip
+        running, read_s = (1.0, float(config.max_running)), sample_s / 3
+        decode = DecodeCost(step_s=8 * sample_s, sample_s=sample_s, prompt_token_s=read_s, running=running)
+        calls = {"sleep": CallCost(call_s=MOVE_S), "wake": CallCost(call_s=RESTART_S)}
+        return NodeProfile(decode=decode, calls=calls)
     calls: dict[str, Any] = {"score": CallCost(call_s=0.05, token_s=1 / (SCORED * faster))}
     if isinstance(config, Training):
         calls["train"] = CallCost(call_s=0.2, token_s=1 / (TRAINED * faster))

@@ -119,10 +119,8 @@ def _task(question: Question, judgments: list[Judgment]) -> dict[str, Any]:
             selected = "left" if found[0] > found[1] else "right"
             result = [{"id": judgment.key[:10], "from_name": "comparison", "to_name": ",".join(names),
                        "type": "pairwise", "value": {"selected": selected}}]  # fmt: skip
-        annotations.append(
-            {"rater": judgment.rater, "was_cancelled": bool(judgment.flag), "ground_truth": False, "result": result,
-             "lead_time": judgment.took_s}
-        )  # fmt: skip
+        rater = {"rater": judgment.rater, "lead_time": judgment.took_s}
+        annotations.append({**rater, "was_cancelled": bool(judgment.flag), "ground_truth": False, "result": result})
     data = {
         "prompt": _text(question.prompt),
         **dict(zip(names, question.answers, strict=True)),

@@ -227,10 +227,8 @@ def node_strips(activity: Activity, nodes: Sequence[str], causes: Sequence[str])
         whole = sum(spent.values()) or 1.0
         bands = [Band(c, words(c), _path(spans[c]), f"{spent[c] / whole:.0%}") for c in causes if spent[c] > 0]
         about = ", ".join(f"{band.name} {band.share}" for band in bands if band.share != "0%")
-        found.append(
-            Strip(name=node, about=about, width=width, bands=bands,
-                  places=_places(bins, width), labels=[_shares_in_words(row, causes) for row in bins.values()])
-        )  # fmt: skip
+        places, labels = _places(bins, width), [_shares_in_words(row, causes) for row in bins.values()]
+        found.append(Strip(name=node, about=about, width=width, bands=bands, places=places, labels=labels))
     return found
 
 
@@ -246,10 +244,9 @@ def queue_strips(activity: Activity, queues: Sequence[str]) -> list[Strip]:
         seen_s = sum(row[SEEN] for row in bins.values())
         mean = sum(row[FILLED] for row in bins.values()) / seen_s if seen_s else 0.0
         about = f"mean {mean:.1f}, greatest {activity.most[queue]}, of {depth}"
-        found.append(
-            Strip(name=queue, about=about, width=width, bands=[Band("fill", "held", _path(spans), "")],
-                  places=_places(bins, width), labels=[f"{mean:.1f} of {depth}" for mean in means.values()])
-        )  # fmt: skip
+        places, labels = _places(bins, width), [f"{mean:.1f} of {depth}" for mean in means.values()]
+        bands = [Band("fill", "held", _path(spans), "")]
+        found.append(Strip(name=queue, about=about, width=width, bands=bands, places=places, labels=labels))
     return found
 
 

@@ -122,12 +122,16 @@ def table(runs: list[Compared]) -> list[list[str]]:
         reward = steps[max(steps)].metrics.get("reward.mean") if steps else None
         last = mean_interval(prompt_means(scored[-1].scores)) if scored else None
         change = paired_interval(scored[0].scores, scored[-1].scores) if len(scored) > 1 else None
-        rows.append([
-            shortened(run.name, 60), str(max(steps, default=0)), format_duration(run.record.elapsed_s),
-            UNSAID if reward is None else number(reward),
-            UNSAID if last is None else f"{number(last.mean)} [{figures.ends(last)}]",
-            UNSAID if change is None else f"{change.mean:+.4g} [{figures.ends(change, '+')}]",
-        ])  # fmt: skip
+        rows.append(
+            [
+                shortened(run.name, 60),
+                str(max(steps, default=0)),
+                format_duration(run.record.elapsed_s),
+                UNSAID if reward is None else number(reward),
+                UNSAID if last is None else f"{number(last.mean)} [{figures.ends(last)}]",
+                UNSAID if change is None else f"{change.mean:+.4g} [{figures.ends(change, '+')}]",
+            ]
+        )
     return rows
 
 
