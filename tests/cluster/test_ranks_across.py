@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flowrl.graph.stage import Ranks
-from tests.contracts.test_training_engines import DEEPSPEED, Outcome, rank_main
+from tests.contracts.test_training_engines import DEEPSPEED, Outcome, rank_main, two_steps
 from tests.support.cluster import machines
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def test_two_machines_take_the_steps_of_one(model: Path, disk: Path, zero_stage:
 
 def be_rank(rank: int, address: str, model: str, directory: str, zero_stage: int) -> None:
     ranks = Ranks(rank=rank, world_size=2, address=address, port=PORT)
-    rank_main(ranks, "steps", DEEPSPEED, model, directory, {"zero_stage": zero_stage})
+    rank_main(ranks, two_steps, DEEPSPEED, model, directory, {"zero_stage": zero_stage})
 
 
 if __name__ == "__main__":

@@ -226,7 +226,7 @@ def test_replays_are_trained_on_in_every_minibatch_s_share(tmp_path: Path, monke
     learner = graph.until
     assert isinstance(learner, Learner)
     halved = msgspec.structs.replace(learner.config, minibatches=2)
-    learner._arguments["config"] = halved
+    learner.config = halved
     run(graph, tmp_path)
     sizes = [len(part) for part in seen]
     assert sizes == [2, 2, 4, 4, 5, 5, 5, 5], "4, then 4 + 4, then 4 + 6 groups"

@@ -132,5 +132,5 @@ def test_no_position_is_one_that_check_refuses_for_what_the_run_settings_say() -
         graph_with(ppo("cluster.most.generator=3"), {"generator.replicas": 4})
     turns = ppo(*ON_GPUS, "generator.share=reference", "reference.share=", "reference.gpus=1", "generator.turns=true")
     graph_with(turns, {"reference.gpus": 1})
-    with pytest.raises(ConfigError, match=r"generator\.turns: .* on the devices of generator"):
+    with pytest.raises(ConfigError, match=r"generator\.turns: .* the devices of generator"):
         graph_with(turns, {"generator.share": ""})
