@@ -56,6 +56,7 @@ class Fleet:
         self._config = config
         self._tell = tell
         self._nodes: dict[str, RayNode] = {}  # by Ray's id; those that may be used
+        self._alive: set[str] = set()  # the ids of all that live
         self._home: RayNode | None = None
         self._group: PlacementGroup | None = None
         self._own: list[Place] = []  # the processes that have reserved devices, one bundle of the group each
@@ -79,13 +80,17 @@ class Fleet:
         own = self._own = [p for p in places(self._graph) if p.host == p.node and (p.cpus or p.gpus)]
         if not own:
             return
-        selectors = [self._selector(place) for place in own]
-        self._group = placement_group(
-            [needs_of(place) for place in own],
-            strategy=self._config.strategy.upper(),
-            bundle_label_selector=selectors if any(selectors) else cast("Any", None),
-        )
-        await self._granted(self._group, [(name_of(place), needs_of(place)) for place in own])
+        while True:
+            selectors = [self._selector(place) for place in own]
+            self._group = placement_group(
+                [needs_of(place) for place in own],
+                strategy=self._config.strategy.upper(),
+                bundle_label_selector=selectors if any(selectors) else cast("Any", None),
+            )
+            if await self._granted(self._group, [(name_of(place), needs_of(place)) for place in own]):
+                break
+            remove_placement_group(self._group)  # it would wait for the home node for ever
+            self._home = await self._find_home(is_first=False)
         await self._learn_devices(self._group)
 
     async def _find_home(self, *, is_first: bool) -> RayNode:
@@ -127,17 +132,25 @@ class Fleet:
             labels[NODE_ID] = f"in({','.join(self._nodes)})"
         return labels
 
-    async def _granted(self, group: Any, wanted: list[tuple[str, dict[str, float]]]) -> None:
+    async def _granted(self, group: Any, wanted: list[tuple[str, dict[str, float]]]) -> bool:
+        """Wait until a group has its places; returns False where the home node is lost, which Ray may know late.
+
+        Raises:
+            ResourceError: it has none in time.
+        """
         limit_s = self._config.place_timeout_s
         granted = asyncio.ensure_future(answer_of(group.ready(), where="placement", within_s=limit_s))
         told = ""
         try:
             while not (await asyncio.wait([granted], timeout=TELL_S))[0]:
                 await self.look()
+                if self._home is not None and self._home.id not in self._alive:
+                    return False
                 if (text := self._waiting_for(wanted)) != told:
                     told = text
                     self._tell("warning", "placement", f"{text}; waiting at most {limit_s:.0f} s")
             await granted
+            return True
         except Unanswered as error:
             what = f"{self._waiting_for(wanted)}, and it was not free within {limit_s:.0f} s"
             remedy = "lower replicas, ranks, cpus or gpus, or free or enlarge the cluster"
@@ -233,6 +246,7 @@ class Fleet:
                 raise RunError("ray", what, "start the cluster again and resume the run") from error
             return False
         self._heard_s = time.monotonic()
+        self._alive = {node.id for node in nodes if node.is_alive}
         alive = {node.id: node for node in usable(nodes, self._config)}
         before, self._nodes = self._nodes, alive
         if self._cluster.is_local or not before:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -46,3 +47,28 @@ def test_a_home_node_that_is_lost_is_replaced_and_one_that_never_was_is_refused(
     assert told == [("warning", "node 10.0.0.2", "is gone, and was the home node: that is 10.0.0.1 now")]
     with pytest.raises(ResourceError, match=r"no node 10\.0\.0\.2 is there, but 10\.0\.0\.1"):
         asyncio.run(fleet._find_home(is_first=True))
+
+
+def test_a_place_on_a_home_node_that_is_lost_is_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray may have taken the node for alive when the place was asked for: it comes back as another."""
+    cluster = Cluster(None, "10.0.0.1:6379")
+    seen = iter([[node(1), node(2)], [node(1), node(2)], [node(1), node(2, is_alive=False)]])
+
+    async def nodes() -> list[RayNode]:
+        return next(seen)
+
+    async def never(group: Any, **limits: Any) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr(cluster, "nodes", nodes)
+    monkeypatch.setattr("flowrl.runtime.fleet.answer_of", never)
+    monkeypatch.setattr("flowrl.runtime.fleet.TELL_S", 0.001)
+    monkeypatch.setattr("flowrl.runtime.fleet.LOOK_S", 0.0)
+    fleet = Fleet(flow(ENDLESS), cluster, ClusterConfig(home="10.0.0.2"), lambda *said: None)
+
+    async def body() -> bool:
+        await fleet.look(is_due=True)
+        fleet._home = node(2)
+        return await fleet._granted(SimpleNamespace(ready=lambda: None), [("learner.0", {"CPU": 1.0})])
+
+    assert asyncio.run(body()) is False
