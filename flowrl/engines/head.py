@@ -57,8 +57,8 @@ class _LogProbs(torch.autograd.Function):
     """The log-probs of tokens by a linear head, log softmax(x W' / t), without logits that outlive their rows.
 
     Logits are products of float32 numbers. Of each is kept what it does to its token's log-prob (p - onehot, times the
-    sum that p was divided by) in the weights' dtype, and both products of backward are of that dtype, added up in
-    float32: below float32 a gradient is rounded once more so, as between any two layers, and nothing is computed again.
+    sum that p was divided by) in the weights' dtype. Both products of backward are of that dtype, added up in float32.
+    Below float32 a gradient is rounded once more so, as between any two layers, and nothing is computed again.
     """
 
     @staticmethod

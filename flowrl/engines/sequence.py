@@ -3,17 +3,17 @@
 Rank i of a group holds the i-th of N equal parts of each row, with the positions its tokens have in the whole. So all
 that works token by token runs as it is. Attention exchanges: every rank gets all tokens of a part of the heads, runs
 attention over whole rows, masked or not, and hands its results back. Of the states after the last layer those that are
-read are dealt out again, as many to each rank, whose head judges them, and what it finds is told to all. Invariants:
-the loss is divided by N times the count (each rank counts all), and the gradient of what was told is summed over the
-group. So the sum over ranks is the gradient of one; ranks of a group have the same parts of a call, and a data-parallel
-rank is a group.
+read are dealt out again, as many to each rank, whose head judges them. What it finds is told to all. Invariants: the
+loss is divided by N times the count (each rank counts all), and the gradient of what was told is summed over the group.
+So the sum over ranks is the gradient of one; ranks of a group have the same parts of a call, and a data-parallel rank
+is a group.
 
 Models whose attention is torch's own are taken, where they read right in layout "unmasked" or "shared". Where N does
 not divide the heads of keys, each is repeated as often as that takes; where it does not divide those of queries, each
-of them has keys of its own and heads of zeros are added up to a multiple of N, so that the busiest rank has no more
-heads than it would have of an uneven deal. A ring would not pad, but want kernels that return their normaliser, one
-exchange a rank and layer, and an answer of its own for spans and masks. Called by trainer, once, and by models in each
-pass. Shapes: R rows, L row length, N ranks of a group, H heads, D their size.
+of them has keys of its own and heads of zeros are added up to a multiple of N. So the busiest rank has no more heads
+than it would have of an uneven deal. A ring would not pad, but want kernels that return their normaliser, one exchange
+a rank and layer, and an answer of its own for spans and masks. Called by trainer, once, and by models in each pass.
+Shapes: R rows, L row length, N ranks of a group, H heads, D their size.
 
 Tests: tests/unit/engines/test_sequence.py, tests/contracts/test_sequence_parallel.py
 """

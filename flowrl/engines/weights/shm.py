@@ -2,7 +2,7 @@
 
 Invariants: a file appears under its name only when it is complete; a receiver that maps it keeps its bytes even after
 `retire` removed the name; a late or restarted receiver finds the newest version as long as the sender lives. A version
-is hashed once, by its sender: receivers map the pages that were written then, and hash them again only where the file's
+is hashed once, by its sender. Receivers map the pages that were written then, and hash them again only where the file's
 time of change says that somebody wrote to it since.
 
 Tests: tests/contracts/test_weights.py
