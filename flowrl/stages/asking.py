@@ -63,9 +63,10 @@ class Asking:
             self._waiting[group_id] = asyncio.get_running_loop().create_future()
             try:
                 await self._questions.put(
-                    Inquiry(group_id=group_id, token_ids=Buffer.ints(token_ids), columns={}, num_samples=1, seed=0,
-                             **asked)
-                )  # fmt: skip
+                    Inquiry(
+                        group_id=group_id, token_ids=Buffer.ints(token_ids), columns={}, num_samples=1, seed=0, **asked
+                    )
+                )
                 sample = await self._waiting[group_id]
             finally:
                 del self._waiting[group_id]

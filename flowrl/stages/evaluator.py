@@ -183,8 +183,9 @@ class Evaluator(Stage):
     def _load(self) -> list[PromptRow]:
         """Return the held-out prompts."""
         if self.blank is not None:
-            return [PromptRow(index=k, place="", token_ids=[0] * n, text="", columns={}) for k, n in
-                    enumerate(self.blank)]  # fmt: skip
+            return [
+                PromptRow(index=k, place="", token_ids=[0] * n, text="", columns={}) for k, n in enumerate(self.blank)
+            ]
         return load_prompts(self.sampler.data, load_tokenizer(prepare_model(self.sampler.model))).heldout
 
     def _load_sets(self) -> dict[str, list[PromptRow]]:
