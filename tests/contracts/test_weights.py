@@ -205,28 +205,6 @@ def test_what_a_killed_sender_left_goes_when_the_next_one_opens(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_version_in_shared_memory_is_hashed_once(opened, monkeypatch):
-    hashed: list[int] = []
-
-    def count(raw: torch.Tensor) -> str:
-        hashed.append(raw.numel())
-        return digest(raw)
-
-    monkeypatch.setattr("flowrl.engines.weights.base.digest", count)
-    sender = sender_of("shm")
-    opened.append(sender)
-    for version in (0, 7):
-        wire, _ = sender.publish(version, some_tensors(0).items())
-        manifest, told = decode_manifest(wire), len(hashed)
-        assert told > 0
-        ShmFetcher("g[0]").fetch(manifest)
-        assert len(hashed) == told
-        os.utime(json.loads(wire)["path"])  # as a write would
-        ShmFetcher("g[0]").fetch(manifest)
-        assert len(hashed) == 2 * told
-        hashed.clear()
-
-
 def test_one_changed_byte_in_shared_memory_is_found(opened):
     sender = sender_of("shm")
     opened.append(sender)

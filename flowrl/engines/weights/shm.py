@@ -1,9 +1,7 @@
 """Weights through shared memory: one file a version, in a directory of ours under /dev/shm (scratch.py).
 
 Invariants: a file appears under its name only when it is complete; a receiver that maps it keeps its bytes even after
-`retire` removed the name; a late or restarted receiver finds the newest version as long as the sender lives. A version
-is hashed once, by its sender. Receivers map the pages that were written then, and hash them again only where the file's
-time of change says that somebody wrote to it since.
+`retire` removed the name; a late or restarted receiver finds the newest version as long as the sender lives.
 
 Tests: tests/contracts/test_weights.py
 """
@@ -52,7 +50,6 @@ class ShmSender:
             aside = path.with_suffix(".partial")
             try:
                 buckets = self._write(aside, tensors, hashes=version % self._digest_every == 0)
-                os.utime(aside, ns=(0, version))
                 aside.rename(path)
             except OSError:
                 aside.unlink(missing_ok=True)
@@ -108,7 +105,7 @@ class ShmFetcher:
         self._where = where
 
     def fetch(self, manifest: AnyManifest) -> list[torch.Tensor]:
-        """Map a version, and verify it where somebody has written to its file.
+        """Map and verify a version.
 
         Raises:
             ProofError: the file is short or a digest disagrees.
@@ -129,20 +126,11 @@ class ShmFetcher:
                 self._where, f"{manifest.path} has {len(whole)} bytes, version {manifest.version} needs {end}"
             )
         buffers = split(whole, manifest.buckets)
-        if not is_untouched(manifest.path, manifest.version):
-            verify(manifest, buffers, self._where)
+        verify(manifest, buffers, self._where)
         return buffers
 
     def close(self) -> None:
         """Nothing is held between versions."""
-
-
-def is_untouched(path: str, version: int) -> bool:
-    """Say whether a version's file is as its sender left it: whoever writes to a file sets its time to the present."""
-    try:
-        return os.stat(path).st_mtime_ns == version
-    except FileNotFoundError:  # retired since it was mapped
-        return False
 
 
 def map_file(path: str) -> torch.Tensor:
