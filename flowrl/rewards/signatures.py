@@ -29,9 +29,11 @@ Tests: tests/unit/rewards/test_signatures.py
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import difflib
 import inspect
+import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -66,7 +68,7 @@ def style_of(found: Any, adapter: Adapter, *, path: str, where: str) -> Style:
     """Return how the function found at `path` is called.
 
     Raises:
-        ConfigError: it is no function, or its parameters are none that the adapter, or any, gives.
+        ConfigError: it is no function, returns nothing, or its parameters are none that the adapter, or any, gives.
     """
     if adapter == "verifiers":
         return Style("verifiers")
@@ -86,7 +88,29 @@ def style_of(found: Any, adapter: Adapter, *, path: str, where: str) -> Style:
     if found_style is None:
         wanted = "no signature that is known" if adapter == "auto" else f"not the signature of adapter={adapter}"
         raise ConfigError(where, f"{path}{inspect.signature(found)} has {wanted}", TO_COPY)
+    if found_style.is_one_by_one and _returns_nothing(found):  # None would count 0
+        raise ConfigError(where, f"{path} has no `return` with a value", TO_COPY)
     return found_style
+
+
+def _returns_nothing(function: Any) -> bool:
+    """Say whether a function's text holds no `return` with a value, nor anything else that could be the result."""
+    body: Any = function if inspect.isfunction(function) else type(function).__call__
+    try:
+        (whole,) = ast.parse(textwrap.dedent(inspect.getsource(body))).body
+    except (OSError, TypeError, SyntaxError, ValueError):  # a lambda within a line, code that was made at run time
+        return False
+    if not isinstance(whole, ast.FunctionDef | ast.AsyncFunctionDef) or isinstance(whole.body[-1], ast.Raise):
+        return False
+    inside: list[ast.AST] = [*whole.body]
+    for node in inside:  # which grows
+        if isinstance(node, ast.Yield | ast.YieldFrom):
+            return False
+        if isinstance(node, ast.Return) and ast.unparse(node) not in ("return", "return None"):
+            return False
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
+            inside += ast.iter_child_nodes(node)
+    return True
 
 
 def _style(names: set[str], takes_all: bool, adapter: Adapter) -> Style | None:

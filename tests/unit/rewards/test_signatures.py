@@ -316,6 +316,45 @@ def test_another_signature_is_refused_with_what_was_found_and_a_function_to_copy
     assert "\n" not in said
 
 
+def forgetful(completion: str) -> Any:
+    for word in completion.split():
+        if word == "one":
+            print("a point")
+
+
+class Forgets:
+    def __call__(self, solution_str: str) -> Any:
+        solution_str.strip()
+
+
+forgets = Forgets()
+
+
+async def forgets_to_say(completion: str) -> Any:
+    await asyncio.sleep(0)
+
+
+def only_raises(completion: str) -> Any:
+    raise ValueError(completion)
+
+
+def says_at_times(completion: str) -> Any:
+    if completion == "one":
+        return 1.0
+
+
+@pytest.mark.parametrize("name", ["forgetful", "forgets", "forgets_to_say"])
+def test_a_function_for_one_sample_that_returns_nothing_is_refused(name: str):
+    with pytest.raises(ConfigError, match=rf"{name} has no `return` with a value; take lists"):
+        RewardFunction(f"{HERE}:{name}", "reward.function")
+
+
+def test_a_function_for_one_sample_may_have_nothing_to_say_of_some():
+    assert score("says_at_times", "auto") == [1.0, 0.0]
+    with pytest.raises(RewardError, match="raised ValueError: one"):
+        score("only_raises", "auto")
+
+
 def test_the_functions_to_copy_score():
     for text in re.findall("`(.*?)`", TO_COPY):
         namespace: dict[str, Any] = {}
