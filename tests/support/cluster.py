@@ -157,6 +157,9 @@ class Machine:  # of the tests; what Ray knows of one is a RayNode
             with contextlib.suppress(ProcessLookupError):
                 if pid != self._first:
                     os.kill(pid, number)
+        for started in self._started:  # what brought a command here stops with it, and goes on only by itself
+            if number == signal.SIGCONT and started.poll() is None:
+                started.send_signal(number)
 
     def cut(self) -> None:
         """Pull the machine's cable."""
