@@ -2,6 +2,7 @@
 
     python -m perf.faults [--rounds 1] [--seed 0] [--only learner] [--heartbeat 10] [--stall 60]
     python -m perf.faults --only scorer --every 60        a soak: a minute between two faults
+    python -m perf.faults --nodes                         nodes of a cluster: perf/node_faults.py
 
 A flow of prompts, two generators, two scorers and a learner of two ranks, all of them fakes in real processes on a
 real Ray, is driven by a process of its own (tests/support/driven.py). In each round it meets every fault of `FAULTS`
@@ -351,7 +352,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pause", type=float, default=5.0, help="seconds that a stopped process stays so")
     parser.add_argument("--heartbeat", type=float, default=10.0, help="seconds of silence after which it is replaced")
     parser.add_argument("--stall", type=float, default=60.0, help="the run's stall_timeout_s; twice as long is a hang")
+    parser.add_argument("--nodes", action="store_true", help="faults of a cluster's nodes, on machines of namespaces")
+    parser.add_argument("--silence", type=float, default=240.0, help="with --nodes: seconds that are a hang")
     options = parser.parse_args(argv)
+    if options.nodes:
+        from perf.node_faults import main as on_nodes
+
+        return on_nodes(options)
     draw = random.Random(options.seed)
     faults = [fault for fault in FAULTS if any(word in fault.row for word in options.only)] * options.rounds
     draw.shuffle(faults)
