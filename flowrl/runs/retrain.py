@@ -146,6 +146,9 @@ def retrained_graph(plan: GraphPlan, run_dir: Path, begin: int, last: int) -> Gr
     beside = _beside(plan, trained, entry)
     kept = {*trained, *beside}
     nodes = {name: _cut_off(plan.nodes[name], stages[name], kept, last) for name in kept}
+    for name in kept:
+        if isinstance(stages[name], Critic):  # it is told how the policy is trained
+            nodes[name].arguments["policy"] = nodes[plan.until].arguments["config"]
     nodes[SOURCE] = Specification(
         stage="flowrl.stages.recorded:Recorded",
         arguments={"config": {}, "directory": str(run_dir / "rollouts"), "first": begin, "last": last},
@@ -193,10 +196,10 @@ def _cut_off(spec: Specification, stage: Stage, kept: set[str], last: int) -> Sp
         config["share"] = ""
     if isinstance(stage, Learner | Critic):
         config["schedule"] = {**config["schedule"], "total_steps": stage.num_optimizer_steps}
-        config["transport"] = "shm"  # nobody fetches
         arguments["learning"] = {**arguments["learning"], "steps": last}
     if isinstance(stage, Learner):
         config |= {"save_every": 0, "evaluate_every": 0, "save_rollouts": True}
+        config["transport"] = "shm"  # nobody fetches
     return Specification(stage=spec.stage, arguments={**arguments, "config": config})
 
 

@@ -18,6 +18,7 @@ from flowrl.runtime.calls import CallClient, CallGate
 from flowrl.runtime.flow import Flow
 from flowrl.runtime.ledger import Ledger
 from flowrl.runtime.wire import Address, Connection
+from flowrl.telemetry import clock
 from tests.support.flows import FlowSettings, flow
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def on_runtime(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Body
                 return self._flow.waits()
 
         actor: Any = ray.remote(num_cpus=0, max_concurrency=1000)(Hub)
-        hub = actor.remote(msgspec.json.encode(plan_of(flow(SETTINGS))), str(tmp_path), b"null", 0, 0)
+        epoch = msgspec.json.encode(clock.epoch())
+        hub = actor.remote(msgspec.json.encode(plan_of(flow(SETTINGS))), str(tmp_path), b"null", 0, 0, epoch)
         wire = await Connection.open(Address(*await hub.open.remote(60.0)))
         try:
             await body(Clients(wire.carry, hub.waits.remote), lambda: hub.close.remote())

@@ -65,8 +65,9 @@ def test_each_signal_stops_in_order_and_the_run_goes_on_from_there(tmp_path: Pat
     assert f"stopping ({signal.Signals(number).name})" in (tmp_path / "out").read_text()
 
 
+SAMPLING = '"running":4'  # in state.json: the generator has begun
 PHASES = {
-    "first sampling": (("flow.token_s=0.2",), "admitted"),
+    "first sampling": (("flow.token_s=0.4",), SAMPLING),
     "an update": (("flow.update_s=2",), '"version":1,'),
     "the final evaluation": (
         ("flow.token_s=0.2", "flow.evaluate_every=0", "flow.steps=2", "flow.is_finite=true"), '"version":2,'
@@ -79,7 +80,7 @@ PHASES = {
 def test_ctrl_c_in_a_terminal_stops_in_order_whatever_is_under_way(tmp_path: Path, phase: str, runtime: str) -> None:
     told, sign = PHASES[phase]
     run = Terminal(tmp_path, *told, runtime=runtime)
-    run.until(sign, "ledger.jsonl" if sign == "admitted" else "metrics.jsonl")
+    run.until(sign, "state.json" if sign == SAMPLING else "metrics.jsonl")
     run.press_ctrl_c()
     assert run.ends() == 0, run.text
     check_stopped(tmp_path)
@@ -91,7 +92,7 @@ def test_ctrl_c_in_a_terminal_stops_in_order_whatever_is_under_way(tmp_path: Pat
 @pytest.mark.parametrize("second", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_second_signal_ends_the_run_as_it_is(tmp_path: Path, second: int) -> None:
     run = Driven(tmp_path, "flow.token_s=20")
-    run.until("admitted", "ledger.jsonl")
+    run.until(SAMPLING, "state.json")
     run.process.send_signal(signal.SIGTERM)
     run.until("stopping (SIGTERM)", "out")
     run.process.send_signal(second)
