@@ -116,6 +116,7 @@ def rank_main(ranks: Ranks, path: str, zero_stage: int, model: str, directory: s
     engine.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("head", ["policy"], indirect=True)
 @pytest.mark.parametrize(("path", "zero_stage"), [(DEEPSPEED, 3)])
 def test_two_ranks_take_the_adapter_steps_of_one_and_resume_bit_for_bit(model, measure, tmp_path, path, zero_stage):

@@ -67,7 +67,7 @@ def test_each_signal_stops_in_order_and_the_run_goes_on_from_there(tmp_path: Pat
 
 SAMPLING = '"running":4'  # in state.json: the generator has begun
 PHASES = {
-    "first sampling": (("flow.token_s=0.4",), SAMPLING),
+    "first sampling": (("flow.token_s=0.2",), SAMPLING),
     "an update": (("flow.update_s=2",), '"version":1,'),
     "the final evaluation": (
         ("flow.token_s=0.2", "flow.evaluate_every=0", "flow.steps=2", "flow.is_finite=true"), '"version":2,'

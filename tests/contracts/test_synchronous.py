@@ -153,6 +153,14 @@ def plain_loop(model: Path, rollouts: list[Rollouts], name: str) -> tuple[list[d
 
 
 def test_synchronous_training_equals_a_plain_loop_bit_for_bit(tiny: Path, tmp_path: Path) -> None:
+    """In a process of their own: what lm-eval and vLLM set for all of theirs changes the last bits of a thread's."""
+    from torch.multiprocessing import start_processes
+
+    start_processes(compare, (tiny, tmp_path), start_method="forkserver")
+
+
+def compare(_: int, tiny: Path, tmp_path: Path) -> None:
+    """Train by the flow and by the plain loop, and hold one against the other."""
     import torch
     from safetensors.torch import load_file
 

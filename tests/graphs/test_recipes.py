@@ -115,7 +115,7 @@ def test_the_paper_recipe_has_the_papers_numbers_and_gpus() -> None:
     assert (s.learner.lr, s.critic.lr, s.learner.epochs) == (5e-7, 9e-6, 1)
     assert s.groups_per_step * s.generator.group_size == 1024
     assert s.groups_per_step * s.generator.group_size / s.learner.minibatches == 128
-    assert program.graph.nodes["critic"].minibatches == 8  # pyright: ignore[reportAttributeAccessIssue]  # as the policy
+    assert program.graph.nodes["critic"].config.minibatches == 8  # pyright: ignore[reportAttributeAccessIssue]  # as the policy
     assert (s.algorithm.load("algorithm").clip_low, s.algorithm.load("algorithm").clip_high) == (0.2, 0.2)
     gpus: dict[str, float] = {}
     for place in places(program.graph):

@@ -44,6 +44,7 @@ def test_ctrl_c_during_set_up_stops_at_once(tmp_path: Path) -> None:
     assert run.left_behind() == []
 
 
+@pytest.mark.long
 def test_sigterm_to_every_process_leaves_a_stop_all_its_time(tmp_path: Path) -> None:
     """As batch systems and Kubernetes send it; what is under way takes longer than the 3 s that Ray would leave it."""
     with (tmp_path / "said").open("wb") as said:
