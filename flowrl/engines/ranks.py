@@ -7,7 +7,7 @@ before it lets go of its connections, so that rank 0 raises that reason; no coll
 `COLLECTIVE_TIMEOUT_S`. A follower waits for the next command as long as rank 0 lives. With one rank all of this is
 nothing.
 
-Called by trainer.
+Called by trainer; `check_groups` by the ways to share work out to groups of ranks (sequence.py, tensor.py).
 
 Tests: tests/contracts/test_training_engines.py
 """
@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from flowrl.errors import ResourceError, StageError
+from flowrl.errors import ConfigError, ResourceError, StageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +30,16 @@ if TYPE_CHECKING:
 
 COLLECTIVE_TIMEOUT_S = 300  # a peer that says nothing for this long is dead; many times a large model's step
 FOLLOWER_TIMEOUT_S = 7 * 86400  # how long a follower may wait for rank 0's next command
+
+
+def check_groups(num_ranks: int, size: int, where: str) -> None:
+    """Insist that ranks make whole groups of a size.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if num_ranks % size:
+        raise ConfigError(where, f"{size} does not divide {num_ranks} ranks", "give a divisor, or other ranks")
 
 
 class RankLink:

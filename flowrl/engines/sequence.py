@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flowrl.engines.attention import attend, has_mask
+from flowrl.engines.ranks import check_groups
 from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,8 +62,7 @@ def check_split(settings: Computing, model: Path, where: str, *, num_ranks: int)
     if settings.tensor_parallel > 1:
         what = f"is {size} beside tensor_parallel={settings.tensor_parallel}, and ranks are shared out by one of them"
         raise ConfigError(where, what, "leave one of them 1")
-    if num_ranks % size:
-        raise ConfigError(where, f"{size} does not divide {num_ranks} ranks", "give a divisor, or other ranks")
+    check_groups(num_ranks, size, where)
     read = json.loads((model / "config.json").read_bytes())
     heads = {**read, **(read.get("text_config") or {})}.get("num_attention_heads")
     if isinstance(heads, int) and heads < size:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from flowrl.engines.ranks import check_groups
 from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,8 +53,7 @@ def check_parts(settings: Computing, model: Path, where: str, *, num_ranks: int)
     from transformers import AutoConfig
 
     where = f"{where}.tensor_parallel"
-    if num_ranks % size:
-        raise ConfigError(where, f"{size} does not divide {num_ranks} ranks", "give a divisor, or other ranks")
+    check_groups(num_ranks, size, where)
     config = AutoConfig.from_pretrained(model, trust_remote_code=settings.trust_remote_code).get_text_config()
     plan: dict[str, str] = getattr(config, "base_model_tp_plan", None) or {}
     if not plan:

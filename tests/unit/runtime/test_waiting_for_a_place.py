@@ -30,20 +30,26 @@ async def stop_after(options: LocalOptions, seconds: float) -> None:
     options.stopping.set()
 
 
+def stopped(kind: type[LocalWorkers], run_dir: Path) -> tuple[Outcome, float]:
+    """Return how a run on such workers ends that is stopped after five seconds, and when."""
+
+    async def body() -> tuple[Outcome, float]:
+        options = LocalOptions(run_dir=run_dir, is_virtual=True, now=asyncio.get_running_loop().time)
+        graph: Graph = flow(SETTINGS)
+        stopping = asyncio.ensure_future(stop_after(options, 5.0))
+        outcome = await Supervisor(graph, kind(graph, options), options).run()
+        await stopping
+        return outcome, asyncio.get_running_loop().time()
+
+    return run_virtual(body())
+
+
 def test_a_stop_is_heard_while_devices_are_waited_for(tmp_path: Path) -> None:
     class Full(LocalWorkers):
         async def open(self, start: Start) -> None:
             await asyncio.get_running_loop().create_future()  # no device is ever free
 
-    async def body() -> tuple[Outcome, float]:
-        options = LocalOptions(run_dir=tmp_path, is_virtual=True, now=asyncio.get_running_loop().time)
-        graph: Graph = flow(SETTINGS)
-        stopping = asyncio.ensure_future(stop_after(options, 5.0))
-        outcome = await Supervisor(graph, Full(graph, options), options).run()
-        await stopping
-        return outcome, asyncio.get_running_loop().time()
-
-    outcome, took_s = run_virtual(body())
+    outcome, took_s = stopped(Full, tmp_path)
     assert outcome.was_stopped
     assert outcome.totals["unfinished"] == 0
     assert took_s < 6.0
@@ -55,15 +61,7 @@ def test_a_stop_while_replicas_start_waits_for_none_of_them(tmp_path: Path) -> N
             await asyncio.sleep(600.0 if replica == "generator.0" else 0.0)  # it loads a large model
             await super().run(replica, incarnation, start)
 
-    async def body() -> tuple[Outcome, float]:
-        options = LocalOptions(run_dir=tmp_path, is_virtual=True, now=asyncio.get_running_loop().time)
-        graph: Graph = flow(SETTINGS)
-        stopping = asyncio.ensure_future(stop_after(options, 5.0))
-        outcome = await Supervisor(graph, Slow(graph, options), options).run()
-        await stopping
-        return outcome, asyncio.get_running_loop().time()
-
-    outcome, took_s = run_virtual(body())
+    outcome, took_s = stopped(Slow, tmp_path)
     assert outcome.was_stopped
     assert outcome.totals["admitted"] == 0, "what was admitted and given to nobody is admitted again"
     assert took_s < 20.0
