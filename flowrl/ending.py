@@ -3,9 +3,13 @@
 `ending_of` asks the tokenizer, the chat template and the model's files once. An answer ends with the first of `stops`
 in it: the token that the template puts behind what the assistant says, the tokenizer's EOS, and what
 generation_config.json names. The first is found by rendering a probe, whether or not any map of special tokens names
-it. Where the template leaves it to the next message, as GLM's does, it is that message's mark. Invariants: generation
-stops at every token that is taught as an end, and a saved model says so; what a template writes behind that token is
-nobody's answer. Called by the renderer, the turn format, generation engines and whoever saves a model.
+it. Where the template leaves it to the next message, as GLM's does, it is that message's mark.
+
+Invariants:
+- generation stops at every token that is taught as an end, and a saved model says so;
+- what a template writes behind that token is nobody's answer.
+
+Called by the renderer, the turn format, generation engines and whoever saves a model.
 
 Tests: tests/unit/test_ending.py
 """

@@ -2,6 +2,7 @@
 
 An error says where, what is wrong with the numbers, and what to do. `UserError` is something the user can mend
 before anything has started (exit code 2); `RunError` happened while a run was under way (exit code 1).
+
 Invariant: everything is printed by `say`, which lets nothing foreign through and never fails.
 
     FlowrlError

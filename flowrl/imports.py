@@ -5,7 +5,10 @@ where the command is given. It looks in the working directory first, then beside
 installed. So every process (Ray actors, reward workers) loads that same file, whatever its own directory and
 PYTHONPATH. A class or function of the package that a setting's default comes from may be given by its name alone:
 `algorithm=grpo`, `reward.function=exact_answer`.
-Invariant: a file is one module in a process, however it is named. Called by `config.resolve` and by whoever loads.
+
+Invariant: a file is one module in a process, however it is named.
+
+Called by `config.resolve` and by whoever loads.
 
 Tests: tests/unit/test_imports.py
 """

@@ -12,10 +12,13 @@ Messages are open. A subclass of the user's own goes on any edge that takes what
 group through every later stage (`extend`) and to the disk. A number or a buffer that a stage puts into
 `Sample.columns` reaches the loss as `LossBatch.columns`. Whatever rebuilds a message therefore goes by its fields.
 
-Invariants: `group_id` is the prompt's place in the run's prompt order and names the group everywhere; the lists in
-`samples`, `scores[...]` and every per-sample list have one entry for each sample of the group, in the same order.
-Held-out groups are numbered from `FIRST_HELDOUT`, so that no edge and no ledger takes one for a training group.
-Stages build and read messages; only the runtime calls `encode` and `decode`.
+Invariants:
+- `group_id` is the prompt's place in the run's prompt order and names the group everywhere;
+- the lists in `samples`, `scores[...]` and every per-sample list have one entry for each sample of the group, in the
+  same order.
+
+Held-out groups are numbered from `FIRST_HELDOUT`, so that no edge and no ledger takes one for a training group. Stages
+build and read messages; only the runtime calls `encode` and `decode`.
 
 Tests: tests/unit/test_messages.py
 """

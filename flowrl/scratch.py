@@ -1,7 +1,11 @@
 """Directories that one process has for itself, in /tmp or /dev/shm, and that go with it.
 
-Each holds a file that its owner keeps locked. Invariants: it is readable by its owner alone and goes with `close`; that
-of a process that was killed goes when the next one is made beside it, which knows the dead by a lock that nobody holds.
+Each holds a file that its owner keeps locked.
+
+Invariants:
+- it is readable by its owner alone and goes with `close`;
+- that of a process that was killed goes when the next one is made beside it, which knows the dead by a lock that nobody
+  holds.
 
 Tests: tests/unit/test_scratch.py
 """

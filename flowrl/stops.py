@@ -1,8 +1,11 @@
 """Signals that ask to stop, and what they do while there is nothing yet that could be stopped in order.
 
 A run that is under way hears them on its event loop (runtime/launch.py). Before that, and in every other command, each
-of them is an `Interrupted`, so that whatever is open is closed and the command says how it ended. Invariant: who asked
-that a closed terminal be ignored (nohup) is heeded. Ray's processes hold all of them back (runtime/cluster.py).
+of them is an `Interrupted`, so that whatever is open is closed and the command says how it ended.
+
+Invariant: who asked that a closed terminal be ignored (nohup) is heeded.
+
+Ray's processes hold all of them back (runtime/cluster.py).
 
 Tests: tests/unit/test_stops.py
 """

@@ -1,10 +1,15 @@
 """Advantages: generalised advantage estimation, discounted returns, and the baselines of a group.
 
 Shapes: B sequences (for baselines, the samples of one prompt), T response tokens, `mask_BT` 1 on the tokens the policy
-sampled. Invariants: tokens under mask 0 inside a sequence (an environment's) are skipped, not treated as steps, so the
-next step is the next sampled token; a sequence without sampled tokens has no part in a group's baseline. Arithmetic
-is in float64 and the result has the dtype of its input: equal rewards give advantages of exactly 0. Called by the
-algorithms' `advantages`.
+sampled.
+
+Invariants:
+- tokens under mask 0 inside a sequence (an environment's) are skipped, not treated as steps, so the next step is the
+  next sampled token;
+- a sequence without sampled tokens has no part in a group's baseline.
+
+Arithmetic is in float64 and the result has the dtype of its input: equal rewards give advantages of exactly 0. Called
+by the algorithms' `advantages`.
 
 Tests: tests/unit/algorithms/test_advantages.py
 """

@@ -1,10 +1,14 @@
 """What an algorithm is: pure functions of tensors, `advantages` and `loss`, held in a frozen Config.
 
 Shapes: B sequences of one batch, T response tokens (right-padded); `mask_BT` is 1 on the tokens the policy sampled.
-Invariants: nothing here reads a clock, a file, a random generator or a message; what stands under mask 0 never
-changes a result; a loss returns a sum and a count so that packing, padding, micro-batches and ranks cannot change
-what the engine divides once (law 7). The critic and the advantage stage call
-`advantages`, training engines `loss`.
+
+Invariants:
+- nothing here reads a clock, a file, a random generator or a message;
+- what stands under mask 0 never changes a result;
+- a loss returns a sum and a count so that packing, padding, micro-batches and ranks cannot change what the engine
+  divides once (law 7).
+
+The critic and the advantage stage call `advantages`, training engines `loss`.
 
 Tests: tests/contracts/test_algorithms.py
 """

@@ -23,7 +23,11 @@ the staleness. With one optimizer step a version pi is pi_prox, and their clip n
     interpolated   the same with log pi_prox = log pi_old + (d - 1) / d (log pi - log pi_old) for a token d versions
                    old, pi_old itself for d <= 1: no forward for pi_prox (A-3PO, 2512.06547)
 
-Invariant: no gradient flows through a weight; tokens of weight 0 still count in the loss's divisor. Called by policy.
+Invariants:
+- no gradient flows through a weight;
+- tokens of weight 0 still count in the loss's divisor.
+
+Called by policy.
 
 Tests: tests/unit/algorithms/test_losses.py
 """

@@ -1,8 +1,11 @@
 """Masked arithmetic that the algorithms share: sums and means, whitening, KL estimators.
 
-Shapes: B sequences, T response tokens, `mask_BT` 1 on the tokens the policy sampled and 0 elsewhere. Invariant: what
-stands under mask 0, nan and inf included, never changes a result or a gradient (values are selected, never multiplied
-by the mask). Called by the algorithms, and `whiten` by the learner, which alone sees a whole step.
+Shapes: B sequences, T response tokens, `mask_BT` 1 on the tokens the policy sampled and 0 elsewhere.
+
+Invariant: what stands under mask 0, nan and inf included, never changes a result or a gradient (values are selected,
+never multiplied by the mask).
+
+Called by the algorithms, and `whiten` by the learner, which alone sees a whole step.
 
 Tests: tests/unit/algorithms/test_functional.py
 """

@@ -1,8 +1,13 @@
 """What the objectives over preference pairs share: which rows are a pair, and the figures of a step's pairs.
 
-A pair is a group of two responses, the chosen one first. Invariants: pairs, not tokens, are counted; a pair of which
-either response has no token under the mask counts nowhere; the order of rows does not matter. Shapes: B responses, T
-response tokens, P pairs. Called by dpo, ipo, pairwise and kin.
+A pair is a group of two responses, the chosen one first.
+
+Invariants:
+- pairs, not tokens, are counted;
+- a pair of which either response has no token under the mask counts nowhere;
+- the order of rows does not matter.
+
+Shapes: B responses, T response tokens, P pairs. Called by dpo, ipo, pairwise and kin.
 
 Tests: tests/unit/algorithms/test_preference.py
 """

@@ -5,8 +5,13 @@
 with rho = exp(lp - lp_old), against the policy that sampled, and w = 1; or rho = exp(lp - lp_prox), against the policy
 at the start of the step, and w the correction for samples drawn by an older one (corrections.py). Where the batch has
 no column "proximal" the two are the same policy, as in a step of one update. Then neither a clip against it nor the
-figures of its movement say anything, and they are not given. Invariants: what stands under mask 0 changes neither loss,
-metrics nor gradient; the count depends on masks alone. Shapes: B sequences, T response tokens.
+figures of its movement say anything, and they are not given.
+
+Invariants:
+- what stands under mask 0 changes neither loss, metrics nor gradient;
+- the count depends on masks alone.
+
+Shapes: B sequences, T response tokens.
 
 Tests: tests/contracts/test_algorithms.py
 """

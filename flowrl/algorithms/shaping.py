@@ -1,10 +1,14 @@
 """From a sample's score to rewards per token: normalisation, clip, length penalty, KL penalty; and group filtering.
 
-Shapes: B samples of one prompt, T response tokens, `mask_BT` 1 on the tokens the policy sampled. Invariants: a score
-that no environment placed lies on the last sampled token alone, the KL penalty on every sampled token (OpenRLHF,
-2405.11143, section 3.3); nothing is clipped unless asked for. What follows the run (`Shaping.running`, the adaptive KL
-coefficient) changes between steps only, by pure functions of the step before. Called by the algorithms' `advantages`,
-`keeps` and `adapted`.
+Shapes: B samples of one prompt, T response tokens, `mask_BT` 1 on the tokens the policy sampled.
+
+Invariants:
+- a score that no environment placed lies on the last sampled token alone, the KL penalty on every sampled token
+  (OpenRLHF, 2405.11143, section 3.3);
+- nothing is clipped unless asked for.
+
+What follows the run (`Shaping.running`, the adaptive KL coefficient) changes between steps only, by pure functions of
+the step before. Called by the algorithms' `advantages`, `keeps` and `adapted`.
 
 Tests: tests/unit/algorithms/test_shaping.py
 """

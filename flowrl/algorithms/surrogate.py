@@ -1,8 +1,11 @@
 """What is maximised for each token, and how a sum over tokens becomes a sum and a count.
 
 Shapes: B sequences, T response tokens, `mask_BT` 1 on the tokens the policy sampled; ratio = pi / pi_anchor.
+
 Invariant: a total and its count add up over micro-batches to those of the whole batch, and counts depend on masks
-alone. Called by policy, value and the algorithms.
+alone.
+
+Called by policy, value and the algorithms.
 
 Tests: tests/unit/algorithms/test_losses.py
 """

@@ -1,11 +1,17 @@
 """Messages as data write them, brought to the one shape that templates are given: online, offline and in files.
 
 Data come from OpenAI's wire format, from Parquet, which gives every object the fields that any of them has, and from
-hands. Invariants: a content is a string (null is "", text parts are joined, a part that is no text is refused); a tool
-call is {"type": "function", "function": {"name", "arguments"}} with the arguments an object, every key of it kept;
-`weight` is 0 or 1; no other null is left among a message's own fields. ShareGPT's messages (from, value) are messages
-too, and roles have their usual names (Human and model are the user and the assistant). Called by formats.py for
-examples and by prompts.py for prompts.
+hands.
+
+Invariants:
+- a content is a string (null is "", text parts are joined, a part that is no text is refused);
+- a tool call is {"type": "function", "function": {"name", "arguments"}} with the arguments an object, every key of it
+  kept;
+- `weight` is 0 or 1;
+- no other null is left among a message's own fields.
+
+ShareGPT's messages (from, value) are messages too, and roles have their usual names (Human and model are the user and
+the assistant). Called by formats.py for examples and by prompts.py for prompts.
 
 Tests: tests/unit/data/test_turns.py
 """

@@ -1,9 +1,12 @@
 """Examples to learn from offline: read, brought to one shape, tokenized, checked, split and mixed before a run starts.
 
-Invariants: `row_at(position)` is a pure function of the data, the settings and the position, so that a run can resume
-anywhere; no training example has the prompt of a held-out one; a row is learned as often as it is there; a row that
-cannot be used stops the load or is counted with its reason, as the settings say. Called by the examples stages,
-`flowrl check` and `flowrl data check`.
+Invariants:
+- `row_at(position)` is a pure function of the data, the settings and the position, so that a run can resume anywhere;
+- no training example has the prompt of a held-out one;
+- a row is learned as often as it is there;
+- a row that cannot be used stops the load or is counted with its reason, as the settings say.
+
+Called by the examples stages, `flowrl check` and `flowrl data check`.
 
 Tests: tests/unit/data/test_examples.py
 """

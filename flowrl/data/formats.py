@@ -10,12 +10,14 @@ The types and column names are those of TRL's documentation ("Dataset formats an
     language-modeling     messages, or text
     prompt-only           prompt
 
-Other names of columns are brought to these by naming.py.
-A row with the columns of several types is of the first that fits, in this order. Columns `tools` and
-`chat_template_kwargs` go to the chat template, `system` (or `system_prompt`) before a conversation without one;
-`finish` (or `finish_reason`) says that a response was sampled and whether it was cut; others are left alone; a null is
-as good as a column that is not there. Invariant: what `normalise` returns has at least one response or step, and the
-types that `NormalRow` states. Called by `load_examples` and `flowrl data check`.
+Other names of columns are brought to these by naming.py. A row with the columns of several types is of the first that
+fits, in this order. Columns `tools` and `chat_template_kwargs` go to the chat template, `system` (or `system_prompt`)
+before a conversation without one; `finish` (or `finish_reason`) says that a response was sampled and whether it was
+cut; others are left alone; a null is as good as a column that is not there.
+
+Invariant: what `normalise` returns has at least one response or step, and the types that `NormalRow` states.
+
+Called by `load_examples` and `flowrl data check`.
 
 Tests: tests/unit/data/test_formats.py
 """

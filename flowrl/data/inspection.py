@@ -1,8 +1,10 @@
 """What a data set holds and what a run would make of it: the body of `flowrl data check`.
 
-Invariants: what is reported is what `load_examples` (for prompts, `load_prompts`) does with the same settings; every
-row is looked at, also where a run would stop at the first bad one, and the check then ends with that error. Called by
-the CLI.
+Invariants:
+- what is reported is what `load_examples` (for prompts, `load_prompts`) does with the same settings;
+- every row is looked at, also where a run would stop at the first bad one, and the check then ends with that error.
+
+Called by the CLI.
 
 Tests: tests/unit/data/test_inspection.py
 """

@@ -2,10 +2,15 @@
 
 `questions.jsonl` is written by whoever asks (the humans stage), `judgments.jsonl` by the page that people sit at
 (`flowrl feedback`). They share nothing else, so either may be killed, restarted or run on another machine that sees the
-directory. Invariants: a judgment is on the disk before `JudgmentFile.add` returns; a line that a kill cut short was
-never acknowledged and counts for nothing; the same judgment sent again is one judgment, and of a rater's several on one
-question the last one counts. A question's id is made of what is asked, so that a group that is issued again after a
-crash finds what was said about it.
+directory.
+
+Invariants:
+- a judgment is on the disk before `JudgmentFile.add` returns;
+- a line that a kill cut short was never acknowledged and counts for nothing;
+- the same judgment sent again is one judgment, and of a rater's several on one question the last one counts.
+
+A question's id is made of what is asked, so that a group that is issued again after a crash finds what was said about
+it.
 
 Tests: tests/unit/data/test_judgments.py
 """

@@ -2,8 +2,11 @@
 
 Label Studio: `data` with what is asked and the two answers; `annotations` of type `pairwise`, whose `to_name` names the
 two in their order, or the tags that show them, in the data's order. Argilla: `fields` with the same, submitted
-`responses` to a ranking or to a question whose values are the fields' names. Several annotators vote. Invariant: a row
-that prefers neither raises, which `data.on_bad` may skip. Called by naming.py.
+`responses` to a ranking or to a question whose values are the fields' names. Several annotators vote.
+
+Invariant: a row that prefers neither raises, which `data.on_bad` may skip.
+
+Called by naming.py.
 
 Tests: tests/unit/runs/test_feedback.py
 """

@@ -1,8 +1,11 @@
 """Examples made on the spot: reasoning-gym's tasks with their answers, for a first offline run without a file.
 
 `reasoning-gym` gives demonstrations (prompt-completion), `reasoning-gym:preference` the right answer against another
-question's, `reasoning-gym:unpaired-preference` a right and a wrong answer in turn. Invariant: rows depend on the kind,
-the number and the seed alone. Called by `load_examples`.
+question's, `reasoning-gym:unpaired-preference` a right and a wrong answer in turn.
+
+Invariant: rows depend on the kind, the number and the seed alone.
+
+Called by `load_examples`.
 
 Tests: tests/unit/data/test_examples.py
 """

@@ -1,10 +1,15 @@
 """Which rows are held out, and the order in which those of several sources are learned: endless, by probability.
 
-Invariants: no prompt that is held out is learned. `split` takes rows as they come, so whoever sorts them first is held
-to no order of the source. `at(position)` is a pure function of the sizes, the weights, the seed and the position, so
-that a run resumes anywhere. Of the first n positions every source has its share, to within one row at the end of a
-block and to within a block everywhere. The rows of a source come in complete permutations, one after the other,
-whatever stands between them. Called by whoever loads prompts or examples.
+Invariants:
+- no prompt that is held out is learned;
+- `split` takes rows as they come, so whoever sorts them first is held to no order of the source;
+- `at(position)` is a pure function of the sizes, the weights, the seed and the position, so that a run resumes
+  anywhere;
+- of the first n positions every source has its share, to within one row at the end of a block and to within a block
+  everywhere;
+- the rows of a source come in complete permutations, one after the other, whatever stands between them.
+
+Called by whoever loads prompts or examples.
 
 Tests: tests/unit/data/test_mixing.py
 """

@@ -2,8 +2,11 @@
 
 `prepare_model` takes a directory, the bundled default model or a Hugging Face id and returns a directory that holds
 config.json, safetensors and a tokenizer; `inspect_model` reads its card from the JSON and the safetensors headers.
-Invariant: what is returned is complete. A model made here is written aside and renamed, so that a killed conversion
-leaves nothing half done, and several processes that ask at once make it once. Called by stages and `flowrl check`.
+
+Invariant: what is returned is complete.
+
+A model made here is written aside and renamed, so that a killed conversion leaves nothing half done, and several
+processes that ask at once make it once. Called by stages and `flowrl check`.
 
 Tests: tests/unit/data/test_models.py
 """

@@ -4,9 +4,12 @@
 chosen and rejected, the prompt); labelling tools' exports are preferences (labelling.py); `kto_tag` is a label;
 messages written as JSON in a text, as tables hold them, are messages. What a response answers is looked for under the
 names that online prompts have where there is no `prompt` and the response does not hold it itself. An instruction or a
-question is followed by its `input` (or `context`, or `passage`). Invariant: no column that says what is asked is left
-out without a word: pictures and the like, and choices that the question does not name, are refused. Called by
-`load_prompts` and `load_examples`.
+question is followed by its `input` (or `context`, or `passage`).
+
+Invariant: no column that says what is asked is left out without a word: pictures and the like, and choices that the
+question does not name, are refused.
+
+Called by `load_prompts` and `load_examples`.
 
 Tests: tests/unit/data/test_naming.py
 """

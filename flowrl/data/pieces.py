@@ -1,7 +1,10 @@
 """Token ids as the text of each token; from a tokenizer's file without transformers: quick, and offline.
 
-Invariant: the pieces of a sequence joined are its text; where a character takes several tokens, the last of them has it
-and the others are empty. Called for `flowrl report` and `flowrl inspect`, and by steps.py.
+Invariants:
+- the pieces of a sequence joined are its text;
+- where a character takes several tokens, the last of them has it and the others are empty.
+
+Called for `flowrl report` and `flowrl inspect`, and by steps.py.
 
 Tests: tests/unit/runs/test_review.py
 """

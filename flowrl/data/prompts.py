@@ -1,9 +1,12 @@
 """Prompts to train and to evaluate on: read, rendered, tokenized, checked and split before anything starts.
 
-Invariants: `row_at(position)` is a pure function of the data, the settings and the position, so that a run can resume
-anywhere; rows are told apart by all their columns, and each is learned as often as it is there; no training prompt has
-the same text as a held-out one; a row that cannot be used stops the load or is counted in `skipped`, as the settings
-say. Called by the prompts and evaluator stages and by `flowrl check`.
+Invariants:
+- `row_at(position)` is a pure function of the data, the settings and the position, so that a run can resume anywhere;
+- rows are told apart by all their columns, and each is learned as often as it is there;
+- no training prompt has the same text as a held-out one;
+- a row that cannot be used stops the load or is counted in `skipped`, as the settings say.
+
+Called by the prompts and evaluator stages and by `flowrl check`.
 
 Tests: tests/unit/data/test_prompts.py
 """

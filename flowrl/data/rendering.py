@@ -1,10 +1,13 @@
 """Conversations and texts as tokens: the one renderer of prompts to sample from and of examples to learn.
 
-Invariants: a prompt has the same tokens wherever it stands; they depend on it, the settings and the template alone, not
-on the day nor on what follows. Prompt and response joined are the tokens of the whole text, with the prompt's a true
-prefix. Where a token would span the end of the prompt or of a turn, the parts are tokenized one by one, each as it
-stands behind the last. The encoding says so. A mask is 1 on exactly the tokens that the assistant writes, up to and
-with the one that ends its turn (flowrl/ending.py); a response ends with the last of them.
+Invariants:
+- a prompt has the same tokens wherever it stands;
+- they depend on it, the settings and the template alone, not on the day nor on what follows.
+
+Prompt and response joined are the tokens of the whole text, with the prompt's a true prefix. Where a token would span
+the end of the prompt or of a turn, the parts are tokenized one by one, each as it stands behind the last. The encoding
+says so. A mask is 1 on exactly the tokens that the assistant writes, up to and with the one that ends its turn
+(flowrl/ending.py); a response ends with the last of them.
 
 Which characters are the assistant's is what the chat template marks with {% generation %}, and without such marks what
 each of its messages adds to the conversation before it; a template that renders a message otherwise once others follow

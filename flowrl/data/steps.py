@@ -2,9 +2,14 @@
 
 A step ends with the token that completes the separator, where the label stood when a process reward model was trained
 (rendering.py). It ends with the last token of text in a turn. Separators may be special tokens, span tokens or be a
-part of one, and so may characters. Invariants: only tokens that the policy sampled end a step; what has no text between
-two separators is none, nor is the token that ends an answer; a response has at least one. Called by the reward-model
-stage.
+part of one, and so may characters.
+
+Invariants:
+- only tokens that the policy sampled end a step;
+- what has no text between two separators is none, nor is the token that ends an answer;
+- a response has at least one.
+
+Called by the reward-model stage.
 
 Tests: tests/unit/stages/test_step_rewards.py
 """

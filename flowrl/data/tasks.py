@@ -1,7 +1,8 @@
 """Prompts made on the spot: reasoning-gym's procedural tasks, whose answers are verified by rule.
 
-Invariant: the rows depend on the specs, the number and the seed alone, and no two have the same question. Called by
-`load_prompts`; `flowrl.rewards.verify` scores the answers.
+Invariant: the rows depend on the specs, the number and the seed alone, and no two have the same question.
+
+Called by `load_prompts`; `flowrl.rewards.verify` scores the answers.
 
 Tests: tests/unit/data/test_prompts.py
 """

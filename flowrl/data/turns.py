@@ -2,10 +2,15 @@
 
 The policy's tokens are never tokenized again: a conversation grows by what it sampled and by the tokens of `between`.
 Those hold the end of its turn (where it did not sample that itself), the observation's message and the opening of its
-next turn. Invariants: the tokens depend on the observation alone; appended turn by turn they are those of the whole
-conversation rendered at once, as far as the policy's text tokenizes to what it sampled. That a template only ever
-appends, in the same way at any length, and ends a turn with a token of its own is checked when a `TurnFormat` is made.
-Called by the agent stage.
+next turn.
+
+Invariants:
+- the tokens depend on the observation alone;
+- appended turn by turn they are those of the whole conversation rendered at once, as far as the policy's text tokenizes
+  to what it sampled.
+
+That a template only ever appends, in the same way at any length, and ends a turn with a token of its own is checked
+when a `TurnFormat` is made. Called by the agent stage.
 
 Tests: tests/unit/data/test_turns.py
 """

@@ -1,9 +1,13 @@
 """Sampled responses as rows that are read again: prompt-completion and preference data (formats.py), in JSONL files.
 
-Invariants: a prompt with its completion, read again, is rendered to the text that the policy read and wrote; a file
-appears whole under its name, on the disk, or not at all. A prompt under a chat template becomes messages, the settings'
-system prompt included; what a prompt put into the policy's mouth (`answer_prefix`) begins the completion, for there it
-is the assistant's message. Called by the writer stage.
+Invariants:
+- a prompt with its completion, read again, is rendered to the text that the policy read and wrote;
+- a file appears whole under its name, on the disk, or not at all;
+- a prompt under a chat template becomes messages, the settings' system prompt included;
+- what a prompt put into the policy's mouth (`answer_prefix`) begins the completion, for there it is the assistant's
+  message.
+
+Called by the writer stage.
 
 Tests: tests/unit/data/test_templates.py
 """

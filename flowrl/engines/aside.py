@@ -1,9 +1,12 @@
 """What a sleeping training engine holds, put aside: storages copied to a file or to host memory, and emptied.
 
-Invariants: tensors stay the objects that they are, and views of one storage stay views of it: only its bytes go, and
-come back the same; a storage that cannot be emptied (mapped from elsewhere) stays where it is, as whatever is not
-handed in. From a CPU the bytes go into a temporary file without a name, which dies with the process, from a GPU into
-pinned host memory. Called by `Trainer`, between two of its calls.
+Invariants:
+- tensors stay the objects that they are, and views of one storage stay views of it: only its bytes go, and come back
+  the same;
+- a storage that cannot be emptied (mapped from elsewhere) stays where it is, as whatever is not handed in.
+
+From a CPU the bytes go into a temporary file without a name, which dies with the process, from a GPU into pinned host
+memory. Called by `Trainer`, between two of its calls.
 
 Tests: tests/unit/engines/test_aside.py
 """

@@ -1,9 +1,14 @@
 """An exponential moving average of a policy's weights, in float32 on the CPU of rank 0.
 
 After each optimizer step, average <- decay * average + (1 - decay) * weights, from the weights as the step before the
-first left them. Invariants: weights are averaged as generators get them, whole and under the names of the model. So the
-average is the same for every engine, ZeRO stage and number of ranks, and can be read by any of them; saved and read
-again it goes on bit by bit. Called by trainer.
+first left them.
+
+Invariants:
+- weights are averaged as generators get them, whole and under the names of the model. So the average is the same for
+  every engine, ZeRO stage and number of ranks, and can be read by any of them;
+- saved and read again it goes on bit by bit.
+
+Called by trainer.
 
 Tests: tests/unit/engines/test_average.py
 """

@@ -2,8 +2,13 @@
 
 `checkpoints/step-000040/` holds `model/` (Hugging Face format, with tokenizer and model card) and one directory of
 state for each stateful node. Beside them are `cut.json` (where the flow stood) and `manifest.json`: the size and blake3
-digest of every other file. Invariants: a directory is written aside, brought to the disk, and renamed last, so a kill
-leaves either all of it or nothing under its name; a checkpoint is used only when every file agrees with the manifest.
+digest of every other file.
+
+Invariants:
+- a directory is written aside, brought to the disk, and renamed last, so a kill leaves either all of it or nothing
+  under its name;
+- a checkpoint is used only when every file agrees with the manifest.
+
 What is kept: the newest few, the best, and those whose score is still to come. Written by the learner, read by the
 runtimes and by `flowrl verify`.
 

@@ -2,8 +2,13 @@
 
 Whole models compile for minutes and again for every shape; a layer compiles once for lengths of any size, and all
 layers share what was made of the first. Attention is left as it is: its kernels are compiled already, and how many it
-calls follows from the batch. Invariant: what is computed is the same, up to rounding; agreement.py holds it against the
-model's own forward when an engine opens. Called by trainer.
+calls follows from the batch.
+
+Invariants:
+- what is computed is the same, up to rounding;
+- agreement.py holds it against the model's own forward when an engine opens.
+
+Called by trainer.
 
 Tests: tests/unit/engines/test_compiled.py, tests/contracts/test_compiled.py
 """

@@ -1,8 +1,12 @@
 """Training with DeepSpeed, ZeRO stages 0 to 3, on CPUs (gloo) and GPUs (NCCL).
 
-Invariants: gradient accumulation is ours (`managed_gradient_accumulation` off): every backward only adds, `apply` is
-the one boundary; DeepSpeed's averaging over ranks is undone by scaling each rank's loss with their number, so a step
-on n ranks is the step of one. With ZeRO-3 every rank calls the model equally often.
+Invariants:
+- gradient accumulation is ours (`managed_gradient_accumulation` off): every backward only adds, `apply` is the one
+  boundary;
+- DeepSpeed's averaging over ranks is undone by scaling each rank's loss with their number, so a step on n ranks is the
+  step of one.
+
+With ZeRO-3 every rank calls the model equally often.
 
 Its state on disk is DeepSpeed's own: each rank writes its shard as `.pt` files, so read only state that you wrote;
 `state.json` beside them says how many ranks there were. A state of another number of ranks is first converted by rank 0

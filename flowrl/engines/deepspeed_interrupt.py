@@ -2,10 +2,13 @@
 
 DeepSpeed 0.19 has no call for this: a pass that raises leaves gathered parameters, half-filled reduction buckets,
 hook counters and a truncated trace of modules. With these the next pass would fail or, worse, add half a gradient.
-Invariant: after `leave_pass` the next forward starts as if the failed one had not been; after `clear_gradients` the
-next backward starts an accumulation window of its own. Both are local: they call no collective, and every rank calls
-them after the same collective. Collectives are also what ranks vote before, and what one rank alone can do without.
-Called by the DeepSpeed engine.
+
+Invariants:
+- after `leave_pass` the next forward starts as if the failed one had not been;
+- after `clear_gradients` the next backward starts an accumulation window of its own. Both are local: they call no
+  collective, and every rank calls them after the same collective.
+
+Collectives are also what ranks vote before, and what one rank alone can do without. Called by the DeepSpeed engine.
 
 Tests: tests/contracts/test_training_engines.py
 """

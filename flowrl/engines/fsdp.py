@@ -1,11 +1,14 @@
 """Training with torch's `fully_shard` (FSDP2) on CPUs (gloo) and GPUs (NCCL): weights, gradients and optimizer sharded.
 
 A layer is gathered when it is run and dropped after it; with zero_stage 2 it stays from forward to backward.
-Invariants: where the model is in bfloat16 the shards that are trained are float32 and a layer is gathered in bfloat16.
-Gradients are summed over ranks in float32, so a step is the step of the other engines; the sum over ranks is no mean,
-so a step on n ranks is the step of one. Every rank calls the model equally often, and between passes every parameter is
-sharded. With tensor_parallel=N every N ranks hold parts of layers (tensor.py) and take the same samples. Shards are
-parts of these parts then, and what such ranks all have is written by the first of them.
+
+Invariants:
+- where the model is in bfloat16 the shards that are trained are float32 and a layer is gathered in bfloat16;
+- gradients are summed over ranks in float32, so a step is the step of the other engines;
+- the sum over ranks is no mean, so a step on n ranks is the step of one;
+- every rank calls the model equally often, and between passes every parameter is sharded;
+- with tensor_parallel=N every N ranks hold parts of layers (tensor.py) and take the same samples;
+- shards are parts of these parts then, and what such ranks all have is written by the first of them.
 
 Its state on disk is what torch.distributed.checkpoint writes as safetensors: one file for each rank, whose header says
 where its parts lie in the whole, and JSON beside them. DCP's own format has a pickle in it, and what its ranks tell

@@ -2,8 +2,10 @@
 
 A head is the model's own forward around a body that hands states back (`LanguageHead`), so that whatever a family does
 to its logits is done here too. Where that is nothing, log-probs are left to the output layer alone (`FloatLinear`).
-Invariants: logits are float32 numbers, products of float32 numbers where the layer is a `FloatLinear`; of a lone
-log-prob one number a logit is kept for backward, in the weights' dtype, and no logit is made twice.
+
+Invariants:
+- logits are float32 numbers, products of float32 numbers where the layer is a `FloatLinear`;
+- of a lone log-prob one number a logit is kept for backward, in the weights' dtype, and no logit is made twice.
 
 Called by models. Shapes: N response tokens, R rows of them, H hidden size, V vocabulary.
 

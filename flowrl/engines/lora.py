@@ -4,12 +4,17 @@ A linear layer becomes y = W x + scale * B (A x). W stays as it is, A [rank, in]
 scale = alpha / rank, or alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732). `Adapter` puts such layers
 into a model, says what the model's plain weights are with them merged in, and writes them in peft's format.
 
-Invariants: nothing ever writes to W; only A, B and the score head of a value or reward model take gradients; merged
-weights are W + scale * B A summed in float32 and rounded once to the model's dtype, under the names that the model has
-without adapters; heads and embeddings, tied or not, carry no adapter; a new adapter depends on the seed alone, so every
-rank, engine and ZeRO stage starts from the same one. Experts that transformers holds as one tensor are no linear layers
-and stay frozen. An adapter that is given as the model itself is merged into its base before anything is loaded, and no
-longer trained; `start` goes on training it. Called by trainer.
+Invariants:
+- nothing ever writes to W;
+- only A, B and the score head of a value or reward model take gradients;
+- merged weights are W + scale * B A summed in float32 and rounded once to the model's dtype, under the names that the
+  model has without adapters;
+- heads and embeddings, tied or not, carry no adapter;
+- a new adapter depends on the seed alone, so every rank, engine and ZeRO stage starts from the same one.
+
+Experts that transformers holds as one tensor are no linear layers and stay frozen. An adapter that is given as the
+model itself is merged into its base before anything is loaded, and no longer trained; `start` goes on training it.
+Called by trainer.
 
 Tests: tests/unit/engines/test_lora.py
 """

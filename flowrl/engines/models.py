@@ -3,10 +3,14 @@
 `load_model` returns the model, in eval mode, for a head: "policy" (causal language model), "value" or "reward"
 (sequence classification with one label, used as one linear head on every position; read before a token it is V(s_t),
 read after it a reward). `TokenReader` runs the body once on a packed batch and applies the head only where a response
-token is read (head.py), so logits of prompts are never computed. Invariants: safetensors only, no remote code unless
-asked, no dropout (log-probs of a sample must be those of the network that sampled it). Logits and log-softmax are in
-float32, the product that gives the logits too where `head_dtype` says so, and never more than `max_logits` logits held
-at once. Whether it all is what the model itself says is looked at when an engine opens (agreement.py).
+token is read (head.py), so logits of prompts are never computed.
+
+Invariants:
+- safetensors only, no remote code unless asked, no dropout (log-probs of a sample must be those of the network that
+  sampled it);
+- logits and log-softmax are in float32, the product that gives the logits too where `head_dtype` says so, and never
+  more than `max_logits` logits held at once;
+- whether it all is what the model itself says is looked at when an engine opens (agreement.py).
 
 Called by the training engines. Shapes: R rows, L row length, H hidden size, V vocabulary, N response tokens.
 

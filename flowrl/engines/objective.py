@@ -1,6 +1,8 @@
 """Between packed micro-batches and an objective: its batch, its count, its metrics.
 
-Invariant: sums and counts of micro-batches and ranks are added up and divided once (law 7). Called by trainer.
+Invariant: sums and counts of micro-batches and ranks are added up and divided once (law 7).
+
+Called by trainer.
 
 Tests: tests/unit/engines/test_trainer.py
 """

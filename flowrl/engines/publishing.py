@@ -1,9 +1,14 @@
 """What leaves a training engine: versions for the generators, and models on disk.
 
-`Publisher` owns the transport, which it opens at the first version. Invariants: parameters travel under the names and
-in the shapes of a saved checkpoint, tied ones once, or an adapter's alone under peft's names; every version can carry a
-canary, the log-probs of a fixed sequence at temperature 1, whatever temperature the policy is trained at. Called by
-trainer on rank 0; `cast_saved` by `flowrl export`.
+`Publisher` owns the transport, which it opens at the first version.
+
+Invariants:
+- parameters travel under the names and in the shapes of a saved checkpoint, tied ones once, or an adapter's alone under
+  peft's names;
+- every version can carry a canary, the log-probs of a fixed sequence at temperature 1, whatever temperature the policy
+  is trained at.
+
+Called by trainer on rank 0; `cast_saved` by `flowrl export`.
 
 Tests: tests/unit/engines/test_saving.py
 """

@@ -1,11 +1,16 @@
 """How ranks march together: rank 0 leads, the others follow.
 
-Rank 0 broadcasts each command as bytes over a gloo group of its own, every rank carries it out, and every rank's
-answer is gathered back as bytes; nothing is pickled. Invariants: the ranks meet at one address, under a token; a
-command either ends on every rank or the ranks are broken for good; a rank that fails writes why into rank 0's store
-before it lets go of its connections, so that rank 0 raises that reason; no collective waits longer than
-`COLLECTIVE_TIMEOUT_S`. A follower waits for the next command as long as rank 0 lives. With one rank all of this is
-nothing.
+Rank 0 broadcasts each command as bytes over a gloo group of its own, every rank carries it out, and every rank's answer
+is gathered back as bytes; nothing is pickled.
+
+Invariants:
+- the ranks meet at one address, under a token;
+- a command either ends on every rank or the ranks are broken for good;
+- a rank that fails writes why into rank 0's store before it lets go of its connections, so that rank 0 raises that
+  reason;
+- no collective waits longer than `COLLECTIVE_TIMEOUT_S`.
+
+A follower waits for the next command as long as rank 0 lives. With one rank all of this is nothing.
 
 Called by trainer; `check_groups` by the ways to share work out to groups of ranks (sequence.py, tensor.py).
 

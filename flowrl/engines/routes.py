@@ -5,9 +5,12 @@ to another expert has another log-prob altogether: the ratio of the two policies
 from the generator the learner's gates are still its own, from its own logits, so the router is trained.
 
 A family is not known by name: every router ends in a `topk` over its experts. It is answered here while a layer runs,
-also when the layer is computed again in backward. Invariants: a layer calls it once or never; where a token brings no
-route (the last one, texts, the canary), the model's own choice holds; a router that cannot be replayed so is refused
-when the engine opens.
+also when the layer is computed again in backward.
+
+Invariants:
+- a layer calls it once or never;
+- where a token brings no route (the last one, texts, the canary), the model's own choice holds;
+- a router that cannot be replayed so is refused when the engine opens.
 
 Called by trainer and models. Shapes: A layers, T positions (rows times their length), K experts of a token.
 

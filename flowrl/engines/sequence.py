@@ -3,10 +3,12 @@
 Rank i of a group holds the i-th of N equal parts of each row, with the positions its tokens have in the whole. So all
 that works token by token runs as it is. Attention exchanges: every rank gets all tokens of a part of the heads, runs
 attention over whole rows, masked or not, and hands its results back. Of the states after the last layer those that are
-read are dealt out again, as many to each rank, whose head judges them. What it finds is told to all. Invariants: the
-loss is divided by N times the count (each rank counts all), and the gradient of what was told is summed over the group.
-So the sum over ranks is the gradient of one; ranks of a group have the same parts of a call, and a data-parallel rank
-is a group.
+read are dealt out again, as many to each rank, whose head judges them. What it finds is told to all.
+
+Invariants:
+- the loss is divided by N times the count (each rank counts all), and the gradient of what was told is summed over the
+  group. So the sum over ranks is the gradient of one;
+- ranks of a group have the same parts of a call, and a data-parallel rank is a group.
 
 Models whose attention is torch's own are taken, where they read right in layout "unmasked" or "shared". Where N does
 not divide the heads of keys, each is repeated as often as that takes; where it does not divide those of queries, each

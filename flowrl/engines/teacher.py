@@ -1,7 +1,10 @@
 """A frozen teacher beside a training engine's model: it reads the same batches, and KLs are formed chunk by chunk.
 
-Invariants: the teacher has no gradient, no optimizer and no place in the engine's own module, so that neither DeepSpeed
-nor a checkpoint sees it; never more of its logits are held than of the student's, and they are made again in backward.
+Invariants:
+- the teacher has no gradient, no optimizer and no place in the engine's own module, so that neither DeepSpeed nor a
+  checkpoint sees it;
+- never more of its logits are held than of the student's, and they are made again in backward.
+
 Every rank holds it whole. Called by trainer and models. Shapes: N response tokens, H the teacher's hidden size, V
 vocabulary.
 

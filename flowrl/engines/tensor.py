@@ -3,10 +3,15 @@
 Which matrices, and whether by their outputs ("colwise") or by their inputs ("rowwise"), is transformers' own plan for a
 family (`base_model_tp_plan`). A part is a DTensor of torch, so `fully_shard` shards it further over the groups of ranks
 and a published version or a state on disk is whole again. What a column's ranks compute stays apart (each has its part
-of the heads, of the inner width) until a row's sum over the group. Invariants: a sum over the group stands before each
-row's result and, backward, before the gradient of what columns took in, once for all columns of one input; each after a
-vote on whether every rank has room; so outside of the parts every rank has the same values and the same gradients, and
-counts for one with the others of its group. Embeddings, norms and the head are whole on every rank of a group.
+of the heads, of the inner width) until a row's sum over the group.
+
+Invariants:
+- a sum over the group stands before each row's result and, backward, before the gradient of what columns took in;
+- each comes after a vote on whether every rank has room, backward once for all columns of one input;
+- outside of the parts every rank has the same values and the same gradients, and counts for one with the others of
+  its group.
+
+Embeddings, norms and the head are whole on every rank of a group.
 
 Called by fsdp, once, and by the stages' check.
 

@@ -1,8 +1,12 @@
 """Training with plain torch, and scoring with a reward model.
 
-Invariants: where the model is in bfloat16 the optimizer works on float32 copies of its parameters and sums gradients
-in float32, or steps of 1e-6 would be lost in rounding; state is safetensors and JSON, never a pickle, and training
-continued from it is bit-equal to training that never stopped. Every rank holds the whole model.
+Invariants:
+- where the model is in bfloat16 the optimizer works on float32 copies of its parameters and sums gradients in float32,
+  or steps of 1e-6 would be lost in rounding;
+- state is safetensors and JSON, never a pickle, and training continued from it is bit-equal to training that never
+  stopped.
+
+Every rank holds the whole model.
 
 Named in node configs as `engine="flowrl.engines.torch:TorchEngine"`; reward-model nodes take
 `SequenceScoringEngine`.

@@ -1,11 +1,14 @@
 """VllmEngine: samples with vLLM and swaps its weights while requests are in flight.
 
-Invariants: every token carries the version that sampled it and its log-prob under the distribution sampled from; a
-sample is drawn with its own seed, so it is the same alone or in a batch; a sample with a token of a version still
-being proved is returned only when the canary has agreed; after a failed proof nothing is served any more. Keys and
-values of earlier weights serve nobody who comes after them, nor, unless `keep_cache` says so, those in flight. A
-version is received and verified before generation pauses, so that the pause covers loading only: by vLLM's workers, or,
-where versions bring an adapter alone, here.
+Invariants:
+- every token carries the version that sampled it and its log-prob under the distribution sampled from;
+- a sample is drawn with its own seed, so it is the same alone or in a batch;
+- a sample with a token of a version still being proved is returned only when the canary has agreed;
+- after a failed proof nothing is served any more.
+
+Keys and values of earlier weights serve nobody who comes after them, nor, unless `keep_cache` says so, those in flight.
+A version is received and verified before generation pauses, so that the pause covers loading only: by vLLM's workers,
+or, where versions bring an adapter alone, here.
 
 Called by the generator, evaluator and reference stages; lives on their event loop.
 

@@ -1,9 +1,14 @@
 """LoRA in vLLM: which adapters it serves, and how a version's is handed to it.
 
 vLLM holds the model as it was loaded and applies one adapter beside it, which each version replaces in place. A and B
-are in the model's dtype, W is never written to. So that nothing of an update is rounded away. Invariants: a model that
-is not known to be served so gets merged weights; an adapter of which vLLM would leave out a layer is refused. Its
-registry and model classes are read as text, for importing vLLM takes seconds. Called by `VllmEngine`.
+are in the model's dtype, W is never written to. So that nothing of an update is rounded away.
+
+Invariants:
+- a model that is not known to be served so gets merged weights;
+- an adapter of which vLLM would leave out a layer is refused. Its registry and model classes are read as text, for
+  importing vLLM takes seconds.
+
+Called by `VllmEngine`.
 
 Tests: tests/contracts/test_generation_engines.py, tests/unit/engines/test_vllm_adapters.py
 """

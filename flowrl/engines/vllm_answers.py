@@ -1,9 +1,12 @@
 """AnsweringVllm: the generation engine for whoever examines a model that stands still: texts that end at strings, and
 how likely given tokens are.
 
-Invariants: a token's log-prob and rank are the model's own, at temperature 1 and without a cut; the likeliest answer is
-the likeliest at each token. Where versions arrive, nothing that was cached of another is used. Asked by
-stages/harness.py, and by the Examiner for it.
+Invariants:
+- a token's log-prob and rank are the model's own, at temperature 1 and without a cut;
+- the likeliest answer is the likeliest at each token.
+
+Where versions arrive, nothing that was cached of another is used. Asked by stages/harness.py, and by the Examiner for
+it.
 
 Tests: tests/contracts/test_evaluation.py
 """

@@ -1,9 +1,11 @@
 """What vLLM is started and asked with: environment, engine arguments, sampling parameters.
 
-Invariants: nothing of a model's generation_config reaches the sampling distribution except where its answers end;
-behaviour log-probs are those of the distribution sampled from; a prompt is never split over two scheduler steps on
-CPUs, where a split kills seeded requests. `set_environment` comes before the first import of vLLM and is the only
-function here that may. Called by `VllmEngine`.
+Invariants:
+- nothing of a model's generation_config reaches the sampling distribution except where its answers end;
+- behaviour log-probs are those of the distribution sampled from;
+- a prompt is never split over two scheduler steps on CPUs, where a split kills seeded requests.
+
+`set_environment` comes before the first import of vLLM and is the only function here that may. Called by `VllmEngine`.
 
 Tests: tests/contracts/test_vllm_engine.py
 """

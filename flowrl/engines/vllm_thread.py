@@ -2,8 +2,9 @@
 
 It starts in two seconds instead of fifteen and needs a third of the memory: for CPUs and for tests. It rests on
 private classes of vLLM (tried on 0.32), and nothing else in flowrl does. They are EngineCoreProc with its handshake
-replaced by known addresses, and the client that accepts such addresses. Invariants:
+replaced by known addresses, and the client that accepts such addresses.
 
+Invariants:
 - after `stop` the core's thread and both threads of its sockets have ended, so that the model's memory is free for the
   next engine;
 - the classes of transformers stay as they are: a learner of this process uses them, too.

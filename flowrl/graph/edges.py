@@ -7,6 +7,7 @@ late reader gets the newest; those that start at one port are one register. `Cre
 flow back; `initial` of them exist from the start.
 
 Invariant: what the staleness bound is made of is the learning stage's own (`Stage.admission`); an edge reads it there.
+
 What an edge does not say (`UNSAID`), the graph that takes it in fills in.
 
 Tests: tests/unit/graph/test_graph.py

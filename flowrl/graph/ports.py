@@ -1,8 +1,10 @@
 """Ports: where messages enter and leave a stage, typed by message.
 
 A stage declares `rollouts: In[Rollouts]` and `scored: Out[Scored]`. Until a runtime binds them, ports are only
-addresses for edges; afterwards they carry messages. Invariant: an edge joins an `Out[A]` to an `In[B]` only where
-every A is a B, which the type checker sees (`Source` is covariant, `Sink` contravariant) and `Graph.check` repeats.
+addresses for edges; afterwards they carry messages.
+
+Invariant: an edge joins an `Out[A]` to an `In[B]` only where every A is a B, which the type checker sees (`Source` is
+covariant, `Sink` contravariant) and `Graph.check` repeats.
 
 Semantics by kind of edge. Queue: `put` waits for room; `get` waits for a message and holds it for this replica until
 one of the same group is put downstream, or `done` or `reject` settles it; each message reaches exactly one replica, the

@@ -6,9 +6,12 @@
 Whatever speaks it can judge: vLLM, SGLang, llama.cpp, and the services that sell it. What is tried again, and after
 which wait, is as in flowrl.rewards.http.
 
-Invariants: at most `concurrency` requests are under way and at most `per_minute` begin in a minute; tokens are counted
-as the server counts them; an answer without text is an error, and so is one of more than 2 MiB. Called by the Judge
-stage, `flowrl judge` and `flowrl eval`.
+Invariants:
+- at most `concurrency` requests are under way and at most `per_minute` begin in a minute;
+- tokens are counted as the server counts them;
+- an answer without text is an error, and so is one of more than 2 MiB.
+
+Called by the Judge stage, `flowrl judge` and `flowrl eval`.
 
 Tests: tests/contracts/test_judges.py
 """

@@ -11,9 +11,12 @@ that draws anything draws it from there, so that all samples of a group begin al
 `reset` may also be a list of messages. `action` is the text of the policy's turn. A reward is a finite number, None for
 none.
 
-Invariants: each episode has an instance of its own, which sees one call at a time; what a call returns is checked, and
-a call that raises ends the episode. Called by the worker process (flowrl.rewards.worker) and, where the isolation is
-"thread", in the stage's own; flowrl.rewards.sessions is the other side.
+Invariants:
+- each episode has an instance of its own, which sees one call at a time;
+- what a call returns is checked, and a call that raises ends the episode.
+
+Called by the worker process (flowrl.rewards.worker) and, where the isolation is "thread", in the stage's own;
+flowrl.rewards.sessions is the other side.
 
 Tests: tests/unit/rewards/test_environments.py
 """

@@ -1,9 +1,13 @@
 """Reward functions by import path, called as their parameters say (flowrl.rewards.signatures has the signatures).
 
 A function takes the columns it names, or all with **kwargs; it may be `async`. None in the result means "does not
-apply" and counts as 0, because a group's rewards are the sum of all named scores. Invariant: a call returns one finite
-number for each sample or raises RewardError; it never invents one. Called by the reward worker process, and in the
-stage's own process where `isolation` is "thread".
+apply" and counts as 0, because a group's rewards are the sum of all named scores.
+
+Invariants:
+- a call returns one finite number for each sample or raises RewardError;
+- it never invents one.
+
+Called by the reward worker process, and in the stage's own process where `isolation` is "thread".
 
 Tests: tests/unit/rewards/test_function.py
 """

@@ -1,9 +1,13 @@
 """The guard of a reward worker: its parent process, which runs no user code and outlives it by a moment.
 
-Invariants: when the worker ends, or the engine goes away or says so (SIGTERM), all that user code has started is dead
-before the guard ends. Whatever session a process moved to: the kernel hands those whose parents are gone to the guard.
-What the worker and they print reaches the log up to `MOST_OUTPUT_BYTES`, and that it was cut is
-said. The guard ends as the worker ended. Started by flowrl.rewards.isolated.
+Invariants:
+- when the worker ends, or the engine goes away or says so (SIGTERM), all that user code has started is dead before the
+  guard ends;
+- no session hides a process: the kernel hands those whose parents are gone to the guard;
+- what the worker and they print reaches the log up to `MOST_OUTPUT_BYTES`, and that it was cut is said;
+- the guard ends as the worker ended.
+
+Started by flowrl.rewards.isolated.
 
 Tests: tests/contracts/test_reward_workers.py
 """

@@ -3,8 +3,11 @@
     flowrl run graphs/agent_async.py --set agent.environment=flowrl.rewards.hints:HintedNumber
 
 The policy answers; where it is wrong it hears whether the answer is higher or lower, and tries again. Right at the
-first try earns 1, and `factor` times as much with each further one. Invariant: nothing is drawn, so an episode follows
-from the task and the actions. Played by the agent stage.
+first try earns 1, and `factor` times as much with each further one.
+
+Invariant: nothing is drawn, so an episode follows from the task and the actions.
+
+Played by the agent stage.
 
 Tests: tests/unit/rewards/test_environments.py
 """

@@ -12,7 +12,9 @@ else after a time that doubles and varies; any other status is a refusal, and so
 Redirects are not followed, and what leaves this machine goes over TLS unless `allow_plain_http` says otherwise.
 
 Invariant: a call returns one finite number for each sample of each group or raises RewardError, within a time bounded
-by the settings. Called by the RemoteReward stage.
+by the settings.
+
+Called by the RemoteReward stage.
 
 Tests: tests/unit/rewards/test_http.py
 """

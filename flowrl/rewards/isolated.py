@@ -6,8 +6,12 @@
 Each `Worker` (a process of flowrl.rewards.worker behind its guard) does one thing at a time; further ones are started
 only when all that run are busy. One that passes the time limit or dies is ended with everything it started and replaced
 at the next call.
-Invariants: a call returns one finite number for each sample or raises RewardError; after the block no worker is left,
-whatever the way out. Called by the reward and evaluator stages; environments (sessions.py) use the workers.
+
+Invariants:
+- a call returns one finite number for each sample or raises RewardError;
+- after the block no worker is left, whatever the way out.
+
+Called by the reward and evaluator stages; environments (sessions.py) use the workers.
 
 Tests: tests/contracts/test_reward_workers.py
 """

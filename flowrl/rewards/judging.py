@@ -12,9 +12,12 @@ A verdict stands in double square brackets: [[7]], [[A]], [[B]], [[C]] for a tie
 last line that has any, behind whatever was thought (`<think>`); where that line says several things, or the thinking
 was cut off, there is none.
 
-Invariants: a verdict that cannot be read is counted and never becomes a number; an answer without one readable verdict
-fails its group. What a policy wrote stands between marks that hold a digest of it, so that it cannot write them itself.
-Nothing here waits but for the voice. Called by the Judge and ModelJudge stages and by `flowrl judge`.
+Invariants:
+- a verdict that cannot be read is counted and never becomes a number;
+- an answer without one readable verdict fails its group.
+
+What a policy wrote stands between marks that hold a digest of it, so that it cannot write them itself. Nothing here
+waits but for the voice. Called by the Judge and ModelJudge stages and by `flowrl judge`.
 
 Tests: tests/unit/rewards/test_judging.py
 """

@@ -4,9 +4,12 @@
 
 "\\frac{1}{2}", "0.5" and "1/2" are the same answer; so are "A" and "(A)". math-verify hands parts of the completion to
 sympy's evaluating parser and ends what takes too long by a signal. Both are reasons why this runs in a worker process
-and in its main thread (`isolation=process`, the default). Invariants: what is marked as the final answer is read as the
-data's answer is; what `exact_answer` takes is right here too; an `answer` in the data that is none is an error, never a
-wrong completion.
+and in its main thread (`isolation=process`, the default).
+
+Invariants:
+- what is marked as the final answer is read as the data's answer is;
+- what `exact_answer` takes is right here too;
+- an `answer` in the data that is none is an error, never a wrong completion.
 
 Tests: tests/contracts/test_reward_workers.py
 """

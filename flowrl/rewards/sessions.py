@@ -6,9 +6,13 @@
             observed = await episode.step("42")
 
 A worker process holds many episodes and carries out one call at a time, so `num_workers` is how many calls run at once.
-Invariants: a call returns what the environment said or raises RewardError in its time limit; whose call ended the
-process is named, and the other episodes that were in it raise `Lost`, which is not their fault; an episode that is left
-before its environment ended it is closed there. Called by the agent stage.
+
+Invariants:
+- a call returns what the environment said or raises RewardError in its time limit;
+- whose call ended the process is named, and the other episodes that were in it raise `Lost`, which is not their fault;
+- an episode that is left before its environment ended it is closed there.
+
+Called by the agent stage.
 
 Tests: tests/contracts/test_environment_workers.py
 """

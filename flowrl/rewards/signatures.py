@@ -21,8 +21,9 @@
 All but the last may be `async`; a function is given those it names, or all with **kwargs; verl's and OpenRLHF's keep
 the defaults of further parameters (gsm8k's `score=1.0`), whatever columns there are. Two differences from verifiers: a
 function that raises is an error and not a score of 0, and a function of weight 0 is not called. Sources: TRL
-GRPOTrainer "custom reward function"; verl/utils/reward_score; OpenRLHF examples/python/reward_func.py. Invariant: what
-comes back is not yet checked; `RewardFunction`, which calls `style_of`, does that.
+GRPOTrainer "custom reward function"; verl/utils/reward_score; OpenRLHF examples/python/reward_func.py.
+
+Invariant: what comes back is not yet checked; `RewardFunction`, which calls `style_of`, does that.
 
 Tests: tests/unit/rewards/test_signatures.py
 """

@@ -3,10 +3,14 @@
 It speaks frames (4 bytes of length, then MessagePack, never a pickle) over the socket that is its standard input. First
 comes an `Opening` or a `Playing`, answered with `Opened` or `Refused`; then groups in their wire form, each answered
 with `Scores` or `Refused`, or an environment's `Request`s, answered with `Observed` or `Refused`; an empty frame ends
-it. User code runs in the main thread, where signals work, and what it prints goes to the log. Invariants: it is the
-leader of its own process group; when the other end of the socket is gone the whole group is killed at once. A call that
-holds the interpreter's lock all the while ends by itself soon after its time limit. Its guard (guard.py) sees to it
-that no process which user code has started is left over.
+it. User code runs in the main thread, where signals work, and what it prints goes to the log.
+
+Invariants:
+- it is the leader of its own process group;
+- when the other end of the socket is gone the whole group is killed at once.
+
+A call that holds the interpreter's lock all the while ends by itself soon after its time limit. Its guard (guard.py)
+sees to it that no process which user code has started is left over.
 
 Tests: tests/contracts/test_reward_workers.py
 """

@@ -9,8 +9,11 @@ Either output is also taken as it is: `flowrl eval model_outputs.json`, or `flow
 win rates are computed again (runs/win_rates.py). The judge is asked with an annotator of alpaca_eval (its configs.yaml:
 one order, drawn from the instruction as upstream draws it), or with our own prompt in both orders.
 
-Invariants: a number is called AlpacaEval only where that annotator's own judge gave all preferences; a verdict that
-cannot be read is no preference, and counted. Called by `flowrl eval --alpaca-eval`.
+Invariants:
+- a number is called AlpacaEval only where that annotator's own judge gave all preferences;
+- a verdict that cannot be read is no preference, and counted.
+
+Called by `flowrl eval --alpaca-eval`.
 
 Tests: tests/contracts/test_judged_benchmarks.py
 """

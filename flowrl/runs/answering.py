@@ -1,8 +1,9 @@
 """Whoever answers a benchmark: a run (its newest checkpoint) or a model on flowrl's own vLLM, or a server by its URL.
 
 Invariant: what a model's answers depend on (its files, the engine's settings, the seed) is in one digest. So answers
-that are kept are known again and never taken for another model's. Called by runs/evaluation.py (lm-eval), mt_bench.py
-and alpaca_eval.py.
+that are kept are known again and never taken for another model's.
+
+Called by runs/evaluation.py (lm-eval), mt_bench.py and alpaca_eval.py.
 
 Tests: tests/contracts/test_evaluation.py
 """

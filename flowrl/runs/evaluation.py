@@ -3,9 +3,12 @@
 A run (its newest checkpoint) or a model is served by flowrl's own vLLM, a server is asked over lm-eval's own clients.
 Tasks are lm-eval's, by name, by a YAML file or a directory of such files; the scores are those that it computes.
 
-Invariants: every score has an interval and says by which method (telemetry/scores.py); two models are compared on the
-same items, pair by pair; results.json is whole or not there; answers are kept in the directory beside it as they come,
-under a digest of what gave them. So an evaluation that was cut off goes on when it is asked again.
+Invariants:
+- every score has an interval and says by which method (telemetry/scores.py);
+- two models are compared on the same items, pair by pair;
+- results.json is whole or not there;
+- answers are kept in the directory beside it as they come, under a digest of what gave them. So an evaluation that was
+  cut off goes on when it is asked again.
 
 Tests: tests/contracts/test_evaluation.py
 """

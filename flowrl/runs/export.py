@@ -2,9 +2,13 @@
 
 From a run, the newest sound checkpoint, the one of a version or the one that scored best; from a checkpoint, itself;
 from an adapter in peft's format, its base model with the adapter merged in. A checkpoint's `model/` is plain weights
-whatever was trained (full weights, adapters, a value or reward head), so exporting copies it. Invariants: every file of
-a checkpoint is held against its digest before any of it is used; OUT is a whole model or not there. Called by `flowrl
-export`.
+whatever was trained (full weights, adapters, a value or reward head), so exporting copies it.
+
+Invariants:
+- every file of a checkpoint is held against its digest before any of it is used;
+- OUT is a whole model or not there.
+
+Called by `flowrl export`.
 
 Tests: tests/graphs/test_export.py
 """

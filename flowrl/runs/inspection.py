@@ -1,8 +1,13 @@
 """Look into a run's recorded rollouts: list those an expression chooses, or show one group in full.
 
 Rows come from the Parquet files of rollouts.py, as a data set: only the columns asked for are read, and rows beyond the
-limit are counted, not held. Invariants: files of different steps may have different scores, a score that a file lacks
-is missing in its rows; what a model wrote cannot move the cursor of who reads it. Called by `flowrl inspect`.
+limit are counted, not held.
+
+Invariants:
+- files of different steps may have different scores, a score that a file lacks is missing in its rows;
+- what a model wrote cannot move the cursor of who reads it.
+
+Called by `flowrl inspect`.
 
 Tests: tests/unit/runs/test_inspection.py
 """

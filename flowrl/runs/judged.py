@@ -1,8 +1,11 @@
 """What benchmarks with a judge have in common: their settings, files that grow by lines, and the judge with its counts.
 
-Invariants: what was answered or judged is in a file before the next is asked, and nothing in it is asked again; a
-question that the judge refuses or fails at is counted and never becomes a number, and where it fails at the first ones
-all, the evaluation ends. Called by runs/mt_bench.py and runs/alpaca_eval.py.
+Invariants:
+- what was answered or judged is in a file before the next is asked, and nothing in it is asked again;
+- a question that the judge refuses or fails at is counted and never becomes a number, and where it fails at the first
+  ones all, the evaluation ends.
+
+Called by runs/mt_bench.py and runs/alpaca_eval.py.
 
 Tests: tests/contracts/test_judged_benchmarks.py
 """

@@ -1,8 +1,12 @@
 """How far a judge agrees with people: asked about preferences that somebody labelled, before a run believes it.
 
 Every pair is judged as in a graph, in whichever way the rubric says; a pair whose two answers score alike counts half.
-Invariants: which answer people preferred does not show in how the judge is asked; what it cannot judge is counted, and
-counts neither for nor against it. Called by `flowrl judge`.
+
+Invariants:
+- which answer people preferred does not show in how the judge is asked;
+- what it cannot judge is counted, and counts neither for nor against it.
+
+Called by `flowrl judge`.
 
 Tests: tests/contracts/test_judges.py
 """

@@ -9,9 +9,13 @@
 They are the directories of fschat's llm_judge (Zheng et al. 2023, 2306.05685), whose show_result.py reads what is
 written here and the other way round. The judge is asked with the prompts of a judge_prompts.jsonl, or with our own.
 
-Invariants: a number is called MT-Bench only where the judge is gpt-4, the prompts are FastChat's by name and every
-question was asked; a verdict counts for the very answers it was given on; a rating that cannot be read is -1 and
-counted. Called by `flowrl eval --mt-bench`.
+Invariants:
+- a number is called MT-Bench only where the judge is gpt-4, the prompts are FastChat's by name and every question was
+  asked;
+- a verdict counts for the very answers it was given on;
+- a rating that cannot be read is -1 and counted.
+
+Called by `flowrl eval --mt-bench`.
 
 Tests: tests/contracts/test_judged_benchmarks.py
 """

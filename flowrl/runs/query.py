@@ -5,10 +5,14 @@
     "sorry" in response and not matches(response, "[0-9]+")
 
 Comparisons (chained ones too), `and`, `or`, `not`, `in`, `is None`, `+ - * /`, `len(column)`, `abs(column)` and
-`matches(column, "pattern")`; names are columns, `tokens` and `prompt_tokens` are the lengths of their lists. Invariant:
-an expression is never run as Python; it is parsed, every node of it is on a list of known ones, and it becomes a
-`pyarrow.compute.Expression`, so that the worst it can do is to be refused. As in SQL, a comparison with a missing
-value chooses nothing. Called by inspection.py.
+`matches(column, "pattern")`; names are columns, `tokens` and `prompt_tokens` are the lengths of their lists.
+
+Invariants:
+- an expression is never run as Python;
+- every node of what it is parsed into is on a list of known ones;
+- it becomes a `pyarrow.compute.Expression`, so that the worst it can do is to be refused.
+
+As in SQL, a comparison with a missing value chooses nothing. Called by inspection.py.
 
 Tests: tests/unit/runs/test_query.py
 """

@@ -1,7 +1,10 @@
 """What an evaluation found: scores of one model or of two, as lines and as results.json.
 
-Invariants: two models are compared on the same items, pair by pair, and "better" is said only where the interval leaves
-out 0; results.json is whole or not there. Called by runs/evaluation.py, mt_bench.py and alpaca_eval.py.
+Invariants:
+- two models are compared on the same items, pair by pair, and "better" is said only where the interval leaves out 0;
+- results.json is whole or not there.
+
+Called by runs/evaluation.py, mt_bench.py and alpaca_eval.py.
 
 Tests: tests/unit/telemetry/test_scores.py
 """

@@ -1,10 +1,14 @@
 """Train again from what a run recorded, without generators, and hold the result against the run.
 
 The graph is cut out of the run's own plan. It has the learner, the critic in front of it and what else feeds them
-without being sampled, with a source of recorded groups in place of everything upstream. Invariant: the repeated nodes
-get the same messages in the same order and the same settings as in the run. So where the numerics are deterministic
-(float32 on CPUs) losses and weights are bit-equal; a difference is then a fault of learner or machine, and equality
-says that whatever went wrong came with the data. Called by `flowrl retrain`.
+without being sampled, with a source of recorded groups in place of everything upstream.
+
+Invariants:
+- the repeated nodes get the same messages in the same order and the same settings as in the run. So where the numerics
+  are deterministic (float32 on CPUs) losses and weights are bit-equal;
+- a difference is then a fault of learner or machine, and equality says that whatever went wrong came with the data.
+
+Called by `flowrl retrain`.
 
 Tests: tests/contracts/test_retrain.py
 """

@@ -1,8 +1,13 @@
 """Look back on a run from its directory: the report's page and single rollouts, with what every layer knows of them.
 
 The page is drawn by telemetry/page and rollouts are found by runs/inspection.py; what these cannot know (whether a
-process of the run lives, the ledger, the simulator's advice, the tokenizer) is gathered here. Invariant: nothing in the
-run's directory is changed but the page that is written; a run may be going on. Called by `flowrl report` and `inspect`.
+process of the run lives, the ledger, the simulator's advice, the tokenizer) is gathered here.
+
+Invariants:
+- nothing in the run's directory is changed but the page that is written;
+- a run may be going on.
+
+Called by `flowrl report` and `inspect`.
 
 Tests: tests/unit/runs/test_review.py
 """

@@ -3,9 +3,13 @@
 The ledger says what became of every group in the history that survived. It is held against every other record, each
 written apart from it. These are the record of the run's starts (how stale a sample might be then), the recorded
 rollouts (which groups each step was trained on); every checkpoint (its files, and how far the ledger had come), the
-published versions, the figures, the ending. Invariant: a run is clean only where every record is there and all agree;
-what cannot be read is an error with file and place. Called by `flowrl verify`, and by the tests after every simulated
-schedule.
+published versions, the figures, the ending.
+
+Invariants:
+- a run is clean only where every record is there and all agree;
+- what cannot be read is an error with file and place.
+
+Called by `flowrl verify`, and by the tests after every simulated schedule.
 
 Tests: tests/unit/runs/test_verify.py
 """

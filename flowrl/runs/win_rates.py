@@ -10,7 +10,9 @@ lengths:
 fitted with an L1 penalty that 5-fold cross-validation chooses, beside answers that were gamed by length (`df_gamed.csv`
 of tatsu-lab/alpaca_eval, weighted 0.1 each), which also hold the instructions' difficulty.
 
-Invariant: on recorded annotations the numbers are upstream's own to 1e-6. Called by runs/alpaca_eval.py.
+Invariant: on recorded annotations the numbers are upstream's own to 1e-6.
+
+Called by runs/alpaca_eval.py.
 
 Tests: tests/unit/runs/test_win_rates.py
 """

@@ -1,8 +1,11 @@
 """The Ray actors of a run: the hub, which holds the flow behind its gate, and one for each replica or rank.
 
-Invariants: messages travel over the wire (wire.py) and what crosses an actor call is bytes and plain values, never a
-pickled object of ours; an actor's failure is answered as data with its class, place and remedy, and what it prints lies
-in the run's logs; no method waits longer than it was told to, so that an answer which does not come is a sign of death.
+Invariants:
+- messages travel over the wire (wire.py) and what crosses an actor call is bytes and plain values, never a pickled
+  object of ours;
+- an actor's failure is answered as data with its class, place and remedy, and what it prints lies in the run's logs;
+- no method waits longer than it was told to, so that an answer which does not come is a sign of death.
+
 Started by the workers of runtime/ray.py, which asks each process again and again what there is to tell.
 
 Tests: tests/contracts/test_flow_clients.py

@@ -1,9 +1,12 @@
 """The calls of replicas on the flow, each known by name, replica, incarnation and number.
 
-Invariants: a call is carried out at most once, however often it arrives, and a repeated one gets the first answer; a
-call of an incarnation that has been replaced is refused; when a replica is released its waiting calls end first, so
-that nothing is accepted from or granted to the dead. Links between a replica and the gate may therefore lose, double
-and delay calls as long as the caller repeats what has not been answered.
+Invariants:
+- a call is carried out at most once, however often it arrives, and a repeated one gets the first answer;
+- a call of an incarnation that has been replaced is refused;
+- when a replica is released its waiting calls end first, so that nothing is accepted from or granted to the dead.
+
+Links between a replica and the gate may therefore lose, double and delay calls as long as the caller repeats what has
+not been answered.
 
 `FlowCalls` is the one table of them; `CallClient` is the caller's side. What carries a call is the runtime's: a direct
 call, a connection (wire.py), or a test's lossy link.

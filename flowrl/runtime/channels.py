@@ -3,9 +3,15 @@
 State machines on one event loop. They know keys (group ids) and opaque bodies, no stages and no transport: the flow
 calls them, whichever runtime it serves. Waiters are served first come, first served; cancelling a wait loses nothing:
 what was handed to the cancelled waiter goes back. Closing wakes every waiter.
-Invariants of credits: given out = initial + returned; a group's right returns once; group ids are given out in order,
-each to one taker, again after a taker died with it; no more than `total` are ever learned or on their way.
-Invariant of a register: a reader sees versions in rising order; its writer waits for every live reader.
+
+Invariants of credits:
+- given out = initial + returned;
+- a group's right returns once;
+- group ids are given out in order, each to one taker, again after a taker died with it;
+- no more than `total` are ever learned or on their way.
+Invariants of a register:
+- a reader sees versions in rising order;
+- its writer waits for every live reader.
 
 Tests: tests/unit/runtime/test_channels.py
 """

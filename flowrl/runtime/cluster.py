@@ -1,9 +1,11 @@
 """Ray as a run uses it: started in a thread of its own, asked with deadlines, ended for certain.
 
-Invariants: `ask` is the only way in which an actor is called and waited for, so no wait on Ray is without an end (held
-by tests/unit/runtime/test_asking.py); Ray never takes the driver's signals, and a signal that goes to every process of
-the run (a closed terminal, a batch system) ends none of Ray's; what Ray leaves of a driver that died (session
-directories) is swept by the next.
+Invariants:
+- `ask` is the only way in which an actor is called and waited for, so no wait on Ray is without an end (held by
+  tests/unit/runtime/test_asking.py);
+- Ray never takes the driver's signals, and a signal that goes to every process of the run (a closed terminal, a batch
+  system) ends none of Ray's;
+- what Ray leaves of a driver that died (session directories) is swept by the next.
 
 Why a thread: Ray installs a handler for SIGTERM when it starts in the main thread, and blocks that thread, deaf, for as
 long as a cluster does not answer. Its processes die with the thread that started them, so that lives until `stop`. Its

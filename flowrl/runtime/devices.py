@@ -1,9 +1,13 @@
 """What a machine computes on: the GPUs that a run may use, as NVML tells, and the cores beside them.
 
-Invariants: only what CUDA_VISIBLE_DEVICES leaves visible is a GPU of the run, in its order; nothing here loads torch or
-starts CUDA; whatever keeps a GPU from being used (no driver, one too old for torch's CUDA, slices, somebody else's
-memory, sizes that differ) is said in one line before anything starts. A `Machine` is a value: `visible_machine` reads
-the real one, and tests and plans for other machines make their own. Called by placement, the doctor and the planner.
+Invariants:
+- only what CUDA_VISIBLE_DEVICES leaves visible is a GPU of the run, in its order;
+- nothing here loads torch or starts CUDA;
+- whatever keeps a GPU from being used is said in one line before anything starts (no driver, one too old for torch's
+  CUDA, slices, somebody else's memory).
+
+A `Machine` is a value: `visible_machine` reads the real one, and tests and plans for other machines make their own.
+Called by placement, the doctor and the planner.
 
 Tests: tests/unit/runtime/test_devices.py
 """

@@ -1,10 +1,14 @@
 """The fleet: where an attempt's processes are put on the nodes of a cluster, and which nodes come and go.
 
 What reserves cores or GPUs gets a bundle of one placement group, so that a graph is placed as a whole or not at all;
-the learner's first rank goes to the home node, and what reserves nothing sits there too. Invariants: whoever waits for
-a place is named, with what he needs, within `TELL_S`, and no longer than `cluster.place_timeout_s`; no rank spans
-nodes, for a bundle is on one. One fleet serves the workers (ray.py), which have it reserve anew at each attempt, ask it
-where to start each process and tell it where each was born.
+the learner's first rank goes to the home node, and what reserves nothing sits there too.
+
+Invariants:
+- whoever waits for a place is named, with what he needs, within `TELL_S`, and no longer than `cluster.place_timeout_s`;
+- no rank spans nodes, for a bundle is on one.
+
+One fleet serves the workers (ray.py), which have it reserve anew at each attempt, ask it where to start each process
+and tell it where each was born.
 
 Tests: tests/ray/test_placement_on_ray.py
 """

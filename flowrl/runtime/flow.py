@@ -1,10 +1,14 @@
 """The flow: the live state of a graph's edges, and the only place where messages, credits and the ledger meet.
 
 One flow serves one run from one cut on. Every runtime reaches it through its gate (calls.py), which says who is
-calling; there is no other implementation. Invariants: a replica hands on, settles or rejects only what it holds; its
-hold on a group ends in the same step in which the group is accepted downstream, so a group is in one place; a group
-enters only against a credit and is in the ledger from then on; a rejected group leaves a tombstone in every ordered
-queue and returns its credit; whoever gives credits back learns what the bound was proved of (laws 1 to 3).
+calling; there is no other implementation.
+
+Invariants:
+- a replica hands on, settles or rejects only what it holds;
+- its hold on a group ends in the same step in which the group is accepted downstream, so a group is in one place;
+- a group enters only against a credit and is in the ledger from then on;
+- a rejected group leaves a tombstone in every ordered queue and returns its credit;
+- whoever gives credits back learns what the bound was proved of (laws 1 to 3).
 
 Any movement resets the stall timer; when nothing has moved for `stall_timeout_s`, every waiter gets a StallError that
 names who waits for what.

@@ -1,8 +1,12 @@
 """A replica's part in the turns on its devices (lease.py): it takes them when they are needed, and gives them back.
 
-Invariants: a use of the devices waits for the turn and keeps it while it lasts; what is done without one is asleep;
-calls to the flow are made by one task beside the stage, so that a use that is cancelled leaves nothing half taken;
-who lost the lease ends with an error. The runtimes give one to the context of each replica that takes turns.
+Invariants:
+- a use of the devices waits for the turn and keeps it while it lasts;
+- what is done without one is asleep;
+- calls to the flow are made by one task beside the stage, so that a use that is cancelled leaves nothing half taken;
+- who lost the lease ends with an error.
+
+The runtimes give one to the context of each replica that takes turns.
 
 Tests: tests/unit/runtime/test_lease.py
 """

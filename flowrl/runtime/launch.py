@@ -2,10 +2,14 @@
 
 Order matters: everything the user could have got wrong is found before a directory is written or a process starts. What
 the caller knows of the run beforehand (`RunCompanion.foretell`) is said before it begins.
-Invariant: nothing here knows of a simulator; the caller hands over the lines to say and the sinks to add.
-Each of `STOPS` once asks for a controlled stop (what is under way is learned and saved, and the report says how to go
-on), which may take `stop_grace_s`; a second one aborts. Before a run begins they end the command, and nothing is left.
-Called by the command line and by runs/retrain.py.
+
+Invariants:
+- nothing here knows of a simulator;
+- the caller hands over the lines to say and the sinks to add. Each of `STOPS` once asks for a controlled stop (what is
+  under way is learned and saved, and the report says how to go on), which may take `stop_grace_s`;
+- a second one aborts.
+
+Before a run begins they end the command, and nothing is left. Called by the command line and by runs/retrain.py.
 
 Tests: tests/contracts/test_stops.py
 """

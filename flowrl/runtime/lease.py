@@ -1,8 +1,9 @@
 """Turns on shared devices (decision 0010): nodes that sample and nodes that train have the same devices in turns.
 
 The flow keeps a `Lease` for each set of devices that is used so; each replica there has a `Holder` (holder.py), which
-takes the lease when something is to be computed and gives it back when others wait and nothing is. Invariants:
+takes the lease when something is to be computed and gives it back when others wait and nothing is.
 
+Invariants:
 - one side has the devices at a time: the other gets them when every holder has given them back or is proved dead;
 - a side keeps them until none of its replicas needs them; what it can do alone is bounded by the graph's credits;
 - who does not hold the lease has its engine asleep, and computes nothing;

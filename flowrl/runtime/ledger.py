@@ -1,11 +1,13 @@
 """The ledger: what became of every admitted prompt group, as an append-only log with a checksum a line.
 
-Invariants: each admitted group ends in exactly one of learned (in a step), filtered or failed (with the reason); a
-second ending is an error, not an overwrite. A group that is learned again out of a replay buffer has an entry for each
-time, which is no ending. Every entry is one line of `ledger.jsonl`, its JSON and the CRC-32 of it,
-handed to the operating system as it is written and to the disk with each checkpoint; on a full disk entries wait, and
-so do cuts and admissions. A rollback is an entry too: it voids everything after the cut it goes back to. Memory holds
-what is in flight, not what has ended.
+Invariants:
+- each admitted group ends in exactly one of learned (in a step), filtered or failed (with the reason);
+- a second ending is an error, not an overwrite.
+
+A group that is learned again out of a replay buffer has an entry for each time, which is no ending. Every entry is one
+line of `ledger.jsonl`, its JSON and the CRC-32 of it, handed to the operating system as it is written and to the disk
+with each checkpoint; on a full disk entries wait, and so do cuts and admissions. A rollback is an entry too: it voids
+everything after the cut it goes back to. Memory holds what is in flight, not what has ended.
 
 The flow owns the ledger and alone writes to it; `read_entries` and `surviving` are for whoever reads one.
 

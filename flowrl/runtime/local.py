@@ -1,9 +1,12 @@
 """The local runtime: every node's replicas as tasks of one event loop, on real engines or fakes.
 
 With the virtual clock (`is_virtual`) hours pass in milliseconds and every schedule is reproducible: so the laws are
-tested, and so `flowrl simulate` predicts. A stage is rebuilt from its specification in each replica, as it would
-be in another process, and reaches the flow through the same gate. Invariant: when `run_local` returns or raises, no
-task of the run is left. Nodes with several ranks need processes and so the Ray runtime.
+tested, and so `flowrl simulate` predicts. A stage is rebuilt from its specification in each replica, as it would be in
+another process, and reaches the flow through the same gate.
+
+Invariant: when `run_local` returns or raises, no task of the run is left.
+
+Nodes with several ranks need processes and so the Ray runtime.
 
 Tests reach in at two places: `link` stands between a replica's calls and the gate, `chaos` runs beside an attempt and
 may end replicas (`LocalWorkers.kill`) or the flow's host (`lose_host`).

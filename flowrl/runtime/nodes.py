@@ -1,9 +1,15 @@
 """The nodes of a Ray cluster, as machines: what Ray knows of each, and what each proves before a run starts on it.
 
-A node is asked by a task that is tied to it; its answer is bytes. Invariants: nobody is believed to see the run's
-directory who has not read there what the driver wrote and written what the driver then found; what a run needs on every
-node (versions, files, the time of day) is held against the driver's before anything starts, and the first node that
-lacks something is named. Imports nothing heavy: a node's Python runs it. Called by launch and by doctor.
+A node is asked by a task that is tied to it; its answer is bytes.
+
+Invariants:
+- nobody is believed to see the run's directory who has not read there what the driver wrote and written what the driver
+  then found;
+- what a run needs on every node (versions, files, the time of day) is held against the driver's before anything
+  starts;
+- the first node that lacks something is named.
+
+Imports nothing heavy: a node's Python runs it. Called by launch and by doctor.
 
 Tests: tests/unit/runtime/test_nodes.py
 """

@@ -1,10 +1,14 @@
 """Where replicas go: what each needs, whether the machine has it, and the environment each process gets.
 
-Invariants: a GPU is reserved whole or not at all; a node with `share` reserves nothing and sits on the GPUs that
-another node has reserved, its processes spread over them one by one; whatever the user sets stays, and what is left to
-`auto` (`place`) uses every visible GPU; generators and training apart where there are two or more, on one GPU together
-where there is one. Thread counts of processes that share cores must not add up to more than the cores, and OpenMP must
-not spin while it waits. Spinning threads slow their neighbours down several times.
+Invariants:
+- a GPU is reserved whole or not at all;
+- a node with `share` reserves nothing and sits on the GPUs that another node has reserved, its processes spread over
+  them one by one;
+- whatever the user sets stays, and what is left to `auto` (`place`) uses every visible GPU;
+- generators and training apart where there are two or more, on one GPU together where there is one.
+
+Thread counts of processes that share cores must not add up to more than the cores, and OpenMP must not spin while it
+waits. Spinning threads slow their neighbours down several times.
 
 Tests: tests/unit/runtime/test_placement.py
 """

@@ -1,10 +1,13 @@
 """A bounded queue with leases; it gives out the oldest key it has, and where it has a window no other than in order.
 
 Whoever waits further down in order waits for the oldest group, so a younger one never goes before it here.
-Invariants: an accepted key is accepted once; it is waiting, held by exactly one consumer, or settled; waiting items
-never exceed `depth` or `max_bytes` (one item larger than `max_bytes` passes alone); an ordered queue delivers keys in
-order within its window and always has room for a key it could deliver now; a suspect key is held by a consumer that
-holds nothing else.
+
+Invariants:
+- an accepted key is accepted once;
+- an accepted key is waiting, held by exactly one consumer, or settled;
+- waiting items never exceed `depth` or `max_bytes` (one item larger than `max_bytes` passes alone);
+- an ordered queue delivers keys in order within its window and always has room for a key it could deliver now;
+- a suspect key is held by a consumer that holds nothing else.
 
 Tests: tests/unit/runtime/test_channels.py
 """

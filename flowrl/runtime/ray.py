@@ -1,9 +1,12 @@
 """The Ray runtime: the supervisor in the driver, everything else in actors, one machine or a cluster.
 
 The driver runs the supervisor on `RayWorkers`: it starts the hub and the replicas (runtime/actors.py) and asks each of
-them again and again what there is to tell; one that does not answer in time is lost. Invariants: every process of an
-attempt is proved dead before the next one starts and when `run_ray` returns, whatever ended it; or, where it cannot be
-reached, kept from every file (runtime/rundir.py); no wait is without an end (runtime/cluster.py).
+them again and again what there is to tell; one that does not answer in time is lost.
+
+Invariants:
+- every process of an attempt is proved dead before the next one starts and when `run_ray` returns, whatever ended it;
+- or, where it cannot be reached, kept from every file (runtime/rundir.py);
+- no wait is without an end (runtime/cluster.py).
 
 Tests: tests/ray/test_synchronous_runs.py
 """

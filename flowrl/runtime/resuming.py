@@ -1,8 +1,12 @@
 """What a resumed run must have in common with its earlier attempts, and the record of what it has not.
 
-Invariants: a run's groups are admitted from one order of one data set, and its figures mean the same from first step to
-last, or it is not resumed; what may differ (rates, replicas, limits) stands in `attempts/`, one file for each attempt
-after the first, and `settings.yaml` and `graph.json` are those of the newest. Called by launch.
+Invariants:
+- a run's groups are admitted from one order of one data set, and its figures mean the same from first step to last, or
+  it is not resumed;
+- what may differ (rates, replicas, limits) stands in `attempts/`, one file for each attempt after the first, and
+  `settings.yaml` and `graph.json` are those of the newest.
+
+Called by launch.
 
 Tests: tests/unit/runtime/test_resuming.py
 """

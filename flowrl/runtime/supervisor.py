@@ -1,11 +1,17 @@
 """The supervisor: starts a run's replicas, sees who has ended, and recovers by the two ways of decision 0003.
 
-A replica of a stateless stage that ends by accident is replaced: what it held is issued again, and the next
-incarnation starts. A stateful one, or the flow's host, costs the attempt: everything is ended and started again from
-the newest sound checkpoint. Invariants: the supervisor alone decides, `Workers` carries out; a node is replaced at most
-`max_restarts` times without a learned step between, and not after an error that its code raised a second time; what
-the user has to mend (UserError) is never retried; every recovery is told, with node, replica and reason. The local and
-the Ray runtime each have `Workers` of their own.
+A replica of a stateless stage that ends by accident is replaced: what it held is issued again, and the next incarnation
+starts. A stateful one, or the flow's host, costs the attempt: everything is ended and started again from the newest
+sound checkpoint.
+
+Invariants:
+- the supervisor alone decides, `Workers` carries out;
+- a node is replaced at most `max_restarts` times without a learned step between, and not after an error that its code
+  raised a second time;
+- what the user has to mend (UserError) is never retried;
+- every recovery is told, with node, replica and reason.
+
+The local and the Ray runtime each have `Workers` of their own.
 
 Tests: tests/unit/runtime/test_recovery.py
 """

@@ -1,9 +1,14 @@
 """The wire: what carries the calls of replicas to the gate of the flow, a TCP connection for each process.
 
-Frames go both ways: four bytes of length, then msgpack. A process first sends the secret that it was started with,
-then requests; each is answered once, in any order. Invariants: nothing but bytes and plain values crosses, no object is
-ever unpickled; who does not know the secret is not heard; when either side is gone, the other's waits end. That a call
-is carried out once, however often it arrives, is the gate's business (calls.py).
+Frames go both ways: four bytes of length, then msgpack. A process first sends the secret that it was started with, then
+requests; each is answered once, in any order.
+
+Invariants:
+- nothing but bytes and plain values crosses, no object is ever unpickled;
+- who does not know the secret is not heard;
+- when either side is gone, the other's waits end.
+
+That a call is carried out once, however often it arrives, is the gate's business (calls.py).
 
 Ray's actor calls could carry them too, at about ten times the cost (decision 0001); Ray starts, places and watches the
 processes (ray.py) and carries what is said twice a second. The hub opens a `Listener`, a replica a `Connection`.

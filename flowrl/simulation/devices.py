@@ -1,8 +1,13 @@
 """Time on shared devices, without anything computed: cores that slow each other down, and continuous batching.
 
-Event-driven on the event loop's clock, nothing polls. Invariants: a device's work is conserved (while those computing
-on it ask for more than it has, all go on at the same lower speed); a decoding step gives every running sample one
-token and costs `step_s + sample_s * running` seconds of work, so speed follows the number running at every moment.
+Event-driven on the event loop's clock, nothing polls.
+
+Invariants:
+- a device's work is conserved (while those computing on it ask for more than it has, all go on at the same lower
+  speed);
+- a decoding step gives every running sample one token and costs `step_s + sample_s * running` seconds of work, so speed
+  follows the number running at every moment.
+
 Used by the timed engines (timed.py).
 
 Tests: tests/unit/simulation/test_timed.py

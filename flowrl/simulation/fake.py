@@ -4,9 +4,11 @@ They keep every contract of `engines.base` that does not need a model. They have
 reproduce, updates that take effect between tokens, weights that a learner offers and a generator takes in. Time is the
 event loop's, so on the virtual clock hours pass in milliseconds. Alone, a fake takes the `costs` it is given and
 samples seeded nonsense. As a node of a simulation (`CURRENT`) it takes the profile's, on devices that it shares
-(devices.py), and holds zeros of the right shape. Invariant: what is drawn follows from the request's own seed, never
-from the order of arrival; in a simulation it is drawn once, since a search simulates thousands of settings on the same
-seeds.
+(devices.py), and holds zeros of the right shape.
+
+Invariants:
+- what is drawn follows from the request's own seed, never from the order of arrival;
+- in a simulation it is drawn once, since a search simulates thousands of settings on the same seeds.
 
 Tests: tests/unit/simulation/test_timed.py
 """

@@ -3,9 +3,13 @@
 The stages, edges and credits are those of a real run, on the real channels (stand_ins.py exchanges what takes time or
 belongs to the user; fake.py takes the time; prediction.py sees what comes of it). Every replica is a task bound
 straight to the flow, since nothing is lost or dies here, and messages are handed over as they are, at most weighed.
-Invariants: the order of events follows from the graph, the profile and the seeds alone, so the same request gives the
-same prediction; whatever the graph, a prediction ends within its seconds of real time. `flowrl simulate` prints one;
-tuning/ searches with many.
+
+Invariants:
+- the order of events follows from the graph, the profile and the seeds alone, so the same request gives the same
+  prediction;
+- whatever the graph, a prediction ends within its seconds of real time;
+- `flowrl simulate` prints one;
+- tuning/ searches with many.
 
 Tests: tests/unit/simulation/test_run.py
 """

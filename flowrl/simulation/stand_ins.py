@@ -1,9 +1,14 @@
 """A graph whose nodes only take time, as its stages say (`Stage.simulated`, words in flowrl/graph/simulated.py).
 
-Invariants: nothing of the user's is called; an engine, algorithm or objective is exchanged for one that only takes
-time; a stage runs only if its own class says that it may; nothing is read or written; optional nodes are left out, but
-for an evaluation where versions are evaluated in the time that is predicted; a checkpoint's cost is spread over its
-versions. Used by run.py, which runs the plan.
+Invariants:
+- nothing of the user's is called;
+- an engine, algorithm or objective is exchanged for one that only takes time;
+- a stage runs only if its own class says that it may;
+- nothing is read or written;
+- optional nodes are left out, but for an evaluation where versions are evaluated in the time that is predicted;
+- a checkpoint's cost is spread over its versions.
+
+Used by run.py, which runs the plan.
 
 Tests: tests/unit/simulation/test_run.py
 """

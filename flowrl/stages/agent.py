@@ -2,9 +2,13 @@
 
 The episodes of many groups run at once, each turn a request of its own, so the engine batches whatever turns are open;
 new weights arrive in the middle of episodes as they do in the middle of responses, and every token knows its version.
-Invariants: a group leaves as complete episodes with the environment's score, or is rejected as failed with its task
-kept on disk; all samples of a group begin with the same observation. User code runs in worker processes, never in the
-engine's. Held-out prompts are played alike. Replicas compete for prompts.
+
+Invariants:
+- a group leaves as complete episodes with the environment's score, or is rejected as failed with its task kept on disk;
+- all samples of a group begin with the same observation.
+
+User code runs in worker processes, never in the engine's. Held-out prompts are played alike. Replicas compete for
+prompts.
 
 In an episode the policy's tokens stand as the engine sampled them, with their log-probs and versions; the environment's
 are under mask 0, log-prob 0 and in no version's span. It ends with the policy's last token, and a turn's reward lies on

@@ -1,8 +1,12 @@
 """What a benchmark asks about a version, as messages: questions go out on the evaluator's port, answers come back.
 
-Invariants: at most `in_flight` questions are out; an answer says which version gave it; an answer that nobody waits for
-(of an evaluator that was started again) is settled and forgotten. A benchmark runs in a thread, which this module lets
-ask on the stage's event loop until it is closed. Called by the Evaluator.
+Invariants:
+- at most `in_flight` questions are out;
+- an answer says which version gave it;
+- an answer that nobody waits for (of an evaluator that was started again) is settled and forgotten.
+
+A benchmark runs in a thread, which this module lets ask on the stage's event loop until it is closed. Called by the
+Evaluator.
 
 Tests: tests/unit/stages/test_asking.py
 """

@@ -1,7 +1,10 @@
 """Benchmarks of lm-eval: its tasks by name or by file, asked of whatever answers, each score with its interval.
 
-Invariants: a task's data are there before anything is asked; the scores are those that lm-eval computes. What lm-eval
-needs is loaded when something is asked of it. Called by runs/evaluation.py and by the Evaluator.
+Invariants:
+- a task's data are there before anything is asked;
+- the scores are those that lm-eval computes.
+
+What lm-eval needs is loaded when something is asked of it. Called by runs/evaluation.py and by the Evaluator.
 
 Tests: tests/contracts/test_evaluation.py
 """

@@ -1,12 +1,16 @@
 """Critic: values every sampled token, finds advantages with them, and trains on the returns it computed.
 
-Invariant: every group is valued by the critic as it stood before any group of its own step was trained on; the
-critic learns each `groups_per_step` groups together, in the order in which they leave its input queue, the order the
-learner sees; in as many minibatches and epochs as the policy unless told otherwise. Running ahead of the learner, it
-adds its state to a checkpoint of version v at its first step boundary c >= v; after a resume it trains on none of the
-steps up to c again. It has a model of its own, which may differ from the policy in size and architecture but not in
-vocabulary. Uses generalised advantage estimation (Schulman 2015) through the algorithm's `advantages`. The figures of
-its own step v reach the learner with the groups of step v + 1, which that step's critic has valued.
+Invariants:
+- every group is valued by the critic as it stood before any group of its own step was trained on;
+- the critic learns each `groups_per_step` groups together, in the order in which they leave its input queue, the order
+  the learner sees;
+- in as many minibatches and epochs as the policy unless told otherwise;
+- running ahead of the learner, it adds its state to a checkpoint of version v at its first step boundary c >= v;
+- after a resume it trains on none of the steps up to c again. It has a model of its own, which may differ from the
+  policy in size and architecture but not in vocabulary.
+
+Uses generalised advantage estimation (Schulman 2015) through the algorithm's `advantages`. The figures of its own step
+v reach the learner with the groups of step v + 1, which that step's critic has valued.
 
 Tests: tests/unit/stages/test_estimation.py
 """

@@ -1,8 +1,9 @@
 """What the critic and the advantage node share: loading an algorithm, and its advantages of groups, step by step.
 
 Invariant: the advantages of a step follow from settings that follow from the groups of the steps before it alone, in
-prompt order. So an adaptive KL coefficient and running score normalisation are the same whatever the timing. A
-checkpoint of version v needs the settings of step v, which a node that runs ahead still knows.
+prompt order. So an adaptive KL coefficient and running score normalisation are the same whatever the timing.
+
+A checkpoint of version v needs the settings of step v, which a node that runs ahead still knows.
 
 Tests: tests/unit/stages/test_estimation.py
 """

@@ -1,11 +1,14 @@
 """Evaluator: scores the policy on the held-out set at the versions the learner names.
 
-Invariant: an evaluation uses one version only, because the learner publishes no newer one before it is acknowledged
-here; or, with `beside`, sends none to the generators that keep this one; the same prompts are drawn with the same seeds
-each time, so that before and after are paired. The score is that of the reward function the policy is trained on, or of
-one of its own; it runs in a worker process. Where an agent plays the held-out prompts, it is what their environment
-gave. Benchmarks of lm-eval (`tasks`) are asked of the same generators, by lm-eval in a thread of this process; that one
-fails is said, and costs its score alone.
+Invariants:
+- an evaluation uses one version only: the learner publishes no newer one before it is acknowledged here or, with
+  `beside`, sends none to the generators that keep this one;
+- the same prompts are drawn with the same seeds each time, so that before and after are paired;
+- the score is that of the reward function the policy is trained on, or of one of its own,
+  and it runs in a worker process.
+
+Where an agent plays the held-out prompts, it is what their environment gave. Benchmarks of lm-eval (`tasks`) are asked
+of the same generators, by lm-eval in a thread of this process; that one fails is said, and costs its score alone.
 
 Tests: tests/unit/stages/test_reward.py
 """

@@ -1,9 +1,13 @@
 """Evaluations beside training: a version stays with a generator of its own while the learner goes on to the next.
 
-Invariants: one version is examined at a time; the examiner is sent another only when the last prompt of that one has
-been scored; what it was sent is kept until it has taken the next in, so that one which is started again finds it;
-nothing of the learner ever waits here. Where versions come faster than they are examined, the newest is next and those
-in between are left out, which is said. Called by the Learner.
+Invariants:
+- one version is examined at a time;
+- the examiner is sent another only when the last prompt of that one has been scored;
+- what it was sent is kept until it has taken the next in, so that one which is started again finds it;
+- nothing of the learner ever waits here.
+
+Where versions come faster than they are examined, the newest is next and those in between are left out, which is said.
+Called by the Learner.
 
 Tests: tests/unit/stages/test_examinations.py
 """

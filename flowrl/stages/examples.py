@@ -1,9 +1,13 @@
 """Examples: the sources of offline training, demonstrations and preferences instead of prompts.
 
 `Examples` admits training examples, one against each credit, in the order of their group ids; `HeldoutExamples` sends
-every held-out example once. Invariant: example k of a run is the row at position k of the data set's order, whatever
-happened before: each credit says which k it is for. An objective that needs mismatched pairs (KTO) gets with each row
-the first response of the next row that has another prompt.
+every held-out example once.
+
+Invariant: example k of a run is the row at position k of the data set's order, whatever happened before: each credit
+says which k it is for.
+
+An objective that needs mismatched pairs (KTO) gets with each row the first response of the next row that has another
+prompt.
 
 Tests: tests/unit/stages/test_offline.py
 """

@@ -1,7 +1,10 @@
 """Generator: samples responses, many groups at a time, under the newest weights it has proved.
 
-Invariants: every token carries the version that sampled it; what serving.py says of weights and backpressure. Held-out
-prompts take the same path to their own port. Replicas compete for prompts.
+Invariants:
+- every token carries the version that sampled it;
+- what serving.py says of weights and backpressure.
+
+Held-out prompts take the same path to their own port. Replicas compete for prompts.
 
 Tests: tests/contracts/test_synchronous.py
 """

@@ -1,7 +1,9 @@
 """lm-eval's view of a model on flowrl's own engine: what its `hf` model computes, computed by vLLM.
 
-Invariants: texts become tokens, prompts are cut and answers end as in lm-eval's `hf` model, so that scores agree with
-it; every answer is kept as soon as it is there (lm-eval's cache), so that an evaluation that was cut off goes on.
+Invariants:
+- texts become tokens, prompts are cut and answers end as in lm-eval's `hf` model, so that scores agree with it;
+- every answer is kept as soon as it is there (lm-eval's cache), so that an evaluation that was cut off goes on.
+
 Called by runs/evaluation.py, and by the Evaluator, whose answers come over the graph's edges; imports lm-eval, which is
 an extra.
 

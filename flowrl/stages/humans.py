@@ -1,13 +1,18 @@
 """Humans: people compare or rate a policy's answers while it goes on learning; what they say is the answers' score.
 
 The stage asks by a line in the run's questions.jsonl and reads what people said from judgments.jsonl; the page that
-they sit at is another process (`flowrl feedback RUN`), which may come and go. Invariants: a group leaves with one score
-per answer that was shown, or is rejected as filtered with the reason. The reason is that nobody judged it within
-`deadline_s`, somebody flagged it, or there was nothing to compare. Where the graph has a use for it (`passes`), what
-nobody judged goes on with scores of 0, told apart by the metric `judged`. At most `in_flight` groups wait for people at
-a time; a judgment counts once it could be taken back for `undo_s`; what is on the disk counts for a group that is
-issued again, so that nobody is asked twice. A judgment that comes too late for its group is kept for export, and how
-many did is said. Waiting for people is charged as waiting for input, and to the runtime is no stall.
+they sit at is another process (`flowrl feedback RUN`), which may come and go.
+
+Invariants:
+- a group leaves with one score per answer that was shown, or is rejected as filtered with the reason;
+- the reason is that nobody judged it within `deadline_s`, somebody flagged it, or there was nothing to compare;
+- where the graph has a use for it (`passes`), what nobody judged goes on with scores of 0, told apart by the metric
+  `judged`;
+- at most `in_flight` groups wait for people at a time;
+- a judgment counts once it could be taken back for `undo_s`;
+- what is on the disk counts for a group that is issued again, so that nobody is asked twice;
+- a judgment that comes too late for its group is kept for export, and how many did is said;
+- waiting for people is charged as waiting for input, and to the runtime is no stall.
 
 Tests: tests/unit/stages/test_humans.py
 """

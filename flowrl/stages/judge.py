@@ -4,9 +4,13 @@
 and what a score then is stands in flowrl.rewards.judging. In the row of scorers a judge gives any graph AI feedback:
 the reward of PPO and GRPO, the pairs of iterative DPO, the data that graphs/generate.py writes.
 
-Invariants: as for `Reward`, a group leaves with exactly one more named score per sample, or is rejected as failed with
-its input on disk; an unreadable verdict is counted and is never a score. What the judge cannot be trusted in is said:
-verdicts that follow the order, scores that follow the length or contradict the other scorers or a second judge.
+Invariants:
+- as for `Reward`, a group leaves with exactly one more named score per sample, or is rejected as failed with its input
+  on disk;
+- an unreadable verdict is counted and is never a score.
+
+What the judge cannot be trusted in is said: verdicts that follow the order, scores that follow the length or contradict
+the other scorers or a second judge.
 
 Tests: tests/contracts/test_judges.py
 """

@@ -1,14 +1,19 @@
 """Learner: trains the policy on samples in prompt order, publishes versions, returns credits.
 
-Invariants: step v learns exactly `groups_per_step` groups at version v, none staler than `max_staleness`, and makes
-version v + 1 (what a replay buffer sent along is learned besides); a credit goes back only after every live generator
-has acknowledged the version that its group was learned into (law 2); version v + 1 is on its way to the generators
-while the next step's forward and backward run, and has left before the next optimizer step changes the weights; where
-an evaluator is joined, no version is published while an older one is being evaluated, unless an examiner keeps it
-meanwhile (examinations.py); a checkpoint holds the state of every stateful node and the flow's cut between the same two
-steps. Where evaluations say which version is the best (`results`), each that is evaluated is saved, and stays at least
-until its score is known. Where texts are joined (a pre-training loss), those of step v are learned in it, each loss
-divided by its own count; they are asked for a step ahead. Its return ends the run.
+Invariants:
+- step v learns exactly `groups_per_step` groups at version v, none staler than `max_staleness`, and makes version v + 1
+  (what a replay buffer sent along is learned besides);
+- a credit goes back only after every live generator has acknowledged the version that its group was learned into (law
+  2);
+- version v + 1 is on its way while the next step's forward and backward run, and has left before the next optimizer
+  step changes the weights;
+- where an evaluator is joined, no version is published while an older one is being evaluated, unless an examiner keeps
+  it meanwhile (examinations.py);
+- a checkpoint holds the state of every stateful node and the flow's cut between the same two steps.
+
+Where evaluations say which version is the best (`results`), each that is evaluated is saved, and stays at least until
+its score is known. Where texts are joined (a pre-training loss), those of step v are learned in it, each loss divided
+by its own count; they are asked for a step ahead. Its return ends the run.
 
 Tests: tests/unit/stages/test_step.py
 """

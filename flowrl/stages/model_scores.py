@@ -1,7 +1,9 @@
 """What a reward model's values are worth: a score for each sequence, or for each step of it.
 
-Invariant: a score is finite, or the group is refused. Called by the reward-model stage, with an engine that gives one
-value after every response token (flowrl.engines.torch:SequenceScoringEngine).
+Invariant: a score is finite, or the group is refused.
+
+Called by the reward-model stage, with an engine that gives one value after every response token
+(flowrl.engines.torch:SequenceScoringEngine).
 
 Tests: tests/unit/stages/test_reward.py
 """

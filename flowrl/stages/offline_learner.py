@@ -1,7 +1,10 @@
 """Offline learner: trains a model on given examples, in order, and measures it on held-out ones.
 
-Invariants: step v learns exactly `examples_per_step` examples, in the order of the data, and makes version v + 1; the
-gradient is that of the objective over all of them, however they are packed; a held-out example is only ever scored.
+Invariants:
+- step v learns exactly `examples_per_step` examples, in the order of the data, and makes version v + 1;
+- the gradient is that of the objective over all of them, however they are packed;
+- a held-out example is only ever scored.
+
 What an objective needs of a whole step (KTO's reference point) is found here before the step is trained on. Its return
 ends the run.
 

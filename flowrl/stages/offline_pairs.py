@@ -1,8 +1,12 @@
 """Offline pairs: in the place of a group that nobody judged, a pair of a preference data set is learned.
 
 So training goes on with what there is: the pace is people's as long as they keep up, and else that of their deadline.
-Invariants: a place in the run's order has one pair, people's or a given one, so credits, order and bound are those of
-the graph without it; the given pair of place k is the row at position k of the data's order, whatever happened before.
+
+Invariants:
+- a place in the run's order has one pair, people's or a given one, so credits, order and bound are those of the graph
+  without it;
+- the given pair of place k is the row at position k of the data's order, whatever happened before.
+
 No version sampled a given pair: no token of it has one, and its place is as old as the answers that it stands for. The
 metric `judged` of a step is the share of its pairs that people decided.
 

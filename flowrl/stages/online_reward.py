@@ -1,11 +1,15 @@
 """Online reward model: scores every group, and learns what people said of it as they say it.
 
-In the row behind the humans stage, in the learner's order. Invariants: the model goes from version to version with each
-`groups_per_step` groups, the learner's steps where nothing behind it filters; a group of step v is scored by version v,
-which has learned no judgment of that step, and its metrics say which version it was; a group that nobody judged is
-scored like every other and teaches nothing, so that nothing waits for people here. Running ahead of the learner, it
-adds its state to a checkpoint of version v at its first step boundary c >= v; after a resume version c scores the steps
-up to c, and learns none of them again.
+In the row behind the humans stage, in the learner's order.
+
+Invariants:
+- the model goes from version to version with each `groups_per_step` groups, the learner's steps where nothing behind it
+  filters;
+- a group of step v is scored by version v, which has learned no judgment of that step, and its metrics say which
+  version it was;
+- a group that nobody judged is scored like every other and teaches nothing, so that nothing waits for people here;
+- running ahead of the learner, it adds its state to a checkpoint of version v at its first step boundary c >= v;
+- after a resume version c scores the steps up to c, and learns none of them again.
 
 What people said is no part of the reward. It is how the reward model is measured, on judgments that it has not learned
 yet, and what it then learns. Its `agreement` is the share of pairs that it orders as people do, a tie half.

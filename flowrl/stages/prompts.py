@@ -1,8 +1,10 @@
 """Prompts: admits prompt groups, one against each credit, in the order of their group ids.
 
-Invariant: group k of a run is the row at position k of the data set's order, whatever happened before: each credit
-says which k it is for. Ends when the edges close, or after `epochs` passes over the data, which it tells where an edge
-carries that; admits nothing more once the user asks to stop.
+Invariants:
+- group k of a run is the row at position k of the data set's order, whatever happened before: each credit says which k
+  it is for;
+- ends when the edges close, or after `epochs` passes over the data, which it tells where an edge carries that;
+- admits nothing more once the user asks to stop.
 
 Tests: tests/unit/stages/test_writer.py
 """

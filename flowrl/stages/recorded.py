@@ -1,6 +1,7 @@
 """Recorded: the groups that a run has learned, taken from its files, for `flowrl retrain`. And who takes the weights.
 
 Invariant: the groups come in the order in which they were learned, exactly as the learner got them but for their ids.
+
 Group k here is the k-th group of the steps that are trained again, so that what was filtered or failed leaves no gap.
 
 Tests: tests/contracts/test_retrain.py

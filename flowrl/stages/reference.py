@@ -1,9 +1,12 @@
 """Reference: adds a frozen model's log-probs to what a policy sampled, or to the responses of given examples.
 
-The model is the policy as it began, or a teacher. Invariant: a message leaves with one log-prob for each token of each
-of its responses, the mismatched ones of examples included; or, where no loss uses them and it is not one of those
-whose KL is measured (`unused_every`), with none. Held-out examples take the same path between ports of their
-own, where those are joined. Replicas compete for messages.
+The model is the policy as it began, or a teacher.
+
+Invariants:
+- a message leaves with one log-prob for each token of each of its responses, the mismatched ones of examples included;
+- or, where no loss uses them and it is not one of those whose KL is measured (`unused_every`), with none.
+
+Held-out examples take the same path between ports of their own, where those are joined. Replicas compete for messages.
 
 Tests: tests/contracts/test_synchronous.py
 """

@@ -1,8 +1,11 @@
 """RemoteReward: adds a named score to every sample, asked of an HTTP server (flowrl.rewards.http has the contract).
 
-Invariant: as for `Reward`, a group leaves with exactly one more named score per sample or is rejected as failed with
-its input on disk; where the server refuses a batch, its groups are asked for one by one, so that none fails for
-another's sake. A server that stays away says nothing about the groups: by default the run stops and can be resumed.
+Invariants:
+- as for `Reward`, a group leaves with exactly one more named score per sample or is rejected as failed with its input
+  on disk;
+- where the server refuses a batch, its groups are asked for one by one, so that none fails for another's sake.
+
+A server that stays away says nothing about the groups: by default the run stops and can be resumed.
 
 Tests: tests/contracts/test_remote_rewards.py
 """

@@ -2,10 +2,16 @@
 
 A replayed group rides on a fresh group's message. It has no place in any queue, holds no credit and is in no order. So
 every law goes on to hold for fresh groups alone, each of which is learned once as such; the ledger notes each replay
-apart. Invariants: step v replays round(ratio * groups_per_step) groups, or as many as there are, none twice and none
-that was not learned before step v; a group is replayed at most `max_age` versions after its oldest token was sampled;
-which ones follows from the seed, the step and the groups before it, never from timing. The state of version v is what
-step v may draw from: a resumed run draws the same. Stands between what credits groups and the learner, in its order.
+apart.
+
+Invariants:
+- step v replays round(ratio * groups_per_step) groups, or as many as there are, none twice and none that was not
+  learned before step v;
+- a group is replayed at most `max_age` versions after its oldest token was sampled;
+- which ones follows from the seed, the step and the groups before it, never from timing.
+
+The state of version v is what step v may draw from: a resumed run draws the same. Stands between what credits groups
+and the learner, in its order.
 
 Sampling by advantage follows prioritised replay (Schaul 2015, 1511.05952), with exponent 1 and the mean |advantage| of
 a group's tokens as its priority; what makes up for the age of the samples is the algorithm's correction.

@@ -1,7 +1,9 @@
 """Reward: adds a named score to every sample, by a function (`Reward`) or a reward model (`RewardModel`).
 
-Invariant: a group leaves with exactly one more named score per sample, or is rejected as failed with its input kept on
-disk; a reward function's failure never loses a group silently, and one that fails group after group ends the run.
+Invariants:
+- a group leaves with exactly one more named score per sample, or is rejected as failed with its input kept on disk;
+- a reward function's failure never loses a group silently, and one that fails group after group ends the run.
+
 Several reward nodes in a row each add their own name. User code runs in worker processes of this node, never in an
 engine's. Replicas compete for groups.
 

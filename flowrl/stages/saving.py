@@ -1,8 +1,11 @@
 """Checkpoints as learners write them: the model, their own state, every other node's part, where the flow stood.
 
-Invariants: all parts are of one version, between the same two steps; a checkpoint is whole or not there; while the
-disk is full the run waits for room and says so, unless the user has asked to stop. Called by Learner, OfflineLearner
-and Writer; the runtime has the other stateful nodes add theirs (`Stage.save`).
+Invariants:
+- all parts are of one version, between the same two steps;
+- a checkpoint is whole or not there;
+- while the disk is full the run waits for room and says so, unless the user has asked to stop.
+
+Called by Learner, OfflineLearner and Writer; the runtime has the other stateful nodes add theirs (`Stage.save`).
 
 Tests: tests/unit/stages/test_writer.py
 """

@@ -1,12 +1,15 @@
 """Selector and its learner: the best of a group's samples, or the best and the worst as a pair, and what learns them.
 
 Best of n is what rejection sampling learns from (RAFT, 2304.06767; Llama 2, 2307.09288, section 3.2.3), the pair what
-iterative DPO does. Invariant: a group leaves with the samples to learn from, the best one first, or is rejected as
-filtered with the reason. The reason is that the best is not good enough, or the two do not differ. Its credit then
-returns and its place is skipped. What the policy's rewards are without the selection stands in the group's metrics;
-what is left of the group is told as a span, from which a profile knows the tokens of the nodes behind. Replicas compete
-for groups. `choose` is also how the writer of graphs/generate.py selects, and `PairExamples`, which gives the pair to
-an offline learner.
+iterative DPO does.
+
+Invariant: a group leaves with the samples to learn from, the best one first, or is rejected as filtered with the
+reason.
+
+The reason is that the best is not good enough, or the two do not differ. Its credit then returns and its place is
+skipped. What the policy's rewards are without the selection stands in the group's metrics; what is left of the group is
+told as a span, from which a profile knows the tokens of the nodes behind. Replicas compete for groups. `choose` is also
+how the writer of graphs/generate.py selects, and `PairExamples`, which gives the pair to an offline learner.
 
 `SelectionLearner` trains with an offline objective on what the policy has just sampled (SFT on the best, DPO on the
 pair). It sends its versions to the generators, which draw the next samples meanwhile. Everything else is the learner's:

@@ -1,8 +1,12 @@
 """What the stages that sample share: an engine that follows the newest weights, and prompts taken as there is room.
 
-Invariants: nothing is served before the first published version, and a version is acknowledged only after the engine
-has proved it; at most `max_groups` groups of a port are in flight, and the next is taken only when one of them has been
-handed on. So a full edge downstream stops it (backpressure). Called by Generator and Agent.
+Invariants:
+- nothing is served before the first published version, and a version is acknowledged only after the engine has proved
+  it;
+- at most `max_groups` groups of a port are in flight, and the next is taken only when one of them has been handed on.
+  So a full edge downstream stops it (backpressure).
+
+Called by Generator and Agent.
 
 Tests: tests/unit/stages/test_agent.py
 """

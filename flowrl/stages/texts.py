@@ -1,8 +1,10 @@
 """Texts: the source of a pre-training loss beside the policy's (ptx): a step's texts, whenever the learner asks.
 
 Invariant: text k of step v is the row at position v * per_step + k of the data set's order. So the place in the data
-follows from the learner's version. A resumed run goes on with the texts that the stopped one would have taken. A source
-that died and was restarted answers the same requests. A graph with `texts.per_step=0` has no such node.
+follows from the learner's version.
+
+A resumed run goes on with the texts that the stopped one would have taken. A source that died and was restarted answers
+the same requests. A graph with `texts.per_step=0` has no such node.
 
 Tests: tests/unit/stages/test_texts.py
 """

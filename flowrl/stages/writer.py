@@ -2,10 +2,13 @@
 
 What it takes of a group (`take`) makes the format: every sample, or the best one, as prompt-completion rows; the best
 and the worst as a preference row. Responses that were cut are candidates for neither, for as text they would be given
-an end. Invariants: file k holds the groups that the ledger says were learned in step k, `groups_per_file` of them or
-what is left; it is on the disk before they are settled, and a checkpoint follows it; files of a history that was given
-up are deleted. So each group is written exactly once, or is in the ledger as filtered or failed. Its return ends the
-run.
+an end.
+
+Invariants:
+- file k holds the groups that the ledger says were learned in step k, `groups_per_file` of them or what is left;
+- it is on the disk before they are settled, and a checkpoint follows it;
+- files of a history that was given up are deleted. So each group is written exactly once, or is in the ledger as
+  filtered or failed. Its return ends the run.
 
 Tests: tests/unit/stages/test_writer.py
 """

@@ -1,8 +1,14 @@
 """Charts as the template draws them: what stands where, in percent of the plot, and the words on the axes.
 
 A plot is an SVG that is stretched to its place, with every label an HTML element at a percentage, so that a chart is
-readable at any width. Invariants: pure functions of figures; every x, y and label is finite; at most `MOST_POINTS`
-points a line, each the mean of as many neighbours as that takes. Called by page.py.
+readable at any width.
+
+Invariants:
+- pure functions of figures;
+- every x, y and label is finite;
+- at most `MOST_POINTS` points a line, each the mean of as many neighbours as that takes.
+
+Called by page.py.
 
 Tests: tests/unit/telemetry/test_charts.py
 """

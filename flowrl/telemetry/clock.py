@@ -1,8 +1,11 @@
 """The time of day that events are told with: as it was when the run's driver began, and from then on never set.
 
-Invariants: it passes as the monotonic clock does, whoever sets the machine's clock meanwhile, so ages and orders within
-a run are right; all processes of a run on one machine tell the same time, those that start after such a change too
-(`agree`). Deadlines need no time of day and have none. Used by whatever makes an event or a notice.
+Invariants:
+- it passes as the monotonic clock does, whoever sets the machine's clock meanwhile, so ages and orders within a run are
+  right;
+- all processes of a run on one machine tell the same time, those that start after such a change too (`agree`).
+
+Deadlines need no time of day and have none. Used by whatever makes an event or a notice.
 
 Tests: tests/unit/telemetry/test_clock.py
 """

@@ -1,9 +1,11 @@
 """How a run writes its files: whole or not at all, by living attempts alone, and without ending for want of room.
 
-Invariants: `replace_file` leaves the old file or the new one, on the disk. A `RecordFile` ends with a whole record at
-any moment: what finds no room waits in memory, in order, and nothing that follows is glued to half a record. A process
-that belongs to an attempt which was given up writes nothing any more. `fence` names the file that says which attempt is
-the present one, and every write looks at it first.
+Invariants:
+- `replace_file` leaves the old file or the new one, on the disk;
+- a `RecordFile` ends with a whole record at any moment: what finds no room waits in memory, in order, and nothing that
+  follows is glued to half a record;
+- a process that belongs to an attempt which was given up writes nothing any more;
+- `fence` names the file that says which attempt is the present one, and every write looks at it first.
 
 Used by whatever writes into a run's directory: ledger, metrics, timeline, rollouts, versions, state, checkpoints.
 

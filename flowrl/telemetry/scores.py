@@ -4,7 +4,9 @@
     student     a mean of other values, and every mean of paired differences: Student's t (telemetry/intervals.py)
     bootstrap   anything else that a task computes from its items (perplexity, F1, BLEU): percentiles of 1000 resamples
 
-Invariant: the same values and seed give the same interval. Called by runs/results.py and whoever evaluates.
+Invariant: the same values and seed give the same interval.
+
+Called by runs/results.py and whoever evaluates.
 
 Tests: tests/unit/telemetry/test_scores.py
 """

@@ -1,8 +1,11 @@
 """Where a run's events go: the view, the early warnings, the metrics file, the timeline, trackers and the terminal.
 
-Invariants: every sink sees every event, in order; a sink that fails (a full disk, a tracker that is down) is closed and
-left out with one notice, and the run goes on; a notice made by a sink reaches the others like any event. The launcher
-opens the sinks around a run, hands `consume` to the runtime, and reads `view` for the report.
+Invariants:
+- every sink sees every event, in order;
+- a sink that fails (a full disk, a tracker that is down) is closed and left out with one notice, and the run goes on;
+- a notice made by a sink reaches the others like any event.
+
+The launcher opens the sinks around a run, hands `consume` to the runtime, and reads `view` for the report.
 
 Tests: tests/unit/telemetry/test_sinks.py
 """

@@ -5,9 +5,13 @@ learner that publishes while it trains) they are laid out on lanes of it. An arr
 one prompt group, from its sampling to the step that learned it. Counters show how full each queue is, and which causes
 each replica's time went to.
 
-Invariants: spans on one thread never overlap; every arrow starts and ends inside a span; the file is the array form of
-the trace format, which readers accept without its closing bracket, so that a killed run leaves a readable file. Times
-are whole microseconds.
+Invariants:
+- spans on one thread never overlap;
+- every arrow starts and ends inside a span;
+- the file is the array form of the trace format, which readers accept without its closing bracket, so that a killed run
+  leaves a readable file.
+
+Times are whole microseconds.
 
 `read_history` gives a run's past as events, start by start and in the order of the files: steps, evaluations and
 notices from metrics.jsonl, the others from the timelines. A file that is missing or was cut short by a kill gives what

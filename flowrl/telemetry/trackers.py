@@ -2,7 +2,9 @@
 
 All get every step's figures and the held-out score, against the policy version; W&B also a table of completions.
 `check_trackers` refuses before a run what cannot work; in a run a tracker that fails is left out with one notice (see
-sinks.py). Invariant: Prometheus' figures are offered on the loopback interface only.
+sinks.py).
+
+Invariant: Prometheus' figures are offered on the loopback interface only.
 
 Tests: tests/contracts/test_trackers.py
 """

@@ -1,8 +1,11 @@
 """What is known of a run so far, folded from its events: the one model behind the live view and the report.
 
-Invariants: a pure fold, with no clock, terminal or file of its own, so the same events give the same view whatever the
-batches; its size does not grow with the length of the run; a replica that was restarted goes on counting where its
-predecessor stopped. `Sinks` feeds it; terminal.py and report.py only read it.
+Invariants:
+- a pure fold, with no clock, terminal or file of its own, so the same events give the same view whatever the batches;
+- its size does not grow with the length of the run;
+- a replica that was restarted goes on counting where its predecessor stopped.
+
+`Sinks` feeds it; terminal.py and report.py only read it.
 
 Tests: tests/unit/telemetry/test_view.py
 """

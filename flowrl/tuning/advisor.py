@@ -1,10 +1,15 @@
 """The advisor: what a run will be like, and which single change would make it quicker, before, during and after it.
 
 Before (`forecast`) from the newest run beside it whose profile fits; during (`hint`) from what it has recorded so far;
-after (`advice`) from its own profile. Invariants: no gain below `WORTH_SAYING` is said, whenever; nothing is advised
-that `flowrl check` would refuse here, by the graph or for want of cores and GPUs; a replica that brings a core or a GPU
-is told apart from it; silence, or one line, rather than a guess. The batch is never changed: it changes what is
-learned. Used by companion.py and runs/review.py.
+after (`advice`) from its own profile.
+
+Invariants:
+- no gain below `WORTH_SAYING` is said, whenever;
+- nothing is advised that `flowrl check` would refuse here, by the graph or for want of cores and GPUs;
+- a replica that brings a core or a GPU is told apart from it;
+- silence, or one line, rather than a guess.
+
+The batch is never changed: it changes what is learned. Used by companion.py and runs/review.py.
 
 Tests: tests/unit/tuning/test_advisor.py
 """

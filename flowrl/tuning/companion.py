@@ -1,11 +1,17 @@
 """What prediction and advice add to a run: lines before it starts, a profile and hints while it goes on.
 
 A hint is worked out in a process of its own at the lowest priority, which reads the run's directory (`advisor.hint`).
-The sink in the driver only starts it and looks, at each batch of events, whether it has ended. Invariants: a run with
-or without this companion is the same run; the driver never waits; a hint is asked for after `FIRST_STEPS` steps and
-`FIRST_S` seconds at the earliest, and again whenever there are twice as many steps; when it fails there is no hint, and
-logs/hints.log says why; the process ends with the run, and with the driver however that ends. Handed to
-runtime/launch.py by the command line.
+The sink in the driver only starts it and looks, at each batch of events, whether it has ended.
+
+Invariants:
+- a run with or without this companion is the same run;
+- the driver never waits;
+- a hint is asked for after `FIRST_STEPS` steps and `FIRST_S` seconds at the earliest, and again whenever there are
+  twice as many steps;
+- when it fails there is no hint, and logs/hints.log says why;
+- the process ends with the run, and with the driver however that ends.
+
+Handed to runtime/launch.py by the command line.
 
 Tests: tests/unit/tuning/test_hints.py
 """

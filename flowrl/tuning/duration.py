@@ -1,8 +1,12 @@
 """A rough word on how long a run will take where no earlier run tells: from its model, its tokens and its cores.
 
-Invariants: within an order of magnitude of the truth on a CPU like the one of docs/benchmarks.md, with what was assumed
-in the same line; where that cannot be, the line says so and why; it costs a moment and never the run. Called by
-companion.py and `flowrl check`.
+Invariants:
+- within an order of magnitude of the truth on a CPU like the one of docs/benchmarks.md, with what was assumed in the
+  same line;
+- where that cannot be, the line says so and why;
+- it costs a moment and never the run.
+
+Called by companion.py and `flowrl check`.
 
 Tests: tests/unit/tuning/test_duration.py
 """

@@ -2,8 +2,13 @@
 
 They are found in the graph, not listed by name. They are staleness and batch, replicas and ranks, threads and the cores
 that are reserved for them; requests in flight, batches of scoring, where a scorer sits, and the depth of every queue
-whose depth is free. Invariants: the first option of a knob is what stands in the settings now; options that need more
-devices than there are, with everything else at its smallest, are left out. Used by trials.py, tune.py and advisor.py.
+whose depth is free.
+
+Invariants:
+- the first option of a knob is what stands in the settings now;
+- options that need more devices than there are, with everything else at its smallest, are left out.
+
+Used by trials.py, tune.py and advisor.py.
 
 Tests: tests/unit/tuning/test_knobs.py
 """

@@ -1,10 +1,13 @@
 """What lies in memory at the peak of each process of a graph, part by part, from settings and a model's shape.
 
-Two places: the device the process computes on, and its host's memory. On a CPU they are one. Invariants: every part has
-a name that says what it is, and it is what the engines of this version hold (DeepSpeed 0.19, vLLM 0.33), not a rule of
-thumb; a peak is the largest of the moments at which memory is full (the end of a forward pass, the optimizer's step);
-not the sum of all that is ever held. Held against real processes by `python -m perf.memory`, within 10 %. Called by the
-planner; nothing is loaded here.
+Two places: the device the process computes on, and its host's memory. On a CPU they are one.
+
+Invariants:
+- every part has a name that says what it is, and it is what the engines of this version hold (DeepSpeed 0.19, vLLM
+  0.33), not a rule of thumb;
+- a peak is the largest of the moments at which memory is full: the end of a forward pass, the optimizer's step.
+
+Held against real processes by `python -m perf.memory`, within 10 %. Called by the planner; nothing is loaded here.
 
 b are the bytes of a weight, P all parameters, T those that are trained, n the ranks of a node.
 

@@ -1,7 +1,11 @@
 """The picture of a tuning: throughput over staleness, one point a setting, the front as a line, as an SVG.
 
-Invariants: a pure function of the tuning; every point lies within the axes; no library and no font is needed to draw
-it. Written by `flowrl tune`.
+Invariants:
+- a pure function of the tuning;
+- every point lies within the axes;
+- no library and no font is needed to draw it.
+
+Written by `flowrl tune`.
 
 Tests: tests/unit/tuning/test_picture.py
 """

@@ -2,8 +2,11 @@
 
 A value made from settings alone (`place_processes`), so that a search can make thousands. A generator takes the share
 of a device that its settings say, whatever it needs: what its weights and passes leave of that is its KV cache.
+
 Invariant: every process of the graph is in it once, and every byte that memory.py knows of stands under one process and
-one device or host. Called by the search, which chooses among placements, and by the planner, which prints one.
+one device or host.
+
+Called by the search, which chooses among placements, and by the planner, which prints one.
 
 Tests: tests/unit/tuning/test_placed.py
 """

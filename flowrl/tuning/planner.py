@@ -2,9 +2,15 @@
 
 It is asked while a graph file is loaded (`load_program(..., placing=Planner(...))`) and answers with defaults. What the
 user sets is kept, whatever it costs. search.py finds a placement, placed.py says what then lies where, reasons.py why
-it is this one. Invariants: no model is loaded, fetched or started; the same request gives the same plan; where nothing
-fits, the plan of what comes nearest is given all the same, with the changes that would each make it fit. Called by
-`flowrl plan`, `run` and `check`.
+it is this one.
+
+Invariants:
+- no model is loaded, fetched or started;
+- the same request gives the same plan;
+- where nothing fits, the plan of what comes nearest is given all the same, with the changes that would each make it
+  fit.
+
+Called by `flowrl plan`, `run` and `check`.
 
 Tests: tests/unit/tuning/test_planner.py
 """

@@ -1,9 +1,14 @@
 """Trials: settings of a graph, simulated, in this process or in one for each core.
 
 A trial is first a look (a couple of steps, enough to tell the good from the bad). For the few that matter it is a
-measurement, which goes on until the step time is known well enough. Invariants: every setting passes the graph's own
-checks before it is simulated, and stays within the devices there are, or there is no trial of it; the same setting
-gives the same trial in whichever process. Used by tune.py and advisor.py.
+measurement, which goes on until the step time is known well enough.
+
+Invariants:
+- every setting passes the graph's own checks before it is simulated, and stays within the devices there are, or there
+  is no trial of it;
+- the same setting gives the same trial in whichever process.
+
+Used by tune.py and advisor.py.
 
 Tests: tests/unit/tuning/test_trials.py
 """

@@ -4,9 +4,13 @@ There is no single best: throughput is traded against staleness, so the result i
 measured, the others only looked at (trials.py). First comes every knob alone, then all combinations of the greater
 knobs, or as many as the budget allows, drawn evenly. Last comes whatever differs in one knob from the best so far. The
 batch (groups in a step, samples in a group) is only turned alone and never recommended, because it changes what is
-learned, not only how fast. Invariants: nothing recommended would be refused or need more devices than there are; the
-recommended setting is the fastest, and of its equals the one on the fewest devices, with the fewest changes; what less
-staleness would cost is said beside it; the same request gives the same tuning.
+learned, not only how fast.
+
+Invariants:
+- nothing recommended would be refused or need more devices than there are;
+- the recommended setting is the fastest, and of its equals the one on the fewest devices, with the fewest changes;
+- what less staleness would cost is said beside it;
+- the same request gives the same tuning.
 
 Tests: tests/unit/tuning/test_tune.py
 """

@@ -2,10 +2,14 @@
 
 Each is a run of its own process, with its own directory under `runs_dir`, so that whatever a run leaves in a process is
 gone before the next. Compared are learned samples per second, staleness and every node's shares between the first and
-the last step, as a run's report gives them; the prediction is of a whole run of as many steps. Invariants: settings are
-run in the order of the tuning, one after the other, with nothing beside them; what a run learned is deleted when it has
-ended, since each would keep gigabytes that nobody asked for; what was measured decides, not what was predicted. Used by
-`flowrl tune --verify` and perf/prediction.
+the last step, as a run's report gives them; the prediction is of a whole run of as many steps.
+
+Invariants:
+- settings are run in the order of the tuning, one after the other, with nothing beside them;
+- what a run learned is deleted when it has ended, since each would keep gigabytes that nobody asked for;
+- what was measured decides, not what was predicted.
+
+Used by `flowrl tune --verify` and perf/prediction.
 
 Tests: tests/unit/tuning/test_verification.py
 """

@@ -157,6 +157,16 @@ def test_sentences_are_told_apart() -> None:
     assert found == ["One word here;", "two.", "- Three more", "- Four."]
 
 
+def test_invariants_stand_one_a_line() -> None:
+    for name, tree in modules().items():
+        lines = (ast.get_docstring(tree) or "").splitlines()
+        for place, line in enumerate(lines):
+            if found := re.search(r"\bInvariant(s?)\b[^.]*:", line):
+                assert found.start() == 0, f"{name}: begin a line with its invariants"
+                is_list = line.endswith(":") and lines[place + 1].startswith("- ")
+                assert is_list or not found[1], f"{name}: begin a line with `- ` for each invariant"
+
+
 @pytest.mark.slow
 def test_no_sentence_of_a_docstring_is_over_thirty_words() -> None:
     said = [

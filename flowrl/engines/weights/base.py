@@ -1,9 +1,13 @@
 """Packing tensors into the buckets that a manifest lists, and what senders and fetchers of a transport do.
 
-Invariants: a receiver holds the bytes of every tensor against its digest before they are loaded, unless the version was
-published without (`digest_every`). Tensors lie in a bucket as raw little-endian bytes, each at a multiple of 64, never
-pickled; a tensor that is yielded under two names (tied embeddings) travels once, under the first. Two buckets are in
-flight at most, one that is filled while the other is hashed and kept beside it. Called by senders and receivers.
+Invariants:
+- a receiver holds the bytes of every tensor against its digest before they are loaded, unless the version was published
+  without (`digest_every`);
+- tensors lie in a bucket as raw little-endian bytes, each at a multiple of 64, never pickled;
+- a tensor that is yielded under two names (tied embeddings) travels once, under the first;
+- two buckets are in flight at most, one that is filled while the other is hashed and kept beside it.
+
+Called by senders and receivers.
 
 Tests: tests/contracts/test_weights.py
 """

@@ -2,12 +2,17 @@
 
 How a version travels: `publish` packs it into host buckets (the parameters may change from then on) and names the
 store's address in the manifest; each receiver announces itself in the store; when all are there, or half the deadline
-has passed, `transfer` writes the plan (who is in which group) and broadcasts to those in it. Invariants: no wait is
-without a deadline; the dead are left out and the living go on; whoever came for a version is waited for at the next, so
-that a receiver which is gone holds the sender up once; a group outside torch's default one is formed anew when its
-members change or it failed once, and ends no process, whatever befalls it; the workers of one replica hold a version
-once, received and verified by the first of them, whose memory the others map; a receiver that is late, restarted, new
-or in a broken group pulls the same buckets from the sender's server.
+has passed, `transfer` writes the plan (who is in which group) and broadcasts to those in it.
+
+Invariants:
+- no wait is without a deadline;
+- the dead are left out and the living go on;
+- whoever came for a version is waited for at the next, so that a receiver which is gone holds the sender up once;
+- a group outside torch's default one is formed anew when its members change or it failed once, and ends no process,
+  whatever befalls it;
+- the workers of one replica hold a version once, received and verified by the first of them, whose memory the others
+  map;
+- a receiver that is late, restarted, new or in a broken group pulls the same buckets from the sender's server.
 
 Tests: tests/contracts/test_weights.py
 """

@@ -1,8 +1,11 @@
 """The manifest of a published version: its tensors, the buckets they lie in, their digests, and how to get them.
 
-Invariants: plain JSON and free of torch, so that whoever records or compares versions can read it; every tensor is
-named once, with the blake3 digest of its bytes, which a receiver holds against what it is about to load. Written by
-the senders.
+Invariants:
+- plain JSON and free of torch, so that whoever records or compares versions can read it;
+- every tensor is named once, with the blake3 digest of its bytes, which a receiver holds against what it is about to
+  load.
+
+Written by the senders.
 
 Tests: tests/contracts/test_weights.py
 """

@@ -1,9 +1,12 @@
 """Weights by the nearest way: shared memory for receivers on the sender's machine, broadcast for all others.
 
-Invariants: a version is packed once, into shared memory, from where it is broadcast too; each receiver finds out for
-itself, at every version, which way is its own: the file is there, or it is on another machine. So a replica that comes
-back elsewhere, spread generators, or one on the learner's own GPU (NCCL would not take both into a group) need no
-setting. Opened by transport=auto on a cluster.
+Invariants:
+- a version is packed once, into shared memory, from where it is broadcast too;
+- each receiver finds out for itself, at every version, which way is its own: the file is there, or it is on another
+  machine. So a replica that comes back elsewhere, spread generators, or one on the learner's own GPU (NCCL would not
+  take both into a group) need no setting.
+
+Opened by transport=auto on a cluster.
 
 Tests: tests/contracts/test_weights.py
 """

@@ -1,7 +1,9 @@
 """Weights through shared memory: one file a version, in a directory of ours under /dev/shm (scratch.py).
 
-Invariants: a file appears under its name only when it is complete; a receiver that maps it keeps its bytes even after
-`retire` removed the name; a late or restarted receiver finds the newest version as long as the sender lives.
+Invariants:
+- a file appears under its name only when it is complete;
+- a receiver that maps it keeps its bytes even after `retire` removed the name;
+- a late or restarted receiver finds the newest version as long as the sender lives.
 
 Tests: tests/contracts/test_weights.py
 """

@@ -1,8 +1,12 @@
 """What people may be asked about a run: what its humans node asks, or the rollouts that it recorded.
 
-Invariants: what training waits for comes first, the oldest first, so that the learner's window moves; while one rater
-has a question before him no other is given it; with nothing open, people are given what others have judged, from which
-their agreement is known, and what nobody judged in time. Called by server.py and exports.py.
+Invariants:
+- what training waits for comes first, the oldest first, so that the learner's window moves;
+- while one rater has a question before him no other is given it;
+- with nothing open, people are given what others have judged, from which their agreement is known, and what nobody
+  judged in time.
+
+Called by server.py and exports.py.
 
 Tests: tests/unit/runs/test_feedback.py
 """

@@ -1,12 +1,15 @@
 """The server behind `flowrl feedback`: three files and three calls, on a port of this machine.
 
-Invariants: a call without the run's token is refused, compared in constant time; the token stands in the URL behind
-`#`, which no browser sends; whoever comes by another name than the page was opened for is refused, so that no site
-which has its own name lead here reaches it (DNS rebinding); a body has at most `MOST_BYTES` and arrives within
-`BODY_S`, and at most `MOST_CONNECTIONS` and a few are open; what answers hold becomes text and the few tags of
-Markdown, without links or pictures, under a policy that lets no other script run and nothing be fetched from elsewhere;
-a judgment is acknowledged after it is on the disk, and the token outlives the process, so that a page whose server was
-killed goes on with the next one.
+Invariants:
+- a call without the run's token is refused, compared in constant time;
+- the token stands in the URL behind `#`, which no browser sends;
+- whoever comes by another name than the page was opened for is refused, so that no site which has its own name lead
+  here reaches it (DNS rebinding);
+- a body has at most `MOST_BYTES` and arrives within `BODY_S`, and at most `MOST_CONNECTIONS` and a few are open;
+- what answers hold becomes text and the few tags of Markdown, without links or pictures;
+- the page's policy lets no other script run and nothing be fetched from elsewhere;
+- a judgment is acknowledged after it is on the disk;
+- the token outlives the process, so that a page whose server was killed goes on with the next one.
 
 Tests: tests/contracts/test_feedback_page.py
 """

@@ -1,11 +1,15 @@
 """What a run's nodes and queues did over time, gathered from its events and drawn as strips of the page.
 
 The axis is run time: seconds since the first event, with the gaps between the starts of a resumed run taken out.
-Invariants: a bin of a node holds the seconds that its replicas were charged with in it, no more and no less. The sum of
-a row's bins is the sum of what was added to it. There are never more than `most` bins: when time goes beyond the last
-one, neighbours are added together and every bin is twice as wide. Memory does not grow with the run, but for one entry
-a policy version. A strip has one rectangle for each run of equal bins, in the grid of an SVG that is `Activity.nodes`
-bins wide and 100 high.
+
+Invariants:
+- a bin of a node holds the seconds that its replicas were charged with in it, no more and no less;
+- the sum of a row's bins is the sum of what was added to it;
+- there are never more than `most` bins: when time goes beyond the last one, neighbours are added together and every bin
+  is twice as wide;
+- memory does not grow with the run, but for one entry a policy version;
+- a strip has one rectangle for each run of equal bins, in the grid of an SVG that is `Activity.nodes` bins wide and 100
+  high.
 
 `Record` gathers all that the page shows in one pass over the run's history. Its `view` is of the newest start that
 learned two steps (of the newest one where none did), as its own report was; everything else is of the whole run.

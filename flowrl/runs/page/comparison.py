@@ -1,8 +1,12 @@
 """Several runs side by side as one HTML file that needs nothing but itself: `flowrl compare RUN RUN ...`.
 
 Curves, held-out scores with their intervals, the settings that differ, and what each run answered to the same prompts.
-Invariants: as of the report (page.py); a difference of held-out scores is taken prompt by prompt only where both runs
-were asked the same prompts, and is left out elsewhere; nothing in a run's directory is changed.
+
+Invariants:
+- as of the report (page.py);
+- a difference of held-out scores is taken prompt by prompt only where both runs were asked the same prompts, and is
+  left out elsewhere;
+- nothing in a run's directory is changed.
 
 Tests: tests/unit/runs/page/test_comparison.py
 """

@@ -1,9 +1,13 @@
 """The report of a run as one HTML file that needs nothing but itself: no network, no fonts, no libraries.
 
-Invariants: whatever a run holds is escaped by the template engine; the page's own policy lets no script run but the one
-that is in this package, by its hash; what a run does not have is left out and said under "Not in this report"; the size
-is bounded by the limits of charts.py, activity.py and samples.py, however long the run was. What only the layers above
-know (the ledger, the tuner's advice, the tokenizer) comes in as a `Subject`. Called by `flowrl report`.
+Invariants:
+- whatever a run holds is escaped by the template engine;
+- the page's own policy lets no script run but the one that is in this package, by its hash;
+- what a run does not have is left out and said under "Not in this report";
+- the size is bounded by the limits of charts.py, activity.py and samples.py, however long the run was.
+
+What only the layers above know (the ledger, the tuner's advice, the tokenizer) comes in as a `Subject`. Called by
+`flowrl report`.
 
 Tests: tests/unit/runs/page/test_page.py
 """

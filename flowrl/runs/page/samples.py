@@ -2,8 +2,13 @@
 
 Steps are taken evenly over the run, the first and the last among them; of a step the group whose rewards differ most
 and the one that is oldest; of a group the best and the worst sample. So what is shown is chosen to be looked at and is
-no random sample, which the page says. Invariants: at most `MOST_STEPS * GROUPS_A_STEP * SAMPLES_A_GROUP` samples of
-`MOST_TOKENS` tokens each; a file that cannot be read is left out. Called by page.py.
+no random sample, which the page says.
+
+Invariants:
+- at most `MOST_STEPS * GROUPS_A_STEP * SAMPLES_A_GROUP` samples of `MOST_TOKENS` tokens each;
+- a file that cannot be read is left out.
+
+Called by page.py.
 
 Tests: tests/unit/runs/page/test_page.py
 """
