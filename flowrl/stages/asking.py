@@ -96,6 +96,8 @@ class Bridge:
             coroutine.close()
             raise InterruptedError("the evaluation has ended")
         self._running = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        if self._is_closed:  # meanwhile, by who did not see this one run
+            self._running.cancel()
         return self._running.result()
 
     def close(self) -> None:

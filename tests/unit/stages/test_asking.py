@@ -124,3 +124,19 @@ def test_a_thread_has_its_questions_answered_until_the_bridge_is_closed() -> Non
 
     asyncio.run(ask())
     assert found == [[2, 1], "cut off"]
+
+
+def test_what_begins_while_the_bridge_is_being_closed_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask() -> None:
+        bridge, begin = Bridge(), asyncio.run_coroutine_threadsafe
+
+        def begin_late(*arguments: Any) -> Any:
+            begun = begin(*arguments)
+            bridge.close()  # before the thread can have put down what it runs
+            return begun
+
+        monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", begin_late)
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.to_thread(bridge.run, asyncio.Event().wait())
+
+    asyncio.run(ask())
