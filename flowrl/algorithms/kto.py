@@ -21,6 +21,7 @@ import torch
 
 from flowrl.algorithms.base import Lesson, Loss, LossBatch, Objective
 from flowrl.algorithms.functional import has_tokens, last_value, masked
+from flowrl.algorithms.pairs import right_side
 from flowrl.config import Meta
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class KTO(Objective):
         good_B, bad_B = present_B * is_good_B, present_B * ~is_good_B
         metrics = {
             "desirable_frac": (good_B, present_B),
-            "accuracy": (present_B * (above_B.detach() > 0), present_B),
+            "accuracy": (present_B * right_side(above_B.detach()), present_B),
             "reward.desirable": (reward_B * good_B, good_B),
             "reward.undesirable": (reward_B * bad_B, bad_B),
             "reference_point": (z_B * present_B, present_B),

@@ -75,15 +75,26 @@ def log_ratios(batch: LossBatch) -> Tensor:
 
 
 def pair_metrics(chosen_P: Tensor, rejected_P: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return accuracy, margin and both rewards as sums over pairs with their number; a tie is not accurate."""
+    """Return accuracy, margin and both rewards as sums over pairs with their number.
+
+    A tie is half right, as in the area under a curve. So a policy beside itself as reference is at chance.
+
+    >>> float(pair_metrics(torch.tensor([1.0, 2.0, 2.0]), torch.tensor([1.0, 1.0, 3.0]))["accuracy"][0])
+    1.5
+    """
     chosen_P, rejected_P = chosen_P.detach(), rejected_P.detach()
     count = num_pairs(chosen_P)
     return {
-        "accuracy": ((chosen_P > rejected_P).to(count.dtype).sum(), count),
+        "accuracy": (right_side(chosen_P - rejected_P).sum(), count),
         "margin": ((chosen_P - rejected_P).sum(), count),
         "reward.chosen": (chosen_P.sum(), count),
         "reward.rejected": (rejected_P.sum(), count),
     }
+
+
+def right_side(differences: Tensor) -> Tensor:
+    """Return 1 where a difference is above 0, 0 where it is below, and 1/2 where there is none."""
+    return (differences.sign() + 1) / 2
 
 
 def num_pairs(values_P: Tensor) -> Tensor:

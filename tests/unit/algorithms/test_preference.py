@@ -160,10 +160,10 @@ def test_dpo_by_hand():
     )
 
 
-def test_a_policy_that_is_the_reference_has_loss_log_2_and_no_accuracy():
+def test_a_policy_that_is_the_reference_has_loss_log_2_and_is_at_chance():
     batch = pair((-1.0, -1.0))
     assert same(DPO().loss(batch).total, math.log(2.0))
-    assert metrics_of(DPO(), batch)["accuracy"] == 0.0
+    assert metrics_of(DPO(), batch)["accuracy"] == 0.5
 
 
 @pytest.mark.parametrize("seed", SEEDS)
