@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 MARK = "FLOWRL_FAULTS"  # in the environment of every process that comes of a run of ours
-FLOW = ("flow.generators=2", "flow.scorers=2", "flow.ranks=2")
-REPLICAS = ("prompts.0", "generator.0", "generator.1", "scorer.0", "scorer.1", "learner.0", "learner.0.rank1", "hub")
+FLOW = ("flow.generators=2", "flow.scorers=2", "flow.ranks=2", "cluster.proxies=2")
+REPLICAS = ("prompts.0", "generator.0", "generator.1", "scorer.0", "scorer.1", "learner.0", "learner.0.rank1")
+HUB = ("hub", "hub.proxy0", "hub.proxy1")
 RAYS = ("raylet", "gcs_server")
 OWNER = re.compile(r"[-_](\d+)(?:-[0-9a-f]{12})?$")  # the process's number in the name of what it left
 LOOK_S = 0.2
@@ -62,12 +63,14 @@ class Fault:
     @property
     def row(self) -> str:
         """Return what the table calls it: without the number of a replica."""
-        return f"{self.kind} {self.victim.partition('.')[0]}" + (" rank 1" if "rank1" in self.victim else "")
+        return f"{self.kind} {self.victim.partition('.')[0]}" + (
+            " rank 1" if "rank1" in self.victim else "'s proxy" if "proxy" in self.victim else ""
+        )
 
 
 FAULTS = [
     *(Fault(kind, who) for kind in ("SIGKILL", "SIGSTOP", "SIGSTOP, woken", "SIGTERM", "SIGHUP")
-      for who in (*REPLICAS, *RAYS)),
+      for who in (*REPLICAS, *HUB, *RAYS)),
     *(Fault(kind, who) for kind in ("SIGKILL", "SIGTERM", "SIGSTOP, woken") for who in ("driver", "all at once")),
     *(Fault(kind, "driver") for kind in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGSTOP, killed")),
     Fault("second run", "in the directory"), *(Fault(kind, "of all") for kind in LEAPS),

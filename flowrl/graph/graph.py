@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import msgspec
 
-from flowrl.config import Config, Meta
+from flowrl.config import AUTO, Config, Meta
 from flowrl.errors import GraphError
 from flowrl.graph.edges import DEPTH, UNSAID, Credits, Edge, Latest, Queue
 from flowrl.graph.ports import In, Out
@@ -49,6 +49,8 @@ class ClusterConfig(Config):
     labels: dict[str, dict[str, str]] = {}
     # graph node -> replicas at most, from its `replicas` on, as the cluster's nodes have room: cluster.most.generator=8
     most: dict[str, Annotated[int, Meta(ge=1)]] = {}
+    # processes that hand the hub the calls of many replicas in one piece; auto: none for up to 4,000 processes
+    proxies: Annotated[Annotated[int, Meta(ge=0)] | None, AUTO] = None
     place_timeout_s: Annotated[float, Meta(gt=0)] = 300.0  # for cores and GPUs to be free: nodes may have to start
 
 

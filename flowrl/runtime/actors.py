@@ -1,4 +1,4 @@
-"""The Ray actors of a run: the hub, which holds the flow behind its gate, and one for each replica or rank.
+"""The Ray actors of a run: the hub, which holds the flow behind its gate, its proxies, and each replica's ranks.
 
 Invariants:
 - messages travel over the wire (wire.py) and what crosses an actor call is bytes and plain values, never a pickled
@@ -35,6 +35,7 @@ from flowrl.runtime.holder import Holder
 from flowrl.runtime.lease import Turn
 from flowrl.runtime.ledger import Cut, Ledger
 from flowrl.runtime.placement import Place
+from flowrl.runtime.proxy import Proxy
 from flowrl.runtime.replica import Threads, run_replica
 from flowrl.runtime.rundir import hold
 from flowrl.runtime.wire import Address, Connection, Listener
@@ -137,6 +138,26 @@ class HubActor:
     async def totals(self) -> dict[str, int]:
         """Return the ledger's totals."""
         return self._ledger.totals()
+
+
+class ProxyActor:
+    """A proxy of the hub."""
+
+    def __init__(self, run_dir: str, name: str, attempt: int) -> None:
+        _join_run(Path(run_dir), name, attempt)
+        self._hub: Connection | None = None
+
+    async def open(self, host: str, port: int, secret: str) -> tuple[str, int, str]:
+        """Connect to the hub and take calls for it from now on; returns where it listens."""
+        self._hub = await Connection.open(Address(host, port, secret))
+        listener = Listener(Proxy(self._hub))
+        here = await listener.open(ray.util.get_node_ip_address())
+        return here.host, here.port, here.secret
+
+    async def listen(self, wait_s: float) -> bool:
+        """Return after `wait_s`, or when the hub is gone, whether it is there."""
+        assert self._hub is not None, "open comes first"
+        return not await self._hub.is_lost_within(wait_s)
 
 
 class ReplicaActor:

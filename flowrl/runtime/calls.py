@@ -18,16 +18,17 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
 from flowrl.errors import ChannelClosed
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Sequence
+    from collections.abc import Awaitable, Callable, Generator, Sequence
 
     from flowrl.runtime.flow import Flow, Released
 
@@ -64,6 +65,21 @@ class FlowCalls(Protocol):
     async def hand_over(self, host: str, turn: int) -> None: ...
 
 
+T = TypeVar("T")
+
+
+class Gate(Protocol):
+    """Where a listener brings calls: the flow's own gate, or a proxy that brings them there."""
+
+    async def call(self, call: Call) -> Any:
+        """Return the answer; cancelling the wait cancels the call."""
+        ...
+
+    def undo(self, call: Call) -> None:
+        """End a call whose caller no longer waits for it; what it was given goes back."""
+        ...
+
+
 METHODS = frozenset(name for name, value in vars(FlowCalls).items() if inspect.iscoroutinefunction(value))
 
 
@@ -83,7 +99,43 @@ class ReplicaCalls:
     """What the gate knows of one replica."""
 
     incarnation: int = 0
-    answers: dict[int, asyncio.Task[Any]] = field(default_factory=dict[int, "asyncio.Task[Any]"])
+    answers: dict[int, asyncio.Future[Any]] = field(default_factory=dict[int, "asyncio.Future[Any]"])
+
+
+class _Begun(Coroutine[Any, Any, T]):
+    """A coroutine that has been begun and waits, for a task to go on with; what befalls the task befalls it."""
+
+    def __init__(self, body: Coroutine[Any, Any, T], waits_for: Any) -> None:
+        self._body = body
+        self._waits_for = [waits_for]  # until the task has heard it
+
+    def send(self, value: Any) -> Any:
+        return self._waits_for.pop() if self._waits_for else self._body.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        self._waits_for.clear()
+        return self._body.throw(*error)
+
+    def close(self) -> None:
+        self._body.close()
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        raise NotImplementedError("a task sends to it")
+
+
+def begin(body: Coroutine[Any, Any, T]) -> asyncio.Future[T]:
+    """Begin a coroutine at once; only one that waits becomes a task, which would cost more than most calls do."""
+    ended: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+    try:
+        waits_for = body.send(None)
+    except StopIteration as result:
+        ended.set_result(result.value)
+    except Exception as error:
+        ended.set_exception(error)
+        ended.exception()  # whoever looks at it hears of it: it is not lost
+    else:
+        return asyncio.ensure_future(_Begun(body, waits_for))
+    return ended
 
 
 class CallGate:
@@ -109,7 +161,9 @@ class CallGate:
             if call.method not in METHODS:
                 raise ValueError(f"{call.method!r} is not a call")
             body = getattr(self.flow, call.method)(call.replica, *call.arguments)
-            answer = known.answers[call.number] = asyncio.ensure_future(body)
+            answer = known.answers[call.number] = begin(body)
+        if answer.done():
+            return answer.result()
         try:
             return await asyncio.shield(answer)
         except asyncio.CancelledError:

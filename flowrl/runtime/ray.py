@@ -28,7 +28,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from flowrl import errors
 from flowrl.errors import FlowrlError, ResourceError, StageError, StallError
 from flowrl.graph.program import plan_of
-from flowrl.runtime.actors import Failure, HubActor, ReplicaActor, ReplicaPlan
+from flowrl.runtime.actors import Failure, HubActor, ProxyActor, ReplicaActor, ReplicaPlan
 from flowrl.runtime.cluster import Cluster, Unanswered, ask
 from flowrl.runtime.fleet import Fleet, needs_of
 from flowrl.runtime.flow import Released, node_name
@@ -36,6 +36,7 @@ from flowrl.runtime.lease import turn_of
 from flowrl.runtime.local import num_readers
 from flowrl.runtime.nodes import amounts
 from flowrl.runtime.placement import Place, environment, module_path, places, places_of
+from flowrl.runtime.proxy import num_proxies
 from flowrl.runtime.readiness import moved
 from flowrl.runtime.rundir import Claim, holders
 from flowrl.runtime.supervisor import Death, HostLost, Options, Outcome, Start, Supervisor, report_interval_s
@@ -82,7 +83,9 @@ class Attempt:
     fleet: Fleet
     hub: Handle = None
     kinds: dict[str, str] = field(default_factory=dict[str, str])
-    wire: Address | None = None  # where the hub takes calls to the flow
+    proxies: dict[str, Handle] = field(default_factory=dict[str, Handle])  # of the hub, by name
+    wires: list[Address] = field(default_factory=list[Address])  # where the hub, or each proxy, takes calls to the flow
+    num_started: int = 0  # processes, each of which is given the next of the wires
     actors: dict[str, list[Handle]] = field(default_factory=dict[str, "list[Handle]"])  # by replica, in rank order
     waiting: set[str] = field(default_factory=set[str])  # of these, who has waited for a while and been told
     is_told: bool = False  # where everything is
@@ -131,9 +134,32 @@ class RayWorkers:
         arguments = (msgspec.json.encode(self._plan), str(self._run_dir), cut, now.number, start_number, epoch)
         now.hub = hub_type.options(**fleet.at_home()).remote(*arguments)
         addresses = [f"{node}.{port}" for node, stage in self._graph.nodes.items() for port in stage.ports]
-        now.wire = Address(*await self._ask_hub("open", self._options.stall_timeout_s, within_s=BORN_S))
+        wire = Address(*await self._ask_hub("open", self._options.stall_timeout_s, within_s=BORN_S))
+        now.wires = await self._start_proxies(wire) or [wire]
         now.kinds = await self._ask_hub("kinds", addresses)
         now.passing_on = asyncio.create_task(self._pass_on_stop())
+
+    async def _start_proxies(self, hub: Address) -> list[Address]:
+        """Start the hub's proxies beside it; returns where they listen."""
+        now, variables = self._now, {"OMP_NUM_THREADS": "1", "PYTHONPATH": module_path()}
+        kind = ray.remote(num_cpus=0, runtime_env={"env_vars": variables})(ProxyActor)
+        for index in range(num_proxies(self._options.placing.proxies, len(places(self._graph)))):
+            name = f"hub.proxy{index}"
+            now.proxies[name] = kind.options(**self._fleet.at_home()).remote(str(self._run_dir), name, now.number)
+        if now.proxies:
+            self._tell("info", "hub", f"is called through {len(now.proxies)} proxies (cluster.proxies)")
+        found = [self._ask_host(name, each.open, *hub, within_s=BORN_S) for name, each in now.proxies.items()]
+        return [Address(*each) for each in await asyncio.gather(*found)]
+
+    async def _ask_proxies(self, wait_s: float) -> None:
+        """Look whether every proxy is there, for as long as `wait_s`.
+
+        Raises:
+            HostLost: one is not.
+        """
+        asked = [self._ask_host(name, each.listen, wait_s) for name, each in self._now.proxies.items()]
+        if not all(await asyncio.gather(*asked)):
+            raise HostLost("flow", "its host is gone from its proxies")
 
     async def _ask_hub(self, method: str, *arguments: Any, within_s: float | None = None) -> Any:
         """Ask the flow's host.
@@ -142,16 +168,20 @@ class RayWorkers:
             HostLost: it is dead, or does not answer.
             FlowrlError: its own reason why it cannot begin.
         """
+        return await self._ask_host("hub", getattr(self._now.hub, method), *arguments, within_s=within_s)
+
+    async def _ask_host(self, name: str, call: Any, *arguments: Any, within_s: float | None = None) -> Any:
+        """Ask the hub or a proxy; errors as of `_ask_hub`."""
+        said = "its host" if name == "hub" else f"its host's {name.rpartition('.')[2]}"
         try:
-            call = getattr(self._now.hub, method)
             return await ask(call, *arguments, where="flow", within_s=within_s or self._within_s)
         except Unanswered as error:
-            raise HostLost("flow", f"its host was {error.what}") from error
+            raise HostLost("flow", f"{said} was {error.what}") from error
         except RayError as error:
             cause = error.__cause__
             if isinstance(cause, FlowrlError):
                 raise cause from None
-            raise HostLost("flow", "its host died", f"its log, with why, is {self._log('hub')}") from error
+            raise HostLost("flow", f"{said} died", f"its log, with why, is {self._log(name)}") from error
 
     async def run(self, replica: str, incarnation: int, start: Start) -> None:
         """Start a replica's ranks and wait for their end; one that fails takes the others with it."""
@@ -232,14 +262,14 @@ class RayWorkers:
 
     def _start(self, place: Place, incarnation: int, start: Start, token: str) -> Handle:
         stage, attempt = self._graph.nodes[place.node], self._now
-        assert attempt.wire is not None, "open waits for it"
+        attempt.num_started += 1
         plan = ReplicaPlan(
             place=place,
             incarnation=incarnation,
             stage=self._plan.nodes[place.node],
             world_size=stage.config.ranks,
             kinds={address: kind for address, kind in attempt.kinds.items() if node_name(address) == place.node},
-            hub=attempt.wire,
+            hub=attempt.wires[attempt.num_started % len(attempt.wires)],
             run_dir=str(self._run_dir),
             num_readers=num_readers(self._graph, place.node, self._options.scaling.wanted),
             attempt=attempt.number,
@@ -278,7 +308,10 @@ class RayWorkers:
                     most = self._options.placing.most[node]
                     self._tell("info", node, f"the cluster has room for {count} of at most {most}")
                     self._options.scaling.ask(node, count)
-            batch, stall, lost = await self._ask_hub("listen", self._interval_s)
+            told, _ = await asyncio.gather(
+                self._ask_hub("listen", self._interval_s), self._ask_proxies(self._interval_s)
+            )
+            batch, stall, lost = told
             self._options.consume(decode_events(batch))
             for replica in lost:
                 self._tell(
@@ -293,6 +326,7 @@ class RayWorkers:
 
     async def release(self, replica: str, successor: int, *, blames: bool = True) -> Released:
         """Fence a replica off that is gone and give back what it held."""
+        await self._ask_proxies(0.0)  # where one is gone, its replicas are gone for no reason of their own
         reissued, poisonous = await self._ask_hub("release", replica, successor, blames)
         if not blames:
             self._now.fleet.left(replica)
@@ -338,7 +372,11 @@ class RayWorkers:
             attempt.passing_on.cancel()
             await asyncio.gather(attempt.passing_on, return_exceptions=True)
         if not self._cluster.trouble(0.0) and not attempt.fleet.is_headless:
-            for actor in [*(actor for ranks in attempt.actors.values() for actor in ranks), attempt.hub]:
+            for actor in [
+                *(actor for ranks in attempt.actors.values() for actor in ranks),
+                *attempt.proxies.values(),
+                attempt.hub,
+            ]:
                 with contextlib.suppress(RayError, ValueError):
                     ray.kill(actor)
             attempt.fleet.free()

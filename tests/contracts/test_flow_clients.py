@@ -1,6 +1,6 @@
 """What a stage may rely on at its ports, on both runtimes: order, fairness, bound, closing, cancellation.
 
-The local client is the flow itself; the Ray client calls it in the hub's actor, over the wire.
+The local client is the flow itself; the Ray client calls it in the hub's actor, over the wire; others through proxies.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import pytest
 from flowrl.errors import ChannelClosed
 from flowrl.graph.program import plan_of
 from flowrl.messages import Credit, encode
-from flowrl.runtime.calls import CallClient, CallGate
+from flowrl.runtime.calls import Call, CallClient, CallGate
 from flowrl.runtime.flow import Flow
 from flowrl.runtime.ledger import Ledger
-from flowrl.runtime.wire import Address, Connection
+from flowrl.runtime.proxy import Proxy
+from flowrl.runtime.wire import Address, Connection, Listener
 from flowrl.telemetry import clock
 from tests.support.flows import FlowSettings, flow
 
@@ -57,7 +58,7 @@ def started_ray() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["local", "ray"])
+@pytest.fixture(params=["local", "proxies", "ray"])
 def on_runtime(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Body], None]:
     """Run a test's body with a client of the runtime and a way to close its edges."""
     if request.param == "ray":
@@ -73,6 +74,32 @@ def on_runtime(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Body
             return f.waits()
 
         await body(Clients(CallGate(f).call, waits), close)
+
+    async def through_proxies(body: Body) -> None:
+        """Generator 0 and the learner call one proxy, the others a second one."""
+        f = Flow(flow(SETTINGS), Ledger(None))
+        hub = Listener(CallGate(f))
+        address = await hub.open("127.0.0.1")
+        links = [await Connection.open(address) for _ in range(2)]
+        proxies = [Listener(Proxy(link)) for link in links]
+        wires = [await Connection.open(await proxy.open("127.0.0.1")) for proxy in proxies]
+
+        async def carry(call: Call) -> Any:
+            return await wires[call.replica in ("generator.0", "learner.0")].carry(call)
+
+        async def close() -> None:
+            f.close()
+
+        async def waits() -> list[str]:
+            return f.waits()
+
+        try:
+            await body(Clients(carry, waits), close)
+        finally:
+            for each in (*wires, *links):
+                await each.close()
+            for listener in (*proxies, hub):
+                listener.close()
 
     async def on_ray(body: Body) -> None:
         from flowrl.runtime.actors import HubActor, ray
@@ -92,7 +119,8 @@ def on_runtime(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Body
             ray.kill(hub)
 
     def run(body: Body) -> None:
-        asyncio.run(asyncio.wait_for((local if request.param == "local" else on_ray)(body), 2 * SOON_S))
+        runtimes = {"local": local, "proxies": through_proxies, "ray": on_ray}
+        asyncio.run(asyncio.wait_for(runtimes[request.param](body), 2 * SOON_S))
 
     return run
 

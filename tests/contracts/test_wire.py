@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import uvloop
@@ -13,6 +13,7 @@ from flowrl.errors import ChannelClosed, LastingError, RunError
 from flowrl.runtime.calls import CallClient, CallGate
 from flowrl.runtime.flow import Flow
 from flowrl.runtime.ledger import Ledger
+from flowrl.runtime.proxy import Proxy
 from flowrl.runtime.wire import Address, Connection, Listener
 from tests.contracts.test_flow_clients import SETTINGS, SOON_S
 from tests.support.flows import flow
@@ -24,12 +25,19 @@ pytestmark = pytest.mark.slow
 
 
 @asynccontextmanager
-async def listening() -> AsyncIterator[tuple[Flow, Address]]:
+async def listening(*, by_proxy: bool = False) -> AsyncIterator[tuple[Flow, Address]]:
     f = Flow(flow(SETTINGS), Ledger(None))
     listener = Listener(CallGate(f))
-    yield f, await listener.open("127.0.0.1")
-    assert listener._server is not None
-    listener._server.close()
+    address = await listener.open("127.0.0.1")
+    if by_proxy:
+        link = await Connection.open(address)
+        proxy = Listener(Proxy(link))
+        yield f, await proxy.open("127.0.0.1")
+        proxy.close()
+        await link.close()
+    else:
+        yield f, address
+    listener.close()
 
 
 def check(body: Coroutine[Any, Any, None]) -> None:
@@ -46,10 +54,11 @@ async def only_these_wait(f: Flow, *replicas: str) -> None:
         await asyncio.sleep(0.001)
 
 
-def test_a_message_or_credit_given_to_a_caller_that_gave_up_goes_to_the_next() -> None:
+@pytest.mark.parametrize("by_proxy", [False, True])
+def test_a_message_or_credit_given_to_a_caller_that_gave_up_goes_to_the_next(by_proxy: bool) -> None:
     async def body() -> None:
         given_up = 0
-        async with listening() as (_, address):
+        async with listening(by_proxy=by_proxy) as (_, address):
             wire = await Connection.open(address)
             prompts, first, second = (
                 CallClient(wire.carry, name, 0) for name in ("prompts.0", "generator.0", "scorer.0")
@@ -141,7 +150,7 @@ def test_waits_end_when_the_other_side_is_gone() -> None:
             await wire.close()
             waiting.cancel()
             await only_these_wait(f, "generator.1")
-            other._writer.transport.abort()
+            cast("asyncio.Transport", other._transport).abort()
             with pytest.raises(RunError, match="host is gone"):
                 await staying
             with pytest.raises(RunError, match="host is gone"):

@@ -57,6 +57,23 @@ def test_sigterm_to_every_process_leaves_a_stop_all_its_time(tmp_path: Path) -> 
 
 
 @pytest.mark.long
+def test_a_killed_proxy_of_the_hub_costs_what_the_hub_s_death_costs(tmp_path: Path) -> None:
+    run = Terminal(tmp_path / "run", "cluster.proxies=2", runtime="ray")
+    run.until('"version":6,')
+    assert "hub: is called through 2 proxies" in run.text
+    logs = {os.path.basename(os.readlink(f"/proc/{pid}/fd/1")): pid for pid in holders(run.run_dir / "lock")}
+    assert {"hub.log", "hub.proxy0.log", "hub.proxy1.log"} <= logs.keys()
+    os.kill(logs["hub.proxy1.log"], signal.SIGKILL)
+    run.until("everything starts again")
+    run.until('"version":20,')
+    run.press_ctrl_c()
+    assert run.ends() == 0
+    assert "its host's proxy1 died" in " ".join(run.text.split())
+    check_stopped(tmp_path / "run")
+    assert run.left_behind() == []
+
+
+@pytest.mark.long
 def test_a_killed_raylet_is_recovered_from_and_a_closed_terminal_stops_in_order(tmp_path: Path) -> None:
     run = Terminal(tmp_path / "run", "heartbeat_timeout_s=15", runtime="ray")
     run.until('"version":6,')

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import psutil
 
+from flowrl.config import resolve
 from flowrl.errors import FlowrlError, hold_output, let_go_of_output, say
 from flowrl.graph.graph import RunSettings
 from flowrl.graph.program import Program
@@ -144,9 +145,9 @@ class Terminal(Driven):
 def main(directory: str, runtime: str, *told: str) -> int:
     hold_output()
     run_dir = Path(directory)
-    given = dict(each.split("=") for each in told if each != "resume")
-    of_flow = {name.removeprefix("flow."): given.pop(name) for name in list(given) if name.startswith("flow.")}
-    settings = msgspec.convert({"runtime": runtime, "hints": False, **given}, RunSettings, strict=False)
+    given = [each for each in told if each != "resume" and not each.startswith("flow.")]
+    of_flow = dict(each.removeprefix("flow.").split("=") for each in told if each.startswith("flow."))
+    settings = resolve(RunSettings, overrides=[f"runtime={runtime}", "hints=false", *given])
     flow_settings = msgspec.convert({**msgspec.to_builtins(ENDLESS), **of_flow}, FlowSettings, strict=False)
     program = Program(path=Path(__file__), settings=settings, graph=flow(flow_settings, Learner))
     try:

@@ -16,7 +16,13 @@ from flowrl.simulation.clock import run_virtual
 
 ROOT = Path(__file__).resolve().parents[3]
 # What may write `.remote(...)`: the wrapper, and what starts an actor and keeps its handle.
-MAY_CALL = {("cluster.py", "answer_of"), ("cluster.py", "ask"), ("ray.py", "open"), ("ray.py", "_start")}
+MAY_CALL = {
+    ("cluster.py", "answer_of"),
+    ("cluster.py", "ask"),
+    ("ray.py", "open"),
+    ("ray.py", "_start"),
+    ("ray.py", "_start_proxies"),
+}
 WAITS_FOR_EVER = {"get", "wait"}  # of the module ray
 
 
