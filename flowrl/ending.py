@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Sequence
+    from collections.abc import Callable, Container, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 ASKED, SAID, HEARD, CALLED = "xqzask", "xqzsay", "xqzhear", "xqzcall"
 # How templates want a tool call: the arguments as an object or as JSON, beside an empty content or none.
 CALL_STYLES = [(as_json, content) for as_json in (False, True) for content in ("", None)]
-CLOSERS = re.compile(r"</[\w:]*think\w*>|\[/THINK\]|<\|END_THINKING\|>")  # what ends the thinking before an answer
+# What begins the thinking before an answer, and what ends it: as tags, as marks, as a channel of its own.
+THINKS = r"<[\w:]*think\w*>|\[THINK\]|<\|START_THINKING\|>|<\|channel>thought|<\|channel\|>analysis<\|message\|>"
+CLOSERS = re.compile(r"</[\w:]*think\w*>|\[/THINK\]|<\|END_THINKING\|>|<channel\|>|<\|channel\|>final<\|message\|>")
 DATE = date(2026, 1, 1)  # what a template that asks for today's date is told, unless `data.date` says another
 
 
@@ -134,8 +136,8 @@ def _written_ends(tokenizer: Any, template: str | None, added: list[str], known:
     if not (template or tokenizer.chat_template):
         return {}
 
-    def behind(*messages: dict[str, Any]) -> str:
-        """Return what is written behind what is said, up to what is heard next."""
+    def written(*messages: dict[str, Any]) -> str:
+        """Return a conversation's text up to what is heard in it; nothing where it cannot be rendered."""
         asked = {"role": "user", "content": ASKED}
         for first in ([asked], [{"role": "system", "content": ASKED}, asked]):
             try:
@@ -144,29 +146,45 @@ def _written_ends(tokenizer: Any, template: str | None, added: list[str], known:
                 )
             except template_errors():
                 continue
-            return text.split(HEARD)[0].rpartition(SAID)[2] if SAID in text else ""
+            return text.split(HEARD)[0] if SAID in text else ""
         return ""
 
     said, heard = {"role": "assistant", "content": SAID}, {"role": "user", "content": HEARD}
-    alone, followed = behind(said), behind(said, heard)
+    alone, followed = (written(*messages).rpartition(SAID)[2] for messages in ([said], [said, heard]))
     shared = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(alone, followed, strict=False)))
-    for text in (shared, alone):
-        if found := _end_in(text, added, known):
-            return {"gap": found[0], "end": found[1]}
-    found = _end_in(followed, added, known)
-    fields = {"gap_alone": alone if not alone.strip() else ""}
-    if not found or found[0].strip():
-        return fields
+    found = _end_in(shared, added, known) or _end_in(alone, added, known)
+    fields: dict[str, Any] = {}
+    if not found:
+        fields, found = {"gap_alone": alone if not alone.strip() else ""}, _end_in(followed, added, known)
+        if not found or found[0].strip():
+            return fields
     fields |= {"gap": found[0], "end": found[1]}
+    call_end = _call_end(written, added, known | {found[1]})
+    return fields | ({"call_end": call_end} if call_end else {})
+
+
+def _call_end(written: Callable[..., str], added: list[str], ends: set[str]) -> str:
+    """Return what ends an answer that calls a tool, where it is none of the other ends.
+
+    It is the token that stands last in it, unless it only ends the one call of several, or that of the tool's answer.
+    """
     result = {"role": "tool", "content": HEARD, "name": CALLED, "tool_call_id": "xqzcall00"}
     for as_json, content in CALL_STYLES:
         call = tool_call(CALLED, json.dumps({CALLED: SAID}) if as_json else {CALLED: SAID})
         asking = {"role": "assistant", "content": content, "tool_calls": [call]}
-        closed, followed = behind(asking), behind(asking, result)
-        if closed and followed.startswith(closed):
-            found = _end_in(followed[len(closed) :], added, known)
-            return fields | ({"call_end": found[1]} if found and not found[0].strip() else {})
-    return fields
+        closed, followed = written(asking), written(asking, result)
+        tail = closed.rpartition(SAID)[2]
+        if not closed:
+            continue
+        if any(end in tail for end in ends):
+            return ""
+        between = written({**asking, "tool_calls": [call, call]}).split(SAID)[1:-1]
+        last = next((token for token in added if tail.rstrip().endswith(token)), "")
+        if last and not any(last in each for each in between):
+            return last
+        found = _end_in(followed[len(closed) :], added, ends) if followed.startswith(closed) else None
+        return found[1] if found and not found[0].strip() else ""
+    return ""
 
 
 def _end_in(text: str, added: list[str], known: set[str]) -> tuple[str, str] | None:

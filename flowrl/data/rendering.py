@@ -39,6 +39,7 @@ from flowrl.ending import (
     DATE,
     HEARD,
     SAID,
+    THINKS,
     AnswerEnd,
     ending_of,
     render_options,
@@ -59,9 +60,11 @@ NAN = float("nan")
 PLAIN = {"role", "content", "weight"}  # what a message has that says its content and nothing besides
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PREFIX_REMEDY = "set data.learn=last, or give data.chat_template a template with {% generation %} marks"
-# How a policy begins to think: <think>, [THINK], <|START_THINKING|>; what ends it is named alike.
-OPENER = re.compile(r"(?:<(?P<tag>[\w:]*think\w*)>|\[(?P<mark>THINK)\]|<\|START_(?P<name>THINKING)\|>)\s*\Z")
-NO_THOUGHT = re.compile(r"<([\w:]*think\w*)>\s*</\1>\s*\Z")  # what a template writes for one that is not to think
+LAST_REMEDY = "set data.learn=last, or give data.chat_template one that writes it"
+OTHER_TEMPLATE = "take a model that knows it, or give data.chat_template=FILE"
+OPENER = re.compile(rf"(?:{THINKS})\s*\Z")  # how a template begins to think for the policy
+BLANK = rf"(?:{THINKS})\s*(?:{CLOSERS.pattern})\s*"  # what it writes for one that is not to think
+NO_THOUGHT, BLANK_FIRST = re.compile(rf"{BLANK}\Z"), re.compile(rf"\A{BLANK}")
 WORD = re.compile(r"[^\W_]+")
 ANCHORS = ("\n", "a", ".", "0")  # texts behind which another can be tokenized as it stands within a text
 
@@ -275,12 +278,29 @@ class Renderer:
         if not written.spans or not any(begin < end for begin, end in written.spans):
             raise DataError(row.place, "the chat template writes nothing for the assistant", PREFIX_REMEDY)
         self.check_history(row, written.text)
-        for turn, (begin, end) in zip(learned, written.spans, strict=False):
-            said = CLOSERS.split(messages[turn]["content"])[-1].strip()  # thinking is brought to one form by some
-            if len(learned) == len(written.spans) and not _is_within(said, written.text[begin:end]):
-                what = f"the chat template writes what message {turn} says otherwise than it stands there"
-                raise DataError(row.place, what, "give data.chat_template one that leaves it as it is")
+        parts = [written.text[begin:end] for begin, end in written.spans]
+        is_each = len(parts) == len(learned)  # marks may part a turn
+        for place, turn in enumerate(learned):
+            self._check_learned(row, messages, turn, parts[place] if is_each else "".join(parts))
         return written
+
+    def _check_learned(self, row: NormalRow, messages: Conversation, turn: int, part: str) -> None:
+        """Insist that what is learned of a message is all of it: what it thinks, says and calls."""
+        message, is_last = messages[turn], turn == len(messages) - 1
+        for name, thought in _thoughts(message).items():
+            if not _is_within(thought, part):
+                what = f"has {name}, which the chat template does not write"
+                if name == "content" or not is_last:
+                    raise DataError(row.place, f"the chat template leaves out what message {turn} thinks", LAST_REMEDY)
+                raise DataError(row.place, what, OTHER_TEMPLATE)
+        said = CLOSERS.split(message["content"])[-1].strip()  # thinking is brought to one form by some
+        if not _is_within(said, part):
+            what = f"the chat template writes what message {turn} says otherwise than it stands there"
+            raise DataError(row.place, what, "give data.chat_template one that leaves it as it is")
+        called = [call["function"]["name"] for call in message.get("tool_calls", [])]
+        if lost := [name for name in called if part.count(name) < called.count(name)]:
+            what = f"the chat template does not write all {len(called)} tool_calls of message {turn} ({lost[0]})"
+            raise DataError(row.place, what, OTHER_TEMPLATE)
 
     def _marked(self, row: NormalRow, messages: Conversation, num_before: int, learned: list[int]) -> Written:
         """Find the assistant's parts by the template's {% generation %} marks."""
@@ -293,7 +313,7 @@ class Renderer:
                 raise DataError(row.place, f"{what}, so the last is not known", "set data.learn=all, and no weight")
             spans = [span for span, turn in zip(spans, turns, strict=True) if turn in learned]
         start = self._start(row, text, messages[:num_before], num_before) if num_before else 0
-        openings = list(self._openings(row, messages, turns, text))
+        openings = list(self._openings(row, messages, turns, learned, text))
         spans = [(max(start, self._opened(row, openings, begin, end)), end) for begin, end in spans if end > start]
         if not spans:
             return Written(text, start, [])
@@ -301,6 +321,10 @@ class Renderer:
         spans = [
             (begin, self._end_of_marked(text[:limit], end)) for (begin, end), limit in zip(spans, limits, strict=True)
         ]
+        if len(spans) == len(learned):
+            for turn, (_, end) in zip(learned[:-1], spans[:-1], strict=True):
+                if not self._is_ended(text[:end]):
+                    raise self._no_end(row, turn)
         begin, end = spans[-1]
         if row.finish == "length":
             text = text[:begin] + self._finished(row, text[begin:end])
@@ -313,13 +337,18 @@ class Renderer:
             start = len(opened) if text.startswith(opened) and len(opened) <= spans[0][0] else spans[0][0]
         return Written(text, start or spans[0][0], spans)
 
-    def _openings(self, row: NormalRow, messages: Conversation, turns: Sequence[int], text: str) -> Iterator[int]:
+    def _openings(
+        self, row: NormalRow, messages: Conversation, turns: Sequence[int], learned: Sequence[int], text: str
+    ) -> Iterator[int]:
         """Yield the characters at which turns are opened, as far as what stands before one stays as it is."""
         for turn in turns:
+            opened = ""
             with suppress(DataError):  # a conversation that the template does not take up to there
                 opened = self._render(row, messages[:turn], is_open=True) if turn else ""
-                if text.startswith(opened):
-                    yield len(opened)
+            if text.startswith(opened):
+                yield len(opened)
+            elif turn in learned and (begun := _begun_thought(opened)) and text.startswith(opened[: begun.start()]):
+                raise _no_thought(row, begun, turn)
 
     def _opened(self, row: NormalRow, openings: Sequence[int], begin: int, end: int) -> int:
         """Return where in a marked part the policy begins to write: behind what opens its turn."""
@@ -365,36 +394,50 @@ class Renderer:
 
         Where it is not the conversation's last and only the next message ends it, that is left out.
         """
-        message = messages[-1]
+        turn, message = len(messages) - 1, messages[-1]
         content, is_plain = str(message["content"]), set(message) <= PLAIN
         own_end = self._own_end(message) if is_last else ""
-        mouth = OPENER.search(opened)
+        mouth, is_hushed = OPENER.search(opened), bool(NO_THOUGHT.search(opened))
+        if is_hushed and _thoughts(message):
+            what = f"the chat template has the policy not think, and message {turn} thinks"
+            raise DataError(row.place, what, "leave that out, or have the template let it think (chat_template_kwargs)")
         if is_last and is_plain and mouth and _closes(content, mouth):
             return self._finished(row, content + own_end)
         closed = self._render(row, messages)
-        answer = closed[len(opened) :] if closed.startswith(opened) else None
+        answer = self._added(opened, closed)
+        closer = None if is_hushed else CLOSERS.search(content)
+        if answer is not None and closer:
+            is_left_out = closer.group() not in answer
+            if is_left_out or (mouth and _thoughts(message) and not CLOSERS.split(answer)[0].strip()):
+                answer = None  # it would be thought twice, or not at all
         if answer is not None:
-            self._check_thoughts(row, message, answer)
-        thinks = CLOSERS.search(content)
-        if answer is not None and not (thinks and thinks.group() not in answer):
             said = answer.find(content.strip())
             ended = self.ending.cut(answer, said + len(content.strip()) if said >= 0 else 0)
             ended = ended or answer.removesuffix(self.ending.gap_alone) + own_end
             return self._finished(row, ended) if is_last else ended
-        if is_last and is_plain and (thinks or NO_THOUGHT.search(opened)):
+        if is_last and is_plain and closer:
             return self._finished(row, self._continued(opened, content) + own_end)
-        if answer is not None:
-            what = f"the chat template leaves out what message {len(messages) - 1} thinks"
-            raise DataError(row.place, what, PREFIX_REMEDY)
-        if mouth:
-            what = (
-                f"the chat template begins the answer with {mouth.group().strip()}, which message {len(messages) - 1}"
-            )
-            raise DataError(
-                row.place, f"{what} does not end", "write what it thinks, or have the template not begin it"
-            )
-        _check_prefix(row, closed, opened, len(messages) - 1)
+        if mouth and not closer:
+            raise _no_thought(row, mouth, turn)
+        if closer:
+            raise DataError(row.place, f"the chat template leaves out what message {turn} thinks", PREFIX_REMEDY)
+        _check_prefix(row, closed, opened, turn)
         return closed
+
+    def _added(self, opened: str, closed: str) -> str | None:
+        """Return what a turn adds to the opened one; None where that is rendered otherwise once it is closed.
+
+        The thought that is begun there may stand in the closed one with other white space, and a blank one not at all.
+        """
+        if closed.startswith(opened):
+            return closed[len(opened) :]
+        begun = _begun_thought(opened)
+        if begun is None or not closed.startswith(opened[: begun.start()]):
+            return None
+        rest = closed[begun.start() :]
+        if NO_THOUGHT.search(opened):
+            return BLANK_FIRST.sub("", rest)
+        return self._continued(opened, rest) if rest.startswith(begun.group().rstrip()) else None
 
     def _finished(self, row: NormalRow, answer: str) -> str:
         """Return an answer, without its end where it is a sample that was cut."""
@@ -409,9 +452,11 @@ class Renderer:
     def _continued(self, opened: str, content: str) -> str:
         """Return what is left to write of a content whose thinking `opened` has begun."""
         mouth = OPENER.search(opened)
-        if not mouth or not (rest := content.lstrip()).startswith(mouth.group().rstrip()):
+        opener = mouth.group().rstrip() if mouth else ""
+        if not mouth or not content.lstrip().startswith(opener):
             return content
-        return rest[len(mouth.group()) :] if rest.startswith(mouth.group()) else rest[len(mouth.group().rstrip()) :]
+        rest = content.lstrip().removeprefix(opener)
+        return rest[num_shared(mouth.group().removeprefix(opener), rest) :]
 
     def _no_end(self, row: NormalRow, turn: int) -> DataError:
         what = f"the chat template writes no token that ends the turn of message {turn}, so no end would be learned"
@@ -429,8 +474,16 @@ class Renderer:
         return self._rendered(row, messages, add_generation_prompt=is_open)[0]
 
     def _render_marked(self, row: NormalRow, messages: Conversation) -> tuple[str, list[tuple[int, int]]]:
+        """Return a text and the parts marked in it, without those that are nothing but an end, or tokens behind one."""
         text, marks = self._rendered(row, messages, return_assistant_tokens_mask=True)
-        return text, [(begin, end) for begin, end in marks if begin < end]
+        parts: list[tuple[int, int]] = []
+        for begin, end in marks:
+            before = self._end_of_marked(text, parts[-1][1]) if parts else 0
+            is_behind = self._is_ended(text[:before]) and not text[before:begin].strip()
+            is_bare = set(self._ids(text[begin:end].strip())) <= self._tokenizer.added_tokens_decoder.keys()
+            if not self.ending.begins(text[begin:end]) and not (is_behind and is_bare):
+                parts.append((begin, end))
+        return text, [(begin, end) for begin, end in parts if begin < end]
 
     def _rendered(self, row: NormalRow, messages: Conversation, **how: bool) -> tuple[str, Any]:
         """Return a text and the parts that the template marks in it, where they are asked for."""
@@ -451,18 +504,20 @@ class Renderer:
 
     def _check_written(self, row: NormalRow, messages: Conversation, text: str) -> None:
         """Refuse what a template leaves out without a word."""
-        remedy = "take a model that knows it, or give data.chat_template=FILE"
         tools = [tool.get("function", tool) for tool in row.tools or []]
         names = [tool["name"] for tool in tools if isinstance(tool, dict) and isinstance(tool.get("name"), str)]
         if lost := [name for name in names if name not in text]:
-            raise DataError(row.place, f"has tools, which the chat template does not write ({lost[0]})", remedy)
+            raise DataError(row.place, f"has tools, which the chat template does not write ({lost[0]})", OTHER_TEMPLATE)
         calls = [call["function"]["name"] for message in messages for call in message.get("tool_calls", [])]
         if lost := [name for name in calls if name not in text]:
-            raise DataError(row.place, f"has tool_calls, which the chat template does not write ({lost[0]})", remedy)
+            raise DataError(
+                row.place, f"has tool_calls, which the chat template does not write ({lost[0]})", OTHER_TEMPLATE
+            )
         for place, message in enumerate(messages):
-            if message["role"] not in ("assistant", "tool") and not _is_within(message["content"].strip(), text):
+            is_written = _is_told if message["role"] == "tool" else _is_within
+            if message["role"] != "assistant" and not is_written(message["content"].strip(), text):
                 what = f"has a {message['role']} message ({place}), which the chat template does not write"
-                raise DataError(row.place, what, remedy)
+                raise DataError(row.place, what, OTHER_TEMPLATE)
 
     def check_history(self, row: NormalRow, text: str) -> None:
         """Insist that what the assistant has said in a prompt stands in its text.
@@ -476,13 +531,7 @@ class Renderer:
             is_said = message["role"] == "assistant" and not message.get("tool_calls")
             if is_said and not _is_within(CLOSERS.split(message["content"])[-1].strip(), text):
                 what = f"has an assistant message ({place}), which the chat template does not write"
-                raise DataError(row.place, what, "take a model that knows it, or give data.chat_template=FILE")
-
-    def _check_thoughts(self, row: NormalRow, message: dict[str, Any], answer: str) -> None:
-        for name in sorted(THOUGHTS & message.keys()):
-            if isinstance(message[name], str) and message[name].strip() not in answer:
-                remedy = "take a model that knows it, or give data.chat_template=FILE"
-                raise DataError(row.place, f"has {name}, which the chat template does not write", remedy)
+                raise DataError(row.place, what, OTHER_TEMPLATE)
 
     def _styled(self, row: NormalRow, messages: Conversation) -> Conversation:
         """Return messages as this template wants them."""
@@ -504,6 +553,7 @@ class Renderer:
 
         given = {**self._tokenizer.special_tokens_map, **self._clock}
         written: list[tuple[bool, str | None]] = []
+        num_rendered = 0
         for as_json, content in CALL_STYLES:
             call = tool_call(CALLED, json.dumps({ASKED: HEARD}) if as_json else {ASKED: HEARD})
             asking = {"role": "assistant", "content": content, "tool_calls": [call]}
@@ -516,10 +566,12 @@ class Renderer:
                 )
             except template_errors():
                 continue
-            text = texts[0]
+            text, num_rendered = texts[0], num_rendered + 1
             written += [(as_json, content)] if CALLED in text else []
             if CALLED in text and HEARD in text and f"'{ASKED}'" not in text and '\\"' not in text:
                 return as_json, content
+        if num_rendered and not written:
+            raise DataError(row.place, "has tool_calls, which the chat template does not write", OTHER_TEMPLATE)
         return written[0] if written else CALL_STYLES[0]
 
     def _template_of(self, row: NormalRow) -> str:
@@ -598,6 +650,12 @@ def _is_within(content: str, text: str) -> bool:
     return content in text or _words(content) in _words(text)
 
 
+def _is_told(result: str, text: str) -> bool:
+    """Return whether most words of a tool's result stand in a text: some templates write it in a form of their own."""
+    words, there = WORD.findall(result), set(WORD.findall(text))
+    return result in text or not words or 2 * sum(word in there for word in words) > len(words)
+
+
 def _words(text: str) -> str:
     return " ".join(["", *WORD.findall(text), ""])
 
@@ -606,6 +664,26 @@ def _closes(content: str, mouth: re.Match[str]) -> bool:
     """Return whether a content ends the thinking that the prompt has begun, without beginning it itself."""
     closer = CLOSERS.search(content)
     return closer is not None and mouth.group().rstrip() not in content[: closer.start()]
+
+
+def _begun_thought(opened: str) -> re.Match[str] | None:
+    """Return the thought that a template writes where a turn is opened: begun, or blank."""
+    return OPENER.search(opened) or NO_THOUGHT.search(opened)
+
+
+def _thoughts(message: dict[str, Any]) -> dict[str, str]:
+    """Return what a message thinks, by the field that holds it."""
+    closer = CLOSERS.search(message["content"])
+    within = re.sub(rf"\A\s*(?:{THINKS})", "", message["content"][: closer.start()]) if closer else ""
+    fields = {name: message[name] for name in sorted(THOUGHTS & message.keys()) if isinstance(message[name], str)}
+    return {name: text.strip() for name, text in {"content": within, **fields}.items() if text.strip()}
+
+
+def _no_thought(row: NormalRow, begun: re.Match[str], turn: int) -> DataError:
+    what = f"the chat template begins the answer with {' '.join(begun.group().split())}, which message {turn}"
+    if NO_THOUGHT.search(begun.group()):
+        return DataError(row.place, f"{what} does not repeat", PREFIX_REMEDY)
+    return DataError(row.place, f"{what} does not end", "write what it thinks, or have the template not begin it")
 
 
 def _styled_call(call: dict[str, Any], *, as_json: bool) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from fractions import Fraction
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
-from flowrl.ending import CLOSERS
+from flowrl.ending import CLOSERS, THINKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _TYPED = {0x2212: "-", **{0xFF01 + place: 0x21 + place for place in range(94)}}  # the minus sign, and wide letters
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s*([^\s{}$\\]+)")
-_OPENED = re.compile(r"\s*(?:<[\w:]*think\w*>|\[THINK\]|<\|START_THINKING\|>)")  # what is not ended is not said
+_OPENED = re.compile(rf"\s*(?:{THINKS})")  # what is not ended is not said
 _ANSWER, _ANSWERED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL), "</answer>"
 _HASHES = re.compile(r"####(.*)")
 _BOX = r"\\(?:boxed|fbox)\s*\{"

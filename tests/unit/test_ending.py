@@ -84,3 +84,32 @@ def test_a_sample_s_text_has_its_special_tokens_but_not_its_end():
 def test_a_model_without_a_tokenizer_is_saved_all_the_same(tmp_path):
     write_stops(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("calls", "results", "end"),
+    [
+        ("<call>ARGS</call>", "<result>", ""),  # the answer's own end stands behind it
+        ("<call>ARGS<|call|>", "<result>", "<|call|>"),  # as gpt-oss': a token in its place, of one call
+        ("<call>ARGS</call>", "<tool>", "<tool>"),  # as GLM's: the mark of the one who answers
+    ],
+)
+def test_a_call_ends_with_its_own_token_where_the_answer_s_end_does_not_follow(calls, results, end):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<call>", "</call>", "<|call|>", "<result>", "<tool>"])
+    written = calls.replace("ARGS", "{{ c.function.name }} {{ c.function.arguments | tojson }}")
+    closed, most = "" if end else "<|im_end|>", "1" if end == "<|call|>" else "9"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}" + results + "{{ m.content }}{% elif m.tool_calls %}"
+        "{% for c in m.tool_calls[:"
+        + most
+        + "] %}"
+        + written
+        + "{% endfor %}"
+        + closed
+        + "{% else %}{{ m.content }}<|im_end|>"
+        "{% endif %}{% endfor %}"
+    )
+    ending = ending_of(tokenizer)
+    assert (ending.end, ending.call_end) == ("<|im_end|>", end)
+    assert set(ending.stops.values()) == {"<|im_end|>", end} - {""}

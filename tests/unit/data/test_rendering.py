@@ -234,8 +234,15 @@ def test_marks_that_are_not_one_a_turn_cannot_tell_the_last(tokenizer):
     )
     messages = [said("user", "a"), said("assistant", "b")]
     assert renderer(tokenizer, template=twice).encode(row(messages=messages)) == by_hand(tokenizer, messages)
+    last = renderer(tokenizer, template=twice, learns_all=False).encode(row(messages=messages * 2))
+    assert tokenizer.decode(last.responses[0]) == "b<|im_end|>"  # an end that is marked by itself is no part
+    in_two = MARKED.replace(
+        "{{ m['content'] }}<|im_end|>{% endg", "b{% endgeneration %}{% generation %}c<|im_end|>{% endg"
+    )
+    messages[1] = said("assistant", "bc")
+    assert renderer(tokenizer, template=in_two).encode(row(messages=messages)) == by_hand(tokenizer, messages)
     with pytest.raises(DataError, match=r"marks 4 parts for 2 turns.*data\.learn=all"):
-        renderer(tokenizer, template=twice, learns_all=False).encode(row(messages=messages * 2))
+        renderer(tokenizer, template=in_two, learns_all=False).encode(row(messages=messages * 2))
 
 
 def test_conversation_needs_a_chat_template():
@@ -547,3 +554,70 @@ def test_a_prompt_that_says_not_to_think_is_the_same_whether_the_answer_repeats_
     found = renderer(tokenizer, template=template).encode(row(**columns, completion=[said("assistant", "b")]))
     assert tokenizer.decode(found.prompt_ids).endswith("assistant\n" + nothing)
     assert tokenizer.decode(found.responses[0]) == "b<|im_end|>"
+
+
+def test_marks_learn_no_other_answer_than_the_policy_is_asked_for(tokenizer):
+    """As TRL's templates for training: marks tell the assistant's part, and drop, add or open as other templates do."""
+    messages = [said("user", "a"), said("assistant", "b"), said("user", "c"), said("assistant", "d")]
+    behind = MARKED + "{% if not add_generation_prompt %}{% generation %}<|endoftext|>{% endgeneration %}{% endif %}"
+    assert renderer(tokenizer, template=behind).encode(row(messages=messages)) == by_hand(tokenizer, messages)
+    thought = [messages[0], {**messages[1], "reasoning_content": "hm"}]
+    tagged = [messages[0], said("assistant", "<think>hm</think>b")]
+    forgets = MARKED.replace(
+        "{{ m['content'] }}<|im_end|>{% endg", "{{ m.content.split('</think>')[-1] }}<|im_end|>{% endg"
+    )
+    mouth = MARKED.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    other_end = MARKED.replace("<|im_end|>{% endg", "{{ '<|im_end|>' if loop.last else '<|endoftext|>' }}{% endg")
+    for template, given, what in (
+        (MARKED, thought, "has reasoning_content, which the chat template does not write"),
+        (forgets, thought + messages[2:], "leaves out what message 1 thinks; set data.learn=last"),
+        (forgets, tagged, "leaves out what message 1 thinks"),
+        (mouth, messages, "begins the answer with <think>, which message 1 does not end"),
+        (other_end, messages, "no token that ends the turn of message 1"),
+    ):
+        with pytest.raises(DataError, match=what):
+            renderer(tokenizer, template=template).encode(row(messages=given))
+
+
+@pytest.mark.parametrize("blank", ["<think>\n\n</think>\n\n", "<|channel>thought\n<channel|>"])
+def test_a_prompt_that_says_not_to_think_stays_though_a_closed_turn_leaves_that_out(tokenizer, blank):
+    """As Gemma 4's larger models: only prompts have the blank thought."""
+    made = renderer(tokenizer, template=CHAT_TEMPLATE.replace("assistant\n{% endif", f"assistant\n{blank}{{% endif"))
+    for content in ("b", f"{blank}b"):
+        found = made.encode(row(prompt=[said("user", "a")], completion=[said("assistant", content)]))
+        assert tokenizer.decode(found.prompt_ids).endswith(f"assistant\n{blank}")
+        assert tokenizer.decode(found.responses[0]) == "b<|im_end|>"
+    with pytest.raises(DataError, match="has the policy not think, and message 1 thinks"):
+        made.encode(row(messages=[said("user", "a"), said("assistant", blank.replace("\n", "hm", 1) + "b")]))
+
+
+def test_what_the_template_begins_to_think_is_not_thought_twice(tokenizer):
+    begins = CHAT_TEMPLATE.replace("assistant\n{% endif", "assistant\n<think>\n\n{% endif")
+    always = begins.replace(
+        "{{ m['content'] }}", "{{ '<think>\n\n</think>' if m.role == 'assistant' }}{{ m['content'] }}"
+    )
+    writes = begins.replace(
+        "{{ m['content'] }}", "{% if m.thinking %}<think>\n{{ m.thinking }}</think>{% endif %}{{ m.content }}"
+    )
+    ask, inline = [said("user", "a")], said("assistant", "<think>\nhm</think>b")
+    apart = {**said("assistant", "b"), "thinking": "hm"}
+    for template, answer in ((begins, inline), (always, inline), (writes, apart)):
+        found = renderer(tokenizer, template=template).encode(row(messages=[*ask, answer]))
+        assert tokenizer.decode(found.prompt_ids).endswith("assistant\n<think>\n\n")
+        assert tokenizer.decode(found.responses[0]) == "hm</think>b<|im_end|>"
+
+
+def test_calls_and_results_that_a_template_leaves_out_are_refused_though_it_writes_the_tools(tokenizer):
+    tools = [{"name": "look"}]
+    silent = "{% for t in tools or [] %}{{ t.name }}{% endfor %}" + CHAT_TEMPLATE
+    first = silent.replace("<|im_end|>", CALLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"))
+    deaf = silent.replace("<|im_end|>", CALLS).replace("in messages", "in messages if m.role != 'tool'")
+    call, result = {"name": "look", "arguments": {}}, said("tool", '{"temperature": 20}')
+    once, twice = ({**said("assistant", ""), "tool_calls": calls} for calls in ([call], [call, call]))
+    for template, messages, what in (
+        (silent, [once], "has tool_calls, which the chat template does not write"),
+        (first, [twice], r"does not write all 2 tool_calls of message 1 \(look\)"),
+        (deaf, [once, result, said("assistant", "b")], r"has a tool message \(2\), which the chat template does not"),
+    ):
+        with pytest.raises(DataError, match=what):
+            renderer(tokenizer, template=template).encode(row(messages=[said("user", "a"), *messages], tools=tools))
