@@ -114,6 +114,18 @@ def system_of(row: RawRow) -> str | None:
     return next((text for text in texts if text.strip()), None)
 
 
+def check_history(row: RawRow) -> None:
+    """Refuse earlier turns in a column of their own, beside a prompt that is a text.
+
+    Raises:
+        DataError: there are some.
+    """
+    earlier = row.columns.get("history")
+    if isinstance(earlier, list) and earlier:
+        what = f"has earlier turns in a column 'history' ({len(cast('list[Any]', earlier))}), which nothing here reads"
+        raise DataError(row.place, what, "write them and the prompt as messages")
+
+
 def tools_of(row: RawRow) -> list[dict[str, Any]] | None:
     """Return the tools a row offers: JSON schemas, or strings that hold them as JSON.
 

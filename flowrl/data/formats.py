@@ -34,6 +34,7 @@ import msgspec
 from flowrl.data.conversations import (
     SPEAKERS,
     Conversation,
+    check_history,
     messages_of,
     noun,
     options_of,
@@ -153,6 +154,8 @@ def normalise(row: RawRow, format: Format, kind: Kind | None = None) -> NormalRo
         DataError: a column is missing, empty or of another type than the format says, or the row is of another format.
     """
     normal = _normalised(row, format, kind)
+    if isinstance(normal.prompt, str):
+        check_history(row)
     system = system_of(row)
     if not system or (format.kind == "language-modeling" and not format.is_conversational):
         return normal
@@ -233,8 +236,16 @@ def as_chat(row: NormalRow) -> NormalRow:
         asked, answers = _shared_apart(row.place, dialogues[0], dialogues[1])
         return msgspec.structs.replace(row, prompt=asked, responses=answers, system="")
     responses: list[Text] = [[{"role": "assistant", "content": each}] for each in row.responses]
-    prompt = with_system([{"role": "user", "content": row.prompt}], row.system or None)
+    prompt = with_system(asked_in(cast("str", row.prompt)), row.system or None)
     return msgspec.structs.replace(row, prompt=prompt, responses=responses, system="")
+
+
+def asked_in(text: str) -> Conversation:
+    """Return the messages of a prompt: the user's, or those of one that says who speaks and opens the answer (HH)."""
+    said = _dialogue(text)
+    if not any(message["role"] == "assistant" for message in said):
+        return [{"role": "user", "content": text}]
+    return said if said[-1]["content"] else said[:-1]
 
 
 def _dialogue(text: str) -> Conversation:

@@ -22,8 +22,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import msgspec
 
 from flowrl.config import Config, Meta, widen
-from flowrl.data.conversations import SYSTEM_ROLES, messages_of, noun, options_of, system_of, tools_of, with_system
-from flowrl.data.formats import NormalRow
+from flowrl.data.conversations import (
+    SYSTEM_ROLES,
+    check_history,
+    messages_of,
+    noun,
+    options_of,
+    system_of,
+    tools_of,
+    with_system,
+)
+from flowrl.data.formats import NormalRow, asked_in
 from flowrl.data.mixing import Mixture, split
 from flowrl.data.naming import prompt_column, with_names, with_prompt
 from flowrl.data.rendering import Renderer
@@ -325,6 +334,8 @@ def prompt_of(data: PromptData, row: RawRow) -> NormalRow:
         raise DataError(row.place, f"the prompt is {noun(prompt)}", "a prompt is a string or a list of messages")
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise DataError(row.place, "the prompt is empty", "drop the row, or set data.on_bad=skip")
+    if isinstance(prompt, str):
+        check_history(row)
     system = system_of(row)
     if not data.chat_template:
         if system:
@@ -334,7 +345,7 @@ def prompt_of(data: PromptData, row: RawRow) -> NormalRow:
             return NormalRow(place=row.place, prompt=prompt)
         remedy = "set data.chat_template=true, or write the prompt as one string"
         raise DataError(row.place, "is a conversation but data.chat_template is false", remedy)
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else messages_of(row, "prompt")
+    messages = asked_in(prompt) if isinstance(prompt, str) else messages_of(row, "prompt")
     asked = [each for each in messages if each["role"] not in SYSTEM_ROLES]
     if not asked or (asked[-1]["role"] == "user" and not asked[-1]["content"].strip()):
         what = "the last message of the prompt is blank" if asked else "the prompt holds nothing but a system message"

@@ -178,7 +178,7 @@ def mismatched_of(row_at: Callable[[int], ExampleRow], position: int, num_rows: 
         if other.prompt_ids != prompt_ids:
             return other
     what = f"all {num_rows} rows have one prompt, but the objective needs responses to other prompts as well"
-    raise DataError("data", what, "give rows with different prompts")
+    raise DataError("data", what, "give rows with different prompts, and hold out two or none")
 
 
 def _endless(rows: Sequence[ExampleRow]) -> Callable[[int], ExampleRow]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flowrl.data.formats import as_chat, detect, good_response, normalise
+from flowrl.data.formats import as_chat, asked_in, detect, good_response, normalise
 from flowrl.data.naming import with_names
 from flowrl.data.sources import RawRow
 from flowrl.errors import DataError
@@ -280,8 +280,18 @@ def test_strings_that_say_who_speaks_become_chat():
     assert good_response(pair, as_strings).responses == pair.responses[:1]
     (whole,) = as_chat(normal(text="\n\nHuman: hi\n\nAssistant: yo")).responses
     assert whole == [said("user", "hi"), said("assistant", "yo")]
+    apart = as_chat(normal(prompt=shared, chosen=" 4", rejected=" 5\n\n6"))
+    assert apart.prompt == pair.prompt
+    assert asked_in("Human: or not?") == [said("user", "Human: or not?")]
     with pytest.raises(DataError, match="nor says who speaks"):
         as_chat(normal(chosen="a b", rejected="a c"))
+
+
+def test_earlier_turns_in_a_column_of_their_own_are_refused_beside_a_text():
+    with pytest.raises(DataError, match=r"has earlier turns in a column 'history' \(1\), which nothing here reads"):
+        normal(prompt="a", completion="b", history=[["c", "d"]])
+    assert normal(prompt="a", completion="b", history=[]).prompt == "a"
+    assert normal(messages=ASK + BLUE, history=["seen"]).responses == [ASK + BLUE]
 
 
 def test_a_label_beside_messages_judges_the_last_of_them():

@@ -68,6 +68,7 @@ SHAPES: list[tuple[dict[str, Any], str, str]] = [
     ({"instruction": "a?", "input": ""}, "instruction", "a?"),
     ({"instruction": "Add.", "input": "1, 2"}, "instruction", "Add.\n\n1, 2"),
     ({"query": "a?"}, "query", "a?"),
+    ({"prompt": "\n\nHuman: a?\n\nAssistant:"}, "prompt", "a?"),
     ({"question": "a?", "messages": [*USER, {"role": "assistant", "content": "b"}]}, "question", "a?"),
 ]
 
@@ -160,6 +161,7 @@ def test_answer_prefix_column_begins_the_policys_turn(jsonl, tokenizer):
 
 
 BAD_ROWS: list[tuple[list[Any], dict[str, Any], list[str]]] = [
+    ([{"prompt": "a", "history": [["b", "c"]]}], {}, [":1", "has earlier turns in a column 'history' (1)"]),
     ([{"prompt": "a"}, "{oops"], {}, [":2", "is not JSON"]),
     ([{"prompt": "a"}, "[1]"], {}, [":2", "holds a list, not an object"]),
     ([{"promt": "a", "answer": 1}], {}, [":1", "no column is known", "columns: promt, answer", "prompt_column=promt"]),
