@@ -42,6 +42,9 @@ _GAP = re.compile(r"(?<=\d)(?:\{,\}|\\[!,;: ]|[~\s])(?=\d{3}(?!\d))")  # between
 _FRACTION = re.compile(r"\\[cdt]?frac(?:\{([-+]?\d+)\}|(\d))(?:\{(\d+)\}|(\d))")
 _NO_GAP = re.compile(r" (?!\d)|(?<![\d,]) ")  # "1 2" and "1, 200" are two numbers
 _RATIO = re.compile(r"([-+]?)(?:(\d+) )?(\d+)/(\d+)")  # "1 1/2" is 3/2
+_SET_OFF = re.compile(r"\\\(\s*(.*?)\s*\\\)|\\\[\s*(.*?)\s*\\\]", re.DOTALL)  # \(7\) and \[7\] are 7
+_GROUPED = re.compile(r"\{+([^{}]*)\}+")
+_ESCAPED = re.compile(r"\\([%$#&_{}])")  # what LaTeX writes of these signs
 _MOST_DIGITS = 4000  # Python reads integers of up to 4300
 _UNIT = re.compile(r"(.*?[\d}.])\s*(?:\\?%|\^?\\circ|\^\{\\circ\}|°|[^\W\d_]+)")  # a number and one word, or a sign
 
@@ -150,10 +153,12 @@ def plain(answer: str) -> str | Fraction:
     """Return an answer as it is compared: "$1,200" and "1200.0" are one number, "Paris" and "paris" one text."""
     text = answer.strip().removesuffix(".").strip()
     text = text.strip("$") if text.startswith("$") and text.endswith("$") else text
-    number = _number(text)
+    text = found[1] or found[2] or "" if (found := _SET_OFF.fullmatch(text)) else text
+    grouped = _GROUPED.fullmatch(text)
+    number = _number(grouped[1] if grouped else text)
     if number is not None:
         return number
-    text = choice(text) or _WORDS.sub(r"\1", text)
+    text = _ESCAPED.sub(r"\1", choice(text) or _WORDS.sub(r"\1", text))
     text = re.sub(r"\\[dt]frac", r"\\frac", " ".join(_SPACE.sub(" ", text).split()))
     return re.sub(r"(?<=[,(\[]) | (?=[,)\]])", "", text).casefold()
 

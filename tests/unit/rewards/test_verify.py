@@ -81,6 +81,13 @@ def test_final_answer_is_the_marked_one_or_the_whole_text(completion, answer):
         (r"$\boxed5$", "5", 1.0),
         (r"\boxed{(1,2)}", "(1, 2)", 1.0),
         ("12:30", "12:30", 1.0),
+        (r"\boxed{12\%}", "12%", 1.0),
+        (r"\boxed{{7}}", "7.0", 1.0),
+        (r"\boxed{\{a, b\}}", "{a,b}", 1.0),
+        (r"\(7\)", "7", 1.0),
+        (r"\[ 7 \]", "7", 1.0),
+        ("<|channel|>analysis<|message|>8<|end|><|start|>assistant<|channel|>final<|message|>7", "7", 1.0),
+        ("<|channel>thought\n7", "7", 0.0),
     ],
 )
 def test_exact_answer_is_all_or_nothing(completion, answer, reward):
