@@ -170,7 +170,8 @@ def named_beside(name: str, example: str, where: str) -> str:
     """
     known = classes_like(example) or functions_like(example)
     found = {_plain(each): path for each, path in known.items()}
-    wanted = _plain(name.rpartition(".")[2])
+    is_path = name.startswith(f"{_package_of(example)}.")  # and not "Dr. GRPO"
+    wanted = _plain(name.rpartition(".")[2] if is_path else name)
     if wanted in found:
         return found[wanted]
     close = difflib.get_close_matches(wanted, found, n=1)

@@ -156,6 +156,8 @@ def test_a_setting_that_names_code_does_so_in_every_node_that_has_it(here: Path)
         ("grpo", GRPO),
         ("GRPO", GRPO),
         ("dr-grpo", "flowrl.algorithms.dr_grpo:DrGRPO"),
+        ("Dr. GRPO", "flowrl.algorithms.dr_grpo:DrGRPO"),
+        ("flowrl.algorithms.grpo", GRPO),
         ("flowrl.algorithms.rloo.RLOO", "flowrl.algorithms.rloo:RLOO"),
         ("REINFORCE++", "flowrl.algorithms.reinforce_pp:ReinforcePP"),
         ("on_policy_distillation", "flowrl.algorithms.on_policy_distillation:OnPolicyDistillation"),
