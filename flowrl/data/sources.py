@@ -98,9 +98,10 @@ class DataDigest:
 def is_of_split(name: str, split: str) -> bool:
     """Say whether a file or folder holds rows of a split by its name; "" is every split.
 
-    `train` has train, train.jsonl, train-00000-of-00002.parquet and train_sft.jsonl, but not training_notes.jsonl.
+    `train` has train, train.jsonl, train-00000-of-00002.parquet and train_0.jsonl, but neither training_notes.jsonl nor
+    train_sft.jsonl, which are other words and other splits.
     """
-    return name.startswith(split) and not (split and name[len(split) : len(split) + 1].isalpha())
+    return not split or re.match(rf"{re.escape(split)}(?:[-.]|[_ ]?\d|\Z)", name) is not None
 
 
 def _format(path: Path) -> str:

@@ -171,8 +171,14 @@ def test_places_are_lines_of_the_file_also_where_a_cell_has_several(tmp_path):
 
 
 def test_the_files_of_a_split_are_told_by_whole_words(tmp_path):
-    names = ["train.jsonl", "train_sft-00000-of-00001.jsonl", "train/a.jsonl", "data/train-1.jsonl"]
-    others = ["training_notes.jsonl", "trainer.jsonl", "test.jsonl", ".hidden/train.jsonl", "dataset_infos.json"]
+    names = ["train.jsonl", "train_0.jsonl", "train/a.jsonl", "data/train-1.jsonl"]
+    others = [
+        "training_notes.jsonl",
+        "train_sft-00000.jsonl",
+        "test.jsonl",
+        ".hidden/train.jsonl",
+        "dataset_infos.json",
+    ]
     for name in [*names, *others]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"prompt": name}) + "\n")
