@@ -16,12 +16,14 @@ import copy
 import functools
 import math
 import re
+from collections.abc import Mapping
 from itertools import count
 from types import UnionType
 from typing import (
     TYPE_CHECKING,
     Annotated,
     Any,
+    ClassVar,
     Literal,
     TypeVar,
     Union,
@@ -39,7 +41,7 @@ from flowrl.errors import ConfigError
 from flowrl.imports import load_class, load_object, named_beside, pin, suggest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 __all__ = [
@@ -70,6 +72,8 @@ class ConfigMeta(msgspec.StructMeta):
 
 class Config(msgspec.Struct, metaclass=ConfigMeta):
     """Base of every settings struct."""
+
+    elsewhere: ClassVar[Mapping[str, str]] = {}  # what is looked for under other addresses, and where it is
 
     def implied(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return other defaults that what is given of these settings, which are themselves the defaults, implies.
@@ -511,26 +515,28 @@ def _assign(
     where: str,
     text: str | None = None,
     at: str = "",
+    root: type[Config] | None = None,
 ) -> None:
     """Put `value` at `path` in `tree`, following the field types of `kind` to refuse unknown names.
 
     `text` is what `value` was read from: a field that takes a string gets `007` and `no` as they were written.
-    `at` is the path of `tree` itself.
+    `at` is the path of `tree` itself, within that of `root`.
     """
     part, _, rest = path.partition(".")
+    here = f"{at}.{part}" if at else part
+    elsewhere = (root or kind).elsewhere.get(here, "")
     if issubclass(kind, Select) and part not in ("use", "options"):
         _put(_inside(tree, "options"), path, value)
         return
     fields = _fields(kind)
     if part not in fields:
         inside = [] if at else sorted(_addresses(kind, part), key=_depth)[:MOST_MEANT]
-        meant = " or ".join(f"{each}.{rest}" if rest else each for each in inside)
+        meant = elsewhere or " or ".join(f"{each}.{rest}" if rest else each for each in inside)
         hint = f", did you mean {meant}?" if meant else suggest(part, fields)
         raise ConfigError(where, f"{at or 'settings'} has no setting {part!r}{hint}")
-    here = f"{at}.{part}" if at else part
     annotation, inner = fields[part], _struct_type(fields[part])
     if rest and inner is not None:
-        _assign(_inside(tree, part), inner, rest, value, where=where, text=text, at=here)
+        _assign(_inside(tree, part), inner, rest, value, where=where, text=text, at=here, root=root or kind)
     elif rest and (annotation is dict or get_origin(annotation) is dict):
         _put(_inside(tree, part), rest, value)
     elif rest:
@@ -539,9 +545,11 @@ def _assign(
         raise ConfigError(where, f"{here} would be the text 'None'", "write null, or quote another text")
     elif inner is not None and isinstance(value, dict):
         for name, each in cast("dict[Any, Any]", value).items():
-            _assign(_inside(tree, part), inner, str(name), each, where=where, at=here)
+            _assign(_inside(tree, part), inner, str(name), each, where=where, at=here, root=root or kind)
     elif inner is not None and issubclass(inner, Select) and isinstance(value, str):
         tree[part] = {"use": value, "options": {}}
+    elif inner is not None and elsewhere and isinstance(value, str):
+        raise ConfigError(where, f"{here} is a section of settings, not a single value, did you mean {elsewhere}?")
     else:
         tree[part] = text if text is not None and _takes_text(annotation, value, text) else value
 

@@ -107,7 +107,12 @@ def write_stops(directory: Path) -> None:
     except (OSError, ValueError):  # the model came without one that can be read here, so nothing was tokenized by it
         return
     path = directory / "generation_config.json"
-    settings: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    try:
+        settings: Any = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path.name} holds no object")
     stops = list(ending_of(tokenizer, directory=directory).stops)
     if stops:
         settings["eos_token_id"] = stops if len(stops) > 1 else stops[0]
@@ -221,5 +226,5 @@ def _configured(directory: Path) -> list[int]:
         except (OSError, ValueError, AttributeError):
             continue
         given = found if isinstance(found, list) else [found]
-        return [each for each in cast("list[Any]", given) if isinstance(each, int)]
+        return [each for each in cast("list[Any]", given) if type(each) is int]
     return []

@@ -18,6 +18,8 @@ from flowrl.stages.sampler import Course
 class OfflineSettings(RunSettings):
     """Settings of a graph in which a model learns from given examples."""
 
+    elsewhere = {"algorithm": "objective"}
+
     model: str = "SmolLM2-135M-Instruct"  # Hugging Face id or local directory
     steps: Annotated[int, Meta(ge=1)] = 100  # optimizer steps
     examples_per_step: Annotated[int, Meta(ge=1)] = 16  # examples learned in one optimizer step

@@ -60,6 +60,8 @@ class SamplingSettings(RunSettings):
 class OnlineSettings(SamplingSettings):
     """Settings of a graph in which a policy learns from its own samples."""
 
+    elsewhere = {"objective": "algorithm"}
+
     steps: Annotated[int, Meta(ge=1)] = 20  # policy versions to publish
     groups_per_step: Annotated[int, Meta(ge=1)] = 16  # prompt groups learned per policy version
     max_staleness: Annotated[int, Meta(ge=0)] = 1  # policy versions between sampling and learning

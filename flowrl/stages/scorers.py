@@ -29,6 +29,14 @@ if TYPE_CHECKING:
 class ScoredSettings(OnlineSettings):
     """Settings of a graph in which a policy learns from scores of its samples."""
 
+    elsewhere = {
+        **OnlineSettings.elsewhere,
+        **dict.fromkeys(("reward.model", "reward_model", "reward_model.model"), "reward_models=[DIR]"),
+        **dict.fromkeys(("reward", "reward_function"), "reward.function"),
+        **dict.fromkeys(("generator.n", "num_generations"), "generator.group_size"),
+        "max_new_tokens": "sampling.max_tokens",
+        "beta": "algorithm.kl.coef",
+    }
     reward_models: list[str] = msgspec.field(default_factory=list)  # their scores are added up, and to the function's
     reward_weights: list[float] = msgspec.field(default_factory=list)  # one for each of them; []: reward_model.weight
     reward: Reward.Config = Reward.Config()  # function="": none

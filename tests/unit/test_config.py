@@ -52,6 +52,7 @@ class Node(Config):
 
 
 class Settings(Config):
+    elsewhere = {"learner.rate": "learner.optimizer.lr", "learner": "model"}
     model: str = "tiny"
     steps: Annotated[int, Meta(ge=1)] = 30
     keep: bool = True
@@ -217,6 +218,8 @@ def test_what_to_tree_writes_resolves_to_the_same_settings(tmp_path: Path):
         ("stps=1", "settings has no setting 'stps', did you mean 'steps'?"),
         ("lr=1", "settings has no setting 'lr', did you mean learner.optimizer.lr or critic.optimizer.lr?"),
         ("optimizer.lr=1", "has no setting 'optimizer', did you mean learner.optimizer.lr or critic.optimizer.lr?"),
+        ("learner.rate=1", "learner has no setting 'rate', did you mean learner.optimizer.lr?"),
+        ("learner=llama", "learner is a section of settings, not a single value, did you mean model?"),
         ("learner.replica=1", "learner has no setting 'replica', did you mean 'replicas'?"),
         ("learner.optimizer.lrr=1", "learner.optimizer has no setting 'lrr', did you mean 'lr'?"),
         ("learner.optimizer={lrr: 1}", "learner.optimizer has no setting 'lrr', did you mean 'lr'?"),

@@ -69,6 +69,14 @@ def test_a_saved_model_names_every_token_that_ends_an_answer(tmp_path):
     assert json.loads((tmp_path / "generation_config.json").read_text()) == found
 
 
+@pytest.mark.parametrize("held", ["[1, 2]", "{not json", ""])
+def test_settings_of_generation_that_are_none_are_named(tmp_path, held):
+    saved(tiny_tokenizer(), tmp_path)
+    (tmp_path / "generation_config.json").write_text(held)
+    with pytest.raises(ValueError, match=r"^generation_config\.json"):
+        write_stops(tmp_path)
+
+
 def test_a_sample_s_text_has_its_special_tokens_but_not_its_end():
     tokenizer = tokenizer_of("qwen2.5")
     stops = ending_of(tokenizer).stops
