@@ -57,9 +57,12 @@ class Prompts(Stage):
             check_reach(card, row.place, row.token_ids, len(row.token_ids))
         longest = max([*rows.train, *rows.heldout], key=lambda row: len(row.token_ids))
         if len(longest.token_ids) > self.sampler.room:
-            what = f"{longest.place} has {len(longest.token_ids)} tokens, but generator.max_model_len less "
-            remedy = "raise generator.max_model_len or lower data.max_prompt_tokens with data.on_bad=skip"
-            raise DataError("data", f"{what}sampling.max_tokens leaves room for {self.sampler.room}", remedy)
+            most, limit = self.sampler.sampling.max_tokens, self.sampler.max_model_len
+            what = (
+                f"{longest.place} has {len(longest.token_ids)} tokens, which with sampling.max_tokens={most} are more "
+            )
+            remedy = "lower sampling.max_tokens, raise it, or lower data.max_prompt_tokens with data.on_bad=skip"
+            raise DataError("data", f"{what}generator.max_model_len={limit}", remedy)
 
     def load(self) -> PromptSet:
         """Return the data set; group k is its row at position k."""
