@@ -52,7 +52,9 @@ if TYPE_CHECKING:
 
 Text = str | Conversation  # empty where a row has none
 Finish = Literal["", "stop", "length"]
-CUT = ("length", "max_tokens", "abort")  # a sample that ended so was not ended by the model
+# How serving engines write that a sample was cut, and that the model ended it.
+CUT = {"length", "max_tokens", "max_length", "model_length", "max_output_tokens", "abort", "timeout", "content_filter"}
+ENDED = {"stop", "eos", "eos_token", "stop_sequence", "end_turn", "tool_calls", "tool_use", "function_call"}
 Kind = Literal[
     "preference", "stepwise-supervision", "unpaired-preference", "prompt-completion", "language-modeling", "prompt-only"
 ]
@@ -395,8 +397,15 @@ def _steps(row: RawRow) -> tuple[list[str], list[float]]:
 
 def _finish(row: RawRow) -> Finish:
     """Return how sampling ended, as graphs/generate.py and serving engines write it."""
-    value = row.columns.get("finish") or row.columns.get("finish_reason")
-    return "length" if value in CUT else "stop" if isinstance(value, str) and value else ""
+    name = "finish" if row.columns.get("finish") else "finish_reason"
+    value = row.columns.get(name)
+    if not isinstance(value, str) or not value:
+        return ""
+    word = value.rpartition(".")[2].casefold()  # FinishReason.MAX_TOKENS
+    if word not in CUT | ENDED:
+        remedy = "stop or length was expected, of a response that was sampled; else give the column another name"
+        raise DataError(row.place, f"column {name!r} holds {value!r}", remedy)
+    return "length" if word in CUT else "stop"
 
 
 def _verdict(row: RawRow) -> float:

@@ -287,6 +287,16 @@ def test_strings_that_say_who_speaks_become_chat():
         as_chat(normal(chosen="a b", rejected="a c"))
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("stop", "stop"), ("end_turn", "stop"), ("LENGTH", "length"), ("FinishReason.MAX_TOKENS", "length"), (None, "")],
+)
+def test_what_ended_a_sample_is_read_however_it_is_written(written, read):
+    assert normal(prompt="a", completion="b", finish_reason=written).finish == read
+    with pytest.raises(DataError, match="column 'finish' holds 'matte'; stop or length was expected"):
+        normal(prompt="a", completion="b", finish="matte")
+
+
 def test_earlier_turns_in_a_column_of_their_own_are_refused_beside_a_text():
     with pytest.raises(DataError, match=r"has earlier turns in a column 'history' \(1\), which nothing here reads"):
         normal(prompt="a", completion="b", history=[["c", "d"]])
