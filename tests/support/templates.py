@@ -144,6 +144,18 @@ FAMILIES = {
         "<|im_end|>", "<|im_end|>", named=("<|im_start|>",), added=("<think>", "</think>"), learns="last",
         before="<think>\n\n</think>\n\n",
     ),
+    "qwen3.5": Family(
+        THINK + "{% set last = namespace(user=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{% if loop.index0 > last.user %}<think>\n"
+        "{{ m.reasoning_content or m.content.split('</think>')[0].split('<think>')[-1].strip('\n') "
+        "if m.reasoning_content or '</think>' in m.content else '' }}"
+        "\n</think>\n\n{% endif %}{{ split(m.content) }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        + OPEN_CHATML + "{% if add_generation_prompt %}<think>\n{% endif %}",
+        "<|im_end|>", "<|im_end|>", named=("<|im_start|>",), added=("<think>", "</think>"), learns="last",
+        before="\n</think>\n\n",
+    ),
     "deepseek2": Family(
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}User: {{ m.content }}\n\n"
         "{% elif m.role == 'system' %}{{ m.content }}\n\n{% else %}Assistant: {{ m.content }}{{ eos_token }}{% endif %}"
