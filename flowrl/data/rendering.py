@@ -61,7 +61,9 @@ PLAIN = {"role", "content", "weight"}  # what a message has that says its conten
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PREFIX_REMEDY = "set data.learn=last, or give data.chat_template a template with {% generation %} marks"
 LAST_REMEDY = "set data.learn=last, or give data.chat_template one that writes it"
-OTHER_TEMPLATE = "take a model that knows it, or give data.chat_template=FILE"
+# Prompts are asked with the model's own template alone.
+BESIDE = "chat_template.jinja (for examples also with data.chat_template=FILE)"
+OTHER_TEMPLATE = f"take a model that knows it, or give it another {BESIDE}"
 OPENER = re.compile(rf"(?:{THINKS})\s*\Z")  # how a template begins to think for the policy
 BLANK = rf"(?:{THINKS})\s*(?:{CLOSERS.pattern})\s*"  # what it writes for one that is not to think
 NO_THOUGHT, BLANK_FIRST = re.compile(rf"{BLANK}\Z"), re.compile(rf"\A{BLANK}")
@@ -583,7 +585,7 @@ class Renderer:
             return self._template or cast("str", self._tokenizer.get_chat_template(tools=cast("Any", row.tools)))
         except ValueError as error:
             reason = str(error).partition("!")[0]
-            raise ModelError(f"tokenizer {self._tokenizer.name_or_path}", reason, "set data.chat_template") from error
+            raise ModelError(f"tokenizer {self._tokenizer.name_or_path}", reason, f"give it one {BESIDE}") from error
 
     def _encode_written(self, written: Written, *, separately: bool = False) -> Encoded:
         ends = [written.start, *(place for span in written.spans for place in span)]
@@ -718,7 +720,7 @@ def _refusals(place: str, messages: Conversation) -> Iterator[None]:
     except template_errors() as error:
         if line := getattr(error, "lineno", None):  # it does not parse
             what = f"the chat template cannot be read ({error}, line {line})"
-            raise DataError(place, what, "mend the template, or give data.chat_template=FILE") from error
+            raise DataError(place, what, f"mend the template, or give the model another {BESIDE}") from error
         roles = ", ".join(message["role"] for message in messages)
         what = f"the chat template refuses the roles {roles} ({error})"
         raise DataError(place, what, "mend the row, or the template") from error
