@@ -39,7 +39,7 @@ from flowrl.runtime.devices import visible_machine
 from flowrl.runtime.lease import check_turns
 from flowrl.runtime.ledger import Cut
 from flowrl.runtime.placement import check_computes, check_resources, place, quiet_libraries
-from flowrl.runtime.resuming import check_same_data, check_same_run, record_attempt
+from flowrl.runtime.resuming import changed_code, check_same_data, check_same_run, record_attempt
 from flowrl.runtime.rundir import claim, create_run_dir, existing_run, recorded_settings, write_plan
 from flowrl.runtime.scaling import check_most, follow_scale, most_of_auto
 from flowrl.runtime.supervisor import Options, Scaling, Start, newest_start
@@ -138,7 +138,8 @@ def launch(request: RunRequest, *, say: Say, companion: RunCompanion) -> Path:
                 changes = check_same_run(run_dir, program)
                 _check(program, request, say)
                 check_same_data(run_dir, program)
-                for line in record_attempt(run_dir, changes, version=resume.cut.version if resume.cut else 0):
+                version = resume.cut.version if resume.cut else 0
+                for line in record_attempt(run_dir, changes, version=version, code=changed_code(run_dir, program)):
                     say(line)
             else:
                 program, resume = _load(request, request.config, companion), None

@@ -22,11 +22,11 @@ import msgspec
 from flowrl.config import Config, resolve, to_tree
 from flowrl.errors import ConfigError, DataError
 from flowrl.graph.program import plan_of
-from flowrl.runtime.rundir import read_plan, read_starts
+from flowrl.runtime.rundir import code_of, read_plan, read_starts
 from flowrl.telemetry.files import replace_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from flowrl.graph.program import Program
@@ -39,7 +39,8 @@ FIXED = (
     "reward*.normalise", "reward*.step_*", "evaluation.samples", "evaluation.sets*", "evaluation.task*",
     "evaluation.best_by", "texts.*", "select.*", "writer.*",
     "replay.*", "agent.environment*", "agent.max_turns", "humans.way", "agent.max_tokens", "agent.role",
-    "agent.turn_prefix",
+    "agent.turn_prefix", "*judge.name", "*judge.rubric.*", "judge.*.model", "model_judge.model", "judge.*.temperature",
+    "*judge.*max_tokens", "judge.second_every", "reward_base", "pairs.*",
 )  # fmt: skip
 # Of these, what only says where something is done.
 FREE = ("*.replicas", "*.ranks", "*.cpus", "*.gpus", "*.share")
@@ -86,13 +87,22 @@ def check_same_data(run_dir: Path, program: Program) -> None:
             raise DataError(node, what, f"put them back, or start a new run with model={run_dir}")
 
 
-def record_attempt(run_dir: Path, changes: Changes, *, version: int) -> Iterator[str]:
-    """Write down how an attempt differs from the one before; yield it as lines."""
+def changed_code(run_dir: Path, program: Program) -> list[str]:
+    """Return the files of a program's own code that are not what they were when the run was last started."""
+    starts, now = read_starts(run_dir), code_of(program)
+    before = starts[-1].code if starts else {}
+    return [file for file, digest in now.items() if before.get(file, digest) != digest]
+
+
+def record_attempt(run_dir: Path, changes: Changes, *, version: int, code: Sequence[str] = ()) -> Iterator[str]:
+    """Write down how an attempt differs from the one before, `code` by its files; yield it as lines."""
     number = 1 + len(list((run_dir / "attempts").glob("*.json")))
     changed = {path: {"old": old, "new": new} for path, (old, new) in changes.items()}
-    record = {"version": version, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "changed": changed}
+    record = {"version": version, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "changed": changed, "code": [*code]}
     (run_dir / "attempts").mkdir(exist_ok=True)
     replace_file(run_dir / "attempts" / f"{number:03d}.json", msgspec.json.format(msgspec.json.encode(record)))
+    for file in code:
+        yield f"warning: {file} has changed since the run's last start: its results may mean something else"
     for path, (old, new) in changes.items():
         yield f"{path} is {_shown(new)} from here on (it was {_shown(old)})"
 

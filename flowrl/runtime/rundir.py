@@ -14,6 +14,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
 import signal
 import threading
@@ -50,6 +51,7 @@ class RunStart(msgspec.Struct, frozen=True, kw_only=True):
     plan_digest: str  # of graph.json as it was written then
     settings: dict[str, Any]  # all of them, resolved
     data: dict[str, str] = {}  # node -> digest of the rows that it has read
+    code: dict[str, str] = {}  # file -> digest of the graph and of what its settings name as file.py:name
 
 
 def create_run_dir(directory: Path) -> Path:
@@ -95,6 +97,7 @@ def write_plan(directory: Path, program: Program) -> int:
         plan_digest=digest_of(plan),
         settings=settings,
         data=digests,
+        code=code_of(program),
     )
     path = directory / "starts.jsonl"
     try:
@@ -109,6 +112,13 @@ def write_plan(directory: Path, program: Program) -> int:
     except OSError as error:
         raise ResourceError(str(path), f"cannot be written ({error})", "make room, or mend its permissions") from error
     return number
+
+
+def code_of(program: Program) -> dict[str, str]:
+    """Return the files of a program's own code, each with its digest: the graph, and what its settings name."""
+    named = re.findall(rb'"([^"]+\.py):[^"]+"', msgspec.json.encode(to_tree(program.settings)))
+    files = sorted({Path(program.path), *(Path(each.decode()) for each in named)})
+    return {str(file): digest_of(file.read_bytes()) for file in files if file.is_file()}
 
 
 def read_starts(directory: Path) -> list[RunStart]:

@@ -10,7 +10,7 @@ import yaml
 
 from flowrl.errors import ConfigError, DataError
 from flowrl.graph.program import Program, load_program
-from flowrl.runtime.resuming import check_same_data, check_same_run, record_attempt
+from flowrl.runtime.resuming import changed_code, check_same_data, check_same_run, is_fixed, record_attempt
 from flowrl.runtime.rundir import write_plan
 
 GRAPHS = Path(__file__).parents[3] / "graphs"
@@ -62,6 +62,18 @@ def test_all_that_is_refused_is_named(run: Path):
         check_same_run(run, program("seed=1", "data.seed=1", "generator.group_size=2", "steps=3", run=run))
 
 
+def test_who_judges_and_by_what_stays_where_it_judges_does_not():
+    stays = (
+        "judge.rubric.constitution",
+        "judge.server.model",
+        "model_judge.model",
+        "model_judge.rubric.way",
+        "judge.name",
+    )
+    assert all(map(is_fixed, stays))
+    assert not any(map(is_fixed, ("judge.server.url", "judge.replicas", "model_judge.max_running", "judge.in_flight")))
+
+
 def test_another_graph_is_refused(run: Path):
     with pytest.raises(ConfigError, match="than the run"):
         check_same_run(run, program(graph="preference.py"))
@@ -91,3 +103,14 @@ def test_data_that_grew_since_the_run_began_are_noticed(run: Path):
     again.graph.nodes["prompts"].data_digest = "28 rows, 1e"
     with pytest.raises(DataError, match=r"prompts: the data have changed.*then 24 rows, 0f; now 28 rows, 1e"):
         check_same_data(run, again)
+
+
+def test_code_of_the_run_s_own_that_was_changed_is_told_and_recorded(tmp_path: Path):
+    (mine := tmp_path / "mine.py").write_text("def score(completion): return 1.0\n")
+    write_plan(tmp_path, program(f"reward.function={mine}:score"))
+    again = program(run=tmp_path)
+    assert changed_code(tmp_path, again) == []
+    mine.write_text("def score(completion): return 2.0\n")
+    (line,) = record_attempt(tmp_path, {}, version=1, code=changed_code(tmp_path, again))
+    assert line.startswith(f"warning: {mine} has changed since the run's last start")
+    assert json.loads((tmp_path / "attempts" / "001.json").read_text())["code"] == [str(mine)]
