@@ -34,10 +34,11 @@ LIKE_WEIGHTS = re.compile(r"train|learn|mask|loss|weight", re.IGNORECASE)  # wha
 SYSTEM_ROLES = ("system", "developer")
 SYSTEMS = ("system", "system_prompt")  # columns for what stands before a conversation
 THOUGHTS = {"reasoning_content", "reasoning", "thinking"}  # what an assistant thought, where it is apart from content
+OTHER_TOOLS = ("functions", "available_tools")  # what others call the column of tools
 # Fields that neither a template nor training reads here.
 ALIEN = {
     "function_call": "tool_calls",
-    "functions": "the column tools",
+    **dict.fromkeys(("functions", "tools"), "the column tools"),
     "train_detail": "weight, of the whole message",
 }
 
@@ -132,6 +133,8 @@ def tools_of(row: RawRow) -> list[dict[str, Any]] | None:
     Raises:
         DataError: the column holds something else.
     """
+    if other := next((name for name in OTHER_TOOLS if row.columns.get(name)), ""):
+        raise DataError(row.place, f"has a column {other!r}, which nothing here reads", "call it tools, or otherwise")
     value = _decoded(row, "tools")
     if not value:
         return None

@@ -266,6 +266,15 @@ def test_a_field_that_may_say_what_is_learned_is_read_or_refused(field: str):
     assert found[1] == {**said("assistant", "b"), "weight": 0}
 
 
+def test_tools_stand_in_their_column():
+    look = {"type": "function", "function": {"name": "look"}}
+    with pytest.raises(DataError, match="message 0 has tools, which nothing here reads; write the column tools"):
+        normal(messages=[{**said("system", "s"), "tools": [look]}, said("user", "a"), said("assistant", "b")])
+    with pytest.raises(DataError, match="has a column 'functions', which nothing here reads; call it tools"):
+        normal(messages=ASK + BLUE, functions=[look["function"]])
+    assert normal(messages=ASK + BLUE, functions=[], tools=json.dumps([look])).tools == [look]
+
+
 def test_a_prompt_ends_with_the_one_who_asks():
     with pytest.raises(DataError, match="column 'prompt': message 1, the last, is the assistant's"):
         normal(prompt=[said("user", "a"), said("assistant", "b")], completion=[said("assistant", "c")])
