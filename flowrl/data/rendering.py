@@ -654,8 +654,10 @@ def _is_within(content: str, text: str) -> bool:
 
 def _is_told(result: str, text: str) -> bool:
     """Return whether most words of a tool's result stand in a text: some templates write it in a form of their own."""
+    if result in text:
+        return True
     words, there = WORD.findall(result), set(WORD.findall(text))
-    return result in text or not words or 2 * sum(word in there for word in words) > len(words)
+    return not words or 2 * sum(word in there for word in words) > len(words)
 
 
 def _words(text: str) -> str:
