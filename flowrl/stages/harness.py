@@ -19,6 +19,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from flowrl.ending import DATE, render_options
 from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class EngineLM(TemplateLM):
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
+            **render_options(DATE),
         )
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
