@@ -420,6 +420,9 @@ class Renderer:
         if is_last and is_plain and closer:
             return self._finished(row, self._continued(opened, content) + own_end)
         if mouth and not closer:
+            if field := next(iter(_thoughts(message)), ""):
+                what = f"has {field}, which the chat template does not write behind {mouth.group().strip()}"
+                raise DataError(row.place, what, f"begin content with it and what ends it, or {OTHER_TEMPLATE}")
             raise _no_thought(row, mouth, turn)
         if closer:
             raise DataError(row.place, f"the chat template leaves out what message {turn} thinks", PREFIX_REMEDY)

@@ -538,6 +538,8 @@ def test_what_an_assistant_thought_is_learned_though_the_template_drops_it_from_
             made.encode(row(messages=earlier))
     with pytest.raises(DataError, match=r"begins the answer with <think>, which message 1 does not end; write what"):
         made.encode(row(prompt=ask, completion=[said("assistant", "b")]))
+    with pytest.raises(DataError, match="has thinking, which the chat template does not write behind <think>; begin"):
+        made.encode(row(prompt=ask, completion=[{**said("assistant", "b"), "thinking": "hm"}]))
 
 
 @pytest.mark.parametrize("keeps", [False, True])
