@@ -98,8 +98,8 @@ class DataDigest:
 def is_of_split(name: str, split: str) -> bool:
     """Say whether a file or folder holds rows of a split by its name; "" is every split.
 
-    `train` has train, train.jsonl, train-00000-of-00002.parquet and train_0.jsonl, but neither training_notes.jsonl nor
-    train_sft.jsonl, which are other words and other splits.
+    `train` has train, train.jsonl, train-00000-of-00002.parquet and train_0.jsonl, but not training_notes.jsonl; nor
+    train_sft.jsonl, which is of the split train_sft.
     """
     return not split or re.match(rf"{re.escape(split)}(?:[-.]|[_ ]?\d|\Z)", name) is not None
 
@@ -145,12 +145,23 @@ def _read_directory(path: Path, split: str, subset: str, bad: Bad) -> Iterator[R
         raise DataError(f"data {path}", f"holds no file of {', '.join(FORMATS)}", "give a directory that does")
     names = _of_subset(path, names, subset)
     chosen = [name for name in names if any(is_of_split(part, split) for part in name.parts)]
+    if not chosen and (kinds := _kinds(names, split)):
+        if len(kinds) > 1:
+            what = f"holds no split {split!r} but several kinds of it: {', '.join(kinds)}"
+            raise DataError(f"data {path}", what, "set data.split to one of them")
+        chosen = [name for name in names if any(is_of_split(part, kinds[0]) for part in name.parts)]
     if not chosen:
         found = ", ".join(map(str, names[:5]))
         remedy = 'set data.split to how one begins, or to "" to take all'
         raise DataError(f"data {path}", f"no file or folder is named {split!r} or {split}-... (found {found})", remedy)
     for name in chosen:
         yield from _read_file(path / name, split, bad)
+
+
+def _kinds(names: list[Path], split: str) -> list[str]:
+    """Return the splits whose names begin with a split's and a word: of `train` train_sft and train_gen."""
+    found = [re.match(rf"{re.escape(split)}_[a-zA-Z]+", part) for name in names for part in name.parts]
+    return sorted({each.group() for each in found if each})
 
 
 def _of_subset(path: Path, names: list[Path], subset: str) -> list[Path]:

@@ -185,6 +185,17 @@ def test_the_files_of_a_split_are_told_by_whole_words(tmp_path):
     assert sorted(row.columns["prompt"] for row in read(tmp_path)) == sorted(names)
 
 
+def test_a_split_of_one_kind_is_taken_and_of_several_one_is_asked_for(tmp_path):
+    for kind in ("train_sft", "test_sft"):
+        (tmp_path / f"{kind}-00000-of-00001.jsonl").write_text(json.dumps({"prompt": kind}) + "\n")
+    assert [row.columns["prompt"] for row in read(tmp_path)] == ["train_sft"]
+    (tmp_path / "train_gen.jsonl").write_text('{"prompt": "c"}\n')
+    with pytest.raises(
+        DataError, match=r"no split 'train' but several kinds of it: train_gen, train_sft; set data\.split"
+    ):
+        read(tmp_path)
+
+
 def test_a_directory_s_subset_is_its_folder_and_is_asked_for_where_its_card_names_several(tmp_path):
     for name in ("main/train-0.jsonl", "main/test-0.jsonl", "other/train-0.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
