@@ -178,12 +178,12 @@ def _call_end(written: Callable[..., str], added: list[str], ends: set[str]) -> 
         call = tool_call(CALLED, json.dumps({CALLED: SAID}) if as_json else {CALLED: SAID})
         asking = {"role": "assistant", "content": content, "tool_calls": [call]}
         closed, followed = written(asking), written(asking, result)
-        tail = closed.rpartition(SAID)[2]
         if not closed:
             continue
-        if any(end in tail for end in ends):
+        several = written({**asking, "tool_calls": [call, call]}).split(SAID)
+        tail, between = closed.rpartition(SAID)[2], several[1:-1]
+        if any(end in each for end in ends for each in (tail, several[-1])):
             return ""
-        between = written({**asking, "tool_calls": [call, call]}).split(SAID)[1:-1]
         last = next((token for token in added if tail.rstrip().endswith(token)), "")
         if last and not any(last in each for each in between):
             return last
