@@ -7,8 +7,8 @@ Whatever speaks it can judge: vLLM, SGLang, llama.cpp, and the services that sel
 which wait, is as in flowrl.rewards.http.
 
 Invariants:
-- at most `concurrency` requests are under way and at most `per_minute` begin in a minute;
-- tokens are counted as the server counts them;
+- at most `concurrency` requests are under way and at most `per_minute` begin in a minute, those tried again included;
+- tokens are counted as the server counts them, and when they have cost `most_cost` nothing more is asked;
 - an answer without text is an error, and so is one of more than 2 MiB.
 
 Called by the Judge stage, `flowrl judge` and `flowrl eval`.
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 
 from flowrl.config import Meta
-from flowrl.errors import ConfigError, RewardError
+from flowrl.errors import ConfigError, LastingError, RewardError
 from flowrl.rewards.function import SHOWN_CHARS
 from flowrl.rewards.http import Asker, Server, check_server, connected
 
@@ -49,6 +49,9 @@ class ChatServer(Server):
     temperature: Annotated[float, Meta(ge=0)] = 0.0  # 0: the likeliest answer
     concurrency: Annotated[int, Meta(ge=1)] = 16  # requests under way
     per_minute: Annotated[int, Meta(ge=0)] = 0  # requests begun in a minute at most; 0: no limit
+    price_read: Annotated[float, Meta(ge=0)] = 0.0  # of a million tokens that the server reads
+    price_written: Annotated[float, Meta(ge=0)] = 0.0  # and of a million that it writes
+    most_cost: Annotated[float, Meta(ge=0)] = 0.0  # from which on a process asks no more; 0: no limit
 
 
 class _Message(msgspec.Struct):
@@ -96,10 +99,21 @@ class Chat:
         self.completion_tokens = 0
         self._server = server
         self._seed = seed
-        self._ask = Asker(server, post, where, seed=seed)
+        self._ask = Asker(server, post, where, turn=self._turn, seed=seed)
         self._room = asyncio.Semaphore(server.concurrency)
         self._now = now
         self._next_s = 0.0  # when the next request may begin
+
+    @property
+    def cost(self) -> float:
+        """Return what was paid, in whichever money prices are in."""
+        server = self._server
+        return (self.prompt_tokens * server.price_read + self.completion_tokens * server.price_written) / 1e6
+
+    def said(self) -> str:
+        """Return what was read and written, and its price where one is set."""
+        price = f" at a price of {self.cost:.4g}" if self.cost else ""
+        return f"{self.prompt_tokens} tokens read and {self.completion_tokens} written{price}"
 
     async def __call__(self, messages: Messages) -> str:
         """Return what comes next; for the rest see `say`."""
@@ -111,12 +125,15 @@ class Chat:
         Raises:
             Unreachable: no attempt was answered.
             RewardError: the server refused the request, or answered no text.
+            LastingError: `most_cost` is spent, or the server does not say what it counts towards it.
         """
         server = self._server
         told = {"model": server.model, "max_tokens": server.max_tokens, "temperature": server.temperature}
         request: dict[str, Any] = {**told, "messages": messages, "seed": self._seed, **asked}
         async with self._room:
-            await self._turn()
+            if server.most_cost and self.cost >= server.most_cost:
+                what = f"{self.cost:.4g} is spent, of most_cost={server.most_cost:g}: {self.said()}"
+                raise LastingError(self._ask.where, what, "raise most_cost to go on")
             body = await self._ask(msgspec.json.encode(request))
         try:
             completion = msgspec.json.decode(body, type=_Completion)
@@ -124,8 +141,12 @@ class Chat:
             shown = body[:SHOWN_CHARS].decode(errors="replace")
             what = f"answered {shown!r}, not a chat completion ({error})"
             raise RewardError(self._ask.where, what, f"give the url that {PATH} follows") from error
-        self.prompt_tokens += _count(completion.usage, "prompt_tokens")
-        self.completion_tokens += _count(completion.usage, "completion_tokens")
+        read, written = (_count(completion.usage, name) for name in ("prompt_tokens", "completion_tokens"))
+        self.prompt_tokens += read
+        self.completion_tokens += written
+        if server.most_cost and not read + written:
+            what = "does not say how many tokens it counts, so that most_cost cannot be held"
+            raise LastingError(self._ask.where, what, "set most_cost=0, or take a server that tells `usage`")
         choice = completion.choices[0]
         text = choice.message.content or choice.message.refusal
         if not text:
@@ -168,6 +189,9 @@ def check_chat(server: ChatServer, where: str) -> None:
     check_server(server, where)
     if not server.model:
         raise ConfigError(f"{where}.model", "is empty", "name the model as the server does")
+    if server.most_cost and not server.price_read + server.price_written:
+        what = f"is {server.most_cost:g}, but tokens have no price"
+        raise ConfigError(f"{where}.most_cost", what, "set price_read and price_written, of a million tokens")
 
 
 @asynccontextmanager

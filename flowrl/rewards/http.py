@@ -75,6 +75,7 @@ class ServerReply(msgspec.Struct, frozen=True, kw_only=True):
     status: int
     retry_after: str | None
     body: bytes
+    leads_to: str = ""  # of a redirect
 
 
 Post = Callable[[bytes], Awaitable[ServerReply]]  # raises OSError where the connection fails
@@ -95,9 +96,14 @@ class _Rewards(msgspec.Struct):
 class Asker:
     """Posts requests to a server until each is answered; safe to call for several at a time."""
 
-    def __init__(self, server: Server, post: Post, where: str, *, seed: int = 0) -> None:
+    def __init__(
+        self, server: Server, post: Post, where: str, *, turn: Callable[[], Awaitable[None]] | None = None,
+        seed: int = 0,
+    ) -> None:  # fmt: skip
+        """Take what posts; `turn` is awaited before every attempt, and no part of its `timeout_s`."""
         self._server = server
         self._post = post
+        self._turn = turn
         self._random = random.Random(seed)
         self.where = f"{where} ({shown_url(server.url)})"
 
@@ -112,6 +118,8 @@ class Asker:
         trouble = ""
         for attempt in range(num_attempts):
             retry_after = None
+            if self._turn is not None:
+                await self._turn()
             try:
                 async with asyncio.timeout(self._server.timeout_s):
                     answer = await self._post(request)
@@ -123,6 +131,9 @@ class Asker:
                 if answer.status == 200:
                     return answer.body
                 said = f"status {answer.status}: {answer.body[:SHOWN_CHARS].decode(errors='replace')}"
+                if answer.leads_to:
+                    what = f"leads to {shown_url(answer.leads_to)} (status {answer.status}), and is not followed"
+                    raise RewardError(self.where, what, "set url to where it leads, if you trust it")
                 if answer.status not in TRY_AGAIN and answer.status < 500:
                     raise RewardError(self.where, f"attempt {attempt + 1}: {said}", "see the server's log")
                 trouble, retry_after = said, answer.retry_after
@@ -303,8 +314,11 @@ async def connected(
                         if len(body) > most:
                             what = f"answered more than {most / (1 << 20):g} MiB"
                             raise RewardError(f"{where} ({shown_url(server.url)})", what, "see the server's log")
+                    leads_to = response.headers.get("Location", "") if 300 <= response.status < 400 else ""
                     retry_after = response.headers.get("Retry-After")
-                    return ServerReply(status=response.status, retry_after=retry_after, body=bytes(body))
+                    return ServerReply(
+                        status=response.status, retry_after=retry_after, body=bytes(body), leads_to=leads_to
+                    )
             except aiohttp.ClientSSLError as error:  # trying again would not help
                 what, remedy = f"TLS: {str(error)[:SHOWN_CHARS]}", "set ca_file to the authority that signed for it"
                 raise RewardError(f"{where} ({shown_url(server.url)})", what, remedy) from error

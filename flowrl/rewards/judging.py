@@ -252,7 +252,7 @@ class Judgement:
         answered = self._under_way[digest] = asyncio.Event()
         try:
             said = spoken(await self._voice(question))
-            self._known[digest] = said[-4 * SHOWN_CHARS :]  # the verdict stands at the end
+            self._known[digest] = said = verdict_line(said) or said[-SHOWN_CHARS:]  # all that is ever looked at
         finally:
             del self._under_way[digest]
             answered.set()
@@ -304,15 +304,19 @@ def verdict_in(text: str) -> str | None:
     >>> verdict_in("[[A]] has a point, but on the whole\n[[B]]")
     'b'
     """
-    said = unicodedata.normalize("NFKC", spoken(text))  # there are brackets and digits of full width
-    lines = [{each.strip().lower() for each in VERDICT.findall(line)} for line in said.splitlines()]
-    last = next((found for found in reversed(lines) if found), set[str]())
+    last = {each.strip().lower() for each in VERDICT.findall(verdict_line(spoken(text)))}
     return last.pop() if len(last) == 1 else None
 
 
+def verdict_line(said: str) -> str:
+    """Return the last line that has a verdict; "" where there is none."""
+    lines = unicodedata.normalize("NFKC", said).splitlines()  # there are brackets and digits of full width
+    return next((line for line in reversed(lines) if VERDICT.search(line)), "")
+
+
 def points_in(verdict: str) -> float | None:
-    """Read `7`, `7.5` or `7/10`; None beyond 1 to 10."""
-    match = re.fullmatch(r"(?:rating:\s*)?(\d{1,2}(?:\.\d+)?)(?:\s*/\s*10)?", verdict)
+    """Read `7`, `7.`, `7.5` or `7/10`; None beyond 1 to 10."""
+    match = re.fullmatch(r"(?:rating:\s*)?(\d{1,2}(?:\.\d*)?)(?:\s*/\s*10)?", verdict)
     points = float(match.group(1)) if match else 0.0
     return points if 1 <= points <= MOST_POINTS else None
 

@@ -287,7 +287,8 @@ def _annotated(
 ) -> tuple[list[Annotation], str]:  # fmt: skip
     """Return the preferences, in the baseline's order; the judge is asked for those that are not there yet."""
     home = request.directory / contender.name / annotator.name
-    lines = Lines(home / "annotations.jsonl")
+    asked_by = digest_of([annotator, settings.judge.model, settings.judge.temperature, settings.judge.max_tokens])
+    lines = Lines(home / f"annotations-{asked_by}.jsonl")
     pairs = {each.instruction: (each.output, outputs[each.instruction].output) for each in baseline}
     lines.keep(lambda row: pairs.get(row["instruction"]) == (row["output_1"], row["output_2"]))
     done = {row["instruction"] for row in lines.rows}
@@ -311,7 +312,7 @@ def _annotated(
             await for_each(todo, one, at_once=settings.judge.concurrency)
             if lost := bench.counts["failed"]:
                 say(f"{lost} instructions got no verdict, for the judge failed; the same command asks them again")
-            return f"{bench.counts['refused']} refused; {bench.cost(settings)}"
+            return f"{bench.counts['refused']} refused; {bench.cost()}"
 
     say(
         f"{len(todo)} of {len(baseline)} preferences are asked of {settings.judge.model}; they are kept in {lines.path}"
@@ -376,9 +377,8 @@ def read_preference(text: str, likeliest: Sequence[dict[str, float]], annotator:
             return _by_logprobs(likeliest[0] if likeliest else {}, annotator.options)
         case "regex_parser":
             patterns = annotator.options.get("outputs_to_match") or {}
-            places = {key: found.start() for key, each in patterns.items() if (found := re.search(str(each), text))}
-            first = min(places, key=lambda key: places[key]) if places else None
-            return float(first) if first is not None and 1 <= float(first) <= 2 else None
+            said = [float(key) for key, each in patterns.items() for _ in re.finditer(str(each), text)]
+            return said[0] if len(said) == 1 and 1 <= said[0] <= 2 else None  # of several upstream takes none
         case _:
             return {"a": 1.0, "b": 2.0, "c": TIE}.get(verdict_in(text) or "")
 
@@ -423,14 +423,16 @@ def _compare(results: Results, controls: list[LengthControl]) -> None:
     """Add the differences of the win rates, instruction by instruction."""
     assert results.against is not None
     (raw_ours, *even_ours), (raw_theirs, *even_theirs) = results.of.scores, results.against.scores
-    if results.of.digests[raw_ours.key] != results.against.digests[raw_theirs.key]:
-        raise DataError("--against", "the two were judged on different instructions", "judge both on the same")
-    pairs = zip(results.of.items[raw_ours.key], results.against.items[raw_theirs.key], strict=True)
+    digests = results.of.digests[raw_ours.key], results.against.digests[raw_theirs.key]
+    theirs = dict(zip(digests[1], results.against.items[raw_theirs.key], strict=True))
+    pairs = [(one, theirs.get(at)) for at, one in zip(digests[0], results.of.items[raw_ours.key], strict=True)]
     both = [(one, other) for one, other in pairs if one is not None and other is not None]
-    ours, theirs = (raw(side) for side in zip(*both, strict=True))
-    bounds = difference_of(ours, theirs, None, seed=results.seed).times(100)
-    results.differences.append(msgspec.structs.replace(raw_ours, bounds=bounds))
-    if even_ours and even_theirs:
+    if not both:
+        results.notes.append("not compared: no instruction was judged, and could be read, for both")
+        return
+    bounds = difference_of(raw([one for one, _ in both]), raw([other for _, other in both]), None, seed=results.seed)
+    results.differences.append(msgspec.structs.replace(raw_ours, bounds=bounds.times(100)))
+    if even_ours and even_theirs and digests[0] == digests[1]:
         one, other = controls
         num = even_ours[0].bounds.num
         spread = bootstrap(num, lambda drawn: one.drawn(drawn) - other.drawn(drawn), results.seed).times(100)

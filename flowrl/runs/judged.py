@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import msgspec
 
 from flowrl.config import Config, Meta, resolve
-from flowrl.errors import ConfigError, DataError, RewardError
+from flowrl.errors import ConfigError, DataError, LastingError, RewardError
 from flowrl.rewards.chat import ChatServer, chatting, check_chat
 from flowrl.rewards.http import Unreachable
 from flowrl.rewards.judging import correlated
@@ -53,8 +53,6 @@ class JudgedSettings(Config):
     name: str = ""  # of the model in the benchmark's files; "": that of its directory or host
     answer_tokens: Annotated[int, Meta(ge=1)] = 1024  # of one answer at most
     gamed: str = ""  # AlpacaEval's df_gamed.csv, without which length is controlled by answers alone
-    price_read: Annotated[float, Meta(ge=0)] = 0.0  # of a million tokens that the judge reads
-    price_written: Annotated[float, Meta(ge=0)] = 0.0  # and of a million that it writes
 
 
 _FIELDS = frozenset(JudgedSettings.__struct_fields__)
@@ -225,12 +223,9 @@ class Bench:
         self.counts["refused"] += said.is_refusal
         return said
 
-    def cost(self, settings: JudgedSettings) -> str:
-        """Return what was read and written now, and its price where one is set."""
-        read, written = self._chat.prompt_tokens, self._chat.completion_tokens
-        paid = (read * settings.price_read + written * settings.price_written) / 1e6
-        price = f" at a price of {paid:.4g}" if settings.price_read or settings.price_written else ""
-        return f"{self.counts['answered']} questions judged now, {read} tokens read and {written} written{price}"
+    def cost(self) -> str:
+        """Return how much was judged now, and what it cost."""
+        return f"{self.counts['answered']} questions judged now, {self._chat.said()}"
 
 
 @asynccontextmanager
@@ -239,7 +234,7 @@ async def judging(settings: JudgedSettings, total: int, say: Say) -> AsyncIterat
     try:
         async with chatting(settings.judge, "judge", now=time.monotonic) as chat:
             yield Bench(chat, total, say)
-    except RewardError as error:
+    except (RewardError, LastingError) as error:
         raise ConfigError(error.where, error.what, f"{error.remedy}; {KEPT}") from error
 
 

@@ -16,12 +16,12 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from flowrl.config import Config, resolve
+from flowrl.config import Config, Meta, resolve
 from flowrl.data.examples import ExampleData, read_source
 from flowrl.data.formats import detect, normalise
-from flowrl.errors import DataError, RewardError
+from flowrl.errors import DataError, LastingError, RewardError
 from flowrl.rewards.chat import ChatServer, chatting
 from flowrl.rewards.http import Unreachable
 from flowrl.rewards.judging import Asked, Judgement, Rubric
@@ -43,8 +43,8 @@ class JudgeSettings(Config):
     server: ChatServer = ChatServer()
     rubric: Rubric = Rubric(way="pairs")
     data: ExampleData = ExampleData()
-    most: int = 200  # pairs, drawn from all by data.seed; 0: all
-    in_flight: int = 8  # pairs judged at a time
+    most: Annotated[int, Meta(ge=0)] = 200  # pairs, drawn from all by data.seed; 0: all
+    in_flight: Annotated[int, Meta(ge=1)] = 8  # pairs judged at a time
 
 
 def judge_preferences(source: str, overrides: Sequence[str], say: Callable[[str], None]) -> None:
@@ -84,6 +84,7 @@ async def _judged(settings: JudgeSettings, pairs: list[NormalRow], say: Callable
     agreed: list[float] = []
     parted: list[str] = []
     refused: list[str] = []
+    spent: set[str] = set()
     waiting = iter(enumerate(pairs))
 
     async def lane(judgement: Judgement) -> None:
@@ -98,6 +99,9 @@ async def _judged(settings: JudgeSettings, pairs: list[NormalRow], say: Callable
             except RewardError as error:
                 refused.append(error.what)
                 continue
+            except LastingError as error:  # what was judged counts
+                spent.add(str(error))
+                return
             chosen, rejected = reversed(scores) if turned else scores
             agreed.append(0.5 if chosen == rejected else float(chosen > rejected))
             if chosen < rejected:
@@ -115,16 +119,17 @@ async def _judged(settings: JudgeSettings, pairs: list[NormalRow], say: Callable
                     tasks.create_task(lane(judgement))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        for line in _outcome(agreed, parted, refused):
+        for line in [*spent, *_outcome(agreed, parted, refused)]:
             say(line)
         say(judgement.tally.said())
-        say(f"{chat.prompt_tokens} tokens were read and {chat.completion_tokens} written by the judge")
+        say(f"the judge: {chat.said()}")
 
 
 def _outcome(agreed: list[float], parted: list[str], refused: list[str]) -> list[str]:
     lines = [f"{len(refused)} pairs could not be judged, the first because {refused[0]}"] if refused else []
     if not agreed:
-        raise RewardError("judge", "could not judge any pair", f"the first because {refused[0]}")
+        because = f"the first because {refused[0]}" if refused else "see the judge's limits"
+        raise RewardError("judge", "could not judge any pair", because)
     mean = mean_interval(agreed)
     ties = sum(each == 0.5 for each in agreed)
     low, high = max(0.0, mean.low), min(1.0, mean.high)

@@ -10,8 +10,8 @@ They are the directories of fschat's llm_judge (Zheng et al. 2023, 2306.05685), 
 written here and the other way round. The judge is asked with the prompts of a judge_prompts.jsonl, or with our own.
 
 Invariants:
-- a number is called MT-Bench only where the judge is gpt-4, the prompts are FastChat's by name and every question was
-  asked;
+- a number is called MT-Bench only where the judge is gpt-4, the prompts are FastChat's by name and its 80 questions, by
+  their ids, were asked;
 - a verdict counts for the very answers it was given on;
 - a rating that cannot be read is -1 and counted.
 
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from flowrl.runs.answering import Answer, EvalRequest, Say
     from flowrl.runs.judged import Bench, Contender, JudgedSettings
 
-JUDGE = "gpt-4"  # whose ratings with FastChat's prompts are MT-Bench's
+JUDGE = "gpt-4"  # whose ratings with FastChat's prompts, of these questions, are MT-Bench's
+QUESTIONS = range(81, 161)
 WITH_REFERENCE = frozenset({"math", "reasoning", "coding", "arena-hard-200"})  # categories, as in FastChat
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1} | dict.fromkeys(WITH_REFERENCE, 0.0)
 TEMPERATURES["extraction"] = 0.0
@@ -154,24 +155,33 @@ def evaluate(request: EvalRequest, say: Say) -> Results:
     given_answers = {each.name: _answered(each, home, questions, settings, request, say) for each in contenders}
     matches = _matches(questions, given_answers, prompts, references)
     rows, notes = asyncio.run(_judged(matches, home, settings, say))
-    is_named = bool(settings.prompts) and settings.judge.model == JUDGE and not request.limit
+    foreign = _not_named(settings, questions)
     results = Results(benchmark="MT-Bench", seed=request.seed, limit=request.limit, of=Answers(target=request.target))
     if len(contenders) > 1:
         results.against = Answers(target=request.against)
     names = [each.name for each in contenders]
-    task = "MT-Bench" if is_named else f"questions of {home.name}, judged by {settings.judge.model}"
+    task = f"questions of {home.name}, judged by {settings.judge.model}" if foreign else "MT-Bench"
     rated = _ratings(rows, names) if settings.way == "single" else _wins(rows, names)
     _score(results, rated, matches, names, task=task, is_pair=settings.way == "pairs")
-    if not is_named:
-        why = f"the judge is {settings.judge.model}, not {JUDGE}"
-        if settings.judge.model == JUDGE:
-            why = f"{request.limit} questions were asked" if request.limit else "the prompts are not FastChat's"
-        results.notes.append(f"not to be called MT-Bench: {why}")
+    if foreign:
+        results.notes.append(f"not to be called MT-Bench: {foreign}")
     lengths = {
-        (name, *at): len(each[at[0]][at[1] - 1]) for name, each in given_answers.items() for at in rated[names[0]]
+        (name, match.question.question_id, match.turn): len(each[match.question.question_id][match.turn - 1])
+        for name, each in given_answers.items()
+        for match in matches
     }
     results.notes += [*_trust(rows, rated, lengths, names), *notes]
     return conclude(results, directory(request.directory), say)
+
+
+def _not_named(settings: JudgedSettings, questions: list[BenchQuestion]) -> str:
+    """Return why a number is not MT-Bench's; "" where it is."""
+    if settings.judge.model != JUDGE:
+        return f"the judge is {settings.judge.model}, not {JUDGE}"
+    if not settings.prompts:
+        return "the prompts are not FastChat's"
+    is_whole = {each.question_id for each in questions} == {*QUESTIONS}
+    return "" if is_whole else f"{len(questions)} questions were asked, which are not its {len(QUESTIONS)}"
 
 
 def read_questions(path: Path) -> list[BenchQuestion]:
@@ -416,7 +426,7 @@ async def _judged(
         if lost := bench.counts["failed"]:
             say(f"{lost} questions got no verdict, for the judge failed; the same command asks them again")
         refused = f"{bench.counts['refused']} refused" if bench.counts["refused"] else ""
-        notes = [text for text in (refused, bench.cost(settings)) if text]
+        notes = [text for text in (refused, bench.cost()) if text]
     return [row for row in lines.rows if _subject(row, judge)[0] in texts], notes
 
 
@@ -452,7 +462,7 @@ async def _put(match: Match, bench: Bench, lines: Lines, judge: str) -> None:
     said: list[str] = []
     for text in match.texts:
         messages = [{"role": "system", "content": match.prompt.system_prompt}, {"role": "user", "content": text}]
-        answer = await bench.ask(messages, temperature=0.0)
+        answer = await bench.ask(messages)
         if answer is None:
             return
         said.append(answer.text)
@@ -541,10 +551,10 @@ def _score(
             if ours:
                 bounds = mean_difference(list(ours.values()), list(theirs.values()), seed=results.seed)
                 results.differences.append(Score(task=task, metric=label, bounds=bounds))
-    if not results.of.scores:
-        raise DataError(
-            task, "no verdict can be read", "take a judge that keeps to the form, or raise judge.max_tokens"
-        )
+    for answers, name in sides:
+        if answers is not None and not answers.scores:
+            what = f"no verdict on {name} can be read"
+            raise DataError(task, what, "take a judge that keeps to the form, or raise judge.max_tokens")
 
 
 def _by_question(rated: dict[At, float]) -> dict[int | str, list[float]]:

@@ -79,10 +79,31 @@ def load_tasks(names: Sequence[str], where: str = "--tasks") -> dict[str, Any]:
             loaded = manager.load([spec])["tasks"]
         except Exception as error:  # whatever a loader of data raises
             raise _no_data(name, error) from error
+        for task in loaded.values():
+            _check_metrics(task, where)
         if twice := sorted(loaded.keys() & tasks.keys()):
             raise ConfigError(where, f"{twice[0]} is named twice", "name it once")
         tasks |= loaded
     return tasks
+
+
+def _check_metrics(task: Any, where: str) -> None:
+    """Insist that a task's metrics are known; lm-eval computes none of those that it does not know.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    from lm_eval.api.task import ConfigurableTask
+
+    is_own = callable(task.get_config("process_results"))  # a function of the task's computes them, or its class
+    is_own |= type(task).process_results is not ConfigurableTask.process_results
+    for metric, aggregate in task.aggregation().items():
+        if aggregate is None:
+            what = f"{task.task_name} makes its {metric} of the items' values in a way that lm-eval does not know"
+            raise ConfigError(where, what, "see the `aggregation` in its file")
+        function = getattr(task, "_metric_fn_list", {}).get(metric, aggregate)
+        if function is None and not is_own and metric != "bypass":
+            raise ConfigError(where, f"lm-eval knows no metric {metric} ({task.task_name})", "see its task guide")
 
 
 def _specs(name: str, where: str) -> Iterator[str | dict[str, Any]]:
@@ -185,9 +206,16 @@ def run_tasks(
 
 
 def scores_in(results: Any, tasks: dict[str, Any], seed: int) -> Iterator[TaskScore]:
-    """Yield lm-eval's scores with their intervals, from its record of every item."""
+    """Yield lm-eval's scores with their intervals, from its record of every item.
+
+    Raises:
+        DataError: a task has none.
+    """
     aggregates = aggregates_of(tasks)
     for task, samples in results["samples"].items():
+        if not any(row["metrics"] for row in samples):
+            what = f"gave no score: lm-eval computes none of {', '.join(tasks[task].aggregation())} from its answers"
+            raise DataError(f"task {task}", what, "see its output_type and its metric_list")
         better = results["higher_is_better"].get(task, {})
         for chosen in dict.fromkeys(sample["filter"] for sample in samples):
             rows = sorted((row for row in samples if row["filter"] == chosen), key=lambda row: row["doc_id"])

@@ -27,7 +27,7 @@ from flowrl.data.models import prepare_model
 from flowrl.data.prompts import load_tokenizer
 from flowrl.data.rendering import Renderer
 from flowrl.engines.base import GenerationEngine, Sampling
-from flowrl.errors import ConfigError, RewardError
+from flowrl.errors import ConfigError, LastingError, RewardError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import PassesOn
 from flowrl.graph.stage import Stage, StageConfig
@@ -131,8 +131,7 @@ class Judge(_Judging):
                     other = chatting(self.config.second, f"{context.where}, second", now=context.now)
                     second = await stack.enter_async_context(other)
             await self._score(context, chat, second)
-            text = f"{chat.prompt_tokens} tokens were read and {chat.completion_tokens} written by the judge"
-            context.notice(text, level="info")
+            context.notice(f"the judge: {chat.said()}", level="info")
 
 
 class ModelJudge(_Judging):
@@ -260,7 +259,7 @@ class _Watch:
         """Take note of what another judge says of the same answers; that it fails is counted and no more."""
         try:
             agreement = correlated(scores, await second(asked))
-        except RewardError:
+        except (RewardError, LastingError):
             self._num_silent += 1
             return
         self._seconds = self._seconds[-999:] + ([] if agreement is None else [agreement])

@@ -1,7 +1,9 @@
 """How sure a benchmark's score is: a 95 % interval over its items, by whichever method is right for it.
 
     wilson      a share of items (every value 0 or 1): Wilson's score interval, which is right at 0 % and 100 % too
-    student     a mean of other values, and every mean of paired differences: Student's t (telemetry/intervals.py)
+    student     a mean of other values, and of paired differences: Student's t (telemetry/intervals.py)
+    agreed      a mean of paired differences of shares that are all the same: what of the items may be otherwise and yet
+                not be among n (the upper end of Clopper and Pearson's interval for 0 of n, 1 - 0.025^(1/n))
     bootstrap   anything else that a task computes from its items (perplexity, F1, BLEU): percentiles of 1000 resamples
 
 Invariant: the same values and seed give the same interval.
@@ -35,7 +37,7 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
     low: float | None  # None: one item says nothing
     high: float | None
     num: int
-    method: Literal["wilson", "student", "bootstrap"]
+    method: Literal["wilson", "student", "agreed", "bootstrap"]
 
     def times(self, factor: float) -> Bounds:
         """Return them on another scale."""
@@ -88,7 +90,12 @@ def mean_difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[f
 def difference_of(ours: Sequence[Any], theirs: Sequence[Any], aggregate: Aggregate | None, *, seed: int) -> Bounds:
     """Return the bounds of ours - theirs on the same items, pair by pair."""
     if aggregate is None:
-        return _student([float(a) - float(b) for a, b in zip(ours, theirs, strict=True)])
+        apart = [float(a) - float(b) for a, b in zip(ours, theirs, strict=True)]
+        if len(apart) > 1 and len({*apart}) == 1 and all(0 <= float(each) <= 1 for each in (*ours, *theirs)):
+            unseen, value = 1 - 0.025 ** (1 / len(apart)), apart[0]
+            low, high = value - unseen * (1 + value), value + unseen * (1 - value)
+            return Bounds(value=value, low=low, high=high, num=len(apart), method="agreed")
+        return _student(apart)
     return bootstrap(
         len(ours), lambda drawn: aggregate([ours[k] for k in drawn]) - aggregate([theirs[k] for k in drawn]), seed
     )

@@ -35,6 +35,7 @@ def serving(respond: Respond) -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # head and body are two packets, and a client may wait to acknowledge one
 
         def do_POST(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -54,7 +55,7 @@ def serving(respond: Respond) -> Iterator[tuple[str, list[dict[str, Any]]]]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/v1", requests
@@ -134,14 +135,15 @@ def evaluated(url: str, *arguments: str | Path, judge: str = "gpt-4", out: Path)
 
 
 def test_ratings_stand_where_fastchat_reads_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    home = questions(tmp_path / "mt_bench")
+    home = questions(tmp_path / "mt_bench", num=80)
     prompts = judge_prompts(tmp_path / "judge_prompts.jsonl")
     with serving(answers_and_judges) as (url, requests):
         named = ["--mt-bench", home, "--set", "name=mine", "--set", f"prompts={prompts}"]
         found = evaluated(url, url, *named, out=tmp_path / "out")
         asked = len(requests)
         again = evaluated(url, url, *named, out=tmp_path / "out")
-    assert asked == 6 * 2 + 6 * 2
+        fewer = evaluated(url, url, *named, "--limit", "79", out=tmp_path / "out")
+    assert asked == 80 * 2 + 80 * 2
     assert len(requests) == asked  # nothing is answered or judged twice
     (temperatures,) = {tuple(sorted({r["temperature"] for r in requests if r["model"] == "good"}))}
     assert temperatures == (0.0, 0.7)  # as FastChat samples mathematics and writing
@@ -150,6 +152,7 @@ def test_ratings_stand_where_fastchat_reads_them(tmp_path: Path, capsys: pytest.
     score = found["of"]["scores"][0]
     assert (score["task"], score["metric"], score["bounds"]["value"]) == ("MT-Bench", "rating", pytest.approx(1.0))
     assert found["of"]["scores"] == again["of"]["scores"]
+    assert fewer["notes"][0] == "not to be called MT-Bench: 79 questions were asked, which are not its 80"
     rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     assert {tuple(row["judge"]) for row in rows} == {
         ("gpt-4", f"single-{kind}{turn}") for kind in ("v1", "math-v1") for turn in ("", "-multi-turn")
@@ -191,7 +194,7 @@ def test_refusals_ties_and_verdicts_that_cannot_be_read_are_counted_and_are_no_n
         text = asked["messages"][-1]["content"]
         if "Question 0" in text:
             return {"message": {"role": "assistant", "content": None, "refusal": "I cannot judge this."}}
-        if "Question 1" in text:
+        if "Question 1" in text and "hm {}" in text:
             return "Hard to say: 11 of 10, [[11]]"
         return {"message": {"content": "At first [[5]], but then\n[[8]]"}, "finish_reason": "stop"}
 
@@ -202,13 +205,16 @@ def test_refusals_ties_and_verdicts_that_cannot_be_read_are_counted_and_are_no_n
         for k in range(6)
     ]
     given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = tmp_path / "other.jsonl"
+    other.write_text(given.read_text().replace("hm {}", "so"))
     with serving(judge) as (url, _):
-        found = evaluated(url, given, "--mt-bench", home, out=tmp_path / "out", judge="rater")
-    assert single_as_fastchat(home / "model_judgment" / "rater_single.jsonl") == {"mine": 8.0}
-    assert found["of"]["scores"][0]["bounds"]["num"] == 4
+        found = evaluated(url, given, "--mt-bench", home, "--against", other, out=tmp_path / "out", judge="rater")
+    assert single_as_fastchat(home / "model_judgment" / "rater_single.jsonl") == {"mine": 8.0, "other": 8.0}
+    assert [found[side]["scores"][0]["bounds"]["num"] for side in ("of", "against")] == [4, 5]
+    assert found["differences"][0]["bounds"]["num"] == 4
     out = capsys.readouterr().out
-    assert "4 of 12 ratings cannot be read and count for nothing" in out
-    assert "2 refused" in out
+    assert "6 of 24 ratings cannot be read and count for nothing" in out
+    assert "4 refused" in out
 
 
 def test_what_was_answered_before_a_kill_is_not_asked_again(tmp_path: Path) -> None:
@@ -314,6 +320,42 @@ def test_our_own_prompt_is_asked_in_both_orders_and_two_models_are_compared(tmp_
     assert found["against"]["scores"][0]["bounds"]["value"] == 0
     assert found["differences"][0]["bounds"]["value"] == 100
     assert any("not to be called AlpacaEval" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(("read", "num"), [(range(0, 8, 2), None), (range(1, 8), 4)])
+def test_two_models_are_compared_where_both_were_judged(tmp_path: Path, read: range, num: int | None) -> None:
+    baseline = outputs(tmp_path / "baseline.json", ["word"] * 8, "base")
+    mine = outputs(tmp_path / "mine.json", ["word word"] * 8, "mine")
+    other = outputs(tmp_path / "other.json", ["word " * 3] * 8, "other")
+
+    def judge(asked: dict[str, Any]) -> str:
+        text = asked["messages"][-1]["content"]
+        number = int(text.partition("Do ")[2][0])
+        is_read = number in read if "word word word" not in text else number % 2
+        return answers_and_judges(asked) if is_read else "hm"
+
+    with serving(judge) as (url, _):
+        found = evaluated(url, mine, "--alpaca-eval", baseline, "--against", other, judge="rater", out=tmp_path / "out")
+    assert [each["bounds"]["num"] for each in found["differences"]] == ([num] if num else [])
+    assert any("not compared: no instruction was judged" in note for note in found["notes"]) == (num is None)
+
+
+def test_what_is_spent_ends_it_and_another_prompt_asks_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    baseline = outputs(tmp_path / "baseline.json", ["word"] * 8, "base")
+    mine = outputs(tmp_path / "mine.json", ["word word"] * 8, "mine")
+    prompts = annotator(tmp_path / "configs")
+    with serving(by_logprobs) as (url, requests):  # 110 tokens an answer
+        given = ["eval", mine, "--alpaca-eval", baseline, "--set", f"prompts={prompts}", "--set", f"judge.url={url}"]
+        given += ["--set", "judge.model=rater", "--out", tmp_path / "out", "--set", "judge.concurrency=1"]
+        limited = [*given, "--set", "judge.price_read=10000", "--set", "judge.most_cost=3"]
+        assert main([*map(str, limited)]) == 2
+        assert "3 is spent, of most_cost=3: 300 tokens read and 30 written" in capsys.readouterr().err
+        assert main([*map(str, given)]) == 0
+        assert len(requests) == 8
+        ask = prompts.parent / "ask.txt"
+        ask.write_text(ask.read_text().replace("Judge.", "Judge well."))
+        assert main([*map(str, given)]) == 0
+        assert len(requests) == 16
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_a_hidden_rule_orders_a_groups_answers_and_tokens_are_counted(tmp_path: 
     assert requests[0]["model"] == "rater"
     assert requests[0]["temperature"] == 0
     assert len(requests) == 12  # six pairs in both orders: equal questions of other groups are asked once
-    assert any(f"{12 * 50} tokens were read and {12 * 3} written" in line for line in lines(alone, "info"))
+    assert any(f"{12 * 50} tokens read and {12 * 3} written" in line for line in lines(alone, "info"))
 
 
 def test_a_judge_that_follows_the_order_is_warned_of(tmp_path: Path):

@@ -89,11 +89,12 @@ def test_a_checklist_is_the_share_of_yes(tmp_path: Path):
         ("[[8.5]]", 8.5), ("[[**9**]]", 9.0), ("[[ 7/10 ]]", 7.0), ("[[Rating: 6]]", 6.0),
         ("\uff3b\uff3b\uff17\uff3d\uff3d", 7.0),
         ("```\n[[4]]\n```", 4.0), ("[[3]]\n[[5]]\nSo be it.", 5.0), ("[[2]], yes: [[2]]", 2.0),
+        ("[[10.]]", 10.0), ("[[7]]\n" + "so " * 999, 7.0),
         ("<think>[[3]]? No.</think>\n[[8]]", 8.0), ("[[3]]? No.</think>[[8]]", 8.0),
     ],
 )  # fmt: skip
 def test_a_verdict_is_read_whatever_stands_around_it(said: str, points: float):
-    assert judged(["x"], lambda _: said, Rubric())[0] == [points]
+    assert judged(["x", "x"], lambda _: said, Rubric())[0] == [points, points]  # asked, and remembered
 
 
 @pytest.mark.parametrize(

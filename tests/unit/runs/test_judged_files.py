@@ -9,7 +9,7 @@ import pytest
 
 from flowrl.errors import ConfigError, DataError, FlowrlError
 from flowrl.rewards.chat import ChatServer
-from flowrl.runs.alpaca_eval import read_annotations, read_annotator, read_outputs
+from flowrl.runs.alpaca_eval import Annotator, read_annotations, read_annotator, read_outputs, read_preference
 from flowrl.runs.judged import JudgedSettings, Lines
 from flowrl.runs.mt_bench import check_lines, read_prompts, read_questions, turns_in, winner_in
 
@@ -157,3 +157,14 @@ def test_an_annotator_that_cannot_be_asked_is_refused(change: dict[str, Any], sa
     with pytest.raises(FlowrlError) as caught:
         read_annotator(settings)
     refused(caught.value, said)
+
+
+@pytest.mark.parametrize(
+    ("said", "preference"),
+    [("Output (a)", 1.0), ("better: Output (b).", 2.0), ("Output (a)? No: Output (b)", None), ("neither", None),
+     ("Output (b), yes, Output (b)", None)],
+)  # fmt: skip
+def test_a_verdict_by_pattern_is_the_only_one_there_is_as_in_alpaca_eval(said: str, preference: float | None) -> None:
+    patterns = {"outputs_to_match": {1: r"Output \(a\)", 2: r"Output \(b\)"}}
+    annotator = Annotator(name="x", parser="regex_parser", options=patterns)
+    assert read_preference(said, [], annotator) == preference

@@ -59,6 +59,15 @@ def test_a_difference_is_taken_item_by_item():
     assert (total.low, total.high) == (30.0, 30.0)
 
 
+def test_few_items_that_all_went_one_way_do_not_prove_a_difference():
+    few, more = (difference_of([1.0] * num, [0.0] * num, None, seed=0) for num in (2, 8))
+    assert (few.value, few.high, few.method) == (1.0, 1.0, "agreed")
+    assert few.low == pytest.approx(1 - 2 * (1 - math.sqrt(0.025)))  # -0.68: heads came twice
+    assert more.low == pytest.approx(0.2611, abs=1e-3)  # the sign test of 8 of 8 has p = 0.0078
+    same = difference_of([0.5] * 8, [0.5] * 8, None, seed=0)
+    assert (same.value, same.low, same.high) == (0.0, pytest.approx(-0.3694, abs=1e-3), pytest.approx(0.3694, abs=1e-3))
+
+
 def test_turns_of_one_question_are_no_two_observations():
     assert mean_over([[6.0, 8.0], [3.0, 5.0]], seed=0).num == 2
     assert mean_over([[6.0, 8.0], [3.0]], seed=0).value == pytest.approx(17 / 3)  # of all turns, as FastChat's
