@@ -179,6 +179,11 @@ def _let_go(stream: TextIO) -> None:
         os.close(null)
 
 
+def number_of(count: float, noun: str) -> str:
+    """Return how many there are in words: `number_of(1, "thread")` is "1 thread", of 2 it is "2 threads"."""
+    return f"{count:,.10g} {noun}{'s' * (count != 1)}"
+
+
 BRIEF_CHARS = 300
 
 

@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from flowrl.errors import ConfigError, ResourceError, StageError
+from flowrl.errors import ConfigError, ResourceError, StageError, number_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +44,8 @@ def check_groups(num_ranks: int, size: int, where: str) -> None:
         ConfigError: they do not.
     """
     if num_ranks % size:
-        raise ConfigError(where, f"{size} does not divide {num_ranks} ranks", "give a divisor, or other ranks")
+        what = f"{size} does not divide {number_of(num_ranks, 'rank')}"
+        raise ConfigError(where, what, "give a divisor, or other ranks")
 
 
 class RankLink:

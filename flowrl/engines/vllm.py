@@ -28,6 +28,7 @@ import numpy as np
 
 from flowrl.ending import sample_text
 from flowrl.engines import vllm_adapters, vllm_settings
+from flowrl.engines.agreement import SAME_WEIGHTS
 from flowrl.engines.aside import give_back_to_system
 from flowrl.engines.base import GenerationConfig, Sampling, UpdateReport
 from flowrl.engines.canary import NO_CANARY, Gap, compare, gap_of
@@ -542,21 +543,23 @@ class VllmEngine:
         if weights.canary is None:
             return NO_CANARY
         logprobs = await self._answer(weights.canary, scored, f"of version {weights.version}")
+        first, bound = self._first_gap, weights.canary.max_mean_gap
+        bound = max(bound, SAME_WEIGHTS.get(self._engine.model_config.dtype, bound))  # the learner's may be the finer
+        usual = bound
+        if first is None and vllm_settings.is_quantised(self._options):  # equal weights differ by what that rounds
+            first, bound = self._loaded_gap, QUANTISED * bound
         try:
-            canary, first = weights.canary, self._first_gap
-            if first is None and vllm_settings.is_quantised(self._options):  # equal weights differ by what that rounds
-                first = self._loaded_gap
-                canary = msgspec.structs.replace(canary, max_mean_gap=QUANTISED * canary.max_mean_gap)
+            canary = msgspec.structs.replace(weights.canary, max_mean_gap=bound)
             gap = compare(canary, logprobs, version=weights.version, where=self.where, first=first)
             self._first_gap = self._first_gap or gap
             return gap
         except ProofError as error:
-            if self._loaded_gap is None or self._loaded_gap.mean <= weights.canary.max_mean_gap:
+            if self._loaded_gap is None or self._loaded_gap.mean <= usual:
                 raise
             what = (
                 f"vLLM computes {self.config.model} otherwise than transformers: with the weights as they lie there, "
                 f"before any were sent, the canary differs by {self._loaded_gap.mean:.3g} nats on average "
-                f"(max {self._loaded_gap.max:.3g}), {weights.canary.max_mean_gap:.3g} are allowed"
+                f"(max {self._loaded_gap.max:.3g}), {usual:.3g} are allowed"
             )
             remedy = "this build of vLLM does not serve such a model right; take another model, or vLLM for GPUs"
             raise ProofError(self.where, what, remedy) from error

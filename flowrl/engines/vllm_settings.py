@@ -62,7 +62,8 @@ def check(config: GenerationConfig, where: str) -> None:
     """Refuse settings and models that vLLM cannot serve, as far as that can be told without loading it.
 
     Raises:
-        ConfigError: more than one tensor-parallel rank in a thread, or a dtype that vLLM's kernels do not take.
+        ConfigError: more than one tensor-parallel rank in a thread, as many as do not divide the model's heads, or a
+            dtype that vLLM's kernels do not take.
         ModelError: the model is not a local directory in Hugging Face format, or has layers without kernels.
     """
     if config.layout == "thread" and config.num_workers > 1:
@@ -74,6 +75,10 @@ def check(config: GenerationConfig, where: str) -> None:
         )
     if not (Path(config.model) / "config.json").is_file():
         raise ModelError(where, f"{config.model} has no config.json", "give a local directory in Hugging Face format")
+    heads = _text_config(config).get("num_attention_heads")
+    if isinstance(heads, int) and heads % config.tensor_parallel:
+        what = f"{config.tensor_parallel} does not divide the model's {heads} attention heads"
+        raise ConfigError(f"{where}.tensor_parallel", what, "give a divisor, or more replicas in its place")
     if config.routing == "replay":
         lacking = "vLLM's build for CPUs" if _is_for_cpus() else "" if ROUTES in taken_options() else "this vLLM"
         if lacking:
@@ -81,6 +86,12 @@ def check(config: GenerationConfig, where: str) -> None:
             raise ConfigError("learner.routing", what, "set it to own, or take a vLLM for GPUs from 0.32 on")
     if _is_for_cpus():
         _check_cpu_kernels(config, where)
+
+
+def _text_config(config: GenerationConfig) -> dict[str, Any]:
+    """Return what a model's config.json says of its language model."""
+    found = json.loads((Path(config.model) / "config.json").read_bytes())
+    return {**found, **(found.get("text_config") or {})}
 
 
 def _is_for_cpus() -> bool:
@@ -102,8 +113,7 @@ def _check_cpu_kernels(config: GenerationConfig, where: str) -> None:
 
     from flowrl.engines.models import choose_dtype
 
-    found = json.loads((Path(config.model) / "config.json").read_bytes())
-    text = {**found, **(found.get("text_config") or {})}
+    text = _text_config(config)
     if text.get("model_type") in FIRST_MAMBA:
         what = f"{config.model} has layers of the first Mamba, for which vLLM's build for CPUs has no kernel"
         raise ModelError(where, what, "take another model, or vLLM for GPUs")

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import msgspec
 
 from flowrl.config import read_yaml
-from flowrl.errors import ConfigError, DataError, said_briefly
+from flowrl.errors import ConfigError, DataError, number_of, said_briefly
 from flowrl.rewards.judging import WHO, verdict_in
 from flowrl.runs.answering import digest_of, for_each
 from flowrl.runs.judged import Lines, answer_all, given, judging, length_note, order_note, settle
@@ -311,7 +311,8 @@ def _annotated(
 
             await for_each(todo, one, at_once=settings.judge.concurrency)
             if lost := bench.counts["failed"]:
-                say(f"{lost} instructions got no verdict, for the judge failed; the same command asks them again")
+                lacking = number_of(lost, "instruction")
+                say(f"{lacking} got no verdict, for the judge failed; the same command asks them again")
             return f"{bench.counts['refused']} refused; {bench.cost()}"
 
     say(
@@ -444,7 +445,8 @@ def _trust(annotations: list[Annotation]) -> list[str]:
     """Return what the preferences can be trusted in."""
     read = [each for each in annotations if each.preference is not None]
     ties = sum(each.preference in (0, TIE) for each in read)
-    notes = [f"{len(annotations)} preferences: {ties} ties, {len(annotations) - len(read)} cannot be read"]
+    num, tied = number_of(len(annotations), "preference"), number_of(ties, "tie")
+    notes = [f"{num}: {tied}, {len(annotations) - len(read)} cannot be read"]
     notes.append(order_note([first for each in annotations for first in each.first_won]))
     longer = [float(len(each.output_2) - len(each.output_1)) for each in read]
     notes.append(length_note(longer, raw([each.preference for each in read])))

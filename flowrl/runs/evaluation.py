@@ -23,7 +23,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from flowrl.data.prompts import load_tokenizer
-from flowrl.errors import ConfigError, FlowrlError, said_briefly
+from flowrl.errors import ConfigError, FlowrlError, number_of, said_briefly
 from flowrl.runs.answering import Progress, engine_of, is_url, prepare
 from flowrl.runs.results import Answers, Results, Score, conclude, differences, directory
 from flowrl.stages.benchmarks import (
@@ -64,7 +64,7 @@ def evaluate(request: EvalRequest, say: Say) -> Results:
 
     tasks = load_tasks(request.tasks)
     check_safe(tasks, "--tasks", unsafe_code=request.unsafe_code)
-    asked = ", ".join(f"{name} ({num_items(task, request.limit)} items)" for name, task in tasks.items())
+    asked = ", ".join(f"{name} ({number_of(num_items(task, request.limit), 'item')})" for name, task in tasks.items())
     say(f"{asked}; answers are kept in {out}")
     answered = [_answer(each, tasks, request, out, say) for each in prepared]
     results = Results(

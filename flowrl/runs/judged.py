@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import msgspec
 
 from flowrl.config import Config, Meta, resolve
-from flowrl.errors import ConfigError, DataError, LastingError, RewardError
+from flowrl.errors import ConfigError, DataError, LastingError, RewardError, number_of
 from flowrl.rewards.chat import ChatServer, chatting, check_chat
 from flowrl.rewards.http import Unreachable
 from flowrl.rewards.judging import correlated
@@ -225,7 +225,7 @@ class Bench:
 
     def cost(self) -> str:
         """Return how much was judged now, and what it cost."""
-        return f"{self.counts['answered']} questions judged now, {self._chat.said()}"
+        return f"{number_of(self.counts['answered'], 'question')} judged now, {self._chat.said()}"
 
 
 @asynccontextmanager
@@ -254,4 +254,4 @@ def length_note(longer: Sequence[float], won: Sequence[float]) -> str:
     if correlation is None:
         return ""
     leans = "; the judge may be paid in words" if correlation > LEANS and len(won) >= FEW else ""
-    return f"verdict and length correlate {correlation:+.2f} over {len(won)} answers{leans}"
+    return f"verdict and length correlate {correlation:+.2f} over {number_of(len(won), 'answer')}{leans}"

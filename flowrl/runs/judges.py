@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated
 from flowrl.config import Config, Meta, resolve
 from flowrl.data.examples import ExampleData, read_source
 from flowrl.data.formats import detect, normalise
-from flowrl.errors import DataError, LastingError, RewardError
+from flowrl.errors import DataError, LastingError, RewardError, number_of
 from flowrl.rewards.chat import ChatServer, chatting
 from flowrl.rewards.http import Unreachable
 from flowrl.rewards.judging import Asked, Judgement, Rubric
@@ -57,7 +57,7 @@ def judge_preferences(source: str, overrides: Sequence[str], say: Callable[[str]
     """
     settings = resolve(JudgeSettings, overrides=[f"data.source={source}", *overrides])
     pairs = _pairs(settings)
-    say(f"{len(pairs)} pairs, judged by {settings.server.model or 'nobody'} ({settings.rubric.way})")
+    say(f"{number_of(len(pairs), 'pair')}, judged by {settings.server.model or 'nobody'} ({settings.rubric.way})")
     asyncio.run(_judged(settings, pairs, say))
 
 
@@ -126,13 +126,15 @@ async def _judged(settings: JudgeSettings, pairs: list[NormalRow], say: Callable
 
 
 def _outcome(agreed: list[float], parted: list[str], refused: list[str]) -> list[str]:
-    lines = [f"{len(refused)} pairs could not be judged, the first because {refused[0]}"] if refused else []
+    lines = (
+        [f"{number_of(len(refused), 'pair')} could not be judged, the first because {refused[0]}"] if refused else []
+    )
     if not agreed:
         because = f"the first because {refused[0]}" if refused else "see the judge's limits"
         raise RewardError("judge", "could not judge any pair", because)
     mean = mean_interval(agreed)
     ties = sum(each == 0.5 for each in agreed)
     low, high = max(0.0, mean.low), min(1.0, mean.high)
-    share = f"{mean.mean:.1%} of {len(agreed)} pairs [{low:.1%}, {high:.1%}]"
-    lines.append(f"agrees with the labels in {share}; {ties} ties count half")
+    share = f"{mean.mean:.1%} of {number_of(len(agreed), 'pair')} [{low:.1%}, {high:.1%}]"
+    lines.append(f"agrees with the labels in {share}; {number_of(ties, 'tie')} count half")
     return lines + parted[:SHOWN]

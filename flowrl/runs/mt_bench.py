@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
-from flowrl.errors import ConfigError, DataError, said_briefly
+from flowrl.errors import ConfigError, DataError, number_of, said_briefly
 from flowrl.rewards.judging import MOST_POINTS, WHO, points_in, verdict_in
 from flowrl.runs.answering import digest_of, for_each
 from flowrl.runs.judged import Lines, answer_all, given, judging, length_note, order_note, rows_in, settle
@@ -424,7 +424,7 @@ async def _judged(
         finally:
             lines.sort(lambda row: (str(row.get("question_id")).zfill(12), row.get("turn", 0), str(row.get("model"))))
         if lost := bench.counts["failed"]:
-            say(f"{lost} questions got no verdict, for the judge failed; the same command asks them again")
+            say(f"{number_of(lost, 'question')} got no verdict, for the judge failed; the same command asks them again")
         refused = f"{bench.counts['refused']} refused" if bench.counts["refused"] else ""
         notes = [text for text in (refused, bench.cost()) if text]
     return [row for row in lines.rows if _subject(row, judge)[0] in texts], notes
@@ -578,7 +578,8 @@ def _trust(
         unread = sum(ERROR in pair for pair in winners)
         ties = sum(pair == ("tie", "tie") for pair in winners)
         turned = sum(set(pair) == {"model_1", "model_2"} for pair in winners)
-        notes = [f"{len(rows)} pairs: {ties} ties, {turned} turned with the order, {unread} cannot be read"]
+        judged, tied = number_of(len(rows), "pair"), number_of(ties, "tie")
+        notes = [f"{judged}: {tied}, {turned} turned with the order, {unread} cannot be read"]
         decided = [(k, won) for pair in winners for k, won in enumerate(pair) if won.startswith("model_")]
         first = [float(won == ("model_1", "model_2")[k]) for k, won in decided]
         notes.append(order_note(first))

@@ -24,7 +24,7 @@ import msgspec
 
 from flowrl.config import is_given
 from flowrl.engines.base import Computing, Serving, Training
-from flowrl.errors import ConfigError, ResourceError
+from flowrl.errors import ConfigError, ResourceError, number_of
 from flowrl.runtime.devices import Machine, check_usable, num_cores, unusable, visible_machine
 from flowrl.scratch import socket_root
 
@@ -284,20 +284,20 @@ def check_resources(graph: Graph, machine: Machine | None = None) -> None:
     wanted = places(graph)
     needs_gpus = any(p.gpus for p in wanted)
     machine = machine or (visible_machine() if needs_gpus else Machine(cores=num_cores()))
-    present = f"{len(machine.gpus)} are present"
+    present = f"{len(machine.gpus)} present"
     if needs_gpus and not machine.gpus:
-        present = f"none is present ({machine.why_none})"
+        present = f"none present ({machine.why_none})"
     for unit, have, asked, are in (
-        ("cores", machine.cores, [(p.node, p.cpus) for p in wanted], f"{machine.cores} are present"),
-        ("GPUs", len(machine.gpus), [(p.node, p.gpus) for p in wanted], present),
+        ("core", machine.cores, [(p.node, p.cpus) for p in wanted], f"{machine.cores} present"),
+        ("GPU", len(machine.gpus), [(p.node, p.gpus) for p in wanted], present),
     ):
         total = sum(amount for _, amount in asked)
         if total > have + 1e-9:
             detail = by_node(asked)
-            setting = "cpus" if unit == "cores" else "gpus"
+            setting = "cpus" if unit == "core" else "gpus"
             raise ResourceError(
                 "placement",
-                f"{total:g} {unit} are asked for ({detail}), {are}",
+                f"{number_of(total, unit)} asked for ({detail}), {are}",
                 f"lower replicas, ranks or {setting}, or let nodes share devices",
             )
     if needs_gpus:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from flowrl.engines.base import Serving
-from flowrl.errors import RunError
+from flowrl.errors import RunError, number_of
 from flowrl.graph.edges import Credits
 from flowrl.graph.program import graph_of
 from flowrl.graph.stage import Context, Ranks, from_specification
@@ -159,7 +159,7 @@ def _notes(graph: Graph, profile: Profile, state: SimulationState, *, is_whole: 
     elif any(getattr(stage.config, "tasks", []) for stage in graph.nodes.values()):
         notes.append("left out: what evaluation.tasks ask")
     if state.cores > profile.cores:
-        notes.append(f"{state.cores:g} cores are reserved, the profile's machine has {profile.cores:g}")
+        notes.append(f"{number_of(state.cores, 'core')} reserved, the profile's machine has {profile.cores:g}")
     for name, stage in graph.nodes.items():
         config: Any = stage.config
         costs = profile.nodes.get(name, NodeProfile())
@@ -167,11 +167,13 @@ def _notes(graph: Graph, profile: Profile, state: SimulationState, *, is_whole: 
             most = min(config.max_running, getattr(config, "max_groups", 1) * getattr(config, "group_size", 1))
             low, high = costs.decode.running
             if not 0.8 * low <= most <= 1.25 * high:
-                notes.append(f"{name} may run {most} samples at once, the profile saw {low:g} to {high:g}")
+                notes.append(f"{name} may run {number_of(most, 'sample')} at once, the profile saw {low:g} to {high:g}")
         if stage.config.ranks > costs.ranks:
-            notes.append(f"{name}: {stage.config.ranks} ranks are taken to be that much faster than {costs.ranks}")
+            ranks = number_of(stage.config.ranks, "rank")
+            notes.append(f"{name}: with {ranks} it is taken to be that much faster than with {costs.ranks}")
         if (threads := getattr(config, "threads", costs.threads)) != costs.threads and not config.gpus:
-            notes.append(f"{name}: {threads} threads are taken to share {PARALLEL:.0%} of what {costs.threads} did")
+            shared = f"{PARALLEL:.0%} of its work is taken to be shared"
+            notes.append(f"{name}: has {number_of(threads, 'thread')}, the profile's had {costs.threads}; {shared}")
     return notes
 
 

@@ -40,7 +40,7 @@ from flowrl.data.judgments import (
     ask,
     worths,
 )
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, number_of
 from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import PassesOn
 from flowrl.graph.stage import Stage, StageConfig
@@ -235,9 +235,8 @@ class _Board:
     def _count_unjudged(self) -> None:
         self._num_unjudged += 1
         if self._num_unjudged & (self._num_unjudged - 1) == 0:  # 1, 2, 4, 8, ...
-            what = (
-                f"{self._num_unjudged} groups were not judged within {self._config.deadline_s:g} s and {self._ending}"
-            )
+            groups = number_of(self._num_unjudged, "group")
+            what = f"{groups} not judged within {self._config.deadline_s:g} s {self._ending}"
             self._context.notice(f"{what}; open flowrl feedback {self._context.run_dir}, or raise humans.deadline_s")
 
     def _note_late(self, judged: Iterable[str]) -> None:
@@ -246,13 +245,17 @@ class _Board:
 
     def _tell_late(self) -> None:
         self._num_told = len(self._late)
-        what = f"{self._num_told} groups were judged too late or by too few, and what was said is kept"
+        what = f"{number_of(self._num_told, 'group')} judged too late or by too few; what was said is kept"
         remedy = f"flowrl feedback {self._context.run_dir} --export trl writes it as data for training"
         self._context.notice(f"{what}: {remedy}")
 
     async def _tell(self) -> None:
         count = len(self._waiting)
-        text = f"people, for {count} answers to judge (flowrl feedback {self._context.run_dir})" if count else ""
+        text = (
+            f"people, for {number_of(count, 'answer')} to judge (flowrl feedback {self._context.run_dir})"
+            if count
+            else ""
+        )
         await self._context.note_wait(text)
 
     def _write(self, line: Question | Closed) -> None:

@@ -27,7 +27,7 @@ from flowrl.data.models import prepare_model
 from flowrl.data.prompts import load_tokenizer
 from flowrl.data.rendering import Renderer
 from flowrl.engines.base import GenerationEngine, Sampling
-from flowrl.errors import ConfigError, LastingError, RewardError
+from flowrl.errors import ConfigError, LastingError, RewardError, number_of
 from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import PassesOn
 from flowrl.graph.stage import Stage, StageConfig
@@ -269,8 +269,8 @@ class _Watch:
         if self._num_groups:
             agreed = f", agreement with the other scores {_mean(self._agreements):+.2f}" if self._agreements else ""
             agreed += f", with a second judge {_mean(self._seconds):+.2f}" if self._seconds else ""
-            agreed += f", which could not judge {self._num_silent} groups" if self._num_silent else ""
-            self._say("info", f"{self._num_groups} groups judged: {self._tally.said()}{agreed}")
+            agreed += f", which could not judge {number_of(self._num_silent, 'group')}" if self._num_silent else ""
+            self._say("info", f"{number_of(self._num_groups, 'group')} judged: {self._tally.said()}{agreed}")
 
     def _warn(self) -> None:
         tally = self._tally

@@ -22,6 +22,7 @@ import msgspec
 from flowrl.data.examples import read_source
 from flowrl.data.models import inspect_model, prepare_model
 from flowrl.engines.base import Computing, Serving, Training
+from flowrl.errors import number_of
 from flowrl.runtime.placement import num_cores
 from flowrl.stages.critic import Critic
 from flowrl.stages.sampler import Course, Sampler
@@ -83,10 +84,11 @@ def _line(graph: Graph, cores: int) -> str:
     step_s = STEP_S + (sum(per_device.values()) if is_synchronous else max(*per_device.values(), core_s / cores))
     size = inspect_model(prepare_model(model)).num_parameters
     sampled = f" ({load.response:.0f} of them sampled)" if load.response else ""
+    steps, samples = number_of(load.steps, "step"), number_of(load.samples, "sample")
     return (
-        f"about {_in_words(load.steps * step_s + first_s)}, give or take a factor of three: {load.steps} steps of "
-        f"{load.samples} samples x {load.whole:.0f} tokens{sampled}, a model of {size / 1e6:.3g} million parameters, "
-        f"{cores} cores; another run will be told from this one"
+        f"about {_in_words(load.steps * step_s + first_s)}, give or take a factor of three: {steps} of "
+        f"{samples} x {load.whole:.0f} tokens{sampled}, a model of {size / 1e6:.3g} million parameters, "
+        f"{number_of(cores, 'core')}; another run will be told from this one"
     )
 
 

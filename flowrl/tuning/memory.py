@@ -32,7 +32,8 @@ Parts = dict[str, float]
 
 FLOAT = 4  # bytes of a float32
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
-MAX_LOGITS = 1 << 26  # elements; flowrl/engines/models.py
+MAX_LOGITS = 1 << 26  # elements; flowrl/engines/head.py
+CACHED_LOGITS = 1 << 24  # made at once on CPUs; the same file
 CONTEXT = 600e6  # a CUDA context with cuBLAS and NCCL, on a device
 GRAPHS = 1.0e9  # vLLM's captured graphs and workspace
 WORKER = 1.1e9  # host memory of a process with torch, transformers and an engine, before a model
@@ -282,23 +283,30 @@ class _Rank:
         return self._tokens() / self.config.sequence_parallel * self.b * wide
 
     def _head(self, *, with_gradient: bool) -> Parts:
-        """Return what the language head holds: its float32 copy and the logits of a part of the tokens."""
+        """Return what the language head holds: its float32 copy and the logits of a part of the tokens.
+
+        Where a head multiplies in float32 it makes them a few rows at a time, and keeps one number of each in its
+        weights' dtype for its backward; else a loss holds them, their exponents and their gradient.
+        """
         if self.head != "policy":
             return {}
-        s = self.shape
+        s, asked = self.shape, self.config.head_dtype
+        is_wide = asked == "float32" or (asked == "auto" and s.embedding <= MAX_LOGITS)
+        is_lone = is_wide and self.config.dtype != "float16"  # flowrl/engines/head.py: LanguageHead.linear
         read = self._tokens() * self.work.read / self.config.sequence_parallel
-        chunks = max(1, math.ceil(read * s.vocab / MAX_LOGITS))
+        chunks = max(1, math.ceil(read * s.vocab / (MAX_LOGITS * 8 // self.b if is_lone else MAX_LOGITS)))
         logits = FLOAT * read / chunks * s.vocab
-        is_wide = (
-            self.b < FLOAT
-            and self.config.head_dtype != "model"
-            and (s.embedding <= MAX_LOGITS or self.config.head_dtype == "float32")
-        )
-        copy = FLOAT * s.embedding if is_wide else 0.0
+        copy = FLOAT * s.embedding * (self.b < FLOAT and is_wide)
+        back = self.b * s.embedding * (self.trained == self.total) * is_wide
+        if is_lone:
+            kept = logits * self.b / FLOAT * with_gradient
+            at_once = min(logits, 2 * FLOAT * (MAX_LOGITS if self.on_gpu else CACHED_LOGITS))
+            if with_gradient and back > at_once + copy:
+                return {"logits": kept, "the head's gradient": back}
+            return {"logits": kept + at_once, "head in float32": copy}
         if not with_gradient:
             return {"logits": (1 + self.on_gpu) * logits, "head in float32": copy}
-        back = copy + self.b * s.embedding * (self.trained == self.total) if is_wide else 0.0
-        return {"logits": 3 * logits, "head in float32": copy + back}
+        return {"logits": 3 * logits, "head in float32": 2 * copy + back * (copy > 0)}
 
     # What goes out.
 

@@ -16,6 +16,7 @@ import msgspec
 
 from flowrl.config import is_given
 from flowrl.engines.base import Training
+from flowrl.errors import number_of
 from flowrl.simulation.prediction import bottleneck_line
 from flowrl.stages.critic import Critic
 from flowrl.tuning.placed import FULL, ranges
@@ -71,9 +72,7 @@ def _where(search: Search, tried: Tried) -> str:
             for node, config in tried.placed.configs.items()
             if node in search.models.shapes
         }
-        return "on the CPU, " + ", ".join(
-            f"{node} {count} thread{'s' * (count > 1)}" for node, count in threads.items()
-        )
+        return "on the CPU, " + ", ".join(f"{node} {number_of(count, 'thread')}" for node, count in threads.items())
     return "; ".join(f"{' + '.join(nodes)} on GPU {ranges(mine)}" for mine, nodes in devices.items())
 
 

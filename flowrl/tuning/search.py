@@ -329,13 +329,17 @@ class Search:
                 yield {f"{trainer}.ranks": num, f"{trainer}.gpus": 1, **shared, **split}
 
     def _widths(self) -> list[int]:
-        """Return over how many GPUs a generator's model may be split: the fewest that hold it, and twice as many."""
+        """Return over how many GPUs a generator's model may be split: the fewest that hold it, and twice as many.
+
+        vLLM deals out heads: how many there are must be divided.
+        """
         widths = [width for width in SPLITS if width <= self.site.per_machine]
         shape, config = self.models.shapes.get(self.server), self.configs.get(self.server)
         if shape is None or not isinstance(config, Serving):
             return widths[:1]
         if is_given(self.given, f"{self.path_of[self.server]}.tensor_parallel"):
             return [config.tensor_parallel]
+        widths = [width for width in widths if shape.heads % width == 0]
         room = config.gpu_memory_utilization * self.site.device_bytes
         least = [w for w in widths if (WEIGHT * shape.num_parameters + LEAST_CACHE * shape.kv) / w + SERVING < room]
         return (least or widths[-1:])[:2]

@@ -505,7 +505,7 @@ def expert_group(engine, monkeypatch):
 )
 def test_a_mixture_of_experts_serves_its_new_experts_after_an_update(tmp_path, loop, family, dtype):
     write_family(family, tmp_path)
-    policy = Policy(tmp_path, max_mean_gap=1e-3 if dtype == "float32" else 0.15)
+    policy = Policy(tmp_path, max_mean_gap=1e-3)  # of a learner in float32, whatever the engine computes in
 
     async def scenario():
         engine = await opened(tmp_path, dtype=dtype)

@@ -58,7 +58,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         ("algorithm=no.such.module:X", "no module 'no' is installed"),
         ("algorithm=grop", "did you mean GRPO"),
         ("reward.function=flowrl.rewards.verify:nothing", "nothing"),
-        ("generator.cpus=64", "cores are asked for"),
+        ("generator.cpus=64", "cores asked for"),
         ("learner.gpus=8", "8 GPUs for one rank"),
         ("learner.minibatches=3", "3 minibatches do not divide"),
         ("model=/no/such/directory", "/no/such/directory"),

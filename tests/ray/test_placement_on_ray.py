@@ -56,5 +56,5 @@ def test_gpus_are_reserved_whole_and_shared_whole_and_what_has_no_room_is_named(
 
 def test_a_machine_with_fewer_gpus_than_the_graph_asks_for_is_refused_before_ray_starts(tmp_path: Path) -> None:
     cluster = Cluster(seated(learner={"gpus": 1}, generator={"gpus": 1}), None, machine=machine(80))
-    with pytest.raises(ResourceError, match=r"2 GPUs are asked for \(generator 1, learner 1\), 1 are present"):
+    with pytest.raises(ResourceError, match=r"2 GPUs asked for \(generator 1, learner 1\), 1 present"):
         cluster.__enter__()

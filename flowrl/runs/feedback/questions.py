@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from flowrl.data.judgments import JUDGMENTS, QUESTIONS, SAYS, Closed, Judgment, Question, Said, Tail, ask
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, number_of
 from flowrl.runtime.rundir import existing_run, read_plan
 from flowrl.telemetry.records import step_of
 
@@ -109,7 +109,7 @@ class Questions:
             remedy = "run graphs/humans_dpo.py, or a graph with learner.save_rollouts=true"
             raise ConfigError(str(self._run_dir), what, remedy)
         what = "the run has no humans node: what was recorded is shown, and training learns nothing of what is said"
-        return f"{what} ({len(self.questions)} questions)"
+        return f"{what} ({number_of(len(self.questions), 'question')})"
 
     def next(self, rater: str, said: Said, now_s: float) -> Offered | None:
         """Return what a rater is asked next, and hold it for him; None where there is nothing."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowrl.config import redacted
-from flowrl.errors import ConfigError, DataError, shortened
+from flowrl.errors import ConfigError, DataError, number_of, shortened
 from flowrl.runs.page import figures
 from flowrl.runs.page.activity import Record
 from flowrl.runs.page.page import rendered
@@ -73,7 +73,7 @@ def compare(runs: Sequence[Path], out: Path, say: Callable[[str], None]) -> None
         ConfigError: there are too few or too many runs, one is none, or `out` cannot be written.
     """
     if not 2 <= len(runs) <= MOST_RUNS:
-        raise ConfigError("flowrl compare", f"{len(runs)} runs are given", f"name 2 to {MOST_RUNS}")
+        raise ConfigError("flowrl compare", f"{number_of(len(runs), 'run')} given", f"name 2 to {MOST_RUNS}")
     directories = [existing_run(run).resolve() for run in runs]
     if len(set(directories)) < len(directories):
         raise ConfigError("flowrl compare", "a run is named twice", "name different ones")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from flowrl.config import resolve, widen
-from flowrl.engines.base import Lora, TrainingConfig, check_engine
+from flowrl.engines.base import GenerationConfig, Lora, TrainingConfig, check_engine
+from flowrl.engines.vllm_settings import check
 from flowrl.errors import ConfigError
 from flowrl.graph.graph import RunSettings
 from flowrl.stages.critic import Critic
@@ -16,6 +18,8 @@ from flowrl.stages.reference import ExampleReference, Reference
 from flowrl.stages.reward import RewardModel
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from flowrl.engines.base import Scoring
 
 VLLM = "flowrl.engines.vllm:VllmEngine"
@@ -105,3 +109,14 @@ def test_deepspeed_steps_with_torchs_own_fused_adamw_on_every_device() -> None:
         assert told["optimizer"]["params"]["fused"]
         assert told["zero_force_ds_cpu_optimizer"] is False
         assert told["zero_optimization"]["overlap_comm"] is True
+
+
+@pytest.mark.parametrize(("parts", "is_taken"), [(1, True), (3, True), (2, False), (4, False)])
+def test_a_generator_is_split_into_parts_that_divide_the_heads(tmp_path: Path, parts: int, is_taken: bool):
+    (tmp_path / "config.json").write_text('{"text_config": {"num_attention_heads": 9, "num_key_value_heads": 3}}')
+    config = GenerationConfig(model=str(tmp_path), dtype="float32", tensor_parallel=parts, layout="processes")
+    refused = pytest.raises(
+        ConfigError, match=rf"tensor_parallel: {parts} does not divide the model's 9 attention heads"
+    )
+    with nullcontext() if is_taken else refused:
+        check(config, "generator")

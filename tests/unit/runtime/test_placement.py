@@ -113,8 +113,8 @@ def test_sharers_spread_over_the_gpus_of_their_host() -> None:
     ("num_gpus", "overrides", "words"),
     [
         (2, ["learner.gpus=2"], "learner.gpus: 2 GPUs for one rank, which computes on one; set learner.gpus=1 and"),
-        (2, ["learner.ranks=16", "learner.gpus=1"], "are asked for .*learner 16"),
-        (0, ["learner.gpus=1"], r"1 GPUs are asked for \(learner 1\), none is present"),
+        (2, ["learner.ranks=16", "learner.gpus=1"], "asked for .*learner 16"),
+        (0, ["learner.gpus=1"], r"1 GPU asked for \(learner 1\), none present"),
         (2, ["generator.gpus=1", "generator.tensor_parallel=2"], "1 GPUs, but a replica's model is split over 2"),
         (2, ["generator.tensor_parallel=4", "generator.share=learner"], "4 GPUs, but learner has 2"),
     ],

@@ -115,6 +115,6 @@ def test_what_is_said_too_late_is_kept_and_told_and_what_is_said_in_time_counts(
     ended = Counter((entry.event, entry.reason) for entry in read_entries(tmp_path / "ledger.jsonl"))
     assert ended["learned", ""] == 12
     late = [event.text for event in events if isinstance(event, Notice) and "too late" in event.text]
-    assert late[-1].startswith(f"{ended['filtered', 'not judged within 4 s']} groups were judged too late")
+    assert late[-1].startswith(f"{ended['filtered', 'not judged within 4 s']} groups judged too late")
     assert "--export trl" in late[-1]
     assert len(Tail(tmp_path / JUDGMENTS, Judgment).read()) == sum(ended[key] for key in ended if key[0] != "admitted")

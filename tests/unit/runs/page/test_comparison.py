@@ -96,7 +96,7 @@ def test_what_a_run_holds_does_nothing_to_the_page(
 
 @pytest.mark.parametrize(
     ("count", "said"),
-    [(1, f"1 runs are given; name 2 to {MOST_RUNS}"), (MOST_RUNS + 1, f"{MOST_RUNS + 1} runs"), (-2, "named twice")],
+    [(1, f"1 run given; name 2 to {MOST_RUNS}"), (MOST_RUNS + 1, f"{MOST_RUNS + 1} runs"), (-2, "named twice")],
 )
 def test_too_few_too_many_and_one_twice_are_refused(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int, said: str
