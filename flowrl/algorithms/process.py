@@ -19,6 +19,7 @@ from torch.nn.functional import softplus
 
 from flowrl.algorithms.base import Head, Lesson, Loss, LossBatch, Objective
 from flowrl.algorithms.functional import masked
+from flowrl.algorithms.pairs import right_side
 from flowrl.config import Meta
 
 
@@ -46,7 +47,8 @@ class Process(Objective):
     def loss(self, batch: LossBatch) -> Loss:
         """Return the cross-entropy as a sum over labelled steps and their number.
 
-        Metrics: accuracy, the share of steps whose p and label are on the same side of one half; step_reward, mean p.
+        Metrics: accuracy, the share of steps whose p and label are on the same side of one half (p of one half
+        is half right); step_reward, mean p.
         """
         labels_BT = batch.column("step_label")
         is_end_BT = ((batch.mask_BT > 0) & ~labels_BT.isnan()).to(batch.mask_BT.dtype)
@@ -57,9 +59,9 @@ class Process(Objective):
         loss_BT = masked(softplus(values_BT) - labels_BT * values_BT, is_end_BT)
         count = is_end_BT.sum()
         judged_BT = values_BT.detach()
-        agrees_BT = (judged_BT > 0) == (labels_BT > 0.5)
+        agrees_BT = right_side(torch.where(labels_BT > 0.5, judged_BT, -judged_BT))
         metrics = {
-            "accuracy": (masked(agrees_BT.to(count.dtype), is_end_BT).sum(), count),
+            "accuracy": (masked(agrees_BT, is_end_BT).sum(), count),
             "step_reward": (masked(torch.sigmoid(judged_BT), is_end_BT).sum(), count),
         }
         return Loss(loss_BT.sum(), count, metrics)

@@ -39,7 +39,7 @@ from flowrl.runtime.devices import visible_machine
 from flowrl.runtime.lease import check_turns
 from flowrl.runtime.ledger import Cut
 from flowrl.runtime.placement import check_computes, check_resources, place, quiet_libraries
-from flowrl.runtime.resuming import changed_code, check_same_data, check_same_run, record_attempt
+from flowrl.runtime.resuming import changed_code, check_same_data, check_same_graph, check_same_run, record_attempt
 from flowrl.runtime.rundir import claim, create_run_dir, existing_run, recorded_settings, write_plan
 from flowrl.runtime.scaling import check_most, follow_scale, most_of_auto
 from flowrl.runtime.supervisor import Options, Scaling, Start, newest_start
@@ -131,6 +131,7 @@ def launch(request: RunRequest, *, say: Say, companion: RunCompanion) -> Path:
         with _unbegun(say) as made:
             if request.resume is not None:
                 run_dir = existing_run(request.resume).resolve()
+                check_same_graph(run_dir, request.graph)
                 config = request.config or recorded_settings(run_dir)
                 claimed = held.enter_context(contextlib.closing(claim(run_dir, say)))
                 resume = _resumed(request, run_dir, say)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from fnmatch import fnmatchcase
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -45,6 +46,17 @@ FIXED = (
 # Of these, what only says where something is done.
 FREE = ("*.replicas", "*.ranks", "*.cpus", "*.gpus", "*.share")
 Changes = dict[str, tuple[Any, Any]]  # path -> old, new
+
+
+def check_same_graph(run_dir: Path, graph: Path) -> None:
+    """Insist on the run's graph, by its file's name: another one's settings would be found to lack or to have some.
+
+    Raises:
+        ConfigError: it is another.
+    """
+    starts = read_starts(run_dir)
+    if starts and (began := PurePath(starts[-1].graph)).name != graph.name:
+        raise ConfigError(str(graph), f"is not the graph of {run_dir}", f"resume with {began}")
 
 
 def check_same_run(run_dir: Path, program: Program) -> Changes:

@@ -72,6 +72,8 @@ def test_process_by_hand_counts_step_ends_only():
         loss.total, math.log1p(math.exp(-2.0)) + 0.75 * math.log1p(math.exp(1.0)) + 0.25 * math.log1p(math.exp(-1))
     )
     assert float(loss.metrics["accuracy"][0]) == 1.0
+    unsure = Process().loss(batch._replace(logprobs_BT=torch.zeros(1, 4)))
+    assert float(unsure.metrics["accuracy"][0]) == 1.0, "two steps, each half right"
 
 
 def expectation(objective: Distillation, logits: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, float]:

@@ -10,7 +10,14 @@ import yaml
 
 from flowrl.errors import ConfigError, DataError
 from flowrl.graph.program import Program, load_program
-from flowrl.runtime.resuming import changed_code, check_same_data, check_same_run, is_fixed, record_attempt
+from flowrl.runtime.resuming import (
+    changed_code,
+    check_same_data,
+    check_same_graph,
+    check_same_run,
+    is_fixed,
+    record_attempt,
+)
 from flowrl.runtime.rundir import write_plan
 
 GRAPHS = Path(__file__).parents[3] / "graphs"
@@ -75,6 +82,9 @@ def test_who_judges_and_by_what_stays_where_it_judges_does_not():
 
 
 def test_another_graph_is_refused(run: Path):
+    check_same_graph(run, Path("moved") / "group_async.py")
+    with pytest.raises(ConfigError, match=r"^sft\.py: is not the graph of .*; resume with .*group_async\.py"):
+        check_same_graph(run, Path("sft.py"))
     with pytest.raises(ConfigError, match="than the run"):
         check_same_run(run, program(graph="preference.py"))
 
