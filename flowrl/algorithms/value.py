@@ -22,7 +22,8 @@ from flowrl.config import Meta
 class ValueLoss(Objective):
     """Clipped squared error of the values."""
 
-    clip: Annotated[float, Meta(ge=0)] = 0.2  # values may move so far from what they were when sampled; 0: any distance
+    # values may move so far from what they were when sampled, in the critic's units (return_scale.py); 0: any distance
+    clip: Annotated[float, Meta(ge=0)] = 0.2
 
     @property
     def head(self) -> Head:

@@ -17,20 +17,23 @@ Tests: tests/unit/stages/test_estimation.py
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
-from flowrl.config import ImportPath, Meta, Select, widen
+from flowrl.algorithms.return_scale import ReturnScale
+from flowrl.config import AUTO, ImportPath, Meta, Select, widen
 from flowrl.data.models import prepare_model
 from flowrl.data.vocabulary import check_same_vocabulary
 from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine
 from flowrl.engines.checkpoint import checkpoint_version
-from flowrl.errors import ChannelClosed
+from flowrl.errors import ChannelClosed, DataError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import Itself
 from flowrl.graph.stage import Stage
 from flowrl.messages import Buffer, Referenced, Samples, extend
+from flowrl.model_files import is_classifier
 from flowrl.stages.estimation import Estimation, is_cut, keeps_group, load_algorithm, settled
 from flowrl.stages.learner import Learner
 from flowrl.stages.sampler import Learning, Sampler
@@ -42,11 +45,12 @@ from flowrl.stages.training import (
     opened,
     save_state,
 )
+from flowrl.telemetry.files import UNREADABLE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from flowrl.algorithms.base import Algorithm
@@ -54,7 +58,20 @@ if TYPE_CHECKING:
     from flowrl.graph.stage import Context, Say
     from flowrl.messages import FloatArray
 
-CARD = "Value model of version {version}, trained with flowrl. The value before a token is read at the one before it.\n"
+CARD = "Value model of version {version}, trained with flowrl. The value before a token is read at the one before it"
+SCALE = "return_scale.json"  # beside the critic's state, and in a model that it saves
+
+
+def sampled(groups: Sequence[TokenGroup], name: str) -> NDArray[np.float64]:
+    """Return a column's numbers at the sampled tokens of a step, one after the other."""
+    import numpy as np
+
+    rows = [column for group in groups for column in group.columns[name]]
+    masks = [mask for group in groups for mask in group.columns.get("mask") or [None] * len(group.responses)]
+    kept = [
+        row.numpy() if mask is None else row.numpy()[mask.numpy() > 0] for row, mask in zip(rows, masks, strict=True)
+    ]
+    return np.concatenate(kept).astype(np.float64)
 
 
 def explained_variance(groups: Sequence[TokenGroup]) -> dict[str, float]:
@@ -62,21 +79,20 @@ def explained_variance(groups: Sequence[TokenGroup]) -> dict[str, float]:
 
     Nothing where all returns are equal. Var(R - V) = 1 where Var(R) = 4: critic.explained_variance is 0.75.
     """
-    import numpy as np
-
-    def sampled(name: str) -> NDArray[np.float64]:
-        rows = [column for group in groups for column in group.columns[name]]
-        masks = [mask for group in groups for mask in group.columns.get("mask") or [None] * len(group.responses)]
-        kept = [
-            row.numpy() if mask is None else row.numpy()[mask.numpy() > 0]
-            for row, mask in zip(rows, masks, strict=True)
-        ]
-        return np.concatenate(kept).astype(np.float64)
-
-    returns, values = sampled("returns"), sampled("values")
+    returns, values = sampled(groups, "returns"), sampled(groups, "values")
     if not returns.size or returns.var() == 0.0:
         return {}
     return {"critic.explained_variance": float(1.0 - (returns - values).var() / returns.var())}
+
+
+def in_units(group: TokenGroup, before: ReturnScale, now: ReturnScale) -> TokenGroup:
+    """Return a group as the network learns it: its values as it gave them under `before`, the returns under `now`."""
+    scales = {"values": before, "returns": now}
+    columns = {
+        name: [Buffer.floats((row.numpy() - scale.mean) / scale.deviation) for row in group.columns[name]]
+        for name, scale in scales.items()
+    }
+    return msgspec.structs.replace(group, columns=group.columns | columns)
 
 
 def longer(group: Referenced) -> TokenGroup:
@@ -98,6 +114,19 @@ def split_after(group: Referenced, rows: list[FloatArray]) -> tuple[list[FloatAr
     return [row[:-1] if was_cut else row for row, was_cut in zip(rows, cut, strict=True)], after
 
 
+def read_scale(directory: Path) -> ReturnScale:
+    """Return the scale that lies beside a critic's state or model; where there is none, that of the beginning.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    path = directory / SCALE
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=ReturnScale) if path.is_file() else ReturnScale()
+    except UNREADABLE as error:
+        raise DataError(str(path), f"is not a scale of returns ({error})", "restore it, or remove it") from error
+
+
 class Critic(Stage):
     """Values, estimates advantages and trains."""
 
@@ -109,6 +138,9 @@ class Critic(Stage):
         objective: Select = Select(use="flowrl.algorithms.value:ValueLoss")
         minibatches: Annotated[int, Meta(ge=0)] = 0  # optimizer steps in one pass over a step's groups; 0: the policy's
         epochs: Annotated[int, Meta(ge=0)] = 0  # passes; 0: the policy's
+        # learn returns by their running mean and deviation, so that a reward's size does not matter; auto: unless the
+        # critic begins as a model that scores already, a reward model or another run's critic without its scale
+        scale_returns: Annotated[bool | None, AUTO] = None
         # valued together when ready; above 1 the last bits depend on timing
         batch_groups: Annotated[int, Meta(ge=1)] = 1
         save_model: bool = False  # with each checkpoint, for `flowrl export --node critic` or a later run's critic
@@ -173,6 +205,7 @@ class Critic(Stage):
         """Value, estimate and train until the edge closes."""
         async with opened(context, self.config.engine, self._settings, self.num_optimizer_steps) as engine:
             version = trained = 0
+            self._scale = begun = read_scale(Path(self._settings().model))
             if context.resume_from is not None:
                 trained = await context.compute(load_state, engine, context.resume_from / context.node)
                 version = checkpoint_version(context.resume_from)
@@ -180,11 +213,18 @@ class Critic(Stage):
             estimation = Estimation(self.algorithm, algorithm, version=version)
             if context.resume_from is not None:
                 await context.compute(estimation.load, context.resume_from / context.node)
+                self._scale = read_scale(context.resume_from / context.node)
+            self._is_scaled = self.config.scale_returns
+            if self._is_scaled is None:
+                self._is_scaled = begun != ReturnScale() or not is_classifier(self._settings().model)
 
             def save(directory: Path, version: int) -> None:
                 save_state(engine, directory, context.version)
+                (directory / SCALE).write_bytes(msgspec.json.encode(self._scale))
                 if self.config.save_model:
-                    engine.save_model(directory / "model", card=CARD.format(version=version))
+                    units = f", as (V - {self._scale.mean:.6g}) / {self._scale.deviation:.6g}" * bool(self._is_scaled)
+                    engine.save_model(directory / "model", card=f"{CARD.format(version=version)}{units}.\n")
+                    (directory / "model" / SCALE).write_bytes(msgspec.json.encode(self._scale))
                 estimation.save(directory, version)
 
             self._save = save
@@ -212,8 +252,8 @@ class Critic(Stage):
             values = await context.compute(
                 engine.score, [longer(group) if looks_behind else token_group(group) for group in groups]
             )
-            for group, rows in zip(groups, values, strict=True):
-                after = None
+            for group, said in zip(groups, values, strict=True):
+                rows, after = [self._scale.mean + self._scale.deviation * row for row in said], None
                 if looks_behind:
                     rows, after = split_after(group, rows)
                 samples = extend(Samples, group, **estimation.advantages(group, rows, after))
@@ -241,6 +281,10 @@ class Critic(Stage):
         start_s = context.now()
         updates: list[dict[str, float]] = []
         num_parts, epochs = self.config.minibatches, self.config.epochs
+        explained = explained_variance(step)
+        if self._is_scaled:
+            before, self._scale = self._scale, self._scale.seen(sampled(step, "returns").tolist())
+            step = [in_units(group, before, self._scale) for group in step]
         for places in minibatches(len(step), num_parts, epochs, seed=(self.config.seed, context.version)):
             metrics = await context.compute(engine.accumulate, [step[place] for place in places], self.config.objective)
             updates.append(metrics | await context.compute(engine.apply))
@@ -248,4 +292,4 @@ class Critic(Stage):
         figures = {f"critic.{name}": value for name, value in mean_metrics(updates).items()}
         if self.config.minibatches * self.config.epochs == 1:
             figures.pop("critic.value_clip_frac", None)  # before the only update no value has moved
-        return figures | explained_variance(step)
+        return figures | explained

@@ -37,7 +37,6 @@ FIRST_STEPS = 5 * WINDOW  # kept: what a run began with
 NEWEST_STEPS = 40 * WINDOW  # kept besides; a figure may be missing in many
 MOST_EVALUATIONS = 20  # kept beside the first
 CRITIC_STEPS = 10  # that a critic is given before it is judged
-LARGE_SCORES = 2.0  # values begin at 0 and an optimizer step moves them as far whatever the scores
 
 
 def recent(steps: Sequence[Step], name: str, *, ago: int = 0) -> float | None:
@@ -125,10 +124,6 @@ def idle_critic(steps: Sequence[Step]) -> str:
     if share is None or share >= MIN_EXPLAINED or sum(name in step.metrics for step in steps) < CRITIC_STEPS:
         return ""
     found = f"the critic explains {share:.2f} of the returns' variance: advantages are returns less a constant"
-    size = max(abs(recent(steps, "reward.mean") or 0.0), recent(steps, "reward.std") or 0.0)
-    if size > LARGE_SCORES and "shaping.std" not in steps[-1].metrics:
-        found = f"{found}, and scores of about {size:.1f} are far for its values"
-        return f"{found}; set algorithm.shaping.running=true, which normalises them, or take graphs/group_async.py"
     return f"{found}; raise critic.minibatches, critic.epochs or critic.lr, or take graphs/group_async.py"
 
 

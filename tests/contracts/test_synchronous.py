@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from flowrl.algorithms.return_scale import ReturnScale
 from flowrl.config import Select
 from flowrl.engines.base import Ranks, Sampling, Schedule, TrainingConfig
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
 from flowrl.messages import Buffer, Referenced, Rollouts, Samples, extend
 from flowrl.runtime.local import LocalOptions, run_local
-from flowrl.stages.critic import Critic, explained_variance
+from flowrl.stages.critic import Critic, explained_variance, in_units
 from flowrl.stages.estimation import Estimation, load_algorithm
 from flowrl.stages.examples import example_of
 from flowrl.stages.generator import Generator
@@ -42,6 +43,7 @@ pytestmark = pytest.mark.slow
 
 STEPS, GROUPS, SIZE = 6, 4, 2
 PPO = Select(use="flowrl.algorithms.ppo:PPO", options={"kl": {"coef": 0.1, "target": 0.5, "horizon": 20}})
+VALUE = Select(use="flowrl.algorithms.value:ValueLoss")
 PRETRAINING = Select(use="flowrl.algorithms.pretraining:Pretraining", options={"coef": 0.2})
 TEXTS = Rows([example_row([3, 4], [[5 + k, 6, 7 + k]]) for k in range(5)])
 TEXTS_PER_STEP = 2
@@ -125,6 +127,7 @@ def plain_loop(model: Path, rollouts: list[Rollouts], name: str) -> tuple[list[d
     policy, critic, frozen = opened("policy", 1e-3), opened("value", 1e-3), opened("policy", 0.0)
     estimation = Estimation(PPO, load_algorithm(PPO, group_size=SIZE, has_critic=True))
     figures: list[dict[str, float]] = []
+    scale = ReturnScale()
     for first in range(0, STEPS * GROUPS, GROUPS):
         batch: list[Samples] = []
         for group in rollouts[first : first + GROUPS]:
@@ -133,10 +136,14 @@ def plain_loop(model: Path, rollouts: list[Rollouts], name: str) -> tuple[list[d
             referenced = extend(
                 Referenced, group, scores={"digits": scores}, ref_logprobs=[Buffer.floats(row) for row in rows]
             )
-            values = critic.score([token_group(referenced)])[0]
+            values = [scale.mean + scale.deviation * row for row in critic.score([token_group(referenced)])[0]]
             batch.append(extend(Samples, referenced, **estimation.advantages(referenced, values)))
         valued = [token_group(group) for group in batch]
-        learned = critic.accumulate(valued, Select(use="flowrl.algorithms.value:ValueLoss")) | critic.apply()
+        before, scale = (
+            scale,
+            scale.seen([each for group in batch for row in group.returns or [] for each in row.tolist()]),
+        )
+        learned = critic.accumulate([in_units(group, before, scale) for group in valued], VALUE) | critic.apply()
         del learned["value_clip_frac"]
         estimation.figures = {f"critic.{name}": value for name, value in learned.items()} | explained_variance(valued)
         step = first // GROUPS

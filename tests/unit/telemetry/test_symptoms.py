@@ -63,14 +63,6 @@ def test_a_run_that_shows_the_fault_is_warned_of_once_and_one_that_does_not_is_n
     assert told(run(**{figure: near})) == []
 
 
-def test_scores_that_are_far_for_a_critic_are_named_unless_they_are_normalised():
-    far = {"critic__explained_variance": [0.0] * 20, "reward__mean": [-60.0] * 20, "reward__std": [9.0] * 20}
-    (found,) = told(run(**far))
-    assert "scores of about 60.0 are far for its values; set algorithm.shaping.running=true" in found
-    (found,) = told(run(**far, shaping__std=[9.0] * 20))
-    assert "raise critic.minibatches" in found
-
-
 def test_shrinking_answers_are_drift_too():
     assert "answers have gone from" in told(run(response_tokens__mean=steadily(40, 5)))[0]
 

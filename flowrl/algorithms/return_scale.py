@@ -1,0 +1,58 @@
+"""The scale of returns: in what units a critic's network learns them, (R - mean) / deviation, both running.
+
+Without it a reward of 50 has the network climb there by its learning rate, and a value clip of 0.2 hold it back. As in
+MAPPO (2103.01955, section 5.1), which has it from PopArt (1602.07714) and leaves out the preserving of outputs.
+
+Invariant: with a reward's scale and shift nothing changes in what a network learns, after the first step.
+
+Called by the critic.
+
+Tests: tests/unit/algorithms/test_return_scale.py
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DECAY = 0.9  # of what earlier steps said of returns: about ten of them count
+
+
+class ReturnScale(msgspec.Struct, frozen=True):
+    """Running mean and deviation of the returns of a run's steps; before the first, values are the network's own."""
+
+    weight: float = 0.0  # of what has been seen, 1 in the long run
+    mean: float = 0.0
+    square: float = 1.0  # mean of the squares
+
+    @property
+    def deviation(self) -> float:
+        """Return the standard deviation, 1 where all returns were equal.
+
+        >>> ReturnScale().seen([49.0, 51.0]).deviation, ReturnScale().seen([5.0, 5.0]).deviation
+        (1.0, 1.0)
+        """
+        variance = self.square - self.mean**2 if self.weight else 1.0
+        return math.sqrt(variance) if variance > 1e-12 * self.square else 1.0
+
+    def seen(self, returns: Sequence[float]) -> ReturnScale:
+        """Return the scale after a step with these returns.
+
+        >>> scale = ReturnScale().seen([1.0, 3.0]).seen([4.0, 6.0])
+        >>> round(scale.mean, 4), round(scale.weight, 4)  # (0.9 * 0.1 * 2 + 0.1 * 5) / 0.19
+        (3.5789, 0.19)
+        """
+        if not returns:
+            return self
+        before, weight = DECAY * self.weight, DECAY * self.weight + 1 - DECAY
+        new = (math.fsum(returns) / len(returns), math.fsum(each**2 for each in returns) / len(returns))
+        mean, square = (
+            (before * old + (1 - DECAY) * each) / weight
+            for old, each in zip((self.mean, self.square), new, strict=True)
+        )
+        return ReturnScale(weight, mean, square)
