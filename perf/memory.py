@@ -5,7 +5,8 @@ optimizer steps of two micro-batches each (moments exist, gradients add up), sco
 requests as may run together. Measured is the peak of the process's resident memory (the kernel's own, VmHWM, set back
 before the engine opens) less what the same process held once its libraries were warm from a model of 100 k parameters:
 what the model, its states and its passes took. The allocator gives freed memory back at once (MALLOC_TRIM_THRESHOLD_),
-or the peak would be that of fragments. vLLM serves one engine a process, so what it takes whatever it serves is
+or the peak would be that of fragments, and oneDNN keeps no kernels that it compiled for a shape: tens of MB in
+bfloat16, whatever the model's size. vLLM serves one engine a process, so what it takes whatever it serves is
 measured in another (`BARE`). Predicted is the same process's entry in `flowrl.tuning.memory`, without the part named
 `process`. Run `python -m perf.memory`; it takes ten minutes on two free cores.
 """
@@ -32,6 +33,7 @@ HEAD = 64  # of an attention head
 ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1",
     "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
 }  # fmt: skip
 TRAINED, SERVED = {"micro_batch_tokens": 640}, {"max_model_len": 256}
 PROMPT, RESPONSE, SAMPLES = 64, 64, 4
@@ -75,8 +77,8 @@ SETTINGS = [
 BARE = Setting("warm", {"dtype": "bfloat16", "kv_cache_bytes": 16 * MIB, "max_running": 16}, kind="serve")
 # MiB, by the place of a setting: what `python -m perf.memory` measured (docs/how/memory.md has the table).
 MEASURED: dict[int, int] = {
-    0: 458, 1: 1245, 2: 460, 3: 1429, 4: 1330, 5: 2542, 6: 1323, 7: 1445, 8: 1632, 9: 1062, 11: 1673, 12: 537,
-    13: 495, 14: 157, 16: 1327, 17: 390,
+    0: 418, 1: 1182, 2: 425, 3: 1429, 4: 1330, 5: 2542, 6: 1323, 7: 1396, 8: 1632, 9: 993, 11: 1673, 12: 450,
+    13: 423, 14: 188, 16: 1327, 17: 390,
 }  # fmt: skip
 
 

@@ -132,7 +132,8 @@ def _read(reader: TokenReader, module: Any, groups: list[TokenGroup], layout: La
             values_N = module(batch, temperature=1.0)[0]
         else:  # a new head says 0 everywhere; another one reads the same states
             states_NH = module(batch, as_states=True)[0].float()
-            values_N = states_NH @ torch.linspace(-1.0, 1.0, states_NH.shape[1], device=states_NH.device)
+            weights_H = torch.linspace(-1.0, 1.0, states_NH.shape[1], dtype=torch.float32, device=states_NH.device)
+            values_N = states_NH @ weights_H
         found |= unpack([(batch, values_N)])
     return found
 

@@ -112,8 +112,9 @@ def trial(num_heads: int, num_key_heads: int, width: int, *, dtype: torch.dtype,
             sees_LL[begin : begin + size, begin : begin + size] = torch.ones(size, size).tril().bool()
         sees_LL[start:end, first:last] = True
     random = torch.Generator().manual_seed(0)
-    drawn = [torch.randn(1, n, length, width, generator=random) for n in (num_heads, num_key_heads, num_key_heads)]
-    outer = torch.randn(1, length, num_heads, width, generator=random).to(dtype)
+    wide = {"generator": random, "dtype": torch.float32}  # vLLM may be setting another default meanwhile
+    drawn = [torch.randn(1, n, length, width, **wide) for n in (num_heads, num_key_heads, num_key_heads)]
+    outer = torch.randn(1, length, num_heads, width, **wide).to(dtype)
     found: list[tuple[Tensor, ...]] = []
     for is_ours in (True, False):
         leaves = [each.to(dtype) for each in drawn]

@@ -165,7 +165,8 @@ class LanguageHead:
     @torch.no_grad()
     def _hands_on(self, output: _FloatOutput, layer: nn.Linear) -> bool:
         """Say whether the model's own forward gives its output layer's logits as they are."""
-        output.given = torch.linspace(-60.0, 60.0, layer.out_features, device=layer.weight.device)[None, None]
+        of_layer = {"dtype": torch.float32, "device": layer.weight.device}
+        output.given = torch.linspace(-60.0, 60.0, layer.out_features, **of_layer)[None, None]
         try:
             return torch.equal(self(layer.weight.new_zeros(1, layer.in_features)), output.given[0])
         except AttributeError:  # it looks at the layer

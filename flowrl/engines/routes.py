@@ -101,7 +101,8 @@ class RouteReplay:
             self._refuse(model, f"{len(layers)} of {self.num_layers} layers can be told apart")
         self.taken: dict[int, Tensor] = {}  # by layer: the experts of the last pass, [T, K]
         self.calls = [0] * self.num_layers  # of each layer's router
-        self.num_told: Tensor = torch.zeros((), device=model.device)  # tokens in layers, since `figures` was asked
+        # tokens in layers, since `figures` was asked
+        self.num_told: Tensor = torch.zeros((), dtype=torch.float32, device=model.device)
         self.num_changed = self.num_told.clone()  # of these, which would have gone elsewhere by themselves
         self.use(None)
         self._trial: _Trial | None = None
@@ -165,7 +166,8 @@ class RouteReplay:
         self._read(module, group, device)
         if not any(self.calls) or max(self.calls) > 1:
             self._refuse(model, f"its layers choose {min(self.calls)} to {max(self.calls)} times")
-        others = [self.taken.get(layer, torch.zeros(6, self.top_k)).cpu() + 1 for layer in range(self.num_layers)]
+        none = torch.zeros(6, self.top_k, dtype=torch.int64)
+        others = [self.taken.get(layer, none).cpu() + 1 for layer in range(self.num_layers)]
         routes = Routes.of(torch.stack(others, 1).numpy() % self.num_experts)
         self._trial = _Trial()
         found = self._read(module, msgspec.structs.replace(group, routes=[routes]), device)

@@ -134,7 +134,7 @@ class TorchEngine(Trainer):
             master.copy_(tensors[f"parameter/{name}"])
             if self._num_steps:
                 self._optimizer.state[master] = {
-                    "step": torch.tensor(float(self._num_steps), device=self.device),
+                    "step": torch.tensor(float(self._num_steps), dtype=torch.float32, device=self.device),
                     "exp_avg": tensors[f"exp_avg/{name}"],
                     "exp_avg_sq": tensors[f"exp_avg_sq/{name}"],
                 }

@@ -564,7 +564,7 @@ class Trainer:
 
     def _count_routes(self, parts: list[Part]) -> Routing:
         """Return what share of the step's tokens each expert gets, and how many tokens there are."""
-        counts_AE = torch.zeros(())
+        counts_AE = torch.zeros((), dtype=torch.float32)
         num_tokens = 0.0
         with torch.no_grad():
             for part in parts:
@@ -574,7 +574,7 @@ class Trainer:
                 counts_AE = counts_AE + routed_AE.cpu().double() * bool(part.rows)
                 num_tokens += float(batch.copies_RL.sum()) * bool(part.rows)
         *counts, num_tokens = self.link.sums([*counts_AE.flatten().tolist(), num_tokens])
-        shares_AE = (torch.tensor(counts) / num_tokens).view(counts_AE.shape).float().to(self.device)
+        shares_AE = (torch.tensor(counts, dtype=torch.float32) / num_tokens).view(counts_AE.shape).to(self.device)
         return Routing(shares_AE, num_tokens)
 
     def _learn_part(

@@ -99,6 +99,9 @@ def read_constitution(path: Path, where: str) -> list[Principle]:
         raise ConfigError(where, what, "write a list of texts, or of {text: ..., weight: ...}")
     principles: list[Principle] = []
     for number, row in enumerate(rows, 1):
+        if isinstance(row, dict) and len(row) == 1 and not row.keys() & {"text", "weight"}:
+            what = f"{path}, principle {number} is read as a name and its value, for the colon in it"
+            raise ConfigError(where, what, "put the text into quotes")
         try:
             principle = msgspec.convert({"text": row} if isinstance(row, str) else row, Principle)
         except msgspec.ValidationError as error:

@@ -79,6 +79,18 @@ def test_what_is_drawn_at_random_is_refused(tiny_llama, head):
         settle(reader, reader, config, where="learner")
 
 
+@pytest.mark.parametrize("head", ["policy", "value"])
+def test_another_default_dtype_meanwhile_changes_nothing(tiny_llama, head):
+    """A vLLM that loads in the same process sets it for all of its threads."""
+    reader, config = read(tiny_llama, head=head, kind="varlen")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        settle(reader, reader, config, where="learner")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert "unmasked" in reader.layouts
+
+
 def test_a_model_in_training_mode_that_differs_from_itself_is_refused(tiny_llama):
     reader, config = read(tiny_llama)
     layer = reader.model.model.layers[0].train()

@@ -213,6 +213,10 @@ def test_rivals_connect_all_answers_and_meet_about_as_many_as_asked(num_answers:
         ("principles: be nice", "holds no principles"),
         ("- ''", "principle 1 is empty"),
         ("- Be short.\n- {weight: 2}", "principle 2"),
+        (
+            "- Be short: one line.",
+            "principle 1 is read as a name and its value, for the colon in it; put the text into",
+        ),
         ("- {text: Be short., weight: -1}", "principle 1"),
         ("- {text: Be short., wieght: 1}", "principle 1"),
         ("- [", "is not valid YAML"),
