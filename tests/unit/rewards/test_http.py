@@ -209,3 +209,11 @@ def test_a_file_without_certificates_is_refused(tmp_path: Path):
     (tmp_path / "ca.pem").write_text("nothing")
     with pytest.raises(ConfigError, match="holds no certificates"):
         check_server(Remote(url=URL, ca_file=str(tmp_path / "ca.pem")), "reward")
+
+
+def test_a_redirect_is_named_without_its_query_and_not_followed():
+    leads = ServerReply(status=302, retry_after=None, body=b"", leads_to="https://other.example/login?token=x")
+    server = Server(leads)
+    with pytest.raises(RewardError, match=r"leads to https://other\.example/login \(status 302\), and is not followed"):
+        ask(server)
+    assert len(server.times_s) == 1
