@@ -49,6 +49,7 @@ NODE_ID = "ray.io/node-id"  # a label that every node of Ray has
 TELL_S = 5.0  # of waiting for a place, before it is said
 LOOK_S = 2.0  # between two looks at which nodes there are
 HEAD_S = 30.0  # without an answer from Ray's head, after which nothing can be started any more
+UNHEARD = (Unanswered, RayError, RuntimeError, OSError)  # what asking a head that is gone may raise
 
 
 class Fleet:
@@ -70,7 +71,7 @@ class Fleet:
         ] = {}  # of processes of replicas that joined, each with a group of its own
         self._born: dict[str, set[str]] = {}  # by replica: addresses
         self._looked_s = 0.0
-        self._heard_s = time.monotonic()
+        self._unheard_s: float | None = None  # since when Ray's head has been asked and has not answered
 
     async def reserve(self) -> None:
         """Find the nodes and reserve what the graph asks for.
@@ -243,13 +244,15 @@ class Fleet:
         self._looked_s = time.monotonic()
         try:
             nodes = await self._cluster.nodes()
-        except (Unanswered, RayError, RuntimeError, OSError) as error:
-            if self.is_headless:
-                silent_s = time.monotonic() - self._heard_s
+        except UNHEARD as error:
+            if self._unheard_s is None:
+                self._unheard_s = self._looked_s
+            silent_s = time.monotonic() - self._unheard_s
+            if not self._cluster.is_local and silent_s > HEAD_S:
                 what = f"its head has not answered for {silent_s:.0f} s, so nothing can be started any more"
                 raise RunError("ray", what, "start the cluster again and resume the run") from error
             return False
-        self._heard_s = time.monotonic()
+        self._unheard_s = None
         self._alive = {node.id for node in nodes if node.is_alive}
         alive = {node.id: node for node in usable(nodes, self._config)}
         before, self._nodes = self._nodes, alive
@@ -262,10 +265,13 @@ class Fleet:
             self._tell("info", f"node {node.address}", f"has joined, with {capacities([node]).partition(' ')[2]}")
         return before.keys() != alive.keys()
 
-    @property
-    def is_headless(self) -> bool:
-        """Return whether Ray's head has been silent for so long that every question to it would only wait."""
-        return not self._cluster.is_local and time.monotonic() - self._heard_s > HEAD_S
+    async def has_head(self) -> bool:
+        """Return whether Ray's head answers; if not, every further question to it would only wait."""
+        try:
+            await self._cluster.nodes()
+        except UNHEARD:
+            return False
+        return True
 
     def free(self) -> None:
         """Give back what was reserved."""

@@ -371,7 +371,7 @@ class RayWorkers:
         if attempt.passing_on is not None:
             attempt.passing_on.cancel()
             await asyncio.gather(attempt.passing_on, return_exceptions=True)
-        if not self._cluster.trouble(0.0) and not attempt.fleet.is_headless:
+        if not self._cluster.trouble(0.0) and await attempt.fleet.has_head():
             for actor in [
                 *(actor for ranks in attempt.actors.values() for actor in ranks),
                 *attempt.proxies.values(),

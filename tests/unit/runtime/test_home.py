@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from flowrl.errors import ResourceError
+from flowrl.errors import ResourceError, RunError
 from flowrl.graph.graph import ClusterConfig
 from flowrl.runtime import cluster as module
-from flowrl.runtime.cluster import Cluster
+from flowrl.runtime.cluster import Cluster, Unanswered
 from flowrl.runtime.fleet import Fleet
 from flowrl.runtime.nodes import RayNode
 from tests.support.flows import ENDLESS, flow
@@ -72,3 +72,31 @@ def test_a_place_on_a_home_node_that_is_lost_is_waited_for_no_longer(monkeypatch
         return await fleet._granted(SimpleNamespace(ready=lambda: None), [("learner.0", {"CPU": 1.0})])
 
     assert asyncio.run(body()) is False
+
+
+def test_a_head_that_was_not_asked_for_long_is_not_taken_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the flow's host is waited for, nobody asks it; what the attempt reserved is given back all the same."""
+    cluster, answers, now_s = Cluster(None, "10.0.0.1:6379"), [True], [0.0]
+
+    async def nodes() -> list[RayNode]:
+        if not answers[0]:
+            raise Unanswered("ray", "not heard from for 20 s", within_s=20.0)
+        return [node(1)]
+
+    monkeypatch.setattr(cluster, "nodes", nodes)
+    monkeypatch.setattr("flowrl.runtime.fleet.time.monotonic", lambda: now_s[0])
+    fleet = Fleet(flow(ENDLESS), cluster, ClusterConfig(), lambda *said: None)
+
+    async def body() -> None:
+        await fleet.look(is_due=True)
+        now_s[0] = 1000.0
+        assert await fleet.has_head()
+        answers[0] = False
+        assert not await fleet.has_head()
+        for now_s[0] in (1000.0, 1030.0):
+            assert await fleet.look() is False
+        now_s[0] = 1033.0
+        with pytest.raises(RunError, match="its head has not answered for 33 s"):
+            await fleet.look()
+
+    asyncio.run(body())
