@@ -7,14 +7,19 @@ Invariant: who asked that a closed terminal be ignored (nohup) is heeded.
 
 Ray's processes hold all of them back (runtime/cluster.py).
 
+Who asks often asks twice at once: `timeout` signals its command and then the whole group, a shell whose terminal is
+gone passes SIGHUP on and the system sends it again. What comes within `ECHO_S` of the first is part of it.
+
 Tests: tests/unit/test_stops.py
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
 # Ctrl-C; batch systems and clusters; a closed terminal; batch systems again, as their notice before the time is up.
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 ALWAYS = {signal.SIGINT, signal.SIGTERM}  # also where whoever started us ignores them: a script's background jobs do
+ECHO_S = 1.0
 
 
 class Interrupted(KeyboardInterrupt):
@@ -51,8 +57,13 @@ def put_back(handlers: dict[signal.Signals, Any]) -> None:
 def interrupted() -> Generator[None]:
     """Let each of them end this block with `Interrupted`."""
 
+    asked_s = -math.inf
+
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number)
+        nonlocal asked_s
+        if time.monotonic() - asked_s >= ECHO_S:
+            asked_s = time.monotonic()
+            raise Interrupted(number)
 
     before = {number: signal.getsignal(number) for number in heard()}
     for number in before:

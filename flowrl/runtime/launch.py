@@ -4,10 +4,10 @@ Order matters: everything the user could have got wrong is found before a direct
 the caller knows of the run beforehand (`RunCompanion.foretell`) is said before it begins.
 
 Invariants:
-- nothing here knows of a simulator;
-- the caller hands over the lines to say and the sinks to add. Each of `STOPS` once asks for a controlled stop (what is
-  under way is learned and saved, and the report says how to go on), which may take `stop_grace_s`;
-- a second one aborts.
+- nothing here knows of a simulator; the caller hands over the lines to say and the sinks to add;
+- each of `STOPS` once asks for a controlled stop (what is under way is learned and saved, and the report says how to go
+  on), which may take `stop_grace_s`;
+- a second Ctrl-C or SIGTERM aborts.
 
 Before a run begins they end the command, and nothing is left. Called by the command line and by runs/retrain.py.
 
@@ -43,7 +43,7 @@ from flowrl.runtime.resuming import changed_code, check_same_data, check_same_gr
 from flowrl.runtime.rundir import claim, create_run_dir, existing_run, recorded_settings, write_plan
 from flowrl.runtime.scaling import check_most, follow_scale, most_of_auto
 from flowrl.runtime.supervisor import Options, Scaling, Start, newest_start
-from flowrl.stops import heard, put_back
+from flowrl.stops import ALWAYS, ECHO_S, heard, put_back
 from flowrl.telemetry.report import Ending, report, write_ending, write_report
 from flowrl.telemetry.sinks import Sinks, open_sinks
 from flowrl.telemetry.trackers import check_trackers
@@ -255,14 +255,16 @@ def _report(again: str, run_dir: Path, outcome: Outcome | None, view: RunView, *
         was_stopped=outcome is not None and outcome.was_stopped,
         failure=failure,
     )
-    text = report(view, ending)
+    text, known = report(view, ending), f"what is known of the run is in {run_dir / 'report.txt'}"
     try:
         write_report(run_dir / "report.txt", text)
         write_ending(run_dir, ending)
     except OSError as error:  # whoever reads the terminal is told all the same
-        say(f"its report is not written ({error})")
+        known = f"its report is not written ({error})"
+        if not failure:
+            say(known)
     if failure:
-        say(f"what is known of the run is in {run_dir / 'report.txt'}")
+        say(known)
         if ending.resume:
             say(f"{'continue it' if checkpoints else 'begin again'} with: {ending.resume}")
     else:
@@ -335,13 +337,14 @@ async def _start(
 
 @contextlib.contextmanager
 def _stops(stopping: asyncio.Event, sinks: Sinks, grace_s: float, companion: RunCompanion) -> Generator[None]:
-    """Let the first signal ask for a controlled stop; the second, or the end of its grace time, cancels the run.
+    """Let the first signal ask for a controlled stop; a second one, or the end of its grace time, cancels the run.
 
     The stop is asked for before it is said: whoever would hear of it may be gone.
     """
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     deadline: asyncio.TimerHandle | None = None
+    asked_s = 0.0
 
     def abort(reason: str) -> None:
         if task is not None:
@@ -350,11 +353,14 @@ def _stops(stopping: asyncio.Event, sinks: Sinks, grace_s: float, companion: Run
         sinks.consume([])
 
     def stop(number: signal.Signals) -> None:
-        nonlocal deadline
+        nonlocal deadline, asked_s
         if stopping.is_set():
-            abort(f"{number.name} came a second time: the run is ended as it is")
+            # A closed terminal or a notice of a batch system asks for nothing more than was asked for.
+            if number in ALWAYS and loop.time() - asked_s >= ECHO_S:
+                abort(f"{number.name} after a stop was asked for: the run is ended as it is")
             return
         stopping.set()
+        asked_s = loop.time()
         deadline = loop.call_later(grace_s, abort, f"not stopped {grace_s:.0f} s after {number.name}: ended as it is")
         sinks.note(
             "run",

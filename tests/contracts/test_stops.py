@@ -14,6 +14,7 @@ import pytest
 
 from flowrl.runs.verify import judge
 from flowrl.runtime.ledger import read_entries
+from flowrl.stops import ECHO_S
 from flowrl.telemetry.report import read_ending
 from tests.support.command import ROOT
 from tests.support.driven import PATIENCE_S, Driven, Terminal
@@ -95,11 +96,28 @@ def test_a_second_signal_ends_the_run_as_it_is(tmp_path: Path, second: int) -> N
     run.until(SAMPLING, "state.json")
     run.process.send_signal(signal.SIGTERM)
     run.until("stopping (SIGTERM)", "out")
+    time.sleep(ECHO_S)
     run.process.send_signal(second)
     assert run.ends() == 130
     ending = read_ending(tmp_path)
     assert ending is not None
     assert ending.failure == "aborted"
+
+
+@pytest.mark.long
+def test_a_terminal_that_closes_under_a_shell_stops_in_order(tmp_path: Path) -> None:
+    """The shell passes the signal on, and when it ends the system sends it once more."""
+    command = f"{sys.executable} -m tests.support.driven {tmp_path} local > {tmp_path / 'out'}\n"
+    shell = Terminal(tmp_path, command=["bash", "--norc", "-i"])
+    shell.type(command)
+    shell.until('"version":2,')
+    shell.hang_up()
+    shell.ends()
+    deadline_s = time.monotonic() + PATIENCE_S
+    while (tmp_path / "ending.json").exists() is False:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    check_stopped(tmp_path)
 
 
 def test_who_asked_that_a_closed_terminal_be_ignored_is_heeded(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import fcntl
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 
 PATIENCE_S = 300.0  # only a test that fails waits so long
+LOOK_S = 0.1
 
 
 def heed_signals() -> None:
@@ -100,12 +102,14 @@ class Terminal(Driven):
             start_new_session=True, preexec_fn=lambda: (heed_signals(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)), **more,
         )  # fmt: skip
         os.close(slave)
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reading = threading.Thread(target=self._read, daemon=True)
+        self._reading.start()
 
     def _read(self) -> None:
-        with contextlib.suppress(OSError):
-            while piece := os.read(self._master, 65536):
-                self.text += piece.decode(errors="replace")
+        with contextlib.suppress(OSError, ValueError):
+            while not self.is_hung_up:  # a read that waits would keep the terminal open
+                if select.select([self._master], [], [], LOOK_S)[0]:
+                    self.text += os.read(self._master, 65536).decode(errors="replace")
 
     def until(self, sign: str, name: str = "metrics.jsonl", *, patience_s: float = PATIENCE_S) -> None:
         """Wait until the terminal shows a sign, or a file of the run holds it."""
@@ -132,13 +136,18 @@ class Terminal(Driven):
         owners = {path: re.search(r"[-_](\d+)(?:-[0-9a-f]{12})?$", path.name) for path in found}
         return [str(path) for path, pid in owners.items() if pid and pid[1] in self._seen]
 
+    def type(self, text: str) -> None:
+        """Give it to whoever reads from it."""
+        os.write(self._master, text.encode())
+
     def press_ctrl_c(self) -> None:
         """Interrupt every process in it."""
-        os.write(self._master, b"\x03")
+        self.type("\x03")
 
     def hang_up(self) -> None:
         """Close the terminal: every process in it gets SIGHUP."""
         self.is_hung_up = True
+        self._reading.join()
         os.close(self._master)
 
 

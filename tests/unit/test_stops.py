@@ -25,3 +25,19 @@ def test_a_closed_terminal_that_is_ignored_stays_so() -> None:
             signal.raise_signal(signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_and_does_not_disturb_what_is_being_closed() -> None:
+    closed: list[str] = []
+
+    def command() -> None:
+        try:
+            signal.raise_signal(signal.SIGHUP)
+        finally:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGTERM)
+            closed.append("the first file")
+
+    with pytest.raises(Interrupted, match="stopped by SIGHUP"), interrupted():
+        command()
+    assert closed == ["the first file"]
