@@ -31,7 +31,7 @@ import msgspec
 
 from flowrl.errors import ConfigError, RewardError
 from flowrl.messages import encode
-from flowrl.rewards.function import overdue
+from flowrl.rewards.function import LARGEST, overdue
 from flowrl.rewards.worker import MAX_FRAME_BYTES, Opening, Playing, Refused, Reply, Scores, frame, read_frame, reply_of
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ class IsolatedFunction:
         try:
             about = f"group {group.group_id}"
             reply = await worker.ask(encode(group), about, Scores)
-            if len(reply.scores) != len(group.samples):
+            # User code may have replaced what checks them there.
+            if len(reply.scores) != len(group.samples) or not all(abs(score) <= LARGEST for score in reply.scores):
                 raise await worker.garbled(about)
             return reply.scores
         finally:

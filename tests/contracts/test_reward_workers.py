@@ -123,6 +123,13 @@ def test_a_failure_names_the_group_and_what_happened(name: str, said: str, tmp_p
     assert said in found
 
 
+def test_scores_are_looked_at_where_user_code_is_not(tmp_path: Path):
+    groups = rollouts("one"), rollouts("two")
+    found = score("replaces_checks", tmp_path, *groups)
+    assert found[0] == [1.0]
+    assert "sent something that is not a reply" in found[1]
+
+
 def test_an_endless_loop_is_ended_in_time_and_the_next_group_is_scored(tmp_path: Path):
     before_s = time.monotonic()
     groups = rollouts("loop"), rollouts("one")

@@ -226,6 +226,14 @@ def prints_much(completions: list[str]) -> list[float]:
     return [0.0 for _ in completions]
 
 
+def replaces_checks(completions: list[str]) -> list[float]:
+    """Let nothing in this process look at what is returned from now on."""
+    from flowrl.rewards.function import RewardFunction
+
+    RewardFunction.call_here = lambda self, group, runner: [float("nan")] * len(group.samples)
+    return [1.0 for _ in completions]
+
+
 class Unsayable(Exception):
     def __str__(self) -> str:
         raise RuntimeError("no")
