@@ -11,11 +11,12 @@ Tests: tests/graphs/test_commands.py
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowrl.errors import FlowrlError, files_named, hold_output, let_go_of_output
+from flowrl.errors import FlowrlError, files_named, hold_output, let_go_of_output, shortened
 from flowrl.errors import say as _say
 from flowrl.stops import Interrupted, interrupted
 
@@ -108,9 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("run", type=Path, help="the run's directory")
     inspect.add_argument("--where", default="", metavar="EXPRESSION", help="e.g. 'reward < 0 and staleness > 0'")
     inspect.add_argument("--columns", default="", metavar="NAME,...", help="what to list of each")
-    inspect.add_argument("--limit", type=int, default=20, help="samples to list (default: 20)")
+    inspect.add_argument("--limit", type=_number, default=20, help="samples to list (default: 20)")
     inspect.add_argument("--json", action="store_true", help="print one JSON object a line")
-    inspect.add_argument("--group", type=int, metavar="ID", help="show this group in full: samples, tokens, rewards")
+    inspect.add_argument(
+        "--group", type=_number, metavar="ID", help="show this group in full: samples, tokens, rewards"
+    )
     inspect.add_argument("--debug", action="store_true", help="show tracebacks")
     inspect.set_defaults(command=_inspect)
 
@@ -137,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write a run's model as a Hugging Face directory")
     export.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run, a checkpoint, or a peft adapter")
     export.add_argument("out", type=Path, metavar="OUT", help="directory to write; must be empty or not there")
-    export.add_argument("--version", type=int, help="of the run's checkpoint (default: the newest sound one)")
+    export.add_argument("--version", type=_number, help="of the run's checkpoint (default: the newest sound one)")
     export.add_argument("--best", action="store_true", help="the version that scored best")
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="", help="of the weights")
     export.add_argument("--adapter", action="store_true", help="only the adapter of a LoRA run, in peft's format")
@@ -156,9 +159,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument(
         "--out", type=Path, metavar="DIR", help="for results and answers (default: evaluations/NAME)"
     )
-    evaluation.add_argument("--limit", type=int, default=0, metavar="N", help="items of each task (default: all)")
-    evaluation.add_argument("--num-fewshot", type=int, metavar="N", help="worked examples (default: as the task says)")
-    evaluation.add_argument("--seed", type=int, default=0, help="of examples, sampling and resampling (default: 0)")
+    evaluation.add_argument("--limit", type=_number, default=0, metavar="N", help="items of each task (default: all)")
+    evaluation.add_argument(
+        "--num-fewshot", type=_number, metavar="N", help="worked examples (default: as the task says)"
+    )
+    evaluation.add_argument("--seed", type=_number, default=0, help="of examples, sampling and resampling (default: 0)")
     evaluation.add_argument("--chat", action="store_true", help="ask through the chat template, or chat completions")
     evaluation.add_argument("--model", default="", metavar="NAME", help="of a URL: as the server names it")
     evaluation.add_argument("--tokenizer", default="", metavar="MODEL", help="of a URL: its model's directory or id")
@@ -174,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     simulate = commands.add_parser("simulate", help="predict how a graph runs, from the profile of a run")
     _graph_options(simulate)
     _profile_option(simulate)
-    simulate.add_argument("--steps", type=int, default=12, help="policy versions to measure (default: 12)")
+    simulate.add_argument("--steps", type=_number, default=12, help="policy versions to measure (default: 12)")
     simulate.add_argument("--json", action="store_true", help="print the prediction as JSON")
     simulate.set_defaults(command=_simulate)
 
@@ -186,8 +191,8 @@ def _parser() -> argparse.ArgumentParser:
     budget = f"{settings}, {devices}; may be repeated"
     tune.add_argument("--budget", action="append", default=[], metavar="WHAT=NUMBER", help=budget)
     tune.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw throughput over staleness there")
-    tune.add_argument("--verify", type=int, default=0, metavar="N", help="run the N best settings for real")
-    tune.add_argument("--verify-steps", type=int, default=6, help="of each of these runs (default: 6)")
+    tune.add_argument("--verify", type=_number, default=0, metavar="N", help="run the N best settings for real")
+    tune.add_argument("--verify-steps", type=_number, default=6, help="of each of these runs (default: 6)")
     tune.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where they are kept (default: runs)")
     tune.add_argument("--json", action="store_true", help="print what was found as JSON")
     tune.set_defaults(command=_tune)
@@ -219,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     feedback.add_argument("--host", default="127.0.0.1", help="to listen on (default: 127.0.0.1, this machine alone)")
     feedback.add_argument("--name", action="append", default=[], metavar="HOST",
                           help="another name that browsers ask for, such as a proxy's; may be repeated")  # fmt: skip
-    feedback.add_argument("--port", type=int, default=8791, help="to listen on; 0: any (default: 8791)")
+    feedback.add_argument("--port", type=_number, default=8791, help="to listen on; 0: any (default: 8791)")
     way = "how recorded rollouts are judged; a humans node says it itself"
     feedback.add_argument("--way", choices=["pairs", "ratings"], default="pairs", help=way)
     formats = ["jsonl", "trl", "labelstudio", "argilla"]
@@ -406,12 +411,19 @@ def _feedback(options: argparse.Namespace) -> int:
     return 0
 
 
+def _number(text: str) -> int:
+    """Read a whole number that native code can hold."""
+    if not re.fullmatch(r"\s*[+-]?[0-9]{1,19}\s*", text) or not -(1 << 63) <= int(text) < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{shortened(text, 40)!r} is not a whole number of 64 bits")
+    return int(text)
+
+
 def _steps(text: str) -> tuple[int, int | None]:
     """Read FIRST:END; either may be left out."""
     first, colon, end = text.partition(":")
-    if not colon or not all(part.isdigit() or not part for part in (first, end)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not FIRST:END, such as 4:8, 4: or :8")
-    return int(first or 0), int(end) if end else None
+    if not colon or not all(part.isdecimal() or not part for part in (first, end)):
+        raise argparse.ArgumentTypeError(f"{shortened(text, 40)!r} is not FIRST:END, such as 4:8, 4: or :8")
+    return _number(first or "0"), _number(end) if end else None
 
 
 def _retrain(options: argparse.Namespace) -> int:

@@ -24,6 +24,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -64,6 +65,7 @@ REACH_S = 25.0  # for a cluster to answer
 CONNECT_S = 5.0  # for something to listen at its address
 STOP_S = 20.0  # for Ray to end by itself
 HEAD_GONE_S = 3600  # fleet.HEAD_S comes before it
+MOST_PORT = 65535
 END_LOOK_S = 0.02  # between two looks whether what was killed is dead
 END_LOOKS = 500  # one that writes to a slow disk takes its time to die
 SLICES = 6  # of a time limit: a driver that was stopped has used up one of them when it goes on
@@ -415,7 +417,7 @@ def _reach(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if address in ("auto", "local"):
         return
-    if not host or not port.isdigit():
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > MOST_PORT:
         raise ResourceError("--address", f"{address!r} is not an address", "give HOST:PORT, ray://HOST:PORT or auto")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()

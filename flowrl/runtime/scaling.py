@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, DataError
 from flowrl.graph.program import graph_of, node_paths
 from flowrl.imports import suggest
 from flowrl.runtime.rundir import existing_run, is_held, read_plan
-from flowrl.telemetry.files import replace_file
+from flowrl.telemetry.files import UNREADABLE, read_file, replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -45,8 +46,8 @@ def scale(run_dir: Path, asked: Sequence[str]) -> str:
     wanted: dict[str, int] = {}
     for each in asked:
         node, _, number = each.partition("=")
-        if not number.isdigit() or int(number) < 1:
-            raise ConfigError("scale", f"{each!r} is not NODE=N with N of 1 or more", "write generator=4")
+        if not re.fullmatch("[1-9][0-9]{0,4}", number):
+            raise ConfigError("scale", f"{each!r} is not NODE=N with N of 1 to 99999", "write generator=4")
         check_scales(graph, node, "scale")
         wanted[node] = int(number)
     if not is_held(run_dir):
@@ -97,8 +98,8 @@ def most_of_auto(program: Program, given: Mapping[str, Any]) -> list[str]:
 
 def _read(run_dir: Path) -> dict[str, int]:
     try:
-        return msgspec.json.decode((run_dir / FILE).read_bytes(), type=dict[str, int])
-    except (OSError, msgspec.DecodeError):
+        return msgspec.json.decode(read_file(run_dir / FILE) or b"{}", type=dict[str, int])
+    except (DataError, *UNREADABLE):
         return {}
 
 

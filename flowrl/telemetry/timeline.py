@@ -274,7 +274,7 @@ _decoder = msgspec.json.Decoder(_Record)
 
 def timelines(run_dir: Path) -> list[Path]:
     """Return the timeline of each start of a run, the first one's first."""
-    later = [path for path in run_dir.glob("timeline-*.json") if path.stem.partition("-")[2].isdigit()]
+    later = [path for path in run_dir.glob("timeline-*.json") if path.stem.partition("-")[2].isdecimal()]
     later.sort(key=lambda path: int(path.stem.partition("-")[2]))
     return [path for path in (run_dir / "timeline.json", *later) if path.exists()]
 

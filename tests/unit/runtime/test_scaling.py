@@ -159,6 +159,8 @@ def test_a_range_that_cannot_be_is_refused(most: dict[str, int], words: str) -> 
         ("generator", "is not NODE=N"),
         ("generator=0", "is not NODE=N"),
         ("generator=x", "is not NODE=N"),
+        ("generator=²", "is not NODE=N"),
+        ("generator=1000000000", "is not NODE=N with N of 1 to 99999"),
         ("generater=2", "did you mean 'generator'"),
         ("learner=2", "can have one replica only"),
         ("generator=2", "no process drives it"),
