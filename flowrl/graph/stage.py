@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import os
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -213,7 +214,7 @@ class Context:
             except OSError as error:
                 if not is_full(error) or self.stopping.is_set():
                     raise
-                await self.wait_for_room(no_room(self.run_dir))
+                await self.wait_for_room(no_room(self.run_dir, why=os.strerror(error.errno or 0)))
 
     async def wait_for_room(self, trouble: str) -> None:
         """Say what a full disk lacks, now and then, and wait a while; to the runtime this is no stall."""

@@ -74,11 +74,15 @@ def why_closed(path: Path) -> str:
     return "has room for no further file (inodes)" if about.f_files and not about.f_favail else ""
 
 
-def no_room(path: Path, needed: int | None = None) -> str:
-    """Return a sentence that names the disk: `/data/run needs 4096 bytes, its disk /data has 12 free`."""
+def no_room(path: Path, needed: int | None = None, *, why: str | None = None) -> str:
+    """Return a sentence that names the disk: `/data/run needs 4096 bytes, its disk /data has 12 free`.
+
+    `why` is the system's own word: bytes may be free to others, or where a disk has become read-only by a fault of it.
+    """
     mount = next((each for each in (path, *path.parents) if os.path.ismount(each)), path)
     has = why_closed(mount) or f"has {shutil.disk_usage(mount).free} free"
-    return f"{path} needs {'more' if needed is None else needed} bytes, its disk {mount} {has}"
+    text = f"{path} needs {'more' if needed is None else needed} bytes, its disk {mount} {has}"
+    return f"{text} ({why})" if why else text
 
 
 def read_file(path: Path, offset: int = 0) -> bytes | None:
@@ -207,6 +211,8 @@ class RecordFile:
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = 0
         self._is_told = False
+        self._why: str | None = None  # what is waited for has no room
+        self._is_torn = False  # half a record may stand at the end
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | (os.O_TRUNC if is_new else 0)
         self._descriptor = os.open(path, flags, mode)
         self._end = os.fstat(self._descriptor).st_size  # of the last whole record
@@ -221,7 +227,7 @@ class RecordFile:
     @property
     def trouble(self) -> str:
         """Return what is waited for, "" where nothing is."""
-        return no_room(self.path, self._waiting_bytes) if self._waiting else ""
+        return no_room(self.path, self._waiting_bytes, why=self._why) if self._waiting else ""
 
     def append(self, record: bytes) -> None:
         """Append a record, behind those that wait; it waits too where there is no room.
@@ -250,6 +256,7 @@ class RecordFile:
         except OSError as error:
             if not is_full(error):
                 raise
+            self._why = error.strerror
             if not self._is_told:
                 self._is_told = True
                 self._tell(f"{self.trouble}; waiting for room")
@@ -261,12 +268,22 @@ class RecordFile:
         return True
 
     def _write(self, record: bytes) -> None:
+        self._cut_torn()
+        self._is_torn = True
         try:
             write_all(self._descriptor, record)
         except OSError:
-            os.ftruncate(self._descriptor, self._end)  # half a record is none
+            with contextlib.suppress(OSError):  # a disk that is read-only now lets nothing be cut off either
+                self._cut_torn()
             raise
+        self._is_torn = False
         self._end += len(record)
+
+    def _cut_torn(self) -> None:
+        """Cut off half a record, which is none."""
+        if self._is_torn:
+            os.ftruncate(self._descriptor, self._end)
+            self._is_torn = False
 
     def sync(self) -> None:
         """Bring what is written to the disk.
