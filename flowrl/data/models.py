@@ -18,6 +18,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import struct
 import tempfile
 from pathlib import Path
@@ -95,10 +96,10 @@ def newest_of_run(path: Path) -> Path:
     if not (path / "settings.yaml").is_file():
         return path
     found = (manifest.parent for manifest in path.glob("checkpoints/step-*/manifest.json"))
-    complete = sorted(checkpoint for checkpoint in found if ".replaced-" not in checkpoint.name)
+    complete = [checkpoint for checkpoint in found if re.fullmatch("step-[0-9]{6,}", checkpoint.name)]
     if not complete:
         raise ModelError(f"model {path}", "is a run without a checkpoint", "wait for one, or name another run")
-    return complete[-1] / "model"
+    return max(complete, key=lambda checkpoint: int(checkpoint.name.removeprefix("step-"))) / "model"
 
 
 def check_model(directory: Path, where: str) -> None:

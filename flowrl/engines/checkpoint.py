@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from flowrl.errors import ConfigError, ResourceError
+from flowrl.errors import ConfigError, DataError, ResourceError
 from flowrl.telemetry.files import (
     UNREADABLE,
     check_fence,
@@ -55,7 +55,7 @@ tags: [flowrl, reinforcement-learning]
 Policy version {version}, trained with flowrl. Load it with `AutoModelForCausalLM.from_pretrained` or serve it with
 vLLM. The run's settings are in `settings.yaml` and its figures in `metrics.jsonl` of the run directory.
 """
-NAME = re.compile(r"step-\d{6,}")
+NAME = re.compile(r"step-[0-9]{6,}")
 RATED = "scores.json"
 SPARE = 1.1  # room asked for over the size of the last checkpoint
 
@@ -187,9 +187,7 @@ class CheckpointWriter:
 
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Return the checkpoints in a directory that have a manifest, oldest first; their files are not looked at."""
-    return sorted(
-        path.parent for path in directory.glob("step-*/manifest.json") if ".replaced-" not in path.parent.name
-    )
+    return [path for path in checkpoints_in(directory) if (path / "manifest.json").is_file()]
 
 
 def best_of(scores: Mapping[int, float]) -> int | None:
@@ -253,8 +251,8 @@ def version_of(checkpoint: Path) -> int:
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
-    """Return whatever has the name of a checkpoint, oldest first, damaged ones too."""
-    return sorted(path for path in directory.glob("step-*") if NAME.fullmatch(path.name))
+    """Return whatever has the name of a checkpoint, oldest first, damaged ones too; not a copy of another name."""
+    return sorted((path for path in directory.glob("step-*") if NAME.fullmatch(path.name)), key=version_of)
 
 
 def set_checkpoints_aside(directory: Path) -> None:
@@ -268,20 +266,22 @@ def damage(checkpoint: Path) -> str:
     """Return what is wrong with a checkpoint's files, or "" where every one agrees with the manifest."""
     try:
         manifest = _manifest(checkpoint)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         return f"manifest.json cannot be read ({error})"
     if checkpoint.name != f"step-{manifest.version:06d}":
         return f"its manifest is of version {manifest.version}"
     for name, expected in manifest.files.items():
+        path = checkpoint / name
+        if not path.is_file():  # a device or a pipe might never end
+            return f"{name} is {'no file' if path.exists() else 'missing'}"
+        if (size := path.stat().st_size) != expected.size:
+            return f"{name} has {size} bytes, written were {expected.size}"
         try:
-            digest = _digest(checkpoint / name)
-        except FileNotFoundError:
-            return f"{name} is missing"
+            digest = _digest(path)
         except (OSError, ValueError) as error:
             return f"{name} cannot be read ({error})"
         if digest != expected:
-            is_there, written = (f"{each.size} bytes of digest {each.blake3[:12]}" for each in (digest, expected))
-            return f"{name} has {is_there}, written were {written}"
+            return f"{name} has {size} bytes of digest {digest.blake3[:12]}, written were {expected.blake3[:12]}"
     return ""
 
 
@@ -289,7 +289,7 @@ def strays(checkpoint: Path) -> list[str]:
     """Return the files of a checkpoint that its manifest does not name: an editor's, a file server's."""
     try:
         known = _manifest(checkpoint).files.keys()
-    except (OSError, ValueError):
+    except ValueError:
         return []
     found = {str(path.relative_to(checkpoint)) for path in _files(checkpoint)} - {"manifest.json"}
     return sorted(found - known)
@@ -310,13 +310,9 @@ def read_cut(checkpoint: Path) -> bytes:
     """Return where the flow stood, as the runtime gave it.
 
     Raises:
-        ConfigError: it cannot be read.
+        DataError: it cannot be read.
     """
-    path = checkpoint / "cut.json"
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(str(path), f"cannot be read ({error})", "resume from another checkpoint") from error
+    return read_file(checkpoint / "cut.json") or b""
 
 
 def checkpoint_version(checkpoint: Path) -> int:
@@ -335,8 +331,11 @@ def read_version(directory: Path) -> int:
 
 
 def _manifest(checkpoint: Path) -> CheckpointManifest:
-    """Read a manifest; raises ValueError where it is not as it was written."""
-    sealed = msgspec.json.decode((checkpoint / "manifest.json").read_bytes(), type=Sealed)
+    """Read a manifest; raises ValueError where it cannot be read, or is not as it was written."""
+    try:
+        sealed = msgspec.json.decode(read_file(checkpoint / "manifest.json") or b"", type=Sealed)
+    except (DataError, RecursionError) as error:
+        raise ValueError(error.what if isinstance(error, DataError) else str(error)) from error
     if sealed.blake3 != _digest_of(sealed.manifest):
         raise ValueError("its digest does not fit")
     return sealed.manifest
@@ -351,7 +350,7 @@ def _digest_of(manifest: CheckpointManifest) -> str:
 def _score(checkpoint: Path) -> float | None:
     try:
         score = _manifest(checkpoint).score
-    except (OSError, ValueError):
+    except ValueError:
         return None  # damaged: never the best
     return None if score is None or math.isnan(score) else score
 

@@ -23,7 +23,7 @@ import msgspec
 
 from flowrl.errors import ConfigError, DataError, one_line, printable, shortened
 from flowrl.runs.query import COUNTED, MOST_NUMBER, column, parse, unknown_column
-from flowrl.telemetry.records import step_of
+from flowrl.telemetry.records import step_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -59,8 +59,7 @@ class RecordedRollouts:
         import pyarrow.dataset as ds
         import pyarrow.parquet as pq
 
-        directory = run_dir / "rollouts"
-        paths = sorted(directory.glob("step-*.parquet"), key=step_of)
+        paths = [*step_files(run_dir / "rollouts").values()]
         if not paths:
             what = "has no rollouts: no step was learned yet, or learner.save_rollouts=false, or it learns offline"
             raise DataError(str(run_dir), what, "name a run that recorded some")

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from flowrl.engines.checkpoint import checkpoint_version, complete_checkpoints, damage
+from flowrl.engines.checkpoint import complete_checkpoints, damage, version_of
 from flowrl.errors import ConfigError, DataError
 from flowrl.graph.graph import RunSettings
 from flowrl.graph.program import EdgePlan, GraphPlan, Program, graph_of
@@ -36,7 +36,7 @@ from flowrl.runtime.supervisor import Start
 from flowrl.stages.critic import Critic
 from flowrl.stages.learner import Learner
 from flowrl.telemetry.metrics import read_steps
-from flowrl.telemetry.records import read_digests, read_samples, step_of, step_path
+from flowrl.telemetry.records import read_digests, read_samples, step_files, step_path
 from flowrl.telemetry.trackers import WandbConfig
 
 if TYPE_CHECKING:
@@ -107,11 +107,12 @@ def recorded_steps(run_dir: Path, request: RetrainRequest) -> tuple[int, int]:
         ConfigError: there is none between.
     """
     directory = run_dir / "rollouts"
-    recorded = {step_of(path) for path in directory.glob("step-*.parquet")}
+    recorded = step_files(directory)
     last = max(recorded, default=-1) + 1 if request.last is None else request.last
     wanted = range(request.first, last)
-    if missing := [step for step in wanted if step not in recorded]:
-        what = f"has no record of step {missing[0]} ({len(missing)} of {len(wanted)} steps are missing)"
+    if (missing := next((step for step in wanted if step not in recorded), None)) is not None:
+        num_missing = wanted.stop - wanted.start - sum(step in wanted for step in recorded)
+        what = f"has no record of step {missing} ({num_missing} of {wanted.stop - wanted.start} steps are missing)"
         raise DataError(str(directory), what, "choose among those there are; learner.save_rollouts=true records them")
     if not wanted:
         what = f"steps {request.first}:{last} are not recorded; {len(recorded)} are recorded"
@@ -122,7 +123,7 @@ def recorded_steps(run_dir: Path, request: RetrainRequest) -> tuple[int, int]:
 def starting_point(run_dir: Path, first: int) -> tuple[int, Path | None]:
     """Return the newest version up to `first` to start from, and its checkpoint; version 0 needs none."""
     for checkpoint in reversed(complete_checkpoints(run_dir / "checkpoints")):
-        if 0 < (version := checkpoint_version(checkpoint)) <= first and not damage(checkpoint):
+        if 0 < (version := version_of(checkpoint)) <= first and not damage(checkpoint):
             return version, checkpoint
     return 0, None
 

@@ -28,6 +28,7 @@ from flowrl.runs.verify import describe, verify_run
 from flowrl.runtime.ledger import ENDINGS, read_entries, surviving
 from flowrl.runtime.rundir import existing_run, is_held, read_plan, read_settings
 from flowrl.telemetry.metrics import read_state
+from flowrl.telemetry.records import step_files
 from flowrl.telemetry.report import read_ending
 from flowrl.tuning.advisor import advice
 
@@ -82,7 +83,7 @@ def inspect_group(run: Path, group_id: int) -> Iterator[str]:
     """
     run_dir = existing_run(run)
     fate = fate_of(read_entries(run_dir / "ledger.jsonl"), group_id)
-    rows = RecordedRollouts(run_dir).group(group_id) if any((run_dir / "rollouts").glob("step-*")) else []
+    rows = RecordedRollouts(run_dir).group(group_id) if step_files(run_dir / "rollouts") else []
     if not rows and not fate:
         raise ConfigError("--group", f"{run} has no group {group_id}", "flowrl inspect RUN lists those it recorded")
     if not rows:

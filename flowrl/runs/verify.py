@@ -16,7 +16,6 @@ Tests: tests/unit/runs/test_verify.py
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,7 @@ from flowrl.runtime.ledger import ENDINGS, Cut, Entry, foreign, read_entries, su
 from flowrl.runtime.rundir import digest_of, existing_run, is_held, read_plan, read_settings, read_starts
 from flowrl.telemetry.files import REPLACED, UNREADABLE, read_file, run_id
 from flowrl.telemetry.metrics import read_steps
-from flowrl.telemetry.records import read_digests, read_groups, step_of, step_path
+from flowrl.telemetry.records import read_digests, read_groups, step_files, step_path
 from flowrl.telemetry.report import read_ending
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
     from flowrl.runtime.rundir import RunStart
 
 MOST_SHOWN = 1000  # groups named as lost: a number that was forged may leave out any many
-RECORD = re.compile(r"step-\d+\.parquet")
 
 
 @dataclass
@@ -254,12 +252,10 @@ def _compare_rollouts(
     for entry in surviving(entries):
         if entry.event == "learned":
             by_step[entry.step].add(entry.group)
-    recorded: dict[int, Path] = {}
-    for path in sorted(directory.iterdir()) if directory.is_dir() else []:
-        if RECORD.fullmatch(path.name) and path.is_file():
-            recorded[step_of(path)] = path
-        elif path.name != REPLACED:
-            verdict.strays.append(f"rollouts/{path.name}")
+    recorded = step_files(directory)
+    there = {path.name for path in directory.iterdir()} if directory.is_dir() else set[str]()
+    known = {REPLACED, *(path.name for path in recorded.values())}
+    verdict.strays += [f"rollouts/{name}" for name in sorted(there - known)]
     given_up, here = _given_up(entries), run_id(run_dir)
     for step, path in recorded.items():
         if given_up is not None and step >= given_up:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import re
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from flowrl.messages import Message
 
 
+RECORD = re.compile(r"step-([0-9]{6,})\.parquet")
 RUN = b"flowrl.run"  # in a file's metadata: which run it is of
 
 
@@ -161,7 +163,7 @@ def read_samples(path: Path) -> list[Samples]:
 
 def forget_steps(directory: Path, first: int) -> None:
     """Set the files of step `first` and later ones aside: a history that was given up."""
-    set_aside([path for path in directory.glob("step-*.parquet") if step_of(path) >= first])
+    set_aside([path for step, path in step_files(directory).items() if step >= first])
 
 
 def step_path(directory: Path, step: int) -> Path:
@@ -169,9 +171,10 @@ def step_path(directory: Path, step: int) -> Path:
     return directory / f"step-{step:06d}.parquet"
 
 
-def step_of(path: Path) -> int:
-    """Return the step of a file: step-000012.parquet is of step 12."""
-    return int(path.stem.partition("-")[2])
+def step_files(directory: Path) -> dict[int, Path]:
+    """Return the files of steps, by step and in its order: step-000012.parquet is of step 12, a copy of it of none."""
+    named = ((RECORD.fullmatch(path.name), path) for path in directory.glob("step-*.parquet") if path.is_file())
+    return dict(sorted((int(name[1]), path) for name, path in named if name))
 
 
 def read_groups(path: Path) -> tuple[str, set[int]]:

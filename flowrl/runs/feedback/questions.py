@@ -20,7 +20,7 @@ import msgspec
 from flowrl.data.judgments import JUDGMENTS, QUESTIONS, SAYS, Closed, Judgment, Question, Said, Tail, ask
 from flowrl.errors import ConfigError, number_of
 from flowrl.runtime.rundir import existing_run, read_plan
-from flowrl.telemetry.records import step_of
+from flowrl.telemetry.records import step_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -77,7 +77,7 @@ class Questions:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        paths = sorted((self._run_dir / "rollouts").glob("step-*.parquet"), key=step_of)
+        paths = step_files(self._run_dir / "rollouts").values()
         names = ["group_id", "sample", "prompt", "response", "token_versions"]
         for path in [path for path in paths if path.name not in self._steps]:
             try:

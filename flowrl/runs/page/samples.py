@@ -22,7 +22,7 @@ import msgspec
 
 from flowrl.runs.inspection import ENVIRONMENT, token_ratios
 from flowrl.telemetry.charts import number
-from flowrl.telemetry.records import step_of
+from flowrl.telemetry.records import step_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -73,7 +73,7 @@ def shown_groups(run_dir: Path, pieces: Pieces | None) -> list[ShownGroup]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    paths = sorted((run_dir / "rollouts").glob("step-*.parquet"), key=step_of)
+    paths = [*step_files(run_dir / "rollouts").values()]
     found: list[ShownGroup] = []
     for path in evenly(paths, MOST_STEPS):
         try:

@@ -133,6 +133,20 @@ def test_a_file_missing_is_damage_and_a_stray_one_is_not(tmp_path: Path) -> None
     assert damage(newest) == "part1/file1.bin is missing"
 
 
+def test_what_somebody_puts_beside_checkpoints_is_none_and_stays(tmp_path: Path) -> None:
+    newest = save(tmp_path, 1)
+    for name in ("step-000001.bak", "step-000001 (1)", "step-copy"):
+        shutil.copytree(newest, tmp_path / name)
+    (tmp_path / "step-latest").symlink_to(newest.name)
+    there = {path.name for path in tmp_path.iterdir()} - {newest.name}
+    assert newest_sound(tmp_path) == (newest, [])
+    for version in (2, 999_999, 1_000_000):
+        save(tmp_path, version, score=0.5, keep=1)
+    assert names(tmp_path) == [2, 1_000_000], "the best and the newest"
+    set_checkpoints_aside(tmp_path)
+    assert there <= {path.name for path in tmp_path.iterdir()}
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     for version, score in ((1, 0.1), (2, 0.9), (3, 0.2), (4, 0.3), (5, 0.4)):
         save(tmp_path, version, score=score)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flowrl.messages import Buffer, Sample, Samples, VersionSpan
-from flowrl.telemetry.records import token_versions, write_rollouts
+from flowrl.telemetry.records import forget_steps, step_files, token_versions, write_rollouts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,6 +91,17 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="zip"):
         write_rollouts(path, [group(0, "p", {"exact": [1.0, 0.0], "short": [1.0]})], 4)
     assert path.read_bytes() == before
+
+
+def test_copies_beside_a_step_s_file_are_of_no_step_and_stay(tmp_path: Path) -> None:
+    for name in ("step-000010.parquet", "step-000010 (1).parquet", "step-000010.parquet.bak", "step-copy.parquet"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "step-000003.parquet").write_bytes(b"x")
+    (tmp_path / "step-000004.parquet").mkdir()
+    assert [*step_files(tmp_path)] == [3, 10]
+    forget_steps(tmp_path, 4)
+    assert [*step_files(tmp_path)] == [3]
+    assert (tmp_path / "step-000010 (1).parquet").exists()
 
 
 def test_each_token_has_its_version() -> None:
