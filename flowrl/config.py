@@ -37,7 +37,7 @@ from typing import (
 import msgspec
 from msgspec import Meta
 
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, check_text
 from flowrl.imports import load_class, load_object, named_beside, pin, suggest
 
 if TYPE_CHECKING:
@@ -195,18 +195,21 @@ def resolve(
         settings = msgspec.convert(merged, kind, strict=False)
     except (msgspec.ValidationError, ValueError) as error:
         raise _readable(error, merged, kind, "") from error
-    _check_numbers(to_tree(settings), "")
+    _check_values(to_tree(settings), "")
     return _pinned(settings, kind(), "", places) if places else settings
 
 
-def _check_numbers(value: Any, path: str) -> None:
-    """Refuse numbers that no message can carry and no sum can be made of."""
+def _check_values(value: Any, path: str) -> None:
+    """Refuse numbers that no message can carry and no sum can be made of, and texts that cannot be written."""
     if isinstance(value, dict):
         for name, each in cast("dict[str, Any]", value).items():
-            _check_numbers(each, f"{path}.{name}" if path else name)
+            check_text(str(name), path or str(name))
+            _check_values(each, f"{path}.{name}" if path else name)
     elif isinstance(value, list):
         for place, each in enumerate(cast("list[Any]", value)):
-            _check_numbers(each, f"{path}[{place}]")
+            _check_values(each, f"{path}[{place}]")
+    elif isinstance(value, str):
+        check_text(value, path)
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(path, f"expected a finite number, got {value}")
     elif isinstance(value, int) and abs(value) > LARGEST:

@@ -123,6 +123,18 @@ class ChannelClosed(FlowrlError):
     """The edge was closed and holds nothing more."""
 
 
+def check_text(text: str, where: str) -> None:
+    """Insist that a text can be written down: a path of bytes that are not UTF-8 cannot.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(where, "is not UTF-8, so no record of a run can name it", "give it another name") from error
+
+
 @contextlib.contextmanager
 def files_named() -> Generator[None]:
     """Let what the system says of a file in this block be an error of ours: a line that names the file."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from flowrl.config import given, resolve
-from flowrl.errors import ConfigError, FlowrlError, GraphError
+from flowrl.errors import ConfigError, FlowrlError, GraphError, check_text
 from flowrl.graph.edges import Credits, Latest, Queue
 from flowrl.graph.graph import Graph, RunSettings, with_bounds
 from flowrl.graph.stage import Specification, from_specification, specification
@@ -102,6 +102,7 @@ def load_program(
         GraphError: the file is missing, has no Settings or build, or raises.
         ConfigError: a setting is wrong.
     """
+    check_text(str(path), str(path))
     places = [Path.cwd(), path.resolve().parent]  # where user code stands
     add_places(places)
     module = _load_module(path)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from flowrl.config import parse_yaml, to_tree
-from flowrl.errors import ConfigError, DataError, ResourceError, RunError
+from flowrl.errors import ConfigError, DataError, ResourceError, RunError, check_text
 from flowrl.graph.program import GraphPlan, plan_of
 from flowrl.telemetry.files import UNREADABLE, RecordFile, check_fence, fence, read_file, replace_file, seal, unseal
 
@@ -61,6 +61,7 @@ def create_run_dir(directory: Path) -> Path:
         ConfigError: it holds a run, or anything else.
         ResourceError: it cannot be written, or the disk is nearly full.
     """
+    check_text(str(directory.resolve()), str(directory))
     if directory.exists() and {path.name for path in directory.iterdir()} - OURS:
         raise ConfigError(str(directory), "holds a run already", "choose another --name, or continue it with --resume")
     try:
@@ -211,6 +212,7 @@ def existing_run(directory: Path) -> Path:
     """
     if not (directory / "settings.yaml").is_file():
         raise ConfigError(str(directory), "holds no run", "name a directory under runs/")
+    check_text(str(directory.resolve()), str(directory))
     return directory
 
 

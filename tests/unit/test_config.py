@@ -237,6 +237,7 @@ def test_what_to_tree_writes_resolves_to_the_same_settings(tmp_path: Path):
         ("learner.optimizer.lr=-1", "learner.optimizer.lr: expected a number >= 0.0, got -1"),
         ("learner.optimizer.lr=inf", "learner.optimizer.lr: expected a finite number, got inf"),
         ("items=[{weight: .inf}]", "items[0].weight: expected a finite number, got inf"),
+        ("model=/data/m\udcfcnchen", "model: is not UTF-8"),
         ("steps=99999999999999999999", "steps: expected an integer of up to 63 bits, got 99999999999999999999"),
         ("steps=2026-13-01", "steps: expected an integer, got '2026-13-01'"),  # no date either
         ("learner.optimizer.betas=[1]", "learner.optimizer.betas: expected a list of length 2, got [1]"),

@@ -10,7 +10,7 @@ import pytest
 
 from flowrl.errors import ConfigError, DataError, LastingError, ResourceError, RunError, files_named
 from flowrl.runtime.ledger import Ledger
-from flowrl.runtime.rundir import claim, create_run_dir, hold
+from flowrl.runtime.rundir import claim, create_run_dir, existing_run, hold
 from flowrl.telemetry.files import RecordFile, fence, replace_file, unfence
 
 if TYPE_CHECKING:
@@ -111,6 +111,17 @@ def test_a_process_of_an_older_attempt_writes_no_more(tmp_path: Path) -> None:
     finally:
         unfence()
         claimed.close()
+
+
+def test_a_directory_that_no_record_can_name_is_refused(tmp_path: Path) -> None:
+    directory = tmp_path / os.fsdecode(b"m\xfcnchen")
+    with pytest.raises(ConfigError, match=r"m\\udcfcnchen: is not UTF-8"):
+        create_run_dir(directory)
+    assert not directory.exists()
+    directory.mkdir()
+    (directory / "settings.yaml").touch()
+    with pytest.raises(ConfigError, match=r"m\\udcfcnchen: is not UTF-8"):
+        existing_run(directory)
 
 
 def test_a_directory_in_which_no_run_was_written_is_free_and_any_other_is_not(tmp_path: Path) -> None:
