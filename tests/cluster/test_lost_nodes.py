@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
+LINK_LOST_S = 75.0
+# Ray's own patience with a silent node, which is a minute; what follows is the same.
+QUICK = {
+    "RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000", "RAY_health_check_failure_threshold": "4",
+}  # fmt: skip
+
+
 def start(machine: Machine, disk: Path, *, address: str = "", **settings: object) -> Running:
     return Running(machine, disk / "log", "run", FLEET, "--address", address or machine.ray, "--name", "run",
                    "--runs-dir", disk, *told({"learner_cpus": 1, **settings}))  # fmt: skip
@@ -64,6 +72,31 @@ def test_a_lost_link_costs_time(disk: Path, seconds: float) -> None:
         second.restore()
         until_step(run, disk / "run", steps_of(disk / "run") + 8)
         stop(run, disk / "run", rollbacks=0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("holds", ["generator.0", "learner.0"])
+def test_a_link_that_is_lost_for_longer_than_ray_waits_is_waited_for_and_ctrl_c_is_heard(
+    disk: Path, holds: str
+) -> None:
+    """Ray takes the node for dead, which it learns when it is back: whoever started it starts it again."""
+    with machines(2) as (head, second):
+        head.start_ray(environment=QUICK)
+        raylet = second.start_ray(head)
+        home = {"cluster.home": second.address, "learner_cpus": 1} if holds == "learner.0" else {}
+        run = start(head, disk, heartbeat_timeout_s=40, **home)
+        until_step(run, disk / "run", 6)
+        second.cut()
+        run.until("node 10.77.0.2: is lost, with ", holds, within_s=240.0)  # the flow is waited for, the learner buried
+        time.sleep(LINK_LOST_S)
+        run.until("waiting at most" if holds == "learner.0" else f"{holds}: has no process yet", within_s=120.0)
+        second.restore()
+        raylet.wait(60)  # it ends by itself, since it is taken for dead
+        second.start_ray(head)
+        until_step(run, disk / "run", steps_of(disk / "run") + 8, within_s=240.0)
+        second.cut()
+        time.sleep(2.0)
+        stop(run, disk / "run", rollbacks=1 if holds == "learner.0" else 0)
 
 
 @pytest.mark.long
