@@ -12,7 +12,10 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /app
 COPY . .
-RUN bash scripts/setup.sh "${DEVICE}" && rm -rf .setup
+# ray[default] has what a RayJob and `ray job submit` talk to, and Ray alone has not.
+RUN bash scripts/setup.sh "${DEVICE}" \
+    && .venv/bin/python -m pip install --constraint scripts/constraints-cpu.txt "ray[default]>=2.60,<2.61" \
+    && rm -rf .setup
 ENV PATH=/app/.venv/bin:${PATH}
 # No HEALTHCHECK: a Ray node's health is the head's business.
 CMD ["flowrl", "doctor"]
