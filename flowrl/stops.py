@@ -7,8 +7,8 @@ Invariant: who asked that a closed terminal be ignored (nohup) is heeded.
 
 Ray's processes hold all of them back (runtime/cluster.py).
 
-Who asks often asks twice at once. `timeout` signals its command and then the whole group; a shell whose terminal is gone
-passes SIGHUP on, and the system sends it again. What comes within `ECHO_S` of the first is part of it.
+Who asks often asks twice at once. `timeout` signals its command and then the whole group; a shell whose terminal is
+gone passes SIGHUP on, and the system sends it again. What comes within `ECHO_S` of the first is part of it.
 
 Tests: tests/unit/test_stops.py
 """

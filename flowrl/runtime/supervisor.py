@@ -19,6 +19,7 @@ Tests: tests/unit/runtime/test_recovery.py
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn, Protocol
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 STOP_LOOK_S = 2.0  # between two looks, once a stop is asked for, whether what it waits for can come
 REPORT_S = 0.5  # between a process's reports to the driver: its events, and the sign that it lives
+ADDRESS = re.compile(r"\b0x[0-9a-f]+")  # of an object in memory: another in every process
 REPORTS_PER_S = 250.0  # that the driver is to take in from all processes; where there are more, each reports less often
 
 
@@ -377,9 +379,10 @@ class Supervisor:
         if self._learned_at.get(node) != learned:
             self._spent[node] = 0
             self._said.pop(node, None)
-        said, self._said[node] = self._said.get(node), str(error)
+        text = ADDRESS.sub("0x", str(error))
+        said, self._said[node] = self._said.get(node), text
         is_own = isinstance(error, StageError | RewardError) and not isinstance(error, Death)
-        if said == str(error) and is_own:
+        if said == text and is_own:
             raise type(error)(
                 error.where, f"{error.what} (and the same again after a restart)", error.remedy
             ) from error

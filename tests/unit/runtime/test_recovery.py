@@ -158,6 +158,7 @@ def test_a_spent_budget_ends_the_run_with_the_reason(tmp_path: Path) -> None:
     [
         (lambda count: StageError("generator.0", "KeyError: 'gone'"), "'gone' .and the same again after a restart", 1),
         (lambda count: RewardError("reward.0", "raised OSError"), "raised OSError .and the same again after", 1),
+        (lambda count: StageError("generator.0", f"<Row at 0x7f{count:04x}>"), "> .and the same again after", 1),
         (lambda count: LastingError("reward.0", "8 groups have failed"), "8 groups have failed", 0),
         (lambda count: StageError("generator.0", f"request {count} failed"), "failed .and 3 times before", 3),
     ],
