@@ -142,15 +142,15 @@ class CheckpointWriter:
             sync(aside / "manifest.json")
             for folder in [aside, *(path for path in aside.rglob("*") if path.is_dir())]:
                 sync(folder)
+            check_fence()
+            final = self._directory / f"step-{version:06d}"
+            if final.exists():  # of a history that was rolled back
+                os.replace(final, _unused(final))
+            os.replace(aside, final)
+            sync(self._directory)
+            self._prune()
         except OSError as error:
             raise self.failure(aside, version, error) from error
-        check_fence()
-        final = self._directory / f"step-{version:06d}"
-        if final.exists():  # of a history that was rolled back
-            os.replace(final, _unused(final))
-        os.replace(aside, final)
-        sync(self._directory)
-        self._prune()
         return final
 
     def failure(self, aside: Path, version: int, error: Exception) -> Exception:

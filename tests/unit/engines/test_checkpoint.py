@@ -196,6 +196,23 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_so(tmp_path: Path, monke
     assert not list(tmp_path.glob(".step-*"))
 
 
+def test_a_disk_that_turns_read_only_before_the_name_is_given_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = save(tmp_path, 1)
+
+    def refused(*paths: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module.os, "replace", refused)
+        with pytest.raises(ResourceError, match="the checkpoint of version 2 needs"):
+            save(tmp_path, 2)
+    assert newest_sound(tmp_path) == (before, [])
+    newest = save(tmp_path, 2)
+    assert newest_sound(tmp_path) == (newest, [])
+
+
 def test_a_disk_that_is_nearly_full_is_not_even_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
     usage = shutil.disk_usage(tmp_path)
