@@ -1,4 +1,4 @@
-"""What faults cost on real processes: signals to every process of a run and of Ray, leaps of the clock, a second run.
+"""What faults cost on real processes: signals to each of a run and of Ray, leaps of the clock, a directory taken away.
 
     python -m perf.faults [--rounds 1] [--seed 0] [--only learner] [--heartbeat 10] [--stall 60]
     python -m perf.faults --only scorer --every 60        a soak: a minute between two faults
@@ -73,7 +73,8 @@ FAULTS = [
       for who in (*REPLICAS, *HUB, *RAYS)),
     *(Fault(kind, who) for kind in ("SIGKILL", "SIGTERM", "SIGSTOP, woken") for who in ("driver", "all at once")),
     *(Fault(kind, "driver") for kind in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGSTOP, killed")),
-    Fault("second run", "in the directory"), *(Fault(kind, "of all") for kind in LEAPS),
+    Fault("second run", "in the directory"), Fault("read-only", "directory"),
+    *(Fault(kind, "of all") for kind in LEAPS),
 ]  # fmt: skip
 
 
@@ -184,6 +185,8 @@ class Trial:
                 self._leap(fault.kind)
             elif fault.victim == "in the directory":
                 self._drive_twice()
+            elif fault.victim == "directory":
+                self._bar_directory()
             elif fault.victim in ("driver", "all at once"):
                 self._end_driver(fault, before)
             else:
@@ -238,6 +241,16 @@ class Trial:
             second = Driven(self.run_dir, *self._told, *told, runtime="ray", environment=self._environment)
             if second.ends() != 2:
                 raise Wrong(f"a second run was not refused: {second.process.returncode}")
+
+    def _bar_directory(self) -> None:
+        """Let nothing be opened for writing in the run's directory for a while; only root can."""
+        where = str(self.run_dir)
+        subprocess.run(["mount", "--bind", where, where], check=True)
+        try:
+            subprocess.run(["mount", "-o", "remount,bind,ro", where], check=True)
+            time.sleep(2 * self._options.heartbeat)
+        finally:
+            subprocess.run(["umount", "--lazy", where], check=True)
 
     def _leap(self, kind: str) -> None:
         self._clock.write_text(f"{LEAPS[kind]}\n")
