@@ -78,7 +78,7 @@ def test_a_record_is_written_whole_or_waits(disk: SmallDisk) -> None:
         assert (disk.root / "records").read_bytes().endswith(b"r\n"), "half a record stands in the file"
     assert file.is_waiting
     assert len(said) == 1
-    assert f"its disk {disk.root} has 0 free; waiting for room" in said[0]
+    assert f"its disk {disk.root} has 0 free (No space left on device); waiting for room" in said[0]
     disk.free()
     assert file.flush()
     file.close()
