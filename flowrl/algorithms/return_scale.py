@@ -1,7 +1,10 @@
-"""The scale of returns: in what units a critic's network learns them, (R - mean) / deviation, both running.
+"""The scale of returns: in what units a critic's network learns them, (R - mean) / unit, of running mean and deviation.
 
 Without it a reward of 50 has the network climb there by its learning rate, and a value clip of 0.2 hold it back. As in
 MAPPO (2103.01955, section 5.1), which has it from PopArt (1602.07714) and leaves out the preserving of outputs.
+
+A unit is `GAIN` deviations. Adam moves a new head of zeros by its learning rate, whatever the size of the gradient, and
+that rate is meant for the weights of a language model. So it learns as much faster as it has less far to go.
 
 Invariant: with a reward's scale and shift nothing changes in what a network learns, after the first step.
 
@@ -20,6 +23,7 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+GAIN = 8.0  # deviations of the returns in a unit
 DECAY = 0.9  # of what earlier steps said of returns: about ten of them count
 
 
@@ -31,14 +35,14 @@ class ReturnScale(msgspec.Struct, frozen=True):
     square: float = 1.0  # mean of the squares
 
     @property
-    def deviation(self) -> float:
-        """Return the standard deviation, 1 where all returns were equal.
+    def unit(self) -> float:
+        """Return what 1 from the network is worth; before the first step, and where all returns were equal, 1.
 
-        >>> ReturnScale().seen([49.0, 51.0]).deviation, ReturnScale().seen([5.0, 5.0]).deviation
-        (1.0, 1.0)
+        >>> ReturnScale().seen([49.0, 51.0]).unit, ReturnScale().seen([5.0, 5.0]).unit, ReturnScale().unit
+        (8.0, 1.0, 1.0)
         """
-        variance = self.square - self.mean**2 if self.weight else 1.0
-        return math.sqrt(variance) if variance > 1e-12 * self.square else 1.0
+        variance = self.square - self.mean**2 if self.weight else 0.0
+        return GAIN * math.sqrt(variance) if variance > 1e-12 * self.square else 1.0
 
     def seen(self, returns: Sequence[float]) -> ReturnScale:
         """Return the scale after a step with these returns.

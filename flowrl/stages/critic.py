@@ -89,7 +89,7 @@ def in_units(group: TokenGroup, before: ReturnScale, now: ReturnScale) -> TokenG
     """Return a group as the network learns it: its values as it gave them under `before`, the returns under `now`."""
     scales = {"values": before, "returns": now}
     columns = {
-        name: [Buffer.floats((row.numpy() - scale.mean) / scale.deviation) for row in group.columns[name]]
+        name: [Buffer.floats((row.numpy() - scale.mean) / scale.unit) for row in group.columns[name]]
         for name, scale in scales.items()
     }
     return msgspec.structs.replace(group, columns=group.columns | columns)
@@ -222,7 +222,7 @@ class Critic(Stage):
                 save_state(engine, directory, context.version)
                 (directory / SCALE).write_bytes(msgspec.json.encode(self._scale))
                 if self.config.save_model:
-                    units = f", as (V - {self._scale.mean:.6g}) / {self._scale.deviation:.6g}" * bool(self._is_scaled)
+                    units = f", as (V - {self._scale.mean:.6g}) / {self._scale.unit:.6g}" * bool(self._is_scaled)
                     engine.save_model(directory / "model", card=f"{CARD.format(version=version)}{units}.\n")
                     (directory / "model" / SCALE).write_bytes(msgspec.json.encode(self._scale))
                 estimation.save(directory, version)
@@ -253,7 +253,7 @@ class Critic(Stage):
                 engine.score, [longer(group) if looks_behind else token_group(group) for group in groups]
             )
             for group, said in zip(groups, values, strict=True):
-                rows, after = [self._scale.mean + self._scale.deviation * row for row in said], None
+                rows, after = [self._scale.mean + self._scale.unit * row for row in said], None
                 if looks_behind:
                     rows, after = split_after(group, rows)
                 samples = extend(Samples, group, **estimation.advantages(group, rows, after))

@@ -36,7 +36,7 @@ def explained(model: Path, *, factor: float, shift: float, is_scaled: bool) -> f
             for first in range(8):
                 tokens = [[5 + first, 6 + place, 7 + first] for place in range(2)]
                 bare = TokenGroup(prompt_ids=Buffer.ints([3, 4]), responses=[Buffer.ints(each) for each in tokens])
-                values = [scale.mean + scale.deviation * row for row in engine.score([bare])[0]]
+                values = [scale.mean + scale.unit * row for row in engine.score([bare])[0]]
                 returns = [Buffer.floats([factor * (first % 4) + shift] * len(each)) for each in tokens]
                 columns = {"values": [Buffer.floats(row) for row in values], "returns": returns}
                 step.append(TokenGroup(prompt_ids=Buffer.ints([3, 4]), responses=bare.responses, columns=columns))

@@ -136,7 +136,7 @@ def plain_loop(model: Path, rollouts: list[Rollouts], name: str) -> tuple[list[d
             referenced = extend(
                 Referenced, group, scores={"digits": scores}, ref_logprobs=[Buffer.floats(row) for row in rows]
             )
-            values = [scale.mean + scale.deviation * row for row in critic.score([token_group(referenced)])[0]]
+            values = [scale.mean + scale.unit * row for row in critic.score([token_group(referenced)])[0]]
             batch.append(extend(Samples, referenced, **estimation.advantages(referenced, values)))
         valued = [token_group(group) for group in batch]
         before, scale = (

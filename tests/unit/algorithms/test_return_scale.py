@@ -14,19 +14,19 @@ def in_units(steps: list[list[float]]) -> list[float]:
     scale, found = ReturnScale(), []
     for returns in steps:
         scale = scale.seen(returns)
-        found += [(each - scale.mean) / scale.deviation for each in returns]
+        found += [(each - scale.mean) / scale.unit for each in returns]
     return found
 
 
-def test_a_first_step_has_mean_0_and_deviation_1() -> None:
-    assert in_units([[48.0, 50.0, 52.0, 50.0]]) == pytest.approx([-(2**0.5), 0.0, 2**0.5, 0.0])
+def test_a_first_step_has_mean_0_and_an_eighth_for_its_deviation() -> None:
+    assert in_units([[48.0, 50.0, 52.0, 50.0]]) == pytest.approx([-(2**0.5) / 8, 0.0, 2**0.5 / 8, 0.0])
 
 
 def test_a_later_step_counts_by_its_weight() -> None:
     scale = ReturnScale().seen([0.0, 2.0]).seen([3.0, 5.0])
     # means 1 and 4, of squares 2 and 17, weights 0.09 and 0.1 of 0.19
     assert scale.mean == pytest.approx((0.09 * 1 + 0.1 * 4) / 0.19)
-    assert scale.deviation == pytest.approx(((0.09 * 2 + 0.1 * 17) / 0.19 - scale.mean**2) ** 0.5)
+    assert scale.unit == pytest.approx(8 * ((0.09 * 2 + 0.1 * 17) / 0.19 - scale.mean**2) ** 0.5)
 
 
 @pytest.mark.parametrize("seed", range(5))
