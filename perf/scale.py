@@ -46,7 +46,7 @@ GROUP_SIZES = (1, 8)  # PPO's in the paper, and what perf.channels passes
 MESSAGES = 2  # of a generator in one batch; each stands for its part of the groups
 STEPS = 2  # measured, once the pipeline is full; each is as long as the other
 CALL_US = 30.0  # of a call that comes over a connection of its own; see docs/benchmarks.md
-BUNDLED_US = 15.0  # of one that a proxy brings with others
+BUNDLED_US = 20.0  # of one that a proxy brings with others
 EACH_GROUP = frozenset({"put", "get", "acquire", "reject"})  # calls about one group; the others are about a batch
 
 

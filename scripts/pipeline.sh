@@ -55,6 +55,7 @@ step pairs generate runtime=local "model=$out/sft" "data.source=$out/prompts-tra
 step reward reward_model "model=$out/sft" "data.source=$out/pairs" data.num_heldout=40 "steps=$reward_steps" \
     examples_per_step=8 learner.lr=2e-5 learner.threads=2
 step ppo ppo_async "model=$out/sft" "critic_model=$out/reward" reward.function= "reward_models=[$out/reward]" \
+    evaluation.function=reasoning_gym_score \
     "data.source=$out/prompts-train.jsonl" data.num_heldout=8 evaluation.samples=2 "steps=$ppo_steps" \
     learner.save_every=4 learner.keep_checkpoints=10 learner.lr=5e-6
 step dpo preference "model=$out/sft" "data.source=$out/pairs" data.num_heldout=40 "steps=$dpo_steps" \
