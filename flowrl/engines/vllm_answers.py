@@ -5,14 +5,15 @@ Invariants:
 - a token's log-prob and rank are the model's own, at temperature 1 and without a cut;
 - the likeliest answer is the likeliest at each token.
 
-Where versions arrive, nothing that was cached of another is used. Asked by stages/harness.py, and by the Examiner for
-it.
+Where versions arrive, nothing that was cached of another is used. Asked by stages/harness.py, by the Examiner for it,
+and by judges.
 
-Tests: tests/contracts/test_evaluation.py
+Tests: tests/contracts/test_evaluation.py and test_vllm_engine.py
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from flowrl.engines import vllm_settings
@@ -38,6 +39,22 @@ class AnsweringVllm(VllmEngine):
         rows = zip(list(token_ids)[1:], list(output.prompt_logprobs)[1:], strict=True)
         found = [row[token] for token, row in rows]
         return [each.logprob for each in found], [each.rank == 1 for each in found]
+
+    async def among(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[float]:
+        """Return how likely each of some tokens is to come next, were it one of them: they add up to 1.
+
+        Raises:
+            StageError: there are too many tokens, or vLLM failed.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            max_tokens=1, temperature=1.0, seed=0, allowed_token_ids=[*token_ids], logprobs=len(token_ids),
+            detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
+        (found,) = (await self._answered(prompt_ids, parameters)).outputs[0].logprobs
+        return [math.exp(found[token].logprob) for token in token_ids]
 
     async def complete(self, prompt_ids: Sequence[int], *, until: list[str], **sampling: Any) -> list[int]:
         """Return the tokens that follow; at most `max_tokens`, to the end of the first string of `until`.

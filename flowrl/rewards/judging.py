@@ -8,9 +8,11 @@ What it judges by are principles, read from a constitution; each has a weight an
                     tie (ibid., section 3.4). Scores are Bradley-Terry strengths in nats, their mean 0
     way=checklist   every answer alone, yes or no: the weighted share of yes
 
-A verdict stands in double square brackets: [[7]], [[A]], [[B]], [[C]] for a tie, [[yes]], [[no]]. It is read from the
-last line that has any, behind whatever was thought (`<think>`); where that line says several things, or the thinking
-was cut off, there is none.
+A verdict stands in double square brackets: [[7]], [[A]], [[B]], [[C]] for a tie, [[yes]], [[no]]. A written one is read
+from the last line that has any, behind whatever was thought (`<think>`); where that line says several things, or the
+thinking was cut off, there is none. Who can say how likely each of the few verdicts is (`Weigh`) need not write: what
+counts is their expectation: of points as in G-Eval (Liu et al. 2023, 2303.16634, section 2.2), of a pair a soft
+preference as in AlpacaEval's logprob parser, out of which leaning to one place cancels over the two orders.
 
 Invariants:
 - a verdict that cannot be read is counted and never becomes a number;
@@ -31,10 +33,10 @@ import random
 import re
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -42,10 +44,12 @@ from flowrl.config import Config, Meta, read_yaml
 from flowrl.errors import ConfigError, RewardError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
 Messages = list[dict[str, str]]
 Voice = Callable[[Messages], Awaitable[str]]  # raises RewardError where nothing is said
+Weigh = Callable[[Messages, list[str]], Awaitable[list[float]]]  # how likely each text is, of these alone; adds up to 1
+Among = Callable[[list[int], list[int]], Awaitable[list[float]]]  # the same of single tokens, behind others
 Way = Literal["points", "pairs", "checklist"]
 
 MOST_POINTS = 10
@@ -148,25 +152,31 @@ class Tally(msgspec.Struct):
         return ", ".join(parts)
 
 
+class _Verdict(NamedTuple):
+    mark: float | None  # points, what the answer shown first won, or the truth of it; None: unreadable
+    said: str
+
+
 class Judgement:
     """A judge with its principles; safe to ask about several groups at a time.
 
     Equal questions are asked once: verdicts are remembered by the digest of what was asked.
     """
 
-    def __init__(self, voice: Voice, rubric: Rubric, where: str, *, seed: int = 0) -> None:
-        """Read the principles.
+    def __init__(self, voice: Voice, rubric: Rubric, where: str, *, weigh: Weigh | None = None, seed: int = 0) -> None:
+        """Read the principles; with `weigh` verdicts are expected ones, and the voice is never heard.
 
         Raises:
             ConfigError: as `Rubric.principles`.
         """
         self.tally = Tally()
         self._voice = voice
+        self._weigh = weigh
         self._rubric = rubric
         self._where = where
         self._principles = rubric.principles(where)
         self._seed = seed
-        self._known: OrderedDict[bytes, str] = OrderedDict()
+        self._known: OrderedDict[bytes, _Verdict] = OrderedDict()
         self._under_way: dict[bytes, asyncio.Event] = {}
 
     async def __call__(self, asked: Asked) -> list[float]:
@@ -183,18 +193,16 @@ class Judgement:
 
     async def _marks(self, asked: Asked) -> list[float]:
         """Return each answer's weighted mean over the principles."""
-        read = points_in if self._rubric.way == "points" else _yes_or_no
         calls = [(place, principle) for place in range(len(asked.answers)) for principle in self._principles]
-        said = await self._all(self._question(asked, [place], principle) for place, principle in calls)
+        found = await self._all(self._question(asked, [place], principle) for place, principle in calls)
         totals, weights = [0.0] * len(asked.answers), [0.0] * len(asked.answers)
-        for (place, principle), text in zip(calls, said, strict=True):
-            mark = self._read(text, read)
+        for (place, principle), (mark, _) in zip(calls, found, strict=True):
             if mark is not None:
                 totals[place] += principle.weight * mark
                 weights[place] += principle.weight
         for place, weight in enumerate(weights):
             if not weight:
-                raise self._unreadable(place, [text for (at, _), text in zip(calls, said, strict=True) if at == place])
+                raise self._unreadable(place, [each for (at, _), each in zip(calls, found, strict=True) if at == place])
         return [total / weight for total, weight in zip(totals, weights, strict=True)]
 
     async def _strengths(self, asked: Asked) -> list[float]:
@@ -204,46 +212,42 @@ class Judgement:
         calls = [(pair, principle) for pair in pairs for principle in self._principles]
         orders = [order for (one, other), _ in calls for order in ([one, other], [other, one])]
         asking = [principle for _, principle in calls for _ in range(2)]
-        said = await self._all(self._question(asked, *each) for each in zip(orders, asking, strict=True))
+        found = await self._all(self._question(asked, *each) for each in zip(orders, asking, strict=True))
         wins = [[0.0] * num_answers for _ in range(num_answers)]
         for number, ((one, other), principle) in enumerate(calls):
-            forth, back = (self._read(text, _winner) for text in said[2 * number : 2 * number + 2])
+            (forth, _), (back, _) = found[2 * number : 2 * number + 2]
             if forth is None or back is None:
                 continue
             for won in (forth, back):
                 self.tally.decided += won != 0.5
-                self.tally.first_wins += won == 1.0
+                self.tally.first_wins += won > 0.5
             self.tally.pairs += 1
             share = (forth + 1.0 - back) / 2  # what `one` won of the two
-            self.tally.flipped += forth == back != 0.5
+            self.tally.flipped += (forth - 0.5) * (back - 0.5) > 0
             wins[one][other] += principle.weight * share
             wins[other][one] += principle.weight * (1.0 - share)
         for place in range(num_answers):
             if num_answers > 1 and not any(wins[place][k] + wins[k][place] for k in range(num_answers)):
-                raise self._unreadable(place, said)
+                raise self._unreadable(place, found)
         return strengths(wins)
 
-    def _unreadable(self, place: int, said: Sequence[str]) -> RewardError:
-        shown = said[-1].strip()[-SHOWN_CHARS:] if said else ""
+    def _unreadable(self, place: int, found: Sequence[_Verdict]) -> RewardError:
+        shown = found[-1].said.strip() if found else ""
         what = f"no verdict on answer {place} can be read; the last ends with {shown!r}"
         return RewardError(self._where, what, "take a judge that ends with [[...]], or raise max_tokens")
 
-    def _read(self, text: str, read: Callable[[str], float | None]) -> float | None:
-        said = verdict_in(text)
-        verdict = None if said is None else read(said)
-        self.tally.unreadable += verdict is None
-        return verdict
-
-    async def _all(self, questions: Iterable[Messages]) -> list[str]:
+    async def _all(self, questions: Iterable[Messages]) -> list[_Verdict]:
         """Ask everything at once; the voice limits how much of it is under way."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 asking = [tasks.create_task(self._ask(question)) for question in questions]
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        return [task.result() for task in asking]
+        found = [task.result() for task in asking]
+        self.tally.unreadable += sum(each.mark is None for each in found)
+        return found
 
-    async def _ask(self, question: Messages) -> str:
+    async def _ask(self, question: Messages) -> _Verdict:
         digest = hashlib.blake2b(msgspec.json.encode(question), digest_size=16).digest()
         self.tally.verdicts += 1
         while digest in self._under_way:  # for another group, or for an equal answer
@@ -254,14 +258,24 @@ class Judgement:
             return self._known[digest]
         answered = self._under_way[digest] = asyncio.Event()
         try:
-            said = spoken(await self._voice(question))
-            self._known[digest] = said = verdict_line(said) or said[-SHOWN_CHARS:]  # all that is ever looked at
+            self._known[digest] = verdict = await self._verdict(question)
         finally:
             del self._under_way[digest]
             answered.set()
         if len(self._known) > KEPT:
             self._known.popitem(last=False)
-        return said
+        return verdict
+
+    async def _verdict(self, question: Messages) -> _Verdict:
+        texts, read = VERDICTS[self._rubric.way]
+        if self._weigh is not None:
+            odds = await self._weigh(question, texts)
+            mark = math.fsum(odd * (read(verdict_in(text) or "") or 0.0) for odd, text in zip(odds, texts, strict=True))
+            return _Verdict(mark if math.isfinite(mark) else None, f"{odds[0]} for {texts[0]}")
+        said = await self._voice(question)
+        mark = read(verdict_in(said) or "")
+        said = spoken(said)
+        return _Verdict(mark, (verdict_line(said) or said)[-SHOWN_CHARS:])
 
     def _question(self, asked: Asked, places: list[int], principle: Principle) -> Messages:
         """Return what the judge is asked about one answer, or about two in this order."""
@@ -273,7 +287,8 @@ class Judgement:
         shown |= {name: asked.answers[place] for name, place in zip(names, places, strict=True)}
         mark = hashlib.blake2b(msgspec.json.encode(shown), digest_size=6).hexdigest()
         material = [f"<{name} {mark}>\n{self._cut(text)}\n</{name} {mark}>" for name, text in shown.items()]
-        parts = [WHO, *material, f"Judge by this alone: {principle.text.strip()}", ASKS[self._rubric.way]]
+        asks = ASKS if self._weigh is None else BARE
+        parts = [WHO, *material, f"Judge by this alone: {principle.text.strip()}", asks[self._rubric.way]]
         return [{"role": "user", "content": "\n\n".join(parts)}]
 
     def _cut(self, text: str) -> str:
@@ -289,6 +304,34 @@ ASKS: Mapping[Way, str] = {
     "checklist": "Explain in one sentence. "
     "Then say whether this is true of the answer, on the last line: [[yes]] or [[no]].",
 }
+BARE: Mapping[Way, str] = {  # of whoever says nothing but the verdict
+    "points": "Rate the answer from 1, the worst, to 10, the best. Say the number alone, as [[5]].",
+    "pairs": "Which of the two is better? Neither their order nor their length counts. "
+    "Say the verdict alone: [[A]] if A is better, [[B]] if B is, [[C]] for a tie.",
+    "checklist": "Is this true of the answer? Say the verdict alone: [[yes]] or [[no]].",
+}
+
+
+async def weighed(texts: Sequence[Sequence[int]], among: Among) -> list[float]:
+    """Return how likely each of some texts, as tokens, is where it is one of them; none begins as a whole other one.
+
+    Token by token, as one held to them would write: nothing is asked where there is nothing to choose. With [1, 9],
+    [1, 8] and [2, 9], and 0.6 for 1 and then 0.75 for 9, it is 0.45, 0.15 and 0.4.
+    """
+    shares = [0.0] * len(texts)
+    waiting = [(0, [*range(len(texts))], 1.0)]  # so many tokens are alike in these, which together have this share
+    while waiting:
+        depth, alike, share = waiting.pop()
+        if len(alike) == 1:
+            shares[alike[0]] = share
+            continue
+        begins: dict[int, list[int]] = {}
+        for place in alike:
+            begins.setdefault(texts[place][depth], []).append(place)
+        before = [*texts[alike[0]][:depth]]
+        odds = await among(before, [*begins]) if len(begins) > 1 else [1.0]
+        waiting += [(depth + 1, each, share * odd) for each, odd in zip(begins.values(), odds, strict=True)]
+    return shares
 
 
 def spoken(text: str) -> str:
@@ -331,6 +374,14 @@ def _yes_or_no(verdict: str) -> float | None:
 def _winner(verdict: str) -> float | None:
     """Return what the answer shown first won."""
     return {"a": 1.0, "b": 0.0, "c": 0.5, "tie": 0.5}.get(verdict)
+
+
+# Verdicts that may stand in each way, and how they are read.
+VERDICTS: Mapping[Way, tuple[list[str], Callable[[str], float | None]]] = {
+    "points": ([f"[[{points}]]" for points in range(1, MOST_POINTS + 1)], points_in),
+    "pairs": (["[[A]]", "[[B]]", "[[C]]"], _winner),
+    "checklist": (["[[yes]]", "[[no]]"], _yes_or_no),
+}
 
 
 def rivals(num_answers: int, most: int, *, seed: int) -> list[tuple[int, int]]:

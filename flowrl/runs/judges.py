@@ -1,6 +1,7 @@
 """How far a judge agrees with people: asked about preferences that somebody labelled, before a run believes it.
 
-Every pair is judged as in a graph, in whichever way the rubric says; a pair whose two answers score alike counts half.
+Every pair is judged as in a graph, in whichever way the rubric says, by a server or by a model that runs here; a pair
+whose two answers score alike counts half.
 
 Invariants:
 - which answer people preferred does not show in how the judge is asked;
@@ -16,16 +17,17 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Annotated
 
 from flowrl.config import Config, Meta, resolve
 from flowrl.data.examples import ExampleData, read_source
 from flowrl.data.formats import detect, normalise
-from flowrl.errors import DataError, LastingError, RewardError, number_of
+from flowrl.errors import ConfigError, DataError, LastingError, RewardError, number_of
 from flowrl.rewards.chat import ChatServer, chatting
 from flowrl.rewards.http import Unreachable
 from flowrl.rewards.judging import Asked, Judgement, Rubric
-from flowrl.stages.judge import text_of
+from flowrl.stages.judge import ModelJudge, model_voice, text_of
 from flowrl.telemetry.intervals import mean_interval
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class JudgeSettings(Config):
     """What `flowrl judge --set` takes; names are those of a judge's node."""
 
     server: ChatServer = ChatServer()
+    model_judge: ModelJudge.Config = ModelJudge.Config()  # a model here in place of the server; model="": none
     rubric: Rubric = Rubric(way="pairs")
     data: ExampleData = ExampleData()
     most: Annotated[int, Meta(ge=0)] = 200  # pairs, drawn from all by data.seed; 0: all
@@ -51,13 +54,18 @@ def judge_preferences(source: str, overrides: Sequence[str], say: Callable[[str]
     """Ask the judge about every pair, and say how often it agrees.
 
     Raises:
-        ConfigError: a setting is unknown, or the server's are wrong.
+        ConfigError: a setting is unknown, or the server's or the model's are wrong.
         DataError: these are no preferences.
         Unreachable: the server does not answer.
     """
     settings = resolve(JudgeSettings, overrides=[f"data.source={source}", *overrides])
     pairs = _pairs(settings)
-    say(f"{number_of(len(pairs), 'pair')}, judged by {settings.server.model or 'nobody'} ({settings.rubric.way})")
+    who = settings.model_judge.model or settings.server.model or "nobody"
+    if settings.model_judge.model:
+        if settings.model_judge.rubric != Rubric():
+            raise ConfigError("model_judge.rubric", "is not what is asked by here", "set rubric")
+        ModelJudge(settings.model_judge).check(say)
+    say(f"{number_of(len(pairs), 'pair')}, judged by {who} ({settings.rubric.way})")
     asyncio.run(_judged(settings, pairs, say))
 
 
@@ -111,8 +119,14 @@ async def _judged(settings: JudgeSettings, pairs: list[NormalRow], say: Callable
             if (done := len(agreed) + len(refused)) % 50 == 0:
                 say(f"{done} of {len(pairs)} pairs")
 
-    async with chatting(settings.server, "judge", now=time.monotonic) as chat:
-        judgement = Judgement(chat, settings.rubric, "judge")
+    async with AsyncExitStack() as stack:
+        chat, weigh = None, None
+        if settings.model_judge.model:
+            voice = await stack.enter_async_context(model_voice(settings.model_judge, "judge"))
+            weigh = voice.weigh if settings.model_judge.verdict == "expected" else None
+        else:
+            voice = chat = await stack.enter_async_context(chatting(settings.server, "judge", now=time.monotonic))
+        judgement = Judgement(voice, settings.rubric, "judge", weigh=weigh)
         try:
             async with asyncio.TaskGroup() as tasks:
                 for _ in range(settings.in_flight):
@@ -122,7 +136,8 @@ async def _judged(settings: JudgeSettings, pairs: list[NormalRow], say: Callable
         for line in [*spent, *_outcome(agreed, parted, refused)]:
             say(line)
         say(judgement.tally.said())
-        say(f"the judge: {chat.said()}")
+        if chat is not None:
+            say(f"the judge: {chat.said()}")
 
 
 def _outcome(agreed: list[float], parted: list[str], refused: list[str]) -> list[str]:

@@ -40,8 +40,8 @@ FIXED = (
     "reward*.normalise", "reward*.step_*", "evaluation.samples", "evaluation.sets*", "evaluation.task*",
     "evaluation.best_by", "texts.*", "select.*", "writer.*",
     "replay.*", "agent.environment*", "agent.max_turns", "humans.way", "agent.max_tokens", "agent.role",
-    "agent.turn_prefix", "*judge.name", "*judge.rubric.*", "judge.*.model", "model_judge.model", "judge.*.temperature",
-    "*judge.*max_tokens", "judge.second_every", "reward_base", "pairs.*",
+    "agent.turn_prefix", "*judge.name", "*judge.rubric.*", "judge.*.model", "model_judge.model", "model_judge.verdict",
+    "judge.*.temperature", "*judge.*max_tokens", "judge.second_every", "reward_base", "pairs.*",
     "critic.scale_returns",
 )  # fmt: skip
 # Of these, what only says where something is done.

@@ -1,7 +1,8 @@
 """Judges: a named score for every sample from a language model's verdicts (RLAIF), asked by URL or run here.
 
-`Judge` asks an OpenAI-compatible server, `ModelJudge` a model of its own on a generation engine; by what, in which way
-and what a score then is stands in flowrl.rewards.judging. In the row of scorers a judge gives any graph AI feedback:
+`Judge` asks an OpenAI-compatible server, `ModelJudge` a model of its own on a generation engine, whose verdict need not
+be written: it is read off its probabilities. By what they judge, in which way and what a score then is stands in
+flowrl.rewards.judging. In the row of scorers a judge gives any graph AI feedback:
 the reward of PPO and GRPO, the pairs of iterative DPO, the data that graphs/generate.py writes.
 
 Invariants:
@@ -21,19 +22,20 @@ import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from flowrl.config import Meta
+from flowrl.config import ImportPath, Meta, load_class, widen
 from flowrl.data.formats import NormalRow
 from flowrl.data.models import prepare_model
 from flowrl.data.prompts import load_tokenizer
 from flowrl.data.rendering import Renderer
-from flowrl.engines.base import GenerationEngine, Sampling
+from flowrl.engines.base import GenerationConfig, GenerationEngine, Sampling, open_engine
 from flowrl.errors import ConfigError, LastingError, RewardError, number_of
 from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import PassesOn
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Rollouts, Scored, Weights
 from flowrl.rewards.chat import ChatServer, chatting, check_chat
-from flowrl.rewards.judging import Asked, Judgement, Rubric, correlated
+from flowrl.rewards.judging import Asked, Judgement, Rubric, correlated, weighed
+from flowrl.stages.generator import ANSWERING_VLLM
 from flowrl.stages.reward import Failures, add_scores
 from flowrl.stages.serving import Served, check_context, serving
 from flowrl.telemetry.events import Cause
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 
     from flowrl.graph.simulated import Costs
     from flowrl.graph.stage import Context, Say
-    from flowrl.rewards.judging import Messages, Tally, Voice
+    from flowrl.rewards.judging import Messages, Tally, Voice, Weigh
 
 REPORT_EVERY = 32  # groups between two lines of what the judge can be trusted in
 FEW = 20  # groups, pairs or verdicts that say nothing yet
@@ -65,9 +67,11 @@ class _Judging(Stage):
         """Take the judge's time."""
         return PassesOn("score", lanes=self.config.in_flight)
 
-    async def _score(self, context: Context, voice: Voice, second: Voice | None = None) -> None:
+    async def _score(
+        self, context: Context, voice: Voice, second: Voice | None = None, weigh: Weigh | None = None
+    ) -> None:
         """Judge groups until the edge closes; some of them a second voice judges besides."""
-        judgement = Judgement(voice, self.config.rubric, context.where)
+        judgement = Judgement(voice, self.config.rubric, context.where, weigh=weigh)
         self._second = Judgement(second, self.config.rubric, context.where) if second is not None else None
         failures = Failures(context, on_error=self.config.on_error)
         watch = _Watch(context, judgement.tally)
@@ -142,11 +146,15 @@ class ModelJudge(_Judging):
 
         model: str = ""  # Hugging Face id, local directory or a run's
         rubric: Rubric = Rubric()
-        max_tokens: Annotated[int, Meta(ge=1)] = 256  # of one answer of the judge
+        # expected: read off how likely each that may stand is to the model, which writes nothing, so that small models
+        # judge, too; written: off what it writes, for models that explain or think first
+        verdict: Literal["expected", "written"] = "expected"
+        max_tokens: Annotated[int, Meta(ge=1)] = 256  # verdict=written: of one answer of the judge
         name: str = ""  # of the score; "" takes the node's name
         weight: float = 1.0  # the score is multiplied by it
         in_flight: Annotated[int, Meta(ge=1)] = 8  # groups judged at a time
         on_error: Literal["skip", "stop"] = "skip"  # quarantine a group that cannot be judged, or end the run
+        engine: ImportPath = ANSWERING_VLLM  # module:Class of the generation engine; verdict=expected: with `among`
 
     optional = frozenset({"weights"})
     weights: In[Weights]
@@ -157,33 +165,47 @@ class ModelJudge(_Judging):
     def check(self, say: Say) -> None:
         """Prepare the model, whose template must take a question, and read the principles."""
         check_context(self.config, self.config.model, say, where="model_judge")
-        if self.config.max_tokens >= self.config.max_model_len:
+        written = self.config.verdict == "written"
+        if not written and not hasattr(load_class(self.config.engine, "model_judge.engine"), "among"):
+            what = f"is expected, but {self.config.engine} does not say how likely tokens are"
+            raise ConfigError("model_judge.verdict", what, "set it to written, or leave out model_judge.engine")
+        if written and self.config.max_tokens >= self.config.max_model_len:
             what = (
                 f"{self.config.max_tokens} leaves no room for a question in max_model_len={self.config.max_model_len}"
             )
             raise ConfigError("model_judge.max_tokens", what, "lower it, or raise model_judge.max_model_len")
-        _Speaker(self.config, None).prompt_ids([{"role": "user", "content": "?"}])
+        ModelVoice(self.config, None).prompt_ids([{"role": "user", "content": "?"}])
         self.config.rubric.principles("model_judge.rubric.constitution")
 
     async def run(self, context: Context) -> None:
         """Judge groups until the edge closes."""
-        async with self._voice(context) as voice:
-            await self._score(context, voice)
-
-    @asynccontextmanager
-    async def _voice(self, context: Context) -> AsyncIterator[Voice]:
         async with serving(context, self.config, self.weights, model=self.config.model) as engine:
-            yield await context.compute(_Speaker, self.config, engine)
+            voice = await context.compute(ModelVoice, self.config, engine)
+            await self._score(context, voice, weigh=voice.weigh if self.config.verdict == "expected" else None)
 
 
-class _Speaker:
-    """A served model as a voice: the likeliest answer to what it is asked."""
+@asynccontextmanager
+async def model_voice(config: ModelJudge.Config, where: str) -> AsyncIterator[ModelVoice]:
+    """Yield a model as a judge's voice outside of a graph; it is closed with the block."""
+    served = widen(GenerationConfig, config, model=str(prepare_model(config.model)))
+    engine: GenerationEngine = open_engine(config.engine, config=served, where=where, **config.engine_options)
+    await engine.open()
+    try:
+        await engine.serve_loaded()
+        yield ModelVoice(config, engine)
+    finally:
+        await engine.close()
 
-    def __init__(self, config: ModelJudge.Config, engine: GenerationEngine | None) -> None:
+
+class ModelVoice:
+    """A served model as a voice: the likeliest answer to what it is asked, or how likely each of a few is."""
+
+    def __init__(self, config: ModelJudge.Config, engine: Any) -> None:
         self._engine = engine
-        self._room = config.max_model_len - config.max_tokens
+        self._context = config.max_model_len
         self._sampling = Sampling(max_tokens=config.max_tokens, top_k=1)
-        self._renderer = Renderer(load_tokenizer(prepare_model(config.model)))
+        self._tokenizer = load_tokenizer(prepare_model(config.model))
+        self._renderer = Renderer(self._tokenizer)
         self._num_asked = 0
 
     def prompt_ids(self, messages: Messages) -> list[int]:
@@ -197,16 +219,29 @@ class _Speaker:
         Raises:
             RewardError: the question does not fit.
         """
-        assert self._engine is not None
-        prompt_ids = self.prompt_ids(messages)
-        if len(prompt_ids) > self._room:
-            what = f"a question of {len(prompt_ids)} tokens, but there is room for {self._room}"
-            raise RewardError("judge", what, "raise max_model_len, or lower rubric.max_chars")
+        prompt_ids = self._fitting(messages, self._sampling.max_tokens)
         self._num_asked += 1
         (sample,) = await self._engine.generate(
             request_id=f"judge-{self._num_asked}", prompt_ids=prompt_ids, num_samples=1, seed=0, sampling=self._sampling
         )
         return sample.text
+
+    async def weigh(self, messages: Messages, texts: list[str]) -> list[float]:
+        """Return how likely each of the texts is to be said, were it one of them.
+
+        Raises:
+            RewardError: the question does not fit.
+        """
+        said = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        prompt_ids = self._fitting(messages, max(map(len, said)))
+        return await weighed(said, lambda before, tokens: self._engine.among([*prompt_ids, *before], tokens))
+
+    def _fitting(self, messages: Messages, num_said: int) -> list[int]:
+        prompt_ids, room = self.prompt_ids(messages), self._context - num_said
+        if len(prompt_ids) > room:
+            what = f"a question of {len(prompt_ids)} tokens, but there is room for {room}"
+            raise RewardError("judge", what, "raise max_model_len, or lower rubric.max_chars")
+        return prompt_ids
 
 
 def asked_of(group: Rollouts, rubric: Rubric) -> Asked:
@@ -278,7 +313,7 @@ class _Watch:
             what = f"scores follow the length of answers (correlation {mean:+.2f} within a group)"
             self._warn_once(f"{what}; say in a principle that length does not count, or add a penalty")
         if tally.pairs >= FEW and (share := tally.flipped / tally.pairs) > FOLLOWS_ORDER:
-            what = f"{share:.0%} of the pairs turn with their order and count as ties"
+            what = f"{share:.0%} of the pairs turn with their order, and say little or nothing"
             self._warn_once(f"{what}; take a stronger judge, or rubric.way=points")
         if tally.verdicts >= FEW and tally.unreadable / tally.verdicts > UNREADABLE:
             what = f"{tally.unreadable} of {tally.verdicts} verdicts cannot be read"

@@ -136,6 +136,11 @@ class TakingTurns:
         async with self._devices.use():
             return await self._engine.score(*asked)  # pyright: ignore[reportAttributeAccessIssue]
 
+    async def among(self, *asked: Any) -> Any:
+        """Weigh tokens once the devices are there."""
+        async with self._devices.use():
+            return await self._engine.among(*asked)  # pyright: ignore[reportAttributeAccessIssue]
+
     async def complete(self, *asked: Any, **sampling: Any) -> Any:
         """Complete a text once the devices are there."""
         async with self._devices.use():

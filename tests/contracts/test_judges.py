@@ -203,16 +203,41 @@ def test_wrong_settings_are_found_before_the_start(settings: dict[str, Any], sai
 
 
 def test_a_model_of_ones_own_is_asked_and_nonsense_is_no_score(tmp_path: Path):
-    stage = ModelJudge(ModelJudge.Config(model=str(tiny_model(tmp_path / "model")), max_tokens=4, **PLAIN))
+    model = str(tiny_model(tmp_path / "model"))
+    stage = ModelJudge(ModelJudge.Config(model=model, verdict="written", max_tokens=4, **PLAIN))
     stage.check(print)
     alone = run_alone(stage, [rollouts("a")], tmp_path, node="model_judge")
     (refused,) = alone.rejected
     assert "no verdict on answer 0 can be read" in refused[2]
 
 
+@pytest.mark.parametrize("way", ["points", "pairs", "checklist"])
+def test_a_model_that_writes_nonsense_has_the_verdict_that_its_probabilities_are(tmp_path: Path, way: Any):
+    card = tiny_model(tmp_path / "model") / "config.json"
+    card.write_text(card.read_text().replace('"max_position_embeddings": 512', '"max_position_embeddings": 1024'))
+    config = ModelJudge.Config(
+        model=str(card.parent),
+        rubric=Rubric(way=way),
+        **{**PLAIN, "max_model_len": 1024},  # questions in bytes
+    )
+    stage = ModelJudge(config)
+    stage.check(print)
+    alone = run_alone(stage, [rollouts("a", "b")], tmp_path, node="model_judge")
+    assert not alone.rejected
+    one, other = alone.put[0].scores["model_judge"]
+    low, high = {"points": (1, 10), "pairs": (-0.55, 0.55), "checklist": (0, 1)}[way]
+    assert low < one != other < high
+
+
+def test_an_engine_that_weighs_nothing_is_refused_before_the_start(tmp_path: Path):
+    config = ModelJudge.Config(model=str(tiny_model(tmp_path / "model")), engine="flowrl.engines.vllm:VllmEngine")
+    with pytest.raises(ConfigError, match=r"model_judge\.verdict: is expected, but .*VllmEngine does not say"):
+        ModelJudge(config).check(print)
+
+
 def test_a_question_that_does_not_fit_says_so(tmp_path: Path):
     config = ModelJudge.Config(
-        model=str(tiny_model(tmp_path / "model")), max_tokens=8, **{**PLAIN, "max_model_len": 64}
+        model=str(tiny_model(tmp_path / "model")), verdict="written", max_tokens=8, **{**PLAIN, "max_model_len": 64}
     )
     alone = run_alone(ModelJudge(config), [rollouts("a" * 200)], tmp_path, node="model_judge")
     assert "there is room for 56" in alone.rejected[0][2]

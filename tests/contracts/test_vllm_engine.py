@@ -19,6 +19,7 @@ import pytest
 
 from flowrl.engines.base import Sampling
 from flowrl.engines.vllm import VllmEngine
+from flowrl.engines.vllm_answers import AnsweringVllm
 from flowrl.errors import ConfigError, FlowrlError, ModelError, ProofError, StageError, TransferError
 from tests.support.families import write_family
 from tests.support.policy import Policy, engine_of, opened
@@ -51,7 +52,7 @@ def loop():
 
 @pytest.fixture(scope="module")
 def engine(model, loop):
-    engine = loop.run(opened(model))
+    engine = loop.run(opened(model, kind=AnsweringVllm))
     yield engine
     loop.run(engine.close())
     gc.collect()
@@ -123,6 +124,14 @@ def test_logprobs_are_those_of_hugging_face_at_the_sampling_temperature(served, 
     groups = loop.run(together(*(draw(served, p, num_samples=2, temperature=temperature) for p in PROMPTS)))
     gaps = [policy.gap(p, s, temperature) for p, group in zip(PROMPTS, groups, strict=True) for s in group]
     assert max(gaps) < TOLERANCE
+
+
+def test_tokens_are_weighed_against_each_other_alone(served, policy, loop):
+    tokens = [36, 9, 300]
+    found = loop.run(served.among(PROMPTS[0], tokens))
+    alone = [float(np.exp(policy.logprobs(PROMPTS[0], [token])[0])) for token in tokens]
+    assert found == pytest.approx([each / sum(alone) for each in alone], abs=TOLERANCE)
+    assert max(found) - min(found) > 0.05
 
 
 def test_logprobs_are_renormalised_under_top_k(served, policy, loop):

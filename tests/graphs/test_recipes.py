@@ -68,6 +68,11 @@ def stand_ins(recipe: Path, tiny: Path, tmp_path: Path) -> dict[str, Any]:
         found["objective.teacher"] = str(tiny)
     if "reward_models" in given:
         found["reward_models"] = [model(name) for name in given["reward_models"]]
+    if "model_judge" in given:
+        found["model_judge.model"] = model(given["model_judge"]["model"])
+    if given.get("data", {}).get("source", "").startswith("./runs/"):  # written by a run to be made before
+        kind = "preference" if "reward_model.py" in comment_of(recipe) else "prompt-completion"
+        found["data.source"] = f"reasoning-gym:{kind}"
     if "prompt_column" in given.get("data", {}):  # of a data set that is not here
         rows = [json.dumps({given["data"]["prompt_column"]: f"What is {k}?", "answer": str(k)}) for k in range(600)]
         (tmp_path / "prompts.jsonl").write_text("\n".join(rows))

@@ -59,6 +59,9 @@ class PlainEngine:
             token_ids=Buffer.ints(ids), logprobs=Buffer.floats(logprobs), versions=spans, finish=finish, text=text
         )
 
+    async def among(self, prompt_ids, token_ids) -> list[float]:
+        return self._logits([*prompt_ids])[-1][[*token_ids]].softmax(-1).tolist()
+
     @torch.no_grad()
     def _logits(self, ids):
         return self._model(input_ids=torch.tensor([ids])).logits[0]

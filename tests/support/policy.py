@@ -71,7 +71,9 @@ class Policy:
         return float(np.abs(self.logprobs(prompt, ids, temperature) - sample.logprobs.numpy())[start:].max())
 
 
-def engine_of(model: Path, *, receiver_index: int = 0, **settings: Any) -> VllmEngine:
+def engine_of(
+    model: Path, *, receiver_index: int = 0, kind: type[VllmEngine] = VllmEngine, **settings: Any
+) -> VllmEngine:
     config = GenerationConfig(
         **{
             "model": str(model),
@@ -82,7 +84,7 @@ def engine_of(model: Path, *, receiver_index: int = 0, **settings: Any) -> VllmE
             **settings,
         }
     )
-    return VllmEngine(config, where=f"generator[{receiver_index}]", receiver_index=receiver_index)
+    return kind(config, where=f"generator[{receiver_index}]", receiver_index=receiver_index)
 
 
 async def opened(model: Path, **settings: Any) -> VllmEngine:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flowrl.errors import ConfigError, RewardError
-from flowrl.rewards.judging import Asked, Judgement, Rubric, rivals, strengths
+from flowrl.rewards.judging import Asked, Judgement, Rubric, rivals, strengths, weighed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,6 +107,61 @@ def test_a_verdict_is_read_whatever_stands_around_it(said: str, points: float):
 def test_a_verdict_that_cannot_be_read_fails_its_group_and_is_no_number(said: str):
     with pytest.raises(RewardError, match="no verdict on answer 0 can be read"):
         judged(["x"], lambda _: said, Rubric())
+
+
+def expected(
+    answers: list[str], odds: Callable[[dict[str, str]], dict[str, float]], rubric: Rubric
+) -> tuple[list[float], Judgement]:
+    async def unheard(messages: Messages) -> str:
+        raise AssertionError("nothing is written")
+
+    async def weigh(messages: Messages, texts: list[str]) -> list[float]:
+        assert "explain" not in messages[0]["content"].lower()
+        found = odds(shown(messages))
+        return [found.get(text.strip("[]"), 0.0) for text in texts]
+
+    judgement = Judgement(unheard, rubric, "judge.0", weigh=weigh)
+    return asyncio.run(judgement(Asked("Why?", answers))), judgement
+
+
+def test_points_that_are_not_written_are_their_expectation():
+    scores, judgement = expected(["x"], lambda _: {"1": 0.2, "7": 0.5, "10": 0.3}, Rubric())
+    assert scores == pytest.approx([6.7])  # 0.2 * 1 + 0.5 * 7 + 0.3 * 10
+    assert judgement.tally.unreadable == 0
+
+
+def test_a_checklist_that_is_not_written_is_the_probability_of_yes():
+    assert expected(["x"], lambda _: {"yes": 0.3, "no": 0.7}, Rubric(way="checklist"))[0] == pytest.approx([0.3])
+
+
+def test_a_leaning_to_the_first_place_cancels_out_of_soft_preferences():
+    def odds(seen: dict[str, str]) -> dict[str, float]:
+        first = 0.8 if seen["answer A"] == "good" else 0.6
+        return {"A": first, "B": 1 - first - 0.1, "C": 0.1}
+
+    scores, judgement = expected(["good", "bad"], odds, Rubric(way="pairs"))
+    # The good one wins 0.8 + 0.1 / 2 shown first and 1 - 0.65 shown second, 0.6 on average; both get half a win more.
+    assert scores == pytest.approx([math.log(1.1 / 0.9) / 2, -math.log(1.1 / 0.9) / 2])
+    assert (judgement.tally.flipped, judgement.tally.first_wins, judgement.tally.decided) == (1, 2, 2)
+    alike, _ = expected(["good", "bad"], lambda _: {"A": 0.9, "B": 0.1}, Rubric(way="pairs"))
+    assert alike == pytest.approx([0.0, 0.0])
+
+
+def test_probabilities_that_are_no_numbers_are_no_verdict():
+    with pytest.raises(RewardError, match="no verdict on answer 0 can be read"):
+        expected(["x"], lambda _: {"yes": math.nan}, Rubric(way="checklist"))
+
+
+def test_a_text_is_as_likely_as_its_tokens_among_those_that_the_others_leave_open():
+    asked: list[tuple[list[int], list[int]]] = []
+
+    async def among(before: list[int], tokens: list[int]) -> list[float]:
+        asked.append((before, tokens))
+        return [0.5, 0.3, 0.2] if before == [9] else [0.25, 0.75]
+
+    texts = [[9, 1, 8], [9, 2, 8], [9, 3, 8], [9, 1, 0, 8]]  # [[1]], [[2]], [[3]] and [[10]]
+    assert asyncio.run(weighed(texts, among)) == pytest.approx([0.125, 0.3, 0.2, 0.375])
+    assert sorted(asked) == [([9], [1, 2, 3]), ([9, 1], [8, 0])]
 
 
 def test_verdicts_that_can_be_read_count_alone(tmp_path: Path):

@@ -75,6 +75,7 @@ def test_who_judges_and_by_what_stays_where_it_judges_does_not():
         "judge.server.model",
         "model_judge.model",
         "model_judge.rubric.way",
+        "model_judge.verdict",
         "judge.name",
     )
     assert all(map(is_fixed, stays))
