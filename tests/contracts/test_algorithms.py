@@ -49,7 +49,7 @@ def found_algorithms() -> list[type[Algorithm]]:
 
 
 ALGORITHMS = found_algorithms()
-PARTS = {"advantages", "corrections", "functional", "shaping", "surrogate"}  # pure functions
+PARTS = {"advantages", "corrections", "functional", "return_scale", "shaping", "surrogate"}  # pure functions
 every_algorithm = pytest.mark.parametrize("kind", ALGORITHMS, ids=lambda kind: kind.__name__)
 every_seed = pytest.mark.parametrize("seed", range(3))
 garbage = pytest.mark.parametrize("filler", [float("nan"), float("inf"), -float("inf"), 1e30])
