@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = [
-    "AUTO", "IMPORT_PATH", "Config", "ImportPath", "Meta", "Select", "given", "load_class", "load_object", "resolve",
-    "takes_auto", "to_tree", "widen", "written",
+    "AUTO", "IMPORT_PATH", "Config", "Count", "ImportPath", "Meta", "Select", "given", "load_class", "load_object",
+    "resolve", "takes_auto", "to_tree", "widen", "written",
 ]  # fmt: skip
 
 C = TypeVar("C", bound="Config")
@@ -57,6 +57,7 @@ ADDRESS = re.compile(
 # What is shipped beside its default may be given by its name alone; without one, a path in the place of "" is that.
 IMPORT_PATH = "names_code_beside"
 ImportPath = Annotated[str, Meta(extra={IMPORT_PATH: ""})]
+Count = Annotated[int, Meta(ge=1, le=65_536)]  # of processes, threads or parts: what more of them are is a slip
 # Annotates a setting that takes the word `auto` too, which leaves it to what is implied: by other settings, by devices.
 AUTO = Meta(extra={"takes_auto": True})
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, cast
 
 import msgspec
 
-from flowrl.config import AUTO, Config, ImportPath, Meta, Select, load_class
+from flowrl.config import AUTO, Config, Count, ImportPath, Meta, Select, load_class
 from flowrl.errors import ConfigError
 from flowrl.graph.stage import Ranks, StageConfig
 from flowrl.imports import suggest
@@ -117,7 +117,7 @@ class Serving(StageConfig):
     keep_cache: bool = False
     # where vLLM's core runs; auto: processes on GPUs and for tensor_parallel
     layout: Annotated[Literal["processes", "thread"], AUTO] = "thread"
-    tensor_parallel: Annotated[int, Meta(ge=1), AUTO] = 1  # GPUs that one replica's model is split over; auto: its gpus
+    tensor_parallel: Annotated[Count, AUTO] = 1  # GPUs that one replica's model is split over; auto: its gpus
     # share of a GPU's memory for the engine; auto: less where others compute on it
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1), AUTO] = 0.85
     # nodes that train or score on the same devices (share) put aside what they hold while this one samples, and it
@@ -126,7 +126,7 @@ class Serving(StageConfig):
     # with turns: a replica that others wait for, and of which no call ends for so long, is ended
     turn_limit_s: Annotated[float, Meta(gt=0)] = 900.0
     trust_remote_code: bool = False  # run the Python code that the model's directory brings
-    threads: Annotated[int, Meta(ge=1), AUTO] = 1  # CPU threads for its kernels; auto: up to 8 beside a GPU
+    threads: Annotated[Count, AUTO] = 1  # CPU threads for its kernels; auto: up to 8 beside a GPU
     transfer_timeout_s: Annotated[float, Meta(gt=0)] = 120.0  # for one weight update
 
     @property
@@ -271,15 +271,15 @@ class Computing(StageConfig):
     overlap_comm: Annotated[bool, AUTO] = False
     # ranks that run each sequence together, every one a part of its tokens: activations of a rank are 1/N; must divide
     # ranks, and be at most the model's attention heads
-    sequence_parallel: Annotated[int, Meta(ge=1)] = 1
+    sequence_parallel: Count = 1
     # ranks that run the same tokens, every one with a part of each layer's matrices (Fsdp2Engine); must divide ranks,
     # the model's heads of queries and keys, and its inner width
-    tensor_parallel: Annotated[int, Meta(ge=1)] = 1
+    tensor_parallel: Count = 1
     micro_batch_tokens: Annotated[int, Meta(ge=1)] = 2048  # tokens in one forward and backward
     # those not in use on the CPU (DeepSpeed, zero_stage 3; Fsdp2Engine, with the optimizer's state and its step)
     offload_parameters: bool = False
     trust_remote_code: bool = False  # run the Python code that the model's directory brings
-    threads: Annotated[int, Meta(ge=1), AUTO] = 1  # CPU threads of each rank; auto: up to 8 beside a GPU
+    threads: Annotated[Count, AUTO] = 1  # CPU threads of each rank; auto: up to 8 beside a GPU
     # on CPUs: where it puts aside what it holds while a generator has the devices (turns); "": for temporary files
     aside_dir: str = ""
 

@@ -38,7 +38,7 @@ from typing import (
 
 import msgspec
 
-from flowrl.config import AUTO, Config, Meta, load_class
+from flowrl.config import AUTO, Config, Count, Meta, load_class
 from flowrl.errors import GraphError
 from flowrl.graph.ports import In, Out, Port
 from flowrl.imports import path_of
@@ -64,8 +64,8 @@ Say = Callable[[str], None]
 class StageConfig(Config):
     """Placement, common to every node's settings; runtime/placement.py makes `auto` out of the devices there are."""
 
-    replicas: Annotated[int, Meta(ge=1), AUTO] = 1  # copies that compete for the node's queues
-    ranks: Annotated[int, Meta(ge=1), AUTO] = 1  # processes that march together as one replica
+    replicas: Annotated[Count, AUTO] = 1  # copies that compete for the node's queues
+    ranks: Annotated[Count, AUTO] = 1  # processes that march together as one replica
     cpus: Annotated[float, Meta(ge=0), AUTO] = 0.0  # cores reserved for each rank; below 1 it only sits beside others
     gpus: Annotated[int, Meta(ge=0), AUTO] = 0  # whole GPUs reserved for each rank; auto: all that are visible are used
     share: Annotated[str, AUTO] = ""  # another node, on whose devices this one sits

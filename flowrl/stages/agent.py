@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
-from flowrl.config import ImportPath, Meta
+from flowrl.config import Count, ImportPath, Meta
 from flowrl.data.models import prepare_model
 from flowrl.data.prompts import first_columns, load_tokenizer
 from flowrl.data.turns import TurnFormat
@@ -175,7 +175,7 @@ class Agent(Stage):
         on_error: Literal["skip", "stop"] = "skip"  # after the retries: quarantine the group, or end the run
         # In worker processes, which are killed when they take too long; or in this process, where they are not.
         isolation: Literal["process", "thread"] = "process"
-        concurrency: Annotated[int, Meta(ge=1)] = 2  # worker processes of one replica, each with many episodes
+        concurrency: Count = 2  # worker processes of one replica, each with many episodes
         memory_bytes: Annotated[int, Meta(ge=0)] = 0  # address space of each worker process; 0: no limit
         start_timeout_s: Annotated[float, Meta(gt=0)] = 120.0  # for a worker process to import the environment
 

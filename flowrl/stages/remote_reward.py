@@ -16,7 +16,7 @@ import asyncio
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from flowrl.config import Meta, widen
+from flowrl.config import Count, Meta, widen
 from flowrl.errors import ChannelClosed, RewardError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import PassesOn
@@ -43,7 +43,7 @@ class RemoteReward(Stage):
         protocol: Literal["flowrl", "openrlhf"] = "flowrl"
         label_column: str = "answer"
         batch_groups: Annotated[int, Meta(ge=1)] = 8  # in one request, when they are ready
-        concurrency: Annotated[int, Meta(ge=1)] = 4  # requests under way in one replica
+        concurrency: Count = 4  # requests under way in one replica
         timeout_s: Annotated[float, Meta(gt=0)] = 60.0
         retries: Annotated[int, Meta(ge=0)] = 5
         backoff_s: Annotated[float, Meta(gt=0)] = 1.0

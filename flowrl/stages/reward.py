@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
-from flowrl.config import ImportPath, Meta, widen
+from flowrl.config import Count, ImportPath, Meta, widen
 from flowrl.data.models import prepare_model
 from flowrl.data.prompts import PromptData, first_columns, load_tokenizer
 from flowrl.data.steps import StepFinder
@@ -69,7 +69,7 @@ class Reward(Stage):
         on_error: Literal["skip", "stop"] = "skip"  # after the retries: quarantine the group, or end the run
         # In worker processes, which are killed when they take too long; or in threads of this process, which are not.
         isolation: Literal["process", "thread"] = "process"
-        concurrency: Annotated[int, Meta(ge=1)] = 2  # groups scored at a time in one replica, each in its own process
+        concurrency: Count = 2  # groups scored at a time in one replica, each in its own process
         memory_bytes: Annotated[int, Meta(ge=0)] = 0  # address space of each worker process; 0: no limit
         start_timeout_s: Annotated[float, Meta(gt=0)] = 120.0  # for a worker process to import the function
 

@@ -412,3 +412,11 @@ def test_a_default_that_follows_from_settings_beside_it_is_addressed_from_there(
 )
 def test_what_may_be_secret_in_an_address_is_left_out(written: str, shown: str):
     assert redacted({"judge": {"urls": [written, 3]}}) == {"judge": {"urls": [shown, 3]}}
+
+
+def test_more_processes_than_any_cluster_has_are_a_slip() -> None:
+    from flowrl.graph.stage import StageConfig
+
+    with pytest.raises(ConfigError, match=r"replicas: .*65536"):
+        resolve(StageConfig, overrides=["replicas=1000000000000"])
+    assert resolve(StageConfig, overrides=["replicas=auto", "ranks=64"]).ranks == 64
