@@ -8,7 +8,7 @@ Invariants:
 Where versions arrive, nothing that was cached of another is used. Asked by stages/harness.py, by the Examiner for it,
 and by judges.
 
-Tests: tests/contracts/test_evaluation.py and test_vllm_engine.py
+Tests: tests/contracts/test_evaluation.py, tests/contracts/test_vllm_engine.py
 """
 
 from __future__ import annotations

@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
+from scripts.tested_pages import FENCE
 from tests.support.command import ROOT, SCRIPT
-
-sys.path.append(str(ROOT / "scripts"))
-from tested_pages import FENCE
 
 if TYPE_CHECKING:
     from pathlib import Path
