@@ -23,6 +23,7 @@ from tests.support.flows import flow
 from tests.support.recovery import faulty_settings
 
 INITIAL = 6
+GROUPS = 2  # of a version
 WINDOW = 2
 DEPTH = 3
 
@@ -32,7 +33,7 @@ class FlowMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        shape = replace(faulty_settings(0), initial=INITIAL, groups_per_step=2, window=WINDOW, depth=DEPTH,
+        shape = replace(faulty_settings(0), initial=INITIAL, groups_per_step=GROUPS, window=WINDOW, depth=DEPTH,
                         generators=2, scorers=1, max_staleness=3, is_finite=False)  # fmt: skip
         self.loop = VirtualClockLoop()
         self.flow = Flow(flow(shape), Ledger(None))
@@ -46,7 +47,7 @@ class FlowMachine(RuleBasedStateMachine):
         self.returned: set[int] = set()
         self.ended: set[int] = set()
         self.deaths: dict[int, int] = {}
-        self.admitted = 0
+        self.admitted = self.num_learned = 0
 
     def do(self, method: str, *arguments: Any) -> Any:
         async def body() -> Any:
@@ -158,7 +159,10 @@ class FlowMachine(RuleBasedStateMachine):
     @rule()
     def finish_learning(self) -> None:
         groups, self.learning = self.learning, []
-        self.do("done", "learner.0", "learner.samples", groups, 0, [0] * len(groups))
+        for group in groups:
+            step = self.num_learned // GROUPS  # the flow stops a learner that takes another number into a version
+            self.do("done", "learner.0", "learner.samples", [group], step, [step])
+            self.num_learned += 1
         self.learned |= set(groups)
 
     @precondition(lambda self: bool(self.learned))
