@@ -79,6 +79,11 @@ def is_classifier(directory: str | Path) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in settings.get("architectures") or [])
 
 
+def text_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config.json says of its language model: those of several modalities nest that."""
+    return {**settings, **(settings.get("text_config") or {})}
+
+
 def num_positions(text: Mapping[str, Any]) -> int:
     """Return how many tokens the positions of a model reach, by its text config; 0 where nothing limits them."""
     names = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")

@@ -114,3 +114,8 @@ def kl_estimate(logprobs_BT: Tensor, reference_BT: Tensor, estimator: Estimator)
     if estimator == "k2":
         return 0.5 * d_BT * d_BT
     return torch.expm1(-d_BT) + d_BT
+
+
+def right_side(differences: Tensor) -> Tensor:
+    """Return 1 where a difference is above 0, 0 where it is below, and 1/2 where there is none."""
+    return (differences.sign() + 1) / 2

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 
 from flowrl.algorithms.base import Lesson, Loss, LossBatch, Objective
-from flowrl.algorithms.functional import has_tokens, last_value, masked
-from flowrl.algorithms.pairs import right_side
+from flowrl.algorithms.functional import has_tokens, last_value, masked, right_side
 from flowrl.config import Meta
 
 if TYPE_CHECKING:

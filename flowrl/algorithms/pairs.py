@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flowrl.algorithms.base import Lesson, LossBatch, Objective
-from flowrl.algorithms.functional import has_tokens, masked
+from flowrl.algorithms.functional import has_tokens, masked, right_side
 from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -90,11 +90,6 @@ def pair_metrics(chosen_P: Tensor, rejected_P: Tensor) -> dict[str, tuple[Tensor
         "reward.chosen": (chosen_P.sum(), count),
         "reward.rejected": (rejected_P.sum(), count),
     }
-
-
-def right_side(differences: Tensor) -> Tensor:
-    """Return 1 where a difference is above 0, 0 where it is below, and 1/2 where there is none."""
-    return (differences.sign() + 1) / 2
 
 
 def num_pairs(values_P: Tensor) -> Tensor:

@@ -18,8 +18,7 @@ import torch
 from torch.nn.functional import softplus
 
 from flowrl.algorithms.base import Head, Lesson, Loss, LossBatch, Objective
-from flowrl.algorithms.functional import masked
-from flowrl.algorithms.pairs import right_side
+from flowrl.algorithms.functional import masked, right_side
 from flowrl.config import Meta
 
 

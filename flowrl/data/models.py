@@ -18,7 +18,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import struct
 import tempfile
 from pathlib import Path
@@ -29,7 +28,8 @@ import msgspec
 from flowrl.data.adapters import base_of, is_adapter, merged_model
 from flowrl.data.model_process import run_in_process
 from flowrl.errors import DataError, ModelError
-from flowrl.model_files import TOKENIZERS, has_tokenizer, num_positions
+from flowrl.model_files import TOKENIZERS, has_tokenizer, num_positions, text_config
+from flowrl.telemetry.files import steps_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -95,11 +95,10 @@ def newest_of_run(path: Path) -> Path:
     """Return the model in the newest complete checkpoint of a run's directory; any other path as it is."""
     if not (path / "settings.yaml").is_file():
         return path
-    found = (manifest.parent for manifest in path.glob("checkpoints/step-*/manifest.json"))
-    complete = [checkpoint for checkpoint in found if re.fullmatch("step-[0-9]{6,}", checkpoint.name)]
+    complete = [each for _, each in steps_in(path / "checkpoints") if (each / "manifest.json").is_file()]
     if not complete:
         raise ModelError(f"model {path}", "is a run without a checkpoint", "wait for one, or name another run")
-    return max(complete, key=lambda checkpoint: int(checkpoint.name.removeprefix("step-"))) / "model"
+    return complete[-1] / "model"
 
 
 def check_model(directory: Path, where: str) -> None:
@@ -125,7 +124,7 @@ def inspect_model(directory: Path) -> ModelCard:
     where = f"model {directory}"
     check_model(directory, where)
     config = read_json(directory / "config.json", where)
-    text = {**config, **cast("dict[str, Any]", config.get("text_config") or {})}  # multimodal configs nest the text's
+    text = text_config(config)
     tensors = _tensors(directory, where)
     architectures = config.get("architectures") or [config.get("model_type", "unknown")]
     tied = config.get("tie_word_embeddings", "lm_head.weight" not in tensors)

@@ -24,7 +24,6 @@ from __future__ import annotations
 import errno
 import math
 import os
-import re
 import shutil
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -38,6 +37,7 @@ from flowrl.telemetry.files import (
     no_room,
     read_file,
     replace_file,
+    steps_in,
     sync,
     why_closed,
 )
@@ -55,7 +55,6 @@ tags: [flowrl, reinforcement-learning]
 Policy version {version}, trained with flowrl. Load it with `AutoModelForCausalLM.from_pretrained` or serve it with
 vLLM. The run's settings are in `settings.yaml` and its figures in `metrics.jsonl` of the run directory.
 """
-NAME = re.compile(r"step-[0-9]{6,}")
 RATED = "scores.json"
 SPARE = 1.1  # room asked for over the size of the last checkpoint
 
@@ -252,7 +251,7 @@ def version_of(checkpoint: Path) -> int:
 
 def checkpoints_in(directory: Path) -> list[Path]:
     """Return whatever has the name of a checkpoint, oldest first, damaged ones too; not a copy of another name."""
-    return sorted((path for path in directory.glob("step-*") if NAME.fullmatch(path.name)), key=version_of)
+    return [path for _, path in steps_in(directory)]
 
 
 def set_checkpoints_aside(directory: Path) -> None:

@@ -34,6 +34,7 @@ from torch.nn import functional
 from flowrl.engines.attention import attend, has_mask
 from flowrl.engines.ranks import check_groups
 from flowrl.errors import ConfigError
+from flowrl.model_files import text_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,7 +67,7 @@ def check_split(settings: Computing, model: Path, where: str, *, num_ranks: int)
         raise ConfigError(where, what, "leave one of them 1")
     check_groups(num_ranks, size, where)
     read = json.loads((model / "config.json").read_bytes())
-    heads = {**read, **(read.get("text_config") or {})}.get("num_attention_heads")
+    heads = text_config(read).get("num_attention_heads")
     if isinstance(heads, int) and heads < size:
         what = f"{size} ranks, but the model has {heads} attention heads to share out"
         raise ConfigError(where, what, f"give at most {heads}")

@@ -31,7 +31,7 @@ from flowrl.engines.savings import DEEPSPEED, FSDP, decay_groups
 from flowrl.engines.trainer import Trainer
 from flowrl.errors import StageError
 from flowrl.graph.stage import Ranks
-from flowrl.model_files import check_classifier
+from flowrl.model_files import check_classifier, text_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -192,7 +192,7 @@ class SequenceScoringEngine:
         """
         check_classifier(Path(self._model), self._where)
         settings = json.loads((Path(self._model) / "config.json").read_bytes())
-        self._padding: int | None = {**settings, **(settings.get("text_config") or {})}.get("pad_token_id")
+        self._padding: int | None = text_config(settings).get("pad_token_id")
         self._engine.open(ranks)
 
     def follow(self) -> None:

@@ -543,9 +543,9 @@ class VllmEngine:
         if weights.canary is None:
             return NO_CANARY
         logprobs = await self._answer(weights.canary, scored, f"of version {weights.version}")
-        first, bound = self._first_gap, weights.canary.max_mean_gap
-        bound = max(bound, SAME_WEIGHTS.get(self._engine.model_config.dtype, bound))  # the learner's may be the finer
-        usual = bound
+        first = self._first_gap
+        # The learner's dtype may be the finer.
+        usual = bound = max(weights.canary.max_mean_gap, SAME_WEIGHTS.get(self._engine.model_config.dtype, 0.0))
         if first is None and vllm_settings.is_quantised(self._options):  # equal weights differ by what that rounds
             first, bound = self._loaded_gap, QUANTISED * bound
         try:

@@ -27,6 +27,7 @@ from flowrl.ending import ending_of
 from flowrl.engines.vllm_adapters import engine_options
 from flowrl.errors import ConfigError, ModelError
 from flowrl.imports import suggest
+from flowrl.model_files import text_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -90,8 +91,7 @@ def check(config: GenerationConfig, where: str) -> None:
 
 def _text_config(config: GenerationConfig) -> dict[str, Any]:
     """Return what a model's config.json says of its language model."""
-    found = json.loads((Path(config.model) / "config.json").read_bytes())
-    return {**found, **(found.get("text_config") or {})}
+    return text_config(json.loads((Path(config.model) / "config.json").read_bytes()))
 
 
 def _is_for_cpus() -> bool:

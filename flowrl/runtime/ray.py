@@ -127,25 +127,28 @@ class RayWorkers:
             await fleet.reserve()
         except Unanswered as error:
             raise ResourceError("ray", f"its head was {error.what}", "see that the cluster runs") from error
-        variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": module_path()}
-        hub_type = ray.remote(num_cpus=0, runtime_env={"env_vars": variables})(HubActor)
         cut = msgspec.json.encode(start.cut)
         start_number, epoch = self._options.start_number, msgspec.json.encode(clock.epoch())
-        arguments = (msgspec.json.encode(self._plan), str(self._run_dir), cut, now.number, start_number, epoch)
-        now.hub = hub_type.options(**fleet.at_home()).remote(*arguments)
+        plan = msgspec.json.encode(self._plan)
+        now.hub = self._start_host(HubActor, plan, str(self._run_dir), cut, now.number, start_number, epoch)
         addresses = [f"{node}.{port}" for node, stage in self._graph.nodes.items() for port in stage.ports]
         wire = Address(*await self._ask_hub("open", self._options.stall_timeout_s, within_s=BORN_S))
         now.wires = await self._start_proxies(wire) or [wire]
         now.kinds = await self._ask_hub("kinds", addresses)
         now.passing_on = asyncio.create_task(self._pass_on_stop())
 
+    def _start_host(self, kind: type, *arguments: Any) -> Handle:
+        """Start what the flow is reached by, on the home node."""
+        variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": module_path()}
+        host = ray.remote(num_cpus=0, runtime_env={"env_vars": variables})(kind)
+        return host.options(**self._fleet.at_home()).remote(*arguments)
+
     async def _start_proxies(self, hub: Address) -> list[Address]:
         """Start the hub's proxies beside it; returns where they listen."""
-        now, variables = self._now, {"OMP_NUM_THREADS": "1", "PYTHONPATH": module_path()}
-        kind = ray.remote(num_cpus=0, runtime_env={"env_vars": variables})(ProxyActor)
+        now = self._now
         for index in range(num_proxies(self._options.placing.proxies, len(places(self._graph)))):
             name = f"hub.proxy{index}"
-            now.proxies[name] = kind.options(**self._fleet.at_home()).remote(str(self._run_dir), name, now.number)
+            now.proxies[name] = self._start_host(ProxyActor, str(self._run_dir), name, now.number)
         if now.proxies:
             self._tell("info", "hub", f"is called through {len(now.proxies)} proxies (cluster.proxies)")
         found = [self._ask_host(name, each.open, *hub, within_s=BORN_S) for name, each in now.proxies.items()]

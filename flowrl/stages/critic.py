@@ -17,7 +17,6 @@ Tests: tests/unit/stages/test_estimation.py
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -49,6 +48,7 @@ from flowrl.telemetry.files import UNREADABLE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -205,7 +205,8 @@ class Critic(Stage):
         """Value, estimate and train until the edge closes."""
         async with opened(context, self.config.engine, self._settings, self.num_optimizer_steps) as engine:
             version = trained = 0
-            self._scale = begun = read_scale(Path(self._settings().model))
+            directory = prepare_model(self.model)
+            self._scale = begun = read_scale(directory)
             if context.resume_from is not None:
                 trained = await context.compute(load_state, engine, context.resume_from / context.node)
                 version = checkpoint_version(context.resume_from)
@@ -216,7 +217,7 @@ class Critic(Stage):
                 self._scale = read_scale(context.resume_from / context.node)
             self._is_scaled = self.config.scale_returns
             if self._is_scaled is None:
-                self._is_scaled = begun != ReturnScale() or not is_classifier(self._settings().model)
+                self._is_scaled = begun != ReturnScale() or not is_classifier(directory)
 
             def save(directory: Path, version: int) -> None:
                 save_state(engine, directory, context.version)

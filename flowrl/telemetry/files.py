@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections import deque
 from hashlib import blake2b
@@ -163,6 +164,16 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def steps_in(directory: Path, suffix: str = "") -> list[tuple[int, Path]]:
+    """Return what is named by a step, with the step and in its order: step-000012 of 12, or step-000012.parquet.
+
+    A copy of another name is of no step.
+    """
+    named = re.compile(rf"step-([0-9]{{6,}}){re.escape(suffix)}")
+    found = ((named.fullmatch(path.name), path) for path in directory.glob(f"step-*{suffix}"))
+    return sorted((int(name[1]), path) for name, path in found if name)
 
 
 def run_id(run_dir: Path) -> str:

@@ -19,13 +19,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import re
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
 from flowrl.messages import Buffer, Samples, decode, encode
-from flowrl.telemetry.files import UNREADABLE, RecordFile, new_file, read_file, replace_file, run_id, set_aside
+from flowrl.telemetry.files import (
+    UNREADABLE,
+    RecordFile,
+    new_file,
+    read_file,
+    replace_file,
+    run_id,
+    set_aside,
+    steps_in,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -37,7 +45,6 @@ if TYPE_CHECKING:
     from flowrl.messages import Message
 
 
-RECORD = re.compile(r"step-([0-9]{6,})\.parquet")
 RUN = b"flowrl.run"  # in a file's metadata: which run it is of
 
 
@@ -173,8 +180,7 @@ def step_path(directory: Path, step: int) -> Path:
 
 def step_files(directory: Path) -> dict[int, Path]:
     """Return the files of steps, by step and in its order: step-000012.parquet is of step 12, a copy of it of none."""
-    named = ((RECORD.fullmatch(path.name), path) for path in directory.glob("step-*.parquet") if path.is_file())
-    return dict(sorted((int(name[1]), path) for name, path in named if name))
+    return {step: path for step, path in steps_in(directory, ".parquet") if path.is_file()}
 
 
 def read_groups(path: Path) -> tuple[str, set[int]]:

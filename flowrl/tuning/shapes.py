@@ -21,6 +21,7 @@ import msgspec
 from flowrl.data.model_process import run_in_process
 from flowrl.data.models import DEFAULT_MODEL, HUB_NAME, newest_of_run, num_parameters, read_json
 from flowrl.errors import ConfigError, ModelError
+from flowrl.model_files import text_config
 from flowrl.tuning.published import PARAMETERS, PUBLISHED
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def shape_of(settings: Mapping[str, Any], num_parameters: int) -> Shape:
     Raises:
         ConfigError: the config lacks what every language model has.
     """
-    text = {**settings, **cast("dict[str, Any]", settings.get("text_config") or {})}
+    text = text_config(settings)
 
     def of(*names: str, default: int | None = None) -> int:
         value = next((text[name] for name in names if isinstance(text.get(name), int | float)), default)

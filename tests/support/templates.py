@@ -42,6 +42,17 @@ class Family:
     has_system: bool = True
 
 
+# Thinks where the assistant answers the last user, and says so by a thought of its own or an empty one.
+QWEN3 = (
+    THINK + "{% set last = namespace(user=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% if loop.index0 > last.user %}<think>\n"
+    "{{ m.reasoning_content or m.content.split('</think>')[0].split('<think>')[-1].strip('\n') "
+    "if m.reasoning_content or '</think>' in m.content else '' }}"
+    "\n</think>\n\n{% endif %}{{ split(m.content) }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    + OPEN_CHATML
+)
 FAMILIES = {
     "chatml": Family(PLAIN_TURN + OPEN_CHATML, "<|im_end|>", "<|im_end|>", named=("<|im_start|>",)),
     "chatml-base": Family(PLAIN_TURN + OPEN_CHATML, "<|im_end|>", "<|endoftext|>",
@@ -133,26 +144,12 @@ FAMILIES = {
         "<|im_end|>", "<|im_end|>", named=("<|im_start|>",), added=("<tool_call>", "</tool_call>"),
     ),
     "qwen3": Family(
-        THINK + "{% set last = namespace(user=0) %}{% for m in messages %}{% if m.role == 'user' %}"
-        "{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
-        "{% if loop.index0 > last.user %}<think>\n"
-        "{{ m.reasoning_content or m.content.split('</think>')[0].split('<think>')[-1].strip('\n') "
-        "if m.reasoning_content or '</think>' in m.content else '' }}"
-        "\n</think>\n\n{% endif %}{{ split(m.content) }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
-        + OPEN_CHATML + "{% if add_generation_prompt and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}",
+        QWEN3 + "{% if add_generation_prompt and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}",
         "<|im_end|>", "<|im_end|>", named=("<|im_start|>",), added=("<think>", "</think>"), learns="last",
         before="<think>\n\n</think>\n\n",
     ),
     "qwen3.5": Family(
-        THINK + "{% set last = namespace(user=0) %}{% for m in messages %}{% if m.role == 'user' %}"
-        "{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
-        "{% if loop.index0 > last.user %}<think>\n"
-        "{{ m.reasoning_content or m.content.split('</think>')[0].split('<think>')[-1].strip('\n') "
-        "if m.reasoning_content or '</think>' in m.content else '' }}"
-        "\n</think>\n\n{% endif %}{{ split(m.content) }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
-        + OPEN_CHATML + "{% if add_generation_prompt %}<think>\n{% endif %}",
+        QWEN3 + "{% if add_generation_prompt %}<think>\n{% endif %}",
         "<|im_end|>", "<|im_end|>", named=("<|im_start|>",), added=("<think>", "</think>"), learns="last",
         before="\n</think>\n\n",
     ),

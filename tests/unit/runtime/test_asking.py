@@ -19,9 +19,8 @@ ROOT = Path(__file__).resolve().parents[3]
 MAY_CALL = {
     ("cluster.py", "answer_of"),
     ("cluster.py", "ask"),
-    ("ray.py", "open"),
     ("ray.py", "_start"),
-    ("ray.py", "_start_proxies"),
+    ("ray.py", "_start_host"),
 }
 WAITS_FOR_EVER = {"get", "wait"}  # of the module ray
 
