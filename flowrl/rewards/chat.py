@@ -28,6 +28,7 @@ from flowrl.config import Meta
 from flowrl.errors import ConfigError, LastingError, RewardError
 from flowrl.rewards.function import SHOWN_CHARS
 from flowrl.rewards.http import Asker, Server, check_server, connected
+from flowrl.rewards.verdicts import Paid
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -51,7 +52,7 @@ class ChatServer(Server):
     per_minute: Annotated[int, Meta(ge=0)] = 0  # requests begun in a minute at most; 0: no limit
     price_read: Annotated[float, Meta(ge=0)] = 0.0  # of a million tokens that the server reads
     price_written: Annotated[float, Meta(ge=0)] = 0.0  # and of a million that it writes
-    most_cost: Annotated[float, Meta(ge=0)] = 0.0  # from which on a process asks no more; 0: no limit
+    most_cost: Annotated[float, Meta(ge=0)] = 0.0  # from which on a replica asks no more, resumed or not; 0: no limit
 
 
 class _Message(msgspec.Struct):
@@ -94,9 +95,10 @@ class Spoken(msgspec.Struct, frozen=True, kw_only=True):
 class Chat:
     """Continues conversations by asking a server; safe to call for several at a time."""
 
-    def __init__(self, server: ChatServer, post: Post, where: str, *, now: Callable[[], float], seed: int = 0) -> None:
-        self.prompt_tokens = 0
-        self.completion_tokens = 0
+    def __init__(
+        self, server: ChatServer, post: Post, where: str, *, now: Callable[[], float], seed: int = 0, paid: Paid
+    ) -> None:
+        self._paid = paid
         self._server = server
         self._seed = seed
         self._ask = Asker(server, post, where, turn=self._turn, seed=seed)
@@ -107,13 +109,12 @@ class Chat:
     @property
     def cost(self) -> float:
         """Return what was paid, in whichever money prices are in."""
-        server = self._server
-        return (self.prompt_tokens * server.price_read + self.completion_tokens * server.price_written) / 1e6
+        return (self._paid.read * self._server.price_read + self._paid.written * self._server.price_written) / 1e6
 
     def said(self) -> str:
         """Return what was read and written, and its price where one is set."""
         price = f" at a price of {self.cost:.4g}" if self.cost else ""
-        return f"{self.prompt_tokens} tokens read and {self.completion_tokens} written{price}"
+        return f"{self._paid.read} tokens read and {self._paid.written} written{price}"
 
     async def __call__(self, messages: Messages) -> str:
         """Return what comes next; for the rest see `say`."""
@@ -142,8 +143,8 @@ class Chat:
             what = f"answered {shown!r}, not a chat completion ({error})"
             raise RewardError(self._ask.where, what, f"give the url that {PATH} follows") from error
         read, written = (_count(completion.usage, name) for name in ("prompt_tokens", "completion_tokens"))
-        self.prompt_tokens += read
-        self.completion_tokens += written
+        self._paid.read += read
+        self._paid.written += written
         if server.most_cost and not read + written:
             what = "does not say how many tokens it counts, so that most_cost cannot be held"
             raise LastingError(self._ask.where, what, "set most_cost=0, or take a server that tells `usage`")
@@ -195,8 +196,10 @@ def check_chat(server: ChatServer, where: str) -> None:
 
 
 @asynccontextmanager
-async def chatting(server: ChatServer, where: str, *, now: Callable[[], float], seed: int = 0) -> AsyncIterator[Chat]:
-    """Yield a voice over kept connections; they are closed with the block.
+async def chatting(
+    server: ChatServer, where: str, *, now: Callable[[], float], seed: int = 0, paid: Paid | None = None
+) -> AsyncIterator[Chat]:
+    """Yield a voice over kept connections, which are closed with the block; it counts on in what is `paid`.
 
     Raises:
         ConfigError: as `check_chat`.
@@ -205,4 +208,4 @@ async def chatting(server: ChatServer, where: str, *, now: Callable[[], float], 
     url = server.url.rstrip("/")
     endpoint = msgspec.structs.replace(server, url=url if url.endswith(PATH) else url + PATH)
     async with connected(endpoint, where, num_connections=server.concurrency, most_bytes=MOST_BYTES) as post:
-        yield Chat(endpoint, post, where, now=now, seed=seed)
+        yield Chat(endpoint, post, where, now=now, seed=seed, paid=Paid() if paid is None else paid)

@@ -32,16 +32,16 @@ import math
 import random
 import re
 import unicodedata
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
 from flowrl.config import Config, Meta, read_yaml
 from flowrl.errors import ConfigError, RewardError
+from flowrl.rewards.verdicts import Verdict, Verdicts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -54,7 +54,6 @@ Way = Literal["points", "pairs", "checklist"]
 
 MOST_POINTS = 10
 PRIOR = 0.5  # ties that every two answers are taken to have had, so that one that wins always has a finite strength
-KEPT = 100_000  # verdicts remembered, the latest used ones
 SHOWN_CHARS = 200
 VERDICT = re.compile(r"\[\[[\s*_`]*([^\[\]]{1,40}?)[\s*_`]*\]\]")
 THINKING = re.compile(r"^.*</think(?:ing)?>", re.DOTALL)  # a template may have opened it already
@@ -152,19 +151,19 @@ class Tally(msgspec.Struct):
         return ", ".join(parts)
 
 
-class _Verdict(NamedTuple):
-    mark: float | None  # points, what the answer shown first won, or the truth of it; None: unreadable
-    said: str
-
-
 class Judgement:
     """A judge with its principles; safe to ask about several groups at a time.
 
     Equal questions are asked once: verdicts are remembered by the digest of what was asked.
     """
 
-    def __init__(self, voice: Voice, rubric: Rubric, where: str, *, weigh: Weigh | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, voice: Voice, rubric: Rubric, where: str, *,
+        weigh: Weigh | None = None, seed: int = 0, verdicts: Verdicts | None = None, who: str = "",
+    ) -> None:  # fmt: skip
         """Read the principles; with `weigh` verdicts are expected ones, and the voice is never heard.
+
+        `verdicts` holds those that `who`, whatever its verdicts depend on, has given before.
 
         Raises:
             ConfigError: as `Rubric.principles`.
@@ -176,8 +175,9 @@ class Judgement:
         self._where = where
         self._principles = rubric.principles(where)
         self._seed = seed
-        self._known: OrderedDict[bytes, _Verdict] = OrderedDict()
-        self._under_way: dict[bytes, asyncio.Event] = {}
+        self._verdicts = verdicts or Verdicts()
+        self._who = who
+        self._under_way: dict[str, asyncio.Event] = {}
 
     async def __call__(self, asked: Asked) -> list[float]:
         """Return one finite score for each answer.
@@ -231,12 +231,12 @@ class Judgement:
                 raise self._unreadable(place, found)
         return strengths(wins)
 
-    def _unreadable(self, place: int, found: Sequence[_Verdict]) -> RewardError:
+    def _unreadable(self, place: int, found: Sequence[Verdict]) -> RewardError:
         shown = found[-1].said.strip() if found else ""
         what = f"no verdict on answer {place} can be read; the last ends with {shown!r}"
         return RewardError(self._where, what, "take a judge that ends with [[...]], or raise max_tokens")
 
-    async def _all(self, questions: Iterable[Messages]) -> list[_Verdict]:
+    async def _all(self, questions: Iterable[Messages]) -> list[Verdict]:
         """Ask everything at once; the voice limits how much of it is under way."""
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -247,35 +247,33 @@ class Judgement:
         self.tally.unreadable += sum(each.mark is None for each in found)
         return found
 
-    async def _ask(self, question: Messages) -> _Verdict:
-        digest = hashlib.blake2b(msgspec.json.encode(question), digest_size=16).digest()
+    async def _ask(self, question: Messages) -> Verdict:
+        digest = hashlib.blake2b(msgspec.json.encode([self._who, question]), digest_size=16).hexdigest()
         self.tally.verdicts += 1
         while digest in self._under_way:  # for another group, or for an equal answer
             await self._under_way[digest].wait()
-        if digest in self._known:
-            self._known.move_to_end(digest)
+        if (known := self._verdicts.get(digest)) is not None:
             self.tally.remembered += 1
-            return self._known[digest]
+            return known
         answered = self._under_way[digest] = asyncio.Event()
         try:
-            self._known[digest] = verdict = await self._verdict(question)
+            verdict = await self._verdict(question)
+            self._verdicts.add(digest, verdict)
         finally:
             del self._under_way[digest]
             answered.set()
-        if len(self._known) > KEPT:
-            self._known.popitem(last=False)
         return verdict
 
-    async def _verdict(self, question: Messages) -> _Verdict:
+    async def _verdict(self, question: Messages) -> Verdict:
         texts, read = VERDICTS[self._rubric.way]
         if self._weigh is not None:
             odds = await self._weigh(question, texts)
             mark = math.fsum(odd * (read(verdict_in(text) or "") or 0.0) for odd, text in zip(odds, texts, strict=True))
-            return _Verdict(mark if math.isfinite(mark) else None, f"{odds[0]} for {texts[0]}")
+            return Verdict(mark if math.isfinite(mark) else None, f"{odds[0]} for {texts[0]}")
         said = await self._voice(question)
         mark = read(verdict_in(said) or "")
         said = spoken(said)
-        return _Verdict(mark, (verdict_line(said) or said)[-SHOWN_CHARS:])
+        return Verdict(mark, (verdict_line(said) or said)[-SHOWN_CHARS:])
 
     def _question(self, asked: Asked, places: list[int], principle: Principle) -> Messages:
         """Return what the judge is asked about one answer, or about two in this order."""

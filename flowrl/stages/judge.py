@@ -8,7 +8,8 @@ the reward of PPO and GRPO, the pairs of iterative DPO, the data that graphs/gen
 Invariants:
 - as for `Reward`, a group leaves with exactly one more named score per sample, or is rejected as failed with its input
   on disk;
-- an unreadable verdict is counted and is never a score.
+- an unreadable verdict is counted and is never a score;
+- what a server has said stands in the run's directory (`verdicts/`), and a resumed run pays for it once.
 
 What the judge cannot be trusted in is said: verdicts that follow the order, scores that follow the length or contradict
 the other scorers or a second judge.
@@ -35,6 +36,7 @@ from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Rollouts, Scored, Weights
 from flowrl.rewards.chat import ChatServer, chatting, check_chat
 from flowrl.rewards.judging import Asked, Judgement, Rubric, correlated, weighed
+from flowrl.rewards.verdicts import Verdicts
 from flowrl.stages.generator import ANSWERING_VLLM
 from flowrl.stages.reward import Failures, add_scores
 from flowrl.stages.serving import Served, check_context, serving
@@ -45,8 +47,9 @@ if TYPE_CHECKING:
 
     from flowrl.graph.simulated import Costs
     from flowrl.graph.stage import Context, Say
-    from flowrl.rewards.judging import Messages, Tally, Voice, Weigh
+    from flowrl.rewards.judging import Messages, Tally
 
+VERDICTS = "verdicts"  # directory of a run
 REPORT_EVERY = 32  # groups between two lines of what the judge can be trusted in
 FEW = 20  # groups, pairs or verdicts that say nothing yet
 FOLLOWS_LENGTH = 0.5  # mean correlation of score and length within a group
@@ -67,12 +70,8 @@ class _Judging(Stage):
         """Take the judge's time."""
         return PassesOn("score", lanes=self.config.in_flight)
 
-    async def _score(
-        self, context: Context, voice: Voice, second: Voice | None = None, weigh: Weigh | None = None
-    ) -> None:
-        """Judge groups until the edge closes; some of them a second voice judges besides."""
-        judgement = Judgement(voice, self.config.rubric, context.where, weigh=weigh)
-        self._second = Judgement(second, self.config.rubric, context.where) if second is not None else None
+    async def _score(self, context: Context, judgement: Judgement) -> None:
+        """Judge groups until the edge closes."""
         failures = Failures(context, on_error=self.config.on_error)
         watch = _Watch(context, judgement.tally)
         async with asyncio.TaskGroup() as tasks:
@@ -126,15 +125,20 @@ class Judge(_Judging):
 
     async def run(self, context: Context) -> None:
         """Judge groups until the edge closes."""
+        server, second, rubric = self.config.server, self.config.second, self.config.rubric
         async with AsyncExitStack() as stack:
             with context.clock.charge(Cause.START):
-                open_chat = chatting(self.config.server, context.where, now=context.now, seed=context.replica)
+                verdicts = Verdicts(context.run_dir / VERDICTS, context.where, tell=context.notice)
+                stack.callback(verdicts.close)
+                open_chat = chatting(
+                    server, context.where, now=context.now, seed=context.replica, paid=verdicts.paid
+                )  # fmt: skip
                 chat = await stack.enter_async_context(open_chat)
-                second = None
-                if self.config.second.url:
-                    other = chatting(self.config.second, f"{context.where}, second", now=context.now)
-                    second = await stack.enter_async_context(other)
-            await self._score(context, chat, second)
+                if second.url:
+                    other = chatting(second, f"{context.where}, second", now=context.now)
+                    self._second = Judgement(await stack.enter_async_context(other), rubric, context.where)
+            who = f"{server.model} {server.max_tokens} {server.temperature}"  # its address may change
+            await self._score(context, Judgement(chat, rubric, context.where, verdicts=verdicts, who=who))
             context.notice(f"the judge: {chat.said()}", level="info")
 
 
@@ -181,7 +185,8 @@ class ModelJudge(_Judging):
         """Judge groups until the edge closes."""
         async with serving(context, self.config, self.weights, model=self.config.model) as engine:
             voice = await context.compute(ModelVoice, self.config, engine)
-            await self._score(context, voice, weigh=voice.weigh if self.config.verdict == "expected" else None)
+            weigh = voice.weigh if self.config.verdict == "expected" else None
+            await self._score(context, Judgement(voice, self.config.rubric, context.where, weigh=weigh))
 
 
 @asynccontextmanager

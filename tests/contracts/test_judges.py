@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from flowrl.errors import ConfigError, DataError, RewardError
+from flowrl.errors import ConfigError, DataError, LastingError, RewardError
 from flowrl.rewards.chat import ChatServer
 from flowrl.rewards.http import Unreachable
 from flowrl.rewards.judging import Rubric
@@ -95,6 +95,22 @@ def test_a_hidden_rule_orders_a_groups_answers_and_tokens_are_counted(tmp_path: 
     assert requests[0]["temperature"] == 0
     assert len(requests) == 12  # six pairs in both orders: equal questions of other groups are asked once
     assert any(f"{12 * 50} tokens read and {12 * 3} written" in line for line in lines(alone, "info"))
+
+
+def test_what_was_judged_before_a_resume_is_neither_asked_nor_paid_for_again(tmp_path: Path):
+    prices = {"price_read": 1e6, "most_cost": 300.0}  # one a token
+    groups = [rollouts("one", "nothing", group_id=k) for k in range(2)]
+    pairs = Rubric(way="pairs")
+    first, requests = judged(by_number_of_ones, groups, tmp_path, rubric=pairs, **prices)
+    assert len(requests) == 2
+    again, requests = judged(by_number_of_ones, groups, tmp_path, rubric=pairs, **prices)
+    assert requests == []
+    assert again.put[0].scores == first.put[0].scores
+    _, requests = judged(by_number_of_ones, groups, tmp_path, rubric=pairs, **prices, model="another")
+    assert len(requests) == 2
+    others = [rollouts("one", "two", "three", group_id=k) for k in range(2)]  # six questions of 50, of which two fit
+    with pytest.raises(LastingError, match=re.escape("300 is spent, of most_cost=300")):
+        judged(by_number_of_ones, others, tmp_path, rubric=pairs, **prices, concurrency=1)
 
 
 def test_a_judge_that_follows_the_order_is_warned_of(tmp_path: Path):
