@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Ctrl-C; batch systems and clusters; a closed terminal; batch systems again, as their notice before the time is up.
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 ALWAYS = {signal.SIGINT, signal.SIGTERM}  # also where whoever started us ignores them: a script's background jobs do
-ECHO_S = 1.0
+ECHO_S = 0.5
 
 
 class Interrupted(KeyboardInterrupt):

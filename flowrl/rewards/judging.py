@@ -402,6 +402,16 @@ def rivals(num_answers: int, most: int, *, seed: int) -> list[tuple[int, int]]:
     return sorted(met)
 
 
+def num_questions(rubric: Rubric, num_answers: int, where: str) -> int:
+    """Return how many questions a group's answers are judged by.
+
+    Raises:
+        ConfigError: as `Rubric.principles`.
+    """
+    asked = 2 * len(rivals(num_answers, rubric.rivals, seed=0)) if rubric.way == "pairs" else num_answers
+    return asked * len(rubric.principles(where))
+
+
 def strengths(wins: Sequence[Sequence[float]]) -> list[float]:
     """Return Bradley-Terry log strengths with mean 0; `wins[i][j]` is what i won against j, a tie half.
 

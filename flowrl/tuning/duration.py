@@ -23,8 +23,10 @@ from flowrl.data.examples import read_source
 from flowrl.data.models import inspect_model, prepare_model
 from flowrl.engines.base import Computing, Serving, Training
 from flowrl.errors import number_of
+from flowrl.rewards.judging import num_questions
 from flowrl.runtime.placement import num_cores
 from flowrl.stages.critic import Critic
+from flowrl.stages.judge import ModelJudge
 from flowrl.stages.sampler import Course, Sampler
 from flowrl.telemetry.view import format_duration
 
@@ -42,6 +44,7 @@ MOST = 30.0  # times as quick a model can be for being small
 STEP_S = 1.0  # of every step, whatever the model
 UPDATE_S = 1.6  # of a core, for one optimizer step of SIZE parameters
 PROMPT = 80  # tokens, with the chat template
+QUESTION = 120  # tokens of what a judge is asked around prompt and answers
 OBSERVATION = 32  # tokens of an environment's between two turns, with the chat template
 CHARACTERS = 4.0  # in a token
 LOOKED = 32  # examples whose length is looked at
@@ -53,6 +56,7 @@ class Load(NamedTuple):
 
     steps: int
     samples: int
+    group: int  # samples of one prompt
     response: float  # sampled
     whole: float  # of one sample, with its part of the prompt
     heldout: int  # samples that are drawn for the evaluations of the whole run
@@ -121,8 +125,10 @@ def _load(graph: Graph) -> Load | None:
         return None
     sampler, course = _given(graph, Sampler), _given(graph, Course)
     if sampler is None:
-        tokens = _example_tokens(course.data) if course else 0.0
-        return Load(admission.versions, admission.per_version, 0.0, tokens, course.data.num_heldout) if course else None
+        if course is None:
+            return None
+        tokens = _example_tokens(course.data)
+        return Load(admission.versions, admission.per_version, 1, 0.0, tokens, course.data.num_heldout)
     sampled = float(sampler.max_response)
     observed = (sampler.max_turns - 1) * OBSERVATION
     whole = min(sampled + observed + PROMPT / sampler.group_size, float(sampler.max_model_len))
@@ -130,7 +136,8 @@ def _load(graph: Graph) -> Load | None:
     every: int = getattr(graph.until.config, "evaluate_every", 0)
     evaluations = 1 + (-(-admission.versions // every) if every else 1)
     heldout = evaluations * repeated * sampler.data.num_heldout
-    return Load(admission.versions, admission.per_version * sampler.group_size, sampled, whole, heldout)
+    samples = admission.per_version * sampler.group_size
+    return Load(admission.versions, samples, sampler.group_size, sampled, whole, heldout)
 
 
 def _example_tokens(data: ExampleData) -> float:
@@ -153,6 +160,8 @@ def _node_core_s(stage: Stage, model: str, load: Load) -> tuple[float, float]:
         return 0.0, 0.0
     size = inspect_model(prepare_model(getattr(stage, "model", "") or model)).num_parameters
     faster = min(MOST, SIZE / max(1, size))
+    if isinstance(stage, ModelJudge):
+        return _judged_core_s(stage.config, load) / faster, 0.0
     if isinstance(config, Serving):
         return load.samples * load.response / (DECODED * faster), load.heldout * load.response / (DECODED * faster)
     scored_s = load.samples * load.whole / (SCORED * faster)
@@ -165,3 +174,11 @@ def _node_core_s(stage: Stage, model: str, load: Load) -> tuple[float, float]:
     valued_s = scored_s if isinstance(stage, Critic) else 0.0
     evaluated_s = 0.0 if load.response else 2 * load.heldout * load.whole / (SCORED * faster)
     return trained_s + updates_s + valued_s, evaluated_s
+
+
+def _judged_core_s(config: ModelJudge.Config, load: Load) -> float:
+    """Return the seconds of a core in which a judge of SIZE parameters judges a step's samples."""
+    shown = QUESTION + PROMPT + load.response * (2 if config.rubric.way == "pairs" else 1)
+    written = config.max_tokens if config.verdict == "written" else 0
+    questions = load.samples / load.group * num_questions(config.rubric, load.group, "model_judge")
+    return questions * (shown / SCORED + written / DECODED)

@@ -15,6 +15,7 @@ import pytest
 
 from flowrl.runs.verify import verify_run
 from flowrl.runtime.rundir import holders
+from flowrl.stops import ECHO_S
 from flowrl.telemetry.metrics import read_steps
 from flowrl.telemetry.report import read_ending
 from tests.ray.test_faults_of_ray import started_by
@@ -156,6 +157,7 @@ def test_a_run_that_is_stopped_in_every_phase_goes_on_by_what_it_says(tiny: Path
         story.wait_for_score(run)
         run.press_ctrl_c()
         run.until("stopping (SIGINT)", "what it shows alone")
+        time.sleep(ECHO_S)  # sooner it would be the first one's echo
         run.press_ctrl_c()
         story.ended(run, 130)
 

@@ -49,6 +49,17 @@ def test_the_estimate_grows_with_what_is_to_be_done_and_costs_a_moment() -> None
     assert time.perf_counter() - start_s < 1.0
 
 
+@pytest.mark.slow
+def test_a_judge_takes_the_time_of_what_it_reads() -> None:
+    """Each of 6 pairs of a group of 4 is read in both orders, and each answer is once."""
+    judged = ["steps=40", "generator.group_size=4", "model_judge.model=SmolLM2-135M-Instruct"]
+    alone, points = minutes("group_async", *judged[:2]), minutes("group_async", *judged)
+    pairs = minutes("group_async", *judged, "model_judge.rubric.way=pairs")
+    assert alone < points
+    assert 2.0 < pairs / points < 4.0
+    assert minutes("group_async", *judged, "model_judge.verdict=written") > 2 * points
+
+
 @pytest.mark.parametrize(
     ("graph", "override", "why"),
     [
