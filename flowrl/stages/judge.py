@@ -101,6 +101,8 @@ class _Judging(Stage):
 class Judge(_Judging):
     """Scores by asking a server that speaks OpenAI's chat completions."""
 
+    simulated = _Judging.simulated
+
     class Config(StageConfig):
         """Settings of a judge behind a URL."""
 
@@ -161,6 +163,7 @@ class ModelJudge(_Judging):
         engine: ImportPath = ANSWERING_VLLM  # module:Class of the generation engine; verdict=expected: with `among`
 
     optional = frozenset({"weights"})
+    simulated = _Judging.simulated
     weights: In[Weights]
 
     def __init__(self, config: Config) -> None:

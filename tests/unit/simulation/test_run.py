@@ -167,6 +167,23 @@ def test_a_graph_that_admits_nothing_is_refused() -> None:
         simulate(Graph(nodes=whole.nodes, edges=whole.edges[:-1], until=whole.until), profile())
 
 
+JUDGE = "judge.server.url=http://127.0.0.1:1/v1 judge.server.model=rater"
+
+
+@pytest.mark.parametrize("name", ["ppo_async", "group_async", "iterative_dpo", "rejection", "distill_online"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        "seed=1", JUDGE, "model_judge.model=tiny", "reward_models=[tiny]", "replay.ratio=0.5", "evaluation.beside=1",
+        "learner.evaluate_every=2 evaluation.sets.hard=hard.jsonl",
+    ],
+)  # fmt: skip
+def test_whatever_settings_add_to_a_shipped_graph_says_how_it_is_simulated(name: str, more: str) -> None:
+    known = load_program(GRAPH.with_name(f"{name}.py")).settings.__struct_fields__
+    if more.partition(".")[0].partition("=")[0] in known:
+        assert lacking(load_program(GRAPH.with_name(f"{name}.py"), overrides=more.split()).graph) == ""
+
+
 def test_a_graph_that_trains_nothing_is_refused() -> None:
     generating = load_program(GRAPH.with_name("generate.py")).graph
     assert lacking(generating) == "trains nothing"
