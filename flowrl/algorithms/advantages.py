@@ -94,6 +94,17 @@ def segment_means(values_BT: Tensor, segments_BT: Tensor, mask_BT: Tensor) -> Te
     return means_BT
 
 
+def segment_starts(values_T: Tensor, segments_T: Tensor, mask_T: Tensor) -> Tensor:
+    """Return of one sample the value where each segment begins, and a 0 for all that come behind its last.
+
+    >>> segment_starts(torch.tensor([4.0, 3.0, 1.0]), torch.tensor([0, 0, 1]), torch.ones(3)).tolist()
+    [4.0, 1.0, 0.0]
+    """
+    sampled_N = segments_T[mask_T > 0]
+    is_first_N = sampled_N != torch.nn.functional.pad(sampled_N[:-1], (1, 0), value=-1)
+    return torch.nn.functional.pad(values_T[mask_T > 0][is_first_N], (0, 1))
+
+
 def group_centred(rewards_B: Tensor, present_B: Tensor) -> Tensor:
     """Return R_i - mean(R) over the present samples, 0 for the others.
 

@@ -189,6 +189,11 @@ class Objective(Config):
         """Return which settings have no effect, and why, where a version takes so many optimizer steps."""
         return []
 
+    def changed(self, *names: str) -> list[str]:
+        """Return those of the settings that are not as they come."""
+        plain = type(self)()
+        return [name for name in names if getattr(self, name) != getattr(plain, name)]
+
     def reference_point(self, log_ratios: Sequence[float]) -> float:
         """Return the column "reference_point" from the summed log ratios of a step's mismatched pairs."""
         raise NotImplementedError

@@ -28,7 +28,7 @@ class CISPO(PolicyGradient):
     """Clipped importance-sampling policy optimisation."""
 
     has_own_region: ClassVar = True  # weights are clipped
-    compares_group: ClassVar = True  # the baseline is the group's mean
+    compares_group: ClassVar = "mean and std"
     clip_low: Annotated[float, Meta(ge=0, le=1)] = 1.0  # weights are at least 1 - this
     clip_high: Annotated[float, Meta(ge=0)] = 4.0  # weights are at most 1 + this
 

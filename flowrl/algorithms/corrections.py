@@ -85,7 +85,7 @@ class Correction(Config):
     @property
     def weighs_tokens(self) -> bool:
         """Return whether tokens count by pi / pi_old, however far that is from 1."""
-        return self.kind not in ("behaviour", "sequence")
+        return self.kind not in ("behaviour", "sequence", "interpolated")
 
     def idle_fields(self) -> list[str]:
         """Return the fields that were changed and that this kind does not read."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class DAPO(PolicyGradient):
     """Decoupled clip and dynamic sampling policy optimisation."""
 
-    compares_group: ClassVar = True  # the baseline is the group's mean
+    compares_group: ClassVar = "mean and std"
     clip_high: Annotated[float, Meta(ge=0)] = 0.28  # ratios count up to 1 + this
     filter_groups: bool = True  # leave out groups whose rewards are all equal
 

@@ -40,6 +40,17 @@ class Distillation(Objective):
     mix: Annotated[float, Meta(ge=0, le=1)] = 0.5  # of the KL; the rest is the likelihood of the tokens
     max_weight: Annotated[float, Meta(ge=1)] = 10.0  # of tokens that the other one sampled
 
+    def idle_settings(self, num_updates: int) -> list[str]:
+        """Return which settings have no effect, and why."""
+        over = "teacher" if self.direction == "forward" else "student"
+        if not self.mix:
+            names, why = self.changed("direction", "drawn_by", "max_weight"), "with mix=0, the likelihood alone"
+        elif self.drawn_by == over:
+            names, why = self.changed("max_weight"), f"where the {over}'s own tokens are learned, which have weight 1"
+        else:
+            return []
+        return [f"objective.{', '.join(names)}: no effect {why}"] if names else []
+
     def loss(self, batch: LossBatch) -> Loss:
         """Return the mixed loss as a sum over masked tokens and their number.
 

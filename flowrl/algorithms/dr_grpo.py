@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class DrGRPO(PolicyGradient):
     """GRPO done right."""
 
-    compares_group: ClassVar = True  # the baseline is the group's mean
+    compares_group: ClassVar = "mean"  # the baseline is the group's mean
     normalisation: Normalisation = "constant"
 
     def advantages(self, batch: AdvantageBatch) -> Advantages:

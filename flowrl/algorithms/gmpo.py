@@ -31,7 +31,7 @@ class GMPO(PolicyGradient):
     """Geometric-mean policy optimisation."""
 
     has_own_region: ClassVar = True  # log ratios are clipped before their mean
-    compares_group: ClassVar = True  # the baseline is the group's mean
+    compares_group: ClassVar = "mean and std"
     width: Annotated[float, Meta(gt=0)] = 0.4  # nats; a token's log ratio counts up to this on the side it is pushed to
     normalisation: Normalisation = "sequence"
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class GRPO(PolicyGradient):
     """Group relative policy optimisation."""
 
-    compares_group: ClassVar = True  # the baseline is the group's mean
+    compares_group: ClassVar = "mean and std"
     normalisation: Normalisation = "sequence"
     kl: KL = KL(coef=0.04, placement="loss", estimator="k3")
 

@@ -30,7 +30,7 @@ class GSPO(PolicyGradient):
     """Group sequence policy optimisation."""
 
     has_own_region: ClassVar = True  # whole sequences are clipped
-    compares_group: ClassVar = True  # the baseline is the group's mean
+    compares_group: ClassVar = "mean and std"
     clip_low: Annotated[float, Meta(ge=0, le=1)] = 3e-4  # sequence ratios count down to 1 - this
     clip_high: Annotated[float, Meta(ge=0)] = 4e-4  # sequence ratios count up to 1 + this
     normalisation: Normalisation = "sequence"

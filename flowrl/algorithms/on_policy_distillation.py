@@ -60,6 +60,16 @@ class OnPolicyDistillation(PolicyGradient):
         """Return whether rewards are compared within a group, or groups filtered by them."""
         return self.reward_coef > 0 or self.filter_groups
 
+    @property
+    def reads_scores(self) -> bool:
+        """Return whether rewards are learned beside the teacher, or groups filtered by them."""
+        return self.needs_group
+
+    @property
+    def centred_by(self) -> str:
+        """Return what comes off each reward."""
+        return "the group's own mean"
+
     def gap(self, logprobs_BT: Tensor, teacher_BT: Tensor) -> Tensor:
         """Return how much likelier the teacher finds each token, within max_gap."""
         return (teacher_BT - logprobs_BT).clamp(-self.max_gap, self.max_gap)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class OPO(PolicyGradient):
     """Policy gradient with the optimal reward baseline."""
 
-    compares_group: ClassVar = True  # the baseline is the group's weighted mean
+    compares_group: ClassVar = "mean"  # the baseline is the group's weighted mean
 
     def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return the reward of each sample less the group's mean by length, on each of its tokens."""

@@ -75,7 +75,8 @@ class PolicyGradient(Algorithm):
     """Settings, loss and parts of the advantages of every algorithm that weights log-probs by them."""
 
     has_own_region: ClassVar[bool] = False  # whether what bounds the ratio is what the algorithm is about
-    compares_group: ClassVar[bool] = False  # whether a sample's advantage depends on the others of its group
+    # what of its group's scores a sample's advantage is relative to; "": it does not depend on the other samples
+    compares_group: ClassVar[Literal["", "mean", "mean and std"]] = ""
 
     clip_low: Annotated[float, Meta(ge=0, le=1)] = 0.2  # ratios count down to 1 - this
     clip_high: Annotated[float, Meta(ge=0)] = 0.2  # ratios count up to 1 + this
@@ -119,7 +120,22 @@ class PolicyGradient(Algorithm):
     @property
     def needs_group(self) -> bool:
         """Return whether the samples of a group are compared, to find their advantages or to filter groups."""
-        return self.compares_group or self.filter_groups
+        return bool(self.compares_group) or self.filter_groups
+
+    @property
+    def reads_scores(self) -> bool:
+        """Return whether scores are learned, or decide which groups are."""
+        return True
+
+    @property
+    def centred_by(self) -> str:
+        """Return what is taken off all scores alike, so that a constant more of each changes nothing; "": nothing."""
+        return "the group's own mean" if self.compares_group else ""
+
+    @property
+    def divided_by(self) -> str:
+        """Return what advantages are divided by, so that a unit of all rewards changes nothing; "": nothing."""
+        return "the group's own std" if self.compares_group == "mean and std" else ""
 
     @property
     def needs_full_sampling(self) -> bool:
@@ -158,9 +174,7 @@ class PolicyGradient(Algorithm):
                 "the start of the step, and one optimizer step a version leaves it 1; set learner.minibatches or "
                 "learner.epochs to 2 or more, or correction.kind=behaviour, which clips against the policy that sampled"
             )
-        plain = type(self)()
-        changed = [name for name in CLIPS if name not in self.bounds and getattr(self, name) != getattr(plain, name)]
-        if changed:
+        if changed := self.changed(*(name for name in CLIPS if name not in self.bounds)):
             found.append(f"algorithm.{', '.join(changed)}: no effect, for {type(self).__name__} has {bounds} instead")
         if unread := self.correction.idle_fields():
             names = ", ".join(f"correction.{name}" for name in unread)
@@ -169,12 +183,23 @@ class PolicyGradient(Algorithm):
             found.append(f"algorithm.constant_tokens: no effect with normalisation={self.normalisation}")
         if self.kl.horizon != KL().horizon and not self.kl.target:
             found.append("algorithm.kl.horizon: no effect while kl.target is 0")
-        shaping = self.shaping
-        if shaping.mean and self.compares_group and not shaping.clip and shaping.cut_factor == 1.0:
-            found.append(f"algorithm.shaping.mean: no effect, for {type(self).__name__} takes off the group's own mean")
-        found += [f"algorithm.shaping.{line}" for line in shaping.idle_settings()]
-        if self.kl.coef == 0.0 and (self.kl.placement, self.kl.estimator) != (KL().placement, KL().estimator):
-            found.append("algorithm.kl.placement, kl.estimator: no effect while kl.coef is 0")
+        if not self.reads_scores:
+            why = f", for {type(self).__name__} learns no score with these settings"
+            found += self.shaping.said_idle(self.shaping.__struct_fields__, why)
+        else:
+            if self.mask_cut and not (self.needs_group or self.needs_greedy):
+                why = " with mask_cut=true, which learns nothing of cut answers"
+                found += self.shaping.said_idle(("cut_factor", "cut_penalty"), why)
+            is_penalised = self.kl.coef > 0 and self.kl.placement == "reward"
+            found += self.shaping.idle_settings(
+                type(self).__name__,
+                centred_by="" if self.mean_range else self.centred_by,
+                divided_by="" if self.mean_range or is_penalised else self.divided_by,
+            )
+        own, names = type(self)().kl, ("placement", "estimator", "is_weighted")
+        changed = [f"kl.{name}" for name in names if getattr(self.kl, name) != getattr(own, name)]
+        if changed and not self.kl.coef:
+            found.append(f"algorithm.{', '.join(changed)}: no effect while kl.coef is 0")
         return found
 
     @property

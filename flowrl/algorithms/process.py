@@ -43,6 +43,11 @@ class Process(Objective):
         """Return "accuracy": the share of an example's steps that are judged as labelled."""
         return "accuracy"
 
+    def idle_settings(self, num_updates: int) -> list[str]:
+        """Return which settings have no effect, and why."""
+        is_idle = self.labels == "soft" and self.changed("threshold")
+        return ["objective.threshold: no effect with labels=soft"] if is_idle else []
+
     def loss(self, batch: LossBatch) -> Loss:
         """Return the cross-entropy as a sum over labelled steps and their number.
 

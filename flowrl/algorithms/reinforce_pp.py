@@ -35,6 +35,16 @@ class ReinforcePP(PolicyGradient):
         """Return True: the step's mean is the baseline."""
         return True
 
+    @property
+    def centred_by(self) -> str:
+        """Return what whitening, or the group's baseline before it, takes off, where each token has the whole score."""
+        return super().centred_by or ("the step's mean" if self.gamma == 1.0 else "")
+
+    @property
+    def divided_by(self) -> str:
+        """Return what whitening divides by."""
+        return "the step's std"
+
     def advantages(self, batch: AdvantageBatch) -> Advantages:
         """Return each token's discounted return."""
         scores_B, metrics = self.shaped_scores(batch)
@@ -45,7 +55,7 @@ class ReinforcePP(PolicyGradient):
 class ReinforcePPBaseline(ReinforcePP):
     """REINFORCE++-baseline: the group's mean comes off each score, then as REINFORCE++ with gamma = 1."""
 
-    compares_group: ClassVar = True  # the baseline is the group's mean
+    compares_group: ClassVar = "mean"  # the baseline is the group's mean
 
     def __post_init__(self) -> None:
         super().__post_init__()

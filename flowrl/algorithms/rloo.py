@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class RLOO(PolicyGradient):
     """REINFORCE leave-one-out."""
 
-    compares_group: ClassVar = True  # the baseline is the mean of the group's other samples
+    compares_group: ClassVar = "mean"  # the baseline is the mean of the group's other samples
     kl: KL = KL(coef=0.05)
 
     def advantages(self, batch: AdvantageBatch) -> Advantages:

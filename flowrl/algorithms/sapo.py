@@ -32,7 +32,7 @@ class SAPO(PolicyGradient):
     """Soft adaptive policy optimisation."""
 
     has_own_region: ClassVar = True  # the gate bounds the ratio
-    compares_group: ClassVar = True  # the baseline is the group's mean
+    compares_group: ClassVar = "mean and std"
     tau_positive: Annotated[float, Meta(gt=0)] = 1.0  # how soon good tokens stop counting
     tau_negative: Annotated[float, Meta(gt=0)] = 1.05  # and bad ones
     normalisation: Normalisation = "sequence"

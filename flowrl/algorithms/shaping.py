@@ -23,6 +23,8 @@ from flowrl.config import Config, Meta
 from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 MIN_STD = 1e-6  # scores that differ less are equal, and there is nothing to divide by
@@ -37,7 +39,8 @@ class Shaping(Config):
     running: bool = False
     num_scores: Annotated[int, Meta(ge=0)] = 0  # scores that mean and std stand for when a running one begins
     clip: Annotated[float, Meta(ge=0)] = 0.0  # scores beyond +- this are clipped, to go with mean and std; 0: none
-    # of an answer that was cut before its end: its score is multiplied by the factor (OpenRLHF), less the penalty (TRL)
+    # of an answer that was cut before its end: its score is multiplied by the factor (OpenRLHF), which makes one below
+    # 0 greater, less the penalty (TRL)
     cut_factor: Annotated[float, Meta(ge=0, le=1)] = 1.0
     cut_penalty: Annotated[float, Meta(ge=0)] = 0.0
     max_tokens: Annotated[int, Meta(ge=0)] = 0  # where the length penalty is complete; 0: sampling.max_tokens
@@ -49,13 +52,29 @@ class Shaping(Config):
             what = f"shaping.overlong_buffer {self.overlong_buffer} is longer than max_tokens {self.max_tokens}"
             raise ValueError(f"{what}; lower it")
 
-    def idle_settings(self) -> list[str]:
-        """Return which settings have no effect, and why."""
+    def said_idle(self, names: Sequence[str], why: str) -> list[str]:
+        """Return a line that those of the settings which were changed have no effect; none where none was."""
+        changed = [f"shaping.{name}" for name in names if getattr(self, name) != getattr(Shaping(), name)]
+        return [f"algorithm.{', '.join(changed)}: no effect{why}"] if changed else []
+
+    def idle_settings(self, algorithm: str, *, centred_by: str, divided_by: str) -> list[str]:
+        """Return which settings have no effect, and why, where an algorithm takes something off all scores, and divides
+        all rewards by something, or "" for nothing.
+        """
         found: list[str] = []
-        if not self.overlong_buffer and (self.max_tokens or self.overlong_factor != Shaping().overlong_factor):
-            found.append("max_tokens, overlong_factor: no effect while shaping.overlong_buffer is 0")
-        if self.num_scores and not self.running:
-            found.append("num_scores: no effect without shaping.running=true")
+        if not self.overlong_buffer:
+            found += self.said_idle(("max_tokens", "overlong_factor"), " while shaping.overlong_buffer is 0")
+        if not self.running:
+            found += self.said_idle(("num_scores",), " without shaping.running=true")
+        is_centred = bool(centred_by) and not self.clip
+        is_divided = bool(divided_by) and not (self.clip or self.cut_penalty or self.overlong_buffer)
+        off, by = f"{algorithm} takes off {centred_by}", f"divides by {divided_by}"
+        if is_divided:
+            found += self.said_idle(("std",), f", for {algorithm} {by}")
+        if is_centred and (is_divided or not (self.running and self.num_scores)):
+            found += self.said_idle(("mean",), f", for {off}")
+        if is_centred and is_divided and self.running:
+            found += self.said_idle(("running", "num_scores"), f", for {off} and {by}")
         return found
 
     def normalised(self, rewards_B: Tensor) -> Tensor:

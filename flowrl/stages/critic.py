@@ -223,7 +223,8 @@ class Critic(Stage):
                 save_state(engine, directory, context.version)
                 (directory / SCALE).write_bytes(msgspec.json.encode(self._scale))
                 if self.config.save_model:
-                    units = f", as (V - {self._scale.mean:.6g}) / {self._scale.unit:.6g}" * bool(self._is_scaled)
+                    is_plain = (self._scale.mean, self._scale.unit) == (0.0, 1.0)
+                    units = "" if is_plain else f", as (V - {self._scale.mean:.6g}) / {self._scale.unit:.6g}"
                     engine.save_model(directory / "model", card=f"{CARD.format(version=version)}{units}.\n")
                     (directory / "model" / SCALE).write_bytes(msgspec.json.encode(self._scale))
                 estimation.save(directory, version)
@@ -283,9 +284,10 @@ class Critic(Stage):
         updates: list[dict[str, float]] = []
         num_parts, epochs = self.config.minibatches, self.config.epochs
         explained = explained_variance(step)
+        before = self._scale
         if self._is_scaled:
-            before, self._scale = self._scale, self._scale.seen(sampled(step, "returns").tolist())
-            step = [in_units(group, before, self._scale) for group in step]
+            self._scale = before.seen(sampled(step, "returns").tolist())
+        step = [in_units(group, before, self._scale) for group in step]
         for places in minibatches(len(step), num_parts, epochs, seed=(self.config.seed, context.version)):
             metrics = await context.compute(engine.accumulate, [step[place] for place in places], self.config.objective)
             updates.append(metrics | await context.compute(engine.apply))

@@ -76,7 +76,9 @@ def advice(objective: Objective, *, max_staleness: int = 0, num_updates: int = 1
         found.append(f"{text}to drift into text that only the reward likes; set algorithm.kl.coef=0.01")
     kind = getattr(getattr(objective, "correction", None), "kind", "")
     what = better = ""
-    if max_staleness > MEASURED and kind in ("truncated", "behaviour"):
+    if max_staleness <= 1 and kind == "interpolated":
+        what, better = "is behaviour where no sample is more than one version old", "behaviour"
+    elif max_staleness > MEASURED and kind in ("truncated", "behaviour"):
         what = f"was measured up to {MEASURED} only"
         better = "second_moment or divergence, whose papers go further"
     elif max_staleness >= STALE and kind == "truncated":

@@ -95,6 +95,8 @@ class OfflineLearner(Stage):
             self.config, self.course.model, "learner", num_steps=self.course.steps, say=say, head=objective.head
         )
         check_masters(self.course.model, say)
+        for line in objective.idle_settings(1):
+            say(line)
         if objective.learns_from == "labelled responses" and self.course.examples_per_step < 2:
             what = "1 never holds both a good and a bad response"
             raise ConfigError("examples_per_step", what, "set it to 2 or more; 16 is usual")

@@ -70,6 +70,8 @@ def check_training(
     """
     check_engine_of(settings, where, model)
     check_schedule(settings, num_steps, where, say)
+    for line in settings.idle_settings():
+        say(f"{where}.{line}")
     directory = prepare_model(model, say=say)
     check_model(settings, directory, where, head)
     if saves:

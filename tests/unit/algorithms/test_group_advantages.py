@@ -237,6 +237,16 @@ def test_the_baseline_of_turns_is_by_turn():
     assert not found_BT[:, 1::2].any()
 
 
+def test_remax_compares_each_turn_with_what_the_greedy_response_had_still_to_earn():
+    greedy = episodes([1.0, 1.0, 1.0])
+    batch = episodes([1.0] * 5, [0.0, 2.0])._replace(greedy=greedy)
+    found_BT = ReMax(kl=KL()).advantages(batch).advantages_BT
+    # Returns to go 5, 4, 3, 2, 1 and 2, 2 less the greedy response's 3, 2, 1 and nothing after its end.
+    assert found_BT[0, ::2].tolist() == [2.0, 2.0, 2.0, 2.0, 1.0]
+    assert found_BT[1, :3].tolist() == [-1.0, 0.0, 0.0]
+    assert not found_BT[:, 1::2].any()
+
+
 def test_the_baseline_by_turn_leaves_a_penalty_on_its_tokens():
     batch = episodes([1.0, 0.0], [0.0, 1.0])
     assert batch.reference_BT is not None

@@ -307,7 +307,7 @@ def test_a_loss_that_lacks_what_it_needs_is_refused():
     [
         (
             {"shaping": Shaping(overlong_factor=2.0)},
-            "shaping.max_tokens, overlong_factor: no effect while shaping.overlong",
+            "shaping.overlong_factor: no effect while shaping.overlong",
         ),
         ({"shaping": Shaping(num_scores=8)}, "shaping.num_scores: no effect without shaping.running"),
         ({"kl": KL(coef=0.1, horizon=9)}, "kl.horizon: no effect while kl.target is 0"),
@@ -318,11 +318,3 @@ def test_a_setting_without_effect_is_named(settings: dict[str, Any], said: str):
     (line,) = PPO(**settings).idle_settings(2)
     assert line.startswith(f"algorithm.{said}")
     assert PPO(shaping=Shaping(overlong_buffer=2, overlong_factor=2.0, running=True)).idle_settings(2) == []
-
-
-def test_a_mean_is_without_effect_where_the_groups_own_is_taken_off():
-    (line,) = GRPO(shaping=Shaping(mean=2.0)).idle_settings(2)
-    assert line == "algorithm.shaping.mean: no effect, for GRPO takes off the group's own mean"
-    for shaping in (Shaping(mean=2.0, clip=5.0), Shaping(mean=2.0, cut_factor=0.5)):
-        assert GRPO(shaping=shaping).idle_settings(2) == []
-    assert PPO(shaping=Shaping(mean=2.0)).idle_settings(2) == []

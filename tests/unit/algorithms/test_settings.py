@@ -21,6 +21,7 @@ from flowrl.errors import ConfigError
         ("cispo:CISPO", {"dual_clip": 3.0}, "CISPO clips weights, not the surrogate"),
         ("reinforce_pp:ReinforcePPBaseline", {"gamma": 0.9}, "is defined for gamma 1"),
         ("gmpo:GMPO", {"normalisation": "token"}, "GMPO's mean is a sequence's; use sequence"),
+        ("remax:ReMax", {"filter_groups": True, "mean_range": (0, 1)}, "not with its group; leave it out"),
         ("gspo:GSPO", {"correction": {"kind": "divergence"}}, "take the place of GSPO's own bound"),
         ("ppo:PPO", {"kl": {"is_weighted": True}}, "kl.is_weighted weighs the term of the loss"),
         ("dapo:DAPO", {"shaping": {"overlong_buffer": 8, "max_tokens": 4}}, "longer than max_tokens 4"),

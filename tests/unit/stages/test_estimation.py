@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -13,11 +15,12 @@ from flowrl.algorithms.corrections import Correction
 from flowrl.algorithms.grpo import GRPO
 from flowrl.algorithms.policy import KL
 from flowrl.algorithms.ppo import PPO
+from flowrl.algorithms.return_scale import ReturnScale
 from flowrl.config import Select
 from flowrl.engines.base import TokenGroup
 from flowrl.errors import ConfigError, DataError
 from flowrl.messages import Buffer, Referenced, Sample, VersionSpan
-from flowrl.stages.critic import explained_variance, longer, split_after
+from flowrl.stages.critic import Critic, explained_variance, longer, split_after
 from flowrl.stages.estimation import (
     Estimation,
     advice,
@@ -27,6 +30,8 @@ from flowrl.stages.estimation import (
     load_algorithm,
     settled,
 )
+from flowrl.stages.learner import Learner
+from flowrl.stages.sampler import Learning, Sampler
 from tests.support import slow_algorithms as slow
 
 if TYPE_CHECKING:
@@ -137,6 +142,28 @@ def test_returns_that_are_all_equal_have_no_variance_to_explain():
     assert explained_variance([valued([1.0, 1.0], [0.5, 0.0])]) == {}
 
 
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_a_critic_that_began_with_a_scale_learns_in_its_units_whether_or_not_the_scale_goes_on(is_scaled: bool):
+    sampler = Sampler(model="", engine="")
+    learning = Learning(algorithm=Select(use="flowrl.algorithms.ppo:PPO"), steps=1, groups_per_step=1, max_staleness=0)
+    critic = Critic(Critic.Config(), sampler, learning, Learner.Config())
+    begun = ReturnScale(weight=1.0, mean=10.0, square=100.0 + 0.25**2)  # a unit of 2
+    critic._scale, critic._is_scaled = begun, is_scaled
+    given: list[TokenGroup] = []
+    engine: Any = SimpleNamespace(accumulate=lambda groups, _: given.extend(groups) or {}, apply=dict)
+
+    async def compute(work: Any, *args: Any) -> Any:
+        return work(*args)
+
+    context: Any = SimpleNamespace(now=lambda: 0.0, compute=compute, span=lambda *_: None, version=0)
+    asyncio.run(critic._train(context, engine, [valued([14.0, 8.0], [12.0, 9.0])]))
+    now = begun.seen([14.0, 8.0]) if is_scaled else begun
+    assert critic._scale == now
+    assert given[0].columns["values"][0].tolist() == [1.0, -0.5], "what the network said"
+    expected = [(14.0 - now.mean) / now.unit, (8.0 - now.mean) / now.unit]
+    assert given[0].columns["returns"][0].tolist() == pytest.approx(expected)
+
+
 def test_the_value_behind_a_cut_answer_is_read_before_one_more_token():
     whole, cut = group(0, gap=0.0).samples[0], msgspec.structs.replace(group(0, gap=0.0).samples[0], finish="length")
     pair = msgspec.structs.replace(group(0, gap=0.0), samples=[whole, cut])
@@ -192,6 +219,7 @@ def test_ppo_without_any_kl_is_warned_of_and_group_algorithms_are_not():
         ("behaviour", 9, 1, "second_moment or divergence, whose papers go further"),
         ("truncated", 9, 1, "second_moment or divergence, whose papers go further"),
         ("second_moment", 64, 1, ""),
+        ("interpolated", 1, 4, "behaviour"),
     ],
 )
 def test_old_samples_under_a_correction_that_is_not_for_them_are_warned_of(kind, max_staleness, num_updates, better):
@@ -208,6 +236,7 @@ def test_old_samples_under_a_correction_that_is_not_for_them_are_warned_of(kind,
         (PPO(), True),
         (PPO(correction=Correction(kind="divergence")), False),
         (GRPO(correction=Correction(kind="sequence")), True),
+        (PPO(correction=Correction(kind="interpolated")), True),
         (PPO(correction=Correction(kind="truncated")), False),
         (PPO(correction=Correction(kind="decoupled")), False),
         (CISPO(), False),
