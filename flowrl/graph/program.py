@@ -8,14 +8,16 @@ Tests: tests/unit/graph/test_graph.py
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from flowrl.config import given, resolve
+from flowrl.config import Config, given, resolve
 from flowrl.errors import ConfigError, FlowrlError, GraphError, check_text
 from flowrl.graph.edges import Credits, Latest, Queue
 from flowrl.graph.graph import Graph, RunSettings, with_bounds
@@ -23,7 +25,7 @@ from flowrl.graph.stage import Specification, from_specification, specification
 from flowrl.imports import add_places, load_afresh
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from flowrl.graph.edges import Edge
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     Placing = Callable[[Graph, Mapping[str, str], Mapping[str, Any]], Mapping[str, Any]]
 
 
+LOOKED_S = 0.5  # for what has no effect
 EDGE_KINDS: dict[str, type[Any]] = {"queue": Queue, "latest": Latest, "credits": Credits}
 
 
@@ -89,6 +92,7 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     path: Path
     settings: Any  # the file's own Settings, a RunSettings
     graph: Any  # Graph
+    unread: list[str] = []  # addresses of settings that were given and change nothing of the graph
 
 
 def load_program(
@@ -119,16 +123,60 @@ def load_program(
             "write class Settings(RunSettings) from flowrl.graph.graph",
         )
     read = partial(resolve, kind, config=config, overrides=overrides, places=places)
+    asked = given(kind, config=config, overrides=overrides)
     settings = _guarded(path, "Settings", read)
     graph = _guarded(path, "build", build_graph, module, settings)
     graph.check()
     if placing is not None:
-        found = placing(graph, node_paths(settings, graph), given(kind, config=config, overrides=overrides))
+        found = placing(graph, node_paths(settings, graph), asked)
         settings = _guarded(path, "Settings", partial(read, implied=found))
         graph = _guarded(path, "build", build_graph, module, settings)
         graph.check()
-    graph_of(plan_of(graph))  # every process will rebuild its stage from the plan
-    return Program(path=path, settings=settings, graph=graph)
+    plan = plan_of(graph)
+    graph_of(plan)  # every process will rebuild its stage from the plan
+    plain = partial(resolve, kind, places=places)
+    return Program(path=path, settings=settings, graph=graph, unread=_unread(module, settings, plain, asked, plan))
+
+
+def _unread(
+    module: Any, settings: Any, plain: Callable[[], Any], asked: Mapping[str, Any], plan: GraphPlan
+) -> list[str]:
+    """Return what was given and makes no other graph than its default does: its node is not there, mostly.
+
+    Each is tried, for half a second in all. What a graph cannot be built without is read.
+    """
+    own = {name: value for name, value in asked.items() if name not in RunSettings.__struct_fields__}
+    found: list[str] = []
+    until_s = time.monotonic() + LOOKED_S
+    with contextlib.suppress(ConfigError):  # some have no default
+        default = plain()
+        for address in _leaves(own, settings):
+            with contextlib.suppress(Exception):
+                other = _as_it_comes(settings, default, address)
+                if other != settings and plan_of(build_graph(module, other)) == plan:
+                    found.append(".".join(address))
+            if time.monotonic() > until_s:
+                break
+    return found
+
+
+def _leaves(asked: Mapping[str, Any], settings: Any) -> Iterator[list[str]]:
+    """Yield the addresses of what is given, down to what is no settings any more."""
+    for name, value in asked.items():
+        inner = getattr(settings, name)
+        if isinstance(value, dict) and isinstance(inner, Config):
+            yield from ([name, *rest] for rest in _leaves(cast("dict[str, Any]", value), inner))
+        else:
+            yield [name]
+
+
+def _as_it_comes(settings: Any, plain: Any, address: Sequence[str]) -> Any:
+    """Return settings with one of them as it is by default."""
+    name, *rest = address
+    default = getattr(plain, name)
+    return msgspec.structs.replace(
+        settings, **{name: _as_it_comes(getattr(settings, name), default, rest) if rest else default}
+    )
 
 
 def get_setting(settings: Any, path: str) -> Any:

@@ -80,6 +80,11 @@ class Rubric(Config):
     reference_column: str = ""  # of the data: an answer that is right, shown to the judge; "": none
     max_chars: Annotated[int, Meta(ge=100)] = 20_000  # of a question or an answer that are shown; the middle is cut
 
+    def idle_settings(self) -> list[str]:
+        """Return which settings have no effect, and why."""
+        is_idle = self.rivals and self.way != "pairs"
+        return [f"rubric.rivals: no effect with way={self.way}"] if is_idle else []
+
     def principles(self, where: str) -> list[Principle]:
         """Return what is judged by.
 

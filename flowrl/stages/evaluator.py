@@ -103,6 +103,8 @@ class Evaluator(Stage):
         self._load_sets()
         tasks = self._load_tasks()
         self._check_best(tasks)
+        if self.config.task_items and not tasks:
+            say("evaluation.task_items: no effect without evaluation.tasks")
         scoring = self._scoring()
         if scoring is not None and self.config.function:
             try_function(scoring, self.sampler.data, where="evaluation.function")

@@ -124,6 +124,10 @@ class Judge(_Judging):
         if self.config.second.url:
             check_chat(self.config.second, "judge.second")
         self.config.rubric.principles("judge.rubric.constitution")
+        for line in self.config.rubric.idle_settings():
+            say(f"judge.{line}")
+        if not self.config.second.url and self.config.second_every != Judge.Config().second_every:
+            say("judge.second_every: no effect without judge.second.url")
 
     async def run(self, context: Context) -> None:
         """Judge groups until the edge closes."""
@@ -183,6 +187,10 @@ class ModelJudge(_Judging):
             raise ConfigError("model_judge.max_tokens", what, "lower it, or raise model_judge.max_model_len")
         ModelVoice(self.config, None).prompt_ids([{"role": "user", "content": "?"}])
         self.config.rubric.principles("model_judge.rubric.constitution")
+        for line in self.config.rubric.idle_settings():
+            say(f"model_judge.{line}")
+        if not written and self.config.max_tokens != ModelJudge.Config().max_tokens:
+            say("model_judge.max_tokens: no effect with verdict=expected, which writes nothing")
 
     async def run(self, context: Context) -> None:
         """Judge groups until the edge closes."""

@@ -192,6 +192,24 @@ def test_processes_that_a_stage_cannot_be_are_refused(graph: str, override: str,
     assert str(refused.value).startswith(said)
 
 
+JUDGED = ["judge.server.url=http://127.0.0.1:1/v1", "judge.server.model=x"]
+
+
+@pytest.mark.parametrize(
+    ("graph", "overrides", "unread"),
+    [
+        ("group_async", ["judge.rubric.way=pairs", "model_judge.in_flight=8", "steps=7"], ["judge.rubric.way"]),
+        ("group_async", ["judge.rubric.way=pairs", *JUDGED], []),
+        ("group_async", ["judge.rubric.way=points", "seed=3", "stop_grace_s=5", "cluster.strategy=spread"], []),
+        ("ppo_async", ["reward_model.weight=0.5", "critic.lr=3e-5"], ["reward_model.weight"]),
+        ("ppo_async", ["reward_model.weight=0.5", "reward_models=[x]"], []),
+        ("rejection", ["reward.function=", "judge.rubric.rivals=2", "model_judge.model=x"], ["judge.rubric.rivals"]),
+    ],
+)  # fmt: skip
+def test_settings_that_no_node_reads_are_named(graph: str, overrides: list[str], unread: list[str]) -> None:
+    assert load_program(GRAPHS / f"{graph}.py", overrides=overrides).unread == unread
+
+
 def test_replicas_compete_where_a_stage_allows_it_but_never_for_an_ordered_queue() -> None:
     parts = Parts()
     object.__setattr__(parts.edges[0], "window", 1)
