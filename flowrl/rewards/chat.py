@@ -96,9 +96,11 @@ class Chat:
     """Continues conversations by asking a server; safe to call for several at a time."""
 
     def __init__(
-        self, server: ChatServer, post: Post, where: str, *, now: Callable[[], float], seed: int = 0, paid: Paid
-    ) -> None:
-        self._paid = paid
+        self, server: ChatServer, post: Post, where: str, *, now: Callable[[], float], seed: int = 0,
+        paid: Paid | None = None,
+    ) -> None:  # fmt: skip
+        """Count on in what is `paid`."""
+        self.paid = Paid() if paid is None else paid
         self._server = server
         self._seed = seed
         self._ask = Asker(server, post, where, turn=self._turn, seed=seed)
@@ -109,12 +111,12 @@ class Chat:
     @property
     def cost(self) -> float:
         """Return what was paid, in whichever money prices are in."""
-        return (self._paid.read * self._server.price_read + self._paid.written * self._server.price_written) / 1e6
+        return (self.paid.read * self._server.price_read + self.paid.written * self._server.price_written) / 1e6
 
     def said(self) -> str:
         """Return what was read and written, and its price where one is set."""
         price = f" at a price of {self.cost:.4g}" if self.cost else ""
-        return f"{self._paid.read} tokens read and {self._paid.written} written{price}"
+        return f"{self.paid.read} tokens read and {self.paid.written} written{price}"
 
     async def __call__(self, messages: Messages) -> str:
         """Return what comes next; for the rest see `say`."""
@@ -143,8 +145,8 @@ class Chat:
             what = f"answered {shown!r}, not a chat completion ({error})"
             raise RewardError(self._ask.where, what, f"give the url that {PATH} follows") from error
         read, written = (_count(completion.usage, name) for name in ("prompt_tokens", "completion_tokens"))
-        self._paid.read += read
-        self._paid.written += written
+        self.paid.read += read
+        self.paid.written += written
         if server.most_cost and not read + written:
             what = "does not say how many tokens it counts, so that most_cost cannot be held"
             raise LastingError(self._ask.where, what, "set most_cost=0, or take a server that tells `usage`")
@@ -181,13 +183,13 @@ def _likeliest(logprobs: Any) -> list[dict[str, float]]:
     return [{each.token: each.logprob for each in token.top_logprobs or []} for token in found]
 
 
-def check_chat(server: ChatServer, where: str) -> None:
-    """Check the settings, without a connection.
+def check_chat(server: ChatServer, where: str, say: Callable[[str], None] | None = None) -> None:
+    """Check the settings, as `check_server`.
 
     Raises:
         ConfigError: as `check_server`, or no model is named.
     """
-    check_server(server, where)
+    check_server(server, where, say)
     if not server.model:
         raise ConfigError(f"{where}.model", "is empty", "name the model as the server does")
     if server.most_cost and not server.price_read + server.price_written:
@@ -208,4 +210,4 @@ async def chatting(
     url = server.url.rstrip("/")
     endpoint = msgspec.structs.replace(server, url=url if url.endswith(PATH) else url + PATH)
     async with connected(endpoint, where, num_connections=server.concurrency, most_bytes=MOST_BYTES) as post:
-        yield Chat(endpoint, post, where, now=now, seed=seed, paid=Paid() if paid is None else paid)
+        yield Chat(endpoint, post, where, now=now, seed=seed, paid=paid)

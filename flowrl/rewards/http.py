@@ -25,6 +25,7 @@ import asyncio
 import email.utils
 import ipaddress
 import random
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -35,7 +36,7 @@ from urllib.parse import urlsplit, urlunsplit
 import msgspec
 
 from flowrl.config import Config, Meta
-from flowrl.errors import ConfigError, RewardError
+from flowrl.errors import ConfigError, LastingError, RewardError, said_briefly
 from flowrl.rewards.function import SHOWN_CHARS, checked, text_columns
 from flowrl.rewards.signatures import Style, columns_for
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 MAX_ANSWER_BYTES = 64 << 20  # some hundred bytes a score are plenty; more is not an answer
 TRY_AGAIN = frozenset({408, 429})  # besides every 5xx
+CONNECT_S = 5.0
 
 
 class Server(Config):
@@ -220,8 +222,8 @@ def seconds_asked(retry_after: str | None, *, now_s: float) -> float | None:
         return None
 
 
-def check_server(server: Server, where: str) -> None:
-    """Check the address and read the files, without a connection.
+def check_server(server: Server, where: str, say: Callable[[str], None] | None = None) -> None:
+    """Check the address and read the files; with `say` it is said, and no more, that nothing answers there.
 
     Raises:
         ConfigError: the address is not one that prompts may be sent to, or a file cannot be read.
@@ -240,6 +242,35 @@ def check_server(server: Server, where: str) -> None:
         raise ConfigError(f"{where}.url", what, "use https://, or set allow_plain_http=true in a network you trust")
     read_token(server, where)
     _trusted(server, where)
+    if say is not None and (why := unreachable(server.url)):
+        say(f"warning: {where}.url: {shown_url(server.url)} does not answer here and now ({why})")
+
+
+def unreachable(url: str) -> str:
+    """Return why nothing answers a connection to an address, "" where something does; blocks for seconds at most."""
+    parts = urlsplit(url)
+    try:
+        address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+        socket.create_connection(address, timeout=CONNECT_S).close()
+    except OSError as error:
+        return said_briefly(error)
+    return ""
+
+
+async def see_listening(server: Server, where: str) -> None:
+    """Wait until something listens at a server's address, as often as a request is tried.
+
+    Raises:
+        LastingError: nothing does.
+    """
+    why = ""
+    for attempt in range(server.retries + 1):
+        if not (why := await asyncio.to_thread(unreachable, server.url)):
+            return
+        if attempt < server.retries:
+            await asyncio.sleep(min(server.backoff_s * 2.0 ** min(attempt, 60), server.max_wait_s))
+    what = f"does not answer ({why})"
+    raise LastingError(f"{where} ({shown_url(server.url)})", what, "start the server, or mend the address")
 
 
 def is_this_machine(host: str) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -28,9 +27,9 @@ from flowrl.data.models import inspect_model, prepare_model
 from flowrl.data.prompts import load_tokenizer
 from flowrl.data.rendering import Renderer
 from flowrl.engines.base import GenerationConfig, Serving
-from flowrl.errors import ConfigError, DataError, said_briefly
+from flowrl.errors import ConfigError, DataError
 from flowrl.rewards.chat import ChatServer, chatting
-from flowrl.rewards.http import check_server
+from flowrl.rewards.http import check_server, unreachable
 from flowrl.runtime.devices import num_cores
 
 if TYPE_CHECKING:
@@ -44,7 +43,6 @@ Say = Callable[[str], None]
 Answer = Callable[..., Awaitable[str]]  # (messages, temperature=, max_tokens=, seed=)
 
 MOST_CONTEXT = 4096  # tokens, where nothing else is set
-CONNECT_S = 5.0
 SAY_EVERY_S = 10.0
 
 
@@ -117,13 +115,8 @@ def check_reachable(url: str) -> None:
     Raises:
         ConfigError: nothing does.
     """
-    parts = urlsplit(url)
-    address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
-    try:
-        socket.create_connection(address, timeout=CONNECT_S).close()
-    except OSError as error:
-        what = f"does not answer ({said_briefly(error)})"
-        raise ConfigError(url, what, "start the server, or mend the address") from error
+    if why := unreachable(url):
+        raise ConfigError(url, f"does not answer ({why})", "start the server, or mend the address")
 
 
 @asynccontextmanager

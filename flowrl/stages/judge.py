@@ -35,6 +35,7 @@ from flowrl.graph.simulated import PassesOn
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Rollouts, Scored, Weights
 from flowrl.rewards.chat import ChatServer, chatting, check_chat
+from flowrl.rewards.http import see_listening
 from flowrl.rewards.judging import Asked, Judgement, Rubric, correlated, weighed
 from flowrl.rewards.verdicts import Verdicts
 from flowrl.stages.generator import ANSWERING_VLLM
@@ -119,10 +120,10 @@ class Judge(_Judging):
         self.config: Judge.Config = config
 
     def check(self, say: Say) -> None:
-        """Check the address and read the principles; connects to nothing."""
-        check_chat(self.config.server, "judge.server")
+        """Check the address and read the principles; asks nothing."""
+        check_chat(self.config.server, "judge.server", say)
         if self.config.second.url:
-            check_chat(self.config.second, "judge.second")
+            check_chat(self.config.second, "judge.second", say)
         self.config.rubric.principles("judge.rubric.constitution")
         for line in self.config.rubric.idle_settings():
             say(f"judge.{line}")
@@ -134,6 +135,7 @@ class Judge(_Judging):
         server, second, rubric = self.config.server, self.config.second, self.config.rubric
         async with AsyncExitStack() as stack:
             with context.clock.charge(Cause.START):
+                await see_listening(server, context.where)
                 verdicts = Verdicts(context.run_dir / VERDICTS, context.where, tell=context.notice)
                 stack.callback(verdicts.close)
                 open_chat = chatting(

@@ -22,7 +22,7 @@ from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import PassesOn
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Rollouts, Scored
-from flowrl.rewards.http import Remote, RemoteScorer, Unreachable, check_server, connected
+from flowrl.rewards.http import Remote, RemoteScorer, Unreachable, check_server, connected, see_listening
 from flowrl.stages.reward import Failures, add_scores
 from flowrl.telemetry.events import Cause
 
@@ -60,8 +60,8 @@ class RemoteReward(Stage):
         self.config: RemoteReward.Config = config
 
     def check(self, say: Say) -> None:
-        """Check the address and the files; connects to nothing."""
-        check_server(widen(Remote, self.config), "remote reward")
+        """Check the address and the files; asks nothing."""
+        check_server(widen(Remote, self.config), "remote reward", say)
 
     def simulated(self, costs: Costs) -> PassesOn:
         """Take the service's time."""
@@ -72,6 +72,7 @@ class RemoteReward(Stage):
         remote = widen(Remote, self.config)
         async with AsyncExitStack() as stack:
             with context.clock.charge(Cause.START):
+                await see_listening(remote, context.where)
                 post = await stack.enter_async_context(
                     connected(remote, context.where, num_connections=self.config.concurrency)
                 )

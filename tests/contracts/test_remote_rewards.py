@@ -15,7 +15,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from flowrl.errors import ConfigError, RewardError
+from flowrl.errors import ConfigError, LastingError, RewardError
 from flowrl.rewards.http import Unreachable
 from flowrl.stages.remote_reward import RemoteReward
 from tests.support.one_stage import Alone, rollouts, stage_alone
@@ -154,14 +154,17 @@ def test_a_request_that_fails_or_is_not_answered_is_tried_again(tmp_path: Path):
     assert alone.put
 
 
-def test_nobody_listening_is_named(tmp_path: Path):
+def test_nobody_listening_is_said_by_a_check_and_ends_a_run_before_a_group_is_scored(tmp_path: Path):
+    said: list[str] = []
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # so that nobody else listens there
         address = f"127.0.0.1:{taken.getsockname()[1]}/score"
-        config = RemoteReward.Config(url=f"http://{address}", retries=1, backoff_s=0.001)
-        with pytest.raises(ExceptionGroup) as caught:
-            asyncio.run(stage_alone(RemoteReward(config), numbered(1), tmp_path, node="judge"))
-    assert caught.group_contains(Unreachable, match=rf"{address}\): attempt 2 of 2: Connection")
+        stage = RemoteReward(RemoteReward.Config(url=f"http://{address}?key=1", retries=1, backoff_s=0.001))
+        stage.check(said.append)
+        with pytest.raises(LastingError, match=rf"judge\.0 \(http://{address}\): does not answer \(Connection"):
+            asyncio.run(stage_alone(stage, numbered(1), tmp_path, node="judge"))
+    (line,) = said
+    assert line.startswith(f"warning: remote reward.url: http://{address} does not answer here and now (Connection")
 
 
 def test_one_refused_group_does_not_fail_its_batch(tmp_path: Path):

@@ -22,7 +22,7 @@ def said(body: bytes) -> tuple[Spoken, int, int]:
     async def ask() -> tuple[Spoken, int, int]:
         server = ChatServer(url="http://127.0.0.1:1/v1", model="m", retries=0)
         chat = Chat(server, post, "judge", now=lambda: 0.0)
-        return await chat.say([{"role": "user", "content": "?"}]), chat.prompt_tokens, chat.completion_tokens
+        return await chat.say([{"role": "user", "content": "?"}]), chat.paid.read, chat.paid.written
 
     return asyncio.run(ask())
 
