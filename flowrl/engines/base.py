@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, cast
 
 import msgspec
 
-from flowrl.config import AUTO, Config, Count, ImportPath, Meta, Select, load_class
+from flowrl.config import AUTO, Config, Count, ImportPath, Meta, Select, idle, load_class
 from flowrl.errors import ConfigError
 from flowrl.graph.stage import Ranks, StageConfig
 from flowrl.imports import suggest
@@ -295,13 +295,6 @@ class Scoring(Computing):
         return Lora(rank=1, bits=self.bits) if self.bits else Lora()
 
 
-def _changed(settings: Config, names: Sequence[str], where: str, why: str, *, plain: Config | None = None) -> list[str]:
-    """Return a line that those of the settings which were changed have no effect; none where none was."""
-    plain = type(settings)() if plain is None else plain
-    changed = [f"{where}.{name}".strip(".") for name in names if getattr(settings, name) != getattr(plain, name)]
-    return [f"{', '.join(changed)}: no effect {why}"] if changed else []
-
-
 # An adapter's learning rate over that of full training (Schulman et al. 2025, "LoRA Without Regret"). Twenty versions
 # at the learner's 1e-5 left the held-out score of SmolLM2-135M where it was (0.145 to 0.141), at 1e-4 it rose to 0.531.
 ADAPTER_RATE = 10
@@ -334,12 +327,12 @@ class Training(Computing):
         """Return which settings have no effect, and why, each by its address within these."""
         kind = self.schedule.kind
         unread = {"constant": ("total_steps", "final_ratio", "decay_ratio"), "wsd": ()}.get(kind, ("decay_ratio",))
-        found = _changed(self.schedule, unread, "schedule", f"with schedule.kind={kind}")
+        found = idle(self.schedule, unread, "schedule", f"with schedule.kind={kind}")
         if not self.lora.rank:
-            found += _changed(self.lora, ("alpha", "use_rslora", "targets", "publish"), "lora", "while lora.rank is 0")
+            found += idle(self.lora, ("alpha", "use_rslora", "targets", "publish"), "lora", "while lora.rank is 0")
         if not self.gradient_checkpointing:
             names = ("checkpoint_every", "checkpoint_keeps")
-            found += _changed(self, names, "", "without gradient_checkpointing=true", plain=Training())
+            found += idle(self, names, "", "without gradient_checkpointing=true", plain=Training())
         return found
 
     def implied(self, given: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import msgspec
 
-from flowrl.config import AUTO, Config, Meta
+from flowrl.config import AUTO, Config, Meta, idle
 from flowrl.errors import GraphError
 from flowrl.graph.edges import DEPTH, UNSAID, Credits, Edge, Latest, Queue
 from flowrl.graph.ports import In, Out
@@ -76,6 +76,18 @@ class RunSettings(Config):
     trackio: str = ""  # project there; "": none
     prometheus_port: Annotated[int, Meta(ge=0, le=65535)] = 0  # figures at http://127.0.0.1:PORT/metrics; 0: none
     sinks: dict[str, str] = {}  # of one's own: name -> module:Class, which is given the run's directory
+
+    def idle_settings(self) -> list[str]:
+        """Return which of these have no effect, and why."""
+        found: list[str] = []
+        if self.wandb.mode == "off":
+            found += idle(
+                self.wandb, ("project", "name"), "wandb", "while wandb.mode is off; set it to online or offline"
+            )
+        if self.runtime == "local":
+            why = "with runtime=local, which starts no processes"
+            found += idle(self, ("heartbeat_timeout_s", "cluster"), "", why, plain=RunSettings())
+        return found
 
 
 __all__ = ["Credits", "Graph", "Latest", "Queue", "Section"]

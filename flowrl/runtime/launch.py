@@ -104,6 +104,8 @@ def check_program(program: Program, *, say: Say, address: str | None) -> None:
     quiet_libraries()
     if unread := program.unread:
         say(f"{', '.join(unread)}: no effect, for no node of this graph reads {'it' if len(unread) == 1 else 'them'}")
+    for line in program.settings.idle_settings():
+        say(line)
     for directory, command in program.settings.needs.items():
         if not Path(directory).expanduser().exists():
             raise ConfigError(directory, "is not there, and the run reads from it", f"make it first: {command}")

@@ -10,7 +10,7 @@ import pytest
 
 from flowrl.errors import GraphError
 from flowrl.graph.edges import UNSAID
-from flowrl.graph.graph import Credits, Graph, Latest, Queue
+from flowrl.graph.graph import Credits, Graph, Latest, Queue, RunSettings
 from flowrl.graph.ports import In, Out
 from flowrl.graph.program import GraphPlan, graph_of, load_program, plan_of
 from flowrl.graph.show import edge_table, mermaid, staleness_line
@@ -475,3 +475,19 @@ def test_ports_are_found_with_their_messages_through_inheritance() -> None:
     assert {name: port.message for name, port in ports.items()} == {
         "prompts": Prompt, "rollouts": Rollouts, "weights": Weights, "extra": Samples,
     }  # fmt: skip
+
+
+def test_what_a_run_does_not_look_at_is_said() -> None:
+    assert RunSettings().idle_settings() == []
+    settings = load_program(GRAPHS / "group_async.py", overrides=["wandb.project=mine"]).settings
+    assert settings.idle_settings() == ["wandb.project: no effect while wandb.mode is off; set it to online or offline"]
+    overrides = [
+        "wandb.project=mine",
+        "wandb.mode=offline",
+        "runtime=local",
+        "cluster.proxies=2",
+        "heartbeat_timeout_s=5",
+    ]
+    settings = load_program(GRAPHS / "group_async.py", overrides=overrides).settings
+    (line,) = settings.idle_settings()
+    assert line == "heartbeat_timeout_s, cluster: no effect with runtime=local, which starts no processes"
