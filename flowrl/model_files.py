@@ -87,7 +87,7 @@ def text_config(settings: Mapping[str, Any]) -> dict[str, Any]:
 def num_positions(text: Mapping[str, Any]) -> int:
     """Return how many tokens the positions of a model reach, by its text config; 0 where nothing limits them."""
     names = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
-    most = next((int(text[name]) for name in names if text.get(name)), 0)
+    most = next((int(text[name]) for name in names if (text.get(name) or 0) > 0), 0)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type")) in ("linear", "dynamic", "yarn"):  # as vLLM counts
         most = max(most, int(rope.get("original_max_position_embeddings", most) * rope.get("factor", 1.0)))

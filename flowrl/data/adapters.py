@@ -3,7 +3,7 @@
 Made once and kept in the cache, under the digest of the adapter's files and of what its base model's directory holds.
 So every node of a run that names the adapter as its model has the same weights. Called by models.
 
-Tests: tests/graphs/test_export.py
+Tests: tests/unit/data/test_adapters.py, tests/graphs/test_export.py
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from flowrl.data.model_process import run_in_process
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     Say = Callable[[str], None]
 
-CONFIG = "adapter_config.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def is_adapter(directory: Path) -> bool:
@@ -70,19 +71,28 @@ def merge(adapter: Path, base: Path, target: Path) -> None:
     """Write a base model with an adapter merged in.
 
     Raises:
-        ModelError: peft cannot put the adapter on this base.
+        ModelError: peft cannot put the adapter on this base, all of it and nothing besides.
     """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    if not any(adapter.glob("adapter_model.*")):
+        raise ModelError(f"model {adapter}", f"has no {WEIGHTS}", "save the adapter whole again")
     is_classifier = json.loads((adapter / CONFIG).read_text()).get("task_type") == "SEQ_CLS"
     try:
         with quiet_transformers():
             loader = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
-            options = {"num_labels": 1} if is_classifier else {}
-            model: Any = loader.from_pretrained(base, dtype="auto", use_safetensors=True, **options)
+            options: dict[str, Any] = {"num_labels": 1} if is_classifier else {}
+            options |= {"dtype": "auto", "use_safetensors": True, "output_loading_info": True}
+            model, found = loader.from_pretrained(base, **options)
+            if lost := sorted(name for name in found["missing_keys"] if not name.startswith("score.")):
+                raise ValueError(f"{len(lost)} weights are not there: {lost[0]}")
             _resize(model, adapter)
-            merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+            with warnings.catch_warnings():  # it would warn of what is refused next
+                warnings.filterwarnings("ignore", message="Found missing adapter keys")
+                adapted: Any = PeftModel.from_pretrained(model, str(adapter))
+            _check_taken(adapted, adapter)
+            merged: Any = adapted.merge_and_unload(safe_merge=True)
             if (base / GENERATION).is_file() and merged.can_generate():  # transformers may refuse to write it
                 merged.generation_config = type(merged.generation_config)()
             merged.save_pretrained(target)
@@ -96,11 +106,33 @@ def merge(adapter: Path, base: Path, target: Path) -> None:
         raise ModelError(f"model {adapter}", f"cannot be merged into {base} ({error})", remedy) from error
 
 
+def _check_taken(adapted: Any, adapter: Path) -> None:
+    """Insist that an adapter's file holds what its config speaks of, by the names that the model has for it.
+
+    Of what peft does not find there it makes a new adapter, which changes nothing.
+
+    Raises:
+        ValueError: something is not there, or not taken.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    if not (weights := adapter / WEIGHTS).is_file():  # peft has read pickled ones
+        return
+    with safe_open(weights, framework="pt") as file:
+        stored = {name.replace(".default.", ".") for name in file.keys()}  # noqa: SIM118
+    needed = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    known = needed | {name.replace(".default.", ".") for name in adapted.state_dict()}
+    for names, what in ((needed - stored, "are not in the adapter"), (stored - known, "of the adapter have no place")):
+        if names:
+            raise ValueError(f"{len(names)} weights {what}, such as {min(names)}")
+
+
 def _resize(model: Any, adapter: Path) -> None:
     """Give a base model as many embeddings as an adapter has that was saved with its own."""
     from safetensors import safe_open
 
-    weights = adapter / "adapter_model.safetensors"
+    weights = adapter / WEIGHTS
     if not weights.is_file():
         return
     name = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())

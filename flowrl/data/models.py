@@ -125,7 +125,7 @@ def inspect_model(directory: Path) -> ModelCard:
     check_model(directory, where)
     config = read_json(directory / "config.json", where)
     text = text_config(config)
-    tensors = _tensors(directory, where)
+    tensors = tensors_in(directory, where)
     architectures = config.get("architectures") or [config.get("model_type", "unknown")]
     tied = config.get("tie_word_embeddings", "lm_head.weight" not in tensors)
     return ModelCard(
@@ -142,10 +142,10 @@ def inspect_model(directory: Path) -> ModelCard:
 
 def num_parameters(directory: Path, where: str) -> int:
     """Return the parameters of the weights in a directory, whatever else it lacks; 0 where there are none."""
-    return sum(math.prod(tensor["shape"]) for tensor in _tensors(directory, where).values())
+    return sum(math.prod(tensor["shape"]) for tensor in tensors_in(directory, where).values())
 
 
-def _tensors(directory: Path, where: str) -> dict[str, Any]:
+def tensors_in(directory: Path, where: str) -> dict[str, Any]:
     """Return what the safetensors headers of a directory declare, by name."""
     found: dict[str, Any] = {}
     for shard in _shards(directory, where):

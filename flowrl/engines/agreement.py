@@ -3,7 +3,8 @@
 A few made-up sequences are run by the model alone, in eval mode, and read as training will read them. That is alone and
 packed, beside a longer one, in whatever mode training is in, twice. What does not agree is done more plainly where that
 helps: the language head by the model's whole forward, the layout by rows run one by one. What differs then is refused
-with the numbers, whatever the family calls its scaling, its dropout or its positions. `check_fit` refuses tokens and
+with the numbers, whatever the family calls its scaling, its dropout or its positions; so is a model that looks ahead,
+whose log-probs of a token would be those of nobody who samples it. `check_fit` refuses tokens and
 positions that the model has none of. Called by trainer and teacher, on every rank; collective where parameters are
 sharded.
 
@@ -12,6 +13,7 @@ Tests: tests/unit/engines/test_agreement.py
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from flowrl.engines.attention import trial
 from flowrl.engines.base import TokenGroup
 from flowrl.engines.models import choose_layout, reads_of
 from flowrl.engines.packing import LAYOUTS, pack, plan, unpack
-from flowrl.errors import ModelError, StageError
+from flowrl.errors import FlowrlError, ModelError, StageError
 from flowrl.messages import Buffer
 from flowrl.model_files import num_positions
 
@@ -42,7 +44,6 @@ SAME_WEIGHTS = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.15}
 USUAL_NATS = 4.0  # made-up tokens are unlikelier, and what rounding does to them grows with their logits
 SAME_CALL = 0.1  # of that, between two runs of one computation
 SAME_KERNEL = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}  # in parts of the largest value
-FAULTS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 LENGTHS = ((4, (5, 3)), (7, (6,)), (12, (40, 24)))  # prompt and responses of each group, in tokens
 
 
@@ -50,13 +51,13 @@ def settle(reader: TokenReader, module: nn.Module, config: TrainingConfig, *, wh
     """Choose the head and the layouts in which `reader`, called through `module`, reads what the model itself says.
 
     Raises:
-        ModelError: there are none, or reading twice gives two answers.
+        ModelError: there are none, reading twice gives two answers, or what follows a token changes what is read at it.
     """
     groups = _made_up(reader)
     bound, name = SAME_WEIGHTS[reader.dtype], type(reader.model).__name__
     chosen, modes = reader.language_head, {part: part.training for part in module.modules()}
 
-    def read(layout: Layout) -> Values:
+    def read(layout: Layout, groups: list[TokenGroup] = groups) -> Values:
         return _read(reader, module, groups, layout, config)
 
     def gap(one: Values, other: Values) -> float:
@@ -65,36 +66,51 @@ def settle(reader: TokenReader, module: nn.Module, config: TrainingConfig, *, wh
     def agrees(layout: Layout) -> bool:
         try:
             return (layout != "unmasked" or _has_gradients(reader)) and gap(read(layout), own) <= bound
-        except FAULTS:
-            if layout == "unmasked":  # the model's attention is more than ours
-                return False
+        except (FlowrlError, torch.OutOfMemoryError, MemoryError):
             raise
+        except Exception:  # the model's attention is more than ours, its head asks for more than states
+            return False
 
     try:
         module.eval()
         reader.language_head = None
         own = read("alone")
+        if not all(np.isfinite(values).all() for values in own.values()):
+            what = f"{name} gives numbers that are not finite for {len(groups)} short sequences"
+            raise ModelError(where, what, f"its weights are damaged, or too large for {reader.dtype}")
         for part, mode in modes.items():
             part.training = mode
         reader.language_head = chosen
+        if reader.is_policy and not agrees("alone"):
+            reader.language_head = None
         found = read("alone")
         if not (apart := gap(read("alone"), found)) <= SAME_CALL * bound:
             what = f"{name} gives another answer each time (by {apart:.2g}): something in it is drawn at random"
             raise ModelError(where, what, "set its dropout, jitter and noise to 0 in config.json")
-        if reader.is_policy and not gap(found, own) <= bound:
-            reader.language_head = None
-            found = read("alone")
         if not (apart := gap(found, own)) <= bound:
             what = f"what is read off {name} differs from its own forward by {apart:.2g}, {bound:.2g} are allowed"
             raise ModelError(where, what, "it trains otherwise than it runs; choose another architecture")
+        cut = read("alone", [_halved(group) for group in groups])
+        before = {key: own[key][: len(values)] for key, values in cut.items()}
+        if config.head != "reward" and not (apart := gap(cut, before)) <= bound:
+            what = f"what follows a token changes what {name} says of it by {apart:.2g}, {bound:.2g} are allowed"
+            raise ModelError(where, what, "it looks ahead (is_decoder in config.json?); choose a causal language model")
         longest = max(prompt + max(sizes) for prompt, sizes in LENGTHS)
         first = LAYOUTS.index(choose_layout(reader.model, longest, reader.attention))
         reader.layouts = tuple(each for each in LAYOUTS[first:] if each == "alone" or agrees(each))
-    except FAULTS as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except (FlowrlError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever a model's own code may raise
         what = f"{name} cannot be run on {len(groups)} short sequences ({type(error).__name__}: {error})"
         raise ModelError(where, what, "choose another architecture") from error
+
+
+def _halved(group: TokenGroup) -> TokenGroup:
+    """Return a group with the first half of each response."""
+    return TokenGroup(
+        prompt_ids=group.prompt_ids,
+        responses=[Buffer.ints(each.numpy()[: -(-len(each) // 2)]) for each in group.responses],
+    )
 
 
 def _has_gradients(reader: TokenReader) -> bool:
@@ -151,8 +167,9 @@ def check_fit(groups: Sequence[TokenGroup], reader: TokenReader, where: str) -> 
     Raises:
         StageError: it has not, with the group and the numbers.
     """
-    embeddings: Any = reader.model.get_input_embeddings()
-    config = reader.model.config.get_text_config()
+    config, embeddings = reader.model.config.get_text_config(), None
+    with suppress(NotImplementedError):  # a head of ours around a decoder in a wrapper
+        embeddings = reader.model.get_input_embeddings()
     rows = int(getattr(embeddings, "num_embeddings", config.vocab_size))
     most = num_positions(config.to_dict())
     for index, group in enumerate(groups):

@@ -92,7 +92,7 @@ class Fsdp2Engine(Trainer):
 
     def _load(self) -> PreTrainedModel:
         on_host = torch.device("cpu")  # a layer comes to its device as it is sharded
-        return load_model(self.config, where=self.where, dtype=self.dtype, device=on_host)
+        return load_model(self.config, where=self.where, dtype=self.dtype, device=on_host, say=self._tell)
 
     def _opened(self) -> None:
         self._check_one_dtype()

@@ -9,7 +9,7 @@ Invariants:
 - only A, B and the score head of a value or reward model take gradients;
 - merged weights are W + scale * B A summed in float32 and rounded once to the model's dtype, under the names that the
   model has without adapters;
-- heads and embeddings, tied or not, carry no adapter;
+- heads and embeddings, tied or not, carry no adapter, nor do layers that share their weight;
 - a new adapter depends on the seed alone, so every rank, engine and ZeRO stage starts from the same one.
 
 Experts that transformers holds as one tensor are no linear layers and stay frozen. An adapter that is given as the
@@ -22,6 +22,7 @@ Tests: tests/unit/engines/test_lora.py
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -190,7 +191,8 @@ def targeted(model: PreTrainedModel, lora: Lora, where: str) -> list[str]:
     """Return the names of the layers to adapt, in the model's order.
 
     Raises:
-        ConfigError: a target is the end of no linear layer's name, or of one whose weight is read past its forward.
+        ConfigError: a target is the end of no linear layer's name, or of one whose weight is shared, or read past its
+            forward.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -200,7 +202,10 @@ def targeted(model: PreTrainedModel, lora: Lora, where: str) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and _is_plain(module) and not any(module is head for head in heads)
     ]
+    parts = (part for module in model.modules() for part in module._parameters.values() if part is not None)
+    owners = Counter(map(id, parts))  # an adapter beside one of several that share a weight could not be merged into it
     usable = [name for name in linear if not _is_read_by_kernels(model, name)]
+    usable = [name for name in usable if owners[id(model.get_submodule(name).weight)] == 1]
     chosen = usable if lora.targets == "all-linear" else []
     for target in lora.targets if lora.targets != "all-linear" else ():
         found = [name for name in usable if name == target or name.endswith(f".{target}")]

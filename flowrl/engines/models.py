@@ -8,6 +8,8 @@ token is read (head.py), so logits of prompts are never computed.
 Invariants:
 - safetensors only, no remote code unless asked, no dropout (log-probs of a sample must be those of the network that
   sampled it);
+- no weight of a model is made up, but those of a new head: what its files lack is refused, and what they have besides
+  is said;
 - logits and log-softmax are in float32, the product that gives the logits too where `head_dtype` says so, and never
   more than `max_logits` logits held at once;
 - whether it all is what the model itself says is looked at when an engine opens (agreement.py).
@@ -36,10 +38,12 @@ from flowrl.engines import attention, sequence
 from flowrl.engines.head import MAX_LOGITS, FloatLinear, LanguageHead, body_of
 from flowrl.engines.packing import LAYOUTS
 from flowrl.engines.quantization import check_quantization, forget_quantization, quantized_loading
-from flowrl.errors import ModelError
+from flowrl.errors import FlowrlError, ModelError
 from flowrl.model_files import has_tokenizer, is_classifier, quiet_transformers
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from flowrl.algorithms.base import Direction, Head
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
     from flowrl.engines.router import Routing
     from flowrl.engines.routes import RouteReplay
     from flowrl.engines.sequence import SequenceSplit
+    from flowrl.graph.stage import Say
 
 _loading = threading.Lock()  # transformers sets process-wide state (the meta device) while it loads
 
@@ -67,36 +72,36 @@ def reads_of(config: TrainingConfig) -> Reads:
     return "after" if config.head == "reward" else "before"
 
 
-def load_model(config: TrainingConfig, *, where: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_model(
+    config: TrainingConfig, *, where: str, dtype: torch.dtype, device: torch.device, say: Say = lambda _: None
+) -> PreTrainedModel:
     """Load the model of a head from a local directory.
 
     A value or reward model from a sequence-classification checkpoint keeps its head; from a language model it starts
-    with a head of zeros, so that its first values are 0.
+    with a head of zeros, so that its first values are 0. `say` is told of weights that the model has no place for.
 
     Raises:
-        ModelError: no such directory, no tokenizer in it, or transformers cannot load it for this head.
+        ModelError: no such directory, no tokenizer in it, transformers cannot load it for this head, or it lacks some
+            of the model's weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     directory = Path(config.model)
     _check_directory(directory, where)
-    loading: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "local_files_only": True}
-    loading |= {"dtype": dtype, "use_safetensors": True}
+    source: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "local_files_only": True}
+    loading = {**source, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    loading |= {"ignore_mismatched_sizes": True}  # for `_check_whole` to say which
     if config.lora.bits:
         check_quantization(config.lora, where, has_gpu=device.type == "cuda")
         loading |= quantized_loading(config.lora, dtype, device)
     try:
         with _loading, quiet_transformers():
-            if config.head == "policy":
-                model = AutoModelForCausalLM.from_pretrained(directory, **loading)
-            else:
-                settings = AutoConfig.from_pretrained(
-                    directory, num_labels=1, trust_remote_code=config.trust_remote_code, local_files_only=True
-                )
-                model = _class_with_score(settings, where).from_pretrained(directory, config=settings, **loading)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        remedy = "give a directory in Hugging Face format with safetensors"
-        raise ModelError(where, f"{directory} cannot be loaded as a {config.head} model ({error})", remedy) from error
+            settings, kind = _kind_of(directory, config.head, where, source)
+            model, found = kind.from_pretrained(directory, config=settings, **loading)
+    except (FlowrlError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever transformers or a model's own code may raise
+        raise _unloadable(directory, config.head, where, error) from error
+    if extra := _check_whole(model, found, config.head, directory, where):
+        say(extra)
     if config.head != "policy":
         _prepare_score(model, where, keep=is_classifier(directory))
     elif config.head_dtype == "float32" or (config.head_dtype == "auto" and _has_small_head(model)):
@@ -109,14 +114,98 @@ def load_model(config: TrainingConfig, *, where: str, dtype: torch.dtype, device
 
 def outline(directory: Path, head: Head, where: str, *, trust_remote_code: bool) -> PreTrainedModel:
     """Return what `load_model` would, without any weights: its modules and the names and shapes of its parameters."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     source = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    settings = AutoConfig.from_pretrained(directory, **source, **({} if head == "policy" else {"num_labels": 1}))
+    settings, kind = _kind_of(directory, head, where, source)
     with torch.device("meta"), quiet_transformers():
         if head == "policy":
             return AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
-        return _class_with_score(settings, where)(settings)
+        return kind(settings)
+
+
+def check_weights(directory: Path, head: Head, where: str, declared: Mapping[str, Any]) -> None:
+    """Insist that what the headers of a directory's weights declare, by name, is the whole of what `load_model` needs.
+
+    Code of the model's own and quantized weights are left to `load_model`.
+
+    Raises:
+        ModelError: transformers has no such model, or some of its weights are not there in its shapes.
+    """
+    from transformers import AutoModelForCausalLM
+
+    tensors = {name: torch.empty(each["shape"], dtype=torch.bfloat16, device="meta") for name, each in declared.items()}
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": {"": "meta"}}
+    try:
+        settings, kind = _kind_of(directory, head, where, {"local_files_only": True})
+        if head == "policy":
+            kind = cast("Any", AutoModelForCausalLM._model_mapping[type(settings)])
+            if kind.config_class == settings.sub_configs.get("text_config"):
+                settings = settings.get_text_config()
+        if not hasattr(kind, "base_model_prefix") or hasattr(settings, "quantization_config"):
+            return
+        with _loading, quiet_transformers():
+            model, found = kind.from_pretrained(None, config=settings, state_dict=tensors, **options)
+    except FlowrlError:
+        raise
+    except Exception as error:  # whatever transformers may raise
+        raise _unloadable(directory, head, where, error) from error
+    _check_whole(model, found, head, directory, where)
+
+
+def _kind_of(directory: Path, head: Head, where: str, source: dict[str, Any]) -> tuple[PreTrainedConfig, Any]:
+    """Return a model's config and the class that loads it for a head.
+
+    Raises:
+        ModelError: a policy that is no causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings: Any = AutoConfig.from_pretrained(directory, **source, **({} if head == "policy" else {"num_labels": 1}))
+    if head != "policy":
+        return settings, _class_with_score(settings, where)
+    if settings.is_encoder_decoder or is_classifier(directory):
+        kind = "an encoder-decoder" if settings.is_encoder_decoder else "a classifier"
+        what = f"{directory} is {kind} ({', '.join(settings.architectures or [settings.model_type])})"
+        raise ModelError(where, what, "give a causal language model (*ForCausalLM)")
+    if not source.get("trust_remote_code") and type(settings) not in AutoModelForCausalLM._model_mapping:
+        what = f"transformers has no causal language model for the {type(settings).__name__} in {directory}"
+        raise ModelError(where, what, "choose another architecture")
+    return settings, AutoModelForCausalLM
+
+
+def _unloadable(directory: Path, head: Head, where: str, error: Exception) -> ModelError:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    remedy = "give a directory in Hugging Face format with safetensors"
+    return ModelError(where, f"{directory} cannot be loaded as a {head} model ({reason})", remedy)
+
+
+def _check_whole(model: PreTrainedModel, found: dict[str, Any], head: Head, directory: Path, where: str) -> str:
+    """Insist that every weight came from the files; returns in words what these hold besides, "" for nothing.
+
+    Transformers would fill the others with random numbers.
+
+    Raises:
+        ModelError: some did not, or in another shape.
+    """
+    is_new = head != "policy" and not is_classifier(directory)
+    missing = sorted(name for name in found["missing_keys"] if not (is_new and name.startswith("score.")))
+    unknown, kind = sorted(found["unexpected_keys"]), type(model).__name__
+    if head != "policy" and is_new:  # a language model's head gives way to one of scores
+        unknown = [name for name in unknown if name.partition(".")[0] == body_of(model)[0]]
+    besides = f"; besides they hold {_some(unknown)}" if unknown else ""
+    if missing:
+        what = f"the weights in {directory} lack {len(missing)} that {kind} has ({_some(missing)}{besides})"
+        raise ModelError(where, what, "save it whole again, or correct its config.json")
+    for name, there, here in sorted(found["mismatched_keys"]):
+        what = f"{name} is {list(there)} in {directory} and {list(here)} in {kind} by its config.json"
+        raise ModelError(where, what, "correct config.json, or give the weights that belong to it")
+    extra = f"{len(unknown)} weights in {directory}, for which {kind} has no place, are left out ({_some(unknown)})"
+    return extra if unknown else ""
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _check_directory(directory: Path, where: str) -> None:
@@ -131,6 +220,7 @@ def _class_with_score(config: PreTrainedConfig, where: str) -> type[PreTrainedMo
 
     What is made has the names that transformers gives to such models: the family's body under its usual name, `score`.
     """
+    import transformers
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
     from transformers.modeling_layers import GenericForSequenceClassification
 
@@ -158,7 +248,10 @@ def _class_with_score(config: PreTrainedConfig, where: str) -> type[PreTrainedMo
             self.post_init()
 
     Scored.__module__ = family.__module__  # where transformers looks for what the class supports
-    Scored.__name__ = Scored.__qualname__ = causal.__name__.replace("ForCausalLM", "") + "ForSequenceClassification"
+    stem = causal.__name__.replace("ForCausalLM", "")
+    if hasattr(transformers, f"{stem}ForSequenceClassification"):  # theirs has another head than `score`
+        stem = causal.__name__
+    Scored.__name__ = Scored.__qualname__ = f"{stem}ForSequenceClassification"
     return Scored
 
 
@@ -268,7 +361,8 @@ class TokenReader(nn.Module):
         self.replay: RouteReplay | None = None  # of the experts that batches bring
         self._body_name, body = body_of(model)
         self._takes_positions = "position_ids" in inspect.signature(body.forward).parameters
-        most = 8 * (int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0) or 4096)
+        known = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0)
+        most = 8 * (known if known > 0 else 4096)  # -1 is what XLNet and T5 say who know no limit
         reaches = {
             module: reach_of_positions(module, model.device, model.dtype, most)
             for module in body.modules()
@@ -422,6 +516,8 @@ class TokenReader(nn.Module):
         self, states_NH: Tensor, targets_N: Tensor, temperature: float, further: bool | Reading
     ) -> tuple[Tensor, Tensor | None]:
         """Return log-probs and, with `further`, entropies (True) or KLs to a teacher (its reading)."""
+        if further is False and self._linear is not None:
+            return self._linear(states_NH, targets_N, temperature), None
         if further is False and self._linear is not None:
             return self._linear(states_NH, targets_N, temperature), None
         logits_NV = self.logits(states_NH)

@@ -196,7 +196,12 @@ class Trainer:
         return False
 
     def _load(self) -> PreTrainedModel:
-        return load_model(self.config, where=self.where, dtype=self.dtype, device=self.device)
+        return load_model(self.config, where=self.where, dtype=self.dtype, device=self.device, say=self._tell)
+
+    def _tell(self, text: str) -> None:
+        """Say what the user should know, once for all ranks."""
+        if self.link.rank == 0:
+            self._say(text)
 
     def _opened(self) -> None:
         """Do what must be done once the model is loaded."""
@@ -298,8 +303,8 @@ class Trainer:
                 what = f"rows of {type(self.model).__name__} take no block mask and cannot be split"
                 raise ConfigError(f"{self.where}.sequence_parallel", what, "leave it 1")
             for said in (self.reader.attention_in_words(), self._publisher.said if not self.config.frozen else ""):
-                if said and self._link.rank == 0:
-                    self._say(said)
+                if said:
+                    self._tell(said)
             self._link.gather(b"")
 
     @property

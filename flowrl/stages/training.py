@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowrl.config import load_class
-from flowrl.data.models import inspect_model, prepare_model
+from flowrl.data.models import inspect_model, prepare_model, tensors_in
 from flowrl.engines.base import Scoring, Training, TrainingConfig, TrainingEngine, check_engine, open_engine
 from flowrl.engines.checkpoint import read_version, write_version
 from flowrl.errors import ConfigError
@@ -75,7 +75,7 @@ def check_training(
     directory = prepare_model(model, say=say)
     check_model(settings, directory, where, head)
     if saves:
-        check_saving(settings, directory, where)
+        check_saving(settings, directory, where, head)
     return directory
 
 
@@ -124,16 +124,19 @@ def check_masters(model: str, say: Say) -> None:
         say(f"{what}; flowrl run --resume goes on from the float32 weights")
 
 
-def check_saving(settings: Training, model: Path, where: str) -> None:
-    """Do once what writing a checkpoint of a node's model takes, all but the training.
+def check_saving(settings: Training, model: Path, where: str, head: Head) -> None:
+    """Do once what reading a node's model and writing its checkpoint takes, all but the weights and the training.
 
     Raises:
-        ModelError: it could not be written, for all that training it would give.
+        ModelError: it is not whole, or could not be written, for all that training it would give.
     """
     if "model_type" not in json.loads((model / "config.json").read_bytes()):
         return  # a stand-in, for simulations
+    from flowrl.engines.models import check_weights
     from flowrl.engines.publishing import try_saving
 
+    if not settings.trust_remote_code:
+        check_weights(model, head, where, tensors_in(model, where))
     try_saving(model, where, trust_remote_code=settings.trust_remote_code)
 
 

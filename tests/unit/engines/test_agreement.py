@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flowrl.engines import attention
-from flowrl.engines.agreement import settle
+from flowrl.engines.agreement import check_fit, settle
 from flowrl.engines.base import AttentionKind, TokenGroup, TrainingConfig
 from flowrl.engines.models import TokenReader, load_model, reach_of_positions
 from flowrl.engines.torch import TorchEngine
@@ -99,6 +99,60 @@ def test_a_model_in_training_mode_that_differs_from_itself_is_refused(tiny_llama
         settle(reader, reader, config, where="learner")
 
 
+@pytest.mark.parametrize("head", ["policy", "value"])
+def test_a_model_that_looks_ahead_is_refused(tiny_llama, head):
+    """It agrees with itself, and no token of it could be sampled so."""
+    reader, config = read(tiny_llama, head=head)
+    reader.model.model.layers[0].register_forward_hook(
+        lambda module, inputs, output: output + output.flip(1).cumsum(1).flip(1)
+    )
+    with pytest.raises(ModelError, match=r"what follows a token changes what Llama.* says of it by "):
+        settle(reader, reader, config, where="learner")
+
+
+def test_numbers_that_are_not_finite_are_refused(tiny_llama):
+    reader, config = read(tiny_llama)
+    reader.model.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(ModelError, match="gives numbers that are not finite for 3 short sequences"):
+        settle(reader, reader, config, where="learner")
+
+
+@pytest.mark.parametrize("error", [AssertionError(), ZeroDivisionError("of a model's own code")])
+def test_whatever_a_model_raises_is_a_line(tiny_llama, error):
+    reader, config = read(tiny_llama)
+
+    def broken(module, inputs):
+        raise error
+
+    reader.model.model.layers[0].register_forward_pre_hook(broken)
+    with pytest.raises(ModelError, match=f"cannot be run on 3 short sequences \\({type(error).__name__}: "):
+        settle(reader, reader, config, where="learner")
+
+
+def test_a_head_or_a_layout_that_cannot_be_run_gives_way(tiny_llama, monkeypatch):
+    reader, config = read(tiny_llama)
+    run = reader._run
+
+    def without_masks(part, batch, **options):
+        assert batch.layout != "shared", "a mask of four dimensions"
+        return run(part, batch, **options)
+
+    def head(states):
+        raise TypeError("it asks for more than states")
+
+    reader.language_head = head
+    monkeypatch.setattr(reader, "_run", without_masks)
+    settle(reader, reader, config, where="learner")
+    assert (reader.language_head, reader.layouts) == (None, ("padded", "alone"))
+
+
+def test_a_config_without_a_limit_of_positions_does_not_shorten_what_is_looked_at(tiny_llama):
+    """XLNet's says -1; sequences of one token show nothing."""
+    reader, _ = read(tiny_llama)
+    reader.model.config.max_position_embeddings = -1
+    assert TokenReader(reader.model, head="policy", temperature=1.0).reach == 8 * 4096
+
+
 class Stretching(nn.Module):
     """Positions that turn otherwise once there are more than 37 of them."""
 
@@ -125,3 +179,16 @@ def test_tokens_and_positions_that_the_model_has_none_of_are_refused(tiny_llama,
         engine.score([group([5], [7]), group(prompt, response)])
     assert len(engine.score([group([5], [7])])) == 1
     engine.close()
+
+
+def test_a_body_whose_embeddings_transformers_does_not_find_is_held_against_its_config(tiny_llama, monkeypatch):
+    """Such as BART's decoder in its wrapper, under a head of ours."""
+    reader, _ = read(tiny_llama)
+
+    def unknown():
+        raise NotImplementedError
+
+    monkeypatch.setattr(reader.model, "get_input_embeddings", unknown)
+    check_fit([group([5], [319])], reader, "critic")
+    with pytest.raises(StageError, match="has token 320, the model embeddings for 320"):
+        check_fit([group([5], [320])], reader, "critic")

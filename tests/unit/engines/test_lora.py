@@ -15,6 +15,7 @@ from torch.func import functional_call
 from flowrl.config import Config, resolve
 from flowrl.engines.base import Lora, Ranks, Schedule, Training, TrainingConfig
 from flowrl.engines.canary import compare
+from flowrl.engines.lora import targeted
 from flowrl.engines.quantization import check_quantization
 from flowrl.engines.torch import TorchEngine
 from flowrl.engines.weights import Receiver
@@ -310,6 +311,19 @@ class Settings(Config):
 def test_settings_that_cannot_be_are_refused(overrides, said):
     with pytest.raises(ConfigError, match=said):
         resolve(Settings, overrides=[f"learner.lora.{each}" for each in overrides])
+
+
+def test_layers_that_share_a_weight_carry_no_adapter(tiny_llama):
+    """One beside each of them could not be merged into the weight (Zamba has a block that several layers share)."""
+    engine = opened(tiny_llama, lora=Lora(), draw=False)
+    first, second = engine.model.model.layers
+    second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    names = targeted(engine.model, Lora(rank=2, targets="all-linear"), "learner.lora.targets")
+    assert not any("up_proj" in name for name in names)
+    assert len(names) == 12
+    with pytest.raises(ConfigError, match="'up_proj' is no linear layer of LlamaForCausalLM that can be adapted"):
+        targeted(engine.model, Lora(rank=2, targets=["up_proj"]), "learner.lora.targets")
+    engine.close()
 
 
 def test_settings_take_a_list_of_targets():

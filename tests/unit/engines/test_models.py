@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import shutil
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
 
+from flowrl.data.models import tensors_in
 from flowrl.engines.base import TrainingConfig
-from flowrl.engines.models import TokenReader, choose_dtype, choose_layout, load_model
+from flowrl.engines.models import (
+    TokenReader,
+    _class_with_score,
+    check_weights,
+    choose_dtype,
+    choose_layout,
+    load_model,
+)
 from flowrl.engines.packing import pack, plan, unpack
 from flowrl.errors import ModelError
 from tests.unit.engines.test_packing import CPU, random_groups
+
+if TYPE_CHECKING:
+    from flowrl.algorithms.base import Head
 
 
 def load(directory, head: Any = "policy") -> Any:
@@ -138,3 +151,103 @@ def test_auto_takes_bfloat16_only_where_the_processor_has_it(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=has_bf16: answer)
         assert choose_dtype("auto", CPU) == expected
     assert choose_dtype("float32", CPU) == torch.float32
+
+
+def changed(directory, out, change, **settings):
+    """Copy a model with its weights and its config.json changed."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(directory, out)
+    tensors = change(load_file(directory / "model.safetensors"))
+    save_file({name: each.contiguous() for name, each in tensors.items()}, out / "model.safetensors", {"format": "pt"})
+    path = out / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return out
+
+
+def as_it_is(tensors):
+    return tensors
+
+
+CLASSIFIER = {"architectures": ["LlamaForSequenceClassification"]}
+
+
+@pytest.mark.parametrize(
+    ("head", "change", "settings", "message"),
+    [
+        (
+            "policy",
+            lambda t: {name: each for name, each in t.items() if not name.startswith("model.layers.1.mlp.up")},
+            {},
+            r"the weights in \S+ lack 1 that LlamaForCausalLM has \(model\.layers\.1\.mlp\.up_proj\.weight\)",
+        ),
+        (
+            "policy",
+            lambda t: {f"module.{name}": each for name, each in t.items()},
+            {},
+            r"lack 21 that .*besides they hold module\.model\.embed_tokens\.weight, ",
+        ),
+        ("policy", as_it_is, {"num_hidden_layers": 3}, r"lack 9 that LlamaForCausalLM has \(model\.layers\.2\."),
+        ("policy", as_it_is, {"tie_word_embeddings": False}, r"lack 1 that LlamaForCausalLM has \(lm_head\.weight\)"),
+        (
+            "policy",
+            as_it_is,
+            {"vocab_size": 321},
+            r"is \[320, 64\] in \S+ and \[321, 64\] in LlamaForCausalLM by its con",
+        ),
+        (
+            "policy",
+            as_it_is,
+            {"hidden_size": "64"},
+            r"cannot be loaded as a policy model \(Validation error for field 'hi",
+        ),
+        ("policy", as_it_is, {"model_type": "vit"}, r"has no causal language model for the ViTConfig in "),
+        ("policy", as_it_is, CLASSIFIER, r"is a classifier \(LlamaForSequenceClassification\)"),
+        ("policy", as_it_is, {"is_encoder_decoder": True}, r"is an encoder-decoder \(LlamaForCausalLM\)"),
+        ("reward", as_it_is, CLASSIFIER, r"lack 1 that LlamaForSequenceClassification has \(score\.weight"),
+        (
+            "reward",
+            lambda t: t | {"score.weight": torch.ones(2, 64)},
+            CLASSIFIER,
+            r"score\.weight is \[2, 64\] in \S+ and \[1, 64\] in LlamaForSequenceClassification",
+        ),
+    ],
+)
+def test_weights_that_would_be_made_up_are_refused_before_and_when_a_model_is_loaded(
+    tiny_llama, tmp_path, head, change, settings, message
+):
+    directory = changed(tiny_llama, tmp_path / "model", change, **settings)
+    with pytest.raises(ModelError, match=message):
+        check_weights(directory, head, "learner", tensors_in(directory, "learner"))
+    with pytest.raises(ModelError, match=message):
+        load(directory, head)
+
+
+@pytest.mark.parametrize("head", ["policy", "value"])
+def test_weights_that_a_model_has_no_place_for_are_said(tiny_llama, tmp_path, head: Any):
+    directory = changed(tiny_llama, tmp_path / "model", as_it_is, num_hidden_layers=1)
+    check_weights(directory, head, "learner", tensors_in(directory, "learner"))
+    said = list[str]()
+    config = TrainingConfig(model=str(directory), head=head, dtype="float32")
+    load_model(config, where="learner", dtype=torch.float32, device=CPU, say=said.append)
+    (line,) = said
+    assert line.startswith(f"9 weights in {directory}, for which Llama")
+    assert "(model.layers.1.input_layernorm.weight, " in line
+
+
+def test_whole_models_are_taken_without_a_word(tiny_llama, tiny_reward_model):
+    said, heads = list[str](), cast("list[Head]", ["policy", "value", "reward"])
+    for directory, head in zip((tiny_llama, tiny_llama, tiny_reward_model), heads, strict=True):
+        check_weights(directory, head, "learner", tensors_in(directory, "learner"))
+        config = TrainingConfig(model=str(directory), head=head, dtype="float32")
+        load_model(config, where="learner", dtype=torch.float32, device=CPU, say=said.append)
+    assert not said
+
+
+def test_a_head_of_ours_does_not_take_the_name_of_another_of_transformers():
+    """Whoever loads it by that name would get a head of random numbers."""
+    from transformers import ElectraConfig, GraniteConfig
+
+    size: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8}
+    found = [_class_with_score(kind(**size), "learner").__name__ for kind in (ElectraConfig, GraniteConfig)]
+    assert found == ["ElectraForCausalLMForSequenceClassification", "GraniteForSequenceClassification"]
