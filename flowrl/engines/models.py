@@ -518,8 +518,6 @@ class TokenReader(nn.Module):
         """Return log-probs and, with `further`, entropies (True) or KLs to a teacher (its reading)."""
         if further is False and self._linear is not None:
             return self._linear(states_NH, targets_N, temperature), None
-        if further is False and self._linear is not None:
-            return self._linear(states_NH, targets_N, temperature), None
         logits_NV = self.logits(states_NH)
         if temperature != 1.0:
             logits_NV = logits_NV / temperature
