@@ -1,6 +1,6 @@
 """Learning curves as an SVG file, written by hand: no plotting library is needed to run the benchmarks.
 
-One panel for each kind of correction, side by side on one scale; a line is the mean over seeds, the band around it
+One panel for each kind of correction, three in a row, on one scale; a line is the mean over seeds, the band around it
 their least and greatest. Used by perf/staleness.
 """
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#1f3a5f", "#2a7f9e", "#4fae8c", "#d98b2b", "#b5352b", "#7a4b9a", "#555555")
 WIDTH, HEIGHT, MARGIN = 430, 300, 58  # of a panel, pixels
+ACROSS = 3  # panels in a row
 LETTER = 8  # pixels
 POINTS = 60  # of a curve: each is the mean of as many versions as it takes
 
@@ -33,17 +34,20 @@ def smoothed(curve: Sequence[float], points: int = POINTS) -> list[tuple[float, 
 def chart(panels: Mapping[str, Curves], *, title: str, x_name: str, y_name: str, top: float = 1.0) -> str:
     """Return the SVG; `top` is the greatest value of the y axis."""
     labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
-    width = WIDTH * len(panels) + 40 + LETTER * max(map(len, labels))
+    across, down = min(ACROSS, len(panels)), -(-len(panels) // ACROSS)
+    width = WIDTH * across + 40 + LETTER * max(map(len, labels))
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT + 40}" font-family="sans-serif" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT * down + 40}" font-family="sans-serif" '
         f'font-size="12">',
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="{MARGIN}" y="20" font-size="14">{escape(title)}</text>',
     ]
     for number, (name, curves) in enumerate(panels.items()):
-        parts.append(f'<g transform="translate({number * WIDTH} 30)">{_panel(name, curves, x_name, y_name, top)}</g>')
+        row, column = divmod(number, ACROSS)
+        at = f"translate({column * WIDTH} {30 + row * HEIGHT})"
+        parts.append(f'<g transform="{at}">{_panel(name, curves, x_name, y_name, top)}</g>')
     for place, label in enumerate(labels):
-        x, y = WIDTH * len(panels) + 5, 60 + 20 * place
+        x, y = WIDTH * across + 5, 60 + 20 * place
         parts.append(f'<line x1="{x}" y1="{y}" x2="{x + 18}" y2="{y}" stroke="{_colour(place)}" stroke-width="3"/>')
         parts.append(f'<text x="{x + 24}" y="{y + 4}">{escape(label)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"

@@ -80,7 +80,7 @@ def advice(objective: Objective, *, max_staleness: int = 0, num_updates: int = 1
         what, better = "is behaviour where no sample is more than one version old", "behaviour"
     elif max_staleness > MEASURED and kind in ("truncated", "behaviour"):
         what = f"was measured up to {MEASURED} only"
-        better = "second_moment or divergence, whose papers go further"
+        better = "divergence or second_moment, whose papers go further"
     elif max_staleness >= STALE and kind == "truncated":
         what, better = "bounds no token's distance from the policy that sampled it", "behaviour"
     elif max_staleness >= STALE and kind == "behaviour" and num_updates > SHORT:
