@@ -25,6 +25,7 @@ Estimator = Literal["k1", "k2", "k3"]
 
 # Log-probability ratios beyond this many nats are held there, so that squares of ratios stay finite in float32.
 MAX_LOG_RATIO = 20.0
+LEAST_LOGPROB = -1e4  # of a token that a model gives no probability at all; beside it ratios are held anyway
 
 
 def masked(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -90,13 +91,22 @@ def whiten(values: Tensor | Sequence[Tensor], mask: Tensor | Sequence[Tensor]) -
     return whitened[0] if isinstance(values, torch.Tensor) else whitened
 
 
+def possible(logprobs_BT: Tensor) -> Tensor:
+    """Return log-probs without infinities, whose difference is no number.
+
+    >>> possible(torch.tensor([-1.0, -float("inf")])).tolist()
+    [-1.0, -10000.0]
+    """
+    return logprobs_BT.clamp_min(LEAST_LOGPROB)
+
+
 def log_ratio(logprobs_BT: Tensor, anchor_BT: Tensor) -> Tensor:
     """Return log(pi / pi_anchor), held within +-20 nats.
 
     >>> log_ratio(torch.tensor([-1.0, -1.0]), torch.tensor([-1.5, -90.0])).tolist()
     [0.5, 20.0]
     """
-    return (logprobs_BT - anchor_BT).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return (possible(logprobs_BT) - possible(anchor_BT)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def kl_estimate(logprobs_BT: Tensor, reference_BT: Tensor, estimator: Estimator) -> Tensor:

@@ -33,7 +33,7 @@ from flowrl.algorithms.corrections import (
     moves_away,
     second_moment_limit,
 )
-from flowrl.algorithms.functional import Estimator, has_tokens, kl_estimate, log_ratio, masked
+from flowrl.algorithms.functional import Estimator, has_tokens, kl_estimate, log_ratio, masked, possible
 from flowrl.algorithms.shaping import Shaping, adapted_coef, has_contrast, token_rewards
 from flowrl.algorithms.surrogate import Normalisation, clipped_surrogate, normalised
 from flowrl.config import Config, Meta
@@ -276,11 +276,11 @@ class PolicyGradient(Algorithm):
         corrected_frac, capped or dropped tokens, where the correction does so.
         """
         mask_BT = batch.mask_BT
-        lp_BT = masked(batch.logprobs_BT, mask_BT)
-        old_BT = masked(batch.columns["behaviour"], mask_BT)
+        lp_BT = possible(masked(batch.logprobs_BT, mask_BT))
+        old_BT = possible(masked(batch.columns["behaviour"], mask_BT))
         advantages_BT = masked(batch.columns["advantages"], mask_BT)
         has_moved = "proximal" in batch.columns
-        prox_BT = masked(batch.columns["proximal"], mask_BT) if has_moved else lp_BT.detach()
+        prox_BT = possible(masked(batch.columns["proximal"], mask_BT)) if has_moved else lp_BT.detach()
         metrics = self._policy_metrics(batch, lp_BT, prox_BT, old_BT)
         if self.correction.kind == "interpolated":
             prox_BT = interpolated(lp_BT, old_BT, masked(_ages(batch), mask_BT))
@@ -405,25 +405,32 @@ class PolicyGradient(Algorithm):
         What `placed_BT` gives to earlier tokens is divided by std as the score was, and taken off the last one's. So a
         sample's sum is its score either way: fifteen turns of reward 1 stay fifteen ones.
         """
-        kl_BT = None
-        if self.kl.placement == "reward" and self.kl.coef > 0:
-            if batch.reference_BT is None:
-                raise _no_reference("coef", self.kl.coef)
-            kl_BT = kl_estimate(batch.behaviour_BT, batch.reference_BT, self.kl.estimator)
+        kl_BT = self._penalty(batch)
         if batch.placed_BT is None:
             return token_rewards(scores_B, batch.mask_BT, kl_BT, self.kl.coef)
         factor_B = self._cut_factor(batch)
         placed_BT = masked(factor_B[:, None] * batch.placed_BT / self.shaping.std, batch.mask_BT)
         return placed_BT + token_rewards(scores_B - placed_BT.sum(1), batch.mask_BT, kl_BT, self.kl.coef)
 
+    def _penalty(self, batch: AdvantageBatch) -> Tensor | None:
+        """Return the KL of each token that is taken off its reward; None where none is."""
+        if self.kl.placement != "reward" or self.kl.coef == 0:
+            return None
+        if batch.reference_BT is None:
+            raise _no_reference("coef", self.kl.coef)
+        return kl_estimate(batch.behaviour_BT, batch.reference_BT, self.kl.estimator)
+
     def group_advantages(self, batch: AdvantageBatch, baseline: Callable[[Tensor, Tensor], Tensor]) -> Advantages:
         """Give each token of a sample the same advantage: `baseline` of the samples' whole rewards.
 
-        A sample's whole reward is its shaped score less, with kl.placement=reward, its tokens' penalties.
+        A sample's whole reward is its shaped score less, with kl.placement=reward, its tokens' penalties. It is not
+        added up from what its tokens earned: rounding would tell apart what was earned at different places.
         """
         self.require_group(batch)
         scores_B, metrics = self.shaped_scores(batch)
-        rewards_B = self.shaped_rewards(batch, scores_B).double().sum(1)
+        rewards_B = scores_B.double()
+        if (kl_BT := self._penalty(batch)) is not None:
+            rewards_B = rewards_B - self.kl.coef * masked(kl_BT, batch.mask_BT).double().sum(1)
         advantages_B = baseline(rewards_B, has_tokens(batch.mask_BT)).to(batch.rewards_B.dtype)
         advantages_BT = masked(advantages_B[:, None].expand_as(batch.mask_BT), batch.mask_BT)
         return Advantages(advantages_BT, None, metrics)

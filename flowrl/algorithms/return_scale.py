@@ -6,7 +6,7 @@ MAPPO (2103.01955, section 5.1), which has it from PopArt (1602.07714) and leave
 A unit is `GAIN` deviations. Adam moves a new head of zeros by its learning rate, whatever the size of the gradient, and
 that rate is meant for the weights of a language model. So it learns as much faster as it has less far to go.
 
-Invariant: with a reward's scale and shift nothing changes in what a network learns, after the first step.
+Invariant: with the scale and shift of returns nothing changes in what a network learns, after the first step.
 
 Called by the critic.
 
@@ -28,7 +28,7 @@ DECAY = 0.9  # of what earlier steps said of returns: about ten of them count
 
 
 class ReturnScale(msgspec.Struct, frozen=True):
-    """Running mean and deviation of the returns of a run's steps; before the first, values are the network's own."""
+    """Running mean and deviation of the returns of a run's steps; before the first, `mean` is a guess and a unit 1."""
 
     weight: float = 0.0  # of what has been seen, 1 in the long run
     mean: float = 0.0

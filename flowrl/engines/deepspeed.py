@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import shutil
 import warnings
 from argparse import Namespace
@@ -32,6 +33,7 @@ import msgspec
 import torch
 
 from flowrl.engines.aside import tensors_of
+from flowrl.engines.base import Training
 from flowrl.engines.deepspeed_interrupt import answered_alone, clear_gradients, leave_pass, replace_collectives
 from flowrl.engines.models import choose_dtype
 from flowrl.engines.savings import decay_groups, offloading
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from flowrl.engines.base import Scoring, Training, TrainingConfig
+    from flowrl.engines.base import Scoring, TrainingConfig
     from flowrl.engines.ranks import RankLink
     from flowrl.graph.stage import Say
 
@@ -162,6 +164,12 @@ class DeepSpeedEngine(Trainer):
         """Insist also on float32 weights somewhere, and on weights that can be sharded."""
         super().check_settings(settings, where, has_gpu=has_gpu)
         dtype = choose_dtype(settings.dtype, torch.device("cuda" if has_gpu else "cpu"))
+        computes = settings.zero_stage == 3 or (
+            isinstance(settings, Training) and not getattr(settings, "frozen", False)
+        )
+        if dtype == torch.float16 and computes and not has_gpu and not _has_float16():
+            what = "is float16, which DeepSpeed does not compute in on these processors"
+            raise ConfigError(f"{where}.dtype", what, "take bfloat16 or float32")
         if settings.zero_stage == 0 and dtype != torch.float32:
             what = f"zero_stage=0 with {dtype} keeps no float32 weights on every device"
             raise ConfigError(f"{where}.zero_stage", what, "take zero_stage 1, 2 or 3, or dtype=float32")
@@ -334,6 +342,15 @@ class DeepSpeedEngine(Trainer):
         self._release_collectives()
         self._engine: Any = None
         super()._unload()
+
+
+def _has_float16() -> bool:
+    """Return whether DeepSpeed computes in float16 on this machine's processors."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it looks for devices aloud
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator: Any = get_accelerator()
+    return bool(accelerator.is_fp16_supported())
 
 
 def _import_deepspeed(*, on_cpu: bool) -> None:

@@ -17,6 +17,7 @@ Tests: tests/unit/stages/test_estimation.py
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -33,7 +34,7 @@ from flowrl.graph.simulated import Itself
 from flowrl.graph.stage import Stage
 from flowrl.messages import Buffer, Referenced, Samples, extend
 from flowrl.model_files import is_classifier
-from flowrl.stages.estimation import Estimation, is_cut, keeps_group, load_algorithm, settled
+from flowrl.stages.estimation import Estimation, group_fields, is_cut, keeps_group, load_algorithm, settled
 from flowrl.stages.learner import Learner
 from flowrl.stages.sampler import Learning, Sampler
 from flowrl.stages.step import check_divides, learned_group, mean_metrics, minibatches, with_reference_or_without
@@ -93,6 +94,21 @@ def in_units(group: TokenGroup, before: ReturnScale, now: ReturnScale) -> TokenG
         for name, scale in scales.items()
     }
     return msgspec.structs.replace(group, columns=group.columns | columns)
+
+
+def begun(algorithm: Algorithm, group: Referenced, earned: list[float]) -> ReturnScale:
+    """Return the scale of a group of the first step, of which no returns are known: about what a sample has earned.
+
+    `earned` are the scores of the groups before it, to which its own is added. About 0 the one-step differences of
+    lam < 1 would take a reward of 100 for something that late tokens do. Of turns' rewards less and less is to come.
+    """
+    import numpy as np
+
+    if group.placed is None and not algorithm.is_blank:
+        zeros = [np.zeros(len(sample.token_ids), dtype=np.float32) for sample in group.samples]
+        figures = group_fields(algorithm, group, zeros, [0.0] * len(zeros))["metrics"]
+        earned.append(figures.get("reward.shaped", fmean(group.rewards)))
+    return ReturnScale(mean=fmean(earned)) if earned else ReturnScale()
 
 
 def longer(group: Referenced) -> TokenGroup:
@@ -239,7 +255,8 @@ class Critic(Stage):
 
     async def _value(self, context: Context, engine: TrainingEngine, estimation: Estimation, trained: int) -> None:
         """Value and estimate until the edge closes; train at the end of each step after the first `trained`."""
-        step: list[TokenGroup] = []
+        step: list[tuple[TokenGroup, ReturnScale]] = []  # and what it was valued with
+        earned: list[float] = []
         per_step = self.learning.groups_per_step
         while True:
             try:
@@ -255,18 +272,21 @@ class Critic(Stage):
                 engine.score, [longer(group) if looks_behind else token_group(group) for group in groups]
             )
             for group, said in zip(groups, values, strict=True):
-                rows, after = [self._scale.mean + self._scale.unit * row for row in said], None
+                scale = self._scale
+                if self._is_scaled and not scale.weight:
+                    scale = begun(estimation.algorithm, group, earned)
+                rows, after = [scale.mean + scale.unit * row for row in said], None
                 if looks_behind:
                     rows, after = split_after(group, rows)
                 samples = extend(Samples, group, **estimation.advantages(group, rows, after))
-                step.append(learned_group(estimation.algorithm, samples))
+                step.append((learned_group(estimation.algorithm, samples), scale))
                 await self.samples.put(samples)
                 context.done += 1
             context.span("value", start_s, groups=[group.group_id for group in groups])
             if len(step) == per_step:
                 async with context.stepping():
                     if context.version >= trained:
-                        estimation.figures = await self._train(context, engine, with_reference_or_without(step))
+                        estimation.figures = await self._train(context, engine, step)
                     estimation.end_step()
                 step = []
 
@@ -278,16 +298,19 @@ class Critic(Stage):
         await self.referenced.reject(group, kind="filtered", reason=reason)
         return False
 
-    async def _train(self, context: Context, engine: TrainingEngine, step: list[TokenGroup]) -> dict[str, float]:
+    async def _train(
+        self, context: Context, engine: TrainingEngine, valued: list[tuple[TokenGroup, ReturnScale]]
+    ) -> dict[str, float]:
         """Take a step's optimizer steps and return its figures."""
         start_s = context.now()
         updates: list[dict[str, float]] = []
         num_parts, epochs = self.config.minibatches, self.config.epochs
-        explained = explained_variance(step)
-        before = self._scale
+        step = with_reference_or_without([group for group, _ in valued])
+        is_guess = self._is_scaled and not self._scale.weight  # then values say what was earned, not what is seen
+        explained = {} if is_guess else explained_variance(step)
         if self._is_scaled:
-            self._scale = before.seen(sampled(step, "returns").tolist())
-        step = [in_units(group, before, self._scale) for group in step]
+            self._scale = self._scale.seen(sampled(step, "returns").tolist())
+        step = [in_units(group, before, self._scale) for group, (_, before) in zip(step, valued, strict=True)]
         for places in minibatches(len(step), num_parts, epochs, seed=(self.config.seed, context.version)):
             metrics = await context.compute(engine.accumulate, [step[place] for place in places], self.config.objective)
             updates.append(metrics | await context.compute(engine.apply))

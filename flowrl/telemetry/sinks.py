@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Protocol
 from flowrl.config import load_class
 from flowrl.errors import say
 from flowrl.telemetry import clock
-from flowrl.telemetry.events import Notice
-from flowrl.telemetry.metrics import MetricsFile, StateFile, read_evaluations
+from flowrl.telemetry.events import Evaluation, Notice
+from flowrl.telemetry.files import read_file
+from flowrl.telemetry.metrics import MetricsFile, StateFile, events_in
 from flowrl.telemetry.symptoms import Symptoms
 from flowrl.telemetry.terminal import LiveView, PlainLines, notice_line
 from flowrl.telemetry.timeline import Timeline
@@ -125,12 +126,15 @@ def open_sinks(
     """Open a run's sinks and close them when the block ends.
 
     `nodes` are the names that will report, in the order to show them. A resumed run appends to its metrics, takes the
-    evaluations in them into its view and starts a timeline of its own.
+    evaluations in them into its view, the steps into what it is warned by, and starts a timeline of its own.
     """
     sinks = Sinks(RunView(expected=nodes))
     metrics = run_dir / "metrics.jsonl"
-    sinks.view.recall(read_evaluations(metrics))
-    sinks.add("warnings", lambda: Symptoms(sinks.warn))
+    before = [*events_in((read_file(metrics) or b"").splitlines())]
+    sinks.view.recall(event for event in before if isinstance(event, Evaluation))
+    symptoms = Symptoms(sinks.warn)
+    symptoms.recall(before)
+    sinks.add("warnings", lambda: symptoms)
     add_trackers(settings, sinks, run_dir=run_dir, title=title)
     for name, path in settings.sinks.items():
         sinks.add(f"sinks.{name}", partial(load_class(path, f"sinks.{name}"), run_dir))

@@ -19,7 +19,7 @@ from flowrl.telemetry.events import Evaluation, Step
 from flowrl.telemetry.intervals import paired_interval
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from flowrl.telemetry.events import Event
 
@@ -29,6 +29,7 @@ MIN_ENTROPY = 0.2  # of what it was
 MAX_DRIFT = 2.0  # times, or one so many-th, of the length that it was
 MAX_IDLE = 0.7  # share of groups
 ROUNDED = 1e-9  # of their mean, what equal rewards spread by rounding
+MIN_SPREAD = 1e-4  # of rewards; whitening adds as much to their deviation
 MAX_CUT = 0.5  # share of answers
 NEARLY_ALL = 0.9  # share of a single step's answers: no noise
 MAX_CLIPPED = 0.1  # share of scores
@@ -53,12 +54,20 @@ def at_first(steps: Sequence[Step], name: str) -> float | None:
 
 
 def kl_growth(steps: Sequence[Step]) -> str:
-    """Say that the policy leaves the reference faster and faster."""
-    now, before, length = recent(steps, "kl"), recent(steps, "kl", ago=1), recent(steps, "response_tokens.mean")
-    if now is None or before is None or not length or now / length <= MAX_KL or now <= 2.0 * max(before, 0.0):
+    """Say that the policy leaves the reference, in a few steps or faster and faster over many."""
+    now, length = recent(steps, "kl"), recent(steps, "response_tokens.mean")
+    if now is None or not length or now / length <= MAX_KL:
         return ""
-    found = f"the KL to the reference has grown from {before:.2f} to {now:.2f} nats a sample"
-    return f"{found}, {now / length:.2f} a token; raise algorithm.kl.coef or lower learner.lr"
+    for ago in (1, 2, 4, 8, 16, 32):
+        before, middle = recent(steps, "kl", ago=ago), recent(steps, "kl", ago=ago // 2)
+        if before is None or middle is None:
+            return ""
+        slows_down = ago > 1 and (now - middle < 0.8 * (middle - before) or now / length <= 2 * MAX_KL)
+        if now > 2.0 * max(before, 0.0) and not slows_down:
+            found = f"the KL to the reference has grown from {before:.2f} to {now:.2f} nats a sample"
+            found += "" if ago == 1 else f" in {ago * WINDOW} steps, and grows no slower"
+            return f"{found}, {now / length:.2f} a token; raise algorithm.kl.coef or lower learner.lr"
+    return ""
 
 
 def entropy_collapse(steps: Sequence[Step]) -> str:
@@ -86,6 +95,15 @@ def equal_rewards(steps: Sequence[Step]) -> str:
         return ""
     found = f"every sample of the last {WINDOW} steps has earned {mean:g}"
     return f"{found}, so that no answer is better than another; read some (flowrl inspect RUN) and see what scores them"
+
+
+def tiny_rewards(steps: Sequence[Step]) -> str:
+    """Say that rewards hardly differ, so that penalties and epsilons count for more than they do."""
+    spread, unit = recent(steps, "reward.std"), recent(steps, "shaping.std") or 1.0
+    if spread is None or spread / unit >= MIN_SPREAD or equal_rewards(steps):
+        return ""
+    found = f"rewards differ by {spread:.1g} only (reward.std), less than a penalty or the epsilons of a division"
+    return f"{found}; have the reward give more, or set algorithm.shaping.std={spread:.1g}"
 
 
 def idle_groups(steps: Sequence[Step]) -> str:
@@ -151,7 +169,8 @@ def up_to(steps: Sequence[Step], version: int) -> list[Step]:
 
 
 SYMPTOMS: tuple[Callable[[Sequence[Step]], str], ...] = (
-    kl_growth, entropy_collapse, length_drift, equal_rewards, idle_groups, cut_answers, clipped_scores, idle_critic,
+    kl_growth, entropy_collapse, length_drift, equal_rewards, tiny_rewards, idle_groups, cut_answers, clipped_scores,
+    idle_critic,
 )  # fmt: skip
 
 
@@ -163,24 +182,32 @@ class Symptoms:
         self._steps: list[Step] = []
         self._evaluations: list[Evaluation] = []
         self._rewards: dict[int, float | None] = {}  # of late, at the version of each evaluation
-        self._told: set[str] = set()
+        self._told: dict[str, int] = {}  # how often each that was told has not been found since
+
+    def recall(self, events: Iterable[Event]) -> None:
+        """Take in what came before in a resumed run; what it shows is told with the first step that follows."""
+        for event in events:
+            self._take(event)
 
     def consume(self, events: list[Event]) -> None:
         """Take in steps and evaluations; after a rollback those of the lost versions are forgotten."""
         for event in events:
-            if isinstance(event, Step):
-                self._steps = [*up_to(self._steps, event.version - 1), msgspec.structs.replace(event, staleness=[])]
-                del self._steps[FIRST_STEPS:-NEWEST_STEPS]
-                if event.version in self._rewards:  # it was evaluated before its step was told
-                    self._rewards[event.version] = recent(self._steps, "reward.mean")
+            if self._take(event):
                 self._ask()
-            elif isinstance(event, Evaluation):
-                before = [e for e in self._evaluations if e.version < event.version]
-                self._evaluations = [*before, msgspec.structs.replace(event, completions=[])]
-                del self._evaluations[1:-MOST_EVALUATIONS]
-                self._rewards[event.version] = recent(up_to(self._steps, event.version), "reward.mean")
-                self._rewards = {e.version: self._rewards[e.version] for e in self._evaluations}
-                self._ask()
+
+    def _take(self, event: Event) -> bool:
+        if isinstance(event, Step):
+            self._steps = [*up_to(self._steps, event.version - 1), msgspec.structs.replace(event, staleness=[])]
+            del self._steps[FIRST_STEPS:-NEWEST_STEPS]
+            if event.version in self._rewards:  # it was evaluated before its step was told
+                self._rewards[event.version] = recent(self._steps, "reward.mean")
+        elif isinstance(event, Evaluation):
+            before = [e for e in self._evaluations if e.version < event.version]
+            self._evaluations = [*before, msgspec.structs.replace(event, completions=[])]
+            del self._evaluations[1:-MOST_EVALUATIONS]
+            self._rewards[event.version] = recent(up_to(self._steps, event.version), "reward.mean")
+            self._rewards = {e.version: self._rewards[e.version] for e in self._evaluations}
+        return isinstance(event, Step | Evaluation)
 
     def close(self) -> None:
         """Do nothing: warnings are told as they are found."""
@@ -191,4 +218,5 @@ class Symptoms:
         for name, text in found.items():
             if text and name not in self._told:
                 self._warn("learner", text)
-        self._told = {name for name, text in found.items() if text}
+            self._told[name] = 0 if text else self._told.get(name, WINDOW) + 1
+        self._told = {name: times for name, times in self._told.items() if times < WINDOW}

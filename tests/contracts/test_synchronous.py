@@ -17,7 +17,7 @@ from flowrl.engines.base import Ranks, Sampling, Schedule, TrainingConfig
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
 from flowrl.messages import Buffer, Referenced, Rollouts, Samples, extend
 from flowrl.runtime.local import LocalOptions, run_local
-from flowrl.stages.critic import Critic, explained_variance, in_units
+from flowrl.stages.critic import Critic, begun, explained_variance, in_units
 from flowrl.stages.estimation import Estimation, load_algorithm
 from flowrl.stages.examples import example_of
 from flowrl.stages.generator import Generator
@@ -127,25 +127,27 @@ def plain_loop(model: Path, rollouts: list[Rollouts], name: str) -> tuple[list[d
     policy, critic, frozen = opened("policy", 1e-3), opened("value", 1e-3), opened("policy", 0.0)
     estimation = Estimation(PPO, load_algorithm(PPO, group_size=SIZE, has_critic=True))
     figures: list[dict[str, float]] = []
-    scale = ReturnScale()
+    scale, earned = ReturnScale(), list[float]()
     for first in range(0, STEPS * GROUPS, GROUPS):
         batch: list[Samples] = []
+        before: list[ReturnScale] = []
         for group in rollouts[first : first + GROUPS]:
             rows = frozen.score([token_group(group)])[0]
             scores = digits([sample.token_ids.tolist() for sample in group.samples])
             referenced = extend(
                 Referenced, group, scores={"digits": scores}, ref_logprobs=[Buffer.floats(row) for row in rows]
             )
-            values = [scale.mean + scale.unit * row for row in critic.score([token_group(referenced)])[0]]
+            known = scale if scale.weight else begun(estimation.algorithm, referenced, earned)
+            before.append(known)
+            values = [known.mean + known.unit * row for row in critic.score([token_group(referenced)])[0]]
             batch.append(extend(Samples, referenced, **estimation.advantages(referenced, values)))
         valued = [token_group(group) for group in batch]
-        before, scale = (
-            scale,
-            scale.seen([each for group in batch for row in group.returns or [] for each in row.tolist()]),
-        )
-        learned = critic.accumulate([in_units(group, before, scale) for group in valued], VALUE) | critic.apply()
+        explained = explained_variance(valued) if scale.weight else {}
+        scale = scale.seen([each for group in batch for row in group.returns or [] for each in row.tolist()])
+        units = [in_units(group, known, scale) for group, known in zip(valued, before, strict=True)]
+        learned = critic.accumulate(units, VALUE) | critic.apply()
         del learned["value_clip_frac"]
-        estimation.figures = {f"critic.{name}": value for name, value in learned.items()} | explained_variance(valued)
+        estimation.figures = {f"critic.{name}": value for name, value in learned.items()} | explained
         step = first // GROUPS
         found = policy.accumulate(step_groups(estimation.algorithm, batch, step), PPO)
         places = range(step * TEXTS_PER_STEP, (step + 1) * TEXTS_PER_STEP)

@@ -229,6 +229,12 @@ def test_fifteen_turns_of_reward_one_are_fifteen_equal_rewards(shaping: Shaping)
     assert found_BT[0, ::2].tolist() == [1.0 / shaping.std] * 15
 
 
+def test_episodes_that_earned_the_same_at_other_turns_tie_exactly():
+    batch = episodes([0.1, 0.2, 0.4], [0.7], [0.35, 0.35], [0.3, 0.3, 0.1])._replace(rewards_B=torch.full((4,), 0.7))
+    for algorithm in (GRPO(kl=KL()), RLOO(kl=KL()), DrGRPO(), OPO()):
+        assert not algorithm.advantages(batch).advantages_BT.any()
+
+
 def test_the_baseline_of_turns_is_by_turn():
     batch = episodes([1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0])
     found_BT = ReinforcePPBaseline(kl=KL()).advantages(batch).advantages_BT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,6 +115,24 @@ def test_only_the_chosen_layers_are_computed_again_and_gradients_stay(tiny_llama
 def test_what_an_engine_cannot_do_or_would_not_look_at_is_refused_by_its_class(kind, settings, has_gpu, words):
     with pytest.raises(ConfigError, match=words):
         kind.check_settings(Training(**settings), "learner", has_gpu=has_gpu)
+
+
+@pytest.mark.parametrize(("settings", "is_refused"), [
+    (Training(dtype="float16"), True), (Scoring(dtype="float16", zero_stage=3), True), (Scoring(dtype="float16"), False)
+])  # fmt: skip
+def test_float16_is_refused_before_the_start_where_deepspeed_cannot_compute_in_it(monkeypatch, settings, is_refused):
+    def check(*, has_float16: bool, has_gpu: bool) -> None:
+        monkeypatch.setattr("flowrl.engines.deepspeed._has_float16", lambda: has_float16)
+        DeepSpeedEngine.check_settings(settings, "learner", has_gpu=has_gpu)
+
+    check(has_float16=True, has_gpu=False)
+    check(has_float16=False, has_gpu=True)
+    with (
+        pytest.raises(ConfigError, match=r"learner.dtype: is float16, .*; take bfloat16")
+        if is_refused
+        else nullcontext()
+    ):
+        check(has_float16=False, has_gpu=False)
 
 
 def test_a_frozen_node_is_held_against_its_engine_too():

@@ -16,11 +16,12 @@ from flowrl.algorithms.grpo import GRPO
 from flowrl.algorithms.policy import KL
 from flowrl.algorithms.ppo import PPO
 from flowrl.algorithms.return_scale import ReturnScale
+from flowrl.algorithms.shaping import Shaping
 from flowrl.config import Select
 from flowrl.engines.base import TokenGroup
 from flowrl.errors import ConfigError, DataError
 from flowrl.messages import Buffer, Referenced, Sample, VersionSpan
-from flowrl.stages.critic import Critic, explained_variance, longer, split_after
+from flowrl.stages.critic import Critic, begun, explained_variance, longer, split_after
 from flowrl.stages.estimation import (
     Estimation,
     advice,
@@ -147,8 +148,8 @@ def test_a_critic_that_began_with_a_scale_learns_in_its_units_whether_or_not_the
     sampler = Sampler(model="", engine="")
     learning = Learning(algorithm=Select(use="flowrl.algorithms.ppo:PPO"), steps=1, groups_per_step=1, max_staleness=0)
     critic = Critic(Critic.Config(), sampler, learning, Learner.Config())
-    begun = ReturnScale(weight=1.0, mean=10.0, square=100.0 + 0.25**2)  # a unit of 2
-    critic._scale, critic._is_scaled = begun, is_scaled
+    loaded = ReturnScale(weight=1.0, mean=10.0, square=100.0 + 0.25**2)  # a unit of 2
+    critic._scale, critic._is_scaled = loaded, is_scaled
     given: list[TokenGroup] = []
     engine: Any = SimpleNamespace(accumulate=lambda groups, _: given.extend(groups) or {}, apply=dict)
 
@@ -156,12 +157,37 @@ def test_a_critic_that_began_with_a_scale_learns_in_its_units_whether_or_not_the
         return work(*args)
 
     context: Any = SimpleNamespace(now=lambda: 0.0, compute=compute, span=lambda *_: None, version=0)
-    asyncio.run(critic._train(context, engine, [valued([14.0, 8.0], [12.0, 9.0])]))
-    now = begun.seen([14.0, 8.0]) if is_scaled else begun
+    asyncio.run(critic._train(context, engine, [(valued([14.0, 8.0], [12.0, 9.0]), loaded)]))
+    now = loaded.seen([14.0, 8.0]) if is_scaled else loaded
     assert critic._scale == now
     assert given[0].columns["values"][0].tolist() == [1.0, -0.5], "what the network said"
     expected = [(14.0 - now.mean) / now.unit, (8.0 - now.mean) / now.unit]
     assert given[0].columns["returns"][0].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("shift", [100.0, -7.0])
+def test_the_first_step_is_valued_about_what_a_sample_has_earned_whatever_the_rewards_shift(shift: float):
+    def first_step(shift: float) -> tuple[list[float], list[list[float]]]:
+        earned: list[float] = []
+        ppo, scales, worths = PPO(kl=KL(), shaping=Shaping(std=2.0)), list[float](), list[list[float]]()
+        for number in range(3):
+            known = msgspec.structs.replace(group(number, gap=0.0), scores={"task": [shift + number, shift + 1.0]})
+            scale = begun(ppo, known, earned)
+            values = [np.full(2, scale.mean, dtype=np.float32)] * 2
+            scales.append(scale.mean)
+            worths += [row.tolist() for row in group_fields(ppo, known, values)["advantages"]]
+        return scales, worths
+
+    plain, shifted = first_step(0.0), first_step(shift)
+    assert plain[0] == [0.25, 0.375, 0.5]  # means of (0, 1), (1, 1), (2, 1), halved, of the groups so far
+    assert shifted[0] == pytest.approx([each + shift / 2 for each in plain[0]])
+    for one, other in zip(plain[1], shifted[1], strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_turns_rewards_are_valued_about_nothing_at_first():
+    known = msgspec.structs.replace(group(2, gap=0.0), placed=[Buffer.floats([1.0, 1.0])] * 2)
+    assert begun(PPO(kl=KL()), known, []) == ReturnScale()
 
 
 def test_the_value_behind_a_cut_answer_is_read_before_one_more_token():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import pytest
@@ -43,6 +44,7 @@ CASES = {  # figure; a run that shows the fault, one that comes near it; part of
     "entropy_collapse": ("sampled_entropy", steadily(1.5, 0.0), steadily(1.5, 0.5), "the entropy of what is sampled"),
     "length_drift": ("response_tokens__mean", steadily(20, 80), steadily(20, 35), "answers have gone from 2"),
     "equal_rewards": ("reward__std", [1e-17] * 20, [*[0.0] * 4, *[0.01] * 16], "every sample of the last 5 steps"),
+    "tiny_rewards": ("reward__std", [2e-6] * 20, [2e-3] * 20, "rewards differ by 2e-06 only"),
     "idle_groups": ("groups__idle", steadily(0.5, 1.0), steadily(0.3, 0.6), "of the groups teach nothing"),
     "cut_answers": ("response_tokens__cut", steadily(0.1, 0.9), steadily(0.0, 0.4), "of the answers are cut"),
     "clipped_scores": ("reward__clipped", [0.3] * 20, [0.05] * 20, "30% of the scores are clipped"),
@@ -61,6 +63,47 @@ def test_a_run_that_shows_the_fault_is_warned_of_once_and_one_that_does_not_is_n
     assert len(warnings) == 1
     assert sentence in warnings[0]
     assert told(run(**{figure: near})) == []
+
+
+def long_run(kl: Callable[[int], float], *, steps: int = 300) -> list[Step]:
+    figures = [{**HEALTHY, "kl": kl(k)} for k in range(steps)]
+    return [Step(version=k + 1, num_steps=steps, time_s=0.0, metrics=each) for k, each in enumerate(figures)]
+
+
+@pytest.mark.parametrize(
+    ("kl", "is_warned"),
+    [
+        (lambda k: 0.05 * 1.02**k, True),  # answers of 20 tokens: 0.0025 a token, and 0.9 at the end
+        (lambda k: 0.02 * k, True),
+        (lambda k: 0.02 * k * (1 + 0.3 * math.sin(2.4 * k)), True),
+        (lambda k: 1.8 * (1.0 - math.exp(-k / 20)), False),  # 0.09 a token, and stays there
+        (lambda k: 6.0 + 0.01 * k, False),  # begun far from the reference
+        (lambda k: 0.3 * math.sqrt(k) * (1 + 0.1 * math.sin(2.4 * k)), False),
+        (lambda k: 0.9 + 0.05 * math.sin(k), False),
+    ],
+)
+def test_a_slow_drift_is_told_and_one_that_comes_to_rest_is_not(kl: Callable[[int], float], is_warned: bool):
+    found = told(long_run(kl))
+    assert len(found) == is_warned
+    assert all("and grows no slower" in text for text in found)
+
+
+def test_a_resumed_run_is_held_against_how_the_run_began():
+    steps = run(sampled_entropy=steadily(1.5, 0.1))
+    warnings: list[str] = []
+    resumed = Symptoms(lambda where, text: warnings.append(text))
+    resumed.recall(steps[:18])
+    assert warnings == []
+    resumed.consume([*steps[15:]])  # from the checkpoint before on
+    assert ["the entropy of what is sampled has fallen from 1.3" in text for text in warnings] == [True]
+    fresh: list[str] = []
+    Symptoms(lambda where, text: fresh.append(text)).consume([*steps[15:]])
+    assert fresh == []
+
+
+def test_rewards_that_the_run_scales_itself_may_be_tiny():
+    tiny = run(reward__std=[2e-6] * 20, shaping__std=[2e-6] * 20)
+    assert told(tiny) == []
 
 
 def test_shrinking_answers_are_drift_too():
