@@ -105,6 +105,8 @@ class Select(Config):
             ConfigError: the class does not import, or an option is unknown, of the wrong type or out of range.
         """
         chosen = load_class(self.use, where)
+        if not issubclass(chosen, Config):
+            raise ConfigError(where, f"{self.use} is no Config", "inherit from one of those that come with flowrl")
         _reject_unknown(self.options, chosen, where)
         options = _settled(_merge(_nested_defaults(chosen), self.options), chosen)
         try:

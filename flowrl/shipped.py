@@ -61,4 +61,4 @@ def init(directory: Path) -> list[Path]:
 def _first_sentence(text: str) -> str:
     """Return the first sentence of a recipe's comment."""
     comment = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
-    return re.split(r"(?<=\.)\s", comment, maxsplit=1)[0]
+    return re.split(r"(?<=\.)(?<!Dr\.)\s", comment, maxsplit=1)[0]

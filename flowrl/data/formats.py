@@ -207,10 +207,23 @@ def _normalised(row: RawRow, format: Format, kind: Kind | None) -> NormalRow:
     if format.kind == "preference":
         if responses[0] == responses[1]:
             raise DataError(row.place, "chosen and rejected are the same", "drop the row, or set data.on_bad=skip")
+        _check_scores(row)
         labels = [number_of(row, "margin", 0.0)] * 2
     else:
         labels = [_verdict(row)] if format.kind == "unpaired-preference" else []
     return NormalRow(prompt=prompt, responses=responses, labels=labels, **common)
+
+
+def _check_scores(row: RawRow) -> None:
+    """Refuse a pair whose own scores, such as score_chosen and score_rejected, say that the worse one is chosen."""
+    for name, better in row.columns.items():
+        if "chosen" not in name or not re.search("score|rating|reward", name):
+            continue
+        other = name.replace("chosen", "rejected")
+        worse = row.columns.get(other)
+        if isinstance(better, int | float) and isinstance(worse, int | float) and better < worse:
+            what = f"has {name}={better} and {other}={worse}, so that the worse one is chosen"
+            raise DataError(row.place, what, "swap them or drop the row; where less is better, rename the columns")
 
 
 def num_shared(first: Sequence[Any], second: Sequence[Any]) -> int:

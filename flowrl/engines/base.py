@@ -452,13 +452,16 @@ class TrainingEngine(Protocol):
         ...
 
 
-def check_engine(path: str, options: Mapping[str, Any], where: str) -> None:
-    """Import an engine's class and hold a node's `engine_options` against what its constructor takes.
+def check_engine(path: str, options: Mapping[str, Any], where: str, *, needs: Sequence[str] = ()) -> None:
+    """Import an engine's class; hold it against what it `needs`, `engine_options` against what its constructor takes.
 
     Raises:
-        ConfigError: it does not import, or it takes no such option.
+        ConfigError: it does not import, is no engine of this kind, or takes no such option.
     """
     kind = load_class(path, f"{where}.engine")
+    if lacking := [name for name in needs if not hasattr(kind, name)]:
+        what = f"{path} has no {', '.join(lacking)}, so it is no engine for {where}"
+        raise ConfigError(f"{where}.engine", what, "take another, or write them (docs/extend/engine.md)")
     taken = inspect.signature(kind).parameters.values()
     known = {each.name for each in taken if each.kind is not each.VAR_KEYWORD} - GIVEN
     if hasattr(kind, "check_options"):  # it passes on what it does not take itself, and knows to whom

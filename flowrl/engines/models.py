@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from flowrl.engines.sequence import SequenceSplit
     from flowrl.graph.stage import Say
 
+MOST_REASON = 300  # characters of transformers' own words; some list every model there is
 _loading = threading.Lock()  # transformers sets process-wide state (the meta device) while it loads
 
 
@@ -175,7 +176,7 @@ def _kind_of(directory: Path, head: Head, where: str, source: dict[str, Any]) ->
 
 
 def _unloadable(directory: Path, head: Head, where: str, error: Exception) -> ModelError:
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    reason = " ".join(str(error).split())[:MOST_REASON] or type(error).__name__
     remedy = "give a directory in Hugging Face format with safetensors"
     return ModelError(where, f"{directory} cannot be loaded as a {head} model ({reason})", remedy)
 

@@ -58,7 +58,7 @@ class Generation(Served):
 
 def check_context(config: Served, model: str, say: Say, *, where: str, routing: RoutingKind = "own") -> None:
     """Prepare the model; its context must hold `max_model_len` tokens, and the engine take its options and settings."""
-    check_engine(config.engine, config.engine_options, where)
+    check_engine(config.engine, config.engine_options, where, needs=("open", "generate", "update_weights", "close"))
     directory = prepare_model(model, say=say)
     open_engine(
         config.engine,

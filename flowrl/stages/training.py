@@ -35,7 +35,7 @@ def check_engine_of(settings: Scoring | Training, where: str, model: str) -> Non
     Raises:
         ConfigError: its settings ask for what is not here.
     """
-    check_engine(settings.engine, settings.engine_options, where)
+    check_engine(settings.engine, settings.engine_options, where, needs=("open", "score", "close"))
     import torch
 
     has_gpu = settings.gpus > 0 or bool(settings.share) or torch.cuda.is_available()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from flowrl import shipped
 from tests.support.command import ROOT, tiny_settings
 
 if TYPE_CHECKING:
@@ -93,3 +94,7 @@ def test_its_graphs_are_listed_written_and_run_outside_the_checkout(installed: P
     more = ["--set", "steps=2", "--set", "examples_per_step=2", "--set", "hints=false"]
     said = said_by(installed, "run", "graphs/sft.py", *settings, *more, "--name", "first", cwd=mine)
     assert (mine / "runs" / "first" / "report.txt").is_file(), said
+
+
+def test_a_recipe_is_told_by_its_first_sentence():
+    assert shipped.graphs()["graphs/recipes/smollm2-dr-grpo.yaml"].startswith("Dr. GRPO (")

@@ -323,6 +323,7 @@ def test_class_and_option_may_be_set_in_either_order(reverse):
         ([f"algorithm={__name__}:Clipp"], "has no 'Clipp', did you mean 'Clip'?"),
         (["algorithm=PPO"], "algorithm: 'PPO' is not of the form module:name"),
         (["algorithm=math:pi"], "algorithm: math:pi is not a class"),
+        (["algorithm=decimal:Decimal"], "algorithm: decimal:Decimal is no Config"),
     ],
 )
 def test_a_wrong_class_or_option_is_refused_when_it_is_loaded(overrides, said):

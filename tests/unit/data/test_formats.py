@@ -222,6 +222,14 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"chosen": BLUE, "rejected": GREEN}, ["share no message"]),
     ({"chosen": ASK + BLUE, "rejected": ASK}, ["column 'rejected': message 1", "is missing"]),
     ({"prompt": "a", "chosen": "b", "rejected": "b"}, ["chosen and rejected are the same"]),
+    (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1, "score_rejected": 4.5},
+        ["has score_chosen=1 and score_rejected=4.5, so that the worse one is chosen"],
+    ),
+    (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "chosen_rating": 2.0, "rejected_rating": 3.0},
+        ["has chosen_rating=2.0 and rejected_rating=3.0"],
+    ),
     ({"chosen": ASK + BLUE, "rejected": ASK + BLUE}, ["chosen and rejected are the same"]),
     ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "two"}, ["column 'margin' holds a string"]),
     ({"prompt": "a", "completion": "b", "label": "good"}, ["column 'label' holds 'good'", "true or false"]),

@@ -120,3 +120,15 @@ def test_a_generator_is_split_into_parts_that_divide_the_heads(tmp_path: Path, p
     )
     with nullcontext() if is_taken else refused:
         check(config, "generator")
+
+
+@pytest.mark.parametrize(
+    ("path", "needs", "said"),
+    [
+        ("decimal:Decimal", ("open", "score", "close"), "has no open, score, close, so it is no engine for node"),
+        ("flowrl.engines.torch:TorchEngine", ("open", "generate"), "has no generate, so it is no engine for node"),
+    ],
+)
+def test_a_class_that_is_no_engine_of_the_kind_is_refused(path: str, needs: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"node.engine: {path} {said}"):
+        check_engine(path, {}, "node", needs=needs)
