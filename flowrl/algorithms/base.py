@@ -185,8 +185,11 @@ class Objective(Config):
         """Return whether answers that were cut before their end are not learned from."""
         return False
 
-    def idle_settings(self, num_updates: int) -> list[str]:
-        """Return which settings have no effect, and why, where a version takes so many optimizer steps."""
+    def idle_settings(self, num_updates: int, *, is_fresh: bool = False) -> list[str]:
+        """Return which settings have no effect, and why, where a version takes so many optimizer steps.
+
+        `is_fresh`: the version that learns a sample is the one that sampled it.
+        """
         return []
 
     def changed(self, *names: str) -> list[str]:

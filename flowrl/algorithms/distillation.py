@@ -40,7 +40,7 @@ class Distillation(Objective):
     mix: Annotated[float, Meta(ge=0, le=1)] = 0.5  # of the KL; the rest is the likelihood of the tokens
     max_weight: Annotated[float, Meta(ge=1)] = 10.0  # of tokens that the other one sampled
 
-    def idle_settings(self, num_updates: int) -> list[str]:
+    def idle_settings(self, num_updates: int, *, is_fresh: bool = False) -> list[str]:
         """Return which settings have no effect, and why."""
         over = "teacher" if self.direction == "forward" else "student"
         if not self.mix:

@@ -65,7 +65,7 @@ class FullDistillation(Objective):
         """Return what both models' logits are divided by."""
         return self.at_temperature or None
 
-    def idle_settings(self, num_updates: int) -> list[str]:
+    def idle_settings(self, num_updates: int, *, is_fresh: bool = False) -> list[str]:
         """Return which settings have no effect, and why."""
         is_idle = self.direction != "jsd" and self.changed("share")
         return [f"objective.share: no effect with direction={self.direction}"] if is_idle else []

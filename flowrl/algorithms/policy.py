@@ -161,7 +161,7 @@ class PolicyGradient(Algorithm):
         """Return whether answers that were cut are left out of the loss."""
         return self.mask_cut
 
-    def idle_settings(self, num_updates: int) -> list[str]:
+    def idle_settings(self, num_updates: int, *, is_fresh: bool = False) -> list[str]:
         """Return which settings have no effect in a step of so many updates, and why."""
         found: list[str] = []
         kind = self.correction.kind
@@ -173,6 +173,11 @@ class PolicyGradient(Algorithm):
                 f"algorithm.{bounds}: no effect, for with correction.kind={kind} the ratio is against the policy at "
                 "the start of the step, and one optimizer step a version leaves it 1; set learner.minibatches or "
                 "learner.epochs to 2 or more, or correction.kind=behaviour, which clips against the policy that sampled"
+            )
+        elif num_updates == 1 and is_fresh:
+            found.append(
+                f"algorithm.{bounds}: no effect but on what engines round, for fresh samples that are learned in one "
+                "optimizer step have a ratio of 1"
             )
         if changed := self.changed(*(name for name in CLIPS if name not in self.bounds)):
             found.append(f"algorithm.{', '.join(changed)}: no effect, for {type(self).__name__} has {bounds} instead")

@@ -31,9 +31,9 @@ class PPO(PolicyGradient):
     bootstrap_cut: bool = False  # answers that were cut go on in the critic's eyes, instead of ending with nothing
     kl: KL = KL(coef=0.01)
 
-    def idle_settings(self, num_updates: int) -> list[str]:
+    def idle_settings(self, num_updates: int, *, is_fresh: bool = False) -> list[str]:
         """Return which settings have no effect in a step of so many updates, and why."""
-        found = super().idle_settings(num_updates)
+        found = super().idle_settings(num_updates, is_fresh=is_fresh)
         if self.bootstrap_cut and self.mask_cut:
             found.append("algorithm.bootstrap_cut: no effect with mask_cut=true, which learns nothing of cut answers")
         return found

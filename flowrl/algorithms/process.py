@@ -43,7 +43,7 @@ class Process(Objective):
         """Return "accuracy": the share of an example's steps that are judged as labelled."""
         return "accuracy"
 
-    def idle_settings(self, num_updates: int) -> list[str]:
+    def idle_settings(self, num_updates: int, *, is_fresh: bool = False) -> list[str]:
         """Return which settings have no effect, and why."""
         is_idle = self.labels == "soft" and self.changed("threshold")
         return ["objective.threshold: no effect with labels=soft"] if is_idle else []

@@ -4,10 +4,10 @@
     A_t = sum over k >= t of r_k, less the score of the greedy response to the same prompt
 
 No critic, and no group: one sample of a prompt is enough. The greedy response comes from the policy that samples, is
-scored as the samples are, without the penalty, and never learned. Where rewards are placed on turns or steps, what
-comes off a token's return is what the greedy response had still to earn at the beginning of the same turn or step, 0
-where it had ended: its whole score would punish every late turn. The clipped surrogate stands in for the paper's log
-pi, whose gradient is the same on fresh samples.
+scored as the samples are, without the penalty, and never learned. Where rewards are placed on turns or steps, each is
+compared with what the greedy response had still to earn at its beginning, 0 behind its end. Its whole score would
+punish every late turn. The clipped surrogate stands in for the paper's log pi, whose gradient is the same on fresh
+samples.
 
 Tests: tests/unit/algorithms/test_group_advantages.py
 """

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from flowrl.graph.stage import Context, Say
 
 
+BY_TURN = "reinforce_pp:ReinforcePPBaseline"  # whose baseline is the group's mean at the same turn
+
+
 class Advantage(Stage):
     """Finds what every token of a group is worth."""
 
@@ -47,9 +50,15 @@ class Advantage(Stage):
 
     def check(self, say: Say) -> None:
         """Load the algorithm and hold its needs against this topology."""
-        shaping = getattr(self._load(), "shaping", None)
-        if self.sampler.max_turns > 1 and shaping is not None and (shaping.clip or shaping.mean):
+        algorithm = self._load()
+        shaping = getattr(algorithm, "shaping", None)
+        if self.sampler.max_turns == 1 or shaping is None:
+            return
+        if shaping.clip or shaping.mean:
             say("algorithm.shaping.clip, mean: no effect, for rewards of turns are only divided by shaping.std")
+        if algorithm.whitens and not algorithm.needs_group:
+            what = "late turns, which have less left to earn, are whitened to less than early ones"
+            say(f"warning: where turns are rewarded, {what}; take algorithm=flowrl.algorithms.{BY_TURN}")
 
     def _load(self) -> Algorithm:
         self.algorithm = settled(self.algorithm, self.sampler.max_response)

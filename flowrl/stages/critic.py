@@ -24,11 +24,11 @@ import msgspec
 
 from flowrl.algorithms.return_scale import ReturnScale
 from flowrl.config import AUTO, ImportPath, Meta, Select, widen
-from flowrl.data.models import prepare_model
+from flowrl.data.models import inspect_model, prepare_model
 from flowrl.data.vocabulary import check_same_vocabulary
 from flowrl.engines.base import TokenGroup, Training, TrainingConfig, TrainingEngine
 from flowrl.engines.checkpoint import checkpoint_version
-from flowrl.errors import ChannelClosed, DataError
+from flowrl.errors import ChannelClosed, ConfigError, DataError
 from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import Itself
 from flowrl.graph.stage import Stage
@@ -111,6 +111,19 @@ def begun(algorithm: Algorithm, group: Referenced, earned: list[float]) -> Retur
     return ReturnScale(mean=fmean(earned)) if earned else ReturnScale()
 
 
+def check_behind(longest: int, num_positions: int) -> None:
+    """Insist that a critic has a position for one token more than a prompt and a cut answer have; 0 is any number.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if 0 < num_positions <= longest:
+        what = f"reads a token behind answers of {longest} tokens with their prompts, the critic has {num_positions} "
+        raise ConfigError(
+            "algorithm.bootstrap_cut", f"{what}positions", "lower sampling.max_tokens or max_model_len by 1"
+        )
+
+
 def longer(group: Referenced) -> TokenGroup:
     """Return a group's tokens with one more behind each cut answer, before which the value behind the answer is read.
 
@@ -189,7 +202,8 @@ class Critic(Stage):
             check_same_vocabulary(
                 prepare_model(self.sampler.model, say=say), directory, "critic_model", longest=self.sampler.longest
             )
-        self._load()
+        if self._load().needs_after:
+            check_behind(self.sampler.longest, inspect_model(directory).max_context)
         objective = self.config.objective.load("critic.objective")
         if self.config.minibatches * self.config.epochs == 1 and getattr(objective, "clip", 0.0):
             what = "with one optimizer step a version no value has moved yet when it is clipped"

@@ -157,7 +157,7 @@ class Learner(Stage):
         num_updates = self.config.minibatches * self.config.epochs
         for line in advice(objective, max_staleness=self.learning.max_staleness, num_updates=num_updates):
             say(f"warning: {line}")
-        for line in objective.idle_settings(num_updates):
+        for line in objective.idle_settings(num_updates, is_fresh=self.learning.max_staleness == 0):
             say(line)
 
     def _check_routing(self, model: Path, say: Say) -> None:

@@ -127,3 +127,14 @@ def test_a_node_that_trains_says_what_it_does_not_look_at() -> None:
     constant = Training(schedule=Schedule(kind="constant", warmup_steps=2, final_ratio=0.5))
     assert constant.idle_settings() == ["schedule.final_ratio: no effect with schedule.kind=constant"]
     assert Training(schedule=Schedule(kind="wsd", decay_ratio=0.2), lora=Lora(rank=4, alpha=64)).idle_settings() == []
+
+
+def test_fresh_samples_learned_in_one_step_are_clipped_by_nothing() -> None:
+    def lines(num_updates: int, *, is_fresh: bool, kind: str = "behaviour") -> list[str]:
+        choice = Select(use="flowrl.algorithms.ppo:PPO").changed({"correction.kind": kind})
+        return choice.load("algorithm").idle_settings(num_updates, is_fresh=is_fresh)
+
+    (line,) = lines(1, is_fresh=True)
+    assert line.startswith("algorithm.clip_low, clip_high: no effect but on what engines round")
+    assert lines(2, is_fresh=True) == lines(1, is_fresh=False) == []
+    assert len(lines(1, is_fresh=True, kind="truncated")) == 1

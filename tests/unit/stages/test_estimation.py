@@ -21,7 +21,8 @@ from flowrl.config import Select
 from flowrl.engines.base import TokenGroup
 from flowrl.errors import ConfigError, DataError
 from flowrl.messages import Buffer, Referenced, Sample, VersionSpan
-from flowrl.stages.critic import Critic, begun, explained_variance, longer, split_after
+from flowrl.stages.advantage import Advantage
+from flowrl.stages.critic import Critic, begun, check_behind, explained_variance, longer, split_after
 from flowrl.stages.estimation import (
     Estimation,
     advice,
@@ -206,6 +207,25 @@ def test_the_value_behind_a_cut_answer_is_read_before_one_more_token():
     assert [row.tolist() for row in returns] == [[0.0, 0.0], pytest.approx([0.625, 1.25])]
     without = group_fields(msgspec.structs.replace(ppo, bootstrap_cut=False), pair, values, after)["returns"]
     assert without[1].tolist() == pytest.approx([0.5, 1.0])
+
+
+def test_a_critic_needs_a_position_behind_the_longest_answer():
+    check_behind(511, 512)
+    check_behind(512, 0)
+    with pytest.raises(ConfigError, match=r"bootstrap_cut: reads a token behind answers of 512 tokens .* has 512 posi"):
+        check_behind(512, 512)
+
+
+@pytest.mark.parametrize(("use", "is_warned"), [("ReinforcePP", True), ("ReinforcePPBaseline", False)])
+def test_whitened_turns_without_a_baseline_by_turn_are_warned_of(use: str, is_warned: bool):
+    choice = Select(use=f"flowrl.algorithms.reinforce_pp:{use}")
+    learning = Learning(algorithm=choice, steps=1, groups_per_step=1, max_staleness=0)
+    for max_turns in (1, 3):
+        said: list[str] = []
+        sampler = Sampler(model="", engine="", group_size=2, max_turns=max_turns)
+        Advantage(Advantage.Config(), sampler, learning).check(said.append)
+        expected = ["warning: where turns are rewarded, late turns"] * (is_warned and max_turns > 1)
+        assert [line.partition(", which")[0] for line in said] == expected
 
 
 def test_the_longest_response_fills_what_an_algorithm_leaves_open_and_nothing_else():
