@@ -81,7 +81,7 @@ def merge(adapter: Path, base: Path, target: Path) -> None:
     is_classifier = json.loads((adapter / CONFIG).read_text()).get("task_type") == "SEQ_CLS"
     try:
         with quiet_transformers():
-            loader = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+            loader: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
             options: dict[str, Any] = {"num_labels": 1} if is_classifier else {}
             options |= {"dtype": "auto", "use_safetensors": True, "output_loading_info": True}
             model, found = loader.from_pretrained(base, **options)
