@@ -1,8 +1,8 @@
 """Published configurations of models that are not here, as directories for `flowrl check`.
 
-The numbers are flowrl.tuning.published's. The weights' file has the header of theirs and takes no room: what it holds is
-a hole. The tokenizer is the tiny one, so what a check says of prompts' lengths means nothing; context, vocabulary size,
-heads and experts are the model's own.
+The numbers are flowrl.tuning.published's. The weights' file has the header of theirs and takes no room: what it holds
+is a hole. The tokenizer is the tiny one, so what a check says of prompts' lengths means nothing; context, vocabulary
+size, heads and experts are the model's own.
 """
 
 from __future__ import annotations
