@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import datetime  # settings are built from their annotations
 import math
+import re
 from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
@@ -55,6 +56,7 @@ BARE = (
     "examples: strings are learned as they are, without the chat template that the model is asked with; "
     "data.strings_as_chat=true puts prompt and response under it"
 )
+VERDICT = re.compile(r"(?:^|_)(?:correct|right|valid|accept(?:ed)?|pass(?:ed)?|verified|success|solved|good)(?:$|_)")
 MAX_LEVELS = 100  # finer ones would be told apart by a digit that means little
 
 
@@ -142,6 +144,7 @@ class ExampleSet:
         self.skipped = report.skipped  # why, one line for each row that is bad or too long
         self.digest = report.digest  # of the sources' rows, whatever befell them
         self.is_bare = report.is_bare  # strings are learned without the model's chat template
+        self.denied = report.denied  # rows that a column of verdicts says no of, by its name
         self._parts = parts
         self._mixture = Mixture([len(part) for part in parts], [each.weight for each in data.sources], data.seed)
 
@@ -161,6 +164,11 @@ class ExampleSet:
             yield f"examples: {self.counts['repeated']} rows are others once more, and are learned once more"
         if self.is_bare:
             yield BARE
+        for name, count in self.denied.items():
+            yield (
+                f"warning: rows that say {name}=false ({count} of them) are learned like the others: nothing reads "
+                f"that column; data.columns.label={name} with data.only_good=true leaves them out"
+            )
 
     def row_at(self, position: int) -> ExampleRow:
         """Return the training example at `position` of the endless order: sources mixed, every epoch shuffled anew."""
@@ -178,6 +186,13 @@ class ExampleFindings:
         self.skipped: list[str] = []
         self.digest = ""
         self.is_bare = False
+        self.denied: Counter[str] = Counter()
+
+    def look(self, raw: RawRow, kind: Kind) -> None:
+        """Take note of a demonstration that its row says is none; other kinds have verdicts of their own."""
+        if kind in ("prompt-completion", "language-modeling"):
+            said = ((name, value) for name, value in raw.columns.items() if VERDICT.search(name))
+            self.denied.update(name for name, value in said if value is False or str(value).casefold() == "false")
 
     def skip(self, error: DataError, reason: Reason) -> None:
         """Count a row that is left out."""
@@ -252,6 +267,7 @@ def _read(data: ExampleData, report: ExampleFindings) -> list[_Found]:
             seen.add(raw.columns, number)
             try:
                 format = format or detect(raw, source.format)
+                report.look(raw, format.kind)
                 row = _normal(data, raw, format, source.format)
             except DataError as error:
                 bad(error)

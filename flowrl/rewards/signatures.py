@@ -18,7 +18,8 @@
                 names (prompts, completions, ...) it takes lists and returns one number for each sample. Only by
                 adapter=verifiers, since a rubric has no signature.
 
-All but the last may be `async`; a function is given those it names, or all with **kwargs; verl's and OpenRLHF's keep
+In the first two a `responses` or `response` is the completion where the function names none by that word. All but the
+last may be `async`; a function is given those it names, or all with **kwargs; verl's and OpenRLHF's keep
 the defaults of further parameters (gsm8k's `score=1.0`), whatever columns there are. Two differences from verifiers: a
 function that raises is an error and not a score of 0, and a function of weight 0 is not called. Sources: TRL
 GRPOTrainer "custom reward function"; verl/utils/reward_score; OpenRLHF examples/python/reward_func.py.
@@ -63,6 +64,7 @@ class Style:
     adapter: Adapter
     is_one_by_one: bool = False  # a call for each sample
     is_plural: bool = False  # verl's names are
+    response: str = ""  # what it calls a completion, where not by that word
 
 
 def style_of(found: Any, adapter: Adapter, *, path: str, where: str) -> Style:
@@ -117,6 +119,11 @@ def _returns_nothing(function: Any) -> bool:
 def _style(names: set[str], takes_all: bool, adapter: Adapter) -> Style | None:
     if adapter == "auto":
         own = "completions" in names or "completion" in names  # the other names are then columns of the data
+        if not own and not names & {*VERL, "queries", "solution_strs"}:
+            if "responses" in names:
+                return Style("trl", response="responses")
+            if "response" in names:
+                return Style("sample", is_one_by_one=True, response="response")
         known = ("trl", "sample") if own else ("verl", "openrlhf", "trl", "sample")
         tried = (_style(names, False, each) for each in known)
         found = next((style for style in tried if style is not None), None)
@@ -147,7 +154,8 @@ def columns_for(style: Style, texts: Columns, *, label_column: str, where: str) 
     said = [_text(completion) for completion in completions]
     match style.adapter:
         case "sample":
-            return {**columns, "prompt": prompts, "completion": said, "completion_ids": ids}, None
+            own = {style.response: said} if style.response else {}
+            return {**columns, "prompt": prompts, "completion": said, "completion_ids": ids, **own}, None
         case "openrlhf":
             labels = _labels(columns, label_column, where) if label_column else [""] * len(said)
             asked = [_text(prompt) for prompt in prompts]
@@ -159,7 +167,7 @@ def columns_for(style: Style, texts: Columns, *, label_column: str, where: str) 
             found = (columns.get("data_source", [""] * len(said)), said, truths, columns.get("extra_info", empty))
             given = {f"{name}s" if style.is_plural else name: each for name, each in zip(VERL, found, strict=True)}
         case _:
-            return texts, None
+            return {**texts, style.response: completions} if style.response else texts, None
     return {**columns, **given}, set(given)
 
 

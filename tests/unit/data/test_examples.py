@@ -212,6 +212,16 @@ def test_good_responses_alone_are_demonstrations(load):
     assert labelled.train[0].place.endswith(":1")
 
 
+def test_demonstrations_that_their_rows_call_wrong_are_told_of(load):
+    rows = [{"prompt": "a", "completion": text, "is_correct": text == "b", "is_streamed": False} for text in "bcd"]
+    *_, line = load(rows).told()
+    assert line.startswith("warning: rows that say is_correct=false (2 of them) are learned like the others")
+    assert "data.columns.label=is_correct with data.only_good=true" in line
+    good = load(rows, columns={"label": "is_correct"}, only_good=True)
+    assert len(good) == 1
+    assert not any("is_correct" in line for line in good.told())
+
+
 def test_every_epoch_has_each_row_once_and_any_position_can_be_asked_first(load):
     walked, jumped = load(pairs(17)), load(pairs(17))
     rows = [walked.row_at(position) for position in range(68)]

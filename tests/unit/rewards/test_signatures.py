@@ -386,3 +386,28 @@ def one_list(completion: str) -> Any:
 
 def one_nan(completion: str) -> float:
     return float("nan")
+
+
+# --- a completion by its other name
+
+
+def response_of_one(prompt: str, response: str, **row: Any) -> float:
+    return float(len(response) + 10 * len(prompt) + 100 * len(row["answer"]))
+
+
+def responses_of_all(prompts: list[str], responses: list[str], answer: list[str]) -> list[float]:
+    return [float(len(each) + 10 * len(prompts[0]) + 100 * len(answer[0])) for each in responses]
+
+
+def truth_is_a_response(solution_str: str, response: str) -> float:
+    return float(len(solution_str) + 10 * len(response))
+
+
+@pytest.mark.parametrize("name", ["response_of_one", "responses_of_all"])
+def test_a_response_is_the_completion_whatever_column_has_that_name(name: str):
+    group = rollouts("one", "three", prompt="count", response="no sample of ours", responses="nor this")
+    assert score(name, "auto", group) == [353.0, 355.0]
+
+
+def test_beside_another_name_of_the_completion_a_response_is_a_column():
+    assert score("truth_is_a_response", "auto", rollouts("one", response="four")) == [43.0]
