@@ -17,7 +17,7 @@ from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import Itself
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Referenced, Samples, extend
-from flowrl.stages.estimation import Estimation, keeps_group, load_algorithm, settled, split_greedy
+from flowrl.stages.estimation import Estimation, keeps_group, load_algorithm, settled, split_greedy, try_algorithm
 from flowrl.stages.sampler import Learning, Sampler
 
 if TYPE_CHECKING:
@@ -49,10 +49,12 @@ class Advantage(Stage):
         self.learning = learning
 
     def check(self, say: Say) -> None:
-        """Load the algorithm and hold its needs against this topology."""
+        """Load the algorithm, hold its needs against this topology and try it on a made-up group."""
         algorithm = self._load()
+        sampler = self.sampler
+        try_algorithm(algorithm, self.algorithm.use, sampler.group_size, has_turns=sampler.max_turns > 1)
         shaping = getattr(algorithm, "shaping", None)
-        if self.sampler.max_turns == 1 or shaping is None:
+        if sampler.max_turns == 1 or shaping is None:
             return
         if shaping.clip or shaping.mean:
             say("algorithm.shaping.clip, mean: no effect, for rewards of turns are only divided by shaping.std")

@@ -34,7 +34,15 @@ from flowrl.graph.simulated import Itself
 from flowrl.graph.stage import Stage
 from flowrl.messages import Buffer, Referenced, Samples, extend
 from flowrl.model_files import is_classifier
-from flowrl.stages.estimation import Estimation, group_fields, is_cut, keeps_group, load_algorithm, settled
+from flowrl.stages.estimation import (
+    Estimation,
+    group_fields,
+    is_cut,
+    keeps_group,
+    load_algorithm,
+    settled,
+    try_algorithm,
+)
 from flowrl.stages.learner import Learner
 from flowrl.stages.sampler import Learning, Sampler
 from flowrl.stages.step import check_divides, learned_group, mean_metrics, minibatches, with_reference_or_without
@@ -193,7 +201,7 @@ class Critic(Stage):
         check_divides(self.config.minibatches, learning.groups_per_step, "critic.minibatches")
 
     def check(self, say: Say) -> None:
-        """Prepare the model, which must read the policy's tokens, and load the algorithm."""
+        """Prepare the model, which must read the policy's tokens; load the algorithm and try it on a made-up group."""
         steps, saves = self.num_optimizer_steps, self.config.save_model
         directory = check_training(
             self.config, self.model, "critic", num_steps=steps, say=say, head="value", saves=saves
@@ -202,7 +210,9 @@ class Critic(Stage):
             check_same_vocabulary(
                 prepare_model(self.sampler.model, say=say), directory, "critic_model", longest=self.sampler.longest
             )
-        if self._load().needs_after:
+        algorithm, sampler = self._load(), self.sampler
+        try_algorithm(algorithm, self.algorithm.use, sampler.group_size, has_turns=sampler.max_turns > 1)
+        if algorithm.needs_after:
             check_behind(self.sampler.longest, inspect_model(directory).max_context)
         objective = self.config.objective.load("critic.objective")
         if self.config.minibatches * self.config.epochs == 1 and getattr(objective, "clip", 0.0):
