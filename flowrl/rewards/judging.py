@@ -41,7 +41,7 @@ import msgspec
 
 from flowrl.config import Config, Meta, read_yaml
 from flowrl.errors import ConfigError, RewardError
-from flowrl.rewards.verdicts import Verdict, Verdicts
+from flowrl.rewards.verdicts import Ruling, Verdicts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -236,12 +236,12 @@ class Judgement:
                 raise self._unreadable(place, found)
         return strengths(wins)
 
-    def _unreadable(self, place: int, found: Sequence[Verdict]) -> RewardError:
+    def _unreadable(self, place: int, found: Sequence[Ruling]) -> RewardError:
         shown = found[-1].said.strip() if found else ""
         what = f"no verdict on answer {place} can be read; the last ends with {shown!r}"
         return RewardError(self._where, what, "take a judge that ends with [[...]], or raise max_tokens")
 
-    async def _all(self, questions: Iterable[Messages]) -> list[Verdict]:
+    async def _all(self, questions: Iterable[Messages]) -> list[Ruling]:
         """Ask everything at once; the voice limits how much of it is under way."""
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -252,7 +252,7 @@ class Judgement:
         self.tally.unreadable += sum(each.mark is None for each in found)
         return found
 
-    async def _ask(self, question: Messages) -> Verdict:
+    async def _ask(self, question: Messages) -> Ruling:
         digest = hashlib.blake2b(msgspec.json.encode([self._who, question]), digest_size=16).hexdigest()
         self.tally.verdicts += 1
         while digest in self._under_way:  # for another group, or for an equal answer
@@ -269,16 +269,16 @@ class Judgement:
             answered.set()
         return verdict
 
-    async def _verdict(self, question: Messages) -> Verdict:
+    async def _verdict(self, question: Messages) -> Ruling:
         texts, read = VERDICTS[self._rubric.way]
         if self._weigh is not None:
             odds = await self._weigh(question, texts)
             mark = math.fsum(odd * (read(verdict_in(text) or "") or 0.0) for odd, text in zip(odds, texts, strict=True))
-            return Verdict(mark if math.isfinite(mark) else None, f"{odds[0]} for {texts[0]}")
+            return Ruling(mark if math.isfinite(mark) else None, f"{odds[0]} for {texts[0]}")
         said = await self._voice(question)
         mark = read(verdict_in(said) or "")
         said = spoken(said)
-        return Verdict(mark, (verdict_line(said) or said)[-SHOWN_CHARS:])
+        return Ruling(mark, (verdict_line(said) or said)[-SHOWN_CHARS:])
 
     def _question(self, asked: Asked, places: list[int], principle: Principle) -> Messages:
         """Return what the judge is asked about one answer, or about two in this order."""

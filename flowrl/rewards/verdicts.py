@@ -1,7 +1,7 @@
 """What a judge said, by a digest of who was asked what: nothing that was paid for is asked again.
 
-Verdicts are remembered in memory and, where a directory is given, in `NODE.REPLICA.jsonl` there: a sealed line for
-each, with the tokens that the replica has paid for in all starts of the run. At the start all replicas' are read.
+Verdicts are remembered in memory and, where a directory is given, in `NODE.REPLICA.jsonl` there. Each is a sealed line,
+with the tokens that the replica has paid for in all starts of the run. At the start all replicas' are read.
 
 Invariants:
 - a verdict counts for the same model and sampling, way, principle and answers alone;
@@ -31,7 +31,7 @@ MOST = 100_000
 MOST_WAITING = 1 << 20  # bytes that wait for room on the disk: they may be asked again
 
 
-class Verdict(NamedTuple):
+class Ruling(NamedTuple):
     """What was said, and what it is worth."""
 
     mark: float | None  # points, what the answer shown first won, or the truth of it; None: unreadable
@@ -64,7 +64,7 @@ class Verdicts:
     ) -> None:
         """Read what the replicas of a node have written; `name` is this one's, NODE.REPLICA."""
         self.paid = Paid()
-        self._known: OrderedDict[str, Verdict] = OrderedDict()
+        self._known: OrderedDict[str, Ruling] = OrderedDict()
         self._file: RecordFile | None = None
         if directory is None:
             return
@@ -81,25 +81,25 @@ class Verdicts:
                 line = msgspec.json.decode(unseal(text), type=_Line)
             except UNREADABLE:
                 continue
-            self._keep(line.digest, Verdict(line.mark, line.said))
+            self._keep(line.digest, Ruling(line.mark, line.said))
             if is_own:
                 self.paid = Paid(line.read, line.written)
 
-    def get(self, digest: str) -> Verdict | None:
+    def get(self, digest: str) -> Ruling | None:
         """Return what was said; None where nobody was asked, or where it is forgotten."""
         found = self._known.get(digest)
         if found is not None:
             self._known.move_to_end(digest)
         return found
 
-    def add(self, digest: str, verdict: Verdict) -> None:
+    def add(self, digest: str, verdict: Ruling) -> None:
         """Remember what was said."""
         self._keep(digest, verdict)
         if self._file is not None:
             line = _Line(digest, verdict.mark, verdict.said, self.paid.read, self.paid.written)
             self._file.append(seal(msgspec.json.encode(line)))
 
-    def _keep(self, digest: str, verdict: Verdict) -> None:
+    def _keep(self, digest: str, verdict: Ruling) -> None:
         self._known[digest] = verdict
         self._known.move_to_end(digest)
         if len(self._known) > MOST:

@@ -135,13 +135,13 @@ class Judge(_Judging):
         server, second, rubric = self.config.server, self.config.second, self.config.rubric
         async with AsyncExitStack() as stack:
             with context.clock.charge(Cause.START):
-                await see_listening(server, context.where)
                 verdicts = Verdicts(context.run_dir / VERDICTS, context.where, tell=context.notice)
                 stack.callback(verdicts.close)
                 open_chat = chatting(
                     server, context.where, now=context.now, seed=context.replica, paid=verdicts.paid
                 )  # fmt: skip
                 chat = await stack.enter_async_context(open_chat)
+                await see_listening(server, context.where)
                 if second.url:
                     other = chatting(second, f"{context.where}, second", now=context.now)
                     self._second = Judgement(await stack.enter_async_context(other), rubric, context.where)

@@ -72,10 +72,10 @@ class RemoteReward(Stage):
         remote = widen(Remote, self.config)
         async with AsyncExitStack() as stack:
             with context.clock.charge(Cause.START):
-                await see_listening(remote, context.where)
                 post = await stack.enter_async_context(
                     connected(remote, context.where, num_connections=self.config.concurrency)
                 )
+                await see_listening(remote, context.where)
             scorer = RemoteScorer(remote, post, context.where, seed=context.replica)
             failures = Failures(context, on_error=self.config.on_error)
             async with asyncio.TaskGroup() as tasks:
