@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from flowrl.config import ImportPath, Meta, load_class, widen
@@ -135,7 +136,8 @@ class Judge(_Judging):
         server, second, rubric = self.config.server, self.config.second, self.config.rubric
         async with AsyncExitStack() as stack:
             with context.clock.charge(Cause.START):
-                verdicts = Verdicts(context.run_dir / VERDICTS, context.where, tell=context.notice)
+                opening = partial(Verdicts, context.run_dir / VERDICTS, context.where, tell=context.notice)
+                verdicts = await context.write(opening)
                 stack.callback(verdicts.close)
                 open_chat = chatting(
                     server, context.where, now=context.now, seed=context.replica, paid=verdicts.paid

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flowrl.graph.stage import Context
+from flowrl.rewards.verdicts import Ruling, Verdicts
 from flowrl.runtime.ledger import Cut, Ledger, read_entries
 from flowrl.telemetry.events import Notice, Span, Step
 from flowrl.telemetry.files import RecordFile, is_full, replace_file
@@ -186,7 +187,27 @@ def whole_files_rounds(disk: SmallDisk) -> Callable[[], None]:
     return after
 
 
-ROUNDS = [ledger_rounds, metrics_rounds, timeline_rounds, versions_rounds, rollouts_rounds, whole_files_rounds]
+def verdicts_rounds(disk: SmallDisk) -> Callable[[], None]:
+    verdicts = Verdicts(disk.root / "verdicts", "judge.0")
+    verdicts.add("first", Ruling(1.0, ""))
+    disk.fill()
+    for number in range(200):
+        verdicts.add(f"asked {number}", Ruling(2.0, "said" * 10))
+    assert verdicts.get("asked 199") == Ruling(2.0, "said" * 10)
+
+    def after() -> None:
+        verdicts.add("last", Ruling(3.0, ""))
+        verdicts.close()
+        again = Verdicts(disk.root / "verdicts", "judge.0")
+        assert all(again.get(name) for name in ("first", *(f"asked {number}" for number in range(200)), "last"))
+
+    return after
+
+
+ROUNDS = [
+    ledger_rounds, metrics_rounds, timeline_rounds, versions_rounds, rollouts_rounds, whole_files_rounds,
+    verdicts_rounds,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("rounds", ROUNDS, ids=lambda rounds: rounds.__name__.removesuffix("_rounds"))
