@@ -121,14 +121,16 @@ def widen(kind: type[C], settings: Config, **fields: Any) -> C:
     return kind(**{**{k: v for k, v in msgspec.structs.asdict(settings).items() if k in known}, **fields})
 
 
-def idle(settings: Config, names: Sequence[str], where: str, why: str, *, plain: Config | None = None) -> list[str]:
-    """Return a line that those of the settings which are not as they come have no effect; none where all are.
-
-    `plain` are settings as they come, where the kind's own are not.
-    """
+def changed(settings: Config, names: Sequence[str], *, plain: Config | None = None) -> list[str]:
+    """Return those of the settings that are not as they come: as in `plain`, where the kind's own are not."""
     plain = type(settings)() if plain is None else plain
-    changed = [f"{where}.{name}".strip(".") for name in names if getattr(settings, name) != getattr(plain, name)]
-    return [f"{', '.join(changed)}: no effect {why}"] if changed else []
+    return [name for name in names if getattr(settings, name) != getattr(plain, name)]
+
+
+def idle(settings: Config, names: Sequence[str], where: str, why: str, *, plain: Config | None = None) -> list[str]:
+    """Return a line that those of the settings which are not as they come have no effect; none where all are."""
+    found = [f"{where}.{name}".strip(".") for name in changed(settings, names, plain=plain)]
+    return [f"{', '.join(found)}: no effect {why}"] if found else []
 
 
 def redacted(tree: Any) -> Any:

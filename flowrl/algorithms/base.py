@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from flowrl.config import Config
+from flowrl.config import Config, changed
 from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -194,8 +194,7 @@ class Objective(Config):
 
     def changed(self, *names: str) -> list[str]:
         """Return those of the settings that are not as they come."""
-        plain = type(self)()
-        return [name for name in names if getattr(self, name) != getattr(plain, name)]
+        return changed(self, names)
 
     def reference_point(self, log_ratios: Sequence[float]) -> float:
         """Return the column "reference_point" from the summed log ratios of a step's mismatched pairs."""

@@ -19,7 +19,7 @@ import math
 from typing import TYPE_CHECKING, Annotated
 
 from flowrl.algorithms.functional import masked
-from flowrl.config import Config, Meta
+from flowrl.config import Config, Meta, changed
 from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ class Shaping(Config):
 
     def said_idle(self, names: Sequence[str], why: str) -> list[str]:
         """Return a line that those of the settings which were changed have no effect; none where none was."""
-        changed = [f"shaping.{name}" for name in names if getattr(self, name) != getattr(Shaping(), name)]
-        return [f"algorithm.{', '.join(changed)}: no effect{why}"] if changed else []
+        found = [f"shaping.{name}" for name in changed(self, names)]
+        return [f"algorithm.{', '.join(found)}: no effect{why}"] if found else []
 
     def idle_settings(self, algorithm: str, *, centred_by: str, divided_by: str) -> list[str]:
         """Return which settings have no effect, and why, where an algorithm takes something off all scores, and divides

@@ -92,7 +92,7 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     path: Path
     settings: Any  # the file's own Settings, a RunSettings
     graph: Any  # Graph
-    unread: list[str] = []  # addresses of settings that were given and change nothing of the graph
+    unread: Any = list  # () -> addresses of settings that were given and change nothing of the graph
 
 
 def load_program(
@@ -135,7 +135,8 @@ def load_program(
     plan = plan_of(graph)
     graph_of(plan)  # every process will rebuild its stage from the plan
     plain = partial(resolve, kind, places=places)
-    return Program(path=path, settings=settings, graph=graph, unread=_unread(module, settings, plain, asked, plan))
+    unread = partial(_unread, module, settings, plain, asked, plan)
+    return Program(path=path, settings=settings, graph=graph, unread=unread)
 
 
 def _unread(

@@ -148,8 +148,13 @@ class Asker:
         """Return how long to wait after an attempt: as the server asks, or doubling with half of it random."""
         asked_s = seconds_asked(retry_after, now_s=time.time())
         if asked_s is None:
-            asked_s = self._server.backoff_s * 2.0 ** min(attempt, 60) * self._random.uniform(0.5, 1.0)
+            asked_s = doubled_s(self._server, attempt) * self._random.uniform(0.5, 1.0)
         return min(asked_s, self._server.max_wait_s)
+
+
+def doubled_s(server: Server, attempt: int) -> float:
+    """Return the seconds after an attempt, from 0 on, that are twice those after the one before."""
+    return server.backoff_s * 2.0 ** min(attempt, 60)
 
 
 class RemoteScorer:
@@ -268,7 +273,7 @@ async def see_listening(server: Server, where: str) -> None:
         if not (why := await asyncio.to_thread(unreachable, server.url)):
             return
         if attempt < server.retries:
-            await asyncio.sleep(min(server.backoff_s * 2.0 ** min(attempt, 60), server.max_wait_s))
+            await asyncio.sleep(min(doubled_s(server, attempt), server.max_wait_s))
     what = f"does not answer ({why})"
     raise LastingError(f"{where} ({shown_url(server.url)})", what, "start the server, or mend the address")
 

@@ -102,7 +102,7 @@ def check_program(program: Program, *, say: Say, address: str | None) -> None:
         UserError: the first thing that is missing or wrong.
     """
     quiet_libraries()
-    if unread := program.unread:
+    if unread := program.unread():
         say(f"{', '.join(unread)}: no effect, for no node of this graph reads {'it' if len(unread) == 1 else 'them'}")
     for line in program.settings.idle_settings():
         say(line)

@@ -24,7 +24,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from flowrl.config import ImportPath, Meta, load_class, widen
+from flowrl.config import ImportPath, Meta, idle, load_class, widen
 from flowrl.data.formats import NormalRow
 from flowrl.data.models import prepare_model
 from flowrl.data.prompts import load_tokenizer
@@ -128,8 +128,9 @@ class Judge(_Judging):
         self.config.rubric.principles("judge.rubric.constitution")
         for line in self.config.rubric.idle_settings():
             say(f"judge.{line}")
-        if not self.config.second.url and self.config.second_every != Judge.Config().second_every:
-            say("judge.second_every: no effect without judge.second.url")
+        alone = () if self.config.second.url else ("second_every",)
+        for line in idle(self.config, alone, "judge", "without judge.second.url"):
+            say(line)
 
     async def run(self, context: Context) -> None:
         """Judge groups until the edge closes."""
@@ -193,8 +194,9 @@ class ModelJudge(_Judging):
         self.config.rubric.principles("model_judge.rubric.constitution")
         for line in self.config.rubric.idle_settings():
             say(f"model_judge.{line}")
-        if not written and self.config.max_tokens != ModelJudge.Config().max_tokens:
-            say("model_judge.max_tokens: no effect with verdict=expected, which writes nothing")
+        unread = () if written else ("max_tokens",)
+        for line in idle(self.config, unread, "model_judge", "with verdict=expected, which writes nothing"):
+            say(line)
 
     async def run(self, context: Context) -> None:
         """Judge groups until the edge closes."""

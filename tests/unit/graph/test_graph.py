@@ -207,7 +207,7 @@ JUDGED = ["judge.server.url=http://127.0.0.1:1/v1", "judge.server.model=x"]
     ],
 )  # fmt: skip
 def test_settings_that_no_node_reads_are_named(graph: str, overrides: list[str], unread: list[str]) -> None:
-    assert load_program(GRAPHS / f"{graph}.py", overrides=overrides).unread == unread
+    assert load_program(GRAPHS / f"{graph}.py", overrides=overrides).unread() == unread
 
 
 def test_replicas_compete_where_a_stage_allows_it_but_never_for_an_ordered_queue() -> None:
