@@ -70,13 +70,33 @@ def check_classifier(directory: Path, where: str) -> None:
         raise ModelError(where, what, remedy)
 
 
+def check_plain(directory: Path, where: str) -> None:
+    """Insist that the weights in a directory are not quantized: nothing could be learned in them, or merged into them.
+
+    Raises:
+        ModelError: its config.json has a `quantization_config`.
+    """
+    settings = read_config(directory)
+    found = settings.get("quantization_config") or text_config(settings).get("quantization_config")
+    if found:
+        how = found.get("quant_method", "quantized") if isinstance(found, dict) else "quantized"
+        what = f"the weights in {directory} are quantized ({how}, by the quantization_config in its config.json)"
+        remedy = "give the same model in bfloat16 or float32; lora.bits holds it in 4 or 8 bits while it learns"
+        raise ModelError(where, what, remedy)
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """Return what is in a directory's config.json, nothing where that cannot be read."""
+    try:
+        return dict(json.loads((Path(directory) / "config.json").read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def is_classifier(directory: str | Path) -> bool:
     """Return whether a checkpoint's own architecture is a sequence classifier."""
-    try:
-        settings: dict[str, Any] = json.loads((Path(directory) / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return any(name.endswith("ForSequenceClassification") for name in settings.get("architectures") or [])
+    names = read_config(directory).get("architectures") or []
+    return any(name.endswith("ForSequenceClassification") for name in names)
 
 
 def text_config(settings: Mapping[str, Any]) -> dict[str, Any]:

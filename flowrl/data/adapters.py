@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowrl.data.model_process import run_in_process
 from flowrl.errors import ModelError
-from flowrl.model_files import GENERATION, TEMPLATES, carry_along, has_tokenizer, quiet_transformers
+from flowrl.model_files import GENERATION, TEMPLATES, carry_along, check_plain, has_tokenizer, quiet_transformers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,10 +51,11 @@ def merged_model(adapter: Path, base: Path, *, cache: Path, say: Say) -> Path:
     """Return the directory of a base model with an adapter merged in, making it on first use.
 
     Raises:
-        ModelError: peft cannot put the adapter on this base.
+        ModelError: peft cannot put the adapter on this base, or the base's weights are quantized.
     """
     from filelock import FileLock
 
+    check_plain(base, f"model {adapter}")
     cache.mkdir(parents=True, exist_ok=True)
     target = cache / f"merged-{_digest(adapter, base)}"
     with FileLock(cache / f".{target.name}.lock"):

@@ -39,7 +39,7 @@ from flowrl.engines.head import MAX_LOGITS, FloatLinear, LanguageHead, body_of
 from flowrl.engines.packing import LAYOUTS
 from flowrl.engines.quantization import check_quantization, forget_quantization, quantized_loading
 from flowrl.errors import FlowrlError, ModelError
-from flowrl.model_files import has_tokenizer, is_classifier, quiet_transformers
+from flowrl.model_files import check_plain, has_tokenizer, is_classifier, quiet_transformers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -128,7 +128,7 @@ def outline(directory: Path, head: Head, where: str, *, trust_remote_code: bool)
 def check_weights(directory: Path, head: Head, where: str, declared: Mapping[str, Any]) -> None:
     """Insist that what the headers of a directory's weights declare, by name, is the whole of what `load_model` needs.
 
-    Code of the model's own and quantized weights are left to `load_model`.
+    Code of the model's own is left to `load_model`.
 
     Raises:
         ModelError: transformers has no such model, or some of its weights are not there in its shapes.
@@ -143,7 +143,7 @@ def check_weights(directory: Path, head: Head, where: str, declared: Mapping[str
             kind = cast("Any", AutoModelForCausalLM._model_mapping[type(settings)])
             if kind.config_class == settings.sub_configs.get("text_config"):
                 settings = settings.get_text_config()
-        if not hasattr(kind, "base_model_prefix") or hasattr(settings, "quantization_config"):
+        if not hasattr(kind, "base_model_prefix"):
             return
         with _loading, quiet_transformers():
             model, found = kind.from_pretrained(None, config=settings, state_dict=tensors, **options)
@@ -158,10 +158,11 @@ def _kind_of(directory: Path, head: Head, where: str, source: dict[str, Any]) ->
     """Return a model's config and the class that loads it for a head.
 
     Raises:
-        ModelError: a policy that is no causal language model.
+        ModelError: a policy that is no causal language model, or quantized weights.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    check_plain(directory, where)
     settings: Any = AutoConfig.from_pretrained(directory, **source, **({} if head == "policy" else {"num_labels": 1}))
     if head != "policy":
         return settings, _class_with_score(settings, where)

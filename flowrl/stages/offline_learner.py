@@ -13,6 +13,7 @@ Tests: tests/unit/stages/test_offline.py
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from flowrl.config import ImportPath, Meta, widen
@@ -30,6 +31,7 @@ from flowrl.stages.sampler import Course
 from flowrl.stages.saving import save_checkpoint
 from flowrl.stages.tokens import example_group, group_batch, padded, with_constant
 from flowrl.stages.training import (
+    check_loading,
     check_masters,
     check_training,
     load_state,
@@ -94,6 +96,9 @@ class OfflineLearner(Stage):
         check_training(
             self.config, self.course.model, "learner", num_steps=self.course.steps, say=say, head=objective.head
         )
+        if teacher := objective.teacher_model:
+            trusted = self.config.trust_remote_code
+            check_loading(Path(teacher), "objective.teacher", "policy", trust_remote_code=trusted)
         check_masters(self.course.model, say)
         for line in objective.idle_settings(1):
             say(line)

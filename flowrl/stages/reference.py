@@ -30,7 +30,7 @@ from flowrl.graph.stage import Stage
 from flowrl.messages import Buffer, Example, Referenced, Scored, extend
 from flowrl.stages.sampler import Course, Learning, Sampler
 from flowrl.stages.tokens import token_group
-from flowrl.stages.training import check_engine_of, opened
+from flowrl.stages.training import check_engine_of, check_loading, opened
 
 if TYPE_CHECKING:
     from flowrl.graph.ports import Source
@@ -67,6 +67,7 @@ class Reference(Stage):
             check_same_vocabulary(
                 prepare_model(self.sampler.model, say=say), directory, "reference_model", longest=self.sampler.longest
             )
+        check_loading(directory, "reference_model", "policy", trust_remote_code=self.config.trust_remote_code)
         if (every := self._every) > 1:
             said = f"no loss uses the reference: one group in {every} is scored, for the metric kl"
             say(f"{said}; reference.unused_every=1 scores all, algorithm.kl.coef uses it")
@@ -161,6 +162,7 @@ class ExampleReference(Stage):
         directory = prepare_model(self.model, say=say)
         if self.model != self.course.model:
             check_same_vocabulary(prepare_model(self.course.model, say=say), directory, "reference_model")
+        check_loading(directory, "reference_model", "policy", trust_remote_code=self.config.trust_remote_code)
 
     def _settings(self) -> TrainingConfig:
         model = str(prepare_model(self.model))

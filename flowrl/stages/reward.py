@@ -38,7 +38,7 @@ from flowrl.rewards.signatures import Adapter
 from flowrl.rewards.worker import Opening
 from flowrl.stages.model_scores import SequenceScores, StepScores, read_normalisation
 from flowrl.stages.sampler import Sampler
-from flowrl.stages.training import check_engine_of, sleeping
+from flowrl.stages.training import check_engine_of, check_loading, sleeping
 from flowrl.telemetry.events import Cause
 from flowrl.telemetry.records import quarantine
 
@@ -224,6 +224,7 @@ class RewardModel(Stage):
                 what = f"{theirs.end or 'nothing'} to it and {ours.end or 'nothing'} to the policy"
                 say(f"{self.model} judges an answer at the token that ends it, which is {what}")
         check_classifier(directory, "reward_models")
+        check_loading(directory, "reward_models", "reward", trust_remote_code=self.config.trust_remote_code)
         self._scorer(directory, "reward model")
 
     def _scorer(self, directory: Path, where: str) -> SequenceScores | StepScores:

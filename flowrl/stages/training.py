@@ -6,7 +6,6 @@ Tests: tests/unit/stages/test_step.py
 from __future__ import annotations
 
 import asyncio
-import json
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from flowrl.data.models import inspect_model, prepare_model, tensors_in
 from flowrl.engines.base import Scoring, Training, TrainingConfig, TrainingEngine, check_engine, open_engine
 from flowrl.engines.checkpoint import read_version, write_version
 from flowrl.errors import ConfigError
+from flowrl.model_files import check_plain, read_config
 from flowrl.telemetry.events import Cause
 
 if TYPE_CHECKING:
@@ -73,9 +73,13 @@ def check_training(
     for line in settings.idle_settings():
         say(f"{where}.{line}")
     directory = prepare_model(model, say=say)
+    trusted = settings.trust_remote_code
+    is_model = check_loading(directory, where, head, trust_remote_code=trusted)
     check_model(settings, directory, where, head)
-    if saves:
-        check_saving(settings, directory, where, head)
+    if is_model and saves:
+        from flowrl.engines.publishing import try_saving
+
+        try_saving(directory, where, trust_remote_code=trusted)
     return directory
 
 
@@ -124,20 +128,20 @@ def check_masters(model: str, say: Say) -> None:
         say(f"{what}; flowrl run --resume goes on from the float32 weights")
 
 
-def check_saving(settings: Training, model: Path, where: str, head: Head) -> None:
-    """Do once what reading a node's model and writing its checkpoint takes, all but the weights and the training.
+def check_loading(model: Path, where: str, head: Head, *, trust_remote_code: bool) -> bool:
+    """Insist that a node's model can be loaded whole, by its files' headers; False for a stand-in of simulations.
 
     Raises:
-        ModelError: it is not whole, or could not be written, for all that training it would give.
+        ModelError: weights are not there, or quantized.
     """
-    if "model_type" not in json.loads((model / "config.json").read_bytes()):
-        return  # a stand-in, for simulations
-    from flowrl.engines.models import check_weights
-    from flowrl.engines.publishing import try_saving
+    if "model_type" not in read_config(model):
+        return False
+    check_plain(model, where)
+    if not trust_remote_code:
+        from flowrl.engines.models import check_weights
 
-    if not settings.trust_remote_code:
         check_weights(model, head, where, tensors_in(model, where))
-    try_saving(model, where, trust_remote_code=settings.trust_remote_code)
+    return True
 
 
 def check_schedule(settings: Training, num_steps: int, where: str, say: Say) -> None:

@@ -16,7 +16,8 @@ from flowrl.graph.program import load_program
 from flowrl.stages.advantage import Advantage
 from flowrl.stages.critic import Critic
 from flowrl.stages.learner import Learner
-from flowrl.stages.reference import Reference
+from flowrl.stages.offline_learner import OfflineLearner
+from flowrl.stages.reference import ExampleReference, Reference
 from flowrl.stages.replay_buffer import ReplayBuffer
 from flowrl.stages.reward import RewardModel
 from tests.support.command import ROOT, tiny_settings
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 
-CHECKED = (Advantage, Critic, Learner, Reference, ReplayBuffer, RewardModel)
+CHECKED = (Advantage, Critic, ExampleReference, Learner, OfflineLearner, Reference, ReplayBuffer, RewardModel)
 ALGORITHM = {name: f"flowrl.algorithms.{path}" for name, path in {
     "GRPO": "grpo:GRPO", "RLOO": "rloo:RLOO", "GSPO": "gspo:GSPO", "CISPO": "cispo:CISPO", "PPO": "ppo:PPO",
     "REINFORCE++": "reinforce_pp:ReinforcePP", "baseline": "reinforce_pp:ReinforcePPBaseline",
@@ -158,6 +159,26 @@ def test_a_model_that_reads_other_tokens_than_the_policys_is_refused(setting: st
         FlowrlError, match=rf"{setting}: .* gives 2 of the policy's .* choose a model with the policy's"
     ):
         checked("ppo_async", tiny, {setting: given})
+
+
+@pytest.mark.parametrize(
+    ("graph", "setting"),
+    [
+        ("ppo_async", "critic_model"),
+        ("ppo_async", "reference_model"),
+        ("preference", "reference_model"),
+        ("preference", "objective={{use: FullDistillation, teacher: {model}}}"),
+    ],
+)
+def test_every_model_of_a_graph_is_read_whole_before_anything_starts(
+    graph: str, setting: str, tiny: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(tiny, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9}))
+    name, _, choice = setting.partition("=")
+    with pytest.raises(FlowrlError, match=r"the weights in \S+/other lack \d+ that LlamaFor"):
+        checked(graph, tiny, {name: choice.format(model=other) or other})
 
 
 def test_ppo_without_any_kl_is_warned_of(tiny: Path) -> None:

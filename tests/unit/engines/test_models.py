@@ -202,6 +202,15 @@ CLASSIFIER = {"architectures": ["LlamaForSequenceClassification"]}
             r"cannot be loaded as a policy model \(Validation error for field 'hi",
         ),
         ("policy", as_it_is, {"model_type": "vit"}, r"has no causal language model for the ViTConfig in "),
+        *(
+            (
+                head,
+                as_it_is,
+                {"quantization_config": {"quant_method": how, "bits": 4}},
+                rf"are quantized \({how}, by the",
+            )
+            for head, how in (("policy", "gptq"), ("policy", "fp8"), ("value", "awq"), ("reward", "bitsandbytes"))
+        ),
         ("policy", as_it_is, CLASSIFIER, r"is a classifier \(LlamaForSequenceClassification\)"),
         ("policy", as_it_is, {"is_encoder_decoder": True}, r"is an encoder-decoder \(LlamaForCausalLM\)"),
         ("reward", as_it_is, CLASSIFIER, r"lack 1 that LlamaForSequenceClassification has \(score\.weight"),
