@@ -69,6 +69,10 @@ class StepFigures(NamedTuple):
     kl: float  # mean over samples of the sum over tokens of log(pi_old / pi_ref); nan without a reference
 
 
+class MissingColumnError(ConfigError):
+    """A loss reads a column that neither the data nor the graph gives it."""
+
+
 class LossBatch(NamedTuple):
     """A micro-batch; `logprobs_BT` and `entropy_BT` carry gradient, the rest does not."""
 
@@ -86,11 +90,11 @@ class LossBatch(NamedTuple):
         """Return a column.
 
         Raises:
-            ConfigError: neither the data nor the graph gives it.
+            MissingColumnError: neither the data nor the graph gives it.
         """
         if name not in self.columns:
             given = ", ".join(sorted(self.columns)) or "none"
-            raise ConfigError("objective", f"needs the column {name!r} (given: {given})", REMEDIES.get(name, ""))
+            raise MissingColumnError("objective", f"needs the column {name!r} (given: {given})", REMEDIES.get(name, ""))
         return self.columns[name]
 
 

@@ -17,8 +17,9 @@ from flowrl.graph.ports import In, Out
 from flowrl.graph.simulated import Itself
 from flowrl.graph.stage import Stage, StageConfig
 from flowrl.messages import Referenced, Samples, extend
-from flowrl.stages.estimation import Estimation, keeps_group, load_algorithm, settled, split_greedy, try_algorithm
+from flowrl.stages.estimation import Estimation, keeps_group, load_algorithm, settled, split_greedy
 from flowrl.stages.sampler import Learning, Sampler
+from flowrl.stages.trial import try_algorithm
 
 if TYPE_CHECKING:
     from pathlib import Path

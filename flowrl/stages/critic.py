@@ -41,7 +41,6 @@ from flowrl.stages.estimation import (
     keeps_group,
     load_algorithm,
     settled,
-    try_algorithm,
 )
 from flowrl.stages.learner import Learner
 from flowrl.stages.sampler import Learning, Sampler
@@ -53,6 +52,7 @@ from flowrl.stages.training import (
     opened,
     save_state,
 )
+from flowrl.stages.trial import try_algorithm, try_objective
 from flowrl.telemetry.files import UNREADABLE
 
 if TYPE_CHECKING:
@@ -212,9 +212,10 @@ class Critic(Stage):
             )
         algorithm, sampler = self._load(), self.sampler
         try_algorithm(algorithm, self.algorithm.use, sampler.group_size, has_turns=sampler.max_turns > 1)
+        objective = self.config.objective.load("critic.objective")
+        try_objective(objective, f"critic.objective: {self.config.objective.use}", sampler.group_size)
         if algorithm.needs_after:
             check_behind(self.sampler.longest, inspect_model(directory).max_context)
-        objective = self.config.objective.load("critic.objective")
         if self.config.minibatches * self.config.epochs == 1 and getattr(objective, "clip", 0.0):
             what = "with one optimizer step a version no value has moved yet when it is clipped"
             say(f"critic.objective.clip: no effect, for {what}; set critic.minibatches or critic.epochs to 2 or more")

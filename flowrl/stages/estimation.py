@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from flowrl.errors import ConfigError, DataError, FlowrlError, said_briefly
+from flowrl.errors import ConfigError, DataError
 from flowrl.messages import Buffer, R, Referenced, narrowed
 from flowrl.stages.tokens import mask_of, padded, unpadded
 
@@ -61,49 +61,6 @@ def load_algorithm(
         what = f"{choice.use} compares the samples of a group, but group_size is {group_size}"
         raise ConfigError("group_size", what, "set generator.group_size (or agent.group_size) to 2 or more")
     return algorithm
-
-
-def try_algorithm(algorithm: Algorithm, use: str, group_size: int, *, has_turns: bool) -> None:
-    """Ask an algorithm what a made-up group is worth, one of its answers cut, as a run will.
-
-    Raises:
-        ConfigError: it fails, or gives not one finite number for each token.
-    """
-    import torch
-
-    from flowrl.algorithms.base import AdvantageBatch
-
-    if algorithm.is_blank:
-        return
-
-    def made_up(count: int) -> AdvantageBatch:
-        lengths_B = 1 + torch.arange(count) % 3
-        mask_BT = (torch.arange(3) < lengths_B[:, None]).float()
-        rewards_B = torch.arange(count) % 2 + 0.5
-        return AdvantageBatch(
-            rewards_B=rewards_B, mask_BT=mask_BT, behaviour_BT=-mask_BT, reference_BT=-1.1 * mask_BT,
-            values_BT=0.1 * mask_BT if algorithm.needs_critic else None,
-            placed_BT=mask_BT / 4 if has_turns else None,
-            cut_B=(torch.arange(count) == count - 1).float(),
-            after_B=torch.zeros(count) if algorithm.needs_after else None,
-        )  # fmt: skip
-
-    where = f"algorithm: {use}"
-    batch = made_up(group_size)._replace(greedy=made_up(1) if algorithm.needs_greedy else None)
-    try:
-        algorithm.keeps(batch)
-        found_BT = algorithm.advantages(batch).advantages_BT
-        shape, is_finite = tuple(found_BT.shape), bool(torch.isfinite(found_BT).all())
-    except FlowrlError:
-        raise
-    except Exception as error:  # whatever a user's code raises
-        what = f"fails on a made-up group of {group_size} answers ({said_briefly(error)})"
-        raise ConfigError(where, what, "mend it; docs/extend/algorithm.md says what it is given") from error
-    if shape != (wanted := tuple(batch.mask_BT.shape)):
-        raise ConfigError(where, f"gives advantages of shape {shape}, not {wanted}", "return one number a token")
-    if not is_finite:
-        what = f"gives advantages that are not finite for a made-up group of {group_size} answers"
-        raise ConfigError(where, what, "see what it divides by")
 
 
 STALE = 4  # versions at which the kinds of correction were measured to differ (docs/learning.md)

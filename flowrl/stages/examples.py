@@ -30,13 +30,14 @@ from flowrl.messages import FIRST_HELDOUT, Buffer, Credit, Example
 from flowrl.stages.reference import ExampleReference
 from flowrl.stages.sampler import Course
 from flowrl.stages.tokens import example_group, group_batch, with_constant
+from flowrl.stages.trial import try_loss
 from flowrl.telemetry.events import Cause
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from flowrl.algorithms.base import Lesson, Objective
+    from flowrl.algorithms.base import Lesson, LossBatch, Objective
     from flowrl.config import Select
     from flowrl.data.formats import Kind
     from flowrl.graph.stage import Context, Say
@@ -220,34 +221,44 @@ def check_rows(model: Path, rows: Sequence[ExampleRow]) -> None:
 
 
 def try_rows(objective: Objective, rows: Sequence[ExampleRow], *, has_reference: bool) -> None:
-    """Ask the objective for its loss on one row of each kind, with log-probs of zero.
+    """Ask the objective for its loss on the first two rows of each kind, with made-up log-probs.
 
     Raises:
         DataError: the objective is not meant for such a row, cannot learn from it, or counts nothing in it; or it needs
             both good and bad responses, and all are one.
     """
     _check_lessons(objective, rows)
-    tried: set[tuple[object, ...]] = set()
+    name, kinds = type(objective).__name__, dict[tuple[object, ...], list[ExampleRow]]()
     for row in rows:
-        kind = (len(row.responses), len(row.labels), row.masks is None, row.step_labels is None)
-        if kind in tried:
-            continue
-        tried.add(kind)
         if row.labels and len(row.labels) != len(row.responses):
             raise DataError(row.place, f"has {len(row.labels)} labels for {len(row.responses)} responses")
-        group = example_group(example_of(row, 0, None))
-        zeros = [Buffer.floats([0.0] * len(response)) for response in row.responses]
-        if has_reference:
-            group = msgspec.structs.replace(group, columns={**group.columns, "reference": zeros})
-        if objective.needs_mismatched:
-            group = with_constant(group, "reference_point", 0.0)
+        alike = kinds.setdefault((len(row.responses), len(row.labels), row.masks is None, row.step_labels is None), [])
+        if len(alike) < 2:
+            alike.append(row)
+    for alike in kinds.values():
+        batches = [_made_up(objective, row, has_reference=has_reference) for row in alike]
         try:
-            loss = objective.loss(group_batch(group, [each.numpy() for each in zeros]))
+            counts = try_loss(objective, alike[0].place, batches)
         except ConfigError as error:
-            raise DataError(row.place, f"{type(objective).__name__} {error.what}", error.remedy) from error
-        if not float(loss.count):
-            what = f"{type(objective).__name__} finds nothing to learn in it"
-            raise DataError(row.place, what, "is every token masked out?")
+            raise DataError(alike[0].place, f"{name} {error.what}", error.remedy) from error
+        for row, count in zip(alike, counts, strict=True):
+            if not count:
+                raise DataError(row.place, f"{name} finds nothing to learn in it", "is every token masked out?")
+
+
+def _made_up(objective: Objective, row: ExampleRow, *, has_reference: bool) -> LossBatch:
+    """Return a row as it is learned, with log-probs near -1."""
+    import numpy as np
+
+    group = example_group(example_of(row, 0, None))
+    found = [np.linspace(-1.1, -0.9, len(each), dtype=np.float32) for each in row.responses]
+    if has_reference:
+        reference = [Buffer.floats(each - 0.01) for each in found]
+        group = msgspec.structs.replace(group, columns={**group.columns, "reference": reference})
+    if objective.needs_mismatched:
+        group = with_constant(group, "reference_point", 0.0)
+    batch = group_batch(group, found)
+    return batch._replace(divergence_BT=batch.mask_BT) if objective.teacher_model else batch
 
 
 def _check_lessons(objective: Objective, rows: Sequence[ExampleRow]) -> None:
