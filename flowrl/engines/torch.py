@@ -199,10 +199,11 @@ class SequenceScoringEngine:
         """Serve as a rank other than 0 until rank 0 closes."""
         self._engine.follow()
 
-    def score_sequences(self, group: TokenGroup) -> list[float]:
+    def score_sequences(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
         """Return the value at the last token of each response that is not padding; of nothing else, at its first."""
-        rows = zip(group.responses, self.score([group])[0], strict=True)
-        return [float(values[self._last(response.tolist())]) for response, values in rows]
+        found = zip(groups, self.score(groups), strict=True)
+        pairs = (zip(group.responses, rows, strict=True) for group, rows in found)
+        return [[float(values[self._last(each.tolist())]) for each, values in pair] for pair in pairs]
 
     def _last(self, token_ids: Sequence[int]) -> int:
         return max((place for place, token in enumerate(token_ids) if token != self._padding), default=0)

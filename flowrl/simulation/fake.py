@@ -201,10 +201,10 @@ class FakeTraining:
         """Return zeros after the time of one call."""
         return self.score(groups)
 
-    def score_sequences(self, group: TokenGroup) -> list[float]:
+    def score_sequences(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
         """Return one zero for each response after the time of one call."""
-        self._spend("score", [group])
-        return [0.0] * len(group.responses)
+        self._spend("score", groups)
+        return [[0.0] * len(group.responses) for group in groups]
 
     def accumulate(self, groups: Sequence[TokenGroup], objective: Select) -> dict[str, float]:
         """Take the time of a step; add a number that depends on every token and on how many steps were before."""

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from flowrl.errors import ModelError, RewardError
 from flowrl.messages import Buffer
-from flowrl.stages.tokens import mask_of, token_group
+from flowrl.stages.tokens import mask_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Sequence
     from pathlib import Path
 
     from flowrl.data.steps import StepFinder
@@ -36,12 +36,12 @@ class SequenceScores(NamedTuple):
     mean: float
     std: float
 
-    def call(self, engine: Any, group: Rollouts) -> tuple[Callable[..., Any], TokenGroup]:
-        """Return what of the engine is to be called, and with what."""
-        return engine.score_sequences, token_group(group)
+    def find(self, engine: Any, groups: Sequence[TokenGroup]) -> list[list[float]]:
+        """Return what the engine finds in groups."""
+        return engine.score_sequences(groups)
 
     def scores(self, found: list[float], group: Rollouts) -> tuple[list[float], None]:
-        """Return the samples' scores from what the engine found."""
+        """Return the samples' scores from what the engine found in their group."""
         normal = [(score - self.mean) / self.std for score in _checked(found, group, self.where)]
         return [self.weight * max(-self.clip, min(self.clip, score)) for score in normal], None
 
@@ -54,14 +54,14 @@ class StepScores(NamedTuple):
     step_total: Literal["mean", "sum"]
     finder: StepFinder
 
-    def call(self, engine: Any, group: Rollouts) -> tuple[Callable[..., Any], list[TokenGroup]]:
-        """Return what of the engine is to be called, and with what."""
-        return engine.score, [token_group(group)]
+    def find(self, engine: Any, groups: Sequence[TokenGroup]) -> list[list[FloatArray]]:
+        """Return what the engine finds in groups."""
+        return engine.score(groups)
 
-    def scores(self, found: list[list[FloatArray]], group: Rollouts) -> tuple[list[float], list[Buffer]]:
-        """Return the samples' scores from what the engine found, and what each token earned of them."""
+    def scores(self, found: list[FloatArray], group: Rollouts) -> tuple[list[float], list[Buffer]]:
+        """Return the samples' scores from what the engine found in their group, and what each token earned of them."""
         scores, placed = list[float](), list[Buffer]()
-        for row, sample in zip(found[0], group.samples, strict=True):
+        for row, sample in zip(found, group.samples, strict=True):
             ends = self.finder.ends(sample.token_ids.tolist(), mask_of(sample).tolist())
             values = _checked([float(row[end]) for end in ends], group, self.where)
             share = self.weight / (len(ends) if self.step_total == "mean" else 1)

@@ -38,6 +38,7 @@ from flowrl.rewards.signatures import Adapter
 from flowrl.rewards.worker import Opening
 from flowrl.stages.model_scores import SequenceScores, StepScores, read_normalisation
 from flowrl.stages.sampler import Sampler
+from flowrl.stages.tokens import token_group
 from flowrl.stages.training import check_engine_of, check_loading, sleeping
 from flowrl.telemetry.events import Cause
 from flowrl.telemetry.records import quarantine
@@ -195,6 +196,8 @@ class RewardModel(Stage):
 
         name: str = ""  # of the score; "" takes the node's name
         weight: float = 1.0  # the score is multiplied by it
+        # scored together when ready; above 1 the last bits depend on timing
+        batch_groups: Annotated[int, Meta(ge=1)] = 1
         level: Literal["sequence", "step"] = "sequence"  # one score for an answer, or one for each of its steps
         # level=sequence: scores beyond +- clip are clipped (OpenRLHF paper, section 3.3)
         clip: Annotated[float, Meta(gt=0)] = 10.0
@@ -247,12 +250,14 @@ class RewardModel(Stage):
         name = self.config.name or context.node
         try:
             with sleeping(context, engine):
-                async for group in self.rollouts:
+                while True:
+                    groups = await self.rollouts.get_some(self.config.batch_groups)
                     start_s = context.now()
-                    found = await context.compute(*scorer.call(engine, group))
-                    await self.scored.put(add_scores(group, name, *scorer.scores(found, group)))
-                    context.done += 1
-                    context.span("score", start_s, groups=[group.group_id])
+                    found = await context.compute(scorer.find, engine, [token_group(group) for group in groups])
+                    context.span("score", start_s, groups=[group.group_id for group in groups])
+                    for group, rows in zip(groups, found, strict=True):
+                        await self.scored.put(add_scores(group, name, *scorer.scores(rows, group)))
+                        context.done += 1
         finally:
             await context.compute(engine.close)
 

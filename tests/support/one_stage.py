@@ -6,6 +6,7 @@ The edges are lists: nothing waits for room, and a closed input is an empty one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,8 @@ async def stage_alone(stage: Any, groups: Sequence[Any], run_dir: Path, *, node:
         compute=threads.compute, background=threads.background, cut=unused, fewer_out=unused, note_wait=unused,
     )  # fmt: skip
     try:
-        await stage.run(context)
+        with contextlib.suppress(ChannelClosed):  # as a replica takes it
+            await stage.run(context)
     finally:
         threads.close()
         alone.events = recorder.drain()

@@ -65,6 +65,8 @@ class BroadcastGroup:
         inner = PrefixStore(prefix, store)
         make = _nccl if device.type == "cuda" else _gloo
         self._group: Any = make(inner, rank, size, host, self._timeout)
+        # Beside the stream on which the learner trains, or the generator samples.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def broadcast(self, buffers: Sequence[torch.Tensor]) -> None:
         """Send the host buffers, or fill them on every other rank; one bucket of device memory at most.
@@ -72,6 +74,14 @@ class BroadcastGroup:
         Raises:
             RuntimeError: a member is gone or the deadline passed.
         """
+        if self._stream is None:
+            self._broadcast(buffers)
+            return
+        with torch.cuda.stream(self._stream):
+            self._broadcast(buffers)
+        self._stream.synchronize()
+
+    def _broadcast(self, buffers: Sequence[torch.Tensor]) -> None:
         for raw in buffers:
             # A host tensor is its own device copy on CPUs.
             staged = raw.to(self._device) if self._rank == 0 else torch.empty_like(raw, device=self._device)

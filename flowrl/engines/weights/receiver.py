@@ -142,13 +142,17 @@ class FlowrlWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             torch.accelerator.synchronize(self.device)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Hand every tensor of the version to the model in one pass."""
+        """Hand every tensor of the version to the model in one pass.
+
+        They stay on the host, as they do when vLLM reads them from files. Its loaders take the part that this worker
+        serves before they copy, so no more than that comes to its device.
+        """
         assert self._staged is not None, "a version is prefetched before it is loaded"
         manifest, buffers = self._staged
         assert manifest.version == update_info.version, f"{manifest.version} is staged, not {update_info.version}"
         model: Any = self.model
         with DirectCopies(model) as copies:
-            model.load_weights(copies.follow(_on_device(manifest, buffers, self.device)))
+            model.load_weights(copies.follow(_tensors_of(manifest, buffers)))
 
     def finish_weight_update(self) -> None:
         """Repack what CPUs keep packed and put the parameters back in place."""
@@ -271,11 +275,9 @@ def repack_experts(model: torch.nn.Module, device: torch.device) -> None:
             kernel.fused_experts.process_weights_after_loading(layer)
 
 
-def _on_device(
-    manifest: AnyManifest, buffers: list[torch.Tensor], device: torch.device
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors_of(manifest: AnyManifest, buffers: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     for bucket, raw in zip(manifest.buckets, buffers, strict=True):
-        yield from unpack(bucket, raw.to(device))
+        yield from unpack(bucket, raw)
 
 
 def register() -> None:

@@ -20,6 +20,7 @@ from tests.support.one_stage import rollouts, run_alone
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from flowrl.engines.base import TokenGroup
@@ -204,8 +205,9 @@ class FakeScores:
 
     def open(self) -> None: ...
 
-    def score_sequences(self, group: TokenGroup) -> list[float]:
-        return [self.scale * float(response.tolist()[-1]) for response in group.responses]
+    def score_sequences(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
+        calls.append(len(groups))
+        return [[self.scale * float(each.tolist()[-1]) for each in group.responses] for group in groups]
 
     def close(self) -> None: ...
 
@@ -227,6 +229,16 @@ def run_model(tmp_path: Path, model: str, groups: list[Any], *, node: str = "jud
 def test_a_reward_models_scores_are_clipped_weighted_and_named_after_the_node(tmp_path: Path):
     scored = run_model(tmp_path, stand_in_model(), [rollouts("a", "b", "c")], clip=1.5, weight=2.0)
     assert scored.scores == {"judge": [0.0, 2.0, 3.0]}
+
+
+def test_a_reward_model_scores_the_groups_together_that_are_ready(tmp_path: Path):
+    calls.clear()
+    config = RewardModel.Config(engine=f"{HERE}:FakeScores", batch_groups=2)
+    stage = RewardModel(config, Sampler(model=stand_in_model()))
+    groups = [rollouts("a"), rollouts("a", "b", "c"), rollouts("a", "b")]
+    found = run_alone(stage, groups, tmp_path, node="judge").put
+    assert [scored.scores["judge"] for scored in found] == [[0.0], [0.0, 1.0, 2.0], [0.0, 1.0]]
+    assert calls == [2, 1]
 
 
 def test_two_reward_models_in_a_row_add_up(tmp_path: Path):
