@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from flowrl.engines.base import Scoring, TrainingConfig
+    from flowrl.engines.models import TokenReader
     from flowrl.engines.ranks import RankLink
     from flowrl.graph.stage import Say
 
@@ -158,6 +159,8 @@ class DeepSpeedEngine(Trainer):
         self._further = deepspeed or {}
         self._release_collectives: Callable[[], None] = lambda: None
         self._is_offloaded = False
+        self._engine: Any = None
+        self._teacher_engine: Any = None
 
     @classmethod
     def check_settings(cls, settings: Scoring | Training, where: str, *, has_gpu: bool) -> None:
@@ -181,15 +184,15 @@ class DeepSpeedEngine(Trainer):
     def _ranks_meet_in_passes(self) -> bool:
         return self.config.zero_stage >= 2
 
-    def _load(self) -> PreTrainedModel:
+    def _load_as(self, config: TrainingConfig, where: str) -> PreTrainedModel:
         _import_deepspeed(on_cpu=self.device.type == "cpu")
         if self.config.zero_stage < 3:
-            return super()._load()
+            return super()._load_as(config, where)
         from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
         sharding = HfDeepSpeedConfig(self._settings())  # from_pretrained shards while this lives
         try:
-            return super()._load()
+            return super()._load_as(config, where)
         finally:
             del sharding
             unset_hf_deepspeed_config()
@@ -227,14 +230,27 @@ class DeepSpeedEngine(Trainer):
         return _merge(ours, self._further)
 
     def _shard_frozen(self) -> None:
-        """Give a frozen model the hooks that gather its weights layer by layer, and no optimizer."""
+        self._module = self._engine = self._gathering(self.reader)
+        self._replace_collectives()
+
+    def _place_teacher(self, reader: TokenReader) -> nn.Module:
+        if self.config.zero_stage < 3:
+            return reader
+        self._teacher_engine = self._gathering(reader)
+        return self._teacher_engine
+
+    def _gathering(self, reader: TokenReader) -> Any:
+        """Return a frozen model with the hooks that gather its weights layer by layer, and no optimizer."""
         import deepspeed
 
-        self.reader.requires_grad_(False)
+        reader.requires_grad_(False)
         settings = {name: value for name, value in self._settings().items() if name != "optimizer"}
-        self._engine, *_ = deepspeed.initialize(model=self.reader, config=settings, dist_init_required=False)
-        self._module = self._engine
-        self._replace_collectives()
+        return deepspeed.initialize(model=reader, config=settings, dist_init_required=False)[0]
+
+    @property
+    def _engines(self) -> list[Any]:
+        """Return DeepSpeed's engines, the model's and a sharded teacher's, where they are there."""
+        return [each for each in (self._engine, self._teacher_engine) if each is not None]
 
     def _start_training(self) -> None:
         import deepspeed
@@ -263,7 +279,8 @@ class DeepSpeedEngine(Trainer):
 
     def _held(self) -> Iterator[Tensor]:
         yield from super()._held()
-        yield from (part for each in self.reader.parameters() if (part := getattr(each, "ds_tensor", None)) is not None)
+        for reader in [self.reader, *([] if self._teacher is None else [self._teacher.reader])]:
+            yield from (part for each in reader.parameters() if (part := getattr(each, "ds_tensor", None)) is not None)
         if not self._is_training:
             return
         optimizer: Any = self._engine.optimizer
@@ -294,8 +311,8 @@ class DeepSpeedEngine(Trainer):
         self._engine.backward(loss * self.link.world_size)  # DeepSpeed takes the mean over ranks, we want the sum
 
     def _leave_pass(self) -> None:
-        if getattr(self, "_engine", None) is not None:
-            leave_pass(self._engine)
+        for engine in self._engines:
+            leave_pass(engine)
 
     def _clear_gradients(self) -> None:
         clear_gradients(self._engine)
@@ -336,11 +353,11 @@ class DeepSpeedEngine(Trainer):
         self._num_steps = note.num_steps
 
     def _unload(self) -> None:
-        is_started = getattr(self, "_engine", None) is not None
-        if is_started and torch.distributed.is_initialized():  # without its group it cannot even be destroyed
-            self._engine.destroy()
+        if torch.distributed.is_initialized():  # without its group it cannot even be destroyed
+            for engine in self._engines:
+                engine.destroy()
         self._release_collectives()
-        self._engine: Any = None
+        self._engine = self._teacher_engine = None
         super()._unload()
 
 

@@ -1,12 +1,11 @@
 """A frozen teacher beside a training engine's model: it reads the same batches, and KLs are formed chunk by chunk.
 
 Invariants:
-- the teacher has no gradient, no optimizer and no place in the engine's own module, so that neither DeepSpeed nor a
-  checkpoint sees it;
+- the teacher has no gradient, no optimizer and no place in the engine's own module, so that no checkpoint sees it;
 - never more of its logits are held than of the student's, and they are made again in backward.
 
-Every rank holds it whole. Called by trainer and models. Shapes: N response tokens, H the teacher's hidden size, V
-vocabulary.
+How it is loaded, and whether ranks hold it whole or a part each, the engine says. Called by trainer and models.
+Shapes: N response tokens, H the teacher's hidden size, V vocabulary.
 
 Tests: tests/contracts/test_teacher.py
 """
@@ -20,10 +19,15 @@ import torch
 
 from flowrl.engines.agreement import settle
 from flowrl.engines.base import Lora, TrainingConfig
-from flowrl.engines.models import Reading, TokenReader, load_model
+from flowrl.engines.models import Reading, TokenReader
 from flowrl.errors import ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+    from transformers import PreTrainedModel
+
     from flowrl.algorithms.base import Direction
     from flowrl.engines.packing import PackedBatch
 
@@ -32,26 +36,34 @@ class Teacher:
     """A frozen language model with the student's vocabulary."""
 
     def __init__(
-        self, directory: str, config: TrainingConfig, *, where: str, dtype: torch.dtype, device: torch.device,
+        self,
+        directory: str,
+        config: TrainingConfig,
+        *,
+        where: str,
         vocab_size: int,
-    ) -> None:  # fmt: skip
-        """Load it.
+        load: Callable[[TrainingConfig, str], PreTrainedModel],
+        place: Callable[[TokenReader], nn.Module],
+    ) -> None:
+        """Load it with `load`; `place` makes of its reader what is to be called in its place.
 
         Raises:
             ModelError: it cannot be loaded, or its vocabulary is not of `vocab_size` tokens.
         """
         self.directory = directory
-        settings = msgspec.structs.replace(config, model=directory, head="policy", lora=Lora())
-        model = load_model(settings, where=f"{where}.teacher", dtype=dtype, device=device)
+        settings = msgspec.structs.replace(config, model=directory, head="policy", lora=Lora(), frozen=True)
+        model = load(settings, f"{where}.teacher")
         model.requires_grad_(False).eval()
         found = int(model.config.get_text_config().vocab_size)
         if found != vocab_size:
             what = f"{directory} has a vocabulary of {found} tokens, the student one of {vocab_size}"
             raise ModelError(f"{where}.teacher", what, "take a teacher of the same family")
         self.reader = TokenReader(model, head="policy", temperature=1.0, attention=settings.attention)
-        settle(self.reader, self.reader, settings, where=f"{where}.teacher")
+        self.module = place(self.reader)
+        settle(self.reader, self.module, settings, where=f"{where}.teacher")
 
     @torch.no_grad()
     def read(self, batch: PackedBatch, *, direction: Direction, share: float, temperature: float) -> Reading:
         """Return what the teacher knows at the response tokens of a batch."""
-        return Reading(self.reader, self.reader.states(batch), direction, share, temperature)
+        states_NH, *_ = self.module(batch, as_states=True)
+        return Reading(self.reader, states_NH, direction, share, temperature)

@@ -196,7 +196,15 @@ class Trainer:
         return False
 
     def _load(self) -> PreTrainedModel:
-        return load_model(self.config, where=self.where, dtype=self.dtype, device=self.device, say=self._tell)
+        return self._load_as(self.config, self.where)
+
+    def _load_as(self, config: TrainingConfig, where: str) -> PreTrainedModel:
+        """Load a model, the engine's own or a teacher beside it."""
+        return load_model(config, where=where, dtype=self.dtype, device=self.device, say=self._tell)
+
+    def _place_teacher(self, reader: TokenReader) -> nn.Module:
+        """Return what is called to read with a teacher."""
+        return reader
 
     def _tell(self, text: str) -> None:
         """Say what the user should know, once for all ranks."""
@@ -453,7 +461,7 @@ class Trainer:
         if name and (self._teacher is None or self._teacher.directory != name):
             size = int(self.model.config.get_text_config().vocab_size)
             self._teacher = Teacher(
-                name, self.config, where=self.where, dtype=self.dtype, device=self.device, vocab_size=size
+                name, self.config, where=self.where, vocab_size=size, load=self._load_as, place=self._place_teacher
             )
         return self._teacher if name else None
 

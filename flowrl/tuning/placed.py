@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from flowrl.engines.base import Computing, Serving
+from flowrl.engines.savings import DEEPSPEED
 from flowrl.graph.stage import StageConfig
 from flowrl.runtime.lease import turns_of
 from flowrl.runtime.placement import places
@@ -184,7 +185,8 @@ def _need(node: str, config: StageConfig, models: Models, site: Site, *, on_gpu:
     assert isinstance(config, Computing)
     need = computing(shape, config, models.work, models.heads[node], on_gpu=on_gpu)
     if (teacher := models.teachers.get(node)) is not None:
-        held = {"teacher": float(width_of(config.dtype, on_gpu=on_gpu) * teacher.num_parameters)}
+        parts = config.ranks if config.zero_stage == 3 and config.engine == DEEPSPEED else 1
+        held = {"teacher": width_of(config.dtype, on_gpu=on_gpu) * teacher.num_parameters / parts}
         place = "device" if on_gpu else "host"
         need = msgspec.structs.replace(need, **{place: {**getattr(need, place), **held}})
     return need

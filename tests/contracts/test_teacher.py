@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from flowrl.config import Select, load_class
 from flowrl.engines.base import Ranks, Schedule, TrainingConfig
 from flowrl.engines.models import Reading
 from flowrl.errors import ModelError
+from tests.contracts.test_training_engines import FSDP, on_two_ranks
 from tests.support import slow_preference as slow
 from tests.support.slow_algorithms import gradient
 from tests.support.tiny import tiny_model
@@ -108,6 +110,34 @@ def test_divergence_and_gradient_are_those_of_whole_softmaxes(
     assert metrics["loss"] == pytest.approx(mix * metrics["kl"] + (1 - mix) * metrics["nll"], rel=1e-5)
     assert step["grad_norm"] == pytest.approx(expected_norm, rel=1e-3)
     assert after < metrics["kl"], "a step brings the student nearer"
+
+
+def distilled(engine: Any, directory: Path) -> dict[str, float]:
+    """Take two steps beside the teacher in `directory`; tells what this rank holds of its weights, and of how many."""
+    chosen = choose(directory / "teacher", "forward", 0.7)
+    figures: dict[str, float] = {}
+    for step in range(2):
+        figures |= {f"{name} {step}": value for name, value in engine.accumulate(GROUPS, chosen).items()}
+        figures |= {f"{name} {step}": value for name, value in engine.apply().items()}
+    parameters = list(engine._teacher.reader.parameters())
+    held = [getattr(each, "ds_tensor", each) for each in parameters]
+    whole = sum(getattr(each, "ds_numel", each.numel()) for each in parameters)
+    return {**figures, "held": sum(each.numel() for each in held) / whole}
+
+
+@pytest.mark.parametrize(("path", "zero_stage", "held"), [(DEEPSPEED, 3, 0.5), (DEEPSPEED, 2, 1.0), (FSDP, 3, 1.0)])
+def test_two_ranks_learn_of_a_teacher_as_one_does_and_share_its_weights_at_deepspeeds_stage_3(
+    path: str, zero_stage: int, held: float, tiny: Path, teacher: Path, tmp_path: Path
+):
+    shutil.copytree(teacher, tmp_path / "teacher")
+    alone = opened(TORCH, tiny, micro_batch_tokens=60)
+    expected = distilled(alone, tmp_path)
+    alone.close()
+    settings = {"zero_stage": zero_stage, "micro_batch_tokens": 60, "lr": 1e-2, "temperature": TEMPERATURE}
+    found = on_two_ranks(distilled, path, tiny, tmp_path, **settings)
+    assert found.pop("held") == pytest.approx(held, abs=0.02)
+    assert expected.pop("held") == 1.0
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
 def test_the_teacher_is_in_neither_the_saved_model_nor_the_state(tiny: Path, teacher: Path, tmp_path: Path):

@@ -65,8 +65,7 @@ class BroadcastGroup:
         inner = PrefixStore(prefix, store)
         make = _nccl if device.type == "cuda" else _gloo
         self._group: Any = make(inner, rank, size, host, self._timeout)
-        # Beside the stream on which the learner trains, or the generator samples.
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: Any = None  # of the device, beside the one on which the learner trains or the generator samples
 
     def broadcast(self, buffers: Sequence[torch.Tensor]) -> None:
         """Send the host buffers, or fill them on every other rank; one bucket of device memory at most.
@@ -74,9 +73,10 @@ class BroadcastGroup:
         Raises:
             RuntimeError: a member is gone or the deadline passed.
         """
-        if self._stream is None:
+        if self._device.type != "cuda":
             self._broadcast(buffers)
             return
+        self._stream = self._stream or torch.cuda.Stream(self._device)
         with torch.cuda.stream(self._stream):
             self._broadcast(buffers)
         self._stream.synchronize()

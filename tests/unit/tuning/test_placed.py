@@ -1,5 +1,7 @@
+import msgspec
 import pytest
 
+from flowrl.engines.savings import FSDP
 from flowrl.stages.critic import Critic
 from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
@@ -49,6 +51,16 @@ def test_a_generator_takes_its_share_and_its_cache_is_what_the_weights_leave_of_
     need = next(process.need for process in found.processes if process.node == "generator")
     assert need.device_bytes == pytest.approx(0.85 * site.device_bytes)
     assert need.device["weights"] == SHAPE.num_parameters  # half of them, two bytes each
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"), [({"zero_stage": 3}, 4), ({"zero_stage": 2}, 1), ({"zero_stage": 3, "engine": FSDP}, 1)]
+)
+def test_a_teacher_is_shared_out_among_the_ranks_of_deepspeeds_stage_3(settings, parts):
+    models = msgspec.structs.replace(MODELS, teachers={"learner": SHAPE})
+    configs = {"learner": Learner.Config(ranks=4, gpus=1, **settings)}
+    found = place_processes(configs, "learner", models, parse_site("4x80GB"))
+    assert [process.need.device["teacher"] for process in found.processes] == [2 * SHAPE.num_parameters / parts] * 4
 
 
 def test_the_devices_of_one_replica_are_of_one_machine():
