@@ -167,10 +167,10 @@ def _made_up_step(objective: Objective, count: int, *, shift: float) -> LossBatc
 
     mask_BT = _mask(count)
     values_BT = -mask_BT * (1 + shift + 0.1 * torch.arange(count * LENGTH).view(count, LENGTH) / (count * LENGTH))
-    signs_B1 = 1.0 - 2.0 * (torch.arange(count)[:, None] % 2)
+    worths_B1 = 1.0 - 1.5 * (torch.arange(count)[:, None] % 2)
     columns: dict[str, Any] = {
         "behaviour": values_BT + 0.01 * mask_BT, "reference": values_BT - 0.02 * mask_BT,
-        "advantages": signs_B1 * mask_BT, "age": 0 * mask_BT, "values": 0.1 * mask_BT, "returns": 0.3 * mask_BT,
+        "advantages": worths_B1 * mask_BT, "age": 0 * mask_BT, "values": 0.1 * mask_BT, "returns": 0.3 * mask_BT,
     }  # fmt: skip
     if objective.needs_proximal:
         columns["proximal"] = values_BT + 0.005 * mask_BT
