@@ -29,9 +29,11 @@ import secrets
 import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
 from concurrent.futures import Future
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -41,7 +43,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flowrl import scratch
-from flowrl.errors import ResourceError, RunError
+from flowrl.errors import FlowrlError, ResourceError, RunError
 from flowrl.runtime.devices import num_cores, visible_machine
 from flowrl.runtime.nodes import NodeReport, RayNode, answer, node_of
 from flowrl.runtime.placement import check_resources, module_path, places
@@ -63,15 +65,18 @@ SURVEY_S = 60.0  # for a node to start a process and look around
 START_S = 120.0  # for Ray to start here; some seconds are usual
 REACH_S = 25.0  # for a cluster to answer
 CONNECT_S = 5.0  # for something to listen at its address
+LEAVE_S = 5.0  # for this process to leave a Ray that lives
 STOP_S = 20.0  # for Ray to end by itself
 HEAD_GONE_S = 3600  # fleet.HEAD_S comes before it
 MOST_PORT = 65535
 END_LOOK_S = 0.02  # between two looks whether what was killed is dead
 END_LOOKS = 500  # one that writes to a slow disk takes its time to die
 SLICES = 6  # of a time limit: a driver that was stopped has used up one of them when it goes on
+SLOW = "timed out during startup"  # of a raylet that has not shown itself within half a minute, as Ray says it
 MAX_SAID = 400  # characters of Ray's own words
 MARK = "FLOWRL_DRIVER"
 OURS = "flowrl"  # marks a session directory that a run of ours made
+_LEFT = threading.Event()  # this process is connected still to a cluster whose head was gone
 
 
 class Unanswered(RunError):
@@ -151,6 +156,7 @@ class Cluster:
         self._processes: dict[str, int] = {}  # of Ray itself, where it was started here
         self._session: Path | None = None
         self._stopped_s: dict[str, float] = {}  # since when one of them is stopped
+        self._has_head = True  # it answered when it was asked last
 
     @property
     def is_local(self) -> bool:
@@ -228,7 +234,13 @@ class Cluster:
         Raises:
             Unanswered: the head does not answer.
         """
-        return [node_of(told) for told in await in_thread(ray.nodes, where="ray", within_s=ANSWER_S)]
+        try:
+            found = await in_thread(ray.nodes, where="ray", within_s=ANSWER_S)
+        except Exception:
+            self._has_head = False
+            raise
+        self._has_head = True
+        return [node_of(told) for told in found]
 
     async def home(self, nodes: Sequence[RayNode], address: str = "") -> RayNode:
         """Return the living node at an address, or else the driver's, or else the head.
@@ -292,15 +304,33 @@ class Cluster:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # its processes are started with the mask of this thread
         try:
             with _marked() if self.is_local else contextlib.nullcontext():
-                _start_ray(self._address, num_gpus=self._num_gpus())
+                self._start()
             self._note_processes()
             ready.set_result(None)
         except BaseException as error:
             ready.set_exception(error)
         else:
             end.wait()
+        if not self.is_local and not self._has_head:
+            _LEFT.set()  # Ray's native part may end this process while it takes leave of a head that is gone
+            return
+        node = ray._private.worker._global_node
+        if self.is_local and node is not None:  # Ray gives each of its processes a second, one after the other
+            node.kill_all_processes = self._bury
+        # They are killed only when this process has left them: its native part ends it when it loses them before.
         with contextlib.suppress(Exception):  # what is left of it is killed by `stop`
             ray.shutdown()
+
+    def _start(self) -> None:
+        """Start Ray, or connect; once more where a busy machine had it pass its own limit, which cannot be set."""
+        try:
+            _start_ray(self._address, num_gpus=self._num_gpus())
+        except Exception as error:
+            if not self.is_local or SLOW not in str(error):
+                raise
+            ray.shutdown()
+            _end_marked(lambda driver: driver == driver_mark())
+            _start_ray(self._address, num_gpus=self._num_gpus())
 
     def _num_gpus(self) -> int:
         """Return the GPUs that Ray is told of: all where a node has some, else none."""
@@ -327,7 +357,7 @@ class Cluster:
         if isinstance(error, TimeoutError):
             what = f"{self._address or 'Ray'} does not answer within {self._start_s:.0f} s"
             return ResourceError("ray", what, "see that it runs and can be reached, and `flowrl doctor`")
-        if isinstance(error, RayError | ConnectionError | OSError | RuntimeError | ValueError):
+        if isinstance(error, Exception) and not isinstance(error, FlowrlError):  # Ray raises also plain ones
             shown = said if len(said) <= MAX_SAID else f"{said[:MAX_SAID]} ..."
             return ResourceError("ray", f"cannot start or reach Ray ({shown})", "see `flowrl doctor`")
         return error
@@ -337,11 +367,13 @@ class Cluster:
         thread = self._thread
         if thread is None:
             return
-        self._kill()  # Ray itself gives each of its processes a second, and some wait for what is dead
+        if self.trouble(0.0):
+            self._kill()  # leaving would wait for what is dead
         self._end.set()
         is_connecting = self._address is not None and not self._ready.done()
-        thread.join(1.0 if is_connecting else STOP_S)
-        self._kill()  # what it had only begun to start
+        thread.join(1.0 if is_connecting else LEAVE_S)
+        self._kill()  # what it had only begun to start, or does not let this process go
+        thread.join(0.0 if is_connecting else STOP_S)
         if self.is_local:
             _end_marked(lambda driver: driver == driver_mark())
             scratch.sweep()  # what they could not remove any more
@@ -351,6 +383,13 @@ class Cluster:
         if self._session is not None:
             shutil.rmtree(self._session, ignore_errors=True)
         self._processes, self._session, self._stopped_s = {}, None, {}
+
+    def _bury(self, **_: Any) -> None:
+        """Kill Ray's processes together and see that they are dead."""
+        self._kill()
+        for each in chain.from_iterable(ray._private.worker._global_node.all_processes.values()):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                each.process.wait(1.0)
 
     def _kill(self) -> None:
         for pid in self._processes.values():
@@ -387,6 +426,9 @@ def _start_ray(address: str | None, *, num_gpus: int) -> None:
         # Ray's native part ends a driver, without a word of ours, when its head has been silent for this long.
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", f"{HEAD_GONE_S}")
         _knock(address)
+    if _LEFT.is_set():
+        ray.shutdown()
+        _LEFT.clear()
     ray._private.worker.print_to_stdstream = _unheard  # what it tells of dead workers, the supervisor tells better
     logging.getLogger("ray").setLevel(logging.ERROR)  # before it starts; `logging_level` holds only from then on
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

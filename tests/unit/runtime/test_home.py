@@ -100,3 +100,24 @@ def test_a_head_that_was_not_asked_for_long_is_not_taken_for_gone(monkeypatch: p
             await fleet.look()
 
     asyncio.run(body())
+
+
+def test_ray_is_started_once_more_where_a_busy_machine_kept_it_from_showing_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tries: list[int] = []
+
+    def start(address: str | None, *, num_gpus: int) -> None:
+        tries.append(num_gpus)
+        if len(tries) < 2:  # as Ray raises it
+            raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(module, "_start_ray", start)
+    Cluster(None, None)._start()
+    assert tries == [0, 0]
+
+
+def test_whatever_ray_raises_at_its_start_is_one_line() -> None:
+    refused = Cluster(None, None)._refusal(Exception("The current node timed out\nduring startup."))
+    assert isinstance(refused, ResourceError)
+    assert str(refused).startswith("ray: cannot start or reach Ray (The current node timed out during startup.)")
