@@ -60,7 +60,10 @@ if TYPE_CHECKING:
 
 ray: Any = _ray  # its own types are partial
 
-ANSWER_S = 20.0  # for the head to say which nodes there are
+ANSWER_S = 20.0  # for Ray to say who we are
+# For the head to say which nodes there are: fleet.HEAD_S without an answer must have passed, and the run have ended, in
+# less than the minute after which what Ray connected first of this process ends it.
+HEAD_ANSWER_S = 10.0
 SURVEY_S = 60.0  # for a node to start a process and look around
 START_S = 120.0  # for Ray to start here; some seconds are usual
 REACH_S = 25.0  # for a cluster to answer
@@ -156,7 +159,7 @@ class Cluster:
         self._processes: dict[str, int] = {}  # of Ray itself, where it was started here
         self._session: Path | None = None
         self._stopped_s: dict[str, float] = {}  # since when one of them is stopped
-        self._has_head = True  # it answered when it was asked last
+        self.has_head = True  # it answered when it was asked last
 
     @property
     def is_local(self) -> bool:
@@ -235,11 +238,11 @@ class Cluster:
             Unanswered: the head does not answer.
         """
         try:
-            found = await in_thread(ray.nodes, where="ray", within_s=ANSWER_S)
+            found = await in_thread(ray.nodes, where="ray", within_s=HEAD_ANSWER_S)
         except Exception:
-            self._has_head = False
+            self.has_head = False
             raise
-        self._has_head = True
+        self.has_head = True
         return [node_of(told) for told in found]
 
     async def home(self, nodes: Sequence[RayNode], address: str = "") -> RayNode:
@@ -311,7 +314,7 @@ class Cluster:
             ready.set_exception(error)
         else:
             end.wait()
-        if not self.is_local and not self._has_head:
+        if not self.is_local and not self.has_head:
             _LEFT.set()  # Ray's native part may end this process while it takes leave of a head that is gone
             return
         node = ray._private.worker._global_node

@@ -267,6 +267,8 @@ class Fleet:
 
     async def has_head(self) -> bool:
         """Return whether Ray's head answers; if not, every further question to it would only wait."""
+        if not self._cluster.has_head:  # when it was asked last, a moment ago
+            return False
         try:
             await self._cluster.nodes()
         except UNHEARD:
