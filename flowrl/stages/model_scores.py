@@ -19,7 +19,7 @@ from flowrl.messages import Buffer
 from flowrl.stages.tokens import mask_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from flowrl.data.steps import StepFinder
@@ -36,9 +36,9 @@ class SequenceScores(NamedTuple):
     mean: float
     std: float
 
-    def find(self, engine: Any, groups: Sequence[TokenGroup]) -> list[list[float]]:
-        """Return what the engine finds in groups."""
-        return engine.score_sequences(groups)
+    def call(self, engine: Any) -> Callable[[Sequence[TokenGroup]], list[list[float]]]:
+        """Return what of the engine is to be called with groups."""
+        return engine.score_sequences
 
     def scores(self, found: list[float], group: Rollouts) -> tuple[list[float], None]:
         """Return the samples' scores from what the engine found in their group."""
@@ -54,9 +54,9 @@ class StepScores(NamedTuple):
     step_total: Literal["mean", "sum"]
     finder: StepFinder
 
-    def find(self, engine: Any, groups: Sequence[TokenGroup]) -> list[list[FloatArray]]:
-        """Return what the engine finds in groups."""
-        return engine.score(groups)
+    def call(self, engine: Any) -> Callable[[Sequence[TokenGroup]], list[list[FloatArray]]]:
+        """Return what of the engine is to be called with groups."""
+        return engine.score
 
     def scores(self, found: list[FloatArray], group: Rollouts) -> tuple[list[float], list[Buffer]]:
         """Return the samples' scores from what the engine found in their group, and what each token earned of them."""

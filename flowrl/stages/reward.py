@@ -253,7 +253,7 @@ class RewardModel(Stage):
                 while True:
                     groups = await self.rollouts.get_some(self.config.batch_groups)
                     start_s = context.now()
-                    found = await context.compute(scorer.find, engine, [token_group(group) for group in groups])
+                    found = await context.compute(scorer.call(engine), [token_group(group) for group in groups])
                     context.span("score", start_s, groups=[group.group_id for group in groups])
                     for group, rows in zip(groups, found, strict=True):
                         await self.scored.put(add_scores(group, name, *scorer.scores(rows, group)))
