@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from flowrl.model_files import is_classifier
 from flowrl.tuning.published import PUBLISHED
 from tests.support.tiny import tiny_tokenizer
 
@@ -30,10 +31,13 @@ def published_model(name: str, root: Path) -> Path:
 
 def _write_hole(directory: Path) -> None:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    is_judge = is_classifier(directory)
+    settings = AutoConfig.from_pretrained(directory, **({"num_labels": 1} if is_judge else {}))
+    kind = AutoModelForSequenceClassification if is_judge else AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.bfloat16)
+        model = kind.from_config(settings, dtype=torch.bfloat16)
     header: dict[str, object] = {}
     end = 0
     for name, tensor in model.named_parameters():  # what is tied has one name
