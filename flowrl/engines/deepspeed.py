@@ -279,7 +279,7 @@ class DeepSpeedEngine(Trainer):
 
     def _held(self) -> Iterator[Tensor]:
         yield from super()._held()
-        for reader in [self.reader, *([] if self._teacher is None else [self._teacher.reader])]:
+        for reader in self._readers:
             yield from (part for each in reader.parameters() if (part := getattr(each, "ds_tensor", None)) is not None)
         if not self._is_training:
             return

@@ -199,11 +199,15 @@ class SequenceScoringEngine:
         """Serve as a rank other than 0 until rank 0 closes."""
         self._engine.follow()
 
-    def score_sequences(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
+    def score_groups(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
         """Return the value at the last token of each response that is not padding; of nothing else, at its first."""
         found = zip(groups, self.score(groups), strict=True)
         pairs = (zip(group.responses, rows, strict=True) for group, rows in found)
         return [[float(values[self._last(each.tolist())]) for each, values in pair] for pair in pairs]
+
+    def score_sequences(self, group: TokenGroup) -> list[float]:
+        """Return what `score_groups` does of one group."""
+        return self.score_groups([group])[0]
 
     def _last(self, token_ids: Sequence[int]) -> int:
         return max((place for place, token in enumerate(token_ids) if token != self._padding), default=0)

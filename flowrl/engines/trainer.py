@@ -376,9 +376,14 @@ class Trainer:
         """Be as before `sleep`, to the bit."""
         self._lead(_Wake())
 
+    @property
+    def _readers(self) -> list[TokenReader]:
+        """Return the model's reader and, where it is there, the teacher's."""
+        return [self.reader, *([] if self._teacher is None else [self._teacher.reader])]
+
     def _held(self) -> Iterator[Tensor]:
         """Yield the tensors that it holds on its device between two calls; a subclass adds the optimizer's."""
-        for model in [self.reader, *([] if self._teacher is None else [self._teacher.reader])]:
+        for model in self._readers:
             yield from model.buffers()
             for parameter in model.parameters():
                 yield from (parameter, *([] if parameter.grad is None else [parameter.grad]))
@@ -440,8 +445,7 @@ class Trainer:
         )
 
     def _layout(self, longest: int) -> Layout:
-        readers = [self.reader, *([] if self._teacher is None else [self._teacher.reader])]
-        return LAYOUTS[max(LAYOUTS.index(reader.layout(longest)) for reader in readers)]
+        return LAYOUTS[max(LAYOUTS.index(reader.layout(longest)) for reader in self._readers)]
 
     def _attempt(self, budget: Budget, work: Callable[[A], T], argument: A) -> T | None:
         """Return `work(argument)`, or None where memory did not suffice for it and the budget is smaller now."""

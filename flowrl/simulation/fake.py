@@ -201,7 +201,7 @@ class FakeTraining:
         """Return zeros after the time of one call."""
         return self.score(groups)
 
-    def score_sequences(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
+    def score_groups(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
         """Return one zero for each response after the time of one call."""
         self._spend("score", groups)
         return [[0.0] * len(group.responses) for group in groups]

@@ -38,7 +38,7 @@ class SequenceScores(NamedTuple):
 
     def call(self, engine: Any) -> Callable[[Sequence[TokenGroup]], list[list[float]]]:
         """Return what of the engine is to be called with groups."""
-        return engine.score_sequences
+        return engine.score_groups
 
     def scores(self, found: list[float], group: Rollouts) -> tuple[list[float], None]:
         """Return the samples' scores from what the engine found in their group."""

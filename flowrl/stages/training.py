@@ -136,8 +136,9 @@ def check_loading(model: Path, where: str, head: Head, *, trust_remote_code: boo
     """
     if "model_type" not in read_config(model):
         return False
-    check_plain(model, where)
-    if not trust_remote_code:
+    if trust_remote_code:
+        check_plain(model, where)
+    else:
         from flowrl.engines.models import check_weights
 
         check_weights(model, head, where, tensors_in(model, where))

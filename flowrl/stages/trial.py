@@ -132,16 +132,11 @@ def _with_values(batch: LossBatch, values_BT: Tensor) -> LossBatch:
     )
 
 
-def _lengths(count: int) -> Tensor:
-    import torch
-
-    return 1 + torch.arange(count) % LENGTH
-
-
 def _mask(count: int) -> Tensor:
     import torch
 
-    return (torch.arange(LENGTH) < _lengths(count)[:, None]).float()
+    lengths_B = 1 + torch.arange(count) % LENGTH
+    return (torch.arange(LENGTH) < lengths_B[:, None]).float()
 
 
 def _made_up_group(algorithm: Algorithm, count: int, *, has_turns: bool) -> AdvantageBatch:

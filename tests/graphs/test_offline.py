@@ -188,13 +188,13 @@ def test_a_reward_model_separates_its_pairs_and_scores_as_a_stage_does(engine: s
     scorer.open()
     for row in rows.train:
         group = TokenGroup(prompt_ids=Buffer.ints(row.prompt_ids), responses=[Buffer.ints(r) for r in row.responses])
-        ((chosen, rejected),) = scorer.score_sequences([group])
+        chosen, rejected = scorer.score_sequences(group)
         assert chosen > rejected
     groups = [
         TokenGroup(prompt_ids=Buffer.ints(row.prompt_ids), responses=[Buffer.ints(r) for r in row.responses])
         for row in rows.heldout
     ]
-    heldout = [score for scores in scorer.score_sequences(groups) for score in scores]
+    heldout = [score for scores in scorer.score_groups(groups) for score in scores]
     scorer.close()
     mean, std = read_normalisation(ran.model)
     assert (mean, std) == (pytest.approx(np.mean(heldout), abs=1e-4), pytest.approx(np.std(heldout), abs=1e-4))

@@ -74,7 +74,7 @@ def test_transformers_reads_a_saved_reward_model_at_the_token_that_it_was_traine
     scorer.open()
     texts = [[1, 40, 41, 2, 50, 51, 2], [1, 60, 2, 61, 2]]
     groups = [TokenGroup(prompt_ids=Buffer.ints(ids[:3]), responses=[Buffer.ints(ids[3:])]) for ids in texts]
-    ours = [scores[0] for scores in scorer.score_sequences(groups)]
+    ours = [scores[0] for scores in scorer.score_groups(groups)]
     model = AutoModelForSequenceClassification.from_pretrained(out, dtype=torch.float32).eval()
     batch = AutoTokenizer.from_pretrained(out).pad({"input_ids": texts}, return_tensors="pt")
     with torch.no_grad():

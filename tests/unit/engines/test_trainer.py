@@ -323,7 +323,7 @@ def test_a_reward_model_scores_each_sequence_at_its_last_token(tiny_reward_model
     engine = SequenceScoringEngine(config, where="reward")
     engine.open()
     model = LlamaForSequenceClassification.from_pretrained(tiny_reward_model)
-    for item, found in zip(GROUPS[:3], engine.score_sequences(GROUPS[:3]), strict=True):
+    for item, found in zip(GROUPS[:3], engine.score_groups(GROUPS[:3]), strict=True):
         rows = [item.prompt_ids.tolist() + response.tolist() for response in item.responses]
         expected = [model(input_ids=torch.tensor([row])).logits.item() for row in rows]
         assert found == pytest.approx(expected, abs=1e-5)
@@ -342,7 +342,7 @@ def test_a_reward_model_of_others_that_pads_with_the_end_is_read_where_it_was_tr
     model = LlamaForSequenceClassification.from_pretrained(padded)
     answers = [[40, 41, 2], [40, 41, 2, 2], [40, 41]]
     group = TokenGroup(prompt_ids=Buffer.ints([5, 9]), responses=[Buffer.ints(answer) for answer in answers])
-    (ours,) = engine.score_sequences([group])
+    ours = engine.score_sequences(group)
     theirs = [model(input_ids=torch.tensor([[5, 9, *answer]])).logits.item() for answer in answers]
     assert ours == pytest.approx(theirs, abs=1e-5)
     assert ours == pytest.approx(ours[:1] * 3, abs=1e-5)

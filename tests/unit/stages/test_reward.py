@@ -205,7 +205,7 @@ class FakeScores:
 
     def open(self) -> None: ...
 
-    def score_sequences(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
+    def score_groups(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
         calls.append(len(groups))
         return [[self.scale * float(each.tolist()[-1]) for each in group.responses] for group in groups]
 
