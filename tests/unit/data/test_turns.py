@@ -82,7 +82,7 @@ def test_a_conversation_may_begin_it_and_a_system_prompt_stands_before():
     assert "tool" in TOKENIZER.decode(form.between(sampled("7"), "higher"))
 
 
-def test_text_leaves_special_tokens_out():
+def test_text_leaves_the_end_out():
     assert TurnFormat(TOKENIZER, role="user").text(sampled("7")) == "7"
 
 
