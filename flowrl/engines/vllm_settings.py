@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 CANARY_PRIORITY = -1  # before every request (0)
 FIRST_MAMBA = ("mamba", "falcon_mamba", "jamba")  # model types
 CPU_CACHE_BYTES = 512 << 20  # where kv_cache_bytes leaves it open: nothing there limits it by itself
+# Tokens of a cache's block there, the least that its kernel takes: a prompt is computed once for its samples as far as
+# whole blocks go. vLLM's own choice, 128, shares nothing of a shorter one.
+CPU_BLOCK_TOKENS = 32
 FEW_BITS = ("fp8", "int8", "nvfp4", "turboquant")
 ROUTES = "enable_return_routed_experts"
 # Arguments of vLLM's engine that are not the user's, and what is in their place.
@@ -240,9 +243,13 @@ def engine_arguments(config: GenerationConfig, options: Mapping[str, Any]) -> As
         **choices,
     }
     arguments = AsyncEngineArgs(**{**settings, **options})
-    if on_cpu and arguments.create_model_config().has_inner_state:
-        # vLLM keeps the states of Jamba and Qwen3-Next for later prompts only where it may split a prompt.
-        arguments.enable_prefix_caching = False
+    if on_cpu:
+        model = arguments.create_model_config()
+        if model.has_inner_state:
+            # vLLM keeps the states of Jamba and Qwen3-Next for later prompts only where it may split a prompt.
+            arguments.enable_prefix_caching = False
+        elif not model.use_mla and "block_size" not in options:  # latent attention's kernels have one size only
+            arguments.block_size = CPU_BLOCK_TOKENS
     return arguments
 
 

@@ -169,7 +169,8 @@ class Search:
                 most = max(1, placed.running.get(node) or int(config.max_running))
                 at_once = min(most, max(1, samples // config.replicas))
                 seconds = samples * response / costs.decode.tokens_per_s(at_once) / config.replicas
-                seconds += samples * profile.prompt_tokens.at(0.5) * costs.decode.prompt_token_s / config.replicas
+                prompts = samples / work.samples  # each is read once for its samples
+                seconds += prompts * profile.prompt_tokens.at(0.5) * costs.decode.prompt_token_s / config.replicas
             else:
                 kinds = (
                     ["train", "score"]

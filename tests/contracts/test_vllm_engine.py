@@ -126,6 +126,27 @@ def test_logprobs_are_those_of_hugging_face_at_the_sampling_temperature(served, 
     assert max(gaps) < TOLERANCE
 
 
+def test_a_prompt_is_computed_once_for_its_samples_and_again_for_the_next_version(served, policy, loop, monkeypatch):
+    prompt = [5 + place for place in range(70)]
+    cached: list[int] = []
+    generate = served._engine.generate
+
+    async def watched(*given: Any, **named: Any):
+        async for output in generate(*given, **named):
+            cached.append(output.num_cached_tokens)
+            yield output
+
+    monkeypatch.setattr(served._engine, "generate", watched)
+    samples = loop.run(draw(served, prompt, num_samples=4))
+    assert sorted(cached) == [0, 64, 64, 64], "whole blocks of 32 tokens"
+    assert max(policy.gap(prompt, sample) for sample in samples) < TOLERANCE
+    loop.run(served.update_weights(policy.publish(seed=3)))
+    del cached[:]
+    samples = loop.run(draw(served, prompt, num_samples=2))
+    assert sorted(cached) == [0, 64]
+    assert max(policy.gap(prompt, sample) for sample in samples) < TOLERANCE
+
+
 def test_tokens_are_weighed_against_each_other_alone(served, policy, loop):
     tokens = [36, 9, 300]
     found = loop.run(served.among(PROMPTS[0], tokens))
