@@ -82,19 +82,18 @@ def _spoken(message: dict[str, Any], which: str, place: str) -> dict[str, Any]:
     return {"role": role, "content": message["value"], **others}
 
 
-def messages_of(row: RawRow, name: str) -> Conversation:
-    """Return the messages in a column.
+def messages_of(row: RawRow, name: str, words: str = "") -> Conversation:
+    """Return the messages in a column; `words` are what errors call it, where the file may have another name for it.
 
     Raises:
         DataError: it holds none, or one of them is malformed.
     """
-    value = row.columns[name]
+    value, words = row.columns[name], words or f"column {name!r}"
     if not isinstance(value, list):
-        what = f"column {name!r} holds {noun(value)}"
-        raise DataError(row.place, what, "a string or a list of messages was expected")
+        raise DataError(row.place, f"{words} holds {noun(value)}", "a string or a list of messages was expected")
     if not value:
-        raise DataError(row.place, f"column {name!r} holds no message", "drop the row, or set data.on_bad=skip")
-    return [_message(row, f"column {name!r}: message {k}", each) for k, each in enumerate(cast("list[Any]", value))]
+        raise DataError(row.place, f"{words} holds no message", "drop the row, or set data.on_bad=skip")
+    return [_message(row, f"{words}: message {k}", each) for k, each in enumerate(cast("list[Any]", value))]
 
 
 def with_system(messages: Conversation, system_prompt: str | None) -> Conversation:

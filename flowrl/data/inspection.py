@@ -254,7 +254,7 @@ def _check_prompts(data: PromptData, tokenizer: PreTrainedTokenizerBase, say: Sa
     for reason in prompts.skipped[:NUM_REASONS]:
         say(f"           {reason}")
     for name, counts in _levels(rows):
-        say(f"{name[:10]:<10} {', '.join(f'{value} {count}' for value, count in sorted(counts.items()))}")
+        say(f"{name:<10} {', '.join(f'{value} {count}' for value, count in sorted(counts.items()))}")
     for line in _lengths([len(row.token_ids) for row in rows], "prompt"):
         say(line)
     say(f"ends       {ending_of(tokenizer)}")

@@ -345,7 +345,7 @@ def prompt_of(data: PromptData, row: RawRow) -> NormalRow:
             return NormalRow(place=row.place, prompt=prompt)
         remedy = "set data.chat_template=true, or write the prompt as one string"
         raise DataError(row.place, "is a conversation but data.chat_template is false", remedy)
-    messages = asked_in(prompt) if isinstance(prompt, str) else messages_of(row, "prompt")
+    messages = asked_in(prompt) if isinstance(prompt, str) else messages_of(row, "prompt", "the prompt")
     asked = [each for each in messages if each["role"] not in SYSTEM_ROLES]
     if not asked or (asked[-1]["role"] == "user" and not asked[-1]["content"].strip()):
         what = "the last message of the prompt is blank" if asked else "the prompt holds nothing but a system message"
