@@ -312,13 +312,21 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from flowrl.engines.base import check_engine
     from flowrl.graph.program import load_program
+    from flowrl.runtime.devices import check_usable
     from flowrl.tuning.machines import parse_site, this_site
     from flowrl.tuning.planner import Planner
     from flowrl.tuning.shapes import parse_configs
 
-    planner = Planner(parse_site(options.on) if options.on else this_site(), parse_configs(options.model_config))
-    load_program(options.graph, config=options.config, overrides=options.overrides, placing=planner)
+    site = parse_site(options.on) if options.on else this_site()
+    if not options.on:
+        check_usable(site.machine)
+    planner = Planner(site, parse_configs(options.model_config))
+    program = load_program(options.graph, config=options.config, overrides=options.overrides, placing=planner)
+    for name, stage in program.graph.nodes.items():
+        if asked := getattr(stage.config, "engine_options", None):
+            check_engine(stage.config.engine, asked, name)  # pyright: ignore[reportAttributeAccessIssue]
     for line in planner.lines(whole=True):
         _say(line)
     return 1 if planner.plan is not None and not planner.plan.fits else 0

@@ -51,13 +51,16 @@ OURS = {
         ("dtype", "dtype"), ("max_model_len", "max_model_len"), ("max_num_seqs", "max_running"),
         ("tensor_parallel_size", "tensor_parallel"), ("trust_remote_code", "trust_remote_code"),
         ("gpu_memory_utilization", "gpu_memory_utilization"), ("kv_cache_memory_bytes", "kv_cache_bytes"),
-        ("data_parallel_size", "replicas"),
+        ("data_parallel_size", "replicas"), ("enable_sleep_mode", "turns"),
     )},
+    "max_lora_rank": "set learner.lora.rank",
     ROUTES: "set learner.routing",
     **{name: f"flowrl sets {name}: it {why}" for name, why in (
         ("model", "is the policy"), ("logprobs_mode", "gives behaviour log-probs of what was sampled from"),
         ("scheduling_policy", "lets the canary go first"), ("weight_transfer_config", "brings the versions"),
         ("worker_extension_cls", "brings the versions"), ("distributed_executor_backend", "follows the layout"),
+        ("worker_cls", "brings the versions"), ("load_format", "reads safetensors only"),
+        ("prefill_context_parallel_size", "counts a replica's GPUs, and knows tensor and pipeline parallelism"),
     )},
 }  # fmt: skip
 

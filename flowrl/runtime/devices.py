@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from flowrl.errors import ResourceError
+from flowrl.errors import ResourceError, number_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,6 +43,7 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     total_bytes: int = 80 * GIB
     free_bytes: int = 80 * GIB  # the rest is somebody else's
     slices: int = 0  # MIG slices it is split into and none of which is chosen
+    is_split: bool = False  # in MIG's mode, in which CUDA takes slices only
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +51,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
     gpus: tuple[Gpu, ...] = ()
     why_none: str = ""  # where there is no GPU
+    has_lost: bool = False  # there are GPUs on the bus, and nothing answers for them
     cores: int = 1
     driver_cuda: str = ""  # the newest CUDA that the driver serves
     torch_cuda: str = ""  # what torch is built for; "": CPUs only
@@ -67,14 +69,15 @@ def visible_machine(nvml: Any = None, environ: Mapping[str, str] = os.environ) -
     """Return the machine as this process may use it; `nvml` stands in for the module pynvml.
 
     Raises:
-        ResourceError: CUDA_VISIBLE_DEVICES names a GPU that is not there.
+        ResourceError: CUDA_VISIBLE_DEVICES names a GPU that is not there, or one twice; a visible one does not answer.
     """
     cores, torch_cuda = num_cores(), cuda_of_torch()
     if nvml is None:
         try:
             import pynvml as nvml  # pyright: ignore[reportMissingTypeStubs]
         except ImportError:
-            return Machine(cores=cores, torch_cuda=torch_cuda, why_none="package nvidia-ml-py is missing")
+            why = "package nvidia-ml-py is missing"
+            return Machine(cores=cores, torch_cuda=torch_cuda, why_none=why, has_lost=bool(_on_bus()))
     try:
         nvml.nvmlInit()
         gpus, why = _visible(nvml, environ.get("CUDA_VISIBLE_DEVICES"))
@@ -82,14 +85,14 @@ def visible_machine(nvml: Any = None, environ: Mapping[str, str] = os.environ) -
     except nvml.NVMLError as error:
         lost = _on_bus()
         why = f"{lost} on the bus, but no driver answers ({error})" if lost else f"no driver: {error}"
-        return Machine(cores=cores, torch_cuda=torch_cuda, why_none=why)
+        return Machine(cores=cores, torch_cuda=torch_cuda, why_none=why, has_lost=bool(lost))
     driver_cuda = f"{version // 1000}.{version % 1000 // 10}"
     return Machine(gpus=tuple(gpus), why_none=why, cores=cores, driver_cuda=driver_cuda, torch_cuda=torch_cuda)
 
 
 def _visible(nvml: Any, named: str | None) -> tuple[list[Gpu], str]:
     """Return the visible GPUs in CUDA's order, and why there are none."""
-    handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(int(nvml.nvmlDeviceGetCount()))]
+    handles = [_handle(nvml, index) for index in range(int(nvml.nvmlDeviceGetCount()))]
     if named is None:
         return [_gpu(nvml, index, handle) for index, handle in enumerate(handles)], "" if handles else "no device"
     found: list[Gpu] = []
@@ -97,37 +100,67 @@ def _visible(nvml: Any, named: str | None) -> tuple[list[Gpu], str]:
         if name in ("", "-1", "NoDevFiles"):  # where CUDA stops reading
             break
         found.append(_named(nvml, name, handles))
+        if found[-1].index in [each.index for each in found[:-1]]:
+            raise ResourceError("CUDA_VISIBLE_DEVICES", f"{named} names GPU {found[-1].index} twice", "name it once")
         if name.startswith("MIG-"):  # of slices CUDA takes one
             break
     return found, "" if found else f"CUDA_VISIBLE_DEVICES={named} hides all"
 
 
+def _handle(nvml: Any, index: int) -> Any:
+    """Return NVML's handle of a GPU, None where it does not answer."""
+    try:
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        nvml.nvmlDeviceGetMemoryInfo(handle)
+    except nvml.NVMLError:
+        return None
+    return handle
+
+
 def _named(nvml: Any, name: str, handles: list[Any]) -> Gpu:
     if name.isdigit() and int(name) < len(handles):
         return _gpu(nvml, int(name), handles[int(name)])
-    for index, handle in enumerate(handles):
-        if name.startswith("GPU-") and _text(nvml.nvmlDeviceGetUUID(handle)).startswith(name):
-            return _gpu(nvml, index, handle)
+    known = [(k, each) for k, each in enumerate(handles) if each is not None]
+    begun = [(k, each) for k, each in known if _text(nvml.nvmlDeviceGetUUID(each)).startswith(name)]
+    if name.startswith("GPU-") and begun:
+        exact = [(k, each) for k, each in begun if _text(nvml.nvmlDeviceGetUUID(each)) == name]
+        if len(begun) > 1 and not exact:
+            what = f"{name!r} begins the names of {len(begun)} GPUs"
+            raise ResourceError("CUDA_VISIBLE_DEVICES", what, "write more of it (nvidia-smi -L)")
+        return _gpu(nvml, *(exact or begun)[0])
+    for index, handle in known:
         for slice_handle in _slices(nvml, handle) if name.startswith("MIG-") else ():
             if _text(nvml.nvmlDeviceGetUUID(slice_handle)).startswith(name):
                 return _gpu(nvml, index, slice_handle, is_slice=True)
+    if not handles:
+        raise ResourceError("CUDA_VISIBLE_DEVICES", f"there is no GPU {name!r}, none is present", "unset it")
     what = f"there is no GPU {name!r}, {len(handles)} are present"
     raise ResourceError("CUDA_VISIBLE_DEVICES", what, f"name some of 0 to {len(handles) - 1}, or unset it")
 
 
 def _gpu(nvml: Any, index: int, handle: Any, *, is_slice: bool = False) -> Gpu:
+    if handle is None:
+        what = f"GPU {index} does not answer the driver, though it is there"
+        raise ResourceError("CUDA_VISIBLE_DEVICES", what, "leave it out, or restart it (nvidia-smi says what it has)")
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    slices = 0 if is_slice else len(_slices(nvml, handle))
-    name = _text(nvml.nvmlDeviceGetName(handle))
-    return Gpu(name=name, index=index, total_bytes=int(memory.total), free_bytes=int(memory.free), slices=slices)
+    is_split = not is_slice and _is_split(nvml, handle)
+    return Gpu(
+        name=_text(nvml.nvmlDeviceGetName(handle)), index=index, total_bytes=int(memory.total),
+        free_bytes=int(memory.free), slices=len(_slices(nvml, handle)) if is_split else 0, is_split=is_split,
+    )  # fmt: skip
+
+
+def _is_split(nvml: Any, handle: Any) -> bool:
+    """Return whether a GPU is in MIG's mode; few models can be."""
+    try:
+        return bool(nvml.nvmlDeviceGetMigMode(handle)[0])
+    except nvml.NVMLError:
+        return False
 
 
 def _slices(nvml: Any, handle: Any) -> list[Any]:
-    """Return the MIG slices of a GPU; few models can be split."""
-    try:
-        if not nvml.nvmlDeviceGetMigMode(handle)[0]:
-            return []
-    except nvml.NVMLError:
+    """Return the MIG slices of a GPU."""
+    if not _is_split(nvml, handle):
         return []
     found: list[Any] = []
     for place in range(int(nvml.nvmlDeviceGetMaxMigDeviceCount(handle))):
@@ -220,8 +253,8 @@ def check_usable(machine: Machine) -> None:
         ResourceError: they are of different sizes, split into slices, or somebody else computes on them.
     """
     for gpu in machine.gpus:
-        if gpu.slices:
-            what = f"GPU {gpu.index} is split into {gpu.slices} MIG slices, and whole GPUs are placed"
+        if gpu.is_split or gpu.slices:
+            what = f"GPU {gpu.index} is split into {number_of(gpu.slices, 'MIG slice')}, and whole GPUs are placed"
             remedy = "turn MIG off (nvidia-smi -mig 0), or name one slice by CUDA_VISIBLE_DEVICES=MIG-..."
             raise ResourceError("placement", what, remedy)
         used = gpu.total_bytes - gpu.free_bytes

@@ -127,7 +127,7 @@ def check_cluster(program: Program, address: str, say: Say) -> None:
 
 async def _plan(cluster: Cluster, program: Program, say: Say) -> list[str]:
     found = await survey(cluster, program, None)
-    check_survey(found, say)
+    check_survey(found, program.graph, say)
     config = program.settings.cluster
     home = await cluster.home(found.nodes, config.home)
     all_places = places(program.graph)

@@ -332,7 +332,7 @@ async def _start(
         await cluster.start()
         if address is not None:
             found = await survey(cluster, program, run_dir)
-            check_survey(found, sinks.say)
+            check_survey(found, program.graph, sinks.say)
             told["moved"] = bring_code(found, run_dir, sinks.say)
         return await run_ray(program.graph, Options(**told), cluster)
     finally:

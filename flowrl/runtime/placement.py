@@ -203,12 +203,19 @@ class _Placement:
             int(self._value(each, "ranks") * self._value(each, "replicas")) * self._copies[each]
             for each in self._configs
         )
-        threads = max(1, min(MOST_THREADS, self._machine.cores // max(1, num_processes)))
+        cores = self._machine.cores or MOST_THREADS * num_processes  # where nothing is said of them
+        threads = max(1, min(MOST_THREADS, cores // max(1, num_processes)))
         self._imply(path, threads=threads)
+        self._imply(path, cpus=0)
         if not isinstance(config, Serving):
             self._imply(path, overlap_comm=True)
             return
-        servers = 1 + sum(isinstance(self._configs[each], Serving) for each in beside)
+        seats = int(self._value(host, "gpus") * self._value(host, "ranks") * self._value(host, "replicas"))
+        servers = sum(
+            -(-int(self._value(each, "replicas")) * self._copies[each] * self._width(each) // max(1, seats))
+            for each in (path, *beside)
+            if isinstance(self._configs[each], Serving)
+        )  # processes on one GPU
         has_trainers = any(not isinstance(self._configs[each], Serving) for each in beside) and not config.turns
         share = (SHARED_UTILIZATION if has_trainers else UTILIZATION) / servers
         self._imply(path, layout="processes", max_running=RUNNING_ON_GPU, kv_cache_bytes=0)
@@ -357,6 +364,7 @@ def environment(config: StageConfig, *, devices: Sequence[str]) -> dict[str, str
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         "CUDA_VISIBLE_DEVICES": ",".join(devices),
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # NVML's, by which devices are counted here
         "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",  # Ray would hide what is shared
         "VLLM_RPC_BASE_PATH": str(socket_root()),
         "PYTHONPATH": module_path(),

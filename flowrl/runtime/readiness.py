@@ -20,15 +20,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from flowrl.errors import ResourceError
+from flowrl.errors import ResourceError, number_of
 from flowrl.graph.program import GraphPlan, plan_of
 from flowrl.imports import home_of
 from flowrl.runtime.fleet import usable
 from flowrl.runtime.nodes import NodeQuestion, capacities, check_node, paths_in, report_on, user_files
+from flowrl.runtime.placement import places
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
+    from flowrl.graph.graph import Graph
     from flowrl.graph.program import Program
     from flowrl.runtime.cluster import Cluster
     from flowrl.runtime.nodes import NodeReport, RayNode
@@ -97,8 +99,8 @@ def _token(run_dir: Path | None) -> Generator[str]:
                 file.unlink(missing_ok=True)
 
 
-def check_survey(found: Survey, say: Callable[[str], None]) -> None:
-    """Hold what the nodes answered against this machine.
+def check_survey(found: Survey, graph: Graph, say: Callable[[str], None]) -> None:
+    """Hold what the nodes answered against this machine, and their GPUs against what a graph reserves.
 
     Raises:
         ResourceError: the first that lacks something.
@@ -107,6 +109,12 @@ def check_survey(found: Survey, say: Callable[[str], None]) -> None:
         check_node(address, report, found.here, gap_s=found.gaps_s[address], token=found.token)
         if not report.is_resolved:
             say(f"node {address}: its own name {report.host_name} cannot be looked up; its processes go by {address}")
+    num_gpus = sum(node.gpus for node in found.nodes)
+    if num_gpus and not any(place.gpus for place in places(graph)):
+        say(
+            f"warning: the cluster has {number_of(num_gpus, 'GPU')} and the graph reserves none: set gpus, ranks and "
+            "replicas, which nobody places on a cluster (flowrl plan --on says which)"
+        )
 
 
 def bring_code(found: Survey, run_dir: Path, say: Callable[[str], None]) -> dict[str, str]:

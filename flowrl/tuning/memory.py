@@ -319,7 +319,7 @@ class _Rank:
 
 def serving(shape: Shape, config: Serving, *, on_gpu: bool) -> Need:
     """Return what each device of a generator's replica holds, and the host; on GPUs the cache takes what is left."""
-    b, parts = width_of(config.dtype, on_gpu=on_gpu), config.tensor_parallel
+    b, parts = width_of(config.dtype, on_gpu=on_gpu), config.num_workers
     weights = b * shape.num_parameters / parts
     if not on_gpu:
         tokens = config.max_model_len + max(

@@ -196,7 +196,7 @@ def _running(config: Serving, models: Models, node: str, need: Need) -> int:
     """Return the samples of full length that a replica's cache holds, at most those that may run."""
     shape: Shape = models.shapes[node]
     most = min(config.max_running, getattr(config, "max_groups", 1 << 30) * getattr(config, "group_size", 1))
-    whole = cached(shape, config, models.work) / config.tensor_parallel
+    whole = cached(shape, config, models.work) / config.num_workers
     return most if whole <= 0 else int(min(most, most * need.device["KV cache"] / whole))
 
 

@@ -67,7 +67,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         found = [f"placement: {reason}" if place == 0 else f"  {reason}" for place, reason in enumerate(self.reasons)]
         if not self.fits:
             found += [f"does not fit: {lack}" for lack in self.placed.lacks]
-            found += [f"  would fit: {remedy}" for remedy in self.remedies]
+            found += [f"  would fit: {remedy}" for remedy in self.remedies or [NONE]]
         if not whole:
             return found
         values = " ".join(f"--set {path}={_plain(value)}" for path, value in self.values.items())
@@ -78,6 +78,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 def _plain(value: Any) -> str:
     return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value) or '""'
+
+
+NONE = "nothing that was tried alone; take a smaller model, shorter sequences (data, sampling) or larger devices"
 
 
 class Planner:
@@ -127,9 +130,11 @@ class Planner:
 
     def lines(self, *, whole: bool) -> list[str]:
         """Return the plan in words, or why there is none."""
+        machine = self._site.machine
+        lost = [f"warning: no GPU is used: {machine.why_none}; see flowrl doctor"] if machine.has_lost else []
         if self.plan is None:
-            return [f"no plan of memory: {self.why_none}"] if whole or self._site.machine.gpus else []
-        return self.plan.lines(whole=whole)
+            return lost + ([f"no plan of memory: {self.why_none}"] if whole or machine.gpus else [])
+        return lost + self.plan.lines(whole=whole)
 
 
 def models_of(graph: Graph, configs: Mapping[str, Path], *, counts: bool = True) -> Models:

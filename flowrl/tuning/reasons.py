@@ -9,6 +9,7 @@ Tests: tests/unit/tuning/test_planner.py
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, cast
 
@@ -41,6 +42,9 @@ WORDS = {
 }
 # What is placement or saves memory, which a remedy may let go of.
 FREED = {*WORDS, "replicas", "ranks", "gpus", "share", "tensor_parallel", "gpu_memory_utilization", "max_running"}
+
+
+TRIED_FOR_S = 10.0  # after so long no further remedy is tried
 
 
 def reasons(search: Search, best: Tried, prediction: Prediction | None, others: Sequence[Tried]) -> list[str]:
@@ -79,7 +83,8 @@ def _where(search: Search, tried: Tried) -> str:
 def _width(config: StageConfig, node: str) -> str:
     split: int = getattr(config, "tensor_parallel", 1)
     copies = f" x {config.replicas}" if config.replicas > 1 else ""
-    return f"{node}{copies}" + (f" (tensor parallel {split})" if split > 1 else "")
+    told = [f"tensor parallel {split}"] * (split > 1) + ["by turns"] * bool(getattr(config, "turns", False))
+    return f"{node}{copies}" + (f" ({', '.join(told)})" if told else "")
 
 
 def _why_savings(search: Search, best: Tried) -> str:
@@ -158,9 +163,9 @@ def remedies(search: Search) -> Iterator[str]:
     tests += [
         (f"{factor} times as many GPUs", _again(search, site=_larger(search.site, factor))) for factor in (2, 4, 8)
     ]
-    found = 0
+    found, until_s = 0, time.monotonic() + TRIED_FOR_S
     for words, changed in tests:
-        if found == 3 or (found and "times" in words):
+        if found == 3 or (found and "times" in words) or time.monotonic() > until_s:
             return
         if not changed.best_fit().placed.lacks:
             found += 1

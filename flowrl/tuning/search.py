@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import msgspec
 
 from flowrl.config import is_given
-from flowrl.engines.base import Scoring, Serving, Training
+from flowrl.engines.base import LEAST_CACHE_BYTES, Scoring, Serving, Training
 from flowrl.errors import FlowrlError
 from flowrl.graph.program import graph_of, plan_of
 from flowrl.runtime.placement import place
@@ -130,12 +130,18 @@ class Search:
         return {address: value for address, value in values.items() if not is_given(self.given, address)}
 
     def _utilization(self, configs: Mapping[str, StageConfig]) -> Choice:
-        """Return the share of its GPUs that a generator which is not alone there may take: what others leave."""
+        """Return the share of its GPUs that a generator which is not alone there may take: what others leave.
+
+        Its cache is said in bytes: what vLLM would find free depends on what others are loading at that moment. Where
+        they take turns, nobody is there when it looks.
+        """
         path = self.path_of.get(self.server, "")
         if not path or not self.site.machine.gpus or is_given(self.given, f"{path}.gpu_memory_utilization"):
             return {}
         placed = place_processes(configs, self.graph.until_node, self.models, self.site)
-        mine = {device for process in placed.processes if process.node == self.server for device in process.devices}
+        servers = [process for process in placed.processes if process.node == self.server]
+        mine = {device for process in servers for device in process.devices}
+        together = max((sum(device in each.devices for each in servers) for device in mine), default=1)
         theirs = [
             sum(
                 held_by(p, "training").device_bytes
@@ -144,10 +150,16 @@ class Search:
             )
             for device in mine
         ]
-        if not theirs or not max(theirs):
+        if not theirs or (not max(theirs) and together == 1):
             return {}
-        left = (FULL - 0.02) - max(theirs) / self.site.device_bytes
-        return {f"{path}.gpu_memory_utilization": round(min(0.85, max(0.05, left)), 2)}
+        left = ((FULL - 0.02) - max(theirs) / self.site.device_bytes) / together
+        share = round(min(0.85, max(0.05, left)), 2)
+        found: Choice = {f"{path}.gpu_memory_utilization": share}
+        server: Any = configs[self.server]
+        if not server.turns and not is_given(self.given, f"{path}.kv_cache_bytes"):
+            fixed = max(each.need.device_bytes - each.need.device.get("KV cache", 0.0) for each in servers)
+            found[f"{path}.kv_cache_bytes"] = max(LEAST_CACHE_BYTES, int(share * self.site.device_bytes - fixed))
+        return found
 
     def _step_s(self, placed: Placed) -> float:
         """Return the seconds of a step by arithmetic: the busiest devices, or all in turn where nothing overlaps."""
@@ -307,26 +319,31 @@ class Search:
             self.path_of.get(self.server),
             self.path_of.get(self.trainer),
         )
-        widths = self._widths()
+        config: Any = self.configs.get(self.server)
+        stages = config.num_workers // config.tensor_parallel if isinstance(config, Serving) else 1  # of a pipeline
+        widths = [width for width in self._widths() if width * stages <= num] or self._widths()[:1]
         if not server or not trainer:
             if server:
-                yield from (_own_gpus(server, num, width) for width in widths)
+                yield from (_own_gpus(server, num, width, stages) for width in widths)
             yield {}
             return
         critics = [self.path_of[node] for node in self.trainers if node != self.trainer]
         for width in widths:
-            counts = sorted({max(width, round(share * num / width) * width) for share in SHARES} - {num})
+            each = width * stages
+            counts = sorted({max(each, round(share * num / each) * each) for share in SHARES} - {num})
             for count in [count for count in counts if count < num]:
-                split = _own_gpus(server, count, width)
+                split = _own_gpus(server, count, width, stages)
                 rest = num - count
                 yield split | {f"{trainer}.ranks": rest, f"{trainer}.gpus": 1}
                 if critics and rest >= 2:
                     half = rest // 2
                     apart = {f"{critics[0]}.ranks": half, f"{critics[0]}.gpus": 1, f"{critics[0]}.share": ""}
                     yield split | apart | {f"{trainer}.ranks": rest - half, f"{trainer}.gpus": 1}
+            if is_given(self.given, f"{server}.gpus") and config.gpus and not config.share:
+                continue  # the user gives it devices of its own
             for turns in (False, True):
                 shared = {f"{server}.share": trainer, f"{server}.gpus": 0, f"{server}.turns": turns}
-                split = {f"{server}.tensor_parallel": width, f"{server}.replicas": num // width}
+                split = {f"{server}.tensor_parallel": width, f"{server}.replicas": max(1, num // each)}
                 yield {f"{trainer}.ranks": num, f"{trainer}.gpus": 1, **shared, **split}
 
     def _widths(self) -> list[int]:
@@ -375,17 +392,19 @@ class Search:
         tried = [self.attempt(choice, level=sum(choice.values())) for choice in choices]
         ranked = sorted(tried, key=lambda t: (t.step_s, t.level))
         best = self._simplest(ranked[0], ranked)
-        others = [each for each in ranked if each is not best]
-        return best, self.simulate(best) if self.simulates and not lacking(self.graph) else None, others
+        others = [each for each in ranked if each.placed.configs != best.placed.configs]
+        return self._simulated([best, *others]) if self.simulates else (best, None, others)
 
     def best_fit(self) -> Tried:
         """Return a candidate that fits, or the one that comes nearest."""
-        candidates = [self.attempt({})]
+        candidates: list[Tried] = []
+        with suppress(FlowrlError):  # what the user sets does not go with the rules; it may with something else
+            candidates.append(self.attempt({}))
         for each in self._all() if self.site.machine.gpus else ():
             if not each.placed.lacks:
                 return each
             candidates.append(each)
-        return min(candidates, key=self._missing)
+        return min(candidates, key=self._missing) if candidates else self.attempt({})
 
 
 def argument_of(graph: Graph, kind: type[Any]) -> Any:
@@ -408,7 +427,7 @@ def grown(tree: Mapping[str, Any], values: Choice) -> dict[str, Any]:
     return found
 
 
-def _own_gpus(server: str, count: int, width: int) -> Choice:
-    """Return a server's replicas on so many GPUs of its own, each split over `width`."""
-    on_each = {f"{server}.tensor_parallel": width, f"{server}.gpus": width}
-    return {**on_each, f"{server}.share": "", f"{server}.replicas": count // width}
+def _own_gpus(server: str, count: int, width: int, stages: int) -> Choice:
+    """Return a server's replicas on so many GPUs of its own, each split over `width` in every stage of its pipeline."""
+    on_each = {f"{server}.tensor_parallel": width, f"{server}.gpus": width * stages}
+    return {**on_each, f"{server}.share": "", f"{server}.replicas": max(1, count // (width * stages))}

@@ -41,9 +41,8 @@ def loop() -> Iterator[asyncio.Runner]:
 
 @pytest.fixture(scope="module")
 def generator(model: Path, device: str, nodes: dict[str, Any], loop: asyncio.Runner) -> Iterator[VllmEngine]:
-    options = {"enable_sleep_mode": True} if device == "cuda" else {}
-    config = widen(GenerationConfig, nodes["generator"], model=str(model))
-    engine = VllmEngine(config, where="generator", receiver_index=0, **options)
+    config = widen(GenerationConfig, nodes["generator"], model=str(model), turns=device == "cuda")
+    engine = VllmEngine(config, where="generator", receiver_index=0)
     loop.run(engine.open())
     yield engine
     loop.run(engine.close())

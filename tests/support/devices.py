@@ -27,6 +27,7 @@ class PretendedNvml:
     slices: dict[int, int] = field(default_factory=dict[int, int])  # MIG slices by index
     driver: int = 13000
     failure: str = ""
+    lost: frozenset[int] = frozenset()  # indices of GPUs that do not answer
 
     class NVMLError(Exception):
         pass
@@ -42,6 +43,8 @@ class PretendedNvml:
         return len(self.sizes)
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> Any:
+        if index in self.lost:
+            raise self.NVMLError("GPU is lost")
         return (index, -1)
 
     def nvmlDeviceGetName(self, handle: Any) -> str:
@@ -56,7 +59,7 @@ class PretendedNvml:
         return SimpleNamespace(total=total, used=used, free=total - used)
 
     def nvmlDeviceGetMigMode(self, handle: Any) -> list[int]:
-        return [int(self.slices.get(handle[0], 0) > 0)] * 2
+        return [int(handle[0] in self.slices)] * 2
 
     def nvmlDeviceGetMaxMigDeviceCount(self, handle: Any) -> int:
         return 7

@@ -32,6 +32,29 @@ def test_a_gpu_that_is_named_and_not_there_is_refused() -> None:
         seen(PretendedNvml([80, 80]), "0,8")
 
 
+@pytest.mark.parametrize(
+    ("nvml", "visible", "words"),
+    [
+        (PretendedNvml([80, 80]), "0,0", "0,0 names GPU 0 twice"),
+        (PretendedNvml([80, 80]), "0,GPU-0", "0,GPU-0 names GPU 0 twice"),
+        (PretendedNvml([80] * 12), "GPU-1", None),  # the whole name of one of them, and the beginning of two others'
+        (PretendedNvml([80] * 12), "GPU-", "'GPU-' begins the names of 12 GPUs"),
+        (PretendedNvml(), "0", "there is no GPU '0', none is present; unset it"),
+        (PretendedNvml([80, 80], lost=frozenset({1})), None, "GPU 1 does not answer the driver"),
+        (PretendedNvml([80, 80], lost=frozenset({1})), "1", "GPU 1 does not answer the driver"),
+        (PretendedNvml([80, 80], lost=frozenset({1})), "0", None),
+    ],
+)
+def test_what_is_named_is_one_gpu_each_that_answers(
+    nvml: PretendedNvml, visible: str | None, words: str | None
+) -> None:
+    if words is None:
+        assert len(seen(nvml, visible).gpus) == 1
+        return
+    with pytest.raises(ResourceError, match=words):
+        seen(nvml, visible)
+
+
 def test_a_machine_without_gpus_says_why() -> None:
     assert seen(PretendedNvml()).why_none == "no device"
     assert seen(PretendedNvml([80]), "").why_none == "CUDA_VISIBLE_DEVICES= hides all"
@@ -50,6 +73,7 @@ def test_one_slice_that_is_named_is_a_gpu_with_its_own_memory() -> None:
     ("nvml", "words"),
     [
         (PretendedNvml([80, 80], slices={1: 2}), "GPU 1 is split into 2 MIG slices"),
+        (PretendedNvml([80, 80], slices={1: 0}), "GPU 1 is split into 0 MIG slices"),
         (PretendedNvml([80, 80], uses={0: 9 * GIB}), f"{9 * GIB} of {80 * GIB} bytes of GPU 0 are in use by others"),
         (PretendedNvml([80, 24]), "GPU 0 has 80 GiB and GPU 1 24 GiB"),
     ],

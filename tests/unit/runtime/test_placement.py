@@ -30,6 +30,16 @@ def seats(program: Program, node: str) -> list[tuple[int, ...]]:
     return [place.seats for place in places(program.graph) if place.node == node]
 
 
+def test_generators_on_one_gpu_share_its_memory_and_cores_are_not_reserved_beside_gpus() -> None:
+    doubled = placed("ppo_async", 2, "generator.share=learner", "generator.replicas=4", cores=1)
+    single = placed("ppo_async", 2, "generator.share=learner", "generator.replicas=2", cores=1)
+    of_one = single.settings.generator.gpu_memory_utilization
+    assert doubled.settings.generator.gpu_memory_utilization == pytest.approx(of_one / 2)
+    given = placed("ppo_async", 3, "generator.gpus=1", "learner.gpus=1", "learner.ranks=2", cores=1)
+    check_resources(given.graph, machine(80, 80, 80, cores=1))
+    assert all(place.cpus == 0 for place in places(given.graph) if place.gpus)
+
+
 @pytest.mark.parametrize(
     ("graph", "num_gpus"),
     [*((path.stem, 8) for path in sorted(GRAPHS.glob("*.py"))), *(("ppo_async", n) for n in (1, 2, 3, 16))],

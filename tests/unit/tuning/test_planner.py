@@ -101,6 +101,47 @@ def test_on_two_cores_each_role_gets_both():
     assert "2 threads" in plan.lines(whole=False)[0]
 
 
+def test_a_generator_beside_training_has_its_cache_in_bytes_and_one_alone_what_vllm_finds():
+    beside, program = planned("ppo_async", "1x80GB")
+    generator = program.graph.nodes["generator"].config
+    assert generator.share
+    assert not generator.turns
+    held = sum(process.need.device_bytes for process in beside.placed.processes)
+    assert generator.kv_cache_bytes > 1e9
+    assert held <= 0.97 * 80e9
+    _, program = planned("ppo_async", "2x80GB", "generator.gpus=1")
+    assert program.graph.nodes["generator"].config.kv_cache_bytes == 0
+
+
+def test_several_generators_on_a_gpu_and_stages_of_a_pipeline_are_counted():
+    plan, program = planned("ppo_async", "2x80GB", "generator.share=learner", "generator.replicas=4")
+    assert plan.fits
+    assert program.graph.nodes["generator"].config.gpu_memory_utilization <= 0.47
+    piped = "generator.engine_options.pipeline_parallel_size=2"
+    plan, program = planned("ppo_async", "8x80GB", piped)
+    assert plan.fits
+    of_replica = [len(each.devices) for each in plan.placed.processes if each.node == "generator"]
+    assert set(of_replica) == {2 * program.graph.nodes["generator"].config.tensor_parallel}
+
+
+def test_settings_that_do_not_go_with_the_rules_cost_no_remedy():
+    odd = ["learner.ranks=8", "learner.gpus=1", "generator.share=learner", "generator.turns=true"]
+    split = ["generator.replicas=3", "generator.tensor_parallel=3"]
+    planned("ppo_async", "8x80GB", "model=meta-llama/Llama-2-70b-chat-hf", *odd, *split, *LONG)
+
+
+def test_where_nothing_fits_something_is_said(capsys):
+    graph = str(GRAPHS / "ppo_async.py")
+    assert main(["plan", graph, "--on", "1x24GB", "--set", "model=meta-llama/Llama-2-70b-chat-hf"]) == 1
+    assert "would fit: " in capsys.readouterr().out
+
+
+def test_a_plan_refuses_what_the_engine_does_not_take(capsys):
+    graph, option = str(GRAPHS / "ppo_async.py"), "generator.engine_options.kv_cach_dtype=fp8"
+    assert main(["plan", graph, "--on", "1x80GB", "--set", option]) == 2
+    assert "did you mean 'kv_cache_dtype'" in capsys.readouterr().err
+
+
 def test_given_placement_is_left_alone():
     planner = Planner(parse_site("8x80GB"), {})
     program = load_program(GRAPHS / "group_async.py", overrides=["placement=given"], placing=planner)
