@@ -7,8 +7,8 @@ Invariants:
   0.33), not a rule of thumb;
 - a peak is the largest of the moments at which memory is full: the end of a forward pass, the optimizer's step.
 
-Held against real processes by `python -m perf.memory` (docs/how/memory.md: 14 of 16 settings within 10 %). Called by the
-planner; nothing is loaded here.
+Held against real processes by `python -m perf.memory` (docs/how/memory.md: 14 of 16 settings within 10 %).
+Called by the planner; nothing is loaded here.
 
 b are the bytes of a weight, P all parameters, T those that are trained, n the ranks of a node.
 

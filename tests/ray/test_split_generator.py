@@ -1,4 +1,4 @@
-"""A generator whose model is split over two processes, inside a Ray actor, where vLLM would ask Ray for a place each."""
+"""A generator whose model is split over two processes, inside a Ray actor, where vLLM would ask Ray for places."""
 
 from __future__ import annotations
 
