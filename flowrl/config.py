@@ -410,14 +410,16 @@ def _check_once(node: Any, path: str, lines: dict[str, int], where: str, values:
             _check_once(each, f"{path}[{place}]", lines, where, values)
             continue
         key, value = cast("tuple[Any, Any]", each)
-        if key.tag == "tag:yaml.org,2002:merge" or not isinstance(key.value, str):
+        if not isinstance(key.value, str):
             continue
-        key.tag = "tag:yaml.org,2002:str"
+        is_merge = key.tag == "tag:yaml.org,2002:merge"
+        if not is_merge:
+            key.tag = "tag:yaml.org,2002:str"
         here, line = (f"{path}.{key.value}" if path else key.value), key.start_mark.line + 1
         if here in lines:
             raise ConfigError(where, f"gives {here!r} twice, in lines {lines[here]} and {line}", "write it once")
         lines[here] = line
-        _check_once(value, here, lines, where, values)
+        _check_once(value, path if is_merge else here, {} if is_merge else lines, where, values)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -56,6 +56,7 @@ BARE = (
     "examples: strings are learned as they are, without the chat template that the model is asked with; "
     "data.strings_as_chat=true puts prompt and response under it"
 )
+DENIALS = ("false", "no", "0", "0.0")
 VERDICT = re.compile(r"(?:^|_)(?:correct|right|valid|accept(?:ed)?|pass(?:ed)?|verified|success|solved|good)(?:$|_)")
 MAX_LEVELS = 100  # finer ones would be told apart by a digit that means little
 
@@ -192,7 +193,7 @@ class ExampleFindings:
         """Take note of a demonstration that its row says is none; other kinds have verdicts of their own."""
         if kind in ("prompt-completion", "language-modeling"):
             said = ((name, value) for name, value in raw.columns.items() if VERDICT.search(name))
-            self.denied.update(name for name, value in said if value is False or str(value).casefold() == "false")
+            self.denied.update(name for name, value in said if str(value).casefold() in DENIALS)
 
     def skip(self, error: DataError, reason: Reason) -> None:
         """Count a row that is left out."""
@@ -299,6 +300,9 @@ def _normal(data: ExampleData, raw: RawRow, format: Format, given: Kind | None) 
     if row.system:
         what = "has a system prompt in a column of its own, which only a conversation has a place for"
         raise DataError(raw.place, what, "set data.strings_as_chat=true, or write the row as messages")
+    if isinstance(row.prompt, str) and row.prompt and (row.tools or row.template_options):
+        what = f"has {'tools' if row.tools else 'chat_template_kwargs'}, which only a conversation has a place for"
+        raise DataError(raw.place, what, "set data.strings_as_chat=true, write the row as messages, or drop the column")
     return row
 
 

@@ -182,7 +182,7 @@ def _normalised(row: RawRow, format: Format, kind: Kind | None) -> NormalRow:
     }
     if format.kind == "language-modeling":
         whole = _whole(row)
-        if kind is None and isinstance(row.columns.get("label"), bool):
+        if kind is None and str(row.columns.get("label")).casefold() in ("true", "false", "0", "1"):
             what = "has a label beside a text, and which part of it that judges cannot be told"
             remedy = "give prompt, completion and label, or set data.format=language-modeling to learn every text"
             raise DataError(row.place, what, remedy)
@@ -221,9 +221,18 @@ def _check_scores(row: RawRow) -> None:
             continue
         other = name.replace("chosen", "rejected")
         worse = row.columns.get(other)
-        if isinstance(better, int | float) and isinstance(worse, int | float) and better < worse:
+        scores = [_as_number(better), _as_number(worse)]
+        if None not in scores and cast("float", scores[0]) < cast("float", scores[1]):
             what = f"has {name}={better} and {other}={worse}, so that the worse one is chosen"
             raise DataError(row.place, what, "swap them or drop the row; where less is better, rename the columns")
+
+
+def _as_number(value: Any) -> float | None:
+    """Return a number, also one that is written as a text, as in tables; None where it is none."""
+    try:
+        return float(value) if isinstance(value, int | float | str) else None
+    except ValueError:
+        return None
 
 
 def num_shared(first: Sequence[Any], second: Sequence[Any]) -> int:

@@ -157,12 +157,24 @@ def _asked(row: RawRow, columns: Mapping[str, Any], column: str) -> Any:
         if not isinstance(text, str):
             what = f"column {name!r}, which belongs to {column!r}, holds {noun(text)}"
             raise DataError(row.place, what, "a string was expected; write both into one column 'prompt'")
-    asked = "\n\n".join([value, *(text for text in about.values() if text.strip() and text not in value)])
-    for name in CHOICES:
+    asked = "\n\n".join([value, *(text for text in about.values() if text.strip() and not _says(value, text))])
+    for name in (*CHOICES, *_lettered(columns)):
         if unnamed := [text for text in _texts(columns.get(name)) if _folded(text) not in _folded(asked)]:
             what = f"column {name!r} holds {unnamed[0]!r}, which is not in {column!r}, so the model would not read it"
             raise DataError(row.place, what, "write both into one column 'prompt', or drop the column")
     return asked
+
+
+def _says(value: str, text: str) -> bool:
+    """Return whether a text stands in another as words of its own: "1" does not stand in "Add 10"."""
+    return re.search(rf"(?<!\w){re.escape(text.strip())}(?!\w)", value) is not None
+
+
+def _lettered(columns: Mapping[str, Any]) -> list[str]:
+    """Return the columns that hold one choice each: A, B, C, D, or option_a, choice2."""
+    letters = [name for name in columns if re.fullmatch("[A-J]", name)]
+    named = [name for name in columns if re.fullmatch(r"(?:option|choice)s?[ _]?(?:[a-j]|\d)", name, re.IGNORECASE)]
+    return [*(letters if {"A", "B"} <= {*letters} else []), *(named if len(named) > 1 else [])]
 
 
 def _texts(value: Any) -> list[str]:

@@ -67,6 +67,7 @@ OTHER_TEMPLATE = f"take a model that knows it, or give it another {BESIDE}"
 OPENER = re.compile(rf"(?:{THINKS})\s*\Z")  # how a template begins to think for the policy
 BLANK = rf"(?:{THINKS})\s*(?:{CLOSERS.pattern})\s*"  # what it writes for one that is not to think
 NO_THOUGHT, BLANK_FIRST = re.compile(rf"{BLANK}\Z"), re.compile(rf"\A{BLANK}")
+FOREIGN = "Quoll"  # what nobody says, for trying out a template
 WORD = re.compile(r"[^\W_]+")
 ANCHORS = ("\n", "a", ".", "0")  # texts behind which another can be tokenized as it stands within a text
 
@@ -102,6 +103,7 @@ class Renderer:
         self._separator = separator  # put after each step
         self._clock = render_options(day)
         self._first_ids: list[int] | None = None
+        self._marks_checked: set[str] = set()  # templates whose marks were tried
         self._call_style: tuple[bool, str | None] | None = None
         self.ending: AnswerEnd = ending_of(tokenizer, template=template)
 
@@ -162,6 +164,8 @@ class Renderer:
 
     def _plain(self, row: NormalRow) -> Encoded:
         prompt = cast("str", row.prompt)
+        for each in row.responses if prompt else ():
+            self._check_end(row, cast("str", each))
         texts = [(prompt + self._ended(row, cast("str", each)), [len(prompt)]) for each in row.responses]
         split = [self._pieces(*each) for each in texts]
         is_separate = any(separate for _, separate in split)
@@ -212,6 +216,13 @@ class Renderer:
         ids = self._ids(text) if ids is None else ids
         first = self._first_ids
         return ids if first and ids[: len(first)] == first else [*first, *ids]
+
+    def _check_end(self, row: NormalRow, text: str) -> None:
+        """Refuse an answer that goes on behind what ends it: generation would never get there."""
+        head = self.ending.cut(text)
+        if head is not None and text[len(head) :].strip():
+            what = f"an answer goes on behind {self._end_of(head)}, which ends it"
+            raise DataError(row.place, what, "take out what follows, or write the row as messages")
 
     def _ended(self, row: NormalRow, text: str) -> str:
         """Return a text with what ends it, and nothing behind that; one that was cut stays as it is."""
@@ -337,7 +348,21 @@ class Renderer:
         spans[-1] = (begin, end if self._is_ended(text[:end]) else len(text))
         if not num_before and (opened := self._render(row, messages[: learned[0]], is_open=True) if learned[0] else ""):
             start = len(opened) if text.startswith(opened) and len(opened) <= spans[0][0] else spans[0][0]
+        self._check_marks(row, messages)
         return Written(text, start or spans[0][0], spans)
+
+    def _check_marks(self, row: NormalRow, messages: Conversation) -> None:
+        """Refuse a template that marks what the user says: a word in his mouth shows it, once."""
+        template = self._template_of(row)
+        others = [place for place, each in enumerate(messages) if each["role"] == "user"]
+        if template in self._marks_checked or not others:
+            return
+        said = [{**each, "content": FOREIGN} if place in others else each for place, each in enumerate(messages)]
+        text, spans = self._render_marked(row, said)
+        if FOREIGN in text and any(FOREIGN in text[begin:end] for begin, end in spans):
+            what = "the chat template marks what the user says as the assistant's ({% generation %})"
+            raise DataError(row.place, what, "mark the assistant's turns alone")
+        self._marks_checked.add(template)
 
     def _openings(
         self, row: NormalRow, messages: Conversation, turns: Sequence[int], learned: Sequence[int], text: str

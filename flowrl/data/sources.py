@@ -262,7 +262,7 @@ def _twice(line: bytes) -> str:
 def _read_table(path: Path, file: BinaryIO, delimiter: str, bad: Bad) -> Iterator[RawRow]:
     """Read a table whose first line names its columns; every cell is a text, an empty one is null."""
     csv.field_size_limit(sys.maxsize)
-    table = csv.reader((line.decode("utf-8") for line in file), delimiter=delimiter, strict=True)
+    table = csv.reader((line.decode("utf-8") for line in file), delimiter=delimiter, strict=True, skipinitialspace=True)
     try:
         names = [name.strip() for name in next(table, [])]
         if doubled := [name for name in names if names.count(name) > 1]:

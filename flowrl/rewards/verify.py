@@ -46,7 +46,14 @@ _SET_OFF = re.compile(r"\\\(\s*(.*?)\s*\\\)|\\\[\s*(.*?)\s*\\\]", re.DOTALL)  # 
 _GROUPED = re.compile(r"\{+([^{}]*)\}+")
 _ESCAPED = re.compile(r"\\([%$#&_{}])")  # what LaTeX writes of these signs
 _MOST_DIGITS = 4000  # Python reads integers of up to 4300
-_UNIT = re.compile(r"(.*?[\d}.])\s*(?:\\?%|\^?\\circ|\^\{\\circ\}|°|[^\W\d_]+)")  # a number and one word, or a sign
+_UNIT = re.compile(r"(.*?[\d}.])(\s*)(?:\\?%|\^?\\circ|\^\{\\circ\}|°|([^\W\d_]+))")  # a number and one word, or a sign
+# Units of two letters and more; other words so short are variables, and one letter may always be one.
+_SYMBOL = re.compile("cm|mm|km|ft|in|yd|mi|kg|mg|lbs?|oz|ml|hrs?|ms|[mk]ph|[kmg]b|k?hz|kw|mol|usd|eur|gbp")
+# Words behind a number that change or deny it.
+_NO_UNIT = re.compile(
+    "not|maybe|perhaps|possibly|probably|wrong|incorrect|never|none|and|sqrt|log|sin|cos|tan|exp|mod|dozen|hundred|"
+    "thousand|million|billion|trillion|half|halves|thirds?|quarters?|tenths|hundredths"
+)
 
 
 def exact_answer(completions: Sequence[Completion], answer: Sequence[object], **_: object) -> list[float]:
@@ -145,8 +152,9 @@ def is_right(completion: Completion, golds: Sequence[str | Fraction]) -> bool:
     unit = _UNIT.fullmatch(_WORDS.sub(r" \1", final).strip("$ ."))
     if unit is None or marked_answer(text_of(completion)) is None:
         return False
-    number = plain(unit[1])
-    return isinstance(number, Fraction) and number in golds
+    number, gap, word = plain(unit[1]), unit[2], (unit[3] or "").casefold()
+    is_unit = not word or _SYMBOL.fullmatch(word) or (gap and len(word) > 2 and not _NO_UNIT.fullmatch(word))
+    return bool(is_unit) and isinstance(number, Fraction) and number in golds
 
 
 def plain(answer: str) -> str | Fraction:

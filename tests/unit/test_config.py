@@ -165,6 +165,8 @@ def test_a_quoted_text_loses_its_quotes_and_no_other_part():
         ("steps: 3\nsteps: 3\n", "gives 'steps' twice, in lines 1 and 2"),
         ("learner:\n  replicas: 2\nlearner.replicas: 3\n", "gives 'learner.replicas' twice, in lines 2 and 3"),
         ("items:\n- name: a\n- name: b\n  name: c\n", "gives 'items[1].name' twice, in lines 3 and 4"),
+        ("learner: {<<: {a: 1}, <<: {a: 2}}", "gives 'learner.<<' twice, in lines 1 and 1"),
+        ("learner: {<<: {a: 1, a: 2}}", "gives 'learner.a' twice, in lines 1 and 1"),
         ("learner: {engine_options: {a: 1, a: 2}}", "gives 'learner.engine_options.a' twice, in lines 1 and 1"),
         ("steps: 3\nmodel: [\n", "run.yaml:3: is not valid YAML"),
     ],

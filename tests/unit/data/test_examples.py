@@ -212,8 +212,16 @@ def test_good_responses_alone_are_demonstrations(load):
     assert labelled.train[0].place.endswith(":1")
 
 
-def test_demonstrations_that_their_rows_call_wrong_are_told_of(load):
-    rows = [{"prompt": "a", "completion": text, "is_correct": text == "b", "is_streamed": False} for text in "bcd"]
+def test_tools_beside_strings_are_refused(load):
+    tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
+    with pytest.raises(DataError, match="has tools, which only a conversation has a place for"):
+        load([{"prompt": "a", "completion": "b", "tools": [tool]}])
+
+
+@pytest.mark.parametrize("wrong", [False, 0, "False"])
+def test_demonstrations_that_their_rows_call_wrong_are_told_of(load, wrong):
+    correct = {"b": True, "c": wrong, "d": wrong}
+    rows = [{"prompt": "a", "completion": text, "is_correct": correct[text], "is_streamed": False} for text in "bcd"]
     *_, line = load(rows).told()
     assert line.startswith("warning: rows that say is_correct=false (2 of them) are learned like the others")
     assert "data.columns.label=is_correct with data.only_good=true" in line

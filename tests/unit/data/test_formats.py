@@ -227,6 +227,12 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         ["has score_chosen=1 and score_rejected=4.5, so that the worse one is chosen"],
     ),
     (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": "2", "score_rejected": "9"},
+        ["has score_chosen=2 and score_rejected=9"],
+    ),
+    ({"text": "a", "label": 0}, ["has a label beside a text"]),
+    ({"text": "a", "label": "false"}, ["has a label beside a text"]),
+    (
         {"prompt": "a", "chosen": "b", "rejected": "c", "chosen_rating": 2.0, "rejected_rating": 3.0},
         ["has chosen_rating=2.0 and rejected_rating=3.0"],
     ),

@@ -109,6 +109,13 @@ def test_a_system_prompt_beside_strings_goes_into_their_conversation():
     assert as_chat(row).prompt == TOLD + ASK
 
 
+def test_what_an_instruction_is_about_is_asked_unless_it_is_said_as_words_of_its_own():
+    short = normal({"instruction": "Add 10 to the number", "input": "1", "output": "11"})
+    assert short.prompt == "Add 10 to the number\n\n1"
+    said = normal({"instruction": "Add 10 to 1.", "input": "1", "output": "11"})
+    assert said.prompt == "Add 10 to 1."
+
+
 @pytest.mark.parametrize(
     ("columns", "says"),
     [
@@ -125,6 +132,14 @@ def test_a_system_prompt_beside_strings_goes_into_their_conversation():
         (
             {"question": "Which?", "choices": {"label": ["A"], "text": ["a fox"]}, "chosen": "A", "rejected": "B"},
             "column 'choices' holds 'A', which is not in 'question', so the model would not read it; write both",
+        ),
+        (
+            {"question": "Which?", "A": "a fox", "B": "a cat", "chosen": "A", "rejected": "B"},
+            "column 'A' holds 'a fox', which is not in 'question'",
+        ),
+        (
+            {"question": "Which?", "option_a": "a fox", "option_b": "a cat", "chosen": "A", "rejected": "B"},
+            "column 'option_a' holds 'a fox', which is not in 'question'",
         ),
         (
             {"messages": ASK + FOUR, "image": {"bytes": b"png", "path": None}},

@@ -416,6 +416,22 @@ def test_marks_around_what_opens_a_turn_do_not_make_it_learned(tokenizer):
         renderer(tokenizer, template=whole).encode(row(messages=messages))
 
 
+def test_marks_around_every_turn_are_refused_and_those_around_the_assistants_are_not(tokenizer):
+    every = CHAT_TEMPLATE.replace("{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}")
+    assert every != CHAT_TEMPLATE
+    messages = [said("user", "a"), said("assistant", "b"), said("user", "c"), said("assistant", "d")]
+    for asked in (messages, messages[:2]):
+        with pytest.raises(DataError):
+            renderer(tokenizer, template=every).encode(row(messages=asked))
+
+
+def test_an_answer_that_goes_on_behind_its_end_is_refused_and_a_text_of_several_is_not(tokenizer):
+    with pytest.raises(DataError, match="an answer goes on behind"):
+        renderer(tokenizer).encode(row(prompt="a", completion="b<|im_end|> and c"))
+    renderer(tokenizer).encode(row(prompt="a", completion="b<|im_end|>\n"))
+    renderer(tokenizer).encode(row(text="a<|im_end|> b<|im_end|>"))
+
+
 def test_a_prompt_of_which_the_template_would_leave_something_out_is_refused(tokenizer):
     asked = [said("user", "a"), said("assistant", "b"), said("user", "c")]
     deaf = CHAT_TEMPLATE.replace("messages %}", "messages if m.role != 'assistant' %}", 1)

@@ -140,6 +140,7 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).enco
         ("x.csv", 'prompt\na\n"ä\nb"\n'.encode("utf-8-sig")),
         ("X.JSONL.GZ", gzip.compress(LINES, mtime=0)),
         ("x.CSV", ' prompt \na\n"ä\nb"\n'.encode()),
+        ("x.csv", ' prompt \n a\n "ä\nb"\n'.encode()),
         ("x.tsv.gz", gzip.compress('prompt\r\na\r\n"ä\nb"\r\n'.encode(), mtime=0)),
     ],
 )

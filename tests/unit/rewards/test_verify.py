@@ -94,6 +94,18 @@ def test_exact_answer_is_all_or_nothing(completion, answer, reward):
     assert exact_answer([completion], answer=[answer]) == [reward]
 
 
+@pytest.mark.parametrize(
+    "said", ["12x", "12i", "12 x", "12pi", "12 million", "12k", "2xy", "12 not", "12 maybe", "12m"]
+)
+def test_what_is_no_unit_makes_another_answer(said: str):
+    assert exact_answer([rf"\boxed{{{said}}}", f"#### {said}"], answer=["12", "12"]) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("said", ["12 apples", "12cm", "12 km", r"12\text{ dollars}", r"12\%", "12°", "12 square"])
+def test_a_unit_does_not(said: str):
+    assert exact_answer([rf"\boxed{{{said}}}"], answer=["12"]) == [1.0]
+
+
 @pytest.mark.parametrize("digits", [29, 3999, 4400])
 def test_a_number_of_any_length_is_exact(digits: int):
     right = "1" * digits
