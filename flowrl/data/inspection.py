@@ -94,12 +94,14 @@ def check_data(data: ExampleData | PromptData, tokenizer: PreTrainedTokenizerBas
         _check_prompts(data, tokenizer, say)
         return
     if _are_prompts(data):
-        if data.chat_template:
+        word = data.chat_template.casefold()
+        if word not in ("", "true", "false"):  # of a run on prompts it says whether there is one
             tokenizer.chat_template = read_template(data.chat_template)
         asked = {name: theirs for name, theirs in data.columns.items() if name != "prompt"}
         prompts = PromptData(
             source=data.source, split=data.split, subset=data.subset, seed=data.seed, on_bad=data.on_bad, columns=asked,
             num_heldout=data.num_heldout, max_prompt_tokens=1 << 20, prompt_column=data.columns.get("prompt", ""),
+            chat_template=word != "false",
             mix=[PromptSource(source=each.source, weight=each.weight, split=each.split, subset=each.subset,
                               columns=each.columns) for each in data.mix],
         )  # fmt: skip

@@ -116,10 +116,15 @@ def this_site() -> Site:
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if not machine.gpus:
         return Site(machine=machine, host_bytes=host_bytes)
-    gpu = machine.gpus[0]
-    named = next((speed for speed in SPEEDS if speed.name.partition("-")[0] in gpu.name.replace(" ", "")), None)
-    nearest = min(SPEEDS, key=lambda speed: abs(speed.memory_bytes - gpu.total_bytes))
-    return Site(machine=machine, host_bytes=host_bytes, speed=named or nearest, is_assumed=named is None)
+    speed, is_assumed = speed_of(machine.gpus[0])
+    return Site(machine=machine, host_bytes=host_bytes, speed=speed, is_assumed=is_assumed)
+
+
+def speed_of(gpu: Gpu) -> tuple[Speed, bool]:
+    """Return the speed of a GPU by its name, and False; where that is not known, one of its size, and True."""
+    words = re.split(r"[^A-Za-z0-9]+", gpu.name.replace("RTX ", "RTX"))
+    named = [speed for speed in SPEEDS if speed.name.partition("-")[0] in words]
+    return min(named or SPEEDS, key=lambda speed: abs(speed.memory_bytes - gpu.total_bytes)), not named
 
 
 def parse_bytes(text: str, where: str) -> int:

@@ -1,7 +1,8 @@
 import pytest
 
 from flowrl.errors import ConfigError
-from flowrl.tuning.machines import parse_site
+from flowrl.runtime.devices import Gpu
+from flowrl.tuning.machines import parse_site, speed_of
 
 
 def test_devices_machines_memory_and_cores_are_read():
@@ -63,3 +64,20 @@ def test_a_file_that_says_no_machines_is_refused_in_one_line(tmp_path, text, wor
         parse_site(str(file))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "speed", "is_assumed"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 80, "A100-80GB", False),
+        ("NVIDIA A100-PCIE-40GB", 40, "A100-40GB", False),
+        ("NVIDIA L4", 24, "L4", False),
+        ("NVIDIA L40", 48, "L40S", True),
+        ("NVIDIA GeForce RTX 4090", 24, "RTX4090", False),
+        ("NVIDIA H100 80GB HBM3", 80, "H100", False),
+        ("NVIDIA T400", 4, "T4", True),
+    ],
+)
+def test_a_gpu_has_the_speed_of_its_whole_name(name: str, gigabytes: int, speed: str, is_assumed: bool):
+    found, is_other = speed_of(Gpu(name=name, total_bytes=gigabytes * 10**9))
+    assert (found.name, is_other) == (speed, is_assumed)
