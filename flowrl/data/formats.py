@@ -315,8 +315,11 @@ def _whole(row: RawRow) -> Text:
     return _text_or_messages(row, name)
 
 
+LEAST_REPEATED = 8  # characters of a prompt that no response begins with by chance
+
+
 def _explicit(row: RawRow, names: Sequence[str]) -> tuple[Text, list[Text]]:
-    """Return prompt and responses; a conversation that repeats its prompt gives it up."""
+    """Return prompt and responses; those that repeat their prompt give it up."""
     responses = [_text_or_messages(row, name) for name in names]
     is_conversational = isinstance(responses[0], list)
     prompt: Text = ""  # may be empty before a string: the response is then the whole text
@@ -336,6 +339,9 @@ def _explicit(row: RawRow, names: Sequence[str]) -> tuple[Text, list[Text]]:
             answer = _without_head(cast("Conversation", responses[place]), prompt)
             _check_answers(row.place, name, answer, 0)
             responses[place] = answer
+    elif len(prompt) >= LEAST_REPEATED and all(cast("str", each).startswith(prompt) for each in responses):
+        rest = [cast("str", each)[len(prompt) :] for each in responses]
+        responses = [*rest] if all(each.strip() for each in rest) else responses
     return prompt, responses
 
 

@@ -350,3 +350,13 @@ def test_what_is_asked_does_not_depend_on_the_answer():
     assert normal(messages=ASK + BLUE).asked == normal(prompt=ASK, chosen=BLUE, rejected=GREEN).asked == ASK
     assert normal(chosen="The sky is blue.", rejected="The sky is green.").asked == "The sky is "
     assert normal(text="Once upon a time").asked == "Once upon a time"
+
+
+def test_strings_that_repeat_their_prompt_give_it_up_as_conversations_do():
+    row = normal(prompt="What is 2+2?", completion="What is 2+2? Four.")
+    assert (row.prompt, row.responses) == ("What is 2+2?", [" Four."])
+    asked = "Human: hi\n\nAssistant:"
+    assert normal(prompt=asked, chosen=f"{asked} yo", rejected=f"{asked} no").responses == [" yo", " no"]
+    half = normal(prompt="What is 2+2?", chosen="What is 2+2? Four.", rejected="Five.")
+    assert half.responses == ["What is 2+2? Four.", "Five."]
+    assert normal(prompt="1", completion="12").responses == ["12"]
