@@ -340,8 +340,9 @@ def _explicit(row: RawRow, names: Sequence[str]) -> tuple[Text, list[Text]]:
             _check_answers(row.place, name, answer, 0)
             responses[place] = answer
     elif len(prompt) >= LEAST_REPEATED and all(cast("str", each).startswith(prompt) for each in responses):
-        rest = [cast("str", each)[len(prompt) :] for each in responses]
-        responses = [*rest] if all(each.strip() for each in rest) else responses
+        rest: list[Text] = [cast("str", each)[len(prompt) :] for each in responses]
+        if all(cast("str", each).strip() for each in rest):
+            responses = rest
     return prompt, responses
 
 
