@@ -24,7 +24,6 @@ Tests: tests/unit/data/test_formats.py
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -72,6 +71,7 @@ SHAPES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
 )
 SPEAKS = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ ]?")  # before what each says (HH)
 ANSWERED = ("answer", "solution", "response", "output", "target")  # columns that may hold what is to be learned
+LEAST_REPEATED = 8  # characters of a prompt that no response begins with by chance
 WORDS = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
 
 
@@ -315,9 +315,6 @@ def _whole(row: RawRow) -> Text:
     return _text_or_messages(row, name)
 
 
-LEAST_REPEATED = 8  # characters of a prompt that no response begins with by chance
-
-
 def _explicit(row: RawRow, names: Sequence[str]) -> tuple[Text, list[Text]]:
     """Return prompt and responses; those that repeat their prompt give it up."""
     responses = [_text_or_messages(row, name) for name in names]
@@ -455,10 +452,8 @@ def number_of(row: RawRow, name: str, default: float | None = None) -> float:
     value = row.columns.get(name)
     if value is None and default is not None:
         return default
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    number = _as_number(value)
+    if isinstance(value, bool) or number is None or not math.isfinite(number):
         found = "is missing" if value is None else f"holds {noun(value)}"
         raise DataError(row.place, f"column {name!r} {found}", "a finite number was expected")
-    return float(value)
+    return number

@@ -165,7 +165,7 @@ class Renderer:
     def _plain(self, row: NormalRow) -> Encoded:
         prompt = cast("str", row.prompt)
         for each in row.responses if prompt else ():
-            self._check_end(row, cast("str", each))
+            self._check_end(row, cast("str", each), "an answer")
         texts = [(prompt + self._ended(row, cast("str", each)), [len(prompt)]) for each in row.responses]
         split = [self._pieces(*each) for each in texts]
         is_separate = any(separate for _, separate in split)
@@ -217,12 +217,12 @@ class Renderer:
         first = self._first_ids
         return ids if first and ids[: len(first)] == first else [*first, *ids]
 
-    def _check_end(self, row: NormalRow, text: str) -> None:
-        """Refuse an answer that goes on behind what ends it: generation would never get there."""
+    def _check_end(self, row: NormalRow, text: str, words: str) -> None:
+        """Refuse an answer, in `words`, that goes on behind what ends one: generation would never get there."""
         head = self.ending.cut(text)
         if head is not None and text[len(head) :].strip():
-            what = f"an answer goes on behind {self._end_of(head)}, which ends it"
-            raise DataError(row.place, what, "take out what follows, or write the row as messages")
+            what = f"{words} goes on behind {self._end_of(head)}, which ends an answer"
+            raise DataError(row.place, what, "write what follows as messages of their own, or take it out")
 
     def _ended(self, row: NormalRow, text: str) -> str:
         """Return a text with what ends it, and nothing behind that; one that was cut stays as it is."""
@@ -255,9 +255,7 @@ class Renderer:
         for place, message in enumerate(messages):
             content = message["content"]
             if message["role"] == "assistant" and not row.finish and (head := self.ending.cut(content)) is not None:
-                if content[len(head) :].strip():
-                    what = f"message {place} goes on behind {self._end_of(head)}, which ends an answer"
-                    raise DataError(row.place, what, "write what follows as messages of their own, or take it out")
+                self._check_end(row, content, f"message {place}")
                 message = {**message, "content": head.removesuffix(self._end_of(head))}
             found.append(message)
         return found

@@ -253,7 +253,7 @@ def check_usable(machine: Machine) -> None:
         ResourceError: they are of different sizes, split into slices, or somebody else computes on them.
     """
     for gpu in machine.gpus:
-        if gpu.is_split or gpu.slices:
+        if gpu.is_split:
             what = f"GPU {gpu.index} is split into {number_of(gpu.slices, 'MIG slice')}, and whole GPUs are placed"
             remedy = "turn MIG off (nvidia-smi -mig 0), or name one slice by CUDA_VISIBLE_DEVICES=MIG-..."
             raise ResourceError("placement", what, remedy)

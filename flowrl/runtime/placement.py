@@ -159,7 +159,7 @@ class _Placement:
         if left < 1:
             return
         self._train(left)
-        self._imply(self._server, share=self._trainer, gpus=0, cpus=0)
+        self._imply(self._server, share=self._trainer, gpus=0)
         self._imply(self._server, replicas=max(1, left // self._width(self._server)))
 
     def _serve(self, num_gpus: int) -> None:
@@ -170,7 +170,7 @@ class _Placement:
         self._own(self._trainer, ranks=num_gpus)
 
     def _own(self, path: str, *, gpus: int = 1, **counts: int) -> None:
-        self._imply(path, gpus=gpus, share="", cpus=0, **counts)
+        self._imply(path, gpus=gpus, share="", **counts)
 
     def _imply(self, path: str, **values: Any) -> None:
         for name, value in values.items():
@@ -187,7 +187,7 @@ class _Placement:
         host = self._trainer or self._server
         if path == host or not self._value(host, "gpus") or self._value(host, "share"):
             return
-        self._imply(path, share=host, gpus=0, cpus=0)
+        self._imply(path, share=host, gpus=0)
         seats = self._value(host, "gpus") * self._value(host, "ranks") * self._value(host, "replicas")
         count = "ranks" if isinstance(self._configs[path], Training) else "replicas"
         self._imply(path, **{count: seats})

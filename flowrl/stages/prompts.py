@@ -59,11 +59,11 @@ class Prompts(Stage):
         if len(longest.token_ids) > self.sampler.room:
             most, limit = self.sampler.sampling.max_tokens, self.sampler.max_model_len
             what = (
-                f"{longest.place} has {len(longest.token_ids)} tokens, "
-                f"which with sampling.max_tokens={most} are more than "
+                f"{longest.place} has {len(longest.token_ids)} tokens, which with sampling.max_tokens={most} "
+                f"are more than generator.max_model_len={limit}"
             )
             remedy = "lower sampling.max_tokens, raise it, or lower data.max_prompt_tokens with data.on_bad=skip"
-            raise DataError("data", f"{what}generator.max_model_len={limit}", remedy)
+            raise DataError("data", what, remedy)
 
     def load(self) -> PromptSet:
         """Return the data set; group k is its row at position k."""

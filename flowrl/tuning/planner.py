@@ -17,6 +17,7 @@ Tests: tests/unit/tuning/test_planner.py
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,10 @@ if TYPE_CHECKING:
     from flowrl.graph.stage import Stage
     from flowrl.tuning.memory import Head
     from flowrl.tuning.shapes import Shape
+
+
+NONE = "nothing that was tried alone; take a smaller model, shorter sequences (data, sampling) or larger devices"
+RUN_WAITS_S = 10.0  # for what would fit, where nothing does
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,9 +85,6 @@ def _plain(value: Any) -> str:
     return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value) or '""'
 
 
-NONE = "nothing that was tried alone; take a smaller model, shorter sequences (data, sampling) or larger devices"
-
-
 class Planner:
     """Plans one graph while it is loaded; `plan` is what was found."""
 
@@ -117,12 +119,13 @@ class Planner:
         simulates = bool(self._site.machine.gpus) or not self._is_for_run
         search = Search(graph, paths, given, models, self._site, simulates=simulates)
         best, prediction, others = search.best()
+        within_s = RUN_WAITS_S if self._is_for_run else math.inf
         self.plan = Plan(
             site=self._site,
             values=best.values,
             placed=best.placed,
             reasons=reasons(search, best, prediction, others),
-            remedies=[*remedies(search)] if best.placed.lacks else [],
+            remedies=[*remedies(search, within_s=within_s)] if best.placed.lacks else [],
             assumed=assumed(search, best),
             samples_per_s=prediction.samples_per_s if prediction else 0.0,
         )

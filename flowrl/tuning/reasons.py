@@ -44,9 +44,6 @@ WORDS = {
 FREED = {*WORDS, "replicas", "ranks", "gpus", "share", "tensor_parallel", "gpu_memory_utilization", "max_running"}
 
 
-TRIED_FOR_S = 10.0  # after so long no further remedy is tried
-
-
 def reasons(search: Search, best: Tried, prediction: Prediction | None, others: Sequence[Tried]) -> list[str]:
     """Return why it is this placement, in three lines at most."""
     lines = [_where(search, best) + (f": {prediction.samples_per_s:.3g} samples/s simulated" if prediction else "")]
@@ -129,8 +126,8 @@ def assumed(search: Search, best: Tried) -> list[str]:
     return found
 
 
-def remedies(search: Search) -> Iterator[str]:
-    """Yield changes each of which would let it fit, the smallest first."""
+def remedies(search: Search, *, within_s: float = math.inf) -> Iterator[str]:
+    """Yield changes each of which would let it fit, the smallest first; after so long no further one is tried."""
     tests: list[tuple[str, Search]] = []
     for address in _addresses(search.given):
         path, _, name = address.rpartition(".")
@@ -163,7 +160,7 @@ def remedies(search: Search) -> Iterator[str]:
     tests += [
         (f"{factor} times as many GPUs", _again(search, site=_larger(search.site, factor))) for factor in (2, 4, 8)
     ]
-    found, until_s = 0, time.monotonic() + TRIED_FOR_S
+    found, until_s = 0, time.monotonic() + within_s
     for words, changed in tests:
         if found == 3 or (found and "times" in words) or time.monotonic() > until_s:
             return

@@ -421,8 +421,9 @@ def test_marks_around_every_turn_are_refused_and_those_around_the_assistants_are
     assert every != CHAT_TEMPLATE
     messages = [said("user", "a"), said("assistant", "b"), said("user", "c"), said("assistant", "d")]
     for asked in (messages, messages[:2]):
-        with pytest.raises(DataError):
+        with pytest.raises(DataError, match="marks what the user says as the assistant's"):
             renderer(tokenizer, template=every).encode(row(messages=asked))
+        renderer(tokenizer, template=MARKED).encode(row(messages=asked))
 
 
 def test_an_answer_that_goes_on_behind_its_end_is_refused_and_a_text_of_several_is_not(tokenizer):
