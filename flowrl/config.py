@@ -58,6 +58,39 @@ ADDRESS = re.compile(
 IMPORT_PATH = "names_code_beside"
 ImportPath = Annotated[str, Meta(extra={IMPORT_PATH: ""})]
 Count = Annotated[int, Meta(ge=1, le=65_536)]  # of processes, threads or parts: what more of them are is a slip
+# Our settings, and what TRL, OpenRLHF, verl, vLLM and transformers call them, for hints.
+CALLED = {
+    "lr": "learning_rate actor_learning_rate",
+    "critic.lr": "critic_learning_rate",
+    "steps": "max_steps num_steps num_epochs num_train_epochs max_epochs total_epochs num_episodes",
+    "groups_per_step": "batch_size train_batch_size rollout_batch_size per_device_train_batch_size",
+    "examples_per_step": "batch_size train_batch_size per_device_train_batch_size",
+    "micro_batch_tokens": "micro_batch_size micro_train_batch_size gradient_accumulation_steps",
+    "group_size": "n num_generations num_return_sequences n_samples_per_prompt",
+    "max_tokens": "max_new_tokens max_completion_length max_response_length response_length generate_max_len "
+    "max_length max_seq_length max_len",
+    "max_model_len": "max_length max_seq_len max_context_len",
+    "max_prompt_tokens": "max_prompt_length prompt_max_len",
+    "tensor_parallel": "tp tp_size tensor_parallel_size tensor_model_parallel_size",
+    "replicas": "num_engines vllm_num_engines data_parallel_size",
+    "ranks": "num_processes nproc_per_node world_size",
+    "gpus": "num_gpus num_gpus_per_node n_gpus_per_node",
+    "algorithm.kl.coef": "beta kl_coef init_kl_coef kl_loss_coef",
+    "algorithm.clip_low": "epsilon eps_clip clip_eps clip_range cliprange clip_ratio",
+    "model": "model_name model_path model_name_or_path pretrain",
+    "data.source": "dataset dataset_name prompt_data train_files",
+    "source": "path file files",
+    "reward.function": "reward_funcs reward_fn custom_reward_function",
+    "schedule.kind": "lr_scheduler lr_scheduler_type",
+    "schedule.warmup_steps": "warmup_ratio warmup_steps lr_warmup_ratio num_warmup_steps",
+    "lora.rank": "lora_rank lora_r",
+    "lora.alpha": "lora_alpha",
+    "max_grad_norm": "grad_clip gradient_clipping max_norm",
+    "checkpoint_every": "save_steps save_freq save_interval ckpt_every",
+    "evaluate_every": "eval_steps eval_freq eval_interval test_freq",
+    "dtype": "torch_dtype bf16 fp16 precision",
+    "wandb.project": "report_to use_wandb wandb_project",
+}
 # Annotates a setting that takes the word `auto` too, which leaves it to what is implied: by other settings, by devices.
 AUTO = Meta(extra={"takes_auto": True})
 
@@ -552,6 +585,7 @@ def _assign(
     if part not in fields:
         inside = [] if at else sorted(_addresses(kind, part), key=_depth)[:MOST_MEANT]
         meant = elsewhere or " or ".join(f"{each}.{rest}" if rest else each for each in inside)
+        meant = meant or " or ".join([*_ours(part, kind, at, root or kind)][:MOST_MEANT])
         hint = f", did you mean {meant}?" if meant else suggest(part, fields)
         raise ConfigError(where, f"{at or 'settings'} has no setting {part!r}{hint}")
     annotation, inner = fields[part], _struct_type(fields[part])
@@ -612,6 +646,16 @@ def _addresses(kind: type[Config], name: str) -> Iterator[str]:
             yield from (f"{field}.{each}" for each in _addresses(inner, name))
 
 
+def _ours(name: str, kind: type[Config], at: str, root: type[Config]) -> Iterator[str]:
+    """Yield the addresses of what others call by a name: in the section `kind` at `at`, else anywhere in `root`."""
+    called = [ours for ours, names in CALLED.items() if name in names.split()]
+    here = [ours for ours in called if ours.partition(".")[0] in _fields(kind)]
+    yield from (f"{at}.{ours}" if at else ours for ours in here)
+    for ours in [] if here else called:
+        first, dot, rest = ours.partition(".")
+        yield from (f"{each}{dot}{rest}" for each in sorted(_addresses(root, first), key=_depth))
+
+
 def _struct_type(annotation: Any) -> type[Config] | None:
     """Return the Config class inside an annotation such as `Learner.Config` or `X | None`."""
     if isinstance(annotation, type):
@@ -640,7 +684,10 @@ def _reject_unknown(options: dict[str, Any], kind: type, where: str) -> None:
     known = {f.name for f in msgspec.structs.fields(kind)}
     for name in options:
         if name not in known:
-            raise ConfigError(f"{where}.{name}", f"{kind.__name__} has no setting {name!r}{suggest(name, known)}")
+            called = (ours.removeprefix("algorithm.") for ours, names in CALLED.items() if name in names.split())
+            meant = next((ours for ours in called if ours.partition(".")[0] in known), "")
+            hint = f", did you mean {where}.{meant}?" if meant else suggest(name, known)
+            raise ConfigError(f"{where}.{name}", f"{kind.__name__} has no setting {name!r}{hint}")
 
 
 WORDS = {

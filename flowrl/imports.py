@@ -176,7 +176,10 @@ def named_beside(name: str, example: str, where: str) -> str:
         return found[wanted]
     close = difflib.get_close_matches(wanted, found, n=1)
     hint = f"did you mean {found[close[0]].rpartition(':')[2]}? " if close else ""
-    remedy = f"{hint}{'there are ' + ', '.join(sorted(known)) + '; ' if known else ''}your own: my_file.py:name"
+    module, _, last = name.rpartition(".")
+    own = "my_file.py:name" if not module else f"{name}:name" if last == "py" else f"{module}:{last}"
+    hint = hint if not module or is_path else f"did you mean {own}? "
+    remedy = f"{hint}{'there are ' + ', '.join(sorted(known)) + '; ' if known else ''}your own: {own}"
     raise ConfigError(where, f"there is none of the name {name!r}", remedy)
 
 

@@ -169,6 +169,7 @@ class Prompt(Message):
     group_id: int
     token_ids: Buffer  # int32, chat template applied
     columns: dict[str, Any]  # the data set's columns for reward functions; JSON-able
+    begun: str = ""  # what the tokens end with of the answer: a template's <think>, a row's answer_prefix
     num_samples: int
     seed: int  # sample i of the group is drawn with seed + i
 

@@ -37,8 +37,8 @@ from flowrl.data.formats import (
 )
 from flowrl.data.made import is_made, made_examples
 from flowrl.data.mixing import Mixture, split
-from flowrl.data.naming import with_answer, with_names
-from flowrl.data.prompts import GENERATED, REASONING_GYM
+from flowrl.data.naming import unread, with_answer, with_names
+from flowrl.data.prompts import GENERATED, REASONING_GYM, UNREAD
 from flowrl.data.rendering import Encoded, Renderer
 from flowrl.data.sources import DataDigest, RawRow, read_rows
 from flowrl.ending import DATE
@@ -146,6 +146,7 @@ class ExampleSet:
         self.digest = report.digest  # of the sources' rows, whatever befell them
         self.is_bare = report.is_bare  # strings are learned without the model's chat template
         self.denied = report.denied  # rows that a column of verdicts says no of, by its name
+        self.unread = report.unread  # columns that a prompt is taken to say all of
         self._parts = parts
         self._mixture = Mixture([len(part) for part in parts], [each.weight for each in data.sources], data.seed)
 
@@ -165,6 +166,8 @@ class ExampleSet:
             yield f"examples: {self.counts['repeated']} rows are others once more, and are learned once more"
         if self.is_bare:
             yield BARE
+        for name in sorted(self.unread):
+            yield UNREAD.format(name)
         for name, count in self.denied.items():
             yield (
                 f"warning: rows that say {name}=false ({count} of them) are learned like the others: nothing reads "
@@ -188,9 +191,11 @@ class ExampleFindings:
         self.digest = ""
         self.is_bare = False
         self.denied: Counter[str] = Counter()
+        self.unread: set[str] = set()
 
     def look(self, raw: RawRow, kind: Kind) -> None:
-        """Take note of a demonstration that its row says is none; other kinds have verdicts of their own."""
+        """Take note of what a prompt leaves unread, and of a demonstration that its row says is none."""
+        self.unread.update(unread(raw.columns))
         if kind in ("prompt-completion", "language-modeling"):
             said = ((name, value) for name, value in raw.columns.items() if VERDICT.search(name))
             self.denied.update(name for name, value in said if str(value).casefold() in DENIALS)

@@ -32,6 +32,7 @@ import msgspec
 
 from flowrl.data.conversations import (
     SPEAKERS,
+    SYSTEMS,
     Conversation,
     check_history,
     messages_of,
@@ -72,6 +73,8 @@ SHAPES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
 SPEAKS = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ ]?")  # before what each says (HH)
 ANSWERED = ("answer", "solution", "response", "output", "target")  # columns that may hold what is to be learned
 LEAST_REPEATED = 8  # characters of a prompt that no response begins with by chance
+# Columns that say how much of a row is to be learned. Only messages have a weight here, and sources of a mix.
+WEIGHING = ("weight", "weights", "sample_weight", "loss_weight", "loss_mask", "completion_mask", "assistant_masks")
 WORDS = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
 
 
@@ -156,6 +159,7 @@ def normalise(row: RawRow, format: Format, kind: Kind | None = None) -> NormalRo
         DataError: a column is missing, empty or of another type than the format says, or the row is of another format.
     """
     normal = _normalised(row, format, kind)
+    _check_whole(row)
     if isinstance(normal.prompt, str):
         check_history(row)
     system = system_of(row)
@@ -212,6 +216,18 @@ def _normalised(row: RawRow, format: Format, kind: Kind | None) -> NormalRow:
     else:
         labels = [_verdict(row)] if format.kind == "unpaired-preference" else []
     return NormalRow(prompt=prompt, responses=responses, labels=labels, **common)
+
+
+def _check_whole(row: RawRow) -> None:
+    """Refuse a row that says of itself that it is to be learned in part, or less than others."""
+    for name in WEIGHING:
+        value = row.columns.get(name)
+        weight = _as_number(value)
+        if (isinstance(value, list) and value) or (weight is not None and weight != 1):
+            shown = f"{name}={value!r}" if weight is not None else f"a list in the column {name!r}"
+            what = f"has {shown} for the row, which nothing here reads"
+            remedy = "drop the row or the column; a message may have a weight (0 or 1), and a source in data.mix"
+            raise DataError(row.place, what, remedy)
 
 
 def _check_scores(row: RawRow) -> None:
@@ -351,11 +367,21 @@ def _split_pair(row: RawRow) -> tuple[Text, list[Text]]:
     """Split off the messages that chosen and rejected share; strings are split later, between tokens."""
     chosen, rejected = (_text_or_messages(row, name) for name in ("chosen", "rejected"))
     if isinstance(chosen, str) and isinstance(rejected, str):
+        _check_asked(row, num_shared(chosen, rejected))
         return "", [chosen, rejected]
     if isinstance(chosen, str) or isinstance(rejected, str):
         what = f"chosen is {noun(chosen)}, rejected is {noun(rejected)}"
         raise DataError(row.place, what, "write both as strings, or both as lists of messages")
     return _shared_apart(row.place, chosen, rejected)
+
+
+def _check_asked(row: RawRow, shared: int) -> None:
+    """Refuse two texts that begin with no prompt where another column may hold it."""
+    texts = {name: value for name, value in row.columns.items() if isinstance(value, str) and len(value.split()) > 1}
+    unread = [name for name in texts if name not in SYSTEMS and not re.match("chosen|rejected|label", name)]
+    if shared < LEAST_REPEATED and unread:
+        what = f"chosen and rejected begin with nothing that both answer, and nothing reads the column {unread[0]!r}"
+        raise DataError(row.place, what, f"set data.columns.prompt={unread[0]}, or drop the column if it is no prompt")
 
 
 def _shared_apart(place: str, chosen: Conversation, rejected: Conversation) -> tuple[Text, list[Text]]:

@@ -4,7 +4,8 @@
 chosen and rejected, the prompt); labelling tools' exports are preferences (labelling.py); `kto_tag` is a label;
 messages written as JSON in a text, as tables hold them, are messages. What a response answers is looked for under the
 names that online prompts have where there is no `prompt` and the response does not hold it itself. An instruction or a
-question is followed by its `input` (or `context`, or `passage`).
+question is followed by its `input` (or `context`, or `passage`) unless it says it, a `prompt` by its `input` alone.
+Letter case does not count in a name that is known: `Question` is `question`.
 
 Invariant: no column that says what is asked is left out without a word: pictures and the like, and choices that the
 question does not name, are refused.
@@ -27,7 +28,7 @@ from flowrl.data.labelling import preference_of
 from flowrl.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from flowrl.data.sources import RawRow
 
@@ -41,6 +42,11 @@ ANSWERING = ("output", "response")  # the same two on what is to be answered
 SHAREGPT = "conversations"
 SPOKEN = (SHAREGPT, "messages", "context_messages", "prompt", "completion", "chosen", "rejected")  # may hold messages
 WRITTEN = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content|from|value)["']\s*:""")  # messages in a text
+# Names that mean something here or to most reward functions, whatever their letter case in the source.
+KNOWN = frozenset(
+    (*PROMPT_COLUMNS, *ABOUT, *CHOICES, *MEDIA, *ANSWERING, *SPOKEN, "completions", "label", "labels", "text", "margin",
+     "system", "system_prompt", "tools", "history", "answer", "finish", "finish_reason")
+)  # fmt: skip
 MISSING = object()
 SHOWN_COLUMNS = 12  # of a row, in an error
 
@@ -53,7 +59,7 @@ def with_names(row: RawRow, names: Mapping[str, str]) -> RawRow:
     Raises:
         DataError: it lacks one of them, a message is from somebody unknown, or a labelled row prefers nothing.
     """
-    columns = {**row.columns, **preference_of(row.columns, row.place)}
+    columns = _in_small_letters({**row.columns, **preference_of(row.columns, row.place)})
     missing = [theirs for theirs in names.values() if _held(columns, theirs) is MISSING]
     if missing:
         what = f"no column {missing[0]!r} (columns: {', '.join(columns) or 'none'})"
@@ -68,7 +74,8 @@ def with_names(row: RawRow, names: Mapping[str, str]) -> RawRow:
         columns[ours] = columns[SHAREGPT]
     if columns.get("label") is None and columns.get("kto_tag") is not None:
         columns["label"] = columns["kto_tag"]
-    if not columns.get("prompt") and (column := _answered(columns)):
+    column = "prompt" if columns.get("prompt") else _answered(columns)
+    if column:
         columns["prompt"] = _asked(row, columns, column)
     return msgspec.structs.replace(row, columns=columns)
 
@@ -93,8 +100,7 @@ def prompt_column(row: RawRow) -> str:
     there = [name for name in PROMPT_COLUMNS if row.columns.get(name)]
     if there:
         return next((name for name in there if not ends_answered(row.columns[name])), there[0])
-    alike = [name for name in row.columns if name.strip().casefold() in PROMPT_COLUMNS]
-    close = alike or difflib.get_close_matches("prompt", row.columns, n=1)
+    close = difflib.get_close_matches("prompt", row.columns, n=1)
     names = ", ".join(list(row.columns)[:SHOWN_COLUMNS]) or "none"
     what = f"no column is known to hold the prompt (columns: {names})"
     hint = f"did you mean data.prompt_column={close[0]}?" if close else "name it with data.prompt_column"
@@ -119,6 +125,12 @@ def with_prompt(row: RawRow, column: str) -> RawRow:
         raise DataError(row.place, f"no column {column!r} (columns: {', '.join(row.columns) or 'none'})", hint)
     prompt = _asked(row, row.columns, column)
     return msgspec.structs.replace(row, columns={**row.columns, "prompt": prompt})
+
+
+def _in_small_letters(columns: dict[str, Any]) -> dict[str, Any]:
+    """Return columns with those whose names are known but for their case under the known names as well."""
+    small = {name.strip().casefold().replace(" ", "_"): value for name, value in columns.items()}
+    return {**columns, **{name: value for name, value in small.items() if name in KNOWN - columns.keys()}}
 
 
 def _answered(columns: Mapping[str, Any]) -> str:
@@ -147,12 +159,13 @@ def _held(columns: Mapping[str, Any], name: str) -> Any:
 def _asked(row: RawRow, columns: Mapping[str, Any], column: str) -> Any:
     """Return what a column holds, a question or an instruction with what it is about."""
     value = _spoken(row, columns, column)
-    if column not in ASKING or not isinstance(value, str):
+    if column not in (*ASKING, "prompt") or not isinstance(value, str):
         return value
     if column == "instruction" and columns.get("history"):
         what = "has former turns in the column 'history' beside its instruction"
         raise DataError(row.place, what, "write the conversation as messages")
-    about = {name: columns[name] for name in ABOUT if name != column and columns.get(name)}
+    names = ABOUT if column != "prompt" else [name for name in ("input",) if isinstance(columns.get(name), str)]
+    about = {name: columns[name] for name in names if name != column and columns.get(name)}
     for name, text in about.items():
         if not isinstance(text, str):
             what = f"column {name!r}, which belongs to {column!r}, holds {noun(text)}"
@@ -163,6 +176,14 @@ def _asked(row: RawRow, columns: Mapping[str, Any], column: str) -> Any:
             what = f"column {name!r} holds {unnamed[0]!r}, which is not in {column!r}, so the model would not read it"
             raise DataError(row.place, what, "write both into one column 'prompt', or drop the column")
     return asked
+
+
+def unread(columns: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the columns that would be read behind a question and are not behind a `prompt`, which says all itself."""
+    prompt = columns.get("prompt")
+    for name in ABOUT if isinstance(prompt, str) else ():
+        if isinstance(text := columns.get(name), str) and text.strip() and not _says(cast("str", prompt), text):
+            yield name
 
 
 def _says(value: str, text: str) -> bool:

@@ -13,10 +13,11 @@ Tests: tests/unit/data/test_prompts.py
 
 from __future__ import annotations
 
-import contextlib
 import datetime  # settings are built from their annotations
 import json
+from collections import Counter
 from hashlib import blake2b
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import msgspec
@@ -34,8 +35,8 @@ from flowrl.data.conversations import (
 )
 from flowrl.data.formats import NormalRow, asked_in
 from flowrl.data.mixing import Mixture, split
-from flowrl.data.naming import prompt_column, with_names, with_prompt
-from flowrl.data.rendering import Renderer
+from flowrl.data.naming import prompt_column, unread, with_names, with_prompt
+from flowrl.data.rendering import OPENER, Renderer
 from flowrl.data.sources import DataDigest, RawRow, read_rows
 from flowrl.data.tasks import Task, make_rows
 from flowrl.ending import DATE
@@ -53,6 +54,9 @@ REASONING_GYM = "reasoning-gym"
 # Training prompts made when num_train is 0: with 64 held out they use up what the default tasks have at these weights.
 GENERATED = 192
 
+UNREAD = "prompts: the column {!r} is no part of what is asked, for a column 'prompt' is taken for all of it"
+NUM_LOOKED_AT = 20_000  # rows of a source, for their kinds
+MOST_KINDS = 8  # of rows in a source
 OWN_ANSWER_TOKENS = 256  # a short chain of thought; half of the default max_model_len
 # Tasks that SmolLM2-135M-Instruct answers right 12 to 14 % of the time at temperature 1: between never and always,
 # so that the samples of a group differ and there is something to learn within a few dozen steps.
@@ -120,7 +124,21 @@ class PromptRow(msgspec.Struct, frozen=True, kw_only=True):
     place: str  # file and line, for errors
     token_ids: list[int]
     text: str  # as rendered
+    begun: str = ""  # what it ends with of the answer
     columns: dict[str, Any]  # for reward functions; "prompt" is the prompt as it stood in the data
+
+
+class RowsAlike(msgspec.Struct, frozen=True):
+    """Rows of a source whose columns hold the same types of values: code that takes one of them takes the others."""
+
+    place: str  # of the first of them
+    columns: dict[str, Any]  # of the first, as reward functions get them
+    num_rows: int
+
+    def __str__(self) -> str:
+        """Return it in words: `a row of the data (a.jsonl:3, one of 12 like it)`."""
+        alike = f", one of {self.num_rows} like it" if self.num_rows > 1 else ""
+        return f"a row of the data ({self.place}{alike})"
 
 
 class PromptSet:
@@ -137,11 +155,15 @@ class PromptSet:
         self.unopened = report.unopened  # what the policy writes before each answer, for want of an opened turn
         self.skipped = report.skipped  # why, one line for each bad row
         self.digest = str(report.digest)  # of the sources' rows, whatever befell them
+        is_made = any(each.source == REASONING_GYM for each in data.sources)
+        self._tasks_idle = not is_made and data.tasks != list(DEFAULT_TASKS)
         self._parts = parts
         self._mixture = Mixture([len(part) for part in parts], [each.weight for each in data.sources], data.seed)
 
     def told(self) -> Iterator[str]:
         """Yield what a run says of its prompts before it starts."""
+        if self._tasks_idle:
+            yield "data.tasks: no effect, for no source is reasoning-gym"
         columns = ", ".join(dict.fromkeys(map(repr, self.found_in)))
         yield f"prompts: {len(self.train)} to train on, {len(self.heldout)} held out, asked in the column {columns}"
         left_out = {
@@ -150,6 +172,8 @@ class PromptSet:
         }
         if any(left_out.values()):
             yield f"prompts: left out {', '.join(f'{count} that {why}' for why, count in left_out.items() if count)}"
+        for name in sorted({name for row in self.train for name in unread(row.columns)}):
+            yield UNREAD.format(name)
         if self.num_repeated:
             yield f"prompts: {self.num_repeated} rows are others once more, and are sampled once more"
         if self.unopened:
@@ -253,22 +277,58 @@ def load_prompts(data: PromptData, tokenizer: PreTrainedTokenizerBase) -> Prompt
     return PromptSet(parts=rows.parts, heldout=rows.heldout, data=data, report=report)
 
 
-def first_columns(data: PromptData) -> list[dict[str, Any]]:
-    """Return the columns of the first row with a prompt of each source, as reward functions get them; reads no further.
+def rows_alike(data: PromptData) -> list[list[RowsAlike]]:
+    """Return the kinds of rows of each source, that of its first row and then the commonest: what code is tried on.
+
+    Looks at the first `NUM_LOOKED_AT` rows of a source.
 
     Raises:
         DataError: a source cannot be read, or none of its rows has a prompt.
     """
-    return [_first_columns(data, number) for number in range(len(data.sources))]
+    return [_rows_alike(data, number) for number in range(len(data.sources))]
 
 
-def _first_columns(data: PromptData, number: int) -> dict[str, Any]:
-    for row in _asking(data, number, lambda error: None):
-        with contextlib.suppress(DataError):
-            prompt_of(data, row)
-            return row.columns
-    where = f"data {data.sources[number].source}"
-    raise DataError(where, "no row has a prompt", "check data.source and data.prompt_column")
+def num_prompts(data: PromptData) -> int:
+    """Return how many prompts there are to train on, bad rows and repeated questions among them.
+
+    Raises:
+        DataError: a source cannot be read.
+    """
+    if data.num_train:
+        return data.num_train
+    rows = (row for source in data.sources for row in _raw_rows(data, source, lambda error: None))
+    return max(0, sum(1 for _ in rows) - data.num_heldout)
+
+
+def _rows_alike(data: PromptData, number: int) -> list[RowsAlike]:
+    found: dict[Any, RawRow] = {}
+    counts: Counter[Any] = Counter()
+    for row in islice(_asking(data, number, lambda error: None), NUM_LOOKED_AT):
+        kind = _kind_of(row.columns)
+        if kind not in found:
+            try:
+                prompt_of(data, row)
+            except DataError:
+                continue
+            found[kind] = row
+        counts[kind] += 1
+    if not found:
+        where = f"data {data.sources[number].source}"
+        raise DataError(where, "no row has a prompt", "check data.source and data.prompt_column")
+    first, *others = found
+    others.sort(key=lambda kind: -counts[kind])
+    return [RowsAlike(found[kind].place, found[kind].columns, counts[kind]) for kind in [first, *others][:MOST_KINDS]]
+
+
+def _kind_of(value: Any) -> Any:
+    """Return what a value is, and what the fields of an object and the first in a list are; None for what is empty."""
+    if isinstance(value, dict):
+        fields = sorted(cast("dict[str, Any]", value).items())
+        return tuple((name, kind) for name, each in fields if (kind := _kind_of(each)) is not None) or None
+    if isinstance(value, list):
+        return ("list", _kind_of(value[0])) if value else None
+    is_empty = value is None or value != value or (isinstance(value, str) and not value.strip())
+    return None if is_empty else "number" if isinstance(value, int | float) else type(value).__name__
 
 
 def _asking(data: PromptData, number: int, bad: Bad, report: PromptFindings | None = None) -> Iterator[RawRow]:
@@ -342,6 +402,9 @@ def prompt_of(data: PromptData, row: RawRow) -> NormalRow:
             what = "has a system prompt in a column of its own, which only a chat template has a place for"
             raise DataError(row.place, what, "set data.chat_template=true, or write it into the prompt")
         if isinstance(prompt, str):
+            if given := "tools" if tools_of(row) else "chat_template_kwargs" if options_of(row) else "":
+                what = f"has {given}, which only a chat template has a place for"
+                raise DataError(row.place, what, "set data.chat_template=true, or drop the column")
             return NormalRow(place=row.place, prompt=prompt)
         remedy = "set data.chat_template=true, or write the prompt as one string"
         raise DataError(row.place, "is a conversation but data.chat_template is false", remedy)
@@ -372,9 +435,20 @@ def _tokenized(
         yield (
             each,
             PromptRow(
-                index=each.index, place=each.row.place, token_ids=token_ids, text=each.text, columns=each.row.columns
+                index=each.index,
+                place=each.row.place,
+                token_ids=token_ids,
+                text=each.text,
+                begun=_begun(each.text, each.row.columns.get("answer_prefix") or ""),
+                columns=each.row.columns,
             ),
         )
+
+
+def _begun(text: str, prefix: str) -> str:
+    """Return what a rendered prompt has of the answer: the template's opened thinking, and the row's own beginning."""
+    opener = OPENER.search(text.removesuffix(prefix))
+    return text[opener.start() :] if opener else prefix
 
 
 def _where(data: PromptData) -> str:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # each also with .gz behind
 FORMATS = (*TEXT_FORMATS, ".parquet", ".arrow")
+SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")  # that folders and files are named for
 SAVED = ("dataset_info.json", "state.json")  # what save_to_disk puts beside a data set's files
 NO_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})  # about data
 MAX_DEPTH = 64  # of lists and objects in one another: templates and encoders walk them by recursion
@@ -144,18 +145,35 @@ def _read_directory(path: Path, split: str, subset: str, bad: Bad) -> Iterator[R
     if not names:
         raise DataError(f"data {path}", f"holds no file of {', '.join(FORMATS)}", "give a directory that does")
     names = _of_subset(path, names, subset)
-    chosen = [name for name in names if any(is_of_split(part, split) for part in name.parts)]
+    chosen = _of_split(names, split)
     if not chosen and (kinds := _kinds(names, split)):
         if len(kinds) > 1:
             what = f"holds no split {split!r} but several kinds of it: {', '.join(kinds)}"
             raise DataError(f"data {path}", what, "set data.split to one of them")
-        chosen = [name for name in names if any(is_of_split(part, kinds[0]) for part in name.parts)]
+        chosen = _of_split(names, kinds[0])
     if not chosen:
         found = ", ".join(map(str, names[:5]))
         remedy = 'set data.split to how one begins, or to "" to take all'
         raise DataError(f"data {path}", f"no file or folder is named {split!r} or {split}-... (found {found})", remedy)
+    if len(several := {*chosen.values()}) > 1:
+        what = f"holds the split {split!r} in several folders: {', '.join(sorted(several))}"
+        raise DataError(f"data {path}", what, "set data.subset to one of them, or name each as a source of data.mix")
     for name in chosen:
         yield from _read_file(path / name, split, bad)
+
+
+def _of_split(names: list[Path], split: str) -> dict[Path, str]:
+    """Return the files of a split, each with the folder that the split stands in (`data` is the hub's word for any).
+
+    What is nearest to the rows says it: train/test-0.parquet is of the split test.
+    """
+    found: dict[Path, str] = {}
+    for name in names:
+        places = [k for k, part in enumerate(name.parts) if any(is_of_split(part, each) for each in (split, *SPLITS))]
+        if not split or (places and is_of_split(name.parts[places[-1]], split)):
+            before = name.parts[: places[-1]] if split else ()
+            found[name] = "/".join(part for part in before if part != "data") or "."
+    return found
 
 
 def _kinds(names: list[Path], split: str) -> list[str]:

@@ -70,6 +70,11 @@ class RewardFunction:
         self._names = {p.name for p in named}
         self._required = [p.name for p in named if p.default is p.empty]
 
+    @property
+    def has_labels(self) -> bool:
+        """Return whether `label_column` is looked for."""
+        return self._style.adapter in ("openrlhf", "verl")
+
     async def __call__(self, group: Rollouts) -> list[float]:
         """Score every sample of the group, in order; waits for the function, at most `timeout_s`.
 
@@ -158,6 +163,8 @@ def text_columns(group: Rollouts) -> dict[str, list[Any]]:
     texts: list[Any] = [sample.text for sample in group.samples]
     known = {name: [value] * len(texts) for name, value in group.columns.items() if name != "prompt"}
     known["prompts"] = [prompt] * len(texts)
+    if group.begun:
+        known["answer_prefix"] = [group.begun] * len(texts)
     is_conversation = isinstance(prompt, list)
     known["completions"] = [[{"role": "assistant", "content": t}] for t in texts] if is_conversation else texts
     return known

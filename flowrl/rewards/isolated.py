@@ -32,7 +32,18 @@ import msgspec
 from flowrl.errors import ConfigError, RewardError
 from flowrl.messages import encode
 from flowrl.rewards.function import LARGEST, overdue
-from flowrl.rewards.worker import MAX_FRAME_BYTES, Opening, Playing, Refused, Reply, Scores, frame, read_frame, reply_of
+from flowrl.rewards.worker import (
+    MAX_FRAME_BYTES,
+    Opened,
+    Opening,
+    Playing,
+    Refused,
+    Reply,
+    Scores,
+    frame,
+    read_frame,
+    reply_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -104,19 +115,28 @@ class IsolatedFunction:
 
 
 def check_loads(
-    opening: Opening | Playing, requests: Sequence[bytes | Request] = (), *, tries: int = 1, timeout_s: float = 120.0
-) -> None:
+    opening: Opening | Playing,
+    requests: Sequence[tuple[str, bytes | Request]] = (),
+    *,
+    tries: int = 1,
+    timeout_s: float = 120.0,
+) -> Opened:
     """Load the user code in a worker, try requests on it, each at most `tries` times, and end it; blocks.
+
+    A request comes with the row of the data that it is made of, in words. Returns what the worker said of the code.
 
     Raises:
         ConfigError: it does not load, or has no answer to a request.
     """
     process, channel = _spawn(subprocess.DEVNULL)
     doing, limit_s, remedy = f"importing {opening.path}", timeout_s, "mend the module, or raise start_timeout_s"
-    body = b""
+    body, opened = b"", Opened()
     try:
         with channel, channel.makefile("rb") as stream:
-            for number, request in enumerate((opening, *requests)):
+            for number, (row, request) in enumerate((("", opening), *requests)):
+                if number:
+                    doing, limit_s = f"{opening.path}, tried on {row},", opening.timeout_s
+                    remedy = "make it faster, or raise timeout_s"
                 for attempt in range(tries if number else 1):
                     channel.settimeout(limit_s)
                     channel.sendall(frame(request))
@@ -124,11 +144,10 @@ def check_loads(
                     if not body:
                         raise EOFError("its process has ended")
                     if not isinstance(reply := reply_of(body), Refused):
+                        opened = reply if isinstance(reply, Opened) else opened
                         break
                     if attempt + 1 == tries or not number:
-                        raise _untaken(reply, opening, is_request=number > 0)
-                doing, limit_s = f"{opening.path}, tried on a row of the data,", opening.timeout_s
-                remedy = "make it faster, or raise timeout_s"
+                        raise _untaken(reply, opening, row)
     except TimeoutError as error:
         raise ConfigError(opening.where, f"{doing} took longer than {limit_s:g} s", remedy) from error
     except (OSError, EOFError):
@@ -138,17 +157,18 @@ def check_loads(
     if not body:
         what = f"{doing} ended its process ({_ending(code)})"
         raise ConfigError(opening.where, what, "mend the module, or raise memory_bytes")
+    return opened
 
 
-def _untaken(reply: Refused, opening: Opening | Playing, *, is_request: bool) -> ConfigError:
-    if not is_request:
+def _untaken(reply: Refused, opening: Opening | Playing, row: str) -> ConfigError:
+    if not row:
         return ConfigError(reply.where, reply.what, reply.remedy)
-    return untaken(opening.path, opening.where, reply.what, reply.remedy)
+    return untaken(opening.path, opening.where, row, reply.what, reply.remedy)
 
 
-def untaken(path: str, where: str, what: str, remedy: str) -> ConfigError:
-    """Return the error for user code that cannot do with the data what a run would ask of it."""
-    return ConfigError(where, f"{path} was tried on a row of the data and {what}", remedy)
+def untaken(path: str, where: str, row: str, what: str, remedy: str) -> ConfigError:
+    """Return the error for user code that cannot do with a row of the data what a run would ask of it."""
+    return ConfigError(where, f"{path} was tried on {row} and {what}", remedy)
 
 
 class Worker:

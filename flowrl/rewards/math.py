@@ -20,7 +20,7 @@ import re
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from flowrl.rewards.verify import accepted, choice, is_right, marked_answer, plain, text_of
+from flowrl.rewards.verify import accepted, choice, is_right, marked_answer, plain, said_in
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +37,9 @@ _NAMES = frozenset({"pi", "tau", "phi", "alpha", "beta", "theta", "oo", "infty"}
 _LONG = 3  # letters; two are a product, "ab" or "xy"
 
 
-def math_answer(completions: Sequence[Completion], answer: Sequence[object], **_: object) -> list[float]:
+def math_answer(
+    completions: Sequence[Completion], answer: Sequence[object], answer_prefix: Sequence[str | None] = (), **_: object
+) -> list[float]:
     """Score 1.0 where the final answer means the same as the column `answer`, or one of several.
 
     The final answer is the last that is marked (`flowrl.rewards.verify`), else the last expression of the text.
@@ -47,12 +49,12 @@ def math_answer(completions: Sequence[Completion], answer: Sequence[object], **_
     """
     golds: dict[str, list[list[Any]]] = {}
     scores: list[float] = []
-    for completion, wanted in zip(completions, answer, strict=True):
+    for text, wanted in zip(said_in(completions, answer_prefix), answer, strict=True):
         key, texts = repr(wanted), accepted(wanted)
         if key not in golds:
             golds[key] = [_parsed_gold(each) for each in texts]
-        is_same = is_right(completion, [plain(each) for each in texts])
-        scores.append(float(is_same or _is_equal(golds[key], text_of(completion))))
+        is_same = is_right(text, [plain(each) for each in texts])
+        scores.append(float(is_same or _is_equal(golds[key], text)))
     return scores
 
 

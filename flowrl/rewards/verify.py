@@ -2,10 +2,11 @@
 
 The final answer of a completion is the last thing in it that is marked as such, by \\boxed{...}, <answer>...</answer>
 or ####, else the whole text; so a completion that was asked for only the answer and says more is wrong, which is what
-keeps answers short. What is thought before `</think>` is not said. Partial credit is deliberately not given: it would
-reward long or hedging answers. A column `answer` holds a text (marked or not), a number, or a list of texts of which
-each is right; what is no answer is an error, never a wrong completion. Called by `RewardFunction` under their import
-paths.
+keeps answers short. What is thought before `</think>` is not said, also where the prompt opened the thinking
+(`answer_prefix` has what a prompt ends with of the answer). Partial credit is deliberately not given: it would
+reward long or hedging answers. A column `answer` holds a text (marked or not), a number, a list of texts of which
+each is right, or an object with one of them (`FIELDS`); what is no answer is an error, never a wrong completion.
+Called by `RewardFunction` under their import paths.
 
 Tests: tests/unit/rewards/test_verify.py
 """
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     Completion = str | list[dict[str, Any]]  # a message list where the prompt is a conversation
 
+FIELDS = ("ground_truth", "answer", "text", "value")  # of an object that is an answer (verl, SQuAD, TriviaQA)
 _TYPED = {0x2212: "-", **{0xFF01 + place: 0x21 + place for place in range(94)}}  # the minus sign, and wide letters
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s*([^\s{}$\\]+)")
 _OPENED = re.compile(rf"\s*(?:{THINKS})")  # what is not ended is not said
@@ -46,9 +48,12 @@ _SET_OFF = re.compile(r"\\\(\s*(.*?)\s*\\\)|\\\[\s*(.*?)\s*\\\]", re.DOTALL)  # 
 _GROUPED = re.compile(r"\{+([^{}]*)\}+")
 _ESCAPED = re.compile(r"\\([%$#&_{}])")  # what LaTeX writes of these signs
 _MOST_DIGITS = 4000  # Python reads integers of up to 4300
-_UNIT = re.compile(r"(.*?[\d}.])(\s*)(?:\\?%|\^?\\circ|\^\{\\circ\}|°|([^\W\d_]+))")  # a number and one word, or a sign
+_UNIT = re.compile(
+    r"(.*?[\d}.])((?:\\[!,;: ]|[~\s])*)(?:\\?%|\^?\\circ|\^\{\\circ\}|°|([^\W\d_]+))"
+)  # a number and one word, or a sign
 # Units of two letters and more; other words so short are variables, and one letter may always be one.
 _SYMBOL = re.compile("cm|mm|km|ft|in|yd|mi|kg|mg|lbs?|oz|ml|hrs?|ms|[mk]ph|[kmg]b|k?hz|kw|mol|usd|eur|gbp")
+_UPRIGHT = re.compile(rf"{_SYMBOL.pattern}|[acfghjklmnstvw]")  # a variable is not set in \text
 # Words behind a number that change or deny it.
 _NO_UNIT = re.compile(
     "not|maybe|perhaps|possibly|probably|wrong|incorrect|never|none|and|sqrt|log|sin|cos|tan|exp|mod|dozen|hundred|"
@@ -56,7 +61,9 @@ _NO_UNIT = re.compile(
 )
 
 
-def exact_answer(completions: Sequence[Completion], answer: Sequence[object], **_: object) -> list[float]:
+def exact_answer(
+    completions: Sequence[Completion], answer: Sequence[object], answer_prefix: Sequence[str | None] = (), **_: object
+) -> list[float]:
     """Score 1.0 where the final answer equals the column `answer`.
 
     Letter case and how a number or a choice is written do not count: "7.0" is 7, "\\\\frac{1}{2}" is 0.5, "(A)" is A.
@@ -66,28 +73,42 @@ def exact_answer(completions: Sequence[Completion], answer: Sequence[object], **
         ValueError: a row has no answer, or an object, or several numbers.
     """
     wanted = [[plain(each) for each in accepted(value)] for value in answer]
-    return [float(is_right(c, golds)) for c, golds in zip(completions, wanted, strict=True)]
+    said = said_in(completions, answer_prefix)
+    return [float(is_right(text, golds)) for text, golds in zip(said, wanted, strict=True)]
 
 
 def reasoning_gym_score(
-    completions: Sequence[Completion], task: Sequence[str], entry: Sequence[dict[str, Any]], **_: object
+    completions: Sequence[Completion],
+    task: Sequence[str],
+    entry: Sequence[dict[str, Any]],
+    answer_prefix: Sequence[str | None] = (),
+    **_: object,
 ) -> list[float]:
     """Score 1.0 where reasoning-gym's own verifier of `task` gives the final answer full marks."""
-    return [float(_scorer(t)(final_answer(c), e) >= 1.0) for c, t, e in zip(completions, task, entry, strict=True)]
+    said = said_in(completions, answer_prefix)
+    return [float(_scorer(t)(final_answer(text), e) >= 1.0) for text, t, e in zip(said, task, entry, strict=True)]
 
 
-def final_answer(completion: Completion) -> str:
+def final_answer(text: str) -> str:
     """Return the final answer; "The sum is \\\\boxed{12}." gives "12", " 12.\\n" gives "12"."""
-    text = text_of(completion)
     found = marked_answer(text)
     return text.strip().removesuffix(".").rstrip() if found is None else found
 
 
-def text_of(completion: Completion) -> str:
-    """Return what a completion says behind its thinking, of a conversation its last message."""
+def said_in(found: Sequence[Completion], begun: Sequence[str | None] = ()) -> list[str]:
+    """Return what completions say behind their thinking, of a conversation its last message.
+
+    `begun` has what the prompt of each ends with of the answer, or is empty. What is thought and not ended says
+    nothing.
+    """
+    return [_said(each, mouth or "") for each, mouth in zip(found, begun or [""] * len(found), strict=True)]
+
+
+def _said(completion: Completion, begun: str) -> str:
     text = completion if isinstance(completion, str) else str(completion[-1]["content"])
-    said = CLOSERS.split(text)[-1].translate(_TYPED)
-    return "" if _OPENED.match(said) else said
+    *thoughts, said = CLOSERS.split(text)
+    is_open = _OPENED.match(said if thoughts else begun + said)
+    return "" if is_open else said.translate(_TYPED)
 
 
 def marked_answer(text: str) -> str | None:
@@ -107,10 +128,11 @@ def accepted(answer: object) -> list[str]:
     """
     if isinstance(answer, dict):
         fields = cast("dict[str, object]", answer)
-        named = [name for name in ("ground_truth", "answer") if name in fields]
+        named = [name for name in FIELDS if name in fields]
         if len(named) != 1:
             raise ValueError(f"the data's answer is an object with {', '.join(fields) or 'nothing'}: none is its text")
-        return accepted(fields[named[0]])
+        aliases = cast("list[object]", fields.get("aliases") or [])
+        return [text for each in (fields[named[0]], *aliases) for text in accepted(each)]
     if isinstance(answer, list | tuple):
         each = cast("Sequence[object]", answer)
         if len(each) != 1 and not (each and all(isinstance(one, str) for one in each)):
@@ -144,16 +166,17 @@ def _boxes(text: str) -> Iterator[tuple[int, str]]:
             yield box.start(), text[box.end() : brace.start()]
 
 
-def is_right(completion: Completion, golds: Sequence[str | Fraction]) -> bool:
-    """Say whether the final answer is one of those that are right, each as `plain` has it."""
-    final = final_answer(completion)
+def is_right(text: str, golds: Sequence[str | Fraction]) -> bool:
+    """Say whether the final answer in a text is one of those that are right, each as `plain` has it."""
+    final = final_answer(text)
     if plain(final) in golds:
         return True
     unit = _UNIT.fullmatch(_WORDS.sub(r" \1", final).strip("$ ."))
-    if unit is None or marked_answer(text_of(completion)) is None:
+    if unit is None or marked_answer(text) is None:
         return False
     number, gap, word = plain(unit[1]), unit[2], (unit[3] or "").casefold()
-    is_unit = not word or _SYMBOL.fullmatch(word) or (gap and len(word) > 2 and not _NO_UNIT.fullmatch(word))
+    symbol = _UPRIGHT if _WORDS.search(final) else _SYMBOL
+    is_unit = not word or symbol.fullmatch(word) or (gap and len(word) > 2 and not _NO_UNIT.fullmatch(word))
     return bool(is_unit) and isinstance(number, Fraction) and number in golds
 
 

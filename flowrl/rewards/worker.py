@@ -83,6 +83,8 @@ class Playing(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Opened(msgspec.Struct, frozen=True, tag=True):
     """The user code is loaded."""
 
+    has_labels: bool = True  # a column of labels is looked for
+
 
 class Scores(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """One finite number for each sample."""
@@ -149,17 +151,17 @@ def main() -> None:
     if body:
         opening = _openings.decode(body)
         try:
-            serve = _open(opening)
+            opened, serve = _open(opening)
         except FlowrlError as error:
             channel.sendall(frame(_refused(error)))
         else:
-            channel.sendall(frame(Opened()))
+            channel.sendall(frame(opened))
             with asyncio.Runner() as runner:
                 while body := read_frame(stream.read):
                     channel.sendall(frame(_answer(serve, body, runner, opening.timeout_s)))
 
 
-def _open(opening: Opening | Playing) -> Serve:
+def _open(opening: Opening | Playing) -> tuple[Opened, Serve]:
     if opening.memory_bytes:
         resource.setrlimit(resource.RLIMIT_AS, (opening.memory_bytes, opening.memory_bytes))
     try:
@@ -172,16 +174,17 @@ def _open(opening: Opening | Playing) -> Serve:
         raise ConfigError(opening.where, what, "mend the module") from error
 
 
-def _scoring(opening: Opening) -> Serve:
+def _scoring(opening: Opening) -> tuple[Opened, Serve]:
     function = RewardFunction(
         opening.function, opening.where, adapter=opening.adapter, label_column=opening.label_column
     )
-    return lambda body, runner: Scores(scores=function.call_here(cast("Rollouts", decode(body)), runner))
+    opened = Opened(function.has_labels)
+    return opened, lambda body, runner: Scores(scores=function.call_here(cast("Rollouts", decode(body)), runner))
 
 
-def _playing(opening: Playing) -> Serve:
+def _playing(opening: Playing) -> tuple[Opened, Serve]:
     environments = Environments(opening.environment, opening.where, options=opening.options, run=run_here)
-    return lambda body, runner: runner.run(environments.answer(_requests.decode(body)))
+    return Opened(), lambda body, runner: runner.run(environments.answer(_requests.decode(body)))
 
 
 def _answer(serve: Serve, body: bytes, runner: asyncio.Runner, timeout_s: float) -> Reply:

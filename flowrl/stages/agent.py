@@ -27,7 +27,7 @@ import msgspec
 
 from flowrl.config import Count, ImportPath, Meta
 from flowrl.data.models import prepare_model
-from flowrl.data.prompts import first_columns, load_tokenizer
+from flowrl.data.prompts import load_tokenizer, rows_alike
 from flowrl.data.turns import TurnFormat
 from flowrl.engines.base import GenerationEngine, Sampling
 from flowrl.errors import ConfigError, DataError, RewardError
@@ -203,12 +203,14 @@ class Agent(Stage):
         self._try(self._playing("agent.environment"))
 
     def _try(self, playing: Playing) -> None:
-        """Load the environment, and begin an episode on a row of the data and act in it once."""
-        task = first_columns(self.sampler.data)[0]
+        """Load the environment, and begin an episode on a row of each kind and act in it once."""
+        kinds = [rows for source in rows_alike(self.sampler.data) for rows in source]
         if self.config.isolation == "process":
-            first = [] if task is None else [Reset(episode=0, name="check", task=task, seed=0)]
-            then = [StepRequest(episode=0, action=MADE[0])] if first else []
-            check_loads(playing, [*first, *then], timeout_s=self.config.start_timeout_s)
+            asked: list[tuple[str, Reset | StepRequest]] = []
+            for number, rows in enumerate(kinds):
+                begin = Reset(episode=number, name="check", task=rows.columns, seed=0)
+                asked += [(str(rows), begin), (str(rows), StepRequest(episode=number, action=MADE[0]))]
+            check_loads(playing, asked, timeout_s=self.config.start_timeout_s)
             return
         environments = LocalEnvironments(playing)
 
@@ -217,11 +219,11 @@ class Agent(Stage):
                 await episode.reset(task, 0)
                 await episode.step(MADE[0])
 
-        if task is not None:
+        for rows in kinds:
             try:
-                asyncio.run(played(task))
+                asyncio.run(played(rows.columns))
             except RewardError as error:
-                raise untaken(playing.path, playing.where, error.what, error.remedy) from error
+                raise untaken(playing.path, playing.where, str(rows), error.what, error.remedy) from error
 
     async def run(self, context: Context) -> None:
         """Play until the prompt edges close."""

@@ -107,7 +107,7 @@ class Evaluator(Stage):
             say("evaluation.task_items: no effect without evaluation.tasks")
         scoring = self._scoring()
         if scoring is not None and self.config.function:
-            try_function(scoring, self.sampler.data, where="evaluation.function")
+            try_function(scoring, self.sampler.data, where="evaluation.function", say=say)
         if scoring is None and self.reward is not None and (count := self.sampler.data.num_heldout):
             what = f"is not set, nor is reward.function: nothing scores the {count} held-out prompts"
             raise ConfigError("evaluation.function", what, "name a function, or set data.num_heldout=0")
@@ -312,6 +312,7 @@ class Evaluator(Stage):
                     group_id=first_id + place,
                     token_ids=Buffer.ints(row.token_ids),
                     columns=row.columns,
+                    begun=row.begun,
                     num_samples=self.config.samples,
                     seed=(self.sampler.seed + 1) * 7_919 + place * 4096,
                 )

@@ -90,6 +90,7 @@ class Prompts(Stage):
                 group_id=group_id,
                 token_ids=Buffer.ints(row.token_ids),
                 columns=row.columns,
+                begun=row.begun,
                 num_samples=self.sampler.group_size,
                 seed=(self.sampler.seed * 1_000_003 + group_id)
                 * 4096

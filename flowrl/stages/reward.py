@@ -21,7 +21,7 @@ import msgspec
 
 from flowrl.config import Count, ImportPath, Meta, widen
 from flowrl.data.models import prepare_model
-from flowrl.data.prompts import PromptData, first_columns, load_tokenizer
+from flowrl.data.prompts import PromptData, load_tokenizer, rows_alike
 from flowrl.data.steps import StepFinder
 from flowrl.data.vocabulary import check_same_vocabulary
 from flowrl.ending import ending_of
@@ -44,8 +44,10 @@ from flowrl.telemetry.events import Cause
 from flowrl.telemetry.records import quarantine
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
+    from flowrl.data.prompts import RowsAlike
     from flowrl.graph.simulated import Costs
     from flowrl.graph.stage import Context, Say
 
@@ -90,7 +92,7 @@ class Reward(Stage):
 
     def check(self, say: Say) -> None:
         """Load the function where it will run, and call it once on a row of the data with completions made up."""
-        try_function(self.config, self.sampler and self.sampler.data, where="reward.function")
+        try_function(self.config, self.sampler and self.sampler.data, where="reward.function", say=say)
 
     def simulated(self, costs: Costs) -> PassesOn:
         """Take the function's time."""
@@ -164,23 +166,40 @@ async def call(function: Score, group: Rollouts, *, retries: int) -> list[float]
     return await function(group)
 
 
-def try_function(config: Reward.Config, data: PromptData | None, *, where: str) -> None:
-    """Load a reward function where it will run, and call it once on a row of the data with completions made up.
+def try_function(config: Reward.Config, data: PromptData | None, *, where: str, say: Say) -> None:
+    """Load a reward function where it will run, and call it on a row of each kind with completions made up.
+
+    Where the settings let bad rows go it must score a source's first row; what others it cannot score is said.
 
     Raises:
         UserError: it does not load, or cannot score such a row.
     """
-    groups = [] if data is None else [made_group(columns) for columns in first_columns(data)]
-    if config.isolation == "process":
-        first = [encode(group) for group in groups]
-        check_loads(opening_of(config, where), first, tries=1 + config.retries, timeout_s=config.start_timeout_s)
-        return
-    function = loaded(config, where)
-    for group in groups:
+    kinds = [] if data is None else rows_alike(data)
+    first, others = [rows[0] for rows in kinds], [each for rows in kinds for each in rows[1:]]
+    lenient = others if data is not None and data.on_bad == "skip" else []
+    strict = first if lenient else [*first, *others]
+    if not _try_on(strict, config, where) and config.label_column != Reward.Config().label_column:
+        say("reward.label_column: no effect, for only a function in OpenRLHF's or verl's manner is given labels")
+    for each in lenient:
         try:
-            asyncio.run(call(function, group, retries=config.retries))
+            _try_on([each], config, where)
+        except ConfigError as error:
+            say(f"warning: {error.where}: {error.what}; the groups of such rows will fail")
+
+
+def _try_on(rows: Sequence[RowsAlike], config: Reward.Config, where: str) -> bool:
+    """Score rows; returns whether the function asks for labels."""
+    if config.isolation == "process":
+        groups = [(str(each), encode(made_group(each.columns))) for each in rows]
+        tries, timeout_s = 1 + config.retries, config.start_timeout_s
+        return check_loads(opening_of(config, where), groups, tries=tries, timeout_s=timeout_s).has_labels
+    function = loaded(config, where)
+    for each in rows:
+        try:
+            asyncio.run(call(function, made_group(each.columns), retries=config.retries))
         except RewardError as error:
-            raise untaken(config.function, where, error.what, error.remedy) from error
+            raise untaken(config.function, where, str(each), error.what, error.remedy) from error
+    return function.has_labels
 
 
 class RewardModel(Stage):

@@ -21,12 +21,14 @@ import msgspec
 
 from flowrl.data.examples import read_source
 from flowrl.data.models import inspect_model, prepare_model
+from flowrl.data.prompts import num_prompts
 from flowrl.engines.base import Computing, Serving, Training
 from flowrl.errors import number_of
 from flowrl.rewards.judging import num_questions
 from flowrl.runtime.placement import num_cores
 from flowrl.stages.critic import Critic
 from flowrl.stages.judge import ModelJudge
+from flowrl.stages.prompts import Prompts
 from flowrl.stages.sampler import Course, Sampler
 from flowrl.telemetry.view import format_duration
 
@@ -54,7 +56,7 @@ ENGINES = "flowrl.engines."
 class Load(NamedTuple):
     """What a run is to do in each step, in tokens of a sequence."""
 
-    steps: int
+    steps: int  # 0: batch inference, all of whose samples are one
     samples: int
     group: int  # samples of one prompt
     response: float  # sampled
@@ -72,7 +74,7 @@ def rough_duration(program: Program) -> str:
 
 def _line(graph: Graph, cores: int) -> str:
     load = _load(graph)
-    why = "it has no number of steps" if load is None else _unknown(graph)
+    why = "it has neither steps nor prompts" if load is None else _unknown(graph)
     if why or load is None:
         return f"how long it will take cannot be said before a first run: {why}"
     per_device: dict[str, float] = defaultdict(float)
@@ -85,13 +87,14 @@ def _line(graph: Graph, cores: int) -> str:
         first_s += evaluation_s / width
     admission = graph.until.admission
     is_synchronous = admission is not None and admission.max_staleness == 0
-    step_s = STEP_S + (sum(per_device.values()) if is_synchronous else max(*per_device.values(), core_s / cores))
+    step_s = STEP_S + (sum(per_device.values()) if is_synchronous else max([*per_device.values(), core_s / cores]))
     size = inspect_model(prepare_model(model)).num_parameters
     sampled = f" ({load.response:.0f} of them sampled)" if load.response else ""
-    steps, samples = number_of(load.steps, "step"), number_of(load.samples, "sample")
+    steps = f"{number_of(load.steps, 'step')} of " if load.steps else ""
+    samples = number_of(load.samples, "sample")
     return (
-        f"about {_in_words(load.steps * step_s + first_s)}, give or take a factor of three: {steps} of "
-        f"{samples} x {load.whole:.0f} tokens{sampled}, a model of {size / 1e6:.3g} million parameters, "
+        f"about {_in_words(max(1, load.steps) * step_s + first_s)}, give or take a factor of three: {steps}{samples} x "
+        f"{load.whole:.0f} tokens{sampled}, a model of {size / 1e6:.3g} million parameters, "
         f"{number_of(cores, 'core')}; another run will be told from this one"
     )
 
@@ -121,23 +124,31 @@ def _given(graph: Graph, kind: type[Any]) -> Any:
 
 def _load(graph: Graph) -> Load | None:
     admission = graph.until.admission
-    if admission is None or not admission.versions:
-        return None
     sampler, course = _given(graph, Sampler), _given(graph, Course)
+    if admission is None or not admission.versions:
+        asking = next((stage for stage in graph.nodes.values() if isinstance(stage, Prompts)), None)
+        if asking is None or not asking.epochs:
+            return None
+        samples = asking.epochs * num_prompts(asking.sampler.data) * asking.sampler.group_size
+        return Load(0, samples, asking.sampler.group_size, *_sampled(asking.sampler), 0)
     if sampler is None:
         if course is None:
             return None
         tokens = _example_tokens(course.data)
         return Load(admission.versions, admission.per_version, 1, 0.0, tokens, course.data.num_heldout)
-    sampled = float(sampler.max_response)
-    observed = (sampler.max_turns - 1) * OBSERVATION
-    whole = min(sampled + observed + PROMPT / sampler.group_size, float(sampler.max_model_len))
     repeated = max((getattr(stage.config, "samples", 0) for stage in graph.nodes.values()), default=0)
     every: int = getattr(graph.until.config, "evaluate_every", 0)
     evaluations = 1 + (-(-admission.versions // every) if every else 1)
     heldout = evaluations * repeated * sampler.data.num_heldout
     samples = admission.per_version * sampler.group_size
-    return Load(admission.versions, samples, sampler.group_size, sampled, whole, heldout)
+    return Load(admission.versions, samples, sampler.group_size, *_sampled(sampler), heldout)
+
+
+def _sampled(sampler: Sampler) -> tuple[float, float]:
+    """Return the tokens that a sample has, and those with its part of the prompt and what it observes."""
+    sampled = float(sampler.max_response)
+    observed = (sampler.max_turns - 1) * OBSERVATION
+    return sampled, min(sampled + observed + PROMPT / sampler.group_size, float(sampler.max_model_len))
 
 
 def _example_tokens(data: ExampleData) -> float:

@@ -55,6 +55,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         ("max_staleness=-1", "max_staleness"),
         ("algorithm=flowrl.algorithms.ppo:PPOO", "did you mean 'PPO'"),
         ("algorithm.clip_loww=0.1", "did you mean 'clip_low'"),
+        ("algorithm.beta=0.1", "PPO has no setting 'beta', did you mean algorithm.kl.coef?"),
         ("algorithm=no.such.module:X", "no module 'no' is installed"),
         ("algorithm=grop", "did you mean GRPO"),
         ("reward.function=flowrl.rewards.verify:nothing", "nothing"),

@@ -127,7 +127,7 @@ def test_code_beside_the_graph_file_is_found_and_pinned(tiny: Path, here: Path, 
     [
         (
             {},
-            "reward.function: flowrl.rewards.verify:reasoning_gym_score was tried on a row of the data and needs a col",
+            "reward.function: flowrl.rewards.verify:reasoning_gym_score was tried on a row of the data (",
         ),
         (
             {"reward__function": "nowhere:score"},
@@ -138,7 +138,7 @@ def test_code_beside_the_graph_file_is_found_and_pinned(tiny: Path, here: Path, 
             "(text, gold) has no signature that is known; take lists, `def score(",
         ),
         ({"reward__function": "my_rewards:gold"}, "needs a column 'gold' that the data lacks; it has answer, "),
-        ({"reward__function": "my_rewards:raises"}, "was tried on a row of the data and raised ZeroDivisionError: "),
+        ({"reward__function": "my_rewards:raises"}, " like it) and raised ZeroDivisionError: "),
         (
             {"reward__function": "my_rewards:right", "evaluation__function": "my_rewards:gold"},
             "evaluation.function: ",
@@ -177,7 +177,8 @@ def test_an_environment_of_ones_own_is_tried_on_a_task(tiny: Path, here: Path, i
     assert code == 0, said
     code, said = in_process("check", graph, *settings(tiny, graph, agent__environment="my_game:Lost"))
     assert code == 2
-    assert "my_game.py:Lost was tried on a row of the data and step returned a float; return (observ" in said[-1]
+    assert "my_game.py:Lost was tried on a row of the data (" in said[-1]
+    assert " and step returned a float; return (observ" in said[-1]
 
 
 ENGINES = """

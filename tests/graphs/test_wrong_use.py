@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from flowrl.algorithms.grpo import GRPO
+from flowrl.config import CALLED, _addresses
 from flowrl.errors import ConfigError, FlowrlError
 from flowrl.graph.program import load_program
 from flowrl.stages.advantage import Advantage
@@ -26,6 +29,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = pytest.mark.slow
+
+GIVEN = [  # as other libraries say it, and where it is here
+    ("group_async", "learner.learning_rate", "learner.lr"),
+    ("group_async", "train_batch_size", "groups_per_step"),
+    ("sft", "learner.per_device_train_batch_size", "examples_per_step"),
+    ("group_async", "sampling.max_new_tokens", "sampling.max_tokens"),
+    ("group_async", "learner.cliprange", "algorithm.clip_low"),
+    ("ppo_async", "critic_learning_rate", "critic.lr"),
+    ("sft", "data.path", "data.source"),
+    ("sft", "lora_rank", "learner.lora.rank"),
+    ("sft", "learner.warmup_ratio", "learner.schedule.warmup_steps"),
+    ("group_async", "generator.tp", "generator.tensor_parallel"),
+]
 
 CHECKED = (Advantage, Critic, ExampleReference, Learner, OfflineLearner, Reference, ReplayBuffer, RewardModel)
 ALGORITHM = {name: f"flowrl.algorithms.{path}" for name, path in {
@@ -186,3 +202,19 @@ def test_ppo_without_any_kl_is_warned_of(tiny: Path) -> None:
     assert unused.startswith("no loss uses the reference: one group in 8 is scored, for the metric kl; ")
     assert said.startswith("warning: algorithm.kl.coef is 0: nothing keeps the policy near the reference")
     assert said.endswith("set algorithm.kl.coef=0.01")
+
+
+@pytest.mark.parametrize(("graph", "theirs", "ours"), GIVEN)
+def test_another_library_s_name_of_a_setting_is_answered_with_ours(graph: str, theirs: str, ours: str) -> None:
+    with pytest.raises(ConfigError, match=rf"has no setting '{theirs.rpartition('.')[2]}', did you mean {ours}\b"):
+        load_program(ROOT / "graphs" / f"{graph}.py", overrides=[f"{theirs}=1"])
+
+
+def test_what_others_names_are_answered_with_is_a_setting() -> None:
+    kinds = [type(load_program(ROOT / "graphs" / f"{name}.py").settings) for name in ("ppo_async", "sft")]
+    for ours in CALLED:
+        section, _, inner = ours.partition(".")
+        if section == "algorithm":
+            attrgetter(inner)(GRPO())
+        else:
+            assert any(each for kind in kinds for each in _addresses(kind, section)), ours

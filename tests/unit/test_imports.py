@@ -206,6 +206,15 @@ def test_a_function_s_misspelt_name_is_answered_with_those_there_are(here: Path)
         resolve(All, overrides=["reward.function=exact"], places=places(here))
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("my_rewards.py", "my_rewards.py:name"), ("my_rewards.score", "my_rewards:score"), ("my.py.f", "my.py:f")],
+)
+def test_a_path_without_its_colon_is_answered_with_the_path(given: str, meant: str, here: Path):
+    with pytest.raises(ConfigError, match=rf"name '{given}'; did you mean {meant}\? there are .*; your own: {meant}"):
+        resolve(All, overrides=[f"reward.function={given}"], places=places(here))
+
+
 def test_a_list_of_functions_is_none(here: Path):
     with pytest.raises(ConfigError, match=r"is not a name; write one function or class that calls the others"):
         resolve(All, overrides=["reward.function='[exact_answer, math_answer]'"], places=places(here))

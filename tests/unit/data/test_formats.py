@@ -237,6 +237,12 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         ["has chosen_rating=2.0 and rejected_rating=3.0"],
     ),
     ({"chosen": ASK + BLUE, "rejected": ASK + BLUE}, ["chosen and rejected are the same"]),
+    (
+        {"chosen": "red", "rejected": "blue", "ask": "which colour?", "chosen_by": "a human"},
+        ["begin with nothing that both answer", "nothing reads the column 'ask'; set data.columns.prompt=ask"],
+    ),
+    ({"prompt": "a", "completion": "b", "weight": 0.5}, ["has weight=0.5 for the row", "data.mix"]),
+    ({"text": "a", "loss_mask": [0, 1]}, ["has a list in the column 'loss_mask' for the row"]),
     ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "two"}, ["column 'margin' holds a string"]),
     ({"prompt": "a", "completion": "b", "label": "good"}, ["column 'label' holds 'good'", "true or false"]),
     ({"prompt": "a", "completion": "b", "label": 4}, ["column 'label' holds 4"]),

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from flowrl.data.prompts import PromptData, PromptSource, first_columns, load_prompts
+from flowrl.data.prompts import PromptData, PromptSource, load_prompts, rows_alike
 from flowrl.data.tasks import Task
 from flowrl.errors import ConfigError, DataError, ModelError
 from tests.support.tiny import tiny_tokenizer
@@ -79,7 +79,8 @@ def test_the_column_that_asks_is_found(jsonl, tokenizer, row, column, asked):
     prompts = load_prompts(data, tokenizer)
     assert prompts.found_in == [column]
     assert prompts.train[0].text == f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
-    assert first_columns(data) == [prompts.train[0].columns] == [{**row, "prompt": prompts.train[0].columns["prompt"]}]
+    assert rows_alike(data)[0][0].columns == prompts.train[0].columns
+    assert prompts.train[0].columns == {**row, "prompt": prompts.train[0].columns["prompt"]}
 
 
 def test_columns_have_the_names_that_reward_functions_ask_for(jsonl, tokenizer):
@@ -97,7 +98,7 @@ def test_sources_are_mixed_by_weight_each_in_its_own_shape(jsonl, tokenizer):
     mix = [PromptSource(source=one, weight=3), PromptSource(source=two)]
     prompts = load_prompts(PromptData(mix=mix, num_heldout=4), tokenizer)
     assert prompts.found_in == ["question", "problem"]
-    assert [columns["prompt"] for columns in first_columns(PromptData(mix=mix))] == ["a0", "b0"]
+    assert [kinds[0].columns["prompt"] for kinds in rows_alike(PromptData(mix=mix))] == ["a0", "b0"]
     drawn = [prompts.row_at(position).columns["prompt"][0] for position in range(100)]
     assert (drawn.count("a"), drawn.count("b")) == (75, 25)
     with pytest.raises(ConfigError, match=r"data\.mix: is set, and so is one of source"):
@@ -160,6 +161,37 @@ def test_answer_prefix_column_begins_the_policys_turn(jsonl, tokenizer):
     assert text.endswith("<|im_start|>assistant\nThe answer is")
 
 
+def test_what_a_prompt_ends_with_of_the_answer_is_kept(jsonl, tokenizer):
+    source = jsonl([{"prompt": "1 + 1?", "answer_prefix": "It is"}])
+    assert load_prompts(PromptData(source=source, num_heldout=0), tokenizer).train[0].begun == "It is"
+    thinking = tiny_tokenizer()
+    thinking.chat_template = "{{ messages[0].content }}<|im_start|>{% if add_generation_prompt %}<think>\n{% endif %}"
+    found = load_prompts(PromptData(source=source, num_heldout=0), thinking).train[0]
+    assert found.text == "1 + 1?<|im_start|><think>\nIt is"
+    assert found.begun == "<think>\nIt is"
+
+
+def test_rows_are_of_one_kind_where_what_takes_one_takes_the_others(jsonl):
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "answer": "1", "extra": {"n": 1}},
+        {"prompt": "b", "answer": "", "extra": {"n": 2}},
+        {"prompt": "c", "answer": None, "extra": {"n": 2.5}},
+        {"prompt": "d", "answer": 4, "extra": {"n": 2, "m": ""}},
+        {"prompt": "", "answer": []},
+    ]
+    (kinds,) = rows_alike(PromptData(source=jsonl(rows)))
+    assert [(kind.columns["prompt"], kind.num_rows) for kind in kinds] == [("a", 1), ("b", 2), ("d", 1)]
+    assert str(kinds[1]).endswith(".jsonl:2, one of 2 like it)")
+
+
+def test_settings_and_columns_without_effect_on_prompts_are_told(jsonl, tokenizer):
+    source = jsonl([{"prompt": "Who?", "context": "Ann did it."}])
+    data = PromptData(source=source, num_heldout=0, tasks=[Task(name="chain_sum")])
+    told = "\n".join(load_prompts(data, tokenizer).told())
+    assert "data.tasks: no effect, for no source is reasoning-gym" in told
+    assert "the column 'context' is no part of what is asked" in told
+
+
 BAD_ROWS: list[tuple[list[Any], dict[str, Any], list[str]]] = [
     ([{"prompt": "a", "history": [["b", "c"]]}], {}, [":1", "has earlier turns in a column 'history' (1)"]),
     ([{"prompt": "a"}, "{oops"], {}, [":2", "is not JSON"]),
@@ -173,7 +205,7 @@ BAD_ROWS: list[tuple[list[Any], dict[str, Any], list[str]]] = [
     ([{"prompt": [{"role": "user"}]}], {}, [":1", "message 0", "role and content"]),
     ([{"prompt": [{"role": "user", "content": " "}]}], {}, [":1", "the last message of the prompt is blank"]),
     ([{"prompt": [{"role": "system", "content": "a"}]}], {}, [":1", "holds nothing but a system message"]),
-    ([{"Question": "a"}], {}, [":1", "did you mean data.prompt_column=Question?"]),
+    ([{"prompt": "a", "tools": [{"name": "f"}]}], {"chat_template": False}, [":1", "has tools, which only a chat"]),
     (
         [{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}],
         {},

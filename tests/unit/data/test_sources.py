@@ -202,7 +202,9 @@ def test_a_directory_s_subset_is_its_folder_and_is_asked_for_where_its_card_name
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"prompt": name}) + "\n")
     assert [row.columns["prompt"] for row in read(tmp_path / "main")] == ["main/train-0.jsonl"]
-    assert len(read(tmp_path)) == 2
+    with pytest.raises(DataError, match=r"holds the split 'train' in several folders: main, other; set data\.subset"):
+        read(tmp_path)
+    assert len(read(tmp_path, split="")) == 3
     (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: main\n  x: y\n- config_name: other\n---\n")
     with pytest.raises(DataError, match=r"holds several subsets: main, other; set data\.subset to one of them"):
         read(tmp_path)

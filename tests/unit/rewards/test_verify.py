@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from flowrl.rewards.math import math_answer
 from flowrl.rewards.verify import exact_answer, final_answer, reasoning_gym_score
 
 
@@ -13,12 +14,19 @@ from flowrl.rewards.verify import exact_answer, final_answer, reasoning_gym_scor
         (r"So \boxed{3}, no: \boxed{12}.", "12"),
         ("Think. <answer>\n12 </answer> done", "12"),
         ("6 + 6 = 12\n#### 12", "12"),
-        ([{"role": "assistant", "content": " 12"}], "12"),
         ("", ""),
     ],
 )
 def test_final_answer_is_the_marked_one_or_the_whole_text(completion, answer):
     assert final_answer(completion) == answer
+
+
+@pytest.mark.parametrize("score", [exact_answer, pytest.param(math_answer, marks=pytest.mark.slow)])
+def test_thinking_that_was_not_ended_says_nothing_whoever_began_it(score):
+    completions = [r"It is \boxed{12}", r"It is \boxed{12}</think> 12", r"<think>It is \boxed{12}", [{"content": "12"}]]
+    assert score(completions, answer=["12"] * 4) == [1.0, 1.0, 0.0, 1.0]
+    assert score(completions, answer=["12"] * 4, answer_prefix=["<think>\n"] * 4) == [0.0, 1.0, 0.0, 0.0]
+    assert score(completions, answer=["12"] * 4, answer_prefix=["The answer is", None, "", ""]) == [1.0, 1.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +109,8 @@ def test_what_is_no_unit_makes_another_answer(said: str):
     assert exact_answer([rf"\boxed{{{said}}}", f"#### {said}"], answer=["12", "12"]) == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("said", ["12 apples", "12cm", "12 km", r"12\text{ dollars}", r"12\%", "12°", "12 square"])
+@pytest.mark.parametrize("said", ["12 apples", "12cm", "12 km", r"12\text{ dollars}", r"12\%", "12°", "12 square",
+                                  r"12\text{ m}", r"12\,\mathrm{s}"])  # fmt: skip
 def test_a_unit_does_not(said: str):
     assert exact_answer([rf"\boxed{{{said}}}"], answer=["12"]) == [1.0]
 
@@ -119,7 +128,12 @@ def test_a_mark_said_over_and_over_is_read_in_one_pass(mark: str):
     assert exact_answer([completion, completion + r" \boxed{7}"], answer=["7"] * 2)[1] == 1.0
 
 
-@pytest.mark.parametrize("answer", [None, "", " ", float("nan"), {"text": "72"}, [], [1, 2], {"answer": None}])
+def test_an_answer_with_several_ways_to_write_it_is_right_by_each():
+    squad, trivia = {"text": ["Paris", "The city"], "answer_start": [0, 7]}, {"value": "Paris", "aliases": ["Lutetia"]}
+    assert exact_answer(["the city", "Lutetia", "Rome"], answer=[squad, trivia, trivia]) == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("answer", [None, "", " ", float("nan"), {"says": "72"}, [], [1, 2], {"answer": None}])
 def test_what_is_no_answer_in_the_data_is_an_error(answer):
     with pytest.raises(ValueError, match="answer"):
         exact_answer(["72"], answer=[answer])

@@ -6,6 +6,7 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from flowrl.data.prompts import PromptData
@@ -143,12 +144,9 @@ ON_DATA = Sampler(model="m", data=PromptData(source="rows.jsonl"))
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        ("fails_on_made", "was tried on a row of the data and raised ValueError: a made one; mend the reward function"),
-        ("one_too_few", "was tried on a row of the data and returned 1 scores for 2 completions; return a list of 2"),
-        (
-            "needs_gold",
-            "was tried on a row of the data and needs a column 'gold' that the data lacks; it has answer, compl",
-        ),
+        ("fails_on_made", "raised ValueError: a made one; mend the reward function"),
+        ("one_too_few", "returned 1 scores for 2 completions; return a list of 2"),
+        ("needs_gold", "needs a column 'gold' that the data lacks; it has answer, compl"),
     ],
 )
 def test_a_function_is_tried_on_a_row_of_the_data_before_a_run(
@@ -157,9 +155,30 @@ def test_a_function_is_tried_on_a_row_of_the_data_before_a_run(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "count", "answer": "1"}\n' * 3)
     config = Reward.Config(function=f"{HERE}:{function}", isolation="thread")
-    with pytest.raises(ConfigError, match=f"^reward.function: {HERE}:{function} {said}"):
+    row = r"was tried on a row of the data \(rows.jsonl:1, one of 3 like it\) and"
+    with pytest.raises(ConfigError, match=f"^reward.function: {HERE}:{function} {row} {said}"):
         Reward(config, ON_DATA).check(lambda line: None)
     Reward(config).check(lambda line: None)  # where the data are not known, it is loaded only
+
+
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+def test_a_function_is_tried_on_every_kind_of_row(isolation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": "count", "answer": "1"}] * 2 + [{"prompt": "count", "answer": None}] * 3
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = Reward.Config(function="flowrl.rewards.verify:exact_answer", isolation=isolation)
+    with pytest.raises(
+        ConfigError, match=r"\(rows.jsonl:3, one of 3 like it\) and raised ValueError: a row of the data"
+    ):
+        Reward(config, ON_DATA).check(lambda line: None)
+    said: list[str] = []
+    lenient = msgspec.structs.replace(ON_DATA, data=PromptData(source="rows.jsonl", on_bad="skip"))
+    Reward(msgspec.structs.replace(config, label_column="gold"), lenient).check(said.append)
+    assert said[0].startswith("reward.label_column: no effect")
+    assert said[1].startswith(
+        "warning: reward.function: flowrl.rewards.verify:exact_answer was tried on a row of the da"
+    )
+    assert said[1].endswith("has no answer; the groups of such rows will fail")
 
 
 def test_a_function_that_fails_once_passes_with_its_retries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

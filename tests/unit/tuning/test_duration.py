@@ -50,6 +50,16 @@ def test_the_estimate_grows_with_what_is_to_be_done_and_costs_a_moment() -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("graph", ["generate", "critique"])
+def test_batch_inference_takes_the_time_of_its_prompts(graph: str) -> None:
+    one = minutes(graph, "data.num_train=4000", "sampling.max_tokens=100")
+    assert minutes(graph, "data.num_train=4000", "sampling.max_tokens=100", "epochs=10") == pytest.approx(
+        10 * one, rel=0.1
+    )
+    assert minutes(graph, "data.num_train=400", "sampling.max_tokens=100") == pytest.approx(one / 10, rel=0.3)
+
+
+@pytest.mark.slow
 def test_a_judge_takes_the_time_of_what_it_reads() -> None:
     """Each of 6 pairs of a group of 4 is read in both orders, and each answer is once."""
     judged = ["steps=40", "generator.group_size=4", "model_judge.model=SmolLM2-135M-Instruct"]
@@ -64,7 +74,7 @@ def test_a_judge_takes_the_time_of_what_it_reads() -> None:
     ("graph", "override", "why"),
     [
         ("group_async", "learner.gpus=1", "first run: learner has GPUs"),
-        ("generate", "seed=1", "first run: it has no number of steps"),
+        ("generate", "generator.gpus=1", "first run: generator has GPUs"),
         ("group_async", "learner.engine=tests.support.offline:TokenEngine", "learner has tests.support.offline:"),
         ("group_async", "model=/nowhere", "ModelError: model /nowhere: no such directory"),
     ],
