@@ -17,6 +17,8 @@ import msgspec
 import pytest
 
 from flowrl.errors import ConfigError, RewardError
+from flowrl.messages import encode
+from flowrl.rewards.function import made_group
 from flowrl.rewards.guard import MOST_OUTPUT_BYTES
 from flowrl.rewards.isolated import IsolatedFunction, check_loads
 from flowrl.rewards.worker import Opening
@@ -305,6 +307,19 @@ def test_a_function_that_does_not_load_is_refused(
 def test_a_function_that_loads_passes_the_check():
     check_loads(opening("length"), timeout_s=SOON_S)
     check_loads(opening("rubric", adapter="verifiers"), timeout_s=SOON_S)
+
+
+def test_a_worker_is_tried_on_rows_and_says_whether_it_asks_for_labels():
+    group = encode(made_group({"prompt": "a", "answer": "1"}))
+    assert not check_loads(opening("length"), [("a row", group)], timeout_s=SOON_S).has_labels
+    asking = msgspec.structs.replace(opening("length"), function=f"{FUNCTIONS}:openrlhf", adapter="auto")
+    assert check_loads(asking, [("a row", group)], timeout_s=SOON_S).has_labels
+    exact = msgspec.structs.replace(opening("length"), function="flowrl.rewards.verify:exact_answer")
+    lacking = encode(made_group({"prompt": "a", "answer": None}))
+    with pytest.raises(
+        ConfigError, match="exact_answer was tried on row 3 and raised ValueError: a row of the data has"
+    ):
+        check_loads(exact, [("row 1", group), ("row 3", lacking)], timeout_s=SOON_S)
 
 
 def test_a_worker_imports_what_this_process_can_wherever_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -50,6 +50,7 @@ class NumberedRow:
     token_ids: list[int]
     columns: dict[str, Any]
     text: str = "a number"
+    begun: str = ""
 
 
 class NumberedRows:

@@ -66,6 +66,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "group_id": counts,
     "token_ids": int_buffers,
     "columns": st.dictionaries(letters, plain, max_size=3),
+    "begun": letters,
     "num_samples": counts,
     "seed": counts,
     "samples": st.lists(samples, min_size=1, max_size=3),
@@ -125,7 +126,7 @@ def one(kind: type[Message], **changed: Any) -> Any:
     )
     column = [Buffer.floats([0.5, 1.5])] * 2
     values: dict[str, Any] = {
-        "group_id": 3, "token_ids": Buffer.ints([1, 2]), "columns": {"answer": "7"}, "num_samples": 2, "seed": 11,
+        "group_id": 3, "token_ids": Buffer.ints([1, 2]), "columns": {"answer": "7"}, "begun": "", "num_samples": 2, "seed": 11,
         "num_greedy": 0,
         "num_given_up": 2,
         "samples": [sample, sample], "generator": "generator.0", "scores": {"exact": [1.0, 0.0], "short": [0.25, -0.5]},
