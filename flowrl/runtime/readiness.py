@@ -121,8 +121,9 @@ def equal_machines(found: Survey) -> tuple[dict[str, Machine], dict[str, str]]:
             left_out[node.address] = why
         else:
             able[node.address] = machine
-    groups = [{address: one for address, one in able.items() if _are_alike(one, each)} for each in able.values()]
-    best = max(groups, key=lambda group: sum(sum(_sizes(each)) for each in group.values()), default={})
+    groups: list[dict[str, Machine]] = [{}]
+    groups += [{address: one for address, one in able.items() if _are_alike(one, each)} for each in able.values()]
+    best = max(groups, key=lambda group: sum(sum(_sizes(each)) for each in group.values()))
     return best, left_out | {address: f"has {each}" for address, each in able.items() if address not in best}
 
 

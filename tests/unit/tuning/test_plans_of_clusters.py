@@ -71,7 +71,6 @@ def test_two_nodes_of_eight_are_planned_for_as_such_a_site_is() -> None:
     assert said == program.settings.cluster.nodes == []
 
 
-@pytest.mark.slow
 def test_what_the_user_sets_is_kept_on_a_cluster() -> None:
     own = ["learner.gpus=1", "learner.ranks=4", "generator.gpus=2", "generator.tensor_parallel=2"]
     program, _ = planned(surveyed(EIGHT, EIGHT), *own)
@@ -95,7 +94,6 @@ def test_replicas_left_to_auto_grow_where_they_have_devices_of_their_own() -> No
     check_most(program.graph, program.settings.cluster.most)
 
 
-@pytest.mark.slow
 def test_nodes_of_another_kind_are_left_out_and_named() -> None:
     found = surveyed(EIGHT, machine(*[40] * 8), BARE, EIGHT)
     program, said = planned(found)
