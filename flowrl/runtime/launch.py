@@ -1,7 +1,8 @@
 """Launch a run: check everything, prepare its directory, start a runtime, show it, report how it ended.
 
 Order matters: everything the user could have got wrong is found before a directory is written or a process starts. What
-the caller knows of the run beforehand (`RunCompanion.foretell`) is said before it begins.
+the caller knows of the run beforehand (`RunCompanion.foretell`) is said before it begins. A cluster's nodes are asked
+for their GPUs while the program is loaded, and once more, with the run's directory, when it starts.
 
 Invariants:
 - nothing here knows of a simulator; the caller hands over the lines to say and the sinks to add;
@@ -11,7 +12,7 @@ Invariants:
 
 Before a run begins they end the command, and nothing is left. Called by the command line and by runs/retrain.py.
 
-Tests: tests/contracts/test_stops.py
+Tests: tests/contracts/test_stops.py, tests/unit/tuning/test_plans_of_clusters.py
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Whether the nodes of a cluster can carry a run, found out before it starts; brings user code to those that lack it.
 
-Also what a run can be placed on there: the nodes whose GPUs are alike (`equal_machines`), for a run's ranks march
-together and a plan is made for equal ones.
-
 What must be on every node: the run's directory (one that all see, which each proves), the same versions, what the
 settings name by path. User code is either found on every node under its own path, unchanged, or copied to `code` in the
 run's directory, from where all processes then load it (decision 0009). Called by launch, `check --address` and doctor.
 
-Tests: tests/unit/runtime/test_nodes.py
+What a run is placed on are the nodes whose GPUs are alike (`equal_machines`): ranks march together, and nobody says
+which of the nodes a process gets.
+
+Tests: tests/unit/runtime/test_nodes.py, tests/unit/tuning/test_plans_of_clusters.py
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.cluster import machines
-from tests.support.clustered import GROUP, command
+from tests.support.clustered import FLEET, GROUP, command, placed
 from tests.support.command import ROOT, tiny_settings
 
 if TYPE_CHECKING:
@@ -52,3 +52,15 @@ def test_the_gpus_of_equal_nodes_are_planned_for_and_others_left_out(model: Path
         code, said = said_of(head, disk, ["check", *asked, "--set", "cluster.nodes=[10.77.0.2, 10.77.0.3]"])
         assert code == 0, said
         assert "placed on the 1 node of 2 x Pretended (80 GiB)" in said
+
+
+def test_the_learners_first_rank_is_on_a_node_that_may_be_used(disk: Path) -> None:
+    with machines(3) as (head, second, third):
+        head.start_ray()
+        second.start_ray(head)
+        third.start_ray(head)
+        settings = ["steps=3", "cluster.nodes=[10.77.0.2, 10.77.0.3]"]
+        told = [part for each in settings for part in ("--set", each)]
+        code, said = head.run(command("run", FLEET, "--address", head.ray, "--runs-dir", disk, "--name", "run", *told))
+        assert code == 0, said
+        assert {line.partition(" on ")[2] for line in placed(said)} == {"10.77.0.2", "10.77.0.3"}
