@@ -13,6 +13,7 @@ from flowrl.runtime.launch import RunCompanion, placed_on
 from flowrl.runtime.nodes import NodeReport, RayNode
 from flowrl.runtime.placement import places
 from flowrl.runtime.readiness import Survey, check_survey, equal_machines
+from flowrl.runtime.rundir import as_yaml
 from flowrl.runtime.scaling import MOST_REPLICAS, check_most
 from flowrl.tuning.companion import Advised
 from flowrl.tuning.machines import site_of
@@ -20,6 +21,8 @@ from tests.support.command import ROOT
 from tests.support.devices import machine
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from flowrl.graph.program import Program
 
 GRAPH = ROOT / "graphs" / "ppo_async.py"
@@ -106,6 +109,18 @@ def test_nodes_of_another_kind_are_left_out_and_named() -> None:
     own = [*own, "learner.ranks=2", "critic.ranks=1"]
     program, said = planned(found, *own)
     assert said == program.settings.cluster.nodes == []
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_what_it_began_with_on_another_cluster(tmp_path: Path) -> None:
+    program, _ = planned(surveyed(EIGHT, machine(*[40] * 8)))
+    config = tmp_path / "settings.yaml"
+    config.write_text(as_yaml(program.settings))
+    resumed, said = load_program(GRAPH, config=config), []
+    found = surveyed(*[machine(24)] * 3, EIGHT)
+    resumed = placed_on(resumed, found, config=config, overrides=[], companion=Advised(), say=said.append)
+    assert msgspec.to_builtins(resumed.settings) == msgspec.to_builtins(program.settings)
+    assert said == []
 
 
 @pytest.mark.slow
