@@ -293,7 +293,9 @@ def _check(options: argparse.Namespace) -> int:
         placing = advised.placing()
         program = load_program(options.graph, config=options.config, overrides=options.overrides, placing=placing)
     else:
-        program = load_for_cluster(options.graph, options.config, options.overrides)
+        program = load_for_cluster(
+            options.graph, options.config, options.overrides, address=options.address, companion=advised, say=_say
+        )
     _say(describe(program))
     try:
         if options.address is None:

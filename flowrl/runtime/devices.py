@@ -6,8 +6,8 @@ Invariants:
 - whatever keeps a GPU from being used is said in one line before anything starts (no driver, one too old for torch's
   CUDA, slices, somebody else's memory).
 
-A `Machine` is a value: `visible_machine` reads the real one, and tests and plans for other machines make their own.
-Called by placement, the doctor and the planner.
+A `Machine` is a value: `visible_machine` reads the real one, each node of a cluster sends its own, and tests and plans
+for other machines make theirs. Called by placement, a cluster's nodes, the doctor and the planner.
 
 Tests: tests/unit/runtime/test_devices.py
 """
@@ -25,7 +25,7 @@ import msgspec
 from flowrl.errors import ResourceError, number_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 GIB = 1 << 30
 CGROUPS = Path("/sys/fs/cgroup")
@@ -53,6 +53,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     why_none: str = ""  # where there is no GPU
     has_lost: bool = False  # there are GPUs on the bus, and nothing answers for them
     cores: int = 1
+    host_bytes: int = 0  # of memory; 0: not said
     driver_cuda: str = ""  # the newest CUDA that the driver serves
     torch_cuda: str = ""  # what torch is built for; "": CPUs only
 
@@ -71,13 +72,14 @@ def visible_machine(nvml: Any = None, environ: Mapping[str, str] = os.environ) -
     Raises:
         ResourceError: CUDA_VISIBLE_DEVICES names a GPU that is not there, or one twice; a visible one does not answer.
     """
-    cores, torch_cuda = num_cores(), cuda_of_torch()
+    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    bare = Machine(cores=num_cores(), host_bytes=host_bytes, torch_cuda=cuda_of_torch())
     if nvml is None:
         try:
             import pynvml as nvml  # pyright: ignore[reportMissingTypeStubs]
         except ImportError:
             why = "package nvidia-ml-py is missing"
-            return Machine(cores=cores, torch_cuda=torch_cuda, why_none=why, has_lost=bool(_on_bus()))
+            return msgspec.structs.replace(bare, why_none=why, has_lost=bool(_on_bus()))
     try:
         nvml.nvmlInit()
         gpus, why = _visible(nvml, environ.get("CUDA_VISIBLE_DEVICES"))
@@ -85,9 +87,16 @@ def visible_machine(nvml: Any = None, environ: Mapping[str, str] = os.environ) -
     except nvml.NVMLError as error:
         lost = _on_bus()
         why = f"{lost} on the bus, but no driver answers ({error})" if lost else f"no driver: {error}"
-        return Machine(cores=cores, torch_cuda=torch_cuda, why_none=why, has_lost=bool(lost))
+        return msgspec.structs.replace(bare, why_none=why, has_lost=bool(lost))
     driver_cuda = f"{version // 1000}.{version % 1000 // 10}"
-    return Machine(gpus=tuple(gpus), why_none=why, cores=cores, driver_cuda=driver_cuda, torch_cuda=torch_cuda)
+    return msgspec.structs.replace(bare, gpus=tuple(gpus), why_none=why, driver_cuda=driver_cuda)
+
+
+def together(machines: Sequence[Machine]) -> Machine:
+    """Return equal machines as one: two of 8 GPUs and 64 cores have 16 GPUs and 128 cores."""
+    gpus = tuple(gpu for machine in machines for gpu in machine.gpus)
+    cores = len(machines) * min(machine.cores for machine in machines)
+    return msgspec.structs.replace(machines[0], gpus=gpus, cores=cores)
 
 
 def _visible(nvml: Any, named: str | None) -> tuple[list[Gpu], str]:

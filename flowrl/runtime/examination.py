@@ -57,8 +57,9 @@ async def _examine(cluster: Cluster, present: Path, say: Tell) -> None:
     for node in found.nodes:
         report, name = found.reports[node.address], f"node {node.address}"
         has = amounts({"CPU": node.cpus, **({"GPU": node.gpus} if node.gpus else {})})
+        names = ", ".join(gpu.name for gpu in report.machine.gpus)
         versions = ", ".join(f"{each} {number}" for each, number in report.versions.items())
-        say("ok", name, f"{report.host_name}: {has} for Ray; {', '.join(report.gpus) or 'no GPU'}; {versions}", "")
+        say("ok", name, f"{report.host_name}: {has} for Ray; {names or 'no GPU'}; {versions}", "")
         try:
             check_node(node.address, report, found.here, gap_s=found.gaps_s[node.address], token=found.token)
             say("ok", name, f"sees {present}, clock {found.gaps_s[node.address]:+.0f} s", "")

@@ -131,7 +131,7 @@ class Fleet:
             return labels
         needs = needs_of(place)
         is_first = place.node == self._graph.until_node and place.replica == 0 and place.rank == 0
-        if is_first and not labels and not lacking([("", needs)], [home]):
+        if is_first and not labels and home.id in self._nodes and not lacking([("", needs)], [home]):
             return {NODE_ID: home.id}
         if self._config.nodes:
             labels[NODE_ID] = f"in({','.join(self._nodes)})"

@@ -1,7 +1,8 @@
 """Launch a run: check everything, prepare its directory, start a runtime, show it, report how it ended.
 
 Order matters: everything the user could have got wrong is found before a directory is written or a process starts. What
-the caller knows of the run beforehand (`RunCompanion.foretell`) is said before it begins.
+the caller knows of the run beforehand (`RunCompanion.foretell`) is said before it begins. A cluster's nodes are asked
+for their GPUs while the program is loaded, and once more, with the run's directory, when it starts.
 
 Invariants:
 - nothing here knows of a simulator; the caller hands over the lines to say and the sinks to add;
@@ -11,7 +12,7 @@ Invariants:
 
 Before a run begins they end the command, and nothing is left. Called by the command line and by runs/retrain.py.
 
-Tests: tests/contracts/test_stops.py
+Tests: tests/contracts/test_stops.py, tests/unit/tuning/test_plans_of_clusters.py
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ import msgspec
 
 from flowrl.config import written
 from flowrl.engines.checkpoint import best_version, complete_checkpoints, read_rated, set_checkpoints_aside
-from flowrl.errors import ConfigError, FlowrlError, files_named
+from flowrl.errors import ConfigError, FlowrlError, files_named, number_of
 from flowrl.graph.program import Program, load_program
 from flowrl.graph.show import edge_table, node_table, staleness_line
-from flowrl.runtime.devices import visible_machine
+from flowrl.runtime.devices import together, visible_machine
 from flowrl.runtime.lease import check_turns
 from flowrl.runtime.ledger import Cut
-from flowrl.runtime.placement import check_computes, check_resources, place, quiet_libraries
+from flowrl.runtime.placement import check_computes, check_resources, place, places, quiet_libraries
 from flowrl.runtime.resuming import changed_code, check_same_data, check_same_graph, check_same_run, record_attempt
 from flowrl.runtime.rundir import claim, create_run_dir, existing_run, recorded_settings, write_plan
 from flowrl.runtime.scaling import check_most, follow_scale, most_of_auto
@@ -51,6 +52,8 @@ from flowrl.telemetry.trackers import check_trackers
 if TYPE_CHECKING:
     from flowrl.graph.graph import RunSettings
     from flowrl.graph.program import Placing
+    from flowrl.runtime.devices import Machine
+    from flowrl.runtime.readiness import Survey
     from flowrl.runtime.rundir import Claim
     from flowrl.runtime.supervisor import Outcome
     from flowrl.telemetry.view import RunView
@@ -74,9 +77,9 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
 class RunCompanion:
     """What the caller adds to a run: lines said before it starts, and sinks beside those that every run has."""
 
-    def placing(self) -> Placing:
-        """Return what places that which the settings leave open on this machine: the rules of placement."""
-        return partial(place, machine=visible_machine())
+    def placing(self, machines: Sequence[Machine] = ()) -> Placing:
+        """Return what places what the settings leave open, on equal machines or on this one: the rules of placement."""
+        return partial(place, machine=together(machines or [visible_machine()]))
 
     def foretell(self, program: Program, runs_dir: Path) -> Iterable[str]:
         """Yield what can be said of a run before it starts; `runs_dir` holds the runs made before."""
@@ -139,7 +142,7 @@ def launch(request: RunRequest, *, say: Say, companion: RunCompanion) -> Path:
                 config = request.config or recorded_settings(run_dir)
                 claimed = held.enter_context(contextlib.closing(claim(run_dir, say)))
                 resume = _resumed(request, run_dir, say)
-                program = _load(request, config, companion)
+                program = _load(request, config, companion, say)
                 changes = check_same_run(run_dir, program)
                 _check(program, request, say)
                 check_same_data(run_dir, program)
@@ -147,7 +150,7 @@ def launch(request: RunRequest, *, say: Say, companion: RunCompanion) -> Path:
                 for line in record_attempt(run_dir, changes, version=version, code=changed_code(run_dir, program)):
                     say(line)
             else:
-                program, resume = _load(request, request.config, companion), None
+                program, resume = _load(request, request.config, companion, say), None
                 _check(program, request, say)
                 name = request.name or f"{request.graph.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
                 run_dir = create_run_dir(request.runs_dir / name).resolve()
@@ -177,21 +180,67 @@ def _unbegun(say: Say) -> Generator[list[Path]]:
         raise
 
 
-def _load(request: RunRequest, config: Path | None, companion: RunCompanion) -> Program:
+def _load(request: RunRequest, config: Path | None, companion: RunCompanion, say: Say) -> Program:
     if request.address is not None:
-        return load_for_cluster(request.graph, config, request.overrides)
+        return load_for_cluster(
+            request.graph, config, request.overrides, address=request.address, companion=companion, say=say
+        )
     return load_program(request.graph, config=config, overrides=request.overrides, placing=companion.placing())
 
 
-def load_for_cluster(graph: Path, config: Path | None, overrides: Sequence[str]) -> Program:
-    """Load a program for a cluster, whose devices this machine does not know: what is left to auto is not placed.
+def load_for_cluster(
+    graph: Path, config: Path | None, overrides: Sequence[str], *, address: str, companion: RunCompanion, say: Say
+) -> Program:
+    """Load a program for a cluster, whose nodes are asked for their GPUs; see `placed_on`.
 
-    `NODE.replicas=auto` is as many as there is room for, also on nodes that join later: `cluster.most`.
+    Raises:
+        UserError: the program is wrong, the cluster does not answer, or a node of it cannot run flowrl.
     """
+    from flowrl.runtime.readiness import look_for_gpus
+
     program = load_program(graph, config=config, overrides=overrides)
+    is_open = program.settings.placement == "auto" and program.settings.runtime == "ray"
+    found = look_for_gpus(program, address) if is_open else None
+    return placed_on(program, found, config=config, overrides=overrides, companion=companion, say=say)
+
+
+def placed_on(
+    program: Program,
+    found: Survey | None,
+    *,
+    config: Path | None,
+    overrides: Sequence[str],
+    companion: RunCompanion,
+    say: Say,
+) -> Program:
+    """Load a program once more with what is left to auto placed on a cluster's GPUs, where it has some; `found` says.
+
+    They are those of the nodes that are alike. Where something is placed there, the run is kept off GPUs of other kinds
+    (`cluster.nodes`), for nobody else says which GPU a process gets. `NODE.replicas=auto` is as many as there is room
+    for, also on nodes that join later: `cluster.most`.
+    """
     kind = cast("type[RunSettings]", type(program.settings))
-    most = most_of_auto(program, written(kind, config=config, overrides=overrides))
-    return load_program(graph, config=config, overrides=[*overrides, *most]) if most else program
+    nodes = program.settings.cluster.nodes
+    if found is not None:
+        from flowrl.runtime.readiness import equal_machines
+
+        (machines, left_out), before = equal_machines(found), _num_gpus(program)
+        if machines:
+            placing = companion.placing([*machines.values()])
+            program = load_program(program.path, config=config, overrides=overrides, placing=placing)
+        if left_out and _num_gpus(program) > before:
+            others = "; ".join(f"{address} {why}" for address, why in left_out.items())
+            alike = f"the {number_of(len(machines), 'node')} of {next(iter(machines.values()))}"
+            say(f"placed on {alike}; left out, as cluster.nodes now says: {others}")
+            nodes = [node.address for node in found.nodes if node.address not in left_out]
+    most = program.settings.cluster.most | most_of_auto(program, written(kind, config=config, overrides=overrides))
+    cluster = msgspec.structs.replace(program.settings.cluster, nodes=nodes, most=most)
+    settings = msgspec.structs.replace(program.settings, cluster=cluster)
+    return msgspec.structs.replace(program, settings=settings)
+
+
+def _num_gpus(program: Program) -> int:
+    return sum(place.gpus for place in places(program.graph))
 
 
 def _check(program: Program, request: RunRequest, say: Say) -> None:

@@ -31,9 +31,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from flowrl.errors import ResourceError
+from flowrl.errors import FlowrlError, ResourceError
 from flowrl.imports import home_of
-from flowrl.runtime.devices import num_cores
+from flowrl.runtime.devices import Machine, num_cores, visible_machine
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -83,9 +83,7 @@ class NodeReport(msgspec.Struct, frozen=True, kw_only=True):
     host_name: str
     is_resolved: bool  # its own name, within `NAME_S`
     versions: dict[str, str]
-    cores: int
-    gpus: list[str]
-    memory_bytes: int
+    machine: Machine  # with the GPUs that Ray's own processes there may see
     shm_bytes: int  # free
     time_s: float
     seen: str  # what it read in the run's directory
@@ -103,9 +101,7 @@ def report_on(question: NodeQuestion) -> NodeReport:
         host_name=name,
         is_resolved=_resolves(name),
         versions=_versions(),
-        cores=num_cores(),
-        gpus=_gpus(),
-        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        machine=_machine(),
         shm_bytes=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
         time_s=time.time(),
         seen=seen,
@@ -152,16 +148,13 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _gpus() -> list[str]:
+def _machine() -> Machine:
+    """Return this machine by the environment that this process was started in: Ray hides GPUs from a task of none."""
+    pairs = [os.fsdecode(each).partition("=") for each in Path("/proc/self/environ").read_bytes().split(b"\0")]
     try:
-        import pynvml as _pynvml  # pyright: ignore[reportMissingTypeStubs]
-
-        pynvml: Any = _pynvml
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
-    except Exception:  # no package, no driver, no device
-        return []
+        return visible_machine(environ={name: value for name, _, value in pairs})
+    except FlowrlError as error:
+        return Machine(cores=num_cores(), why_none=str(error))
 
 
 def _resolves(name: str) -> bool:

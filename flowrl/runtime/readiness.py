@@ -4,11 +4,15 @@ What must be on every node: the run's directory (one that all see, which each pr
 settings name by path. User code is either found on every node under its own path, unchanged, or copied to `code` in the
 run's directory, from where all processes then load it (decision 0009). Called by launch, `check --address` and doctor.
 
-Tests: tests/unit/runtime/test_nodes.py
+What a run is placed on are the nodes whose GPUs are alike (`equal_machines`): ranks march together, and nobody says
+which of the nodes a process gets.
+
+Tests: tests/unit/runtime/test_nodes.py, tests/unit/tuning/test_plans_of_clusters.py
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import secrets
@@ -23,6 +27,8 @@ import msgspec
 from flowrl.errors import ResourceError, number_of
 from flowrl.graph.program import GraphPlan, plan_of
 from flowrl.imports import home_of
+from flowrl.runtime.cluster import Cluster
+from flowrl.runtime.devices import SAME_SIZE, check_usable, unusable
 from flowrl.runtime.fleet import usable
 from flowrl.runtime.nodes import NodeQuestion, capacities, check_node, paths_in, report_on, user_files
 from flowrl.runtime.placement import places
@@ -32,7 +38,7 @@ if TYPE_CHECKING:
 
     from flowrl.graph.graph import Graph
     from flowrl.graph.program import Program
-    from flowrl.runtime.cluster import Cluster
+    from flowrl.runtime.devices import Machine
     from flowrl.runtime.nodes import NodeReport, RayNode
 
 CODE = "code"  # in a run's directory
@@ -85,6 +91,63 @@ async def survey(cluster: Cluster, program: Program | None, run_dir: Path | None
     return Survey(nodes, reports, here, gaps_s, here.seen, [*question.files])
 
 
+def look_for_gpus(program: Program, address: str) -> Survey | None:
+    """Return what the nodes that a run may use answer; None where Ray knows of no GPU there.
+
+    Raises:
+        ResourceError: the cluster does not answer; otherwise see `survey`.
+    """
+
+    async def look(cluster: Cluster) -> Survey | None:
+        nodes = usable(await cluster.nodes(), program.settings.cluster)
+        return await survey(cluster, program, None) if any(node.gpus >= 1 for node in nodes) else None
+
+    with Cluster(None, address) as cluster:
+        return asyncio.run(look(cluster))
+
+
+def equal_machines(found: Survey) -> tuple[dict[str, Machine], dict[str, str]]:
+    """Return by address the machines to place on, and why each other one with GPUs is none of them.
+
+    They have as many GPUs each and these as much memory; of several such groups it is the one with the most memory. Of
+    a node's GPUs those count that Ray gives out.
+    """
+    able: dict[str, Machine] = {}
+    left_out: dict[str, str] = {}
+    for node in [node for node in found.nodes if node.gpus >= 1]:
+        seen = found.reports[node.address].machine
+        machine = msgspec.structs.replace(seen, gpus=seen.gpus[: int(node.gpus)])
+        if why := _why_unable(machine, int(node.gpus)):
+            left_out[node.address] = why
+        else:
+            able[node.address] = machine
+    groups: list[dict[str, Machine]] = [{}]
+    groups += [{address: one for address, one in able.items() if _are_alike(one, each)} for each in able.values()]
+    best = max(groups, key=lambda group: sum(sum(_sizes(each)) for each in group.values()))
+    return best, left_out | {address: f"has {each}" for address, each in able.items() if address not in best}
+
+
+def _why_unable(machine: Machine, num_gpus: int) -> str:
+    """Return why a node's GPUs cannot be planned for, or ""."""
+    if len(machine.gpus) < num_gpus:
+        why = f" ({machine.why_none})" if machine.why_none else ""
+        return f"Ray gives out {number_of(num_gpus, 'GPU')}, and the driver shows {len(machine.gpus)}{why}"
+    try:
+        check_usable(machine)
+    except ResourceError as error:
+        return error.what
+    return unusable(machine).partition(": ")[0]
+
+
+def _are_alike(one: Machine, other: Machine) -> bool:
+    sizes = _sizes(one) + _sizes(other)
+    return len(one.gpus) == len(other.gpus) and min(sizes) >= SAME_SIZE * max(sizes)
+
+
+def _sizes(machine: Machine) -> list[int]:
+    return [gpu.total_bytes for gpu in machine.gpus]
+
+
 @contextlib.contextmanager
 def _token(run_dir: Path | None) -> Generator[str]:
     """Write a token into a run's directory; it goes with all that was written back."""
@@ -111,9 +174,11 @@ def check_survey(found: Survey, graph: Graph, say: Callable[[str], None]) -> Non
             say(f"node {address}: its own name {report.host_name} cannot be looked up; its processes go by {address}")
     num_gpus = sum(node.gpus for node in found.nodes)
     if num_gpus and not any(place.gpus for place in places(graph)):
+        machines, left_out = equal_machines(found)
+        unable = "" if machines else f" ({'; '.join(f'{address}: {why}' for address, why in left_out.items())})"
         say(
-            f"warning: the cluster has {number_of(num_gpus, 'GPU')} and the graph reserves none: set gpus, ranks and "
-            "replicas, which nobody places on a cluster (flowrl plan --on says which)"
+            f"warning: the cluster has {number_of(num_gpus, 'GPU')} and the graph reserves none{unable}: set gpus, "
+            "ranks and replicas (flowrl plan --on says which)"
         )
 
 

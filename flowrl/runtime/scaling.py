@@ -83,16 +83,16 @@ def check_most(graph: Graph, most: dict[str, int]) -> None:
             raise ConfigError(f"cluster.most.{node}", what, "raise it, or lower the replicas")
 
 
-def most_of_auto(program: Program, given: Mapping[str, Any]) -> list[str]:
-    """Return as overrides what `NODE.replicas=auto` means on a cluster, for nodes of which there may be several."""
-    found: list[str] = []
+def most_of_auto(program: Program, given: Mapping[str, Any]) -> dict[str, int]:
+    """Return as `cluster.most` what `NODE.replicas=auto` means there, for nodes of which there may be several."""
+    found: dict[str, int] = {}
     for path, node in node_paths(program.settings, program.graph).items():
         part = given.get(path)
         is_auto = isinstance(part, dict) and cast("dict[str, Any]", part).get("replicas") == "auto"
         if is_auto and node not in program.settings.cluster.most:
             with contextlib.suppress(ConfigError):  # one that has state, or shares devices, stays alone
                 check_scales(program.graph, node, path)
-                found.append(f"cluster.most.{node}={MOST_REPLICAS}")
+                found[node] = max(MOST_REPLICAS, program.graph.nodes[node].config.replicas)
     return found
 
 

@@ -37,9 +37,10 @@ from flowrl.telemetry.events import HINT, Step
 from flowrl.telemetry.files import replace_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from flowrl.graph.program import Placing, Program
+    from flowrl.runtime.devices import Machine
     from flowrl.telemetry.events import Event
     from flowrl.telemetry.sinks import Sinks
     from flowrl.tuning.planner import Planner
@@ -59,12 +60,12 @@ class Advised(RunCompanion):
 
     _planner: Planner | None = None
 
-    def placing(self) -> Placing:
-        """Return the planner, of this machine."""
-        from flowrl.tuning.machines import this_site
+    def placing(self, machines: Sequence[Machine] = ()) -> Placing:
+        """Return the planner, of equal machines or of this one."""
+        from flowrl.tuning.machines import site_of, this_site
         from flowrl.tuning.planner import Planner
 
-        self._planner = Planner(this_site(), {}, is_for_run=True)
+        self._planner = Planner(site_of(machines) if machines else this_site(), {}, is_for_run=True)
         return self._planner
 
     def foretell(self, program: Program, runs_dir: Path) -> Iterable[str]:

@@ -3,7 +3,7 @@
 `8x80GB`, `2x8xH100,host=1TB,cores=96` (two machines), `4x24GB`, `cpu,host=24GB,cores=2`, or a YAML file of the same
 words: `{machines: 2, gpus: 8, device: 80GB, host: 1TB, cores: 96}`. GB is 10^9 bytes and GiB 2^30. A GPU is named, or
 given by its memory alone and then takes the speed of a common one of that size, which the plan says. Machines that
-differ are refused: flowrl places on equal ones. Called by the planner and the command line.
+differ are refused: flowrl places on equal ones. Called by the planner, the companion of a run and the command line.
 
 Tests: tests/unit/tuning/test_machines.py
 """
@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
 from flowrl.config import read_yaml
 from flowrl.errors import ConfigError
-from flowrl.runtime.devices import Gpu, Machine, visible_machine
+from flowrl.runtime.devices import Gpu, Machine, together, visible_machine
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 WHERE = "--on"
 EXAMPLE = "write 8x80GB, 2x8xH100,host=1TB, cpu,host=24GB,cores=2 or the name of a YAML file"
@@ -44,6 +47,11 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
     host_bytes: int = 0  # of each; 0: not said
     speed: Speed | None = None  # of a GPU
     is_assumed: bool = False  # the speed is that of another GPU of its size
+
+    @property
+    def whole(self) -> Machine:
+        """Return all machines as one, as the rules of placement count them."""
+        return msgspec.structs.replace(self.machine, cores=self.num_machines * self.machine.cores)
 
     @property
     def per_machine(self) -> int:
@@ -110,14 +118,18 @@ def parse_site(text: str) -> Site:
 
 def this_site() -> Site:
     """Return this machine."""
-    import os
+    return site_of([visible_machine()])
 
-    machine = visible_machine()
-    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+def site_of(machines: Sequence[Machine]) -> Site:
+    """Return equal machines, which have what the least of them has."""
+    least = min(machine.cores for machine in machines)
+    machine, num = msgspec.structs.replace(together(machines), cores=least), len(machines)
+    host_bytes = min(machine.host_bytes for machine in machines)
     if not machine.gpus:
-        return Site(machine=machine, host_bytes=host_bytes)
+        return Site(machine=machine, num_machines=num, host_bytes=host_bytes)
     speed, is_assumed = speed_of(machine.gpus[0])
-    return Site(machine=machine, host_bytes=host_bytes, speed=speed, is_assumed=is_assumed)
+    return Site(machine=machine, num_machines=num, host_bytes=host_bytes, speed=speed, is_assumed=is_assumed)
 
 
 def speed_of(gpu: Gpu) -> tuple[Speed, bool]:

@@ -102,7 +102,7 @@ class Planner:
 
     def __call__(self, graph: Graph, paths: Mapping[str, str], given: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return defaults for a graph's settings by address; see `load_program`."""
-        by_rule = partial(place, graph, paths, given, machine=self._site.machine)
+        by_rule = partial(place, graph, paths, given, machine=self._site.whole)
         if given.get("placement") == "given" or (self._is_for_run and given.get("runtime") == "local"):
             self.why_none = "the settings say where everything is"
             return by_rule()

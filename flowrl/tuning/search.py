@@ -97,7 +97,7 @@ class Search:
         chosen = {address: value for address, value in choice.items() if not is_given(self.given, address)}
         configs = self._with(self.configs, chosen)
         given = grown(self.given, chosen)
-        found = dict(place(rough_graph(configs, self.graph.until_node), self.paths, given, machine=self.site.machine))
+        found = dict(place(rough_graph(configs, self.graph.until_node), self.paths, given, machine=self.site.whole))
         values = {**found, **chosen, **self._sharded(found, chosen)}
         configs = self._with(self.configs, values)
         values |= (shared := self._utilization(configs))

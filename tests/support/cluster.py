@@ -120,14 +120,14 @@ class Machine:  # of the tests; what Ray knows of one is a RayNode
         return started.returncode, said
 
     def start_ray(
-        self, head: Machine | None = None, *, cpus: float = 1, environment: Mapping[str, str] = {},
+        self, head: Machine | None = None, *, cpus: float = 1, gpus: int = 0, environment: Mapping[str, str] = {},
         is_waited_for: bool = True,
     ) -> subprocess.Popen[str]:  # fmt: skip
         """Let the machine be the head of a cluster, or join that of `head`; returns what ends with its Ray."""
         joins = ["--address", head.ray] if head else ["--head", f"--port={PORT}", "--include-dashboard=false"]
         command = [f"{Path(sys.executable).parent}/ray", "start", *joins, "--block", f"--num-cpus={cpus:g}",
                    f"--node-ip-address={self.address}", "--object-store-memory=100000000",
-                   "--disable-usage-stats"]  # fmt: skip
+                   "--disable-usage-stats", *([f"--num-gpus={gpus}"] if gpus else [])]  # fmt: skip
         log = Path(f"/proc/{self._first}/root/tmp/ray.log")
         started = self.start(command, log=log, **environment)
         deadline_s = time.monotonic() + START_S

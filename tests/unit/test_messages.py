@@ -126,7 +126,8 @@ def one(kind: type[Message], **changed: Any) -> Any:
     )
     column = [Buffer.floats([0.5, 1.5])] * 2
     values: dict[str, Any] = {
-        "group_id": 3, "token_ids": Buffer.ints([1, 2]), "columns": {"answer": "7"}, "begun": "", "num_samples": 2, "seed": 11,
+        "group_id": 3, "token_ids": Buffer.ints([1, 2]), "columns": {"answer": "7"}, "begun": "",
+        "num_samples": 2, "seed": 11,
         "num_greedy": 0,
         "num_given_up": 2,
         "samples": [sample, sample], "generator": "generator.0", "scores": {"exact": [1.0, 0.0], "short": [0.25, -0.5]},

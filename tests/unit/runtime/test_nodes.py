@@ -13,6 +13,7 @@ import pytest
 from flowrl.errors import ResourceError
 from flowrl.graph.program import EdgePlan, GraphPlan
 from flowrl.graph.stage import Specification
+from flowrl.runtime.devices import Machine
 from flowrl.runtime.nodes import NodeQuestion, NodeReport, RayNode, check_node, lacking, paths_in, report_on, user_files
 from flowrl.runtime.readiness import bring_code, moved
 
@@ -23,7 +24,7 @@ def node(number: int, cpus: float, gpus: float = 0.0) -> RayNode:
 
 HERE = NodeReport(
     host_name="a", is_resolved=True, versions={"python": "3.11.4", "torch": "2.13.0", "flowrl-engine": "0.1"},
-    cores=2, gpus=[], memory_bytes=1 << 30, shm_bytes=1 << 30, time_s=0.0, seen="word", wrote="file", missing=[],
+    machine=Machine(cores=2), shm_bytes=1 << 30, time_s=0.0, seen="word", wrote="file", missing=[],
     differing=[],
 )  # fmt: skip
 

@@ -12,9 +12,9 @@ import msgspec
 import pytest
 
 from flowrl.errors import ConfigError
-from flowrl.graph.program import plan_of
+from flowrl.graph.program import load_program, plan_of
 from flowrl.runtime.fleet import room_for
-from flowrl.runtime.launch import load_for_cluster
+from flowrl.runtime.launch import RunCompanion, placed_on
 from flowrl.runtime.local import LocalOptions, run_local
 from flowrl.runtime.nodes import RayNode
 from flowrl.runtime.placement import places, places_of
@@ -194,6 +194,7 @@ def test_what_is_asked_of_a_run_that_goes_on_is_written_for_its_driver(tmp_path:
     ],
 )
 def test_replicas_left_to_auto_are_as_many_as_a_cluster_has_room_for(given: list[str], most: dict[str, int]) -> None:
-    program = load_for_cluster(ROOT / "graphs" / "group_async.py", None, given)
+    program = load_program(ROOT / "graphs" / "group_async.py", overrides=given)
+    program = placed_on(program, None, config=None, overrides=given, companion=RunCompanion(), say=pytest.fail)
     assert program.settings.cluster.most == most
     check_most(program.graph, most)
