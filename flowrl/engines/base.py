@@ -130,10 +130,15 @@ class Serving(StageConfig):
     transfer_timeout_s: Annotated[float, Meta(gt=0)] = 120.0  # for one weight update
 
     @property
+    def pipeline_parallel(self) -> int:
+        """Return the groups of layers that a model is split into, each on GPUs of its own: an option of vLLM's."""
+        asked = self.engine_options.get("pipeline_parallel_size", 1)
+        return asked if isinstance(asked, int) and asked > 0 else 1
+
+    @property
     def num_workers(self) -> int:
         """Return the processes, and GPUs, that one replica's model is split over."""
-        stages = self.engine_options.get("pipeline_parallel_size", 1)
-        return self.tensor_parallel * (stages if isinstance(stages, int) and stages > 0 else 1)
+        return self.tensor_parallel * self.pipeline_parallel
 
     def __post_init__(self) -> None:
         if 0 < self.kv_cache_bytes < LEAST_CACHE_BYTES:

@@ -44,7 +44,9 @@ WORDS = {
 FREED = {*WORDS, "replicas", "ranks", "gpus", "share", "tensor_parallel", "gpu_memory_utilization", "max_running"}
 
 
-def reasons(search: Search, best: Tried, prediction: Prediction | None, others: Sequence[Tried]) -> list[str]:
+def reasons(
+    search: Search, best: Tried, prediction: Prediction | None, others: Sequence[tuple[Tried, Prediction]]
+) -> list[str]:
     """Return why it is this placement, in three lines at most."""
     lines = [_where(search, best) + (f": {prediction.samples_per_s:.3g} samples/s simulated" if prediction else "")]
     if search.site.machine.gpus:
@@ -55,8 +57,8 @@ def reasons(search: Search, best: Tried, prediction: Prediction | None, others: 
         lines.append(f"memory: {max(best.placed.hosts) / 1e9:.1f} of {search.site.host_bytes / 1e9:.3g} GB")
     if prediction and prediction.bottleneck:
         text = bottleneck_line(prediction)
-        if others and (slower := search.simulate(others[0])) is not None and slower.samples_per_s > 0:
-            text += f"; {_where(search, others[0])} gives {slower.samples_per_s / prediction.samples_per_s - 1:+.0%}"
+        if others and (other := others[0])[1].samples_per_s > 0:
+            text += f"; {_where(search, other[0])} gives {other[1].samples_per_s / prediction.samples_per_s - 1:+.0%}"
         lines.append(text)
     return lines
 

@@ -218,8 +218,8 @@ class Search:
 
     # The candidates.
 
-    def best(self) -> tuple[Tried, Prediction | None, list[Tried]]:
-        """Return the candidate to take, what a simulation says of it, and the best of the other kinds."""
+    def best(self) -> tuple[Tried, Prediction | None, list[tuple[Tried, Prediction]]]:
+        """Return the candidate to take, what a simulation says of it, and of the best of the other kinds."""
         if not self.site.machine.gpus:
             return self._on_cores()
         tried = list(self._all()) or [self.attempt({})]
@@ -238,16 +238,16 @@ class Search:
         same = [t for t in fitting if self._kind(t) == self._kind(chosen) and t.step_s <= (1 + EQUAL) * chosen.step_s]
         return min(same, key=lambda t: (t.level, t.step_s))
 
-    def _simulated(self, ranked: list[Tried]) -> tuple[Tried, Prediction | None, list[Tried]]:
-        looked = [] if lacking(self.graph) else [(each, self.simulate(each)) for each in ranked[:SIMULATED]]
-        found = [(prediction.samples_per_s, each, prediction) for each, prediction in looked if prediction is not None]
+    def _simulated(self, ranked: list[Tried]) -> tuple[Tried, Prediction | None, list[tuple[Tried, Prediction]]]:
+        looked = [] if lacking(self.graph) else [(each, self._simulate(each)) for each in ranked[:SIMULATED]]
+        found = [(each, prediction) for each, prediction in looked if prediction is not None]
         if not found:
-            return ranked[0], None, ranked[1:]
-        most = max(speed for speed, _, _ in found)
-        _, best, prediction = next(each for each in found if each[0] >= (1 - EQUAL) * most)
-        return best, prediction, [each for each in ranked if each is not best]
+            return ranked[0], None, []
+        most = max(prediction.samples_per_s for _, prediction in found)
+        best = next(each for each in found if each[1].samples_per_s >= (1 - EQUAL) * most)
+        return *best, [each for each in found if each is not best]
 
-    def simulate(self, tried: Tried) -> Prediction | None:
+    def _simulate(self, tried: Tried) -> Prediction | None:
         """Return what a simulation says of a candidate; None where it cannot say it in time."""
         profile = profile_of(
             tried.placed.configs, self.models.shapes, self.models.work, self.site, running=tried.placed.running
@@ -320,7 +320,7 @@ class Search:
             self.path_of.get(self.trainer),
         )
         config: Any = self.configs.get(self.server)
-        stages = config.num_workers // config.tensor_parallel if isinstance(config, Serving) else 1  # of a pipeline
+        stages = config.pipeline_parallel if isinstance(config, Serving) else 1
         widths = [width for width in self._widths() if width * stages <= num] or self._widths()[:1]
         if not server or not trainer:
             if server:
@@ -380,7 +380,7 @@ class Search:
 
     # Without GPUs.
 
-    def _on_cores(self) -> tuple[Tried, Prediction | None, list[Tried]]:
+    def _on_cores(self) -> tuple[Tried, Prediction | None, list[tuple[Tried, Prediction]]]:
         """Return how many threads each role is best given: a core each, or all cores to whoever has work."""
         cores = max(1, self.site.machine.cores)
         if max(shape.num_parameters for shape in self.models.shapes.values()) < LEAST_SHARED:
@@ -392,8 +392,9 @@ class Search:
         tried = [self.attempt(choice, level=sum(choice.values())) for choice in choices]
         ranked = sorted(tried, key=lambda t: (t.step_s, t.level))
         best = self._simplest(ranked[0], ranked)
-        others = [each for each in ranked if each.placed.configs != best.placed.configs]
-        return self._simulated([best, *others]) if self.simulates else (best, None, others)
+        if not self.simulates:
+            return best, None, []
+        return self._simulated([best, *(each for each in ranked if each.placed.configs != best.placed.configs)])
 
     def best_fit(self) -> Tried:
         """Return a candidate that fits, or the one that comes nearest."""
