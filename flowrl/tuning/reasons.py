@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from flowrl.config import is_given
-from flowrl.engines.base import Training
+from flowrl.engines.base import Serving, Training
 from flowrl.errors import number_of
 from flowrl.simulation.prediction import bottleneck_line
 from flowrl.stages.critic import Critic
+from flowrl.tuning.memory import rounding
 from flowrl.tuning.placed import FULL, ranges
 from flowrl.tuning.search import SAVINGS, Search, grown
 
@@ -121,6 +122,9 @@ def assumed(search: Search, best: Tried) -> list[str]:
     if best.placed.running:
         full = ", ".join(f"{count} in {node}" for node, count in best.placed.running.items())
         found.append(f"samples of full length decoded at once: {full}")
+    for node, config in best.placed.configs.items():
+        if isinstance(config, Serving):
+            found += [f"{node}: {each}" for each in rounding(config)]
     if not search.site.host_bytes:
         found.append("memory of the host is not held against anything (say host=1TB)")
     if search.site.is_assumed and search.site.speed is not None:

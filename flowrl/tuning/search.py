@@ -26,6 +26,7 @@ from flowrl.simulation.run import simulate
 from flowrl.simulation.stand_ins import lacking
 from flowrl.stages.reward import RewardModel
 from flowrl.stages.sampler import Course, Learning
+from flowrl.tuning.memory import cache_width, served_weights
 from flowrl.tuning.placed import FULL, Models, Placed, held_by, place_processes, rough_graph
 from flowrl.tuning.speeds import profile_of
 
@@ -53,7 +54,7 @@ SAVINGS: list[Choice] = [  # of memory in training, the quickest first
     {"zero_stage": 3, "gradient_checkpointing": True, "offload_optimizer": True},
     {"zero_stage": 3, "gradient_checkpointing": True, "offload_optimizer": True, "offload_parameters": True},
 ]
-WEIGHT, LEAST_CACHE, SERVING = 2, 2 * 8192, 4e9  # bytes: of a weight, of a few samples' cache, of all else
+LEAST_TOKENS, SERVING = 8192, 4e9  # of a few samples in a cache; bytes of all else that a generator holds
 LEAST_SHARED = 30e6  # parameters of a model for which a second thread is worth having
 ENOUGH = 3  # places in MICRO_BATCHES: with so large a micro-batch nothing is gained by saving more
 SIMULATED_WITHIN_S = 20.0
@@ -359,7 +360,8 @@ class Search:
             return [config.tensor_parallel]
         widths = [width for width in widths if shape.heads % width == 0]
         room = config.gpu_memory_utilization * self.site.device_bytes
-        least = [w for w in widths if (WEIGHT * shape.num_parameters + LEAST_CACHE * shape.kv) / w + SERVING < room]
+        held = served_weights(shape, config, on_gpu=True) + cache_width(config) * LEAST_TOKENS * shape.kv
+        least = [width for width in widths if held / width + SERVING < room]
         return (least or widths[-1:])[:2]
 
     def _savings(self) -> Iterator[list[tuple[int, Choice]]]:

@@ -61,6 +61,11 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
         return max(0, self.num_parameters - heads * self.embedding)
 
     @property
+    def matrices(self) -> int:
+        """Return the parameters of all layers' matrices; norms are taken at two a layer and one behind them."""
+        return max(0, self.body - (2 * self.num_layers + 1) * self.hidden)
+
+    @property
     def active(self) -> float:
         """Return the parameters that multiply a token, the head's left out: 12.6 of Mixtral's 46.7 thousand million."""
         return self.body - (1 - self.routed) * self.expert_parameters
