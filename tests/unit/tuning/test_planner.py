@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -80,9 +81,23 @@ def test_what_others_found_not_to_fit_does_not_and_something_that_would_is_named
     assert plan.remedies
 
 
-def test_the_mixtral_recipe_fits_where_it_says():
-    plan, _ = planned("ppo_async", "4x8x80GB,host=1TB", recipe="mixtral-8x7b-ppo")
+SAYS_WHERE = re.compile(r"`flowrl plan --on (\S+)` its memory.*graphs/(\w+)\.py", re.DOTALL)
+WHERE = {
+    path.stem: found for path in (GRAPHS / "recipes").glob("*.yaml") if (found := SAYS_WHERE.search(path.read_text()))
+}
+
+
+@pytest.mark.parametrize("recipe", sorted(WHERE))
+def test_a_recipe_fits_where_it_says_as_it_is(recipe):
+    on, graph = WHERE[recipe].groups()
+    plan, _ = planned(graph, on, recipe=recipe)
     assert plan.fits, plan.placed.lacks
+    saved = {"zero_stage", "gradient_checkpointing", "offload_optimizer", "ranks", "tensor_parallel"}
+    assert not {path for path in plan.values if path.rpartition(".")[2] in saved}
+
+
+def test_recipes_say_where_what_others_publish_to_fit_does():
+    assert {"llama2-70b-ppo", "codellama-34b-dpo", "mixtral-8x7b-ppo"} <= WHERE.keys()
 
 
 def test_a_smaller_critic_is_among_what_would_fit():
