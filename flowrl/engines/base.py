@@ -49,6 +49,7 @@ __all__ = [
     "UpdateReport",
     "check_engine",
     "open_engine",
+    "try_engine",
 ]
 
 # What stages give to an engine's constructor; anything else that it takes is an option of its own.
@@ -502,6 +503,17 @@ def unserved(lora: Lora, *, engine: str, model: Path) -> str:
         return "the graph's Sampler names no engine that would serve it"
     ask = getattr(load_class(engine, "generator.engine"), "unserved", None)
     return ask(lora, model) if ask else f"{engine} serves no adapters"
+
+
+def try_engine(request: Path) -> None:
+    """Construct the engine that a file describes (`open_engine`'s arguments) and have it try its options, and end.
+
+    Raises:
+        UserError: it would not start with them.
+    """
+    told = msgspec.json.decode(request.read_bytes())
+    config = msgspec.convert(told["config"], GenerationConfig)
+    open_engine(told["path"], config=config, where=told["where"], **told["options"]).try_options()
 
 
 def open_engine(path: str, *, where: str, **arguments: Any) -> Any:
