@@ -6,6 +6,8 @@ import pytest
 from flowrl.cli import main
 from flowrl.engines.base import Serving, Training
 from flowrl.graph.program import load_program
+from flowrl.simulation.run import simulate
+from flowrl.tuning import search
 from flowrl.tuning.machines import parse_site
 from flowrl.tuning.planner import Planner
 from tests.support.command import ROOT
@@ -41,6 +43,20 @@ def test_a_model_of_8b_on_8_devices_fits_and_says_so_in_three_lines():
     assert max(plan.placed.devices) <= 0.97 * 80e9
     assert len(plan.lines(whole=False)) <= 3
     assert plan.samples_per_s > 0
+
+
+def test_no_candidate_is_simulated_twice_to_tell_of_the_second_best(monkeypatch):
+    simulated = []
+
+    def noted(graph, profile, **settings):
+        simulated.append([stage.config for stage in graph.nodes.values()])
+        return simulate(graph, profile, **settings)
+
+    monkeypatch.setattr(search, "simulate", noted)
+    plan, _ = planned("ppo_async", "4x80GB")
+    assert 1 < len(simulated) <= search.SIMULATED
+    assert not [each for place, each in enumerate(simulated) if each in simulated[:place]]
+    assert " gives " in plan.reasons[-1]
 
 
 def test_the_same_request_gives_the_same_plan():
@@ -142,7 +158,8 @@ def test_several_generators_on_a_gpu_and_stages_of_a_pipeline_are_counted():
 def test_settings_that_do_not_go_with_the_rules_cost_no_remedy():
     odd = ["learner.ranks=8", "learner.gpus=1", "generator.share=learner", "generator.turns=true"]
     split = ["generator.replicas=3", "generator.tensor_parallel=3"]
-    planned("ppo_async", "8x80GB", "model=meta-llama/Llama-2-70b-chat-hf", *odd, *split, *LONG)
+    plan, _ = planned("ppo_async", "8x80GB", "model=meta-llama/Llama-2-70b-chat-hf", *odd, *split, *LONG)
+    assert {f"leave generator.{name} to the plan" for name in ("replicas", "tensor_parallel")} <= set(plan.remedies)
 
 
 def test_where_nothing_fits_something_is_said(capsys):
