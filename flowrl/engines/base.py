@@ -49,6 +49,7 @@ __all__ = [
     "UpdateReport",
     "check_engine",
     "open_engine",
+    "try_engine",
 ]
 
 # What stages give to an engine's constructor; anything else that it takes is an option of its own.
@@ -130,10 +131,15 @@ class Serving(StageConfig):
     transfer_timeout_s: Annotated[float, Meta(gt=0)] = 120.0  # for one weight update
 
     @property
+    def pipeline_parallel(self) -> int:
+        """Return the groups of layers that a model is split into, each on GPUs of its own: an option of vLLM's."""
+        asked = self.engine_options.get("pipeline_parallel_size", 1)
+        return asked if isinstance(asked, int) and asked > 0 else 1
+
+    @property
     def num_workers(self) -> int:
         """Return the processes, and GPUs, that one replica's model is split over."""
-        stages = self.engine_options.get("pipeline_parallel_size", 1)
-        return self.tensor_parallel * (stages if isinstance(stages, int) and stages > 0 else 1)
+        return self.tensor_parallel * self.pipeline_parallel
 
     def __post_init__(self) -> None:
         if 0 < self.kv_cache_bytes < LEAST_CACHE_BYTES:
@@ -497,6 +503,17 @@ def unserved(lora: Lora, *, engine: str, model: Path) -> str:
         return "the graph's Sampler names no engine that would serve it"
     ask = getattr(load_class(engine, "generator.engine"), "unserved", None)
     return ask(lora, model) if ask else f"{engine} serves no adapters"
+
+
+def try_engine(request: Path) -> None:
+    """Construct the engine that a file describes (`open_engine`'s arguments) and have it try its options, and end.
+
+    Raises:
+        UserError: it would not start with them.
+    """
+    told = msgspec.json.decode(request.read_bytes())
+    config = msgspec.convert(told["config"], GenerationConfig)
+    open_engine(told["path"], config=config, where=told["where"], **told["options"]).try_options()
 
 
 def open_engine(path: str, *, where: str, **arguments: Any) -> Any:

@@ -99,6 +99,24 @@ class VllmEngine:
         return vllm_adapters.unserved(lora, model)
 
     @property
+    def is_untried(self) -> bool:
+        """Return whether it has options that vLLM has not seen, and this machine the kind of device that it is for."""
+        if not self._options:
+            return False
+        import torch
+
+        return (self.config.gpus > 0 or bool(self.config.share)) == torch.cuda.is_available()
+
+    def try_options(self) -> None:
+        """Hold the options against vLLM, which is imported for it and may change the process's environment.
+
+        Raises:
+            UserError: vLLM would not start with them.
+        """
+        vllm_settings.set_environment(self.config)
+        vllm_settings.try_options(self.config, self._options, self.where)
+
+    @property
     def num_running(self) -> int:
         """Return how many samples are being decoded."""
         return self._num_running

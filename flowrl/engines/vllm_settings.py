@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowrl.ending import ending_of
 from flowrl.engines.vllm_adapters import engine_options
-from flowrl.errors import ConfigError, ModelError
+from flowrl.errors import BRIEF_CHARS, ConfigError, ModelError, shortened
 from flowrl.imports import suggest
 from flowrl.model_files import text_config
 
@@ -152,6 +152,36 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
             )
 
 
+def try_options(config: GenerationConfig, options: Mapping[str, Any], where: str) -> None:
+    """Have vLLM make of a config and options what it would be started with; imports it, loads no model.
+
+    Raises:
+        ConfigError: it refuses an option's value, or several together.
+        ModelError: it refuses the config without any.
+    """
+    if not (said := _refused(config, options)):
+        return
+    if _refused(config, {}) == said:
+        raise ModelError(where, f"vLLM refuses {config.model} ({said})", f"take another model{hint(config)}")
+    alone = [name for name, value in options.items() if _refused(config, {name: value}) == said]
+    at = f"{where}.engine_options.{alone[0]}" if alone else f"{where}.engine_options"
+    given = shortened(repr(options[alone[0]] if alone else dict(options)), BRIEF_CHARS)
+    raise ConfigError(at, f"is {given}, which vLLM refuses ({said})", "give what it takes, or leave it out")
+
+
+def _refused(config: GenerationConfig, options: Mapping[str, Any]) -> str:
+    """Return in a line why vLLM does not start with a config and options; "": as far as it says before, it does."""
+    from vllm.usage.usage_lib import UsageContext
+
+    try:
+        engine_arguments(config, options).create_engine_config(UsageContext.ENGINE_CONTEXT)
+    except Exception as error:  # of whatever kind a value makes it raise
+        listed: Any = getattr(error, "errors", None)  # pydantic's, whose text ends in a dump of all that it was given
+        said = str(listed()[0]["msg"]).removeprefix("Value error, ") if listed else str(error)
+        return shortened(said or type(error).__name__, BRIEF_CHARS)
+    return ""
+
+
 @functools.cache
 def taken_options() -> frozenset[str]:
     """Return the names of vLLM's engine arguments, read off its source: to import it takes seconds."""
@@ -199,7 +229,11 @@ def set_environment(config: GenerationConfig) -> None:
 
 
 def engine_arguments(config: GenerationConfig, options: Mapping[str, Any]) -> AsyncEngineArgs:
-    """Return the arguments of an engine that serves `config` and takes weights from our transport; options win."""
+    """Return the arguments of an engine that serves `config` and takes weights from our transport; options win.
+
+    Raises:
+        ValueError: they go by an invariant of this module; or what vLLM raises itself.
+    """
     import torch
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -247,6 +281,8 @@ def engine_arguments(config: GenerationConfig, options: Mapping[str, Any]) -> As
     }
     arguments = AsyncEngineArgs(**{**settings, **options})
     if on_cpu:
+        if arguments.enable_chunked_prefill:
+            raise ValueError("vLLM's build for CPUs ends at a seeded request whose prompt is read in parts")
         model = arguments.create_model_config()
         if model.has_inner_state:
             # vLLM keeps the states of Jamba and Qwen3-Next for later prompts only where it may split a prompt.

@@ -198,7 +198,7 @@ class Agent(Stage):
     def check(self, say: Say) -> None:
         """Prepare the model, try its chat template turn by turn, and the environment where it will run."""
         self.sampler.check_node(self.config, "agent")
-        check_context(self.config, self.sampler.model, say, where="agent", routing=self.sampler.routing)
+        check_context(self.config, self.sampler.model, say, where="agent", sampler=self.sampler)
         self._turns()
         self._try(self._playing("agent.environment"))
 

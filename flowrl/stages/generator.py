@@ -70,7 +70,7 @@ class Generator(Stage):
             self._check_spare()
             drawn = f"the {num_spare} slowest of {self.config.group_size + num_spare} answers"
             say(f"generator.spare_samples: {drawn} to a prompt are given up, which favours short ones")
-        check_context(self.served, self.sampler.model, say, where="generator", routing=self.sampler.routing)
+        check_context(self.served, self.sampler.model, say, where="generator", sampler=self.sampler)
 
     def _check_spare(self) -> None:
         """Insist that the engine takes spare samples."""

@@ -14,19 +14,25 @@ Tests: tests/unit/stages/test_agent.py
 from __future__ import annotations
 
 import asyncio
+import functools
+import tempfile
 from contextlib import asynccontextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
+import msgspec
+
 from flowrl.config import ImportPath, Meta, widen
+from flowrl.data.model_process import run_in_process
 from flowrl.data.models import inspect_model, prepare_model
 from flowrl.engines.base import (
     GenerationConfig,
     GenerationEngine,
     Lora,
-    RoutingKind,
     Serving,
     check_engine,
     open_engine,
+    try_engine,
 )
 from flowrl.errors import ChannelClosed, ConfigError
 from flowrl.telemetry.events import Cause
@@ -56,20 +62,38 @@ class Generation(Served):
     max_groups: Annotated[int, Meta(ge=1)] = 16  # prompt groups in flight in one replica
 
 
-def check_context(config: Served, model: str, say: Say, *, where: str, routing: RoutingKind = "own") -> None:
-    """Prepare the model; its context must hold `max_model_len` tokens, and the engine take its options and settings."""
+def check_context(config: Served, model: str, say: Say, *, where: str, sampler: Sampler | None = None) -> None:
+    """Prepare the model; its context must hold `max_model_len` tokens, and the engine take its options and settings.
+
+    Raises:
+        UserError: one of them is not as it must be.
+    """
     check_engine(config.engine, config.engine_options, where, needs=("open", "generate", "update_weights", "close"))
     directory = prepare_model(model, say=say)
-    open_engine(
-        config.engine,
-        config=widen(GenerationConfig, config, model=str(directory), routing=routing),
-        where=where,
-        **config.engine_options,
-    )
+    opened = _opened(config, directory, sampler)
+    engine = open_engine(config.engine, config=opened, where=where, **config.engine_options)
+    if getattr(engine, "is_untried", False):
+        told = {"path": config.engine, "config": opened, "where": where, "options": config.engine_options}
+        _try_apart(msgspec.json.encode(told), where)
     card = inspect_model(directory)
     if card.max_context and config.max_model_len > card.max_context:
         what = f"{config.max_model_len} tokens, but {model} has a context of {card.max_context}"
         raise ConfigError(f"{where}.max_model_len", what, f"lower it to {card.max_context} or less")
+
+
+def _opened(config: Served, directory: Path, sampler: Sampler | None, *, is_sent: bool = True) -> GenerationConfig:
+    """Return what an engine is opened with; `is_sent`: versions come to it."""
+    adapter = sampler.travelling(directory) if sampler and is_sent else Lora()
+    routing = sampler.routing if sampler else "own"
+    return widen(GenerationConfig, config, model=str(directory), adapter=adapter, routing=routing)
+
+
+@functools.cache
+def _try_apart(request: bytes, where: str) -> None:
+    """Have an engine try its options in a process of its own (`try_engine`), once for all nodes that have the same."""
+    with tempfile.TemporaryDirectory(prefix="flowrl-options-") as aside:
+        (Path(aside) / "request").write_bytes(request)
+        run_in_process(try_engine, Path(aside) / "request", where=f"{where}.engine_options")
 
 
 @asynccontextmanager
@@ -82,11 +106,9 @@ async def serving(
     """
     with context.clock.charge(Cause.START):
         directory = await context.compute(prepare_model, sampler.model if sampler else model)
-        adapter = sampler.travelling(directory) if sampler and weights.is_connected else Lora()
-        routing = sampler.routing if sampler else "own"
         engine: GenerationEngine = open_engine(
             config.engine,
-            config=widen(GenerationConfig, config, model=str(directory), adapter=adapter, routing=routing),
+            config=_opened(config, directory, sampler, is_sent=weights.is_connected),
             where=context.where,
             receiver_index=context.replica,
             **config.engine_options,

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from flowrl.engines.base import Computing, Lora, Scoring, Serving, Training
+from flowrl.errors import number_of
 
 if TYPE_CHECKING:
     from flowrl.tuning.shapes import Shape
@@ -46,6 +47,19 @@ DS_BUCKET = 500_000_000  # elements that DeepSpeed collects gradients in (reduce
 DS_LIVE = 1_000_000_000  # elements that ZeRO-3 keeps whole at once (stage3_max_live_parameters)
 PERSISTENT = ("weights", "float32 weights", "Adam's moments", "gradients", "teacher")  # from one call to the next
 OF_RANK_0 = ("weights on their way", "average of weights")  # that no other rank of a node holds
+# What vLLM rounds weights to while it loads them (`quantization`): bytes of each, its part of a scale included. These
+# are the layers' matrices, or those of experts alone; embeddings, the head and norms stay (vllm/config/quantization.py;
+# how many weights share a scale: model_executor/layers/quantization/online).
+ROUNDED = {
+    "fp8": 1.0,
+    "fp8_per_tensor": 1.0,
+    "fp8_per_channel": 1.0,
+    "fp8_per_block": 1 + 4 / 128**2,
+    "mxfp8": 1 + 1 / 32,
+    "mxfp4": 1 / 2 + 1 / 32,
+}
+ROUNDED_EXPERTS = {"int8_per_channel_weight_only": 1.0, "nvfp4_per_token": 1 / 2 + 1 / 16}
+CACHED_IN = {"float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "fp8_inc": 1}  # bytes of a number
 FRAGMENTS = 0.04  # of what an allocator has asked of a device, lost between blocks
 
 
@@ -321,22 +335,57 @@ class _Rank:
 def serving(shape: Shape, config: Serving, *, on_gpu: bool) -> Need:
     """Return what each device of a generator's replica holds, and the host; on GPUs the cache takes what is left."""
     b, parts = width_of(config.dtype, on_gpu=on_gpu), config.num_workers
-    weights = b * shape.num_parameters / parts
+    weights = served_weights(shape, config, on_gpu=on_gpu)
     if not on_gpu:
         tokens = config.max_model_len + max(
             config.max_running, config.max_model_len
         )  # of a step, as engines/vllm sets it
         activations, cache = _decoding(shape, config, b, tokens), float(config.kv_cache_bytes)
-        weights = b * shape.num_parameters
         return Need(host={"process": SERVER, "weights": weights, "KV cache": cache, "activations": activations})
     device = {
-        "weights": weights,
+        "weights": weights / parts,
         "activations": _decoding(shape, config, b, 8192) / parts,
         "graphs and workspace": GRAPHS,
         "CUDA context": CONTEXT,
         "weights on their way": 2.0 * BUCKET,
     }
     return Need(device=device, host={"process": SERVER + (parts > 1) * parts * WORKER})
+
+
+def served_weights(shape: Shape, config: Serving, *, on_gpu: bool) -> float:
+    """Return the bytes of the weights that a generator's replica serves, as its engine rounds them."""
+    b, method = width_of(config.dtype, on_gpu=on_gpu), _rounding_of(config)
+    is_of_experts = method in ROUNDED_EXPERTS
+    rounded = shape.expert_parameters if is_of_experts else shape.matrices if method in ROUNDED else 0
+    width = (ROUNDED_EXPERTS if is_of_experts else ROUNDED).get(method, b)
+    return b * (shape.num_parameters - rounded) + width * rounded
+
+
+def _rounding_of(config: Serving) -> str:
+    """Return the name of what rounds a generator's weights; "": nothing does. A dict says it layer by layer."""
+    options = config.engine_options
+    return "quantization_config" if "quantization_config" in options else str(options.get("quantization") or "")
+
+
+def cache_width(config: Serving) -> int:
+    """Return the bytes of a number in a generator's KV cache."""
+    return CACHED_IN.get(str(config.engine_options.get("kv_cache_dtype")), width_of(config.dtype, on_gpu=True))
+
+
+def rounding(config: Serving) -> list[str]:
+    """Return in words how options of its engine make a generator smaller, and which of them are not counted."""
+    found: list[str] = []
+    method, cache = _rounding_of(config), str(config.engine_options.get("kv_cache_dtype", "auto"))
+    for widths, what in ((ROUNDED, "layers"), (ROUNDED_EXPERTS, "experts")):
+        if method in widths:
+            found.append(f"matrices of {what} at {widths[method]:.4g} bytes a weight ({method}), all else in its dtype")
+    if method and not found:
+        found.append(f"weights in their dtype: what {method} makes of them is not known")
+    if cache in CACHED_IN:
+        found.append(f"KV cache at {number_of(CACHED_IN[cache], 'byte')} a number ({cache})")
+    elif cache != "auto":
+        found.append(f"KV cache in the model's dtype: what {cache} makes of it is not known")
+    return found
 
 
 def asleep(need: Need) -> Need:
@@ -357,7 +406,7 @@ def cached(shape: Shape, config: Serving, work: Work) -> float:
     """Return the KV cache of as many samples as may run together, each as long as it may get; bytes."""
     most = min(config.max_running, getattr(config, "max_groups", 1 << 30) * getattr(config, "group_size", 1))
     tokens = min(work.whole, config.max_model_len)
-    return width_of(config.dtype, on_gpu=True) * float(shape.kv) * tokens * most
+    return cache_width(config) * float(shape.kv) * tokens * most
 
 
 def _decoding(shape: Shape, config: Serving, b: int, tokens: int) -> float:
@@ -382,8 +431,11 @@ __all__ = [
     "Scoring",
     "Work",
     "asleep",
+    "cache_width",
     "cached",
     "computing",
+    "rounding",
+    "served_weights",
     "serving",
     "width_of",
 ]

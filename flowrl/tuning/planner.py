@@ -5,7 +5,7 @@ user sets is kept, whatever it costs. search.py finds a placement, placed.py say
 it is this one.
 
 Invariants:
-- no model is loaded, fetched or started;
+- no model is loaded, fetched or started; a run may ask the hub for a config;
 - the same request gives the same plan;
 - where nothing fits, the plan of what comes nearest is given all the same, with the changes that would each make it
   fit.
@@ -115,7 +115,7 @@ class Planner:
             return by_rule()
 
     def _planned(self, graph: Graph, paths: Mapping[str, str], given: Mapping[str, Any]) -> Mapping[str, Any]:
-        models = models_of(graph, self._given_configs, counts=not self._is_for_run)
+        models = models_of(graph, self._given_configs, is_for_run=self._is_for_run)
         simulates = bool(self._site.machine.gpus) or not self._is_for_run
         search = Search(graph, paths, given, models, self._site, simulates=simulates)
         best, prediction, others = search.best()
@@ -140,7 +140,7 @@ class Planner:
         return lost + self.plan.lines(whole=whole)
 
 
-def models_of(graph: Graph, configs: Mapping[str, Path], *, counts: bool = True) -> Models:
+def models_of(graph: Graph, configs: Mapping[str, Path], *, is_for_run: bool = False) -> Models:
     """Return the models of a graph's nodes and the sequences that they see.
 
     Raises:
@@ -154,7 +154,7 @@ def models_of(graph: Graph, configs: Mapping[str, Path], *, counts: bool = True)
 
     def shape(name: str) -> Shape:
         if name not in known:
-            known[name] = find_shape(name, configs, counts=counts)
+            known[name] = find_shape(name, configs, is_for_run=is_for_run)
         return known[name]
 
     for name, stage in graph.nodes.items():

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from flowrl.config import is_given
-from flowrl.engines.base import Training
+from flowrl.engines.base import Serving, Training
 from flowrl.errors import number_of
 from flowrl.simulation.prediction import bottleneck_line
 from flowrl.stages.critic import Critic
+from flowrl.tuning.memory import rounding
 from flowrl.tuning.placed import FULL, ranges
 from flowrl.tuning.search import SAVINGS, Search, grown
 
@@ -44,7 +45,9 @@ WORDS = {
 FREED = {*WORDS, "replicas", "ranks", "gpus", "share", "tensor_parallel", "gpu_memory_utilization", "max_running"}
 
 
-def reasons(search: Search, best: Tried, prediction: Prediction | None, others: Sequence[Tried]) -> list[str]:
+def reasons(
+    search: Search, best: Tried, prediction: Prediction | None, others: Sequence[tuple[Tried, Prediction]]
+) -> list[str]:
     """Return why it is this placement, in three lines at most."""
     lines = [_where(search, best) + (f": {prediction.samples_per_s:.3g} samples/s simulated" if prediction else "")]
     if search.site.machine.gpus:
@@ -55,8 +58,8 @@ def reasons(search: Search, best: Tried, prediction: Prediction | None, others: 
         lines.append(f"memory: {max(best.placed.hosts) / 1e9:.1f} of {search.site.host_bytes / 1e9:.3g} GB")
     if prediction and prediction.bottleneck:
         text = bottleneck_line(prediction)
-        if others and (slower := search.simulate(others[0])) is not None and slower.samples_per_s > 0:
-            text += f"; {_where(search, others[0])} gives {slower.samples_per_s / prediction.samples_per_s - 1:+.0%}"
+        if others and (other := others[0])[1].samples_per_s > 0:
+            text += f"; {_where(search, other[0])} gives {other[1].samples_per_s / prediction.samples_per_s - 1:+.0%}"
         lines.append(text)
     return lines
 
@@ -119,6 +122,9 @@ def assumed(search: Search, best: Tried) -> list[str]:
     if best.placed.running:
         full = ", ".join(f"{count} in {node}" for node, count in best.placed.running.items())
         found.append(f"samples of full length decoded at once: {full}")
+    for node, config in best.placed.configs.items():
+        if isinstance(config, Serving):
+            found += [f"{node}: {each}" for each in rounding(config)]
     if not search.site.host_bytes:
         found.append("memory of the host is not held against anything (say host=1TB)")
     if search.site.is_assumed and search.site.speed is not None:

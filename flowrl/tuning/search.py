@@ -26,6 +26,7 @@ from flowrl.simulation.run import simulate
 from flowrl.simulation.stand_ins import lacking
 from flowrl.stages.reward import RewardModel
 from flowrl.stages.sampler import Course, Learning
+from flowrl.tuning.memory import cache_width, served_weights
 from flowrl.tuning.placed import FULL, Models, Placed, held_by, place_processes, rough_graph
 from flowrl.tuning.speeds import profile_of
 
@@ -53,7 +54,7 @@ SAVINGS: list[Choice] = [  # of memory in training, the quickest first
     {"zero_stage": 3, "gradient_checkpointing": True, "offload_optimizer": True},
     {"zero_stage": 3, "gradient_checkpointing": True, "offload_optimizer": True, "offload_parameters": True},
 ]
-WEIGHT, LEAST_CACHE, SERVING = 2, 2 * 8192, 4e9  # bytes: of a weight, of a few samples' cache, of all else
+LEAST_TOKENS, SERVING = 8192, 4e9  # of a few samples in a cache; bytes of all else that a generator holds
 LEAST_SHARED = 30e6  # parameters of a model for which a second thread is worth having
 ENOUGH = 3  # places in MICRO_BATCHES: with so large a micro-batch nothing is gained by saving more
 SIMULATED_WITHIN_S = 20.0
@@ -218,8 +219,8 @@ class Search:
 
     # The candidates.
 
-    def best(self) -> tuple[Tried, Prediction | None, list[Tried]]:
-        """Return the candidate to take, what a simulation says of it, and the best of the other kinds."""
+    def best(self) -> tuple[Tried, Prediction | None, list[tuple[Tried, Prediction]]]:
+        """Return the candidate to take, what a simulation says of it, and of the best of the other kinds."""
         if not self.site.machine.gpus:
             return self._on_cores()
         tried = list(self._all()) or [self.attempt({})]
@@ -238,16 +239,16 @@ class Search:
         same = [t for t in fitting if self._kind(t) == self._kind(chosen) and t.step_s <= (1 + EQUAL) * chosen.step_s]
         return min(same, key=lambda t: (t.level, t.step_s))
 
-    def _simulated(self, ranked: list[Tried]) -> tuple[Tried, Prediction | None, list[Tried]]:
-        looked = [] if lacking(self.graph) else [(each, self.simulate(each)) for each in ranked[:SIMULATED]]
-        found = [(prediction.samples_per_s, each, prediction) for each, prediction in looked if prediction is not None]
+    def _simulated(self, ranked: list[Tried]) -> tuple[Tried, Prediction | None, list[tuple[Tried, Prediction]]]:
+        looked = [] if lacking(self.graph) else [(each, self._simulate(each)) for each in ranked[:SIMULATED]]
+        found = [(each, prediction) for each, prediction in looked if prediction is not None]
         if not found:
-            return ranked[0], None, ranked[1:]
-        most = max(speed for speed, _, _ in found)
-        _, best, prediction = next(each for each in found if each[0] >= (1 - EQUAL) * most)
-        return best, prediction, [each for each in ranked if each is not best]
+            return ranked[0], None, []
+        most = max(prediction.samples_per_s for _, prediction in found)
+        best = next(each for each in found if each[1].samples_per_s >= (1 - EQUAL) * most)
+        return *best, [each for each in found if each is not best]
 
-    def simulate(self, tried: Tried) -> Prediction | None:
+    def _simulate(self, tried: Tried) -> Prediction | None:
         """Return what a simulation says of a candidate; None where it cannot say it in time."""
         profile = profile_of(
             tried.placed.configs, self.models.shapes, self.models.work, self.site, running=tried.placed.running
@@ -320,7 +321,7 @@ class Search:
             self.path_of.get(self.trainer),
         )
         config: Any = self.configs.get(self.server)
-        stages = config.num_workers // config.tensor_parallel if isinstance(config, Serving) else 1  # of a pipeline
+        stages = config.pipeline_parallel if isinstance(config, Serving) else 1
         widths = [width for width in self._widths() if width * stages <= num] or self._widths()[:1]
         if not server or not trainer:
             if server:
@@ -359,7 +360,8 @@ class Search:
             return [config.tensor_parallel]
         widths = [width for width in widths if shape.heads % width == 0]
         room = config.gpu_memory_utilization * self.site.device_bytes
-        least = [w for w in widths if (WEIGHT * shape.num_parameters + LEAST_CACHE * shape.kv) / w + SERVING < room]
+        held = served_weights(shape, config, on_gpu=True) + cache_width(config) * LEAST_TOKENS * shape.kv
+        least = [width for width in widths if held / width + SERVING < room]
         return (least or widths[-1:])[:2]
 
     def _savings(self) -> Iterator[list[tuple[int, Choice]]]:
@@ -380,7 +382,7 @@ class Search:
 
     # Without GPUs.
 
-    def _on_cores(self) -> tuple[Tried, Prediction | None, list[Tried]]:
+    def _on_cores(self) -> tuple[Tried, Prediction | None, list[tuple[Tried, Prediction]]]:
         """Return how many threads each role is best given: a core each, or all cores to whoever has work."""
         cores = max(1, self.site.machine.cores)
         if max(shape.num_parameters for shape in self.models.shapes.values()) < LEAST_SHARED:
@@ -392,8 +394,9 @@ class Search:
         tried = [self.attempt(choice, level=sum(choice.values())) for choice in choices]
         ranked = sorted(tried, key=lambda t: (t.step_s, t.level))
         best = self._simplest(ranked[0], ranked)
-        others = [each for each in ranked if each.placed.configs != best.placed.configs]
-        return self._simulated([best, *others]) if self.simulates else (best, None, others)
+        if not self.simulates:
+            return best, None, []
+        return self._simulated([best, *(each for each in ranked if each.placed.configs != best.placed.configs)])
 
     def best_fit(self) -> Tried:
         """Return a candidate that fits, or the one that comes nearest."""

@@ -12,7 +12,9 @@ Tests: tests/unit/tuning/test_shapes.py
 from __future__ import annotations
 
 import json
+import re
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +22,7 @@ import msgspec
 
 from flowrl.data.model_process import run_in_process
 from flowrl.data.models import DEFAULT_MODEL, HUB_NAME, newest_of_run, num_parameters, read_json
-from flowrl.errors import ConfigError, ModelError
+from flowrl.errors import ConfigError, ModelError, said_briefly
 from flowrl.model_files import text_config
 from flowrl.tuning.published import PARAMETERS, PUBLISHED
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 OPTION = "--model-config"
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+ANSWER_S = 10.0  # for the hub, on a model
 
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,6 +63,11 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
         """Return the parameters without embeddings and head."""
         heads = 1 if self.is_tied or self.has_score else 2
         return max(0, self.num_parameters - heads * self.embedding)
+
+    @property
+    def matrices(self) -> int:
+        """Return the parameters of all layers' matrices; norms are taken at two a layer and one behind them."""
+        return max(0, self.body - (2 * self.num_layers + 1) * self.hidden)
 
     @property
     def active(self) -> float:
@@ -130,13 +139,14 @@ def _first(value: Any) -> int:
     return max((each for each in several if isinstance(each, int)), default=0)
 
 
-def find_shape(name: str, configs: Mapping[str, Path], *, counts: bool = True) -> Shape:
+def find_shape(name: str, configs: Mapping[str, Path], *, is_for_run: bool = False) -> Shape:
     """Return a model's shape by the name that a graph has for it; `configs` are files that the user names for it.
 
-    Without `counts` a model has to have its weights here, or to be published: counting takes a process of its own.
+    For a run, which will fetch the model, the hub is asked for its config and the number of its parameters. Else
+    nothing is fetched, and those of a config are counted, which takes its time.
 
     Raises:
-        ModelError: nothing is known of it here.
+        ModelError: nothing is known of it.
     """
     where = f"model {name}"
     given = configs.get(name) or configs.get("")
@@ -147,7 +157,7 @@ def find_shape(name: str, configs: Mapping[str, Path], *, counts: bool = True) -
         held = num_parameters(directory, where)
         if held:
             return shape_of(read_json(directory / "config.json", where), held)
-        if not counts:
+        if is_for_run:
             raise ModelError(where, "has no weights", "fetch the model again")
         return _counted(directory / "config.json", where)
     if given is not None:
@@ -155,8 +165,14 @@ def find_shape(name: str, configs: Mapping[str, Path], *, counts: bool = True) -
     known = HUB_NAME if name == DEFAULT_MODEL else name
     if known in PUBLISHED:
         return shape_of(PUBLISHED[known], PARAMETERS[known])
-    if counts and (found := _cached(name)) is not None:
-        return _counted(found, where)
+    if (found := _cached(name)) is not None:
+        with suppress(ModelError):  # that a part of its weights is not in the cache
+            if held := num_parameters(found.parent, where):
+                return shape_of(read_json(found, where), held)
+        if not is_for_run:
+            return _counted(found, where)
+    if is_for_run and HUB_ID.fullmatch(name):
+        return _fetched(name, where)
     what = "is not here, and what it is like is not known"
     raise ModelError(where, what, f"copy its config.json and name it by {OPTION} {name}=FILE")
 
@@ -186,6 +202,30 @@ def _cached(name: str) -> Path | None:
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None
+
+
+def _fetched(name: str, where: str) -> Shape:
+    """Return the shape of a model of which nothing is here, from the hub; its weights stay there."""
+    with tempfile.TemporaryDirectory(prefix="flowrl-shape-") as aside:
+        run_in_process(fetch_shape, Path(name), Path(aside), where=where)
+        return shape_of(read_json(Path(aside) / "config.json", where), int((Path(aside) / "count").read_text()))
+
+
+def fetch_shape(name: Path, directory: Path) -> None:
+    """Write into a directory the config of a model on the hub, and how many parameters the hub has counted in it."""
+    import huggingface_hub
+
+    hub: Any = huggingface_hub
+    try:
+        weights = hub.model_info(str(name), timeout=ANSWER_S).safetensors  # first: it is not tried again and again
+        if weights is None:
+            raise ValueError("it has no safetensors")
+        config = Path(hub.hf_hub_download(str(name), "config.json")).read_bytes()
+    except Exception as error:  # of the hub, its client or the network: each has kinds of its own
+        what = f"is not here, and the hub says nothing of it ({said_briefly(error)})"
+        raise ModelError(f"model {name}", what, "see that the hub can be reached, or give a directory") from error
+    (directory / "config.json").write_bytes(config)
+    (directory / "count").write_text(str(weights.total))
 
 
 def _counted(config: Path, where: str) -> Shape:

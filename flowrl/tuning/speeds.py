@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from flowrl.engines.base import Computing, Serving, Training
 from flowrl.simulation.costs import FORMAT, CallCost, DecodeCost, NodeProfile, Profile, Spread
 from flowrl.tuning.duration import DECODED, MOST, SCORED, SIZE, TRAINED
+from flowrl.tuning.memory import cache_width, served_weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,11 +78,12 @@ def _decoding(config: Serving, shape: Shape, work: Work, site: Site, running: in
     )
     flops = site.speed.flops * REACHED * gain
     carried = site.speed.bandwidth * READ * gain
-    sample_s = 2 * shape.kv * tokens / carried + 2 * (shape.active + shape.embedding) / flops
+    sample_s = cache_width(config) * shape.kv * tokens / carried + 2 * (shape.active + shape.embedding) / flops
     weights = 2.0 * shape.num_parameters
+    width = served_weights(shape, config, on_gpu=True) / shape.num_parameters  # on average
     return NodeProfile(
         decode=DecodeCost(
-            step_s=LAUNCH_S + 2 * experts / carried,
+            step_s=LAUNCH_S + width * experts / carried,
             sample_s=sample_s,
             prompt_token_s=2 * shape.active / flops,
             log_sigma=0.1,

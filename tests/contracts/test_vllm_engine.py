@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from flowrl.engines.base import Sampling
+from flowrl.engines.base import GenerationConfig, Sampling
 from flowrl.engines.vllm import VllmEngine
 from flowrl.engines.vllm_answers import AnsweringVllm
 from flowrl.errors import ConfigError, FlowrlError, ModelError, ProofError, StageError, TransferError
@@ -101,6 +101,38 @@ def test_nothing_is_served_before_the_first_version(model):
     engine = engine_of(model)
     with pytest.raises(StageError, match="no policy version"):
         asyncio.run(draw(engine, [5, 6]))
+
+
+def with_options(model: Path, **options: Any) -> VllmEngine:
+    return VllmEngine(GenerationConfig(model=str(model), dtype="float32"), where="generator", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"kv_cache_dtype": "banana"}, r"kv_cache_dtype: is 'banana', which vLLM refuses \(Input should be 'auto', "),
+        ({"quantization": "fp9"}, r"quantization: is 'fp9', which vLLM refuses \(Unknown quantization method: fp9"),
+        ({"quantization": "fp8"}, "float32 is not supported for quantization method fp8"),
+        ({"max_num_batched_tokens": 1}, r"tokens: is 1, .*\(1\) is smaller than max_model_len \(512\)"),
+        ({"enable_chunked_prefill": True}, "enable_chunked_prefill: is True, .* whose prompt is read in parts"),
+        ({"seed": "x", "block_size": 32}, "engine_options.seed: is 'x', .*a valid integer"),
+        ({"pipeline_parallel_size": "two"}, "pipeline_parallel_size: is 'two'"),
+        ({"enable_lora": True, "max_loras": 0}, r"engine_options: is {.*}, .*greater than or equal to 1"),
+    ],
+)  # fmt: skip
+def test_a_value_that_vllm_refuses_is_told_of_without_loading_the_model(model, options, said):
+    with pytest.raises(ConfigError, match=said) as refused:
+        with_options(model, **options).try_options()
+    assert str(refused.value).startswith("generator.engine_options")
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_options_that_vllm_takes_are_taken_and_only_they_are_tried(model):
+    with_options(model, kv_cache_dtype="fp8", enable_prefix_caching=False).try_options()
+    assert with_options(model, block_size=32).is_untried
+    assert not with_options(model).is_untried
+    for_gpus = GenerationConfig(model=str(model), gpus=1)  # which are not here
+    assert not VllmEngine(for_gpus, where="generator", block_size=32).is_untried
 
 
 def test_the_model_is_served_as_it_is_where_nothing_is_trained(engine, policy, loop):

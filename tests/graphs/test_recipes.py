@@ -54,6 +54,10 @@ def loaded(recipe: Path, overrides: Mapping[str, Any] | None = None) -> Program:
     return load_program(ROOT / found[1], config=recipe, overrides=settings)
 
 
+def is_of_hub(source: str) -> bool:
+    return source.count("/") == 1 and not source.startswith(".")
+
+
 def stand_ins(recipe: Path, tiny: Path, tmp_path: Path) -> dict[str, Any]:
     """What a recipe names that is not here, and what stands for it."""
     given = yaml.safe_load(recipe.read_text())
@@ -70,9 +74,10 @@ def stand_ins(recipe: Path, tiny: Path, tmp_path: Path) -> dict[str, Any]:
         found["reward_models"] = [model(name) for name in given["reward_models"]]
     if "model_judge" in given:
         found["model_judge.model"] = model(given["model_judge"]["model"])
-    if given.get("data", {}).get("source", "").startswith("./runs/"):  # written by a run to be made before
-        kind = "preference" if "reward_model.py" in comment_of(recipe) else "prompt-completion"
-        found["data.source"] = f"reasoning-gym:{kind}"
+    source = given.get("data", {}).get("source", "")
+    if "prompt_column" not in given.get("data", {}) and (source.startswith("./runs/") or is_of_hub(source)):
+        pairs = any(graph in comment_of(recipe) for graph in ("reward_model.py", "preference.py"))
+        found["data.source"] = f"reasoning-gym:{'preference' if pairs else 'prompt-completion'}"
     if "prompt_column" in given.get("data", {}):  # of a data set that is not here
         rows = [json.dumps({given["data"]["prompt_column"]: f"What is {k}?", "answer": str(k)}) for k in range(600)]
         (tmp_path / "prompts.jsonl").write_text("\n".join(rows))

@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from flowrl.config import resolve, widen
+from flowrl.data.model_process import run_in_process
 from flowrl.engines.base import GenerationConfig, Lora, TrainingConfig, check_engine
 from flowrl.engines.vllm_settings import check
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, ModelError
 from flowrl.graph.graph import RunSettings
 from flowrl.stages.critic import Critic
+from flowrl.stages.generator import Generator
 from flowrl.stages.reference import ExampleReference, Reference
 from flowrl.stages.reward import RewardModel
+from flowrl.stages.serving import check_context
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,6 +34,22 @@ class Engine:
 
     def __init__(self, config: Any, *, where: str, level: int = 1) -> None:
         pass
+
+
+class Judging:
+    """One that can hold its options against what it passes them to."""
+
+    def __init__(self, config: Any, *, where: str, **options: Any) -> None:
+        self.where, self.options = where, options
+        self.is_untried = bool(options)
+
+    def try_options(self) -> None:
+        if "level" in self.options:
+            raise ConfigError(f"{self.where}.engine_options.level", f"is {self.options['level']}", "lower it")
+
+    async def open(self) -> None: ...
+
+    generate = update_weights = close = open
 
 
 class Plain:
@@ -79,6 +98,26 @@ def test_an_engine_that_passes_options_on_may_take_some_itself() -> None:
 def test_an_option_that_it_does_not_take_is_refused(path: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         check_engine(path, options, "learner")
+
+
+@pytest.mark.slow
+def test_an_engine_is_asked_in_a_process_of_its_own_once_for_all_nodes_and_only_where_options_are_given(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def count(*arguments: Any, where: str) -> None:
+        asked.append(where)
+        run_in_process(*arguments, where=where)
+
+    monkeypatch.setattr("flowrl.stages.serving.run_in_process", count)
+    engine = f"{__name__}:Judging"
+    taken = Generator.Config(engine=engine, engine_options={"depth": 3})
+    for config in (taken, taken, Generator.Config(engine=engine)):
+        check_context(config, str(tiny), print, where="generator")
+    assert asked == ["generator.engine_options"]
+    with pytest.raises(ModelError, match=r"generator.engine_options.level: is 3; lower it"):
+        check_context(Generator.Config(engine=engine, engine_options={"level": 3}), str(tiny), print, where="generator")
 
 
 @pytest.mark.parametrize("setting", ["reference.lr=5", "reward_model.schedule.kind=cosine", "reference.lora.rank=4"])

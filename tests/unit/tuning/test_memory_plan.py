@@ -6,7 +6,7 @@ from flowrl.engines.base import Lora
 from flowrl.stages.generator import Generator
 from flowrl.stages.learner import Learner
 from flowrl.stages.reference import Reference
-from flowrl.tuning.memory import Work, adapted, cached, computing
+from flowrl.tuning.memory import Work, adapted, cached, computing, rounding, serving
 from flowrl.tuning.shapes import find_shape, shape_of
 from perf.memory import MEASURED, MIB, SETTINGS, SIZES, count, describe, predicted, settings_of
 
@@ -102,6 +102,47 @@ def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer_whole():
 def test_the_cache_holds_what_runs_together_at_its_longest():
     config = Generator.Config(max_running=64, max_groups=4, group_size=8, max_model_len=1024)
     assert cached(LLAMA3, config, WORK) == 128 * 1024 * 1024 * 32
+
+
+def served(shape, **options):
+    return serving(shape, Generator.Config(dtype="bfloat16", engine_options=options), on_gpu=True).device["weights"]
+
+
+def test_rounded_weights_are_those_of_layers_and_all_else_keeps_its_dtype():
+    matrices = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)  # q and o, k and v, gate, up and down
+    assert LLAMA3.matrices == matrices == 6_979_321_856
+    assert P - matrices == 2 * 128256 * 4096 + 65 * 4096  # embedding and head, norms
+    assert served(LLAMA3) == 2 * P
+    for method in ("fp8", "fp8_per_tensor", "fp8_per_channel"):
+        assert served(LLAMA3, quantization=method) == 2 * P - matrices
+    assert served(LLAMA3, quantization="fp8_per_block") == 2 * P - matrices + 4 * matrices / 16384
+    assert served(LLAMA3, quantization="mxfp4") == 2 * (P - matrices) + matrices / 2 + matrices / 32
+
+
+def test_what_rounds_experts_alone_leaves_attention_as_it_is():
+    mixtral = find_shape("mistralai/Mixtral-8x7B-Instruct-v0.1", {})
+    experts = 32 * 8 * 3 * 4096 * 14336
+    whole = 2 * mixtral.num_parameters
+    assert served(mixtral, quantization="int8_per_channel_weight_only") == whole - experts
+    assert served(mixtral, quantization="nvfp4_per_token") == whole - 2 * experts + experts * 9 / 16
+    assert served(LLAMA3, quantization="nvfp4_per_token") == 2 * P
+
+
+def test_a_cache_is_as_wide_as_its_own_dtype():
+    config = Generator.Config(dtype="float32", engine_options={"kv_cache_dtype": "fp8"}, max_groups=8, group_size=8)
+    one_token = 2 * 8 * 128 * 32  # keys and values of 8 heads in 32 layers, a byte each
+    assert cached(LLAMA3, config, Work(prompt=256, response=256)) == one_token * 512 * 64
+    assert rounding(config) == ["KV cache at 1 byte a number (fp8)"]
+
+
+def test_what_is_not_known_is_planned_as_if_it_were_not_there_and_said():
+    by_layer = {"quantization": "fp8", "quantization_config": {"ignore": ["lm_head"]}}
+    for options in ({"quantization": "torchao"}, by_layer):
+        assert served(LLAMA3, **options) == 2 * P
+        assert "is not known" in rounding(Generator.Config(engine_options=options))[0]
+    assert cached(LLAMA3, Generator.Config(engine_options={"kv_cache_dtype": "nvfp4"}), WORK) == cached(
+        LLAMA3, Generator.Config(), WORK
+    )
 
 
 @pytest.mark.parametrize("place", sorted(MEASURED))

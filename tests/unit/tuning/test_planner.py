@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,8 @@ import pytest
 from flowrl.cli import main
 from flowrl.engines.base import Serving, Training
 from flowrl.graph.program import load_program
+from flowrl.simulation.run import simulate
+from flowrl.tuning import search
 from flowrl.tuning.machines import parse_site
 from flowrl.tuning.planner import Planner
 from tests.support.command import ROOT
@@ -40,6 +43,20 @@ def test_a_model_of_8b_on_8_devices_fits_and_says_so_in_three_lines():
     assert max(plan.placed.devices) <= 0.97 * 80e9
     assert len(plan.lines(whole=False)) <= 3
     assert plan.samples_per_s > 0
+
+
+def test_no_candidate_is_simulated_twice_to_tell_of_the_second_best(monkeypatch):
+    simulated = []
+
+    def noted(graph, profile, **settings):
+        simulated.append([stage.config for stage in graph.nodes.values()])
+        return simulate(graph, profile, **settings)
+
+    monkeypatch.setattr(search, "simulate", noted)
+    plan, _ = planned("ppo_async", "4x80GB")
+    assert 1 < len(simulated) <= search.SIMULATED
+    assert not [each for place, each in enumerate(simulated) if each in simulated[:place]]
+    assert " gives " in plan.reasons[-1]
 
 
 def test_the_same_request_gives_the_same_plan():
@@ -80,9 +97,23 @@ def test_what_others_found_not_to_fit_does_not_and_something_that_would_is_named
     assert plan.remedies
 
 
-def test_the_mixtral_recipe_fits_where_it_says():
-    plan, _ = planned("ppo_async", "4x8x80GB,host=1TB", recipe="mixtral-8x7b-ppo")
+SAYS_WHERE = re.compile(r"`flowrl plan --on (\S+)` its memory.*graphs/(\w+)\.py", re.DOTALL)
+WHERE = {
+    path.stem: found for path in (GRAPHS / "recipes").glob("*.yaml") if (found := SAYS_WHERE.search(path.read_text()))
+}
+
+
+@pytest.mark.parametrize("recipe", sorted(WHERE))
+def test_a_recipe_fits_where_it_says_as_it_is(recipe):
+    on, graph = WHERE[recipe].groups()
+    plan, _ = planned(graph, on, recipe=recipe)
     assert plan.fits, plan.placed.lacks
+    saved = {"zero_stage", "gradient_checkpointing", "offload_optimizer", "ranks", "tensor_parallel"}
+    assert not {path for path in plan.values if path.rpartition(".")[2] in saved}
+
+
+def test_recipes_say_where_what_others_publish_to_fit_does():
+    assert {"llama2-70b-ppo", "codellama-34b-dpo", "mixtral-8x7b-ppo"} <= WHERE.keys()
 
 
 def test_a_smaller_critic_is_among_what_would_fit():
@@ -127,7 +158,8 @@ def test_several_generators_on_a_gpu_and_stages_of_a_pipeline_are_counted():
 def test_settings_that_do_not_go_with_the_rules_cost_no_remedy():
     odd = ["learner.ranks=8", "learner.gpus=1", "generator.share=learner", "generator.turns=true"]
     split = ["generator.replicas=3", "generator.tensor_parallel=3"]
-    planned("ppo_async", "8x80GB", "model=meta-llama/Llama-2-70b-chat-hf", *odd, *split, *LONG)
+    plan, _ = planned("ppo_async", "8x80GB", "model=meta-llama/Llama-2-70b-chat-hf", *odd, *split, *LONG)
+    assert {f"leave generator.{name} to the plan" for name in ("replicas", "tensor_parallel")} <= set(plan.remedies)
 
 
 def test_where_nothing_fits_something_is_said(capsys):

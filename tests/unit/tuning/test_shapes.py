@@ -1,9 +1,19 @@
 import json
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
 from flowrl.errors import ConfigError, ModelError
+from flowrl.tuning import shapes
 from flowrl.tuning.shapes import find_shape, parse_configs, shape_of
+
+SETTINGS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 320}
+
+
+def write_weights(directory, *, size):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [size], "data_offsets": [0, 4 * size]}}).encode()
+    (directory / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4 * size))
 
 
 def test_of_a_mixture_only_the_routed_experts_multiply_a_token():
@@ -26,10 +36,8 @@ def test_a_score_head_takes_the_language_heads_place():
 
 
 def test_headers_say_how_many_parameters_there_are(tmp_path):
-    settings = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 320}
-    (tmp_path / "config.json").write_text(json.dumps(settings | {"intermediate_size": 128}))
-    header = json.dumps({"a": {"dtype": "F32", "shape": [6, 7], "data_offsets": [0, 168]}}).encode()
-    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(168))
+    (tmp_path / "config.json").write_text(json.dumps(SETTINGS | {"intermediate_size": 128}))
+    write_weights(tmp_path, size=42)
     shape = find_shape(str(tmp_path), {})
     assert (shape.num_parameters, shape.hidden, shape.query, shape.inner) == (42, 64, 64, 128)
 
@@ -44,6 +52,65 @@ def test_a_config_alone_is_counted_without_making_a_model(tmp_path):
     named = find_shape("nobody/knows-it", parse_configs([f"nobody/knows-it={tmp_path / 'config.json'}"]))
     assert named.num_parameters == LlamaForCausalLM(config).num_parameters()
     assert named == find_shape(str(tmp_path), {})
+
+
+def cached_model(root, monkeypatch):
+    """Make a hub's cache with the config of somebody's model and return the directory that is its snapshot."""
+    import huggingface_hub
+
+    snapshot = root / "models--nobody--knows-it" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(SETTINGS | {"intermediate_size": 128}))
+    (root / "models--nobody--knows-it" / "refs").mkdir()
+    (root / "models--nobody--knows-it" / "refs" / "main").write_text("0123")
+    here = partial(huggingface_hub.try_to_load_from_cache, cache_dir=root)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", here)
+    return snapshot
+
+
+def test_a_run_knows_a_model_of_the_hubs_cache_by_its_headers(tmp_path, monkeypatch):
+    write_weights(cached_model(tmp_path, monkeypatch), size=7)
+    assert find_shape("nobody/knows-it", {}, is_for_run=True).num_parameters == 7
+
+
+def hub_that_says(monkeypatch, config, weights):
+    """Have the hub answer, in this process."""
+    import huggingface_hub
+
+    def info(name, timeout):
+        return SimpleNamespace(safetensors=weights)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: str(config))
+    monkeypatch.setattr(huggingface_hub, "model_info", info)
+    monkeypatch.setattr(shapes, "run_in_process", lambda function, *paths, where: function(*paths))
+
+
+def test_a_run_asks_the_hub_for_a_config_and_a_count_and_a_plan_does_not(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(SETTINGS))
+    hub_that_says(monkeypatch, tmp_path / "config.json", SimpleNamespace(total=42))
+    shape = find_shape("nobody/knows-it", {}, is_for_run=True)
+    assert (shape.num_parameters, shape.hidden) == (42, 64)
+    with pytest.raises(ModelError, match="--model-config"):
+        find_shape("nobody/knows-it", {})
+    hub_that_says(monkeypatch, tmp_path / "config.json", None)
+    with pytest.raises(ModelError, match="it has no safetensors"):
+        find_shape("nobody/knows-it", {}, is_for_run=True)
+
+
+def test_weights_that_are_in_the_cache_in_part_are_asked_for(tmp_path, monkeypatch):
+    snapshot = cached_model(tmp_path, monkeypatch)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    hub_that_says(monkeypatch, snapshot / "config.json", SimpleNamespace(total=9))
+    assert find_shape("nobody/knows-it", {}, is_for_run=True).num_parameters == 9
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_not_reached_is_told_of_in_a_line(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match=r"is not here, and the hub says nothing of it \(") as refused:
+        find_shape("nobody/knows-it", {}, is_for_run=True)
+    assert len(str(refused.value).splitlines()) == 1
 
 
 @pytest.mark.slow
