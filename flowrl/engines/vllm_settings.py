@@ -43,7 +43,7 @@ CPU_CACHE_BYTES = 512 << 20  # where kv_cache_bytes leaves it open: nothing ther
 # Tokens of a cache's block there, the least that its kernel takes: a prompt is computed once for its samples as far as
 # whole blocks go. vLLM's own choice, 128, shares nothing of a shorter one.
 CPU_BLOCK_TOKENS = 32
-FEW_BITS = ("fp8", "int8", "nvfp4", "turboquant")
+FEW_BITS = ("fp8", "int4", "int8", "nvfp4", "turboquant", "ultraquant")
 ROUTES = "enable_return_routed_experts"
 # Arguments of vLLM's engine that are not the user's, and what is in their place.
 OURS = {

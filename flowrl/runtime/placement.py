@@ -189,8 +189,8 @@ class _Placement:
             return
         self._imply(path, share=host, gpus=0)
         seats = self._value(host, "gpus") * self._value(host, "ranks") * self._value(host, "replicas")
-        count = "ranks" if isinstance(self._configs[path], Training) else "replicas"
-        self._imply(path, **{count: seats})
+        count, other = ("ranks", "replicas") if isinstance(self._configs[path], Training) else ("replicas", "ranks")
+        self._imply(path, **{count: max(1, int(seats) // int(self._value(path, other)))})
 
     def _settle(self, path: str) -> None:
         """Set what a node's engine takes on the devices that it has now."""

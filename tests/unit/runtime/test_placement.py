@@ -114,6 +114,14 @@ def test_a_split_model_sees_as_many_whole_gpus_as_it_has_parts() -> None:
     assert seats(together, "learner") == [(i,) for i in range(8)]
 
 
+@pytest.mark.parametrize(("ranks", "replicas"), [(1, 4), (2, 2), (4, 1)])
+def test_a_scorer_has_as_many_processes_as_its_host_has_gpus_however_it_is_split(ranks: int, replicas: int) -> None:
+    sharded = ["reference.engine=flowrl.engines.deepspeed:DeepSpeedEngine", "reference.zero_stage=3"]
+    program = placed("ppo_async", 8, "learner.ranks=4", f"reference.ranks={ranks}", *sharded)
+    assert program.settings.reference.replicas == replicas
+    assert [seat for (seat,) in seats(program, "reference")] == [0, 1, 2, 3]
+
+
 def test_sharers_spread_over_the_gpus_of_their_host() -> None:
     program = placed("ppo_async", 4, "learner.ranks=4", "generator.share=learner", "generator.replicas=8")
     assert [seat for (seat,) in seats(program, "generator")] == [0, 1, 2, 3, 0, 1, 2, 3]
