@@ -16,8 +16,10 @@ Tests: tests/unit/runtime/test_placement.py
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 RUNNING_ON_GPU = 256  # samples decoded together: enough to be bound by arithmetic and not by reading the weights
 SHARED_UTILIZATION = 0.4  # of a GPU's memory for generation where training has the rest
 UTILIZATION = 0.85
+KEEP = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"  # of jemalloc's
 MOST_THREADS = 8  # of a process whose work is on a GPU
 
 
@@ -371,4 +374,19 @@ def environment(config: StageConfig, *, devices: Sequence[str]) -> dict[str, str
     }
     if not devices:
         variables |= {"TORCHDYNAMO_DISABLE": "1", "DS_ACCELERATOR": "cpu"}
+        variables |= keeping_memory(os.environ) if isinstance(config, Computing) else {}
     return variables
+
+
+def keeping_memory(given: Mapping[str, str]) -> dict[str, str]:
+    """Return what has a process keep the memory that it frees; {} where the user's own allocator is `given`.
+
+    torch asks for the same large blocks at every step, which glibc gives back to the system and takes anew, page by
+    page. Ray brings jemalloc along, which need not. `give_back_to_system` gives back all of it.
+    """
+    found = importlib.util.find_spec("ray")
+    library = Path(str(found and found.origin)).parent / "core" / "libjemalloc.so"
+    before = given.get("LD_PRELOAD", "")
+    if "malloc" in before or not library.is_file():
+        return {}
+    return {"LD_PRELOAD": f"{library}:{before}".rstrip(":"), "MALLOC_CONF": given.get("MALLOC_CONF", KEEP)}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +16,8 @@ from flowrl.graph.program import load_program
 from flowrl.runtime import placement
 from flowrl.runtime.local import check_local
 from flowrl.runtime.placement import check_resources, places
+from flowrl.stages.learner import Learner
+from flowrl.stages.reward import Reward
 from tests.support.devices import machine
 
 if TYPE_CHECKING:
@@ -112,6 +117,40 @@ def test_a_split_model_sees_as_many_whole_gpus_as_it_has_parts() -> None:
     together = placed("group_async", 8, "generator.tensor_parallel=4", "generator.share=learner")
     assert seats(together, "generator") == [(0, 1, 2, 3)]
     assert seats(together, "learner") == [(i,) for i in range(8)]
+
+
+AGAIN = """
+import resource, torch
+from flowrl.engines.aside import give_back_to_system
+def held():
+    return 4096 * int(open("/proc/self/statm").read().split()[1])
+def once():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt, torch.ones(25_000_000).sum()
+once()
+(before, _), (after, _), kept = once(), once(), held()
+give_back_to_system()
+print(after - before, kept - held())
+"""
+
+
+@pytest.mark.slow
+def test_a_learner_on_a_cpu_keeps_what_it_frees_and_gives_it_back_when_it_is_told_to() -> None:
+    found = placement.environment(Learner.Config(), devices=[])
+    ran = subprocess.run(
+        [sys.executable, "-c", AGAIN], env=os.environ | found, capture_output=True, text=True, check=True
+    )
+    num_faults, given_back = map(int, ran.stdout.split())
+    assert num_faults < 1000, "100 MB are 24,000 pages"
+    assert given_back > 90_000_000
+
+
+def test_an_allocator_of_the_users_stays_and_only_what_computes_on_a_cpu_has_ours() -> None:
+    assert placement.keeping_memory({"LD_PRELOAD": "/usr/lib/libtcmalloc.so.4"}) == {}
+    kept = placement.keeping_memory({"LD_PRELOAD": "/mine.so", "MALLOC_CONF": "narenas:1"})
+    assert kept["LD_PRELOAD"].endswith("libjemalloc.so:/mine.so")
+    assert kept["MALLOC_CONF"] == "narenas:1"
+    assert "LD_PRELOAD" not in placement.environment(Learner.Config(), devices=["0"])
+    assert "LD_PRELOAD" not in placement.environment(Reward.Config(), devices=[])
 
 
 @pytest.mark.parametrize(("ranks", "replicas"), [(1, 4), (2, 2), (4, 1)])
