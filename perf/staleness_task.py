@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import msgspec
 
 from flowrl.config import Select
+from flowrl.data.prompts import PromptRow
 from flowrl.engines.base import GenerationConfig, Sampling, Schedule, UpdateReport
 from flowrl.engines.torch import TorchEngine
 from flowrl.graph.graph import Credits, Graph, Latest, Queue
@@ -101,20 +102,16 @@ def right_digits(digit: int) -> list[int]:
     return [FIRST_DIGIT + (digit + place) % NUM_DIGITS for place in range(RESPONSE)]
 
 
-class Row(msgspec.Struct):
-    """A prompt."""
-
-    token_ids: list[int]
-    columns: dict[str, Any]
-
-
 class Digits:
     """Prompt k is the digit k modulo 5."""
 
-    def row_at(self, position: int) -> Row:
+    def row_at(self, position: int) -> PromptRow:
         """Return the prompt."""
         digit = position % NUM_DIGITS
-        return Row([1, FIRST_DIGIT + digit], {"digit": digit})
+        return PromptRow(
+            index=position, place=f"digits:{position}", text=str(digit),
+            token_ids=[1, FIRST_DIGIT + digit], columns={"digit": digit},
+        )  # fmt: skip
 
 
 class DigitPrompts(Prompts):

@@ -71,7 +71,8 @@ def profile_of(
 def _decoding(config: Serving, shape: Shape, work: Work, site: Site, running: int) -> NodeProfile:
     assert site.speed is not None
     parts = config.tensor_parallel
-    gain = parts * SPLIT ** (parts.bit_length() - 1)
+    over = max(1.0, config.replicas * parts / max(1, len(site.machine.gpus)))  # replicas that share a device's time
+    gain = parts * SPLIT ** (parts.bit_length() - 1) / over
     tokens = work.prompt + TYPICAL * work.response / 2  # of a sample, halfway
     experts = shape.num_parameters - (shape.num_parameters - shape.active if shape.expert_parameters else 0.0) * (
         max(0.0, 1 - running * shape.routed)

@@ -115,7 +115,8 @@ def test_tensor_parallel_ranks_divide_the_published_heads_and_fit_the_generators
         if published is not None and isinstance(stage, Generator):
             assert published["num_attention_heads"] % stage.config.tensor_parallel == 0
             assert published["num_key_value_heads"] % stage.config.tensor_parallel == 0
-            assert stage.config.gpus == stage.config.tensor_parallel
+            if not stage.config.turns:  # else it lies on the learner's
+                assert stage.config.gpus == stage.config.tensor_parallel
 
 
 def test_the_paper_recipe_has_the_papers_numbers_and_gpus() -> None:

@@ -162,6 +162,15 @@ def test_settings_that_do_not_go_with_the_rules_cost_no_remedy():
     assert {f"leave generator.{name} to the plan" for name in ("replicas", "tensor_parallel")} <= set(plan.remedies)
 
 
+def test_replicas_that_share_a_devices_time_gain_nothing_by_it():
+    shared = ["model=Qwen/Qwen3-8B", "generator.share=learner", "generator.turns=true", "generator.tensor_parallel=2"]
+    one, two = (
+        planned("group_async", "2xH800,host=1TB", *shared, f"generator.replicas={replicas}", *LONG)[0].samples_per_s
+        for replicas in (1, 2)
+    )
+    assert two <= 1.02 * one
+
+
 def test_where_nothing_fits_something_is_said(capsys):
     graph = str(GRAPHS / "ppo_async.py")
     assert main(["plan", graph, "--on", "1x24GB", "--set", "model=meta-llama/Llama-2-70b-chat-hf"]) == 1
