@@ -23,6 +23,7 @@ import msgspec
 
 from flowrl.data.models import DEFAULT_MODEL
 from flowrl.errors import ResourceError
+from flowrl.processor import bfloat16_here
 from flowrl.runtime.devices import CGROUPS, check_usable, cpu_quota, unusable, visible_machine
 from flowrl.runtime.placement import num_gpus
 from flowrl.runtime.rundir import LEAST_FREE_BYTES
@@ -204,19 +205,11 @@ def _processor() -> Iterator[Finding]:
         yield Finding("note", "cores", "1: generation and learning take turns on it")
     else:
         yield Finding("ok", "cores", str(cores))
-    flags = _cpu_flags()
-    if flags & {"avx512_bf16", "amx_bf16", "bf16"}:
-        yield Finding("ok", "bfloat16", "in hardware")
-    else:
-        yield Finding("note", "bfloat16", "not in the processor: dtype=auto is float32 on CPUs")
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return set(next((line for line in lines if line.lower().startswith(("flags", "features"))), "").split())
+    yield {
+        "fast": Finding("ok", "bfloat16", "in hardware"),
+        "slow": Finding("note", "bfloat16", "half as fast as float32 without AMX: dtype=auto is float32 on CPUs"),
+        "none": Finding("note", "bfloat16", "not in the processor: dtype=auto is float32 on CPUs"),
+    }[bfloat16_here()]
 
 
 def _memory() -> Iterator[Finding]:

@@ -106,7 +106,7 @@ class Serving(StageConfig):
     """Settings of a node that samples with a generation engine."""
 
     engine_options: dict[str, Any] = {}  # further arguments of the engine's constructor
-    dtype: Dtype = "auto"  # auto: bfloat16 where the processor has it, else float32
+    dtype: Dtype = "auto"  # auto: bfloat16 where the processor is faster in it, else float32
     max_model_len: Annotated[int, Meta(ge=8)] = 512  # prompt plus response, tokens
     max_running: Annotated[int, Meta(ge=1), AUTO] = 64  # samples decoded together; auto: 256 on GPUs
     # for keys and values; 0, and auto on GPUs: what gpu_memory_utilization leaves
@@ -264,7 +264,7 @@ class Computing(StageConfig):
 
     engine: ImportPath = "flowrl.engines.torch:TorchEngine"  # module:Class of the training engine
     engine_options: dict[str, Any] = {}  # further arguments of the engine's constructor
-    dtype: Dtype = "auto"  # auto: bfloat16 where the processor has it, else float32
+    dtype: Dtype = "auto"  # auto: bfloat16 where the processor is faster in it, else float32
     # in which a policy's logits are multiplied; auto: float32 where that copy of the head is up to 256 MiB, else dtype
     head_dtype: Literal["auto", "float32", "model"] = "auto"
     # how what tokens see is given: by a mask (sdpa), or in memory linear in tokens: sequence by sequence (varlen), by

@@ -40,6 +40,7 @@ from flowrl.engines.packing import LAYOUTS
 from flowrl.engines.quantization import check_quantization, forget_quantization, quantized_loading
 from flowrl.errors import FlowrlError, ModelError
 from flowrl.model_files import check_plain, has_tokenizer, is_classifier, quiet_transformers
+from flowrl.processor import bfloat16_here
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,13 +60,12 @@ _loading = threading.Lock()  # transformers sets process-wide state (the meta de
 
 
 def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """Return the torch dtype; "auto" is bfloat16 where the processor computes in it, else float32."""
+    """Return the torch dtype; "auto" is bfloat16 where the device is faster in it, else float32."""
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if has_bf16 else torch.float32
+    return torch.bfloat16 if bfloat16_here() == "fast" else torch.float32
 
 
 def reads_of(config: TrainingConfig) -> Reads:

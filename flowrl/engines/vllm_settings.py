@@ -115,18 +115,17 @@ def can_sleep() -> bool:
 
 def _check_cpu_kernels(config: GenerationConfig, where: str) -> None:
     """Refuse what the kernels of vLLM's build for CPUs are known not to do; `VllmEngine.open` finds the rest."""
-    import torch
-
-    from flowrl.engines.models import choose_dtype
-
     text = _text_config(config)
     if text.get("model_type") in FIRST_MAMBA:
         what = f"{config.model} has layers of the first Mamba, for which vLLM's build for CPUs has no kernel"
         raise ModelError(where, what, "take another model, or vLLM for GPUs")
-    dtype = choose_dtype(config.dtype, torch.device("cpu"))
-    if "linear_key_head_dim" in text and dtype != torch.bfloat16:
-        what = f"is {str(dtype).removeprefix('torch.')}, and vLLM's build for CPUs has the linear attention of "
+    if _is_linear(text) and config.dtype not in {"auto", "bfloat16"}:
+        what = f"is {config.dtype}, and vLLM's build for CPUs has the linear attention of "
         raise ConfigError(f"{where}.dtype", f"{what}{config.model} in bfloat16 only", "set it to bfloat16")
+
+
+def _is_linear(text: Mapping[str, Any]) -> bool:
+    return "linear_key_head_dim" in text
 
 
 def hint(config: GenerationConfig) -> str:
@@ -244,6 +243,8 @@ def engine_arguments(config: GenerationConfig, options: Mapping[str, Any]) -> As
 
     on_cpu = current_platform.is_cpu()
     dtype: Any = str(choose_dtype(config.dtype, torch.device("cpu" if on_cpu else "cuda"))).removeprefix("torch.")
+    if on_cpu and config.dtype == "auto" and _is_linear(_text_config(config)):
+        dtype = "bfloat16"
     choices: dict[str, Any] = {}
     if on_cpu:
         choices |= {

@@ -25,6 +25,7 @@ import msgspec
 
 from flowrl.engines.base import Computing, Lora, Scoring, Serving, Training
 from flowrl.errors import number_of
+from flowrl.processor import bfloat16_here
 
 if TYPE_CHECKING:
     from flowrl.tuning.shapes import Shape
@@ -100,17 +101,7 @@ class Need(msgspec.Struct, frozen=True, kw_only=True):
 
 def width_of(dtype: str, *, on_gpu: bool) -> int:
     """Return the bytes of a weight; "auto" as the engines choose it."""
-    return WIDTHS[dtype] if dtype != "auto" else 2 if on_gpu or _has_bfloat16() else FLOAT
-
-
-def _has_bfloat16() -> bool:
-    """Say whether this processor computes in bfloat16, as flowrl/engines/models.py asks torch."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            flags = next((line for line in lines if line.startswith("flags")), "").split()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_tile" in flags
+    return WIDTHS[dtype] if dtype != "auto" else 2 if on_gpu or bfloat16_here() == "fast" else FLOAT
 
 
 def adapted(shape: Shape, lora: Lora) -> float:

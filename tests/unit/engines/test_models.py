@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flowrl.data.models import tensors_in
+from flowrl.engines import models
 from flowrl.engines.base import TrainingConfig
 from flowrl.engines.models import (
     TokenReader,
@@ -145,10 +146,9 @@ def test_pickled_weights_are_a_model_error(tiny_llama, tmp_path):
         load(tmp_path)
 
 
-def test_auto_takes_bfloat16_only_where_the_processor_has_it(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    for has_bf16, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=has_bf16: answer)
+def test_auto_takes_bfloat16_only_where_the_processor_is_faster_in_it(monkeypatch):
+    for bfloat16, expected in (("fast", torch.bfloat16), ("slow", torch.float32), ("none", torch.float32)):
+        monkeypatch.setattr(models, "bfloat16_here", lambda answer=bfloat16: answer)
         assert choose_dtype("auto", CPU) == expected
     assert choose_dtype("float32", CPU) == torch.float32
 
