@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flowrl import __version__
 from flowrl.errors import FlowrlError, files_named, hold_output, let_go_of_output, shortened
 from flowrl.errors import say as _say
 from flowrl.stops import Interrupted, interrupted
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="flowrl", description="Reinforcement learning from human feedback as a streaming dataflow graph."
     )
     parser.set_defaults(debug=False)
+    parser.add_argument("--version", action="version", version=f"flowrl {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run a graph to its end")

@@ -73,7 +73,7 @@ def settings(options: argparse.Namespace) -> Iterator[Setting]:
                 yield Setting(
                     seed=seed, staleness=staleness, method=method, steps=options.steps,
                     groups_per_step=options.groups, group_size=options.group_size, lr=options.lr,
-                    minibatches=options.minibatches, entropy=options.entropy,
+                    minibatches=options.minibatches, entropy=options.entropy, schedule=options.schedule,
                 )  # fmt: skip
 
 
@@ -160,6 +160,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--minibatches", type=int, default=1)
     parser.add_argument("--entropy", type=float, default=0.01, help="weight of the entropy bonus (default: 0.01)")
+    parser.add_argument(
+        "--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="of lr (default: cosine)"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(argv)
     print(machine())

@@ -9,7 +9,7 @@ is what the credits allow and a run is the same whatever else the machine does. 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 
@@ -58,6 +58,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     lr: float
     minibatches: int
     entropy: float  # weight of the bonus: without it the policy soon says one number only
+    schedule: Literal["cosine", "linear", "constant"] = "constant"  # of the learning rate
 
 
 def tiny_counter(directory: Path, seed: int, *, share_shown: float = SHARE_SHOWN) -> Path:
@@ -310,7 +311,7 @@ def counting_graph(setting: Setting, model: Path) -> Graph:
     learner = Learner(
         Learner.Config(
             engine=f"{__name__}:SlowTorchEngine", dtype="float32", lr=setting.lr, minibatches=setting.minibatches,
-            schedule=Schedule(kind="constant", warmup_steps=1), save_rollouts=False, save_every=0, min_ess=0.0,
+            schedule=Schedule(kind=setting.schedule, warmup_steps=1), save_rollouts=False, save_every=0, min_ess=0.0,
         ),
         sampler, learning,
     )  # fmt: skip

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
+from flowrl import __main__ as as_module
+from flowrl import __version__
 from flowrl.cli import main
-from tests.support.command import GRAPH, ROOT, flowrl, tiny_settings
+from tests.support.command import GRAPH, ROOT, SCRIPT, flowrl, tiny_settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -147,3 +151,10 @@ def test_a_refusal_leaves_the_process_with_exit_code_2_and_no_traceback(tmp_path
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in flowrl("run", "nowhere.py", "--debug", cwd=tmp_path).text
+
+
+def test_a_module_of_its_name_is_the_command(tmp_path: Path):
+    assert as_module.main is main
+    for command in ([sys.executable, "-m", "flowrl"], [SCRIPT]):
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, cwd=tmp_path, check=True)
+        assert done.stdout == f"flowrl {__version__}\n"
