@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minibatches", type=int, default=1)
     parser.add_argument("--entropy", type=float, default=0.01, help="weight of the entropy bonus (default: 0.01)")
     parser.add_argument(
-        "--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="of lr (default: cosine)"
+        "--schedule", choices=["cosine", "linear", "constant"], default="constant", help="of lr (default: constant)"
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(argv)

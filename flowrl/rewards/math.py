@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 LIMIT_S = 3  # whole seconds for parsing an answer, and for comparing two; the package's alarm takes no fractions
 
 _SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d+)?[eE][-+]?\d{1,3}")  # math-verify reads the e as Euler's number
-_LATEX = ("$", "\\(", "\\[", "\\boxed", "\\begin")
+# What is set off as mathematics already; `\$` is money, and a matrix that is not set off is read as its last number.
+_SET_OFF = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed")
+_MATRIX = re.compile(r"\\begin\{([a-z]*matrix)\}.*?\\end\{\1\}", re.DOTALL)
+_DISPLAYED = re.compile(r"\\(?:begin|end)\{(?:equation|align|gather|math|displaymath)\*?\}")
 _WORD = re.compile(r"[A-Za-z][A-Za-z' -]*[A-Za-z]")  # math-verify takes it for a product: "pairs" would equal "Paris"
 _SENTENCE = re.compile(r"[A-Za-z]{2,}\W+[A-Za-z]{2,}")
 _NAMES = frozenset({"pi", "tau", "phi", "alpha", "beta", "theta", "oo", "infty"})
@@ -63,6 +66,8 @@ def _is_equal(golds: list[list[Any]], text: str) -> bool:
 
     marked = marked_answer(text)
     said = text if marked is None else marked
+    if not _SET_OFF.search(said):
+        said = _MATRIX.sub(r"$\g<0>$", said)
     found = parse(said, parsing_timeout=LIMIT_S) if marked is None or _SENTENCE.search(marked) else []
     if not found and (marked is not None or choice(said) or _WORD.fullmatch(said.strip())):
         found = _parsed(said)
@@ -80,9 +85,9 @@ def _parsed(answer: str) -> list[Any]:
     """Return what an answer that stands alone means, a choice or a word as a name of its own."""
     from math_verify import parse
 
-    text = choice(answer) or answer.strip().removesuffix(".")
+    text = choice(answer) or _DISPLAYED.sub("", answer).strip().removesuffix(".")
     if _SCIENTIFIC.fullmatch(text):
         text = f"{Decimal(text):f}"
     elif _WORD.fullmatch(text) and len(text) >= _LONG and text not in _NAMES:
         text = rf"\text{{{text.casefold()}}}"
-    return parse(text if any(mark in text for mark in _LATEX) else f"${text}$", parsing_timeout=LIMIT_S)
+    return parse(text if _SET_OFF.search(text) else f"${text}$", parsing_timeout=LIMIT_S)

@@ -384,6 +384,12 @@ def test_the_stage_refuses_a_function_that_does_not_load():
         ("#### 72", {"ground_truth": "72"}, 1.0),
         ("12:30", "12:30", 1.0),
         (r"\boxed{1\,000{,}000}", "1000000", 1.0),
+        (r"\boxed{32348}", r"\$32,\!348", 1.0),
+        (r"\boxed{32}", r"\$32,\!348", 0.0),
+        (r"\boxed{\begin{bmatrix}1\\2\end{bmatrix}}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", 1.0),
+        (r"It is \begin{pmatrix}1\\2\end{pmatrix}.", r"\begin{pmatrix}1\\2\end{pmatrix}", 1.0),
+        (r"\boxed{2}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", 0.0),
+        (r"\boxed{x}", r"\begin{equation*}x\end{equation*}", 1.0),
     ],
 )
 def test_math_answers_are_compared_by_their_meaning(completion: str, answer: object, reward: float):
