@@ -1,11 +1,12 @@
 """A row's columns under the names that formats know, whatever its source calls them.
 
 `data.columns` says some; the others are those of common data sets. ShareGPT's `conversations` are messages (or, beside
-chosen and rejected, the prompt); labelling tools' exports are preferences (labelling.py); `kto_tag` is a label;
-messages written as JSON in a text, as tables hold them, are messages. What a response answers is looked for under the
-names that online prompts have where there is no `prompt` and the response does not hold it itself. An instruction or a
-question is followed by its `input` (or `context`, or `passage`) unless it says it, a `prompt` by its `input` alone.
-Letter case does not count in a name that is known: `Question` is `question`.
+chosen and rejected, the prompt); labelling tools' exports are preferences (labelling.py), and so are demonstrations
+beside a `rejected_response` or `rejected_messages` (ms-swift); `kto_tag` is a label; messages written as JSON in a
+text, as tables hold them, are messages. What a response answers is looked for under the names that online prompts have
+where there is no `prompt` and the response does not hold it itself. An instruction or a question is followed by its
+`input` (or `context`, or `passage`) unless it says it, a `prompt` by its `input` alone. Letter case does not count in
+a name that is known: `Question` is `question`.
 
 Invariant: no column that says what is asked is left out without a word: pictures and the like, and choices that the
 question does not name, are refused.
@@ -69,6 +70,7 @@ def with_names(row: RawRow, names: Mapping[str, str]) -> RawRow:
         raise DataError(row.place, what, "only text can be trained on: drop the row, or a column that is not needed")
     columns |= {ours: (_asked if ours == "prompt" else _spoken)(row, columns, names[ours]) for ours in names}
     columns |= {name: _spoken(row, columns, name) for name in SPOKEN if columns.get(name)}
+    columns |= _turned_down(columns)
     ours = "prompt" if columns.get("chosen") else "messages"
     if columns.get(SHAREGPT) and columns.get(ours) is None:
         columns[ours] = columns[SHAREGPT]
@@ -131,6 +133,18 @@ def _in_small_letters(columns: dict[str, Any]) -> dict[str, Any]:
     """Return columns with those whose names are known but for their case under the known names as well."""
     small = {name.strip().casefold().replace(" ", "_"): value for name, value in columns.items()}
     return {**columns, **{name: value for name, value in small.items() if name in KNOWN - columns.keys()}}
+
+
+def _turned_down(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Return chosen and rejected of a demonstration that says beside it what would have been worse."""
+    messages, worse = columns.get("messages"), columns.get("rejected_response")
+    if "chosen" in columns or "rejected" in columns or not (worse or columns.get("rejected_messages")):
+        return {}
+    if ends_answered(messages):
+        turns = [*messages[:-1], {"role": "assistant", "content": worse}] if worse else columns["rejected_messages"]
+        return {"chosen": messages, "rejected": turns}
+    answer = next((name for name in ANSWERING if isinstance(columns.get(name), str)), "")
+    return {"chosen": columns[answer], "rejected": worse} if answer and isinstance(worse, str) else {}
 
 
 def _answered(columns: Mapping[str, Any]) -> str:
