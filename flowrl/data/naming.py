@@ -137,7 +137,8 @@ def _in_small_letters(columns: dict[str, Any]) -> dict[str, Any]:
 
 def _turned_down(columns: Mapping[str, Any]) -> dict[str, Any]:
     """Return chosen and rejected of a demonstration that says beside it what would have been worse."""
-    messages, worse = columns.get("messages"), columns.get("rejected_response")
+    messages: Any = columns.get("messages")
+    worse = columns.get("rejected_response")
     if "chosen" in columns or "rejected" in columns or not (worse or columns.get("rejected_messages")):
         return {}
     if ends_answered(messages):

@@ -79,7 +79,9 @@ def style_of(found: Any, adapter: Adapter, *, path: str, where: str) -> Style:
         remedy = "set adapter=verifiers" if _is_rubric(found) else f"name a function: {TO_COPY}"
         if isinstance(found, type) and "__call__" in vars(found):
             remedy = f"name an object of it: write `scorer = {found.__name__}()` in the module and name `scorer`"
-        raise ConfigError(where, f"{path} is a {type(found).__name__}, not a function", remedy)
+        kind = type(found).__name__
+        article = "an" if kind[0] in "aeiou" else "a"
+        raise ConfigError(where, f"{path} is {article} {kind}, not a function", remedy)
     try:
         parameters = inspect.signature(found).parameters.values()
     except (TypeError, ValueError) as error:
