@@ -133,6 +133,7 @@ BUFFERS = (
     "single_partition_of_fp32_groups",
     "fp16_partitioned_groups_flat",
     "fp32_partitioned_groups_flat",
+    "fp32_groups_gradients_flat",
 )
 NEVER = 1 << 62  # steps between DeepSpeed's own progress lines
 
@@ -158,7 +159,6 @@ class DeepSpeedEngine(Trainer):
         super().__init__(config, where=where, name=name, num_receivers=num_receivers, say=say)
         self._further = deepspeed or {}
         self._release_collectives: Callable[[], None] = lambda: None
-        self._is_offloaded = False
         self._engine: Any = None
         self._teacher_engine: Any = None
 
@@ -292,20 +292,6 @@ class DeepSpeedEngine(Trainer):
         buckets = getattr(self._engine.optimizer, "ipg_buckets", None) if self._is_training else None
         for bucket in (buckets or {}).values():  # of gradients on their way; of a gigabyte at stage 3
             yield from _tensors_in(bucket.buffer)
-
-    def _put_aside(self) -> None:
-        """Move states to host memory by DeepSpeed's own means where it has any; only an optimizer's can."""
-        self._is_offloaded = self.device.type == "cuda" and self._is_training and self.config.zero_stage > 0
-        if self._is_offloaded:
-            self._engine.offload_states(pin_memory=True)
-        else:
-            super()._put_aside()
-
-    def _take_back(self) -> None:
-        if self._is_offloaded:
-            self._engine.reload_states()
-        else:
-            super()._take_back()
 
     def _backward(self, loss: Tensor) -> None:
         self._engine.backward(loss * self.link.world_size)  # DeepSpeed takes the mean over ranks, we want the sum
