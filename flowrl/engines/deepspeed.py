@@ -101,6 +101,17 @@ def read_state(
     return note
 
 
+def own_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Give each parameter a count of its steps, beside its moments, where torch's fused kernels read it.
+
+    Out of its universal format DeepSpeed takes one that lies on the host, at stage 3 the same for all parts.
+    """
+    for state in optimizer.state.values():
+        if "step" in state:
+            count = torch.as_tensor(state["step"], dtype=torch.float32)
+            state["step"] = count.to(state["exp_avg"].device, copy=True)
+
+
 def _resharded(directory: Path, link: RankLink) -> Path:
     """Have rank 0 write a state in the form that any number of ranks can load; returns where."""
     checkpoint = directory.parent
@@ -270,6 +281,11 @@ class DeepSpeedEngine(Trainer):
         if self.config.zero_stage == 0:  # here DeepSpeed clips but does not tell the norm
             self._engine.optimizer.register_step_pre_hook(self._clip)
 
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        """Return torch's optimizer, which ZeRO's stages wrap."""
+        return self._engine.optimizer.optimizer if self.config.zero_stage else self._engine.optimizer
+
     def _replace_collectives(self) -> None:
         voted, is_alone = self._room.guarded, self.link.world_size == 1
         self._release_collectives = replace_collectives(answered_alone if is_alone else lambda _, each: voted(each))
@@ -284,7 +300,7 @@ class DeepSpeedEngine(Trainer):
         if not self._is_training:
             return
         optimizer: Any = self._engine.optimizer
-        yield from tensors_of(optimizer.optimizer if self.config.zero_stage else optimizer)
+        yield from tensors_of(self._adam)
         for name in BUFFERS:
             yield from _tensors_in(getattr(optimizer, name, None))
 
@@ -336,6 +352,7 @@ class DeepSpeedEngine(Trainer):
             where=self.where,
             leave_out_frozen=self._adapter is not None,
         )
+        own_steps(self._adam)
         self._num_steps = note.num_steps
 
     def _unload(self) -> None:
