@@ -54,6 +54,8 @@ class Aside:
             except OSError:
                 self._file.close()
                 raise
+        if len(on_host) < len(chosen):
+            torch.cuda.synchronize()  # DeepSpeed computes on streams of its own, too
         kept = {each._cdata: _to_host(each) for each in chosen if each.device.type != "cpu"}
         for each in chosen:
             self._kept.append((each, each.nbytes(), kept.get(each._cdata)))

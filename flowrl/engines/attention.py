@@ -73,7 +73,13 @@ def check_attention(kind: AttentionKind, where: str, *, has_gpu: bool) -> None:
 
 
 def _has_kernel() -> bool:
-    return any(importlib.util.find_spec(name) for name in ("flash_attn", "torch.nn.attention.varlen"))
+    return _has_flash_attn() or importlib.util.find_spec("torch.nn.attention.varlen") is not None
+
+
+def _has_flash_attn() -> bool:
+    """Return whether flash-attn is there; a directory of its name without a module is flash-attn-4's, another API."""
+    found = importlib.util.find_spec("flash_attn")
+    return found is not None and found.origin is not None
 
 
 def spans_of(pieces: Sequence[tuple[int, Sequence[int]]]) -> list[AttentionSpan]:
@@ -284,7 +290,7 @@ def _by_kernel(query: Tensor, key: Tensor, value: Tensor, spans: list[AttentionS
     q, k, v = (
         tensor[0].transpose(0, 1).index_select(0, at) for tensor, at in ((query, asked), (key, seen), (value, seen))
     )
-    if importlib.util.find_spec("flash_attn"):
+    if _has_flash_attn():
         from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
         found = flash_attn_varlen_func(q, k, v, begins_q, begins_k, most_q, most_k, softmax_scale=scale, causal=True)

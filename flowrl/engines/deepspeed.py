@@ -101,6 +101,17 @@ def read_state(
     return note
 
 
+def own_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Give each parameter a count of its steps, beside its moments, where torch's fused kernels read it.
+
+    Out of its universal format DeepSpeed takes one that lies on the host, at stage 3 the same for all parts.
+    """
+    for state in optimizer.state.values():
+        if "step" in state:
+            count = torch.as_tensor(state["step"], dtype=torch.float32)
+            state["step"] = count.to(state["exp_avg"].device, copy=True)
+
+
 def _resharded(directory: Path, link: RankLink) -> Path:
     """Have rank 0 write a state in the form that any number of ranks can load; returns where."""
     checkpoint = directory.parent
@@ -133,6 +144,7 @@ BUFFERS = (
     "single_partition_of_fp32_groups",
     "fp16_partitioned_groups_flat",
     "fp32_partitioned_groups_flat",
+    "fp32_groups_gradients_flat",
 )
 NEVER = 1 << 62  # steps between DeepSpeed's own progress lines
 
@@ -158,7 +170,6 @@ class DeepSpeedEngine(Trainer):
         super().__init__(config, where=where, name=name, num_receivers=num_receivers, say=say)
         self._further = deepspeed or {}
         self._release_collectives: Callable[[], None] = lambda: None
-        self._is_offloaded = False
         self._engine: Any = None
         self._teacher_engine: Any = None
 
@@ -270,6 +281,11 @@ class DeepSpeedEngine(Trainer):
         if self.config.zero_stage == 0:  # here DeepSpeed clips but does not tell the norm
             self._engine.optimizer.register_step_pre_hook(self._clip)
 
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        """Return torch's optimizer, which ZeRO's stages wrap."""
+        return self._engine.optimizer.optimizer if self.config.zero_stage else self._engine.optimizer
+
     def _replace_collectives(self) -> None:
         voted, is_alone = self._room.guarded, self.link.world_size == 1
         self._release_collectives = replace_collectives(answered_alone if is_alone else lambda _, each: voted(each))
@@ -284,7 +300,7 @@ class DeepSpeedEngine(Trainer):
         if not self._is_training:
             return
         optimizer: Any = self._engine.optimizer
-        yield from tensors_of(optimizer.optimizer if self.config.zero_stage else optimizer)
+        yield from tensors_of(self._adam)
         for name in BUFFERS:
             yield from _tensors_in(getattr(optimizer, name, None))
 
@@ -292,20 +308,6 @@ class DeepSpeedEngine(Trainer):
         buckets = getattr(self._engine.optimizer, "ipg_buckets", None) if self._is_training else None
         for bucket in (buckets or {}).values():  # of gradients on their way; of a gigabyte at stage 3
             yield from _tensors_in(bucket.buffer)
-
-    def _put_aside(self) -> None:
-        """Move states to host memory by DeepSpeed's own means where it has any; only an optimizer's can."""
-        self._is_offloaded = self.device.type == "cuda" and self._is_training and self.config.zero_stage > 0
-        if self._is_offloaded:
-            self._engine.offload_states(pin_memory=True)
-        else:
-            super()._put_aside()
-
-    def _take_back(self) -> None:
-        if self._is_offloaded:
-            self._engine.reload_states()
-        else:
-            super()._take_back()
 
     def _backward(self, loss: Tensor) -> None:
         self._engine.backward(loss * self.link.world_size)  # DeepSpeed takes the mean over ranks, we want the sum
@@ -350,6 +352,7 @@ class DeepSpeedEngine(Trainer):
             where=self.where,
             leave_out_frozen=self._adapter is not None,
         )
+        own_steps(self._adam)
         self._num_steps = note.num_steps
 
     def _unload(self) -> None:

@@ -226,7 +226,8 @@ class Fsdp2Engine(Trainer):
         self._optimizer.state.clear()
         for _, each in self._trained() if self._num_steps else ():
             moments = {key: torch.zeros_like(each) for key in ("exp_avg", "exp_avg_sq")}
-            self._optimizer.state[each] = {"step": torch.tensor(float(self._num_steps), dtype=torch.float32), **moments}
+            count = torch.tensor(float(self._num_steps), dtype=torch.float32, device=each.device)
+            self._optimizer.state[each] = {"step": count, **moments}
         with torch.no_grad():
             dcp.load(self._state(), storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=True)
         self.link.sum(0.0)  # every rank has read it

@@ -213,13 +213,17 @@ class RankLink:
 
     def _let_go(self, words: str) -> None:
         import torch.distributed as dist
+        from torch.distributed.distributed_c10d import _abort_process_group
 
         if self.is_broken:
             return
         self.is_broken = True
         with suppress(RuntimeError):  # the store went down with rank 0, which then needs no telling
             self._store.set(f"failed/{self.rank}", words)
-        if dist.is_initialized():
+        if dist.is_initialized() and dist.get_backend() == "nccl":
+            with suppress(RuntimeError):  # the error that broke the ranks is the one to raise
+                _abort_process_group()  # to destroy NCCL's group is to wait for ranks that wait for this one
+        elif dist.is_initialized():
             dist.destroy_process_group()
         self._control = self._votes = self.group = None
         gc.collect()  # sockets close with the last reference; the others' collectives fail then, not at the timeout

@@ -396,7 +396,8 @@ class Trainer:
         for parameter in self.reader.parameters():
             if not hasattr(parameter, "to_local") and not parameter.untyped_storage().resizable():
                 parameter.data = parameter.detach().clone()  # it lay in the mapping of the model's file
-        self._aside.put(self._held(), self._scratch())
+        own = (each for each in self._held() if each.device.type == self.device.type)  # not what is offloaded already
+        self._aside.put(own, self._scratch())
 
     def _take_back(self) -> None:
         self._aside.back()

@@ -211,7 +211,9 @@ def set_environment(config: GenerationConfig) -> None:
     }
     import torch
 
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():  # to ask starts CUDA's driver here, which a forked process cannot use
+        defaults["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    else:
         defaults["TORCHDYNAMO_DISABLE"] = "1"  # else the first request compiles for seconds
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

@@ -1,3 +1,4 @@
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -6,7 +7,7 @@ import torch
 
 from flowrl.engines.aside import Aside, tensors_of
 from flowrl.engines.base import TrainingConfig
-from flowrl.engines.deepspeed import DeepSpeedEngine
+from flowrl.engines.deepspeed import BUFFERS, DeepSpeedEngine
 
 
 def test_bytes_go_and_come_back_and_views_stay_views(tmp_path):
@@ -57,32 +58,31 @@ def test_an_optimizer_tells_what_it_steps_on_with_gradients_and_moments():
     assert all(any(each is tensor for each in told) for tensor in (weight, weight.grad, *moments))
 
 
-@pytest.mark.parametrize(
-    ("device", "zero_stage", "is_training", "called"),
-    [
-        ("cuda", 2, True, ["offload_states", "reload_states"]),
-        ("cuda", 3, True, ["offload_states", "reload_states"]),
-        ("cuda", 0, True, []),  # no ZeRO: the optimizer is torch's
-        ("cuda", 3, False, []),  # without an optimizer DeepSpeed moves nothing
-        ("cpu", 2, True, []),
-    ],
-)
-def test_deepspeed_moves_its_own_states_on_gpus_and_ours_are_moved_elsewhere(
-    device, zero_stage, is_training, called, monkeypatch
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("device", "num_given"), [("cpu", 4), ("cuda", 0)])
+def test_deepspeed_puts_aside_what_lies_on_its_device_and_not_what_is_offloaded(
+    device, num_given, zero_stage, monkeypatch
 ):
-    done: list[str] = []
     engine = DeepSpeedEngine(TrainingConfig(model="", zero_stage=zero_stage), where="learner", name="test")
-    engine.device, engine._is_training = torch.device(device), is_training
-    fake: Any = SimpleNamespace(
-        offload_states=lambda *, pin_memory: done.append("offload_states"),
-        reload_states=lambda: done.append("reload_states"),
-    )
+    engine.device, engine._is_training = torch.device(device), True
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.ones(4)
+    optimizer.step()
+    fake: Any = SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer) if zero_stage else optimizer)
     engine._engine = fake
-    moved: list[str] = []
-    monkeypatch.setattr(Aside, "put", lambda self, *tensors: moved.append("put"))
-    monkeypatch.setattr(Aside, "back", lambda self: moved.append("back"))
+    given: list[Any] = []
+    monkeypatch.setattr(Aside, "put", lambda self, tensors, scratch: given.extend(tensors))
     engine.reader = torch.nn.Module()  # type: ignore[assignment]
     engine._put_aside()
-    engine._take_back()
-    assert done == called
-    assert moved == ([] if called else ["put", "back"])
+    assert len({id(each) for each in given if each.numel() > 1}) == num_given, "weights, gradients, both moments"
+
+
+@pytest.mark.slow
+def test_every_buffer_of_deepspeeds_optimizers_is_handed_in():
+    from deepspeed.runtime import bf16_optimizer
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    text = "".join(inspect.getsource(each) for each in (bf16_optimizer, stage3, stage_1_and_2))
+    assert [name for name in BUFFERS if f"self.{name}" not in text] == []
+    assert not hasattr(bf16_optimizer.BF16_Optimizer, "offload_states"), "not every one can move its own"

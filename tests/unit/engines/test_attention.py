@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowrl.engines.attention import AttentionSpan, attend, block_mask, check_attention, spans_of
+from flowrl.engines.attention import AttentionSpan, _has_flash_attn, attend, block_mask, check_attention, spans_of
 from flowrl.engines.models import TokenReader
 from flowrl.engines.packing import pack, plan
 from flowrl.errors import ConfigError
@@ -110,3 +111,12 @@ def test_a_prompt_is_shared_by_all_responses_and_rows_have_no_padding():
 def test_what_a_device_cannot_compute_is_refused_in_one_line():
     with pytest.raises(ConfigError, match=r"learner\.attention: flex, and FlexAttention has no backward on CPUs; take"):
         check_attention("flex", "learner", has_gpu=False)
+
+
+def test_flash_attn_4_is_not_taken_for_flash_attn(tmp_path, monkeypatch):
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert not _has_flash_attn()
+    (tmp_path / "flash_attn" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert _has_flash_attn()

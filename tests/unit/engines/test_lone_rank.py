@@ -1,20 +1,22 @@
-"""One rank alone sends itself no message, and a broadcast group leaves the process alone that it fails in."""
+"""One rank alone sends itself no message, a broken group leaves its process alone and a rank that fails its peers."""
 
 from __future__ import annotations
 
 import os
 from datetime import timedelta
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+from torch.distributed import distributed_c10d
 
 from flowrl.engines.deepspeed_interrupt import answered_alone
+from flowrl.engines.ranks import RankLink
 from flowrl.engines.weights.broadcast import BroadcastGroup
-
-if TYPE_CHECKING:
-    import pytest
+from flowrl.errors import StageError
 
 
 def collective(name: str) -> Any:
@@ -52,3 +54,22 @@ def test_an_nccl_group_is_made_so_that_its_failure_ends_no_process(monkeypatch: 
     BroadcastGroup(dist.HashStore(), "x", rank=0, size=2, device=torch.device("cuda", 0), host="h", timeout_s=7.0)
     assert made == {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "timeout": timedelta(seconds=7)}
     assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3", "other groups keep what they had"
+
+
+@pytest.mark.parametrize(("backend", "ended"), [("nccl", "aborted"), ("gloo", "destroyed")])
+def test_a_rank_that_fails_does_not_wait_for_the_others_collectives(
+    monkeypatch: pytest.MonkeyPatch, backend: str, ended: str
+) -> None:
+    link, done = object.__new__(RankLink), []
+    vars(link).update(
+        rank=1, world_size=2, is_broken=False, _where="learner rank 1", _control=object(), _votes=object(),
+        _store=HashStore(),
+    )  # fmt: skip
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("destroyed"))
+    monkeypatch.setattr(distributed_c10d, "_abort_process_group", lambda: done.append("aborted"))
+    with pytest.raises(StageError, match="step: ZeroDivisionError"), link.guard("step"):
+        raise ZeroDivisionError
+    assert done == [ended]
+    assert link._store.get("failed/1").startswith(b"ZeroDivisionError")
