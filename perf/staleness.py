@@ -1,6 +1,6 @@
 """What staleness costs and what a correction saves: learning curves of a tiny model at several bounds and seeds.
 
-    python -m perf.staleness [--seeds 5] [--staleness 0 1 2 4 8] [--methods behaviour truncated ...] [--steps 300]
+    python -m perf.staleness [--seeds 5] [--staleness 0 1 2 4 8] [--methods behaviour ...] [--schedule constant]
 
 A method is a kind of correction, with GRPO, or an algorithm's path (flowrl.algorithms.sapo:SAPO). Runs the flow once
 for each seed, bound and method (perf/staleness_task.py says what of it is real), prints
